@@ -1,0 +1,2248 @@
+#!/usr/bin/env python3
+"""queuectl: a durable background job queue for shell commands, in one file.
+
+    python queuectl.py enqueue '{"id": "job1", "command": "echo Hello"}'
+    python queuectl.py worker start --count 2
+    python queuectl.py status
+
+One SQLite file is one queue: `queuectl.db` in the current directory, or what `--db PATH`
+or QUEUECTL_DB names. Beside it lie `queuectl.log` and, while pools run, a PID file for
+each of them and `queuectl.runs/` with the output of the jobs that run right now.
+
+The life of a job; each arrow is one verb of `Queue`, one guarded UPDATE:
+
+                         claim                exit 0
+    enqueue ──▶ PENDING ───────▶ PROCESSING ─────────▶ COMPLETED
+                 ▲ ▲ ▲               │ │ │
+           due   │ │ └─ worker died, │ │ └ failed, attempts = max_retries, or cancelled ─▶ DEAD
+                 │ │    stop --now ◀─┘ │                                                    │
+              FAILED ◀── failed ───────┘                                                    │
+                   └────────────────────────────── dlq retry ───────────────────────────────┘
+
+What is promised, and by what:
+
+  - An acknowledged job is on the disk: `enqueue` commits with a synced write.
+  - Two runs of a job never overlap. The output file of a run is its lease: the worker
+    locks it (flock) and the command inherits the lock, so the kernel holds it until the
+    last process of the run is gone, whoever was killed. Nobody needs a heartbeat.
+  - No job is stuck. A job in PROCESSING whose lease is free belongs to nobody and is put
+    back; a lease that is held while its worker is gone belongs to an orphan, which is
+    ended first. Every pool looks for both at its start and every two seconds.
+  - A job runs at least once. A result that could not be recorded is dropped, and the job
+    runs again: commands should be idempotent.
+
+The map, each section using only those above it:
+
+    settings     names, limits, defaults; the one exception
+    policy       checking jobs, durations, backoff: pure functions
+    platform     locks, processes, private files: what differs between systems
+    queue        the database: the only SQL
+    runs         one command: lease, output, ending it
+    worker       claim, run, record, again
+    supervisor   PID files, starting and stopping workers, recovery
+    output       values to text
+    commands     one function a command
+    main         the parser and the exit code
+"""
+import contextlib
+import json
+import os
+import sqlite3
+import stat
+import sys
+import time
+
+# ======================================================================================
+# Settings: names, limits, defaults; the one exception
+# ======================================================================================
+
+__version__ = "1.0.0"
+
+STATES = ("pending", "processing", "completed", "failed", "dead")
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x71637431  # "qct1", in the header of the database
+
+MAX_INTEGER = 2**63 - 1
+MAX_SPAN = 10.0**9  # seconds, some 30 years
+MAX_TIME = 253402300799.0  # 9999-12-31T23:59:59Z, the last that ISO 8601 text can name
+MAX_WORKERS = 256
+MAX_DEATHS = 5  # of its workers, until a job is taken for what kills them
+
+PATIENCE = 30.0  # seconds that a command waits for another program's lock
+LOOK_EVERY = 2.0  # seconds between two looks of a supervisor for jobs that nobody runs
+IDLE_WAIT = 1.0  # seconds after which an idle worker looks even if nobody woke it
+TICK = 0.2  # seconds between two looks of a worker at the command that it runs
+GRACE = 5.0  # seconds from SIGTERM to SIGKILL
+RESTART_EVERY = 1.0  # seconds between two starts of a worker that keeps dying
+LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
+
+
+class QueueError(Exception):
+    """What the user can mend: one line that says what is wrong; `code` is the exit code."""
+
+    def __init__(self, message, code=1):
+        super().__init__(message)
+        self.code = code
+
+
+# ======================================================================================
+# Policy: checking jobs, durations, backoff; pure functions
+# ======================================================================================
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def backoff(base, attempts, longest):
+    """Return the seconds to wait after the n-th failed attempt: base ** n, bounded."""
+    try:
+        return min(float(base) ** attempts, longest)
+    except OverflowError:
+        return longest
+
+
+def seconds(value):
+    """Return a duration in seconds from a number or text like 90, 90s, 10m, 2h, 7d."""
+    if isinstance(value, str):
+        text = value.strip().lower()
+        unit = UNITS.get(text[-1:])
+        return float(text[:-1]) * unit if unit else float(text)
+    if type(value) not in (int, float):
+        raise ValueError
+    return float(value)
+
+
+def epoch(value):
+    """Return epoch seconds from a number or ISO 8601 text, local where no zone is given."""
+    with contextlib.suppress(ValueError):
+        return seconds(value if not isinstance(value, str) else value + "s")
+    from datetime import datetime
+
+    return datetime.fromisoformat(value.strip().upper().replace("Z", "+00:00")).timestamp()
+
+
+def storable(text):
+    """Tell whether TEXT can be stored and handed to a system call: no NUL, no surrogate."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+# A check takes a value from outside and returns what is stored, or raises ValueError with
+# the words for what is allowed; `checked` makes a whole sentence of them.
+
+
+def whole(low, high):
+    def check(value):
+        if type(value) is not int or not low <= value <= high:
+            raise ValueError("a whole number from %d to %d" % (low, high))
+        return value
+
+    return check
+
+
+def within(convert, low, high, allowed):
+    def check(value):
+        try:
+            result = convert(value)
+        except (ValueError, TypeError, OverflowError, OSError, AttributeError):
+            raise ValueError(allowed) from None
+        if not low <= result <= high:  # also false for NaN
+            raise ValueError(allowed)
+        return result
+
+    return check
+
+
+def duration(low, allowed):
+    words = "%s, in seconds or like 90s, 10m, 2h, 7d" % allowed
+    return within(seconds, low, MAX_SPAN, words)
+
+
+moment = within(
+    epoch, 0, MAX_TIME, "a time: ISO 8601 like 2026-01-31T18:00:00Z, or epoch seconds"
+)
+
+
+def identifier(value):
+    if (
+        not isinstance(value, str)
+        or not 1 <= len(value) <= 255
+        or not value.isprintable()
+        or value.isspace()
+    ):
+        raise ValueError("text of 1 to 255 printable characters")
+    return value
+
+
+def shell_line(value):
+    if not isinstance(value, str) or not value.strip() or not storable(value):
+        raise ValueError("a shell command: text that is not blank, without NUL")
+    return value
+
+
+def folder(value):
+    if not isinstance(value, str) or not storable(value) or not os.path.isdir(value):
+        raise ValueError("a directory that exists")
+    return os.path.abspath(value)
+
+
+def environment(value):
+    allowed = "an object of texts, with names without = and no NUL"
+    if not isinstance(value, dict):
+        raise ValueError(allowed)
+    for name, text in value.items():
+        if not isinstance(text, str) or not storable(name + text) or not name or "=" in name:
+            raise ValueError(allowed)
+    return json.dumps(value)
+
+
+# name: (check, default, meaning)
+SETTINGS = {
+    "max_retries": (whole(0, 10**6), 3, "failed attempts until a job is dead"),
+    "backoff_base": (
+        within(seconds, 0, 10**6, "a number from 0 to 1000000"),
+        2,
+        "wait after the n-th failed attempt: base ** n seconds",
+    ),
+    "backoff_max": (duration(0, "a duration"), 86400, "longest such wait, in seconds"),
+    "timeout": (
+        duration(0.001, "a duration over 0"),
+        None,
+        "seconds a run may take, for jobs that give none",
+    ),
+    "output_limit": (whole(0, 2**26), 2**20, "bytes of a run's output that are kept"),
+}
+
+FIELDS = {
+    "id": identifier,
+    "command": shell_line,
+    "max_retries": SETTINGS["max_retries"][0],
+    "priority": whole(-MAX_INTEGER - 1, MAX_INTEGER),
+    "run_at": moment,
+    "delay": duration(0, "a duration"),
+    "timeout": SETTINGS["timeout"][0],
+    "cwd": folder,
+    "env": environment,
+}
+NO_FIELDS = dict.fromkeys(FIELDS)
+
+# What queuectl itself says of a job: taken and ignored, so that `list --json` of one queue
+# can be piped into `enqueue -` of another.
+KEPT_FIELDS = (
+    "state attempts created_at updated_at exit_code error started_at finished_at runs".split()
+)
+
+
+def nearest(word, words):
+    """Return "; did you mean …?" for the likeliest of WORDS, or all of them."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word.lower(), words, 1, 0.5)
+    return "; did you mean %s?" % close[0] if close else "; there are: " + ", ".join(words)
+
+
+def checked(name, check, value):
+    """Return what CHECK makes of VALUE; a refusal names the field, the value, the rule."""
+    try:
+        return check(value)
+    except ValueError as allowed:
+        given = json.dumps(value, default=str)
+        if len(given) > 60:
+            given = given[:57] + "..."
+        raise QueueError("%s: %s is not %s" % (name, given, allowed), 2) from None
+
+
+def checked_job(given, defaults):
+    """Return every field of a job, ready to be stored; those not given from DEFAULTS."""
+    if type(given) is not dict:
+        raise QueueError('a job is a JSON object like {"command": "echo hi"}', 2)
+    job = defaults.copy()
+    for name, value in given.items():
+        check = FIELDS.get(name)
+        if check is None and name not in KEPT_FIELDS:
+            raise QueueError("unknown field %s%s" % (json.dumps(name), nearest(name, FIELDS)), 2)
+        if check is not None and value is not None:
+            job[name] = checked(name, check, value)
+    if job["command"] is None:
+        raise QueueError("command: missing; a job needs a shell command", 2)
+    if job["delay"] is not None and job["run_at"] is not None:
+        raise QueueError("run_at and delay: give one of them, not both", 2)
+    return job
+
+
+def parsed(text):
+    """Return what a JSON text says, or raise QueueError with why it is none."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise QueueError("not JSON: nested too deeply", 2) from None
+    except ValueError as error:
+        text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+        if "{" in text and '"' not in text:
+            raise QueueError(
+                "not JSON, the shell took the quotes: %s; in cmd and PowerShell write "
+                r'"{\"id\":\"job1\",\"command\":\"echo hi\"}", or in PowerShell '
+                r"""'{\"id\":\"job1\",\"command\":\"echo hi\"}'""" % shown(text[:60]),
+                2,
+            ) from None
+        raise QueueError("not JSON: %s: %s" % (error, shown(text.strip()[:60])), 2) from None
+
+
+def shown(text):
+    """Return TEXT on one line, whatever could steer a terminal escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def setting_name(key):
+    """Return the name of a setting, spelt with - or _ and in any case."""
+    name = key.lower().replace("-", "_")
+    if name not in SETTINGS:
+        raise QueueError("unknown setting %s%s" % (shown(key), nearest(name, SETTINGS)), 2)
+    return name
+
+
+# ======================================================================================
+# Platform: locks, processes, private files; what differs between systems
+# ======================================================================================
+
+import fcntl  # noqa: E402
+import select  # noqa: E402
+import signal  # noqa: E402
+import struct  # noqa: E402
+
+STRUCT_FLOCK = "hhqqi" if sys.platform.startswith("linux") else "qqihh"
+LEASE_FD = 100  # scripts use the numbers from 3 to 9 for themselves
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+WAKE_SIGNAL = signal.SIGUSR1
+
+
+def create_private(path, flags=os.O_EXCL):
+    """Open a new file that only its owner can read, whatever the umask is."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | flags, 0o600)
+    os.fchmod(fd, 0o600)
+    return fd
+
+
+def same_file(fd, path):
+    """Tell whether PATH still names the file that is open as FD."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def folder_lock(path):
+    """Let one process at a time change which files there are in a folder."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def sync_folder(path):
+    """Write a folder's entries to the disk: a renamed file survives a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def open_lease(path):
+    """Create and lock the output file of a run; return its descriptor.
+
+    The lock belongs to the open file, so that it lives as long as any process that
+    inherits the descriptor.
+    """
+    first = create_private(path)
+    try:
+        fd = fcntl.fcntl(first, fcntl.F_DUPFD_CLOEXEC, LEASE_FD)
+    finally:
+        os.close(first)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_nlink == 0:  # taken for a leftover before it was locked
+            raise FileNotFoundError("%s was removed" % path)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def lease_is_free(path):
+    """Tell whether no process holds the lock of a run's output file."""
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        # Shared, so that two who look at once do not take each other for the holder.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def remove_free(path):
+    """Remove an output file that nobody holds; one that is held stays."""
+    with contextlib.suppress(FileNotFoundError, BlockingIOError):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.remove(path)
+        finally:
+            os.close(fd)
+
+
+def lock_byte(fd, at, length=1):
+    """Lock bytes of a PID file for this process alone; False if another has them.
+
+    Such locks are not inherited by a fork, and end with the process or as soon as it
+    closes any descriptor of the file.
+    """
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, length, at)
+        return True
+    except (BlockingIOError, PermissionError):
+        return False
+
+
+def byte_holder(fd, at, length=1):
+    """Return the pid of another process that has locked a byte, or None.
+
+    The kernel says who it is, so that no number written in a file is ever trusted. The
+    pid is 0 or less where the holder is in another container.
+    """
+    apple = STRUCT_FLOCK[0] == "q"
+    ask = (at, length, 0, fcntl.F_WRLCK, 0) if apple else (fcntl.F_WRLCK, 0, at, length, 0)
+    answer = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(STRUCT_FLOCK, *ask))
+    fields = struct.unpack(STRUCT_FLOCK, answer)
+    kind, pid = (fields[3], fields[2]) if apple else (fields[0], fields[4])
+    return None if kind == fcntl.F_UNLCK else pid
+
+
+def spawn(command, cwd, env, lease_fd):
+    """Start a shell command as the leader of a session, its output to the lease."""
+    import subprocess
+
+    return subprocess.Popen(
+        ["/bin/sh", "-c", command],
+        stdin=subprocess.DEVNULL,
+        stdout=lease_fd,
+        stderr=lease_fd,
+        pass_fds=(lease_fd,),  # or `exec >/dev/null` in a job would drop the lock
+        cwd=cwd,
+        env=env,
+        start_new_session=True,
+    )
+
+
+def signal_group(group, number):
+    """Signal a process group, if it is still there and ours."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def group_exists(group):
+    try:
+        os.killpg(group, 0)
+        return True
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+
+
+def poke(pid):
+    """Wake a process of a pool."""
+    if pid > 0:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, WAKE_SIGNAL)
+
+
+def run_processes(lease):
+    """Return the pids of the processes that provably belong to the run with this lease.
+
+    They hold its lock, or they carry its name in their environment; the second finds
+    those that closed every descriptor. A process that only reads the file has neither.
+    """
+    mark = b"QUEUECTL_RUN=" + os.fsencode(lease)
+    return [pid for pid in process_ids() if in_run(pid, mark, lease)]
+
+
+def process_groups(pids):
+    """Return the process groups of these processes, never our own."""
+    groups = set()
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            groups.add(os.getpgid(pid))
+    return groups - {os.getpgrp()}
+
+
+def process_ids():
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except FileNotFoundError:
+        return []  # no such view of the processes here: nothing can be proven
+
+
+def in_run(pid, mark, lease):
+    try:
+        with open("/proc/%d/environ" % pid, "rb") as file:
+            if mark in file.read().split(b"\0"):
+                return True
+        return any(holds_lock(pid, fd, lease) for fd in os.listdir("/proc/%d/fd" % pid))
+    except OSError:
+        return False  # gone meanwhile, or another user's
+
+
+def holds_lock(pid, fd, lease):
+    try:
+        if not os.path.samefile("/proc/%d/fd/%s" % (pid, fd), lease):
+            return False
+        with open("/proc/%d/fdinfo/%s" % (pid, fd)) as file:
+            return any("FLOCK" in line and "WRITE" in line for line in file)
+    except OSError:
+        return False
+
+
+class Wake:
+    """Wait for whichever comes first: a signal, a child's end, or a time.
+
+    `Popen.wait(timeout)` would poll with growing sleeps; this wakes at once.
+    """
+
+    def __init__(self):
+        self.reader, writer = os.pipe()
+        os.set_blocking(self.reader, False)
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def wait(self, timeout):
+        select.select([self.reader], [], [], max(0.0, timeout))
+        self.clear()
+
+    def clear(self):
+        with contextlib.suppress(BlockingIOError):
+            while len(os.read(self.reader, 4096)) == 4096:
+                pass
+
+
+def catch_signals(numbers, handler):
+    """Call HANDLER for these signals; let no signal be ignored that a job would inherit.
+
+    A shell starts background commands with SIGINT and SIGQUIT ignored, and what is
+    ignored stays so through exec; a handler does not.
+    """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            quiet = number == signal.SIGHUP and number in numbers  # started by nohup
+            signal.signal(number, nothing if quiet else signal.SIG_DFL)
+            numbers = set(numbers) - {number} if quiet else numbers
+    for number in numbers:
+        signal.signal(number, handler)
+    for number in (WAKE_SIGNAL, signal.SIGCHLD):
+        signal.signal(number, nothing)
+
+
+def nothing(number, frame):
+    """Handle a signal by waking up only; ignoring it would pass on to the jobs."""
+
+
+# ======================================================================================
+# Queue: the database; the only SQL
+# ======================================================================================
+
+SCHEMA = """
+CREATE TABLE jobs (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- a deleted job's is never given to another
+    id TEXT NOT NULL UNIQUE,
+    command TEXT NOT NULL,
+    state TEXT NOT NULL DEFAULT 'pending'
+        CHECK (state IN ('pending', 'processing', 'completed', 'failed', 'dead')),
+    attempts INTEGER NOT NULL DEFAULT 0,    -- claims that count against max_retries
+    max_retries INTEGER NOT NULL,
+    priority INTEGER NOT NULL DEFAULT 0,
+    run_at REAL NOT NULL,                   -- when it is, or was, due next
+    ready INTEGER NOT NULL,                 -- 0 while it waits for run_at
+    timeout REAL,
+    cwd TEXT NOT NULL,
+    env TEXT,
+    created_at REAL NOT NULL,
+    updated_at REAL NOT NULL,
+    run INTEGER NOT NULL DEFAULT 0,         -- number of its latest run; only ever grows
+    deaths INTEGER NOT NULL DEFAULT 0,      -- of workers that ran it
+    cancelled INTEGER NOT NULL DEFAULT 0,   -- a request, carried out by whoever runs it
+    error TEXT                              -- why it is failed or dead
+);
+CREATE TABLE runs (
+    seq INTEGER NOT NULL,
+    run INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    worker INTEGER NOT NULL,                -- pid of the worker
+    pid INTEGER,                            -- pid and process group of the command
+    started_at REAL NOT NULL,
+    finished_at REAL,
+    exit_code INTEGER,
+    error TEXT,
+    output BLOB,
+    PRIMARY KEY (seq, run)
+) WITHOUT ROWID;
+CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+
+-- Jobs in the order in which they are claimed, those that wait for a time, and the few
+-- that are neither waiting nor completed: a claim costs the same with a million others.
+CREATE INDEX jobs_ready ON jobs (priority DESC, seq) WHERE state = 'pending' AND ready = 1;
+CREATE INDEX jobs_waiting ON jobs (run_at) WHERE state IN ('pending', 'failed') AND ready = 0;
+CREATE INDEX jobs_rare ON jobs (state, seq) WHERE state IN ('processing', 'failed', 'dead');
+
+-- Counting a million rows takes a third of a second; a trigger keeps the counts.
+CREATE TABLE counts (state TEXT PRIMARY KEY, jobs INTEGER NOT NULL) WITHOUT ROWID;
+INSERT INTO counts VALUES
+    ('pending', 0), ('processing', 0), ('completed', 0), ('failed', 0), ('dead', 0);
+CREATE TRIGGER job_added AFTER INSERT ON jobs BEGIN
+    UPDATE counts SET jobs = jobs + 1 WHERE state = NEW.state;
+END;
+CREATE TRIGGER job_moved AFTER UPDATE OF state ON jobs WHEN OLD.state <> NEW.state BEGIN
+    UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
+    UPDATE counts SET jobs = jobs + 1 WHERE state = NEW.state;
+END;
+CREATE TRIGGER job_removed AFTER DELETE ON jobs BEGIN
+    UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
+END;
+"""
+
+RARE = "state IN ('processing', 'failed', 'dead')"  # as in jobs_rare, or it is not used
+JOB = """SELECT jobs.*, exit_code, started_at, finished_at
+         FROM jobs LEFT JOIN runs USING (seq, run) """
+PAGE = 500  # rows a read; a long read would keep the write-ahead log from being reset
+
+
+def missing(path):
+    """Tell whether there is no database at PATH yet; an empty file is none."""
+    try:
+        return os.stat(path).st_size == 0
+    except FileNotFoundError:
+        return True
+
+
+def create_database(path):
+    """Make a whole queue beside PATH and move it there: nobody ever sees half of one.
+
+    Sixty first commands at once would else fail: switching a database to write-ahead
+    logging does not wait for others.
+    """
+    home = os.path.dirname(path)
+    with folder_lock(home):
+        if not missing(path):
+            return  # another first command was quicker
+        draft = path + ".new"
+        # The log of a database that was removed would be taken for the new one's.
+        for leftover in (draft, path + "-wal", path + "-shm", path + "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(leftover)
+        fd = create_private(draft)
+        with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as db:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA application_id = %d" % APPLICATION_ID)
+            db.execute("PRAGMA user_version = %d" % SCHEMA_VERSION)
+            db.executescript("BEGIN;" + SCHEMA + "COMMIT;")
+            # Names the runs' files: those of a queue that was removed are never ours.
+            db.execute("INSERT INTO config VALUES ('token', ?)", (os.urandom(4).hex(),))
+        os.fsync(fd)
+        os.close(fd)
+        os.replace(draft, path)
+        sync_folder(home)
+
+
+class Queue:
+    """The jobs, their runs and the settings in one SQLite file.
+
+    Every verb that changes a job names the state that it leaves; what it could not move
+    was somebody else's, and nothing happens. `clock` returns epoch seconds.
+    """
+
+    def __init__(self, path, clock=time.time, synchronous="FULL", patience=PATIENCE):
+        self.path = os.path.abspath(path)
+        self.clock = clock
+        if os.path.isdir(self.path):
+            raise QueueError("%s is a folder, not a queue" % shown(self.path))
+        if missing(self.path):
+            create_database(self.path)
+        self.file = os.stat(self.path)
+        self.db = sqlite3.connect(self.path, timeout=patience, isolation_level=None)
+        try:
+            self._check_version()
+            self.db.row_factory = sqlite3.Row
+            self.db.execute("PRAGMA synchronous = %s" % synchronous)
+            self.db.execute("PRAGMA fullfsync = ON")  # macOS: sync for real
+            self.token = self._value("SELECT value FROM config WHERE key = 'token'")
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_version(self):
+        if self._value("PRAGMA application_id") != APPLICATION_ID:
+            raise QueueError("%s is not a queue of queuectl" % shown(self.path))
+        version = self._value("PRAGMA user_version")
+        if version != SCHEMA_VERSION:
+            raise QueueError(
+                "%s has version %d of the schema, and this queuectl knows version %d: "
+                "take a newer queuectl.py" % (shown(self.path), version, SCHEMA_VERSION)
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self.db.close()
+
+    @contextlib.contextmanager
+    def transaction(self):
+        """Begin, commit, or roll back; a verb used within another's joins it.
+
+        IMMEDIATE takes the write lock before anything is read, so that what a verb has
+        read is still true when it writes.
+        """
+        if self.db.in_transaction:
+            yield
+            return
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.db.execute("COMMIT")
+        except BaseException:
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+            raise
+
+    def _value(self, sql, *values):
+        row = self.db.execute(sql, values).fetchone()
+        return row[0] if row else None
+
+    def gone(self):
+        """Tell whether the file was removed, or replaced by another queue's."""
+        try:
+            return not os.path.samestat(os.stat(self.path), self.file)
+        except FileNotFoundError:
+            return True
+
+    # -- enqueue -----------------------------------------------------------------------
+
+    def defaults(self):
+        """Return the fields of a job that gives none: from the settings, as of now."""
+        values = self.settings()
+        return dict(
+            NO_FIELDS,
+            max_retries=values["max_retries"],
+            timeout=values["timeout"],
+            priority=0,
+            cwd=os.getcwd(),
+        )
+
+    def enqueue(self, jobs):
+        """Add jobs, all or none, given as `checked_job` returns them; return their seqs.
+
+        JOBS may be a generator: it is read within the transaction.
+        """
+        now = self.clock()
+        with self.transaction():
+            before = self._last_seq()
+            for job in jobs:
+                if job["id"] is None:
+                    job["id"] = self._new_id()
+                if job["run_at"] is None:
+                    job["run_at"] = min(now + (job["delay"] or 0), MAX_TIME)
+                self._add(job, now)
+            return before + 1, self._last_seq()
+
+    def _add(self, job, now):
+        try:
+            self.db.execute(
+                "INSERT INTO jobs (id, command, max_retries, priority, run_at, ready,"
+                " timeout, cwd, env, created_at, updated_at)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    job["id"],
+                    job["command"],
+                    job["max_retries"],
+                    job["priority"],
+                    job["run_at"],
+                    job["run_at"] <= now,
+                    job["timeout"],
+                    job["cwd"],
+                    job["env"],
+                    now,
+                    now,
+                ),
+            )
+        except sqlite3.IntegrityError:
+            raise QueueError("there is a job %s already" % shown(job["id"])) from None
+
+    def _last_seq(self):
+        return self._value("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'") or 0
+
+    def _new_id(self):
+        """Return a short id that no job has, without letters that look alike."""
+        while True:
+            digits = os.urandom(6)
+            name = "".join("23456789bcdfghjkmnpqrstvwxyz"[d % 28] for d in digits)
+            if self._value("SELECT 1 FROM jobs WHERE id = ?", name) is None:
+                return name
+
+    # -- the life of a job -------------------------------------------------------------
+
+    def claim(self, worker, take_lease):
+        """Give the next ready job to a worker, PENDING to PROCESSING; None if there is none.
+
+        `take_lease(name)` creates and locks the output file of the run. It is called
+        before anything is written: a claim that were committed before its lock is held
+        would be taken for a dead worker's.
+        """
+        with self.transaction():
+            now = self.clock()
+            self.promote(now)
+            row = self.db.execute(
+                "SELECT seq, id, command, timeout, cwd, env, max_retries,"
+                " attempts + 1 AS attempt, run + 1 AS run FROM jobs"
+                " WHERE state = 'pending' AND ready = 1 ORDER BY priority DESC, seq LIMIT 1"
+            ).fetchone()
+            if row is None:
+                return None
+            run = dict(row, started_at=now, lease=self._lease(row["seq"], row["run"]))
+            take_lease(run["lease"])
+            self.db.execute(
+                "UPDATE jobs SET state = 'processing', attempts = ?, run = ?, updated_at = ?"
+                " WHERE seq = ? AND state = 'pending'",
+                (run["attempt"], run["run"], now, run["seq"]),
+            )
+            self.db.execute(
+                "INSERT INTO runs (seq, run, attempt, worker, started_at)"
+                " VALUES (?, ?, ?, ?, ?)",
+                (run["seq"], run["run"], run["attempt"], worker, now),
+            )
+            return run
+
+    def promote(self, now):
+        """Make jobs ready whose time has come, FAILED to PENDING; a few at a time.
+
+        A hundred thousand that become due at once would else hold up one claim.
+        """
+        self.db.execute(
+            "UPDATE jobs SET state = 'pending', ready = 1 WHERE seq IN (SELECT seq FROM jobs"
+            " WHERE state IN ('pending', 'failed') AND ready = 0 AND run_at <= ?"
+            " ORDER BY run_at LIMIT 100)",
+            (now,),
+        )
+
+    def complete(self, run, result):
+        """PROCESSING to COMPLETED."""
+        return self._leave(run, result, "completed", None)
+
+    def fail(self, run, result):
+        """PROCESSING to FAILED, to be tried again after the backoff, or to DEAD."""
+        if run["attempt"] >= max(1, run["max_retries"]):
+            return self._leave(run, result, "dead", result["error"])
+        settings = self.settings()
+        wait = backoff(settings["backoff_base"], run["attempt"], settings["backoff_max"])
+        due = min(self.clock() + wait, MAX_TIME)
+        changes = ", ready = 0, run_at = ?"
+        return self._leave(run, result, "failed", result["error"], changes, due)
+
+    def release(self, run, result):
+        """PROCESSING back to PENDING; the attempt was not the job's fault and is given back.
+
+        A job whose worker died too often is DEAD: it may be what kills them.
+        """
+        died = result["error"] == "worker died"
+        deaths = self._value("SELECT deaths FROM jobs WHERE seq = ?", run["seq"])
+        if died and deaths is not None and deaths + 1 >= MAX_DEATHS:
+            error = "worker died %d times" % MAX_DEATHS
+            return self._leave(run, result, "dead", error, ", deaths = ?", MAX_DEATHS)
+        changes = ", attempts = attempts - 1, deaths = deaths + ?"
+        return self._leave(run, result, "pending", None, changes, int(died))
+
+    def _leave(self, run, result, state, error, changes="", *values):
+        """Move the job of a run out of PROCESSING if the run still owns it; record the run."""
+        with self.transaction():
+            moved = self.db.execute(
+                "UPDATE jobs SET state = ?, error = ?, updated_at = ?" + changes +
+                " WHERE seq = ? AND state = 'processing' AND run = ?",
+                (state, error, self.clock(), *values, run["seq"], run["run"]),
+            ).rowcount
+            if moved:
+                self.db.execute(
+                    "UPDATE runs SET pid = ?, finished_at = ?, exit_code = ?, error = ?,"
+                    " output = ? WHERE seq = ? AND run = ?",
+                    (
+                        result["pid"],
+                        result["finished_at"],
+                        result["exit_code"],
+                        result["error"],
+                        result["output"],
+                        run["seq"],
+                        run["run"],
+                    ),
+                )
+            return state if moved else None
+
+    def note_pid(self, run, pid):
+        """Record the process of a run that has been going on for a while."""
+        self.db.execute(
+            "UPDATE runs SET pid = ? WHERE seq = ? AND run = ? AND finished_at IS NULL",
+            (pid, run["seq"], run["run"]),
+        )
+
+    def retry(self, ids=None):
+        """DEAD to PENDING with attempts 0, all or none; every dead job without IDS."""
+        reset = (
+            "UPDATE jobs SET state = 'pending', attempts = 0, deaths = 0, cancelled = 0,"
+            " error = NULL, ready = 1, run_at = ?1, updated_at = ?1"
+            " WHERE state = 'dead' AND " + RARE
+        )
+        now = self.clock()
+        with self.transaction():
+            if ids is None:
+                return self.db.execute(reset, (now,)).rowcount
+            for job in self._jobs_named(ids):
+                if self.db.execute(reset + " AND seq = ?2", (now, job["seq"])).rowcount == 0:
+                    raise QueueError(
+                        "job %s is %s, not dead" % (shown(job["id"]), job["state"])
+                    )
+            return len(set(ids))
+
+    def delete(self, ids):
+        """Remove jobs and their runs, all or none; a running one is refused."""
+        with self.transaction():
+            for job in self._jobs_named(ids):
+                removed = self.db.execute(
+                    "DELETE FROM jobs WHERE seq = ? AND state <> 'processing'", (job["seq"],)
+                ).rowcount
+                if removed == 0:
+                    raise QueueError("job %s is running" % shown(job["id"]))
+                self.db.execute("DELETE FROM runs WHERE seq = ?", (job["seq"],))
+
+    # -- reading -----------------------------------------------------------------------
+
+    def job(self, id):
+        """Return one job with what its latest run left."""
+        row = self.db.execute(JOB + "WHERE id = ?", (id,)).fetchone()
+        if row is None:
+            raise QueueError("there is no job %s" % shown(id))
+        return row
+
+    def _jobs_named(self, ids):
+        return [self.job(id) for id in dict.fromkeys(ids)]
+
+    def jobs(self, state=None, limit=0, first=1, last=MAX_INTEGER):
+        """Yield jobs, oldest first; one short read a page."""
+        where = "WHERE seq BETWEEN ? AND ?"
+        if state:
+            where += " AND state = '%s'" % STATES[STATES.index(state)]
+            where += "" if state in ("pending", "completed") else " AND " + RARE
+        left = limit or MAX_INTEGER
+        while left > 0:
+            rows = self.db.execute(
+                JOB + where + " ORDER BY seq LIMIT ?", (first, last, min(left, PAGE))
+            ).fetchall()
+            yield from rows
+            if len(rows) < PAGE:
+                return
+            first, left = rows[-1]["seq"] + 1, left - len(rows)
+
+    def runs(self, job):
+        """Return the runs of a job, the first one first, without their output."""
+        return self.db.execute(
+            "SELECT run, attempt, worker, pid, started_at, finished_at, exit_code, error"
+            " FROM runs WHERE seq = ? ORDER BY run",
+            (job["seq"],),
+        ).fetchall()
+
+    def output(self, job):
+        """Return the kept output of a job's latest run, or None while it runs."""
+        return self._value(
+            "SELECT output FROM runs WHERE seq = ? AND run = ?", job["seq"], job["run"]
+        )
+
+    def processing(self):
+        """Return what is running, with the worker that runs it and the lease."""
+        rows = self.db.execute(
+            "SELECT seq, run, id, attempts AS attempt, max_retries, worker, pid, started_at"
+            " FROM jobs JOIN runs USING (seq, run) WHERE state = 'processing' AND " + RARE
+        ).fetchall()
+        return [dict(row, lease=self._lease(row["seq"], row["run"])) for row in rows]
+
+    def _lease(self, seq, run):
+        return "%s-%d-%d" % (self.token, seq, run)
+
+    def lease(self, job):
+        return self._lease(job["seq"], job["run"])
+
+    def counts(self):
+        """Return how many jobs there are in each state."""
+        counts = dict(self.db.execute("SELECT state, jobs FROM counts").fetchall())
+        return {state: counts[state] for state in STATES}
+
+    def next_due(self):
+        """Return when the next job is due: 0 if one is ready, None if none waits."""
+        if self._value("SELECT 1 FROM jobs WHERE state = 'pending' AND ready = 1 LIMIT 1"):
+            return 0
+        return self._value(
+            "SELECT run_at FROM jobs WHERE state IN ('pending', 'failed') AND ready = 0"
+            " ORDER BY run_at LIMIT 1"
+        )
+
+    def drained(self):
+        """Tell whether no job is ready, running or waiting for a retry."""
+        counts = self.counts()
+        due = self.next_due()
+        busy = counts["processing"] or counts["failed"]
+        return not busy and (due is None or due > self.clock())
+
+    def dead_since(self, moment, workers):
+        """Tell whether a job that one of these workers ran became dead since then."""
+        rows = self.db.execute(
+            "SELECT worker FROM jobs JOIN runs USING (seq, run)"
+            " WHERE state = 'dead' AND " + RARE + " AND finished_at >= ?",
+            (moment,),
+        )
+        return any(row["worker"] in workers for row in rows)
+
+    # -- settings ----------------------------------------------------------------------
+
+    def settings(self):
+        """Return the value of every setting, the default where none was set."""
+        values = {name: default for name, (_, default, _) in SETTINGS.items()}
+        for key, value in self.db.execute("SELECT key, value FROM config"):
+            if key in values:
+                values[key] = json.loads(value)
+        return values
+
+    def set(self, name, value):
+        with self.transaction():
+            self.db.execute(
+                "INSERT OR REPLACE INTO config VALUES (?, ?)", (name, json.dumps(value))
+            )
+
+    def unset(self, name):
+        with self.transaction():
+            self.db.execute("DELETE FROM config WHERE key = ?", (name,))
+
+
+# ======================================================================================
+# Runs: one command; its lease, its output, its end
+# ======================================================================================
+
+
+def beside(path, ending):
+    """Return the name of one of the files that lie beside a queue's database."""
+    return (path[:-3] if path.endswith(".db") else path) + ending
+
+
+class Lease:
+    """The output file of a run, locked for as long as any process of the run lives."""
+
+    def __init__(self, path):
+        self.path = path
+        self.cut = b""  # what was kept of output that grew past the bound
+        try:
+            self.fd = open_lease(path)
+        except FileNotFoundError:  # the folder went with the last pool that stopped
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            self.fd = open_lease(path)
+
+    def cut_back(self, limit):
+        """Keep the end of an output that grows past a bound, so that it fills no disk."""
+        size = os.fstat(self.fd).st_size
+        if size > max(4 * limit, 2**24):
+            note = b"[queuectl: about %d bytes of output dropped here]\n"
+            tail = os.pread(self.fd, limit, size - limit)
+            os.ftruncate(self.fd, 0)  # the command appends: its next write lands at 0
+            self.cut = note % (size - len(tail)) + tail
+
+    def output(self, limit):
+        """Return the last bytes of the output; what was dropped before them is said."""
+        size = os.fstat(self.fd).st_size
+        tail = os.pread(self.fd, limit, max(0, size - limit))
+        if len(tail) == limit < size:
+            return b"[queuectl: %d bytes of output dropped here]\n" % (size - limit) + tail
+        return self.cut[len(tail) :] + tail if self.cut and limit else tail
+
+    def discard(self):
+        """Let go of the file; a background child that the command left may keep it open."""
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self.path)
+        os.close(self.fd)
+
+
+def read_tail(path, limit):
+    """Return the last bytes of a file, none if it is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - limit))
+            return file.read()
+    return b""
+
+
+def start_command(run, lease):
+    """Start the command of a run; raise OSError where the system refuses."""
+    marks = {
+        "QUEUECTL_JOB_ID": run["id"],
+        "QUEUECTL_ATTEMPT": str(run["attempt"]),
+        "QUEUECTL_RUN": lease.path,  # by which its processes are known, see run_processes
+    }
+    os.environ.update(marks)  # the worker's own: a copy for each run costs too much
+    env = dict(os.environ, **json.loads(run["env"]), **marks) if run["env"] else None
+    return spawn(run["command"], run["cwd"], env, lease.fd)
+
+
+def watch(process, wake, timeout, asked, tick):
+    """Wait for a command; return why it was ended from outside, or None.
+
+    `asked()` says why it has to end now, if it has; `tick()` is called each time. A
+    command that has to end gets SIGTERM and, after a grace, SIGKILL, with its whole
+    process group; only when that is gone does this return.
+    """
+    reason, deadline = None, time.monotonic() + (timeout or MAX_SPAN)
+    while process.poll() is None or (reason and group_exists(process.pid)):
+        wake.wait(min(TICK if reason is None else TICK / 10, deadline - time.monotonic()))
+        if process.poll() is not None and reason is None:
+            break
+        tick()
+        late = time.monotonic() >= deadline
+        if reason is None:
+            reason = asked() or (late and "timeout %ss" % number(timeout))
+            if reason:
+                signal_group(process.pid, signal.SIGTERM)
+                deadline = time.monotonic() + GRACE
+        elif late:
+            signal_group(process.pid, signal.SIGKILL)
+            deadline = time.monotonic() + GRACE
+    return reason
+
+
+def how_it_ended(code):
+    """Return exit code and error of a command by what `Popen.returncode` says."""
+    if code < 0:
+        return None, "signal %d" % -code
+    return code, "exit %d" % code if code else None
+
+
+def number(value):
+    """Return a number as text, without a fraction of zero."""
+    return "%d" % value if value == int(value) else "%g" % value
+
+
+# ======================================================================================
+# Worker: claim, run, record, again
+# ======================================================================================
+
+
+class Worker:
+    """One process of a pool; it runs one job at a time."""
+
+    def __init__(self, path, pool, slot, drain):
+        self.path, self.pool, self.drain = path, pool, drain
+        if not pool.hold(slot):
+            raise QueueError("worker %d is there already" % slot)
+        catch_signals(STOP_SIGNALS, self.stop)
+        signal.signal(signal.SIGINT, nothing)  # a terminal sends these to the whole pool;
+        signal.signal(signal.SIGHUP, nothing)  # the supervisor decides what they mean
+        self.wake = Wake()
+        self.log = open_log(path)
+        self.queue = None
+        self.lease = None
+        self.stopped = False
+        self.trouble = None
+
+    def stop(self, number, frame):
+        self.stopped = True
+
+    def work(self):
+        """Run jobs until asked to stop, or in a drain until no job is left."""
+        self.queue = self.patiently(
+            Queue, self.path, synchronous="NORMAL", patience=PATIENCE / 6
+        )
+        with self.queue:
+            done = None
+            while True:
+                run = self.patiently(self.turn, done)
+                if run:
+                    done = (run, *self.execute(run))
+                elif self.finished():
+                    return
+                else:
+                    done = None
+                    self.wake.wait(self.pause())
+
+    def patiently(self, action, *args, **options):
+        """Try until it works: a full disk or a locked file costs time, never a result."""
+        while True:
+            try:
+                result = action(*args, **options)
+                if self.trouble:
+                    self.log.info("going on")
+                self.trouble = None
+                return result
+            except (sqlite3.Error, OSError) as error:
+                if self.leaving() and self.trouble:
+                    raise QueueError("left with the trouble still there: %s" % error)
+                if str(error) != self.trouble:
+                    self.log.error("%s; waiting until it is over", error)
+                self.trouble = str(error)
+            self.wake.wait(IDLE_WAIT)
+
+    def leaving(self):
+        gone = self.queue and self.queue.gone()
+        return self.stopped or self.pool.request() is not None or gone
+
+    def finished(self):
+        return self.leaving() or (self.drain and self.queue.drained())
+
+    def pause(self):
+        due = self.queue.next_due()
+        wait = IDLE_WAIT if due is None else due - self.queue.clock()
+        return min(max(wait, 0.0), IDLE_WAIT)
+
+    def turn(self, done):
+        """Record the end of one run and claim the next, in one transaction."""
+        finished, self.lease = self.lease if done else None, None
+        try:
+            with self.queue.transaction():
+                state = self.record(*done) if done else None
+                run = None if self.leaving() else self.queue.claim(os.getpid(), self.take)
+        except BaseException:
+            if self.lease:
+                self.lease.discard()
+            self.lease = finished
+            raise
+        if done:
+            finished.discard()
+            self.report(state, *done)
+        return run
+
+    def take(self, name):
+        self.lease = Lease(os.path.join(beside(self.path, ".runs"), name))
+
+    def record(self, run, reason, result):
+        if reason == "stop --now":
+            return self.queue.release(run, result)
+        if result["error"] is None:
+            return self.queue.complete(run, result)
+        return self.queue.fail(run, result)
+
+    def report(self, state, run, reason, result):
+        """Write a line to the log; a result that came too late is said and dropped."""
+        words = state or "no longer ours, result dropped"
+        if result["error"]:
+            words += " (%s)" % result["error"]
+        spent = result["finished_at"] - run["started_at"]
+        self.log.info("%s %s in %.3f s", about(run), words, spent)
+
+    def execute(self, run):
+        """Run a claimed job; return why it was ended from outside, and its result."""
+        self.log.info("%s started", about(run))
+        started = time.monotonic()
+        limit = self.queue.settings()["output_limit"]
+        pid = reason = code = None
+        try:
+            process = start_command(run, self.lease)
+        except (OSError, ValueError) as refusal:
+            error = "cannot start: %s" % refusal
+        else:
+            pid = process.pid
+            reason = self.attend(process, run, limit)
+            code, error = how_it_ended(process.returncode)
+        return reason, dict(
+            pid=pid,
+            exit_code=code,
+            error=reason or error,
+            output=self.lease.output(limit),
+            finished_at=run["started_at"] + time.monotonic() - started,
+        )
+
+    def attend(self, process, run, limit):
+        """Wait for a command, its output and the requests that concern it in view."""
+        noted = []
+
+        def tick():
+            self.lease.cut_back(limit)
+            if not noted:
+                with contextlib.suppress(sqlite3.Error):
+                    self.queue.note_pid(run, process.pid)
+                    noted.append(True)
+
+        def asked():
+            return "stop --now" if self.pool.request() == "now" else None
+
+        return watch(process, self.wake, run["timeout"], asked, tick)
+
+
+def about(run):
+    """Return job and attempt of a run, for the log."""
+    return "%s %d/%d" % (shown(run["id"]), run["attempt"], max(1, run["max_retries"]))
+
+
+# ======================================================================================
+# Supervisor: PID files, the log, starting and stopping workers, recovery
+# ======================================================================================
+
+
+class PoolFile:
+    """`queuectl-PID.pid`, by which a pool is found, asked and known to be alive.
+
+    The supervisor locks one byte of it and each worker another: a file without locks is
+    a leftover, whatever it says. Its text is the supervisor's pid, for people, and what
+    the pool is asked: `stop`, or `now`.
+    """
+
+    LOCKS = 2**20  # the first byte to lock; far behind the text, for Windows' sake
+    REQUEST = 16  # where the request stands; room is made at the start, disks are full later
+
+    def __init__(self, path):
+        self.path = path
+        self.pid = int(path[:-4].rpartition("-")[2])
+        self.fd = os.open(path, os.O_RDWR)
+
+    @classmethod
+    def create(cls, queue_path):
+        path = beside(queue_path, "-%d.pid" % os.getpid())
+        while True:
+            os.close(create_private(path, 0))
+            pool = cls(path)
+            # Somebody may have removed the file as a leftover before it was locked.
+            if pool.hold(0) and same_file(pool.fd, path):
+                os.ftruncate(pool.fd, 0)
+                os.write(pool.fd, b"%-15d\n%-15s\n" % (pool.pid, b""))
+                return pool
+            pool.close()
+
+    @classmethod
+    def all(cls, queue_path, own=None):
+        """Yield every PID file of a queue; each is closed after its turn.
+
+        A process of a pool hands in its OWN, since closing another descriptor of that
+        file would drop its locks.
+        """
+        folder, stem = os.path.split(beside(queue_path, "-"))
+        for name in sorted(os.listdir(folder)):
+            if name.startswith(stem) and name[len(stem) : -4].isdigit() and name[-4:] == ".pid":
+                path = os.path.join(folder, name)
+                if own and own.path == path:
+                    yield own
+                else:
+                    with contextlib.suppress(FileNotFoundError), cls(path) as pool:
+                        yield pool
+
+    def hold(self, slot):
+        return lock_byte(self.fd, self.LOCKS + slot)
+
+    def holder(self, slot):
+        return byte_holder(self.fd, self.LOCKS + slot)
+
+    def alive(self):
+        """Tell whether its supervisor or any of its workers lives."""
+        return byte_holder(self.fd, self.LOCKS, MAX_WORKERS + 1) is not None
+
+    def workers(self):
+        """Return the pids of its workers."""
+        pids = []
+        for slot in range(1, MAX_WORKERS + 1):
+            if byte_holder(self.fd, self.LOCKS + slot, MAX_WORKERS) is None:
+                break
+            pids.append(self.holder(slot))
+        return [pid for pid in pids if pid is not None]
+
+    def ask(self, word):
+        """Ask the pool to `stop`, or to stop `now`, which is not taken back."""
+        if self.request() != "now":
+            os.pwrite(self.fd, word.encode(), self.REQUEST)
+        self.poke()
+
+    def poke(self):
+        for pid in [self.holder(0) or 0, *self.workers()]:
+            poke(pid)
+
+    def request(self):
+        """Return what the pool is asked: "now", "stop" or None.
+
+        A pool whose file was removed can never be asked, and one without a supervisor
+        has nobody who looks after it: both stop.
+        """
+        asked = os.pread(self.fd, 15, self.REQUEST)
+        if asked.startswith(b"now"):
+            return "now"
+        supervised = self.pid == os.getpid() or self.holder(0) is not None
+        if asked.startswith(b"stop") or not supervised or not os.fstat(self.fd).st_nlink:
+            return "stop"
+        return None
+
+    def leave(self):
+        """Remove the file, if no other process of the pool is left."""
+        if lock_byte(self.fd, self.LOCKS, MAX_WORKERS + 1) and same_file(self.fd, self.path):
+            os.remove(self.path)
+
+    def close(self):
+        os.close(self.fd)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def wake_pools(queue_path):
+    """Let idle workers look at once instead of within a second."""
+    for pool in PoolFile.all(queue_path):
+        pool.poke()
+
+
+class LogFile:
+    """A stream for `logging` to which several processes append; full, it becomes PATH.1."""
+
+    def __init__(self, path, limit=LOG_LIMIT):
+        self.path, self.limit = path, limit
+        self.fd = create_private(path, 0)
+
+    def write(self, text):
+        if not same_file(self.fd, self.path):
+            self.reopen()  # another process renamed it, or somebody removed it
+        os.write(self.fd, text.encode("utf-8", "backslashreplace"))
+        if os.fstat(self.fd).st_size > self.limit:
+            self.rotate()
+
+    def flush(self):
+        """Do nothing: each line was written at once."""
+
+    def rotate(self):
+        """Rename a full log, once, however many processes see that it is full."""
+        with folder_lock(os.path.dirname(self.path)):
+            if same_file(self.fd, self.path):
+                os.replace(self.path, self.path + ".1")
+        self.reopen()
+
+    def reopen(self):
+        os.close(self.fd)
+        self.fd = create_private(self.path, 0)
+
+
+def open_log(queue_path):
+    """Return the logger of this process: to the queue's log, or else to standard error."""
+    import logging
+
+    logging.raiseExceptions = False  # a full disk must not stop a pool
+    log = logging.getLogger("queuectl")
+    log.handlers.clear()
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        stream = LogFile(beside(queue_path, ".log"))
+    except OSError as error:
+        stream = sys.stderr
+        say("cannot write the log, logging here instead: %s" % error)
+    handler = logging.StreamHandler(stream)
+    layout = "%(asctime)s %(levelname)s %(processName)s[%(process)d] %(message)s"
+    handler.setFormatter(logging.Formatter(layout))
+    log.addHandler(handler)
+    return log
+
+
+def say(message):
+    print("queuectl: %s" % message, file=sys.stderr, flush=True)
+
+
+class Supervisor:
+    """A pool: starts the workers, replaces those that die, and looks after what they left.
+
+    It holds no database open while it forks: SQLite must not cross a fork.
+    """
+
+    def __init__(self, path, count, drain=False):
+        self.path, self.count, self.drain = os.path.abspath(path), count, drain
+        self.runs = beside(self.path, ".runs")
+        self.workers = {}  # slot: process
+        self.pids = set()  # of all workers there ever were
+        self.started = {}  # slot: when its worker was started last
+        self.drained = set()  # slots whose worker found nothing left to do
+        self.orphans = {}  # (seq, run): when its processes get SIGKILL
+        self.next_look = 0.0
+        self.signals = 0
+        self.removed = False
+
+    def run(self):
+        """Run the pool until it is asked to stop or drained; return the exit code."""
+        with Queue(self.path) as queue:
+            self.file, began = queue.file, queue.clock()
+        catch_signals(STOP_SIGNALS, self.count_signal)
+        self.wake = Wake()
+        self.pool = PoolFile.create(self.path)
+        try:
+            self.log = open_log(self.path)
+            self.log.info("pool of %d started", self.count)
+            self.patiently(self.tidy)
+            self.loop()
+            self.patiently(self.tidy)
+            self.log.info("pool stopped")
+        finally:
+            self.pool.leave()
+        return self.exit_code(began)
+
+    def count_signal(self, number, frame):
+        self.signals += 1
+
+    def loop(self):
+        while True:
+            self.heed()
+            self.reap()
+            self.staff()
+            if not self.workers:
+                return
+            if time.monotonic() >= self.next_look:
+                self.patiently(self.look)
+                pause = TICK if self.orphans else LOOK_EVERY
+                self.next_look = time.monotonic() + pause
+            self.sleep()
+
+    def sleep(self):
+        from multiprocessing.connection import wait
+
+        pause = self.next_look - time.monotonic()
+        wait([self.wake.reader, *(p.sentinel for p in self.workers.values())], max(0, pause))
+        self.wake.clear()
+
+    def heed(self):
+        """Pass on what signals ask: the first to stop, a second to stop now."""
+        if self.signals:
+            self.ask("stop" if self.signals == 1 else "now")
+
+    def ask(self, word):
+        if self.pool.request() not in (word, "now"):
+            self.log.info("asked to %s", {"now": "stop now"}.get(word, word))
+            self.pool.ask(word)
+
+    def reap(self):
+        for slot, process in list(self.workers.items()):
+            if process.exitcode is None:
+                continue
+            del self.workers[slot]
+            if process.exitcode:
+                self.log.error("worker %d died: %s", slot, how_it_ended(process.exitcode)[1])
+                self.next_look = 0.0
+            elif self.drain:
+                self.drained.add(slot)
+                self.pool.poke()  # the others may be waiting for what this one ran
+
+    def staff(self):
+        """Start the workers that are missing; one that keeps dying not too often."""
+        now = time.monotonic()
+        for slot in range(1, self.count + 1):
+            if slot in self.workers or slot in self.drained or self.pool.request():
+                continue
+            due = self.started.get(slot, -MAX_SPAN) + RESTART_EVERY
+            if now >= due:
+                self.started[slot] = now
+                self.start(slot)
+            self.next_look = min(self.next_look, max(due, now))
+
+    def start(self, slot):
+        import multiprocessing
+
+        method = "fork" if sys.platform.startswith("linux") else "spawn"
+        process = multiprocessing.get_context(method).Process(
+            target=work, args=(self.path, self.pool.path, slot, self.drain)
+        )
+        process.name = "worker-%d" % slot
+        process.start()
+        self.workers[slot] = process
+        self.pids.add(process.pid)
+
+    def patiently(self, action):
+        """Do something with the database; with trouble there, the next look will."""
+        if self.gone():
+            return
+        try:
+            with Queue(self.path, synchronous="NORMAL", patience=IDLE_WAIT) as queue:
+                action(queue)
+        except (sqlite3.Error, OSError, QueueError) as error:
+            self.log.error("%s", error)
+
+    def gone(self):
+        """Notice that the database was removed or replaced; the pool then stops."""
+        try:
+            removed = not os.path.samestat(os.stat(self.path), self.file)
+        except FileNotFoundError:
+            removed = True
+        if removed and not self.removed:
+            say("%s was removed; this pool stops" % shown(self.path))
+            self.removed = True
+            self.ask("stop")
+        return removed
+
+    def look(self, queue):
+        """Look for jobs in PROCESSING that nobody runs."""
+        # First the runs, then the workers: one that claimed a run was there before it.
+        runs = queue.processing()
+        live = {p for pool in PoolFile.all(self.path, self.pool) for p in pool.workers()}
+        for run in runs:
+            run["path"] = os.path.join(self.runs, run["lease"])
+            if run["worker"] not in live or lease_is_free(run["path"]):
+                self.rescue(queue, run)
+        known = {(run["seq"], run["run"]) for run in runs}
+        self.orphans = {key: at for key, at in self.orphans.items() if key in known}
+
+    def rescue(self, queue, run):
+        """Put a job back whose worker is gone, as soon as none of its processes is left."""
+        processes = run_processes(run["path"])
+        if processes:
+            self.end_orphan(run, processes)
+            return
+        with queue.transaction():
+            if lease_is_free(run["path"]):
+                state = queue.release(run, self.remains(queue, run))
+                self.log.warning("%s worker died, %s", about(run), state)
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(run["path"])
+
+    def end_orphan(self, run, processes):
+        """Signal what a dead worker left running: SIGTERM once, after a grace SIGKILL."""
+        now = time.monotonic()
+        first = (run["seq"], run["run"]) not in self.orphans
+        kill_at = self.orphans.setdefault((run["seq"], run["run"]), now + GRACE)
+        if first:
+            self.log.warning("%s worker died, ending its orphans %s", about(run), processes)
+        if first or now >= kill_at:
+            for group in process_groups(processes):
+                signal_group(group, signal.SIGTERM if first else signal.SIGKILL)
+
+    def remains(self, queue, run):
+        """Return the result of a run whose worker died."""
+        limit = queue.settings()["output_limit"]
+        return dict(
+            pid=run["pid"],
+            exit_code=None,
+            error="worker died",
+            output=read_tail(run["path"], limit),
+            finished_at=queue.clock(),
+        )
+
+    def tidy(self, queue):
+        """Remove output files that belong to no run, and the folder when it is empty."""
+        with queue.transaction():  # no claim is under way meanwhile
+            used = {run["lease"] for run in queue.processing()}
+            with contextlib.suppress(FileNotFoundError):
+                for name in set(os.listdir(self.runs)) - used:
+                    remove_free(os.path.join(self.runs, name))
+        with contextlib.suppress(OSError):
+            os.rmdir(self.runs)
+
+    def exit_code(self, began):
+        if self.removed:
+            return 1
+        if not self.drain:
+            return 0
+        with Queue(self.path) as queue:
+            return 1 if queue.dead_since(began, self.pids) else 0
+
+
+def work(path, pool_path, slot, drain):
+    """Be a worker: the target of each process of a pool."""
+    pool = PoolFile(pool_path)
+    worker = Worker(path, pool, slot, drain)
+    try:
+        worker.work()
+    except Exception:
+        worker.log.exception("worker %d failed", slot)
+        sys.exit(1)
+    finally:
+        pool.leave()
+
+
+# ======================================================================================
+# Output: values to text
+# ======================================================================================
+
+
+def iso(moment):
+    """Return epoch seconds as ISO 8601 text in UTC, None as None."""
+    return moment and time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+
+def public(job):
+    """Return a job as JSON shows it."""
+    return {
+        "id": job["id"],
+        "command": job["command"],
+        "state": job["state"],
+        "attempts": job["attempts"],
+        "max_retries": job["max_retries"],
+        "priority": job["priority"],
+        "run_at": iso(job["run_at"]),
+        "timeout": job["timeout"],
+        "cwd": job["cwd"],
+        "env": json.loads(job["env"] or "{}"),
+        "created_at": iso(job["created_at"]),
+        "updated_at": iso(job["updated_at"]),
+        "exit_code": job["exit_code"],
+        "error": job["error"],
+        "started_at": iso(job["started_at"]),
+        "finished_at": iso(job["finished_at"]),
+    }
+
+
+def public_run(run):
+    times = {name: iso(run[name]) for name in ("started_at", "finished_at")}
+    return dict(run, **times)
+
+
+def span(seconds):
+    """Return a duration in one or two units: 0.2s, 12s, 3m 20s, 2h 5m, 4d 1h."""
+    if seconds < 10:
+        return "%.1fs" % max(0.0, seconds)
+    whole, parts = int(seconds), []
+    for unit in "dhms":
+        count, whole = divmod(whole, UNITS[unit])
+        if count or parts:
+            parts.append("%d%s" % (count, unit))
+    return " ".join(parts[:2])
+
+
+def when(moment, now):
+    """Return a time as people say it: "2m ago", "in 4.0s"."""
+    return span(now - moment) + " ago" if moment <= now else "in " + span(moment - now)
+
+
+def tries(job):
+    """Return a job's attempts of how many it has, as 2/3."""
+    return "%d/%d" % (job["attempts"], max(1, job["max_retries"]))
+
+
+def table(rows, titles):
+    """Yield the lines of a table; the last column is not padded.
+
+    Widths come from the first page of rows, so that a million can be streamed.
+    """
+    rows = iter(rows)
+    page = [row for row, _ in zip(rows, range(PAGE))]
+    widths = [max(map(len, column)) for column in zip(titles, *page)]
+    layout = "  ".join("%%-%ds" % width for width in widths[:-1]) + "  %s"
+    yield layout % tuple(titles)
+    for source in (page, rows):
+        for row in source:
+            yield layout % tuple(row)
+
+
+def print_json(value):
+    print(json.dumps(value))
+
+
+def print_json_array(values):
+    """Print an array as it comes, on one line; a million rows cost no memory."""
+    write = sys.stdout.write
+    write("[")
+    for index, value in enumerate(values):
+        write((", " if index else "") + json.dumps(value))
+    write("]\n")
+
+
+# ======================================================================================
+# Commands: one function each; `args` as the parser in the next section makes them
+# ======================================================================================
+
+
+def cmd_enqueue(args):
+    with Queue(args.db) as queue:
+        defaults = queue.defaults()
+        sources = args.jobs
+        if args.file or sources == ["-"]:
+            with spooled(args.file) as lines:
+                first, last = queue.enqueue(read_lines(lines, defaults))
+        elif sources:
+            first, last = queue.enqueue(read_arguments(sources, defaults))
+        else:
+            raise QueueError("enqueue: no job given (see enqueue --help)", 2)
+        wake_pools(queue.path)
+        added = queue.jobs(first=first, last=last)
+        if args.json:
+            print_json_array(map(public, added))
+        else:
+            for job in added:
+                print("enqueued", shown(job["id"]))
+
+
+def read_arguments(texts, defaults):
+    """Yield the checked jobs of JSON texts, each an object or an array of them."""
+    for text in texts:
+        given = parsed(text)
+        for job in given if isinstance(given, list) else [given]:
+            yield checked_job(job, defaults)
+
+
+@contextlib.contextmanager
+def spooled(path):
+    """Open a file of jobs, or standard input read to its end.
+
+    A slow producer at the other end of a pipe would else keep the database locked.
+    """
+    import shutil
+    import tempfile
+
+    with contextlib.ExitStack() as files:
+        source = files.enter_context(open(path, "rb")) if path else sys.stdin.buffer
+        spool = files.enter_context(tempfile.SpooledTemporaryFile(2**24))
+        shutil.copyfileobj(source, spool)
+        spool.seek(0)
+        yield spool
+
+
+def read_lines(lines, defaults):
+    """Yield the checked jobs of an array or of JSON Lines; a refusal names the line."""
+    for number, line in enumerate(lines, 1):
+        if line.isspace():
+            continue
+        try:
+            if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+                rest = line + lines.read()
+                yield from (checked_job(job, defaults) for job in parsed(rest))
+                return
+            yield checked_job(parsed(line), defaults)
+        except QueueError as error:
+            raise QueueError("line %d: %s" % (number, error), error.code) from None
+
+
+def cmd_list(args):
+    with Queue(args.db) as queue:
+        jobs = queue.jobs(args.state, args.limit)
+        if args.json:
+            print_json_array(map(public, jobs))
+        else:
+            print_jobs(jobs, queue.clock())
+
+
+def print_jobs(jobs, now):
+    rows = (
+        [
+            shown(job["id"]),
+            job["state"],
+            tries(job),
+            when(job["updated_at"], now),
+            shown(job["command"]),
+        ]
+        for job in jobs
+    )
+    for line in table(rows, ["ID", "STATE", "TRIES", "CHANGED", "COMMAND"]):
+        print(line)
+
+
+def cmd_show(args):
+    with Queue(args.db) as queue:
+        job = queue.job(args.id)
+        runs = [public_run(run) for run in queue.runs(job)]
+        fields = dict(public(job), runs=runs)
+        if args.json:
+            print_json(fields)
+            return
+        for name, value in fields.items():
+            if name != "runs" and value not in (None, {}):
+                text = value if isinstance(value, str) else json.dumps(value)
+                print("%-12s %s" % (name + ":", shown(text)))
+        for run in runs:
+            end = run["error"] or ("exit 0" if run["finished_at"] else "running")
+            print("run %d, attempt %d, %s: %s" % (
+                run["run"], run["attempt"], run["started_at"], shown(end)))
+
+
+def cmd_logs(args):
+    with Queue(args.db) as queue:
+        job = queue.job(args.id)
+        kept = queue.output(job)
+        if kept is None and job["run"]:
+            lease = os.path.join(beside(queue.path, ".runs"), queue.lease(job))
+            kept = read_tail(lease, MAX_INTEGER) or queue.output(queue.job(args.id))
+        sys.stdout.flush()
+        sys.stdout.buffer.write(kept or b"")
+
+
+def cmd_status(args):
+    with Queue(args.db) as queue:
+        counts, workers = queue.counts(), worker_list(queue)
+        if args.json:
+            public = [dict(w, since=iso(w["since"])) for w in workers]
+            print_json({"jobs": counts, "workers": public})
+            return
+        for state, count in counts.items():
+            print("%s: %d" % (state.capitalize(), count))
+        print("Active Workers: %d" % len(workers))
+        for worker in workers:
+            doing = "idle"
+            if worker["job"]:
+                spent = span(queue.clock() - worker["since"])
+                doing = "%s for %s" % (shown(worker["job"]), spent)
+            print("  worker %d of pool %d: %s" % (worker["pid"], worker["pool"], doing))
+        waiting = counts["pending"] + counts["failed"]
+        if waiting and not workers:
+            print("No pool is running: start one with: queuectl.py worker start")
+
+
+def worker_list(queue):
+    """Return the workers of all pools, with the job that each of them runs."""
+    busy = {run["worker"]: run for run in queue.processing()}
+    workers = []
+    for pool in PoolFile.all(queue.path):
+        for pid in pool.workers():
+            run = busy.get(pid, {"id": None, "started_at": None})
+            workers.append(
+                {"pid": pid, "pool": pool.pid, "job": run["id"], "since": run["started_at"]}
+            )
+    return workers
+
+
+def cmd_delete(args):
+    with Queue(args.db) as queue:
+        queue.delete(args.ids)
+    report(args, "deleted", args.ids)
+
+
+def report(args, done, ids):
+    """Say what was done to the jobs of these ids."""
+    if args.json:
+        print_json({done: ids})
+    else:
+        for id in ids:
+            print(done, shown(id))
+
+
+def cmd_dlq_list(args):
+    args.state, args.limit = "dead", 0
+    with Queue(args.db) as queue:
+        jobs = queue.jobs("dead")
+        if args.json:
+            print_json_array(map(public, jobs))
+            return
+        now = queue.clock()
+        rows = (
+            [
+                shown(job["id"]),
+                job["state"],
+                tries(job),
+                when(job["updated_at"], now),
+                shown(job["error"] or ""),
+                shown(job["command"]),
+            ]
+            for job in jobs
+        )
+        for line in table(rows, ["ID", "STATE", "TRIES", "DIED", "ERROR", "COMMAND"]):
+            print(line)
+
+
+def cmd_dlq_retry(args):
+    if bool(args.ids) == args.all:
+        raise QueueError("dlq retry: name jobs, or give --all", 2)
+    with Queue(args.db) as queue:
+        count = queue.retry(None if args.all else args.ids)
+        if not count:
+            raise QueueError("no job is dead")
+        wake_pools(queue.path)
+    if args.all:
+        print_json({"retried": count}) if args.json else print("retried", count)
+    else:
+        report(args, "retried", args.ids)
+
+
+def cmd_config_show(args):
+    with Queue(args.db) as queue:
+        values = queue.settings()
+    if args.json:
+        print_json(values)
+        return
+    rows = [
+        [name, setting_text(values[name]), setting_text(default), meaning]
+        for name, (_, default, meaning) in SETTINGS.items()
+    ]
+    for line in table(rows, ["SETTING", "VALUE", "DEFAULT", "MEANING"]):
+        print(line)
+
+
+def setting_text(value):
+    return "none" if value is None else number(value)
+
+
+def cmd_config_get(args):
+    if args.key is None:
+        return cmd_config_show(args)
+    name = setting_name(args.key)
+    with Queue(args.db) as queue:
+        value = queue.settings()[name]
+    print_json(value) if args.json else print(setting_text(value))
+
+
+def cmd_config_set(args):
+    name = setting_name(args.key)
+    check = SETTINGS[name][0]
+    value = checked(name, check, as_number(args.value))
+    with Queue(args.db) as queue:
+        queue.set(name, value)
+    print_json({name: value}) if args.json else print("%s = %s" % (name, setting_text(value)))
+
+
+def as_number(text):
+    """Return the number that a word of the command line is, or else the word."""
+    for convert in (int, float):
+        with contextlib.suppress(ValueError):
+            return convert(text)
+    return text
+
+
+def cmd_config_unset(args):
+    name = setting_name(args.key)
+    with Queue(args.db) as queue:
+        queue.unset(name)
+    default = SETTINGS[name][1]
+    print_json({name: default}) if args.json else print("%s = %s" % (name, setting_text(default)))
+
+
+def cmd_worker_start(args):
+    supervisor = Supervisor(args.db, args.count, args.drain)
+    print("pool %d: %d worker%s; to stop: Ctrl-C, or queuectl.py worker stop" % (
+        os.getpid(), args.count, "" if args.count == 1 else "s"), flush=True)
+    return supervisor.run()
+
+
+def cmd_worker_stop(args):
+    path = os.path.abspath(args.db)
+    stopped = []
+    for pool in PoolFile.all(path):
+        if pool.alive():
+            pool.ask("now" if args.now else "stop")
+            stopped.append(pool.pid)
+        else:
+            pool.leave()
+    if stopped and not args.json:
+        say("stopping; running jobs are %s" % ("ended" if args.now else "finished first"))
+    while any(pool.alive() for pool in PoolFile.all(path) if pool.pid in stopped):
+        time.sleep(0.05)
+    if args.json:
+        print_json({"stopped": stopped})
+    elif stopped:
+        print("stopped %s" % ", ".join("pool %d" % pid for pid in stopped))
+    else:
+        print("no pool is running")
+
+
+# ======================================================================================
+# Main: the parser, the exit code
+# ======================================================================================
+
+
+def arg(*names, **options):
+    return names, options
+
+
+IDS = arg("ids", nargs="+", metavar="ID")
+ID = arg("id", metavar="ID")
+KEY = arg("key", metavar="KEY")
+
+
+def state_name(text):
+    state = text.lower()
+    if state not in STATES:
+        raise QueueError("unknown state %s%s" % (shown(text), nearest(text, STATES)), 2)
+    return state
+
+
+def counting(low, high):
+    check = whole(low, high)
+    return lambda text: checked("number", check, as_number(text))
+
+
+# command: (function, what it does, example, arguments)
+COMMANDS = {
+    "enqueue": (
+        cmd_enqueue,
+        "add jobs, given as JSON",
+        """enqueue '{"id": "job1", "command": "echo Hello"}'""",
+        [
+            arg("jobs", nargs="*", metavar="JSON", help="an object, an array of them, or - "
+                "to read an array or JSON Lines from standard input: all or none"),
+            arg("--file", metavar="F", help="read the jobs from this file"),
+        ],
+    ),
+    "list": (
+        cmd_list,
+        "list jobs, oldest first",
+        "list --state pending --limit 20",
+        [
+            arg("--state", type=state_name, help="one of " + ", ".join(STATES)),
+            arg("--limit", type=counting(0, MAX_INTEGER), default=0, metavar="N",
+                help="at most so many; 0 for all"),
+        ],
+    ),
+    "show": (cmd_show, "show a job and its runs", "show job1", [ID]),
+    "logs": (cmd_logs, "print the output of a job's latest run", "logs job1", [ID]),
+    "status": (cmd_status, "count the jobs, list the workers", "status", []),
+    "delete": (cmd_delete, "remove jobs that do not run", "delete job1 job2", [IDS]),
+    "dlq list": (cmd_dlq_list, "list the dead jobs", "dlq list", []),
+    "dlq retry": (
+        cmd_dlq_retry,
+        "make dead jobs pending again, with attempts 0",
+        "dlq retry job4",
+        [arg("ids", nargs="*", metavar="ID"), arg("--all", action="store_true")],
+    ),
+    "config show": (cmd_config_show, "show all settings", "config show", []),
+    "config get": (
+        cmd_config_get,
+        "print the value of a setting",
+        "config get max_retries",
+        [arg("key", nargs="?", metavar="KEY")],
+    ),
+    "config set": (
+        cmd_config_set,
+        "change a setting",
+        "config set max_retries 5",
+        [KEY, arg("value", metavar="VALUE")],
+    ),
+    "config unset": (
+        cmd_config_unset,
+        "go back to a setting's default",
+        "config unset max_retries",
+        [KEY],
+    ),
+    "worker start": (
+        cmd_worker_start,
+        "run jobs until stopped",
+        "worker start --count 2",
+        [
+            arg("--count", type=counting(1, MAX_WORKERS), default=1, metavar="N",
+                help="how many at a time (1)"),
+            arg("--drain", action="store_true", help="end when no job is left"),
+        ],
+    ),
+    "worker stop": (
+        cmd_worker_stop,
+        "stop all pools of the queue, when their jobs are finished",
+        "worker stop",
+        [arg("--now", action="store_true", help="end running jobs; they go back to pending")],
+    ),
+}
+ALIASES = {"config list": "config show"}
+
+
+def command_named(words):
+    """Split the words of a command line into a command's name and the rest.
+
+    Options before the command count as if they stood behind it.
+    """
+    words, before = list(words), []
+    while words and words[0].startswith("-") and words[0] != "--":
+        before.append(words.pop(0))
+        if before[-1] == "--db" and words:
+            before.append(words.pop(0))
+    groups = {name.split()[0] for name in COMMANDS}
+    if not words:
+        return None, before
+    first = words.pop(0)
+    if first not in groups:
+        raise QueueError("unknown command %s%s" % (shown(first), nearest(first, groups)), 2)
+    if first in COMMANDS:
+        return first, before + words
+    names = [name.split()[1] for name in COMMANDS if name.split()[0] == first]
+    if not words or words[0].startswith("-"):
+        return first, before + words
+    name = "%s %s" % (first, words.pop(0))
+    name = ALIASES.get(name, name)
+    if name not in COMMANDS:
+        raise QueueError("unknown command %s%s" % (shown(name), nearest(name.split()[1], names)), 2)
+    return name, before + words
+
+
+def overview(group=""):
+    """Return the short help of all commands, or of those of a group."""
+    chosen = {name: entry for name, entry in COMMANDS.items() if name.startswith(group)}
+    lines = ["usage: queuectl.py [--db PATH] %sCOMMAND ..." % (group and group + " "), ""]
+    lines += ["  %-14s %s" % (name, entry[1]) for name, entry in chosen.items()]
+    lines += ["", "examples:"]
+    lines += ["  queuectl.py " + entry[2] for entry in list(chosen.values())[:5]]
+    lines += ["", "More on each: queuectl.py COMMAND --help"]
+    return "\n".join(lines)
+
+
+def parse(name, words):
+    """Return the arguments of one command; the parsers of the others are never built."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise QueueError("%s: %s (see: queuectl.py %s --help)" % (name, message, name), 2)
+
+    function, meaning, example, arguments = COMMANDS[name]
+    parser = Parser(
+        prog="queuectl.py " + name,
+        description=meaning[0].upper() + meaning[1:] + ".",
+        epilog="example: queuectl.py " + example,
+        allow_abbrev=False,
+    )
+    for names, options in arguments:
+        parser.add_argument(*names, **options)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--db", metavar="PATH", help="the queue (QUEUECTL_DB, queuectl.db)")
+    args = parser.parse_args(words)
+    args.db = args.db or os.environ.get("QUEUECTL_DB") or "queuectl.db"
+    args.function = function
+    return args
+
+
+def run_command(argv):
+    name, words = command_named(argv)
+    if name is None and "--version" in words:
+        print("queuectl", __version__)
+    elif name not in COMMANDS:
+        unknown = [w for w in words if w not in ("-h", "--help") and w.startswith("-")]
+        if unknown and unknown[0].split("=")[0] != "--db":
+            raise QueueError("unknown option %s (see: queuectl.py --help)" % shown(unknown[0]), 2)
+        print(overview(name or ""))
+    else:
+        args = parse(name, words)
+        try:
+            return args.function(args) or 0
+        except sqlite3.Error as error:
+            raise QueueError("%s: %s" % (shown(os.path.abspath(args.db)), error)) from None
+    return 0
+
+
+def main(argv=None):
+    """Run one command; return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = run_command(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except QueueError as error:
+        say(error)
+        return error.code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would complain
+        return 0
+    except OSError as error:
+        file = ": " + shown(str(error.filename)) if error.filename else ""
+        say("%s%s" % (error.strerror or error, file))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
