@@ -745,11 +745,8 @@ class Queue:
         """Return the fields of a job that gives none: from the settings, as of now."""
         values = self.settings()
         return dict(
-            NO_FIELDS,
-            max_retries=values["max_retries"],
-            timeout=values["timeout"],
-            priority=0,
-            cwd=os.getcwd(),
+            NO_FIELDS, max_retries=values["max_retries"], timeout=values["timeout"],
+            priority=0, cwd=os.getcwd(),
         )
 
     def enqueue(self, jobs):
@@ -775,17 +772,9 @@ class Queue:
                 " timeout, cwd, env, created_at, updated_at)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    job["id"],
-                    job["command"],
-                    job["max_retries"],
-                    job["priority"],
-                    job["run_at"],
-                    job["run_at"] <= now,
-                    job["timeout"],
-                    job["cwd"],
-                    job["env"],
-                    now,
-                    now,
+                    job["id"], job["command"], job["max_retries"], job["priority"],
+                    job["run_at"], job["run_at"] <= now, job["timeout"], job["cwd"],
+                    job["env"], now, now,
                 ),
             )
         except sqlite3.IntegrityError:
@@ -887,13 +876,8 @@ class Queue:
                     "UPDATE runs SET pid = ?, finished_at = ?, exit_code = ?, error = ?,"
                     " output = ? WHERE seq = ? AND run = ?",
                     (
-                        result["pid"],
-                        result["finished_at"],
-                        result["exit_code"],
-                        result["error"],
-                        result["output"],
-                        run["seq"],
-                        run["run"],
+                        result["pid"], result["finished_at"], result["exit_code"],
+                        result["error"], result["output"], run["seq"], run["run"],
                     ),
                 )
             return state if moved else None
@@ -1266,9 +1250,7 @@ class Worker:
             reason = self.attend(process, run, limit)
             code, error = how_it_ended(process.returncode)
         return reason, dict(
-            pid=pid,
-            exit_code=code,
-            error=reason or error,
+            pid=pid, exit_code=code, error=reason or error,
             output=self.lease.output(limit),
             finished_at=run["started_at"] + time.monotonic() - started,
         )
@@ -1631,11 +1613,8 @@ class Supervisor:
         """Return the result of a run whose worker died."""
         limit = queue.settings()["output_limit"]
         return dict(
-            pid=run["pid"],
-            exit_code=None,
-            error="worker died",
-            output=read_tail(run["path"], limit),
-            finished_at=queue.clock(),
+            pid=run["pid"], exit_code=None, error="worker died",
+            output=read_tail(run["path"], limit), finished_at=queue.clock(),
         )
 
     def tidy(self, queue):
@@ -1734,8 +1713,10 @@ def table(rows, titles):
 
     Widths come from the first page of rows, so that a million can be streamed.
     """
+    from itertools import islice
+
     rows = iter(rows)
-    page = [row for row, _ in zip(rows, range(PAGE))]
+    page = list(islice(rows, PAGE))
     widths = [max(map(len, column)) for column in zip(titles, *page)]
     layout = "  ".join("%%-%ds" % width for width in widths[:-1]) + "  %s"
     yield layout % tuple(titles)
@@ -1834,10 +1815,7 @@ def cmd_list(args):
 def print_jobs(jobs, now):
     rows = (
         [
-            shown(job["id"]),
-            job["state"],
-            tries(job),
-            when(job["updated_at"], now),
+            shown(job["id"]), job["state"], tries(job), when(job["updated_at"], now),
             shown(job["command"]),
         ]
         for job in jobs
@@ -1934,11 +1912,8 @@ def cmd_dlq_list(args):
         now = queue.clock()
         rows = (
             [
-                shown(job["id"]),
-                job["state"],
-                tries(job),
-                when(job["updated_at"], now),
-                shown(job["error"] or ""),
+                shown(job["id"]), job["state"], tries(job),
+                when(job["updated_at"], now), shown(job["error"] or ""),
                 shown(job["command"]),
             ]
             for job in jobs
@@ -2188,10 +2163,8 @@ def parse(name, words):
 
     function, meaning, example, arguments = COMMANDS[name]
     parser = Parser(
-        prog="queuectl.py " + name,
-        description=meaning[0].upper() + meaning[1:] + ".",
-        epilog="example: queuectl.py " + example,
-        allow_abbrev=False,
+        prog="queuectl.py " + name, description=meaning[0].upper() + meaning[1:] + ".",
+        epilog="example: queuectl.py " + example, allow_abbrev=False,
     )
     for names, options in arguments:
         parser.add_argument(*names, **options)

@@ -1,0 +1,920 @@
+"""Tests of queuectl: the command line, the life of a job, policy, and what survives a kill.
+
+Most call `main` in this process; where processes matter, real ones are started, and
+killed. Nothing sleeps to wait for something: `wait_until` does, with a deadline.
+"""
+import ast
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+
+import queuectl
+
+SCRIPT = os.path.abspath(queuectl.__file__)
+HERE = os.path.dirname(SCRIPT)
+DAY = 86400
+
+# ======================================================================================
+# Fixtures and a small language
+# ======================================================================================
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """Every test has a folder of its own; its pools do not outlive it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("QUEUECTL_DB", raising=False)
+    yield tmp_path
+    for pool in list(POOLS):
+        kill_all(pool)
+    POOLS.clear()
+
+
+POOLS = []
+
+
+class Answer:
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self):
+        assert self.out.count("\n") == 1, "JSON is one line: %r" % self.out
+        return json.loads(self.out)
+
+
+class Bytes(io.TextIOWrapper):
+    """A text stream over bytes, as sys.stdout is one."""
+
+    def text(self):
+        self.flush()
+        return self.buffer.getvalue().decode("utf-8", "backslashreplace")
+
+
+def cli(*argv, stdin=b""):
+    """Run a command in this process."""
+    out, err = Bytes(io.BytesIO(), "utf-8"), Bytes(io.BytesIO(), "utf-8")
+    before = sys.stdin
+    sys.stdin = io.TextIOWrapper(io.BytesIO(stdin))
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = queuectl.main(list(argv))
+            except SystemExit as end:
+                code = end.code or 0
+    finally:
+        sys.stdin = before
+    return Answer(code, out.text(), err.text())
+
+
+def ok(*argv, stdin=b""):
+    answer = cli(*argv, stdin=stdin)
+    assert answer.code == 0, answer.err
+    return answer
+
+
+def refused(*argv, stdin=b"", code=1):
+    """A command that has to fail, with one line and no traceback; return the line."""
+    answer = cli(*argv, stdin=stdin)
+    assert answer.code == code, (answer.code, answer.err)
+    assert answer.out == "" and answer.err.startswith("queuectl: ")
+    assert answer.err.count("\n") == 1, answer.err
+    return answer.err
+
+
+def enqueue(command="true", **fields):
+    job = dict(fields, command=command)
+    return ok("enqueue", json.dumps(job), "--json").json[0]["id"]
+
+
+def jobs(*options):
+    return {job["id"]: job for job in ok("list", "--json", *options).json}
+
+
+def state(name):
+    return ok("show", name, "--json").json["state"]
+
+
+def script(*argv, **options):
+    """Run a command as a process of its own."""
+    return subprocess.run(
+        [sys.executable, SCRIPT, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        universal_newlines=True, timeout=60, **options
+    )
+
+
+def start_pool(*options, count=2):
+    """Start a pool and wait for its workers."""
+    pool = subprocess.Popen(
+        [sys.executable, SCRIPT, "worker", "start", "--count", str(count), *options],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, universal_newlines=True,
+    )
+    POOLS.append(pool)
+    wait_until(lambda: len(workers_of(pool.pid)) == count or pool.poll() is not None)
+    return pool
+
+
+def workers_of(pid):
+    return [w["pid"] for w in ok("status", "--json").json["workers"] if w["pool"] == pid]
+
+
+def kill_all(pool):
+    """Kill a pool and its workers at once; stopped first, so that none sees another die."""
+    with contextlib.suppress(queuectl.QueueError, OSError, AssertionError):
+        pids = [pool.pid, *workers_of(pool.pid)] if pool.poll() is None else []
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+    pool.wait(10)
+    pool.stderr.close()
+
+
+def wait_until(condition, timeout=20):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            with open("queuectl.log") as log:
+                pytest.fail("never happened:\n" + cli("list").out + log.read())
+        time.sleep(0.01)
+
+
+def drain(count=2):
+    answer = script("worker", "start", "--drain", "--count", str(count))
+    assert answer.returncode in (0, 1), answer.stderr
+    return answer.returncode
+
+
+def running(word):
+    """Tell whether a process with this word on its command line lives."""
+    return bool(pids_of(word))
+
+
+def pids_of(word):
+    listing = subprocess.run(["ps", "-eo", "pid,stat,args"], stdout=subprocess.PIPE)
+    rows = (line.split(None, 2) for line in listing.stdout.decode().splitlines()[1:])
+    return [int(row[0]) for row in rows if word in row[2] and row[1][0] != "Z"]
+
+
+@pytest.fixture
+def clock():
+    """A clock that stands until it is moved."""
+
+    class Clock:
+        now = 1e9
+
+        def __call__(self):
+            return self.now
+
+    return Clock()
+
+
+@pytest.fixture
+def queue(clock):
+    with queuectl.Queue("queuectl.db", clock=clock) as queue:
+        yield queue
+
+
+def add(queue, *given, **fields):
+    """Enqueue a job through the library; return it."""
+    job = dict({"command": "true", "id": "job"}, **fields)
+    queue.enqueue([queuectl.checked_job(job, queue.defaults())])
+    return queue.job(job["id"])
+
+
+def claim(queue):
+    return queue.claim(1, lambda name: None)
+
+
+def result(error="exit 1", **fields):
+    nothing = dict(pid=1, exit_code=1, error=error, output=b"", finished_at=1e9)
+    return dict(nothing, **fields)
+
+
+# ======================================================================================
+# The command line
+# ======================================================================================
+
+
+def test_a_job_runs_and_its_output_is_kept():
+    ok("enqueue", '{"id":"job1","command":"echo Hello Deepak"}')
+    assert drain() == 0
+    assert ok("logs", "job1").out == "Hello Deepak\n"
+    job = ok("show", "job1", "--json").json
+    assert (job["state"], job["attempts"], job["exit_code"], job["error"]) == (
+        "completed", 1, 0, None)
+    assert [run["attempt"] for run in job["runs"]] == [1]
+    assert set(job["runs"][0]) == {
+        "attempt", "worker", "pid", "started_at", "finished_at", "exit_code", "error", "run"}
+
+
+def test_list_prints_a_line_a_job():
+    enqueue(id="a", max_retries=5)
+    enqueue("echo 'x'\ntrue", id="b c")
+    lines = ok("list").out.splitlines()
+    assert [re.split("  +", line)[:3] for line in lines] == [
+        ["ID", "STATE", "TRIES"], ["a", "pending", "0/5"], ["b c", "pending", "0/3"]]
+    assert lines[2].endswith(r"echo 'x'\ntrue")
+
+
+def test_status_prints_counts_and_workers():
+    enqueue()
+    assert ok("status").out.splitlines()[:6] == [
+        "Pending: 1", "Processing: 0", "Completed: 0", "Failed: 0", "Dead: 0",
+        "Active Workers: 0"]
+    assert ok("status", "--json").json == {
+        "jobs": {"pending": 1, "processing": 0, "completed": 0, "failed": 0, "dead": 0},
+        "workers": []}
+
+
+def test_list_filters_and_limits():
+    for name in "abc":
+        enqueue(id=name)
+    assert list(jobs("--limit", "2")) == ["a", "b"]
+    assert list(jobs("--limit", "0", "--state", "PENDING")) == ["a", "b", "c"]
+    assert jobs("--state", "dead") == {}
+    assert "did you mean pending" in refused("list", "--state", "pendin", code=2)
+    refused("list", "--limit", "-1", code=2)
+
+
+def test_list_pages_through_more_jobs_than_a_page_holds():
+    count = 2 * queuectl.PAGE + 7
+    ok("enqueue", "-", stdin=b'{"command":"true"}\n' * count)
+    assert len(jobs()) == count
+    assert len(ok("list").out.splitlines()) == count + 1
+
+
+def test_enqueue_takes_arguments_arrays_lines_and_files():
+    ok("enqueue", '{"id":"a","command":"true"}', '[{"id":"b","command":"true"}]')
+    ok("enqueue", "-", stdin=b'{"id":"c","command":"true"}\n\n{"id":"d","command":"true"}')
+    ok("enqueue", "-", stdin=b'\xef\xbb\xbf[{"id":"e",\n"command":"true"}]')
+    with open("jobs.jsonl", "w") as file:
+        file.write('{"id":"f","command":"true"}\r\n')
+    ok("enqueue", "--file", "jobs.jsonl")
+    assert list(jobs()) == list("abcdef")
+
+
+def test_enqueue_is_all_or_nothing_and_names_the_line():
+    lines = b'{"id":"a","command":"true"}\n{"id":"b","comand":"true"}\n'
+    assert "line 2: unknown field \"comand\"; did you mean command?" in refused(
+        "enqueue", "-", stdin=lines, code=2)
+    refused("enqueue", '{"id":"a","command":"true"}', '{"id":"a","command":"true"}')
+    assert jobs() == {}
+
+
+def test_a_list_can_be_piped_into_another_queue():
+    enqueue("exit 1", id="a", env={"X": "1"}, timeout=5, priority=-3, max_retries=1)
+    drain()
+    first = ok("list", "--json")
+    ok("enqueue", "-", "--db", "other.db", stdin=first.out.encode())
+    before, after = first.json[0], ok("list", "--json", "--db", "other.db").json[0]
+    for field in ("id", "command", "env", "timeout", "priority", "max_retries", "cwd"):
+        assert before[field] == after[field]
+    assert (after["state"], after["attempts"]) == ("pending", 0)
+
+
+def test_made_ids_are_short_and_unique():
+    ok("enqueue", "-", stdin=b'{"command":"true"}\n' * 1000)
+    assert len(jobs()) == 1000 and all(len(name) == 6 for name in jobs())
+
+
+def test_eaten_quotes_are_explained():
+    assert r'"{\"id\":' in refused("enqueue", "{id:job1,command:echo hi}", code=2)
+
+
+def test_unknown_names_get_the_nearest_one():
+    assert "did you mean status" in refused("statsu", code=2)
+    assert "did you mean retry" in refused("dlq", "retri", "x", code=2)
+    assert "did you mean backoff_base" in refused("config", "get", "backof_base", code=2)
+
+
+def test_unknown_ids_are_refused_everywhere():
+    for command in ("show", "logs", "delete"):
+        assert "no job nope" in refused(command, "nope")
+    assert "no job nope" in refused("dlq", "retry", "nope")
+    assert "no job is dead" in refused("dlq", "retry", "--all")
+
+
+def test_settings_are_shown_set_and_unset():
+    ok("config", "set", "max-retries", "5")
+    assert ok("config", "get", "max_retries").out == "5\n"
+    assert ok("config", "show", "--json").json["max_retries"] == 5
+    assert "max_retries" in ok("config", "show").out
+    assert ok("config", "list").out == ok("config", "get").out == ok("config", "show").out
+    ok("config", "unset", "MAX_RETRIES")
+    assert ok("config", "get", "max_retries").out == "3\n"
+    for value in ("-1", "many", "1.5", "1e99"):
+        assert "max_retries: " in refused("config", "set", "max_retries", value, code=2)
+
+
+def test_max_retries_is_fixed_at_enqueue():
+    enqueue(id="old")
+    ok("config", "set", "max_retries", "7")
+    enqueue(id="new")
+    assert [job["max_retries"] for job in jobs().values()] == [3, 7]
+
+
+def test_db_is_taken_before_and_after_the_command_and_from_the_environment(monkeypatch):
+    ok("--db", "a.db", "enqueue", '{"id":"x","command":"true"}')
+    assert list(jobs("--db", "a.db")) == ["x"]
+    monkeypatch.setenv("QUEUECTL_DB", "a.db")
+    assert list(jobs()) == ["x"]
+    assert not os.path.exists("queuectl.db")
+
+
+def test_help_at_every_level():
+    assert "examples:" in ok().out and "examples:" in ok("--help").out
+    for group in ("worker", "dlq", "config"):
+        assert "examples:" in ok(group).out and "examples:" in ok(group, "--help").out
+    for name in queuectl.COMMANDS:
+        assert "example: " in ok(*name.split(), "--help").out
+
+
+@pytest.mark.parametrize("argv", [
+    ["list", "--stat", "dead"], ["show"], ["show", "a", "b"], ["enqueue"], ["--nope"],
+    ["worker", "start", "--count", "0"], ["worker", "start", "--count", "-1"],
+    ["worker", "start", "--count", "two"], ["worker", "start", "--count", "257"],
+    ["config", "set", "max_retries"], ["dlq", "retry"], ["dlq", "retry", "a", "--all"],
+    ["worker", "begin"],
+], ids=" ".join)
+def test_wrong_usage_is_one_line_and_code_2(argv):
+    refused(*argv, code=2)
+
+
+def test_unusable_queues_are_refused_in_words(home):
+    os.mkdir("folder.db")
+    with open("text.db", "w") as file:
+        file.write("this is no database, but long enough to be read as one" * 99)
+    sqlite3.connect("foreign.db").execute("CREATE TABLE t (x)").connection.close()
+    ok("list", "--db", "newer.db")
+    with contextlib.closing(sqlite3.connect("newer.db")) as db:
+        db.execute("PRAGMA user_version = 99")
+    words = {"folder.db": "is a folder", "text.db": "not a database",
+             "foreign.db": "not a queue of queuectl", "newer.db": "version 99",
+             "no/where.db": "No such file or directory"}
+    for name, word in words.items():
+        message = refused("list", "--db", name)
+        assert word in message and name.split("/")[0] in message
+
+
+def test_a_closed_pipe_is_silent():
+    ok("enqueue", "-", stdin=b'{"command":"true"}\n' * 5000)
+    line = "%s %s list | head -1" % (shlex.quote(sys.executable), shlex.quote(SCRIPT))
+    answer = subprocess.run(line, shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert answer.stdout.startswith(b"ID") and answer.stderr == b""
+
+
+def test_the_file_is_a_program():
+    answer = script("--version")
+    assert (answer.returncode, answer.stdout) == (0, "queuectl %s\n" % queuectl.__version__)
+    answer = script("show", "nope")
+    assert (answer.returncode, answer.stderr) == (1, "queuectl: there is no job nope\n")
+
+
+def test_sixty_first_commands_at_once():
+    line = '{"id":"job%d","command":"true"}'
+    first = [subprocess.Popen([sys.executable, SCRIPT, "enqueue", line % n],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+             for n in range(60)]
+    errors = [process.communicate(timeout=60)[1] for process in first]
+    assert [process.returncode for process in first] == [0] * 60, errors
+    assert len(jobs()) == 60
+    assert os.listdir(".") == ["queuectl.db"]
+
+
+# ======================================================================================
+# The life of a job
+# ======================================================================================
+
+
+def test_claims_follow_priority_then_age(queue):
+    for name, priority in (("a", 0), ("b", 5), ("c", 5), ("d", -1)):
+        add(queue, id=name, priority=priority)
+    assert [claim(queue)["id"] for _ in range(4)] == ["b", "c", "a", "d"]
+    assert claim(queue) is None
+
+
+def test_a_failed_job_waits_base_to_the_power_of_attempts_and_dies(queue, clock):
+    add(queue)
+    for wait in (2, 4):
+        assert queue.fail(claim(queue), result()) == "failed"
+        assert queue.job("job")["run_at"] == clock.now + wait
+        clock.now += wait - 0.01
+        assert claim(queue) is None
+        clock.now += 0.01
+    assert queue.fail(claim(queue), result("exit 3")) == "dead"
+    job = queue.job("job")
+    assert (job["attempts"], job["error"]) == (3, "exit 3")
+    assert [run["error"] for run in queue.runs(job)] == ["exit 1", "exit 1", "exit 3"]
+
+
+@pytest.mark.parametrize("max_retries", [0, 1])
+def test_max_retries_0_and_1_mean_one_run(queue, max_retries):
+    add(queue, max_retries=max_retries)
+    assert queue.fail(claim(queue), result()) == "dead"
+
+
+def test_retry_starts_again_with_attempts_0_but_a_new_run(queue):
+    add(queue, max_retries=1)
+    queue.fail(claim(queue), result())
+    assert queue.retry(["job"]) == 1
+    job = queue.job("job")
+    assert (job["state"], job["attempts"], job["error"]) == ("pending", 0, None)
+    assert claim(queue)["run"] == 2
+
+
+def test_release_gives_the_attempt_back(queue):
+    add(queue)
+    assert queue.release(claim(queue), result("stop --now")) == "pending"
+    assert queue.job("job")["attempts"] == 0
+    assert claim(queue)["attempt"] == 1
+
+
+def test_five_deaths_of_its_worker_make_a_job_dead(queue):
+    add(queue, max_retries=100)
+    for _ in range(4):
+        assert queue.release(claim(queue), result("worker died")) == "pending"
+    assert queue.release(claim(queue), result("worker died")) == "dead"
+    assert queue.job("job")["error"] == "worker died 5 times"
+
+
+def test_a_result_of_a_run_that_was_put_back_is_dropped(queue):
+    add(queue)
+    stale = claim(queue)
+    queue.release(stale, result("worker died"))
+    current = claim(queue)
+    for verb in (queue.complete, queue.fail, queue.release):
+        assert verb(stale, result()) is None
+    assert queue.job("job")["state"] == "processing"
+    assert queue.complete(current, result(None)) == "completed"
+
+
+def test_a_delayed_job_waits_and_does_not_hold_up_others(queue, clock):
+    add(queue, id="later", delay="1d")
+    add(queue, id="now")
+    assert claim(queue)["id"] == "now"
+    assert claim(queue) is None and queue.drained() is False
+    clock.now += DAY
+    assert claim(queue)["id"] == "later"
+
+
+def bring(queue, state):
+    """Bring a job into a state; return its run, if it had one."""
+    add(queue, max_retries=1 if state == "dead" else 3)
+    if state == "pending":
+        return dict(seq=queue.job("job")["seq"], run=0, attempt=1, max_retries=3)
+    run = claim(queue)
+    if state == "completed":
+        queue.complete(run, result(None))
+    elif state in ("failed", "dead"):
+        queue.fail(run, result())
+    return run
+
+
+@pytest.mark.parametrize("verb, states", [
+    ("complete", "pending completed failed dead"),
+    ("fail", "pending completed failed dead"),
+    ("release", "pending completed failed dead"),
+    ("retry", "pending processing completed failed"),
+    ("delete", "processing"),
+])
+def test_forbidden_arrows_change_nothing(clock, verb, states):
+    for number, state in enumerate(states.split()):
+        with queuectl.Queue("%d.db" % number, clock=clock) as queue:
+            run = bring(queue, state)
+            before = tuple(queue.job("job"))
+            if verb in ("retry", "delete"):
+                with pytest.raises(queuectl.QueueError):
+                    getattr(queue, verb)(["job"])
+            else:
+                assert getattr(queue, verb)(run, result()) is None
+            assert tuple(queue.job("job")) == before
+
+
+def test_counts_follow_every_transition(queue):
+    for name in "abcd":
+        add(queue, id=name, max_retries=1)
+    queue.complete(claim(queue), result(None))
+    queue.fail(claim(queue), result())
+    claim(queue)
+    queue.delete(["d"])
+    rows = queue.db.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall()
+    assert {s: n for s, n in queue.counts().items() if n} == dict(map(tuple, rows))
+
+
+def test_delete_and_retry_are_all_or_nothing():
+    enqueue("exit 1", id="dead", max_retries=1)
+    drain()
+    enqueue(id="fresh")
+    assert "fresh is pending, not dead" in refused("dlq", "retry", "dead", "fresh")
+    refused("delete", "fresh", "nope")
+    assert {name: job["state"] for name, job in jobs().items()} == {
+        "dead": "dead", "fresh": "pending"}
+    ok("delete", "fresh", "dead", "fresh")
+    assert jobs() == {}
+
+
+# ======================================================================================
+# Policy
+# ======================================================================================
+
+
+@pytest.mark.parametrize("base, attempts, longest, wait", [
+    (2, 1, 100, 2), (2, 3, 100, 8), (3, 2, 100, 9), (1.5, 2, 100, 2.25), (0, 5, 100, 0),
+    (2, 10, 100, 100), (2.0, 5000, 86400, 86400),
+])
+def test_backoff(base, attempts, longest, wait):
+    assert queuectl.backoff(base, attempts, longest) == wait
+
+
+@pytest.mark.parametrize("given, seconds", [
+    (90, 90), (1.5, 1.5), ("90", 90), ("90s", 90), ("10m", 600), ("2h", 7200), ("7D", 604800),
+])
+def test_durations(given, seconds):
+    assert queuectl.seconds(given) == seconds
+
+
+@pytest.mark.parametrize("given", [
+    "2001-09-09T01:46:40Z", "2001-09-09T03:46:40+02:00", 1e9, "1000000000"])
+def test_moments(given):
+    assert queuectl.moment(given) == 1e9
+
+
+@pytest.mark.parametrize("field, value", [
+    ("command", ""), ("command", "  "), ("command", 5), ("command", "a\0b"),
+    ("command", "\ud800"), ("command", ["ls"]), ("id", ""), ("id", 5), ("id", "a\nb"),
+    ("id", "x" * 256), ("id", " "), ("id", "\x1b[31m"), ("max_retries", -1),
+    ("max_retries", True), ("max_retries", 2.0), ("max_retries", "3"), ("max_retries", 1e400),
+    ("priority", 2**63), ("priority", "high"), ("priority", None.__class__.__name__),
+    ("timeout", 0), ("timeout", -1), ("timeout", float("nan")), ("timeout", float("inf")),
+    ("timeout", "soon"), ("timeout", True), ("delay", -1), ("delay", "1w"), ("delay", {}),
+    ("run_at", "tomorrow"), ("run_at", -1), ("run_at", 1e12), ("run_at", []),
+    ("run_at", "2026-13-01T00:00:00Z"), ("cwd", "/no/such/folder"), ("cwd", 1), ("cwd", "a\0"),
+    ("env", []), ("env", {"A": 1}), ("env", {"": "x"}), ("env", {"A=B": "x"}),
+    ("env", {"A": "\0"}), ("evn", {}),
+], ids=lambda value: repr(value)[:30])
+def test_bad_fields_are_refused_by_name(field, value):
+    job = json.dumps(dict({"command": "true"}, **{field: value}))
+    assert field in refused("enqueue", job, code=2)
+    assert jobs() == {}
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "nope", "5", "null", '"text"', "[1]", "{}", "[" * 100000, "{'a': 1}",
+    '{"command": "true"', '{"id": "x"}', "9" * 5000, b"\xff\xfe{".decode("latin-1"),
+    '{"command": "true", "delay": 1, "run_at": 5}',
+], ids=lambda text: text[:20])
+def test_what_is_no_job_is_refused(text):
+    refused("enqueue", text, code=2)
+    refused("enqueue", "-", stdin=b"\n" + text.encode() + b"x", code=2)
+
+
+@pytest.mark.parametrize("name", [
+    "../../etc/passwd", "-x", "CON", "'; drop table jobs; --", "%s", "Zoë", "a b", "x" * 255])
+def test_odd_ids_are_kept_faithfully(name):
+    enqueue("echo $QUEUECTL_JOB_ID", id=name)
+    assert drain(1) == 0
+    assert ok("logs", "--", name).out == name + "\n"
+    ok("delete", "--", name)
+    assert jobs() == {}
+
+
+# ======================================================================================
+# Running commands
+# ======================================================================================
+
+
+@pytest.mark.parametrize("command, code, error", [
+    ("exit 3", 3, "exit 3"), ("kill -9 $$", None, "signal 9"), ("no-such-command", 127, "exit 127"),
+    ("true", 0, None),
+])
+def test_how_commands_end(command, code, error):
+    enqueue(command, id="x", max_retries=1)
+    assert drain(1) == (1 if error else 0)
+    job = jobs()["x"]
+    assert (job["exit_code"], job["error"]) == (code, error)
+
+
+def test_a_command_sees_its_folder_its_environment_and_no_input(home):
+    os.mkdir("sub")
+    enqueue('pwd; echo "$A $QUEUECTL_JOB_ID $QUEUECTL_ATTEMPT"; cat; echo end >&2',
+            id="x", cwd="sub", env={"A": "b c"})
+    drain(1)
+    assert ok("logs", "x").out == "%s\nb c x 1\nend\n" % (home / "sub")
+
+
+def test_a_folder_that_vanished_is_a_failure(home):
+    os.mkdir("sub")
+    enqueue(id="x", cwd="sub", max_retries=1)
+    os.rmdir("sub")
+    drain(1)
+    assert "cannot start" in jobs()["x"]["error"] and "sub" in jobs()["x"]["error"]
+
+
+def test_a_timeout_ends_the_whole_process_group():
+    enqueue("sleep 987654 & sleep 987654", id="x", timeout=0.3, max_retries=1)
+    drain(1)
+    assert jobs()["x"]["error"] == "timeout 0.3s"
+    assert not running("sleep 987654")
+
+
+def test_output_is_bytes_and_only_its_end_is_kept():
+    ok("config", "set", "output_limit", "10")
+    enqueue("printf '\\377\\000a'", id="few")
+    enqueue("seq 1000", id="many")
+    drain(1)
+    with queuectl.Queue("queuectl.db") as queue:
+        assert queue.output(queue.job("few")) == b"\xff\0a"
+        assert queue.output(queue.job("many")) == (
+            b"[queuectl: 3883 bytes of output dropped here]\n" + b"\n999\n1000\n"[-10:])
+
+
+def test_a_background_child_holds_up_nothing():
+    enqueue("sleep 55.5 & echo $!", id="x")
+    began = time.monotonic()
+    assert drain(1) == 0
+    assert time.monotonic() - began < 10
+    os.kill(int(ok("logs", "x").out), signal.SIGKILL)
+
+
+def test_logs_shows_the_output_of_a_running_job():
+    enqueue("echo hello; sleep 30", id="x")
+    start_pool()
+    wait_until(lambda: ok("logs", "x").out == "hello\n")
+
+
+# ======================================================================================
+# Pools: stopping, draining, several at once
+# ======================================================================================
+
+
+def leftovers():
+    return sorted(set(os.listdir(".")) - {"queuectl.db", "queuectl.log", "out"})
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_lets_the_running_job_finish(number):
+    enqueue("sleep 1; touch out", id="x")
+    enqueue(id="next")
+    pool = start_pool(count=1)
+    wait_until(lambda: state("x") == "processing")
+    pool.send_signal(getattr(signal, number))
+    assert pool.wait(10) == 0
+    assert (state("x"), state("next")) == ("completed", "pending")
+    assert leftovers() == []
+
+
+def test_worker_stop_stops_all_pools_and_waits_for_them():
+    enqueue("sleep 1; touch out", id="x")
+    pools = [start_pool(), start_pool(count=1)]
+    wait_until(lambda: state("x") == "processing")
+    assert ok("worker", "stop").out == "stopped %s\n" % ", ".join(
+        "pool %d" % pid for pid in sorted(pool.pid for pool in pools))
+    assert state("x") == "completed"
+    assert [pool.wait(10) for pool in pools] == [0, 0]
+    assert leftovers() == []
+
+
+def test_worker_stop_with_no_pool_says_so_and_stops_no_later_one():
+    assert ok("worker", "stop").out == "no pool is running\n"
+    assert os.listdir(".") == []
+    enqueue(id="x")
+    start_pool()
+    wait_until(lambda: state("x") == "completed")
+
+
+@pytest.mark.parametrize("how", ["command", "signal"])
+def test_stop_now_gives_running_jobs_back(how):
+    enqueue("trap '' TERM; sleep 45.25 & wait; sleep 45.25", id="x")
+    pool = start_pool(count=1)
+    wait_until(lambda: running("sleep 45.25"))
+    if how == "command":
+        ok("worker", "stop", "--now")
+    else:
+        pool.send_signal(signal.SIGTERM)
+        wait_until(lambda: "asked to stop" in open("queuectl.log").read())
+        pool.send_signal(signal.SIGTERM)
+    assert pool.wait(20) == 0
+    job = jobs()["x"]
+    assert (job["state"], job["attempts"]) == ("pending", 0)
+    assert not running("sleep 45.25")
+
+
+def test_drain_waits_for_retries_but_not_for_delayed_jobs():
+    ok("config", "set", "backoff_base", "1")
+    enqueue("test -e out || { touch out; exit 1; }", id="again")
+    enqueue(id="later", delay="1h")
+    assert drain() == 0
+    assert (state("again"), state("later")) == ("completed", "pending")
+
+
+def test_an_idle_pool_picks_up_at_once():
+    start_pool(count=1)
+    enqueue(id="x")
+    wait_until(lambda: state("x") == "completed", timeout=2)
+
+
+def test_two_pools_run_every_job_exactly_once():
+    lines = "".join('{"id":"j%d","command":"echo j%d >> out"}\n' % (n, n) for n in range(500))
+    ok("enqueue", "-", stdin=lines.encode())
+    pools = [start_pool("--drain", count=4) for _ in range(2)]
+    assert [pool.wait(50) for pool in pools] == [0, 0]
+    with open("out") as out:
+        assert sorted(out.read().split()) == sorted("j%d" % n for n in range(500))
+    assert ok("status", "--json").json["jobs"]["completed"] == 500
+    assert leftovers() == []
+
+
+# ======================================================================================
+# What is killed
+# ======================================================================================
+
+# Fails when another copy of it runs: each takes a lock that its processes share.
+ALONE = "exec 8>>lock; flock -n 8 || { echo overlap >> overlaps; exit 1; }; echo run >> out; "
+
+
+def runs_in_out():
+    with contextlib.suppress(FileNotFoundError), open("out") as out:
+        return len(out.read().split())
+    return 0
+
+
+@pytest.mark.parametrize("command", [
+    "[ $(wc -l < out) -gt 1 ] || sleep 77.5",
+    "exec >/dev/null 2>&1; [ $(wc -l < out) -gt 1 ] || sleep 77.5",
+    "exec >&- 2>&- 100>&- 101>&-; [ $(wc -l < out) -gt 1 ] || sleep 77.5",
+    "trap '' TERM; [ $(wc -l < out) -gt 1 ] || sleep 77.5",
+    "[ $(wc -l < out) -gt 1 ] || setsid sleep 77.5",
+], ids=["plain", "redirected", "all closed", "ignores TERM", "own session"])
+@pytest.mark.parametrize("victim", ["worker", "pool"])
+def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(command, victim):
+    enqueue(ALONE + command, id="x")
+    pool = start_pool(count=1)
+    wait_until(lambda: running("sleep 77.5"))
+    if victim == "worker":
+        os.kill(workers_of(pool.pid)[0], signal.SIGKILL)
+    else:
+        kill_all(pool)
+        assert running("sleep 77.5"), "the orphan has to be there for this to test anything"
+        start_pool(count=1)
+    wait_until(lambda: state("x") == "completed")
+    job = ok("show", "x", "--json").json
+    assert not os.path.exists("overlaps")
+    assert not running("sleep 77.5")
+    assert job["attempts"] == 1  # the lost attempt was given back
+    assert [run["error"] for run in job["runs"]] == ["worker died", None]
+
+
+def test_an_orphan_that_nobody_can_prove_is_left_until_it_ends(monkeypatch, queue):
+    """As on a system without /proc: a held lock keeps the job from running again."""
+    monkeypatch.setattr(queuectl, "process_ids", lambda: [])
+    add(queue)
+    held = []
+    queue.claim(2**30, lambda name: held.append(
+        queuectl.Lease(os.path.abspath("queuectl.runs/" + name))))
+    pool = queuectl.Supervisor("queuectl.db", 1)
+    pool.log, pool.pool = queuectl.open_log(queue.path), None
+    pool.look(queue)
+    assert queue.job("job")["state"] == "processing"
+    os.close(held[0].fd)
+    pool.look(queue)
+    assert queue.job("job")["state"] == "pending"
+
+
+def test_a_stranger_with_the_recorded_pid_survives(queue):
+    """The run's number was given to another process after everything had died."""
+    with subprocess.Popen(["sleep", "66.25"], start_new_session=True) as stranger:
+        add(queue)
+        run = queue.claim(stranger.pid, lambda name: None)
+        queue.note_pid(run, stranger.pid)
+        pool = queuectl.Supervisor("queuectl.db", 1)
+        pool.log, pool.pool = queuectl.open_log(queue.path), None
+        pool.look(queue)
+        assert queue.job("job")["state"] == "pending"
+        assert stranger.poll() is None
+        stranger.kill()
+
+
+def test_workers_whose_supervisor_was_killed_finish_their_job_and_leave():
+    enqueue("sleep 1; touch out", id="x")
+    enqueue(id="next")
+    pool = start_pool(count=1)
+    wait_until(lambda: state("x") == "processing")
+    worker = workers_of(pool.pid)[0]
+    os.kill(pool.pid, signal.SIGKILL)
+    pool.wait()
+    assert workers_of(pool.pid) == [worker]
+    wait_until(lambda: not workers_of(pool.pid))
+    assert (state("x"), state("next")) == ("completed", "pending")
+    wait_until(lambda: not [name for name in leftovers() if name.endswith(".pid")])
+
+
+@pytest.mark.parametrize("text", ["", "1", "999999999", "rubbish", "%d"])
+def test_leftover_pid_files_hurt_nobody(text):
+    with subprocess.Popen(["sleep", "66.75"]) as stranger:
+        for name in ("queuectl-%d.pid" % stranger.pid, "queuectl-1.pid"):
+            with open(name, "w") as file:
+                file.write(text.replace("%d", str(stranger.pid)))
+        assert ok("status", "--json").json["workers"] == []
+        assert ok("worker", "stop").out == "no pool is running\n"
+        assert stranger.poll() is None
+        stranger.kill()
+    assert leftovers() == []
+
+
+def test_a_removed_database_ends_the_pool():
+    enqueue(id="x")
+    pool = start_pool()
+    wait_until(lambda: state("x") == "completed")
+    os.remove("queuectl.db")
+    assert pool.wait(10) == 1
+    assert "was removed" in pool.stderr.read()
+    assert jobs() == {}
+
+
+def test_a_new_database_is_not_mixed_up_with_a_removed_one():
+    enqueue("sleep 30", id="x")
+    pool = start_pool(count=1)
+    wait_until(lambda: state("x") == "processing")
+    os.remove("queuectl.db")
+    enqueue("echo new", id="x")
+    ok("worker", "stop", "--now")
+    assert pool.wait(20) == 1
+    assert drain() == 0
+    assert ok("logs", "x").out == "new\n"
+    assert leftovers() == []
+
+
+def test_the_log_can_be_unwritable():
+    os.mkdir("queuectl.log")
+    enqueue(id="x")
+    answer = script("worker", "start", "--drain")
+    assert answer.returncode == 0
+    assert "cannot write the log" in answer.stderr and "x 1/3 completed" in answer.stderr
+
+
+def test_a_full_log_is_rotated_and_no_line_is_lost():
+    logs = [queuectl.LogFile("log", limit=1000) for _ in range(3)]
+    for number in range(40):
+        logs[number % 3].write("line %d of a log\n" % number)
+    text = open("log.1").read() + open("log").read()
+    kept = [int(word) for word in re.findall(r"line (\d+)", text)]
+    assert kept == list(range(40))
+
+
+def test_files_are_private_and_jobs_see_the_users_umask():
+    before = os.umask(0o002)
+    try:
+        enqueue("touch out; sleep 30", id="x")
+        start_pool(count=1)
+        wait_until(lambda: os.path.exists("out"))
+    finally:
+        os.umask(before)
+    for folder, _, names in os.walk("."):
+        for name in set(names) - {"out"}:
+            assert os.stat(os.path.join(folder, name)).st_mode & 0o777 == 0o600, name
+    assert os.stat("out").st_mode & 0o777 == 0o664
+
+
+def test_a_job_inherits_no_descriptor_but_its_output():
+    enqueue("for f in /proc/self/fd/*; do readlink $f; done", id="x")
+    drain(1)
+    files = {line for line in ok("logs", "x").out.split() if "queuectl" in line}
+    assert len(files) == 1 and "queuectl.runs" in files.pop()
+
+
+# ======================================================================================
+# The file itself, and its README
+# ======================================================================================
+
+
+def test_the_source_is_python_3_8():
+    ast.parse(open(SCRIPT, encoding="utf-8").read(), feature_version=(3, 8))
+
+
+def test_a_command_imports_nothing_that_only_pools_need():
+    code = "import sys, queuectl; queuectl.main(['status']); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                            env=dict(os.environ, PYTHONPATH=HERE)).stdout.decode().split()
+    assert not {"logging", "multiprocessing", "subprocess", "http.server"} & set(loaded)
+
+
+def test_no_test_sleeps_to_wait():
+    assert open(__file__, encoding="utf-8").read().count("time.sleep" + "(") == 1
+
+
+@pytest.mark.skipif(not os.path.exists(os.path.join(HERE, "README.md")), reason="no README")
+def test_the_readme_names_every_command_and_setting():
+    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    for word in [*queuectl.COMMANDS, *queuectl.SETTINGS]:
+        assert "`" + word in text, word
