@@ -72,7 +72,7 @@ PATIENCE = 30.0  # seconds that a command waits for another program's lock
 LOOK_EVERY = 2.0  # seconds between two looks of a supervisor for jobs that nobody runs
 IDLE_WAIT = 1.0  # seconds after which an idle worker looks even if nobody woke it
 TICK = 0.2  # seconds between two looks of a worker at the command that it runs
-GRACE = 5.0  # seconds from SIGTERM to SIGKILL
+GRACE = 3.0  # seconds from SIGTERM to SIGKILL
 RESTART_EVERY = 1.0  # seconds between two starts of a worker that keeps dying
 LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
 
@@ -452,13 +452,27 @@ def signal_group(group, number):
 
 
 def group_exists(group):
+    """Tell whether any process of a group lives.
+
+    The kernel counts those that are dead and not yet reaped, too, which nobody may ever
+    do for the orphans of a job in a container without an init.
+    """
     try:
         os.killpg(group, 0)
-        return True
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
+    states = [state for state, _, of in map(process_stat, process_ids()) if of == group]
+    return not states or any(state not in "ZX" for state in states)
+
+
+def process_stat(pid):
+    """Return state, parent and process group of a process, as /proc tells them."""
+    with contextlib.suppress(OSError), open("/proc/%d/stat" % pid, "rb") as file:
+        state, parent, group = file.read().rpartition(b")")[2].split()[:3]
+        return state.decode(), int(parent), int(group)
+    return "X", 0, 0
 
 
 def poke(pid):
@@ -1107,7 +1121,7 @@ def watch(process, wake, timeout, asked, tick):
         tick()
         late = time.monotonic() >= deadline
         if reason is None:
-            reason = asked() or (late and "timeout %ss" % number(timeout))
+            reason = asked() or ("timeout %ss" % number(timeout) if late else None)
             if reason:
                 signal_group(process.pid, signal.SIGTERM)
                 deadline = time.monotonic() + GRACE
@@ -1396,7 +1410,7 @@ class LogFile:
     """A stream for `logging` to which several processes append; full, it becomes PATH.1."""
 
     def __init__(self, path, limit=LOG_LIMIT):
-        self.path, self.limit = path, limit
+        self.path, self.limit = os.path.abspath(path), limit
         self.fd = create_private(path, 0)
 
     def write(self, text):
@@ -1490,13 +1504,16 @@ class Supervisor:
             self.heed()
             self.reap()
             self.staff()
-            if not self.workers:
+            if not self.workers and self.finished():
                 return
             if time.monotonic() >= self.next_look:
                 self.patiently(self.look)
                 pause = TICK if self.orphans else LOOK_EVERY
                 self.next_look = time.monotonic() + pause
             self.sleep()
+
+    def finished(self):
+        return self.pool.request() is not None or len(self.drained) == self.count
 
     def sleep(self):
         from multiprocessing.connection import wait
