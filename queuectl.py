@@ -45,10 +45,10 @@ The map, each section using only those above it:
     main         the parser and the exit code
 """
 import contextlib
+import itertools
 import json
 import os
 import sqlite3
-import stat
 import sys
 import time
 
@@ -227,11 +227,13 @@ FIELDS = {
 }
 NO_FIELDS = dict.fromkeys(FIELDS)
 
-# What queuectl itself says of a job: taken and ignored, so that `list --json` of one queue
-# can be piped into `enqueue -` of another.
-KEPT_FIELDS = (
-    "state attempts created_at updated_at exit_code error started_at finished_at runs".split()
-)
+# What JSON shows of a job, in this order. Those that are no field above are queuectl's own:
+# taken and ignored, so that `list --json` of one queue can be piped into `enqueue -` of
+# another.
+PUBLIC = (
+    "id command state attempts max_retries priority run_at timeout cwd env created_at"
+    " updated_at exit_code error started_at finished_at"
+).split()
 
 
 def nearest(word, words):
@@ -260,7 +262,7 @@ def checked_job(given, defaults):
     job = defaults.copy()
     for name, value in given.items():
         check = FIELDS.get(name)
-        if check is None and name not in KEPT_FIELDS:
+        if check is None and name not in PUBLIC and name != "runs":
             raise QueueError("unknown field %s%s" % (json.dumps(name), nearest(name, FIELDS)), 2)
         if check is not None and value is not None:
             job[name] = checked(name, check, value)
@@ -782,14 +784,10 @@ class Queue:
     def _add(self, job, now):
         try:
             self.db.execute(
-                "INSERT INTO jobs (id, command, max_retries, priority, run_at, ready,"
-                " timeout, cwd, env, created_at, updated_at)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    job["id"], job["command"], job["max_retries"], job["priority"],
-                    job["run_at"], job["run_at"] <= now, job["timeout"], job["cwd"],
-                    job["env"], now, now,
-                ),
+                "INSERT INTO jobs (id, command, max_retries, priority, run_at, ready, timeout,"
+                " cwd, env, created_at, updated_at) VALUES (:id, :command, :max_retries,"
+                " :priority, :run_at, :run_at <= :now, :timeout, :cwd, :env, :now, :now)",
+                dict(job, now=now),
             )
         except sqlite3.IntegrityError:
             raise QueueError("there is a job %s already" % shown(job["id"])) from None
@@ -887,12 +885,9 @@ class Queue:
             ).rowcount
             if moved:
                 self.db.execute(
-                    "UPDATE runs SET pid = ?, finished_at = ?, exit_code = ?, error = ?,"
-                    " output = ? WHERE seq = ? AND run = ?",
-                    (
-                        result["pid"], result["finished_at"], result["exit_code"],
-                        result["error"], result["output"], run["seq"], run["run"],
-                    ),
+                    "UPDATE runs SET pid = :pid, finished_at = :finished_at, output = :output,"
+                    " exit_code = :exit_code, error = :error WHERE seq = :seq AND run = :run",
+                    dict(result, seq=run["seq"], run=run["run"]),
                 )
             return state if moved else None
 
@@ -1385,8 +1380,8 @@ class PoolFile:
             return "stop"
         return None
 
-    def leave(self):
-        """Remove the file, if no other process of the pool is left."""
+    def remove(self):
+        """Remove the file, unless another process of the pool lives."""
         if lock_byte(self.fd, self.LOCKS, MAX_WORKERS + 1) and same_file(self.fd, self.path):
             os.remove(self.path)
 
@@ -1493,7 +1488,7 @@ class Supervisor:
             self.patiently(self.tidy)
             self.log.info("pool stopped")
         finally:
-            self.pool.leave()
+            self.pool.remove()
         return self.exit_code(began)
 
     def count_signal(self, number, frame):
@@ -1663,12 +1658,14 @@ def work(path, pool_path, slot, drain):
         worker.log.exception("worker %d failed", slot)
         sys.exit(1)
     finally:
-        pool.leave()
+        pool.remove()
 
 
 # ======================================================================================
 # Output: values to text
 # ======================================================================================
+
+TIMES = ("run_at", "created_at", "updated_at", "started_at", "finished_at")
 
 
 def iso(moment):
@@ -1678,45 +1675,29 @@ def iso(moment):
 
 def public(job):
     """Return a job as JSON shows it."""
-    return {
-        "id": job["id"],
-        "command": job["command"],
-        "state": job["state"],
-        "attempts": job["attempts"],
-        "max_retries": job["max_retries"],
-        "priority": job["priority"],
-        "run_at": iso(job["run_at"]),
-        "timeout": job["timeout"],
-        "cwd": job["cwd"],
-        "env": json.loads(job["env"] or "{}"),
-        "created_at": iso(job["created_at"]),
-        "updated_at": iso(job["updated_at"]),
-        "exit_code": job["exit_code"],
-        "error": job["error"],
-        "started_at": iso(job["started_at"]),
-        "finished_at": iso(job["finished_at"]),
-    }
+    shown = {name: job[name] for name in PUBLIC}
+    shown.update((name, iso(job[name])) for name in TIMES)
+    return dict(shown, env=json.loads(job["env"] or "{}"))
 
 
 def public_run(run):
-    times = {name: iso(run[name]) for name in ("started_at", "finished_at")}
-    return dict(run, **times)
+    return dict(run, started_at=iso(run["started_at"]), finished_at=iso(run["finished_at"]))
 
 
 def span(seconds):
     """Return a duration in one or two units: 0.2s, 12s, 3m 20s, 2h 5m, 4d 1h."""
     if seconds < 10:
         return "%.1fs" % max(0.0, seconds)
-    whole, parts = int(seconds), []
+    rest, parts = int(seconds), []
     for unit in "dhms":
-        count, whole = divmod(whole, UNITS[unit])
+        count, rest = divmod(rest, UNITS[unit])
         if count or parts:
             parts.append("%d%s" % (count, unit))
     return " ".join(parts[:2])
 
 
 def when(moment, now):
-    """Return a time as people say it: "2m ago", "in 4.0s"."""
+    """Return a time as people say it: 2m 5s ago, in 4.0s."""
     return span(now - moment) + " ago" if moment <= now else "in " + span(moment - now)
 
 
@@ -1725,59 +1706,65 @@ def tries(job):
     return "%d/%d" % (job["attempts"], max(1, job["max_retries"]))
 
 
-def table(rows, titles):
+def setting_text(value):
+    return "none" if value is None else number(value)
+
+
+def table(titles, rows):
     """Yield the lines of a table; the last column is not padded.
 
     Widths come from the first page of rows, so that a million can be streamed.
     """
-    from itertools import islice
-
     rows = iter(rows)
-    page = list(islice(rows, PAGE))
+    page = list(itertools.islice(rows, PAGE))
     widths = [max(map(len, column)) for column in zip(titles, *page)]
     layout = "  ".join("%%-%ds" % width for width in widths[:-1]) + "  %s"
-    yield layout % tuple(titles)
-    for source in (page, rows):
-        for row in source:
-            yield layout % tuple(row)
+    return (layout % tuple(row) for row in itertools.chain([titles], page, rows))
 
 
-def print_json(value):
-    print(json.dumps(value))
-
-
-def print_json_array(values):
-    """Print an array as it comes, on one line; a million rows cost no memory."""
-    write = sys.stdout.write
-    write("[")
+def json_array(values):
+    """Yield the pieces of an array on one line; a million rows cost no memory."""
+    yield "["
     for index, value in enumerate(values):
-        write((", " if index else "") + json.dumps(value))
-    write("]\n")
+        yield (", " if index else "") + json.dumps(value)
+    yield "]\n"
+
+
+def answer(args, value, *lines):
+    """Print the answer of a command: one JSON document, or else lines for people."""
+    for line in [json.dumps(value)] if args.json else lines:
+        print(line)
+
+
+def answer_jobs(args, jobs, titles, row):
+    """Print jobs, as they come: an array, or a table with what ROW makes of each."""
+    if args.json:
+        sys.stdout.writelines(json_array(map(public, jobs)))
+    else:
+        sys.stdout.writelines(line + "\n" for line in table(titles, map(row, jobs)))
 
 
 # ======================================================================================
-# Commands: one function each; `args` as the parser in the next section makes them
+# Commands: one function each
 # ======================================================================================
 
 
 def cmd_enqueue(args):
-    with Queue(args.db) as queue:
+    with Queue(args.db) as queue, contextlib.ExitStack() as files:
         defaults = queue.defaults()
-        sources = args.jobs
-        if args.file or sources == ["-"]:
-            with spooled(args.file) as lines:
-                first, last = queue.enqueue(read_lines(lines, defaults))
-        elif sources:
-            first, last = queue.enqueue(read_arguments(sources, defaults))
+        if args.file or args.jobs == ["-"]:
+            jobs = read_lines(files.enter_context(spooled(args.file)), defaults)
+        elif args.jobs:
+            jobs = read_arguments(args.jobs, defaults)
         else:
-            raise QueueError("enqueue: no job given (see enqueue --help)", 2)
+            raise QueueError("enqueue: no job given (see: queuectl.py enqueue --help)", 2)
+        first, last = queue.enqueue(jobs)
         wake_pools(queue.path)
         added = queue.jobs(first=first, last=last)
         if args.json:
-            print_json_array(map(public, added))
+            sys.stdout.writelines(json_array(map(public, added)))
         else:
-            for job in added:
-                print("enqueued", shown(job["id"]))
+            sys.stdout.writelines("enqueued %s\n" % shown(job["id"]) for job in added)
 
 
 def read_arguments(texts, defaults):
@@ -1788,155 +1775,114 @@ def read_arguments(texts, defaults):
             yield checked_job(job, defaults)
 
 
+def read_lines(lines, defaults):
+    """Yield the checked jobs of an array or of JSON Lines; a refusal names the line."""
+    for count, line in enumerate(lines, 1):
+        if line.isspace():
+            continue
+        try:
+            if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+                yield from (checked_job(job, defaults) for job in parsed(line + lines.read()))
+            else:
+                yield checked_job(parsed(line), defaults)
+        except QueueError as error:
+            raise QueueError("line %d: %s" % (count, error), error.code) from None
+
+
 @contextlib.contextmanager
 def spooled(path):
-    """Open a file of jobs, or standard input read to its end.
+    """Open a file of jobs, or standard input, read to its end.
 
     A slow producer at the other end of a pipe would else keep the database locked.
     """
     import shutil
     import tempfile
 
-    with contextlib.ExitStack() as files:
-        source = files.enter_context(open(path, "rb")) if path else sys.stdin.buffer
-        spool = files.enter_context(tempfile.SpooledTemporaryFile(2**24))
-        shutil.copyfileobj(source, spool)
+    with tempfile.SpooledTemporaryFile(2**24) as spool:
+        with open(path, "rb") if path else contextlib.nullcontext(sys.stdin.buffer) as source:
+            shutil.copyfileobj(source, spool)
         spool.seek(0)
         yield spool
 
 
-def read_lines(lines, defaults):
-    """Yield the checked jobs of an array or of JSON Lines; a refusal names the line."""
-    for number, line in enumerate(lines, 1):
-        if line.isspace():
-            continue
-        try:
-            if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-                rest = line + lines.read()
-                yield from (checked_job(job, defaults) for job in parsed(rest))
-                return
-            yield checked_job(parsed(line), defaults)
-        except QueueError as error:
-            raise QueueError("line %d: %s" % (number, error), error.code) from None
-
-
 def cmd_list(args):
     with Queue(args.db) as queue:
-        jobs = queue.jobs(args.state, args.limit)
-        if args.json:
-            print_json_array(map(public, jobs))
-        else:
-            print_jobs(jobs, queue.clock())
+        now = queue.clock()
+        answer_jobs(
+            args, queue.jobs(args.state, args.limit),
+            ["ID", "STATE", "TRIES", "CHANGED", "COMMAND"],
+            lambda job: [shown(job["id"]), job["state"], tries(job),
+                         when(job["updated_at"], now), shown(job["command"])],
+        )
 
 
-def print_jobs(jobs, now):
-    rows = (
-        [
-            shown(job["id"]), job["state"], tries(job), when(job["updated_at"], now),
-            shown(job["command"]),
-        ]
-        for job in jobs
-    )
-    for line in table(rows, ["ID", "STATE", "TRIES", "CHANGED", "COMMAND"]):
-        print(line)
+def cmd_dlq_list(args):
+    with Queue(args.db) as queue:
+        now = queue.clock()
+        answer_jobs(
+            args, queue.jobs("dead"),
+            ["ID", "STATE", "TRIES", "DIED", "ERROR", "COMMAND"],
+            lambda job: [shown(job["id"]), job["state"], tries(job),
+                         when(job["updated_at"], now), shown(job["error"]),
+                         shown(job["command"])],
+        )
 
 
 def cmd_show(args):
     with Queue(args.db) as queue:
         job = queue.job(args.id)
-        runs = [public_run(run) for run in queue.runs(job)]
-        fields = dict(public(job), runs=runs)
-        if args.json:
-            print_json(fields)
-            return
-        for name, value in fields.items():
-            if name != "runs" and value not in (None, {}):
-                text = value if isinstance(value, str) else json.dumps(value)
-                print("%-12s %s" % (name + ":", shown(text)))
-        for run in runs:
-            end = run["error"] or ("exit 0" if run["finished_at"] else "running")
-            print("run %d, attempt %d, %s: %s" % (
-                run["run"], run["attempt"], run["started_at"], shown(end)))
+        fields, runs = public(job), [public_run(run) for run in queue.runs(job)]
+    lines = [
+        "%-12s %s" % (name + ":", shown(value if isinstance(value, str) else json.dumps(value)))
+        for name, value in fields.items() if value not in (None, {})
+    ]
+    for run in runs:
+        end = run["error"] or ("exit 0" if run["finished_at"] else "running")
+        lines.append("run %(run)d, attempt %(attempt)d, %(started_at)s: " % run + shown(end))
+    answer(args, dict(fields, runs=runs), *lines)
 
 
 def cmd_logs(args):
     with Queue(args.db) as queue:
         job = queue.job(args.id)
-        kept = queue.output(job)
-        if kept is None and job["run"]:
-            lease = os.path.join(beside(queue.path, ".runs"), queue.lease(job))
-            kept = read_tail(lease, MAX_INTEGER) or queue.output(queue.job(args.id))
-        sys.stdout.flush()
-        sys.stdout.buffer.write(kept or b"")
+        output = queue.output(job)
+        if output is None and job["run"]:
+            path = os.path.join(beside(queue.path, ".runs"), queue.lease(job))
+            # A run that ended between the two looks has its output in the database now.
+            output = read_tail(path, MAX_INTEGER) or queue.output(job)
+    sys.stdout.flush()
+    sys.stdout.buffer.write(output or b"")
 
 
 def cmd_status(args):
     with Queue(args.db) as queue:
-        counts, workers = queue.counts(), worker_list(queue)
-        if args.json:
-            public = [dict(w, since=iso(w["since"])) for w in workers]
-            print_json({"jobs": counts, "workers": public})
-            return
-        for state, count in counts.items():
-            print("%s: %d" % (state.capitalize(), count))
-        print("Active Workers: %d" % len(workers))
-        for worker in workers:
-            doing = "idle"
-            if worker["job"]:
-                spent = span(queue.clock() - worker["since"])
-                doing = "%s for %s" % (shown(worker["job"]), spent)
-            print("  worker %d of pool %d: %s" % (worker["pid"], worker["pool"], doing))
-        waiting = counts["pending"] + counts["failed"]
-        if waiting and not workers:
-            print("No pool is running: start one with: queuectl.py worker start")
+        now, counts, workers = queue.clock(), queue.counts(), worker_list(queue)
+    lines = ["%s: %d" % (state.capitalize(), count) for state, count in counts.items()]
+    lines.append("Active Workers: %d" % len(workers))
+    for worker in workers:
+        busy = worker["job"] and "%s for %s" % (shown(worker["job"]), span(now - worker["since"]))
+        lines.append("  worker %(pid)d of pool %(pool)d: " % worker + (busy or "idle"))
+    if counts["pending"] + counts["failed"] and not workers:
+        lines.append("No pool is running; to start one: queuectl.py worker start")
+    workers = [dict(worker, since=iso(worker["since"])) for worker in workers]
+    answer(args, {"jobs": counts, "workers": workers}, *lines)
 
 
 def worker_list(queue):
     """Return the workers of all pools, with the job that each of them runs."""
     busy = {run["worker"]: run for run in queue.processing()}
-    workers = []
-    for pool in PoolFile.all(queue.path):
-        for pid in pool.workers():
-            run = busy.get(pid, {"id": None, "started_at": None})
-            workers.append(
-                {"pid": pid, "pool": pool.pid, "job": run["id"], "since": run["started_at"]}
-            )
-    return workers
+    idle = {"id": None, "started_at": None}
+    workers = [(pid, pool.pid) for pool in PoolFile.all(queue.path) for pid in pool.workers()]
+    return [
+        {"pid": pid, "pool": pool, "job": run["id"], "since": run["started_at"]}
+        for pid, pool in workers for run in [busy.get(pid, idle)]
+    ]
 
 
 def cmd_delete(args):
     with Queue(args.db) as queue:
         queue.delete(args.ids)
-    report(args, "deleted", args.ids)
-
-
-def report(args, done, ids):
-    """Say what was done to the jobs of these ids."""
-    if args.json:
-        print_json({done: ids})
-    else:
-        for id in ids:
-            print(done, shown(id))
-
-
-def cmd_dlq_list(args):
-    args.state, args.limit = "dead", 0
-    with Queue(args.db) as queue:
-        jobs = queue.jobs("dead")
-        if args.json:
-            print_json_array(map(public, jobs))
-            return
-        now = queue.clock()
-        rows = (
-            [
-                shown(job["id"]), job["state"], tries(job),
-                when(job["updated_at"], now), shown(job["error"] or ""),
-                shown(job["command"]),
-            ]
-            for job in jobs
-        )
-        for line in table(rows, ["ID", "STATE", "TRIES", "DIED", "ERROR", "COMMAND"]):
-            print(line)
+    answer(args, {"deleted": args.ids}, *["deleted " + shown(id) for id in args.ids])
 
 
 def cmd_dlq_retry(args):
@@ -1944,31 +1890,21 @@ def cmd_dlq_retry(args):
         raise QueueError("dlq retry: name jobs, or give --all", 2)
     with Queue(args.db) as queue:
         count = queue.retry(None if args.all else args.ids)
-        if not count:
-            raise QueueError("no job is dead")
         wake_pools(queue.path)
-    if args.all:
-        print_json({"retried": count}) if args.json else print("retried", count)
-    else:
-        report(args, "retried", args.ids)
+    if not count:
+        raise QueueError("no job is dead")
+    names = ["retried " + shown(id) for id in args.ids] or ["retried %d jobs" % count]
+    answer(args, {"retried": args.ids or count}, *names)
 
 
 def cmd_config_show(args):
     with Queue(args.db) as queue:
         values = queue.settings()
-    if args.json:
-        print_json(values)
-        return
-    rows = [
+    rows = (
         [name, setting_text(values[name]), setting_text(default), meaning]
         for name, (_, default, meaning) in SETTINGS.items()
-    ]
-    for line in table(rows, ["SETTING", "VALUE", "DEFAULT", "MEANING"]):
-        print(line)
-
-
-def setting_text(value):
-    return "none" if value is None else number(value)
+    )
+    answer(args, values, *table(["SETTING", "VALUE", "DEFAULT", "MEANING"], rows))
 
 
 def cmd_config_get(args):
@@ -1977,38 +1913,31 @@ def cmd_config_get(args):
     name = setting_name(args.key)
     with Queue(args.db) as queue:
         value = queue.settings()[name]
-    print_json(value) if args.json else print(setting_text(value))
+    answer(args, value, setting_text(value))
 
 
 def cmd_config_set(args):
     name = setting_name(args.key)
-    check = SETTINGS[name][0]
-    value = checked(name, check, as_number(args.value))
+    value = checked(name, SETTINGS[name][0], as_number(args.value))
     with Queue(args.db) as queue:
         queue.set(name, value)
-    print_json({name: value}) if args.json else print("%s = %s" % (name, setting_text(value)))
-
-
-def as_number(text):
-    """Return the number that a word of the command line is, or else the word."""
-    for convert in (int, float):
-        with contextlib.suppress(ValueError):
-            return convert(text)
-    return text
+    answer(args, {name: value}, "%s = %s" % (name, setting_text(value)))
 
 
 def cmd_config_unset(args):
     name = setting_name(args.key)
     with Queue(args.db) as queue:
         queue.unset(name)
-    default = SETTINGS[name][1]
-    print_json({name: default}) if args.json else print("%s = %s" % (name, setting_text(default)))
+    value = SETTINGS[name][1]
+    answer(args, {name: value}, "%s = %s" % (name, setting_text(value)))
 
 
 def cmd_worker_start(args):
     supervisor = Supervisor(args.db, args.count, args.drain)
-    print("pool %d: %d worker%s; to stop: Ctrl-C, or queuectl.py worker stop" % (
-        os.getpid(), args.count, "" if args.count == 1 else "s"), flush=True)
+    answer(args, {"pool": os.getpid(), "workers": args.count},
+           "pool %d: %d workers; to stop: Ctrl-C, or queuectl.py worker stop"
+           % (os.getpid(), args.count))
+    sys.stdout.flush()
     return supervisor.run()
 
 
@@ -2017,20 +1946,16 @@ def cmd_worker_stop(args):
     stopped = []
     for pool in PoolFile.all(path):
         if pool.alive():
-            pool.ask("now" if args.now else "stop")
             stopped.append(pool.pid)
+            pool.ask("now" if args.now else "stop")
         else:
-            pool.leave()
-    if stopped and not args.json:
+            pool.remove()
+    if stopped:
         say("stopping; running jobs are %s" % ("ended" if args.now else "finished first"))
     while any(pool.alive() for pool in PoolFile.all(path) if pool.pid in stopped):
         time.sleep(0.05)
-    if args.json:
-        print_json({"stopped": stopped})
-    elif stopped:
-        print("stopped %s" % ", ".join("pool %d" % pid for pid in stopped))
-    else:
-        print("no pool is running")
+    words = "stopped " + ", ".join("pool %d" % pid for pid in stopped)
+    answer(args, {"stopped": stopped}, words if stopped else "no pool is running")
 
 
 # ======================================================================================
@@ -2042,132 +1967,107 @@ def arg(*names, **options):
     return names, options
 
 
+def state_name(text):
+    if text.lower() not in STATES:
+        raise QueueError("unknown state %s%s" % (shown(text), nearest(text, STATES)), 2)
+    return text.lower()
+
+
+def count_of(name, low, high):
+    return lambda text: checked(name, whole(low, high), as_number(text))
+
+
+def as_number(text):
+    """Return the number that a word of the command line is, or else the word."""
+    for convert in (int, float):
+        with contextlib.suppress(ValueError):
+            return convert(text)
+    return text
+
+
 IDS = arg("ids", nargs="+", metavar="ID")
 ID = arg("id", metavar="ID")
 KEY = arg("key", metavar="KEY")
 
-
-def state_name(text):
-    state = text.lower()
-    if state not in STATES:
-        raise QueueError("unknown state %s%s" % (shown(text), nearest(text, STATES)), 2)
-    return state
-
-
-def counting(low, high):
-    check = whole(low, high)
-    return lambda text: checked("number", check, as_number(text))
-
-
 # command: (function, what it does, example, arguments)
 COMMANDS = {
     "enqueue": (
-        cmd_enqueue,
-        "add jobs, given as JSON",
-        """enqueue '{"id": "job1", "command": "echo Hello"}'""",
-        [
+        cmd_enqueue, "add jobs, given as JSON",
+        """enqueue '{"id": "job1", "command": "echo Hello"}'""", [
             arg("jobs", nargs="*", metavar="JSON", help="an object, an array of them, or - "
                 "to read an array or JSON Lines from standard input: all or none"),
-            arg("--file", metavar="F", help="read the jobs from this file"),
-        ],
-    ),
+            arg("--file", metavar="F", help="read the jobs from this file")]),
     "list": (
-        cmd_list,
-        "list jobs, oldest first",
-        "list --state pending --limit 20",
-        [
+        cmd_list, "list jobs, oldest first", "list --state pending --limit 20", [
             arg("--state", type=state_name, help="one of " + ", ".join(STATES)),
-            arg("--limit", type=counting(0, MAX_INTEGER), default=0, metavar="N",
-                help="at most so many; 0 for all"),
-        ],
-    ),
+            arg("--limit", type=count_of("--limit", 0, MAX_INTEGER), default=0, metavar="N",
+                help="at most so many; 0 for all")]),
     "show": (cmd_show, "show a job and its runs", "show job1", [ID]),
     "logs": (cmd_logs, "print the output of a job's latest run", "logs job1", [ID]),
     "status": (cmd_status, "count the jobs, list the workers", "status", []),
     "delete": (cmd_delete, "remove jobs that do not run", "delete job1 job2", [IDS]),
     "dlq list": (cmd_dlq_list, "list the dead jobs", "dlq list", []),
     "dlq retry": (
-        cmd_dlq_retry,
-        "make dead jobs pending again, with attempts 0",
-        "dlq retry job4",
-        [arg("ids", nargs="*", metavar="ID"), arg("--all", action="store_true")],
-    ),
+        cmd_dlq_retry, "make dead jobs pending again, with attempts 0", "dlq retry job4", [
+            arg("ids", nargs="*", metavar="ID"), arg("--all", action="store_true")]),
     "config show": (cmd_config_show, "show all settings", "config show", []),
     "config get": (
-        cmd_config_get,
-        "print the value of a setting",
-        "config get max_retries",
-        [arg("key", nargs="?", metavar="KEY")],
-    ),
+        cmd_config_get, "print the value of a setting", "config get max_retries", [
+            arg("key", nargs="?", metavar="KEY")]),
     "config set": (
-        cmd_config_set,
-        "change a setting",
-        "config set max_retries 5",
-        [KEY, arg("value", metavar="VALUE")],
-    ),
+        cmd_config_set, "change a setting", "config set max_retries 5", [
+            KEY, arg("value", metavar="VALUE")]),
     "config unset": (
-        cmd_config_unset,
-        "go back to a setting's default",
-        "config unset max_retries",
-        [KEY],
-    ),
+        cmd_config_unset, "go back to a setting's default", "config unset max_retries", [KEY]),
     "worker start": (
-        cmd_worker_start,
-        "run jobs until stopped",
-        "worker start --count 2",
-        [
-            arg("--count", type=counting(1, MAX_WORKERS), default=1, metavar="N",
+        cmd_worker_start, "run jobs until stopped", "worker start --count 2", [
+            arg("--count", type=count_of("--count", 1, MAX_WORKERS), default=1, metavar="N",
                 help="how many at a time (1)"),
-            arg("--drain", action="store_true", help="end when no job is left"),
-        ],
-    ),
+            arg("--drain", action="store_true", help="end when no job is left")]),
     "worker stop": (
-        cmd_worker_stop,
-        "stop all pools of the queue, when their jobs are finished",
-        "worker stop",
-        [arg("--now", action="store_true", help="end running jobs; they go back to pending")],
-    ),
+        cmd_worker_stop, "stop all pools of the queue, when their jobs are finished",
+        "worker stop", [
+            arg("--now", action="store_true", help="end running jobs; they go back to pending")]),
 }
 ALIASES = {"config list": "config show"}
 
 
 def command_named(words):
-    """Split the words of a command line into a command's name and the rest.
+    """Split a command line into the name of a command, or of a group, and the rest.
 
     Options before the command count as if they stood behind it.
     """
-    words, before = list(words), []
-    while words and words[0].startswith("-") and words[0] != "--":
-        before.append(words.pop(0))
-        if before[-1] == "--db" and words:
-            before.append(words.pop(0))
-    groups = {name.split()[0] for name in COMMANDS}
-    if not words:
-        return None, before
-    first = words.pop(0)
-    if first not in groups:
-        raise QueueError("unknown command %s%s" % (shown(first), nearest(first, groups)), 2)
-    if first in COMMANDS:
-        return first, before + words
-    names = [name.split()[1] for name in COMMANDS if name.split()[0] == first]
-    if not words or words[0].startswith("-"):
-        return first, before + words
-    name = "%s %s" % (first, words.pop(0))
-    name = ALIASES.get(name, name)
-    if name not in COMMANDS:
-        raise QueueError("unknown command %s%s" % (shown(name), nearest(name.split()[1], names)), 2)
-    return name, before + words
+    words, options, name = list(words), [], ""
+    while words and (words[0].startswith("-") or not name):
+        if not words[0].startswith("-"):
+            name = words.pop(0)
+        elif name:
+            return name, options + words
+        else:
+            options.append(words.pop(0))
+            if options[-1] == "--db":
+                options += words[:1]
+                del words[:1]
+    group = [command for command in COMMANDS if command.startswith(name + " ")]
+    if group and words:
+        name += " " + words.pop(0)
+        name = ALIASES.get(name, name)
+    if name and not group and name not in COMMANDS:
+        known = {command.split()[0] for command in COMMANDS}
+        raise QueueError("unknown command %s%s" % (shown(name), nearest(name, known)), 2)
+    if group and " " in name and name not in COMMANDS:
+        raise QueueError("unknown command %s%s" % (shown(name), nearest(name, group)), 2)
+    return name, options + words
 
 
-def overview(group=""):
+def overview(group):
     """Return the short help of all commands, or of those of a group."""
     chosen = {name: entry for name, entry in COMMANDS.items() if name.startswith(group)}
-    lines = ["usage: queuectl.py [--db PATH] %sCOMMAND ..." % (group and group + " "), ""]
+    lines = ["usage: queuectl.py [--db PATH] %s ..." % (group + " COMMAND").strip(), ""]
     lines += ["  %-14s %s" % (name, entry[1]) for name, entry in chosen.items()]
     lines += ["", "examples:"]
     lines += ["  queuectl.py " + entry[2] for entry in list(chosen.values())[:5]]
-    lines += ["", "More on each: queuectl.py COMMAND --help"]
-    return "\n".join(lines)
+    return "\n".join(lines + ["", "More on each: queuectl.py COMMAND --help"])
 
 
 def parse(name, words):
@@ -2189,33 +2089,29 @@ def parse(name, words):
     parser.add_argument("--db", metavar="PATH", help="the queue (QUEUECTL_DB, queuectl.db)")
     args = parser.parse_args(words)
     args.db = args.db or os.environ.get("QUEUECTL_DB") or "queuectl.db"
-    args.function = function
-    return args
+    return function, args
 
 
 def run_command(argv):
+    """Run what a command line says; return the exit code."""
     name, words = command_named(argv)
-    if name is None and "--version" in words:
-        print("queuectl", __version__)
-    elif name not in COMMANDS:
-        unknown = [w for w in words if w not in ("-h", "--help") and w.startswith("-")]
-        if unknown and unknown[0].split("=")[0] != "--db":
-            raise QueueError("unknown option %s (see: queuectl.py --help)" % shown(unknown[0]), 2)
-        print(overview(name or ""))
-    else:
-        args = parse(name, words)
-        try:
-            return args.function(args) or 0
-        except sqlite3.Error as error:
-            raise QueueError("%s: %s" % (shown(os.path.abspath(args.db)), error)) from None
-    return 0
+    if name not in COMMANDS:
+        unknown = set(words) - {"-h", "--help", "--version"}
+        if unknown and "--db" not in words[0]:
+            raise QueueError("no command in: %s (see: queuectl.py --help)" % shown(words[0]), 2)
+        print("queuectl " + __version__ if "--version" in words else overview(name))
+        return 0
+    function, args = parse(name, words)
+    try:
+        return function(args) or 0
+    except sqlite3.Error as error:
+        raise QueueError("%s: %s" % (shown(os.path.abspath(args.db)), error)) from None
 
 
 def main(argv=None):
-    """Run one command; return its exit code."""
+    """Run one command; return its exit code: what goes wrong is one line, never a traceback."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace")
     try:
         code = run_command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
@@ -2227,8 +2123,7 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would complain
         return 0
     except OSError as error:
-        file = ": " + shown(str(error.filename)) if error.filename else ""
-        say("%s%s" % (error.strerror or error, file))
+        say("%s: %s" % (shown(str(error.filename or "queuectl")), error.strerror or error))
         return 1
     except KeyboardInterrupt:
         return 130

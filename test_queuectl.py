@@ -41,6 +41,7 @@ def home(tmp_path, monkeypatch):
 
 
 POOLS = []
+NAP = "sleep 77.%07d" % os.getpid()  # a command that no other run of the tests is running
 
 
 class Answer:
@@ -299,7 +300,7 @@ def test_eaten_quotes_are_explained():
 
 def test_unknown_names_get_the_nearest_one():
     assert "did you mean status" in refused("statsu", code=2)
-    assert "did you mean retry" in refused("dlq", "retri", "x", code=2)
+    assert "did you mean dlq retry" in refused("dlq", "retri", "x", code=2)
     assert "did you mean backoff_base" in refused("config", "get", "backof_base", code=2)
 
 
@@ -627,10 +628,10 @@ def test_a_folder_that_vanished_is_a_failure(home):
 
 
 def test_a_timeout_ends_the_whole_process_group():
-    enqueue("sleep 987654 & sleep 987654", id="x", timeout=0.3, max_retries=1)
+    enqueue("%s & %s" % (NAP, NAP), id="x", timeout=0.3, max_retries=1)
     drain(1)
     assert jobs()["x"]["error"] == "timeout 0.3s"
-    assert not running("sleep 987654")
+    assert not running(NAP)
 
 
 def test_output_is_bytes_and_only_its_end_is_kept():
@@ -700,9 +701,9 @@ def test_worker_stop_with_no_pool_says_so_and_stops_no_later_one():
 
 @pytest.mark.parametrize("how", ["command", "signal"])
 def test_stop_now_gives_running_jobs_back(how):
-    enqueue("trap '' TERM; sleep 45.25 & wait; sleep 45.25", id="x")
+    enqueue("trap '' TERM; %s & wait; %s" % (NAP, NAP), id="x")
     pool = start_pool(count=1)
-    wait_until(lambda: running("sleep 45.25"))
+    wait_until(lambda: running(NAP))
     if how == "command":
         ok("worker", "stop", "--now")
     else:
@@ -712,7 +713,7 @@ def test_stop_now_gives_running_jobs_back(how):
     assert pool.wait(20) == 0
     job = jobs()["x"]
     assert (job["state"], job["attempts"]) == ("pending", 0)
-    assert not running("sleep 45.25")
+    assert not running(NAP)
 
 
 def test_drain_waits_for_retries_but_not_for_delayed_jobs():
@@ -755,28 +756,28 @@ def runs_in_out():
 
 
 @pytest.mark.parametrize("command", [
-    "[ $(wc -l < out) -gt 1 ] || sleep 77.5",
-    "exec >/dev/null 2>&1; [ $(wc -l < out) -gt 1 ] || sleep 77.5",
+    "[ $(wc -l < out) -gt 1 ] || NAP",
+    "exec >/dev/null 2>&1; [ $(wc -l < out) -gt 1 ] || NAP",
     "[ $(wc -l < out) -gt 1 ] || exec %s -c 'import os; os.closerange(100, 200);"
-    " os.close(1); os.close(2); os.execlp(\"sleep\", \"sleep\", \"77.5\")'" % sys.executable,
-    "trap '' TERM; [ $(wc -l < out) -gt 1 ] || sleep 77.5",
-    "[ $(wc -l < out) -gt 1 ] || setsid sleep 77.5",
+    " os.close(1); os.close(2); os.execvp(\"sleep\", \"NAP\".split())'" % sys.executable,
+    "trap '' TERM; [ $(wc -l < out) -gt 1 ] || NAP",
+    "[ $(wc -l < out) -gt 1 ] || setsid NAP",
 ], ids=["plain", "redirected", "all closed", "ignores TERM", "own session"])
 @pytest.mark.parametrize("victim", ["worker", "pool"])
 def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(command, victim):
-    enqueue(ALONE + command, id="x")
+    enqueue(ALONE + command.replace("NAP", NAP), id="x")
     pool = start_pool(count=1)
-    wait_until(lambda: pids_of("sleep 77.5") and runs_in_out() == 1)
+    wait_until(lambda: running(NAP) and runs_in_out() == 1)
     if victim == "worker":
         os.kill(workers_of(pool.pid)[0], signal.SIGKILL)
     else:
         kill_all(pool)
-        assert running("sleep 77.5"), "the orphan has to be there for this to test anything"
+        assert running(NAP), "the orphan has to be there for this to test anything"
         start_pool(count=1)
     wait_until(lambda: state("x") == "completed")
     job = ok("show", "x", "--json").json
     assert not os.path.exists("overlaps")
-    assert not running("sleep 77.5")
+    assert not running(NAP)
     assert job["attempts"] == 1  # the lost attempt was given back
     assert [run["error"] for run in job["runs"]] == ["worker died", None]
 
