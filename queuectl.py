@@ -5,19 +5,20 @@
     python queuectl.py worker start --count 2
     python queuectl.py status
 
-One SQLite file is one queue: `queuectl.db` in the current directory, or what `--db PATH`
-or QUEUECTL_DB names. Beside it lie `queuectl.log` and, while pools run, a PID file for
-each of them and `queuectl.runs/` with the output of the jobs that run right now.
+One SQLite file is one queue: `queuectl.db` in the current directory, or what `--db` or
+QUEUECTL_DB names. Beside it lie `queuectl.log` and, while pools run, a PID file for each
+of them and `queuectl.runs/` with the output of the jobs that run right now.
 
 The life of a job; each arrow is one verb of `Queue`, one guarded UPDATE:
 
-                         claim                exit 0
-    enqueue ──▶ PENDING ───────▶ PROCESSING ─────────▶ COMPLETED
-                 ▲ ▲ ▲               │ │ │
-           due   │ │ └─ worker died, │ │ └ failed, attempts = max_retries, or cancelled ─▶ DEAD
-                 │ │    stop --now ◀─┘ │                                                    │
-              FAILED ◀── failed ───────┘                                                    │
-                   └────────────────────────────── dlq retry ───────────────────────────────┘
+                     claim              exit 0
+    enqueue ─▶ PENDING ─────▶ PROCESSING ─────▶ COMPLETED
+                ▲ ▲ ▲            │ │ │
+          due   │ │ └─ worker    │ │ └─ failed, attempts = max_retries ─▶ DEAD
+                │ │    died,   ◀─┘ │                                      │
+                │ │    stop --now  │                                      │
+             FAILED ◀── failed ────┘                                      │
+                  └────────────────────────── dlq retry ──────────────────┘
 
 What is promised, and by what:
 
@@ -25,11 +26,11 @@ What is promised, and by what:
   - Two runs of a job never overlap. The output file of a run is its lease: the worker
     locks it (flock) and the command inherits the lock, so the kernel holds it until the
     last process of the run is gone, whoever was killed. Nobody needs a heartbeat.
-  - No job is stuck. A job in PROCESSING whose lease is free belongs to nobody and is put
-    back; a lease that is held while its worker is gone belongs to an orphan, which is
-    ended first. Every pool looks for both at its start and every two seconds.
-  - A job runs at least once. A result that could not be recorded is dropped, and the job
-    runs again: commands should be idempotent.
+  - No job is stuck. A job in PROCESSING whose lease is free belongs to nobody and is
+    put back; a lease that is held while its worker is gone belongs to an orphan, which
+    is ended first. Every pool looks for both at its start and every two seconds.
+  - A job runs at least once. A result that could not be recorded is dropped, and the
+    job runs again: commands should be idempotent.
 
 The map, each section using only those above it:
 
@@ -48,6 +49,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import sqlite3
 import sys
 import time
@@ -78,7 +80,7 @@ LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
 
 
 class QueueError(Exception):
-    """What the user can mend: one line that says what is wrong; `code` is the exit code."""
+    """What the user can mend, in one line; `code` is the exit code."""
 
     def __init__(self, message, code=1):
         super().__init__(message)
@@ -112,24 +114,25 @@ def seconds(value):
 
 
 def epoch(value):
-    """Return epoch seconds from a number or ISO 8601 text, local where no zone is given."""
+    """Return epoch seconds from a number or ISO 8601 text, local without a zone."""
     with contextlib.suppress(ValueError):
         return seconds(value if not isinstance(value, str) else value + "s")
     from datetime import datetime
 
-    return datetime.fromisoformat(value.strip().upper().replace("Z", "+00:00")).timestamp()
+    text = value.strip().upper().replace("Z", "+00:00")
+    return datetime.fromisoformat(text).timestamp()
 
 
 def storable(text):
-    """Tell whether TEXT can be stored and handed to a system call: no NUL, no surrogate."""
+    """Tell whether TEXT can be handed to a system call: no NUL, no lone surrogate."""
     try:
         return b"\0" not in text.encode()
     except UnicodeEncodeError:
         return False
 
 
-# A check takes a value from outside and returns what is stored, or raises ValueError with
-# the words for what is allowed; `checked` makes a whole sentence of them.
+# A check takes a value from outside and returns what is stored, or raises ValueError
+# with the words for what is allowed; `checked` makes a whole sentence of them.
 
 
 def whole(low, high):
@@ -165,14 +168,10 @@ moment = within(
 
 
 def identifier(value):
-    if (
-        not isinstance(value, str)
-        or not 1 <= len(value) <= 255
-        or not value.isprintable()
-        or value.isspace()
-    ):
+    text = value if isinstance(value, str) else ""
+    if not 1 <= len(text) <= 255 or not text.isprintable() or text.isspace():
         raise ValueError("text of 1 to 255 printable characters")
-    return value
+    return text
 
 
 def shell_line(value):
@@ -188,12 +187,13 @@ def folder(value):
 
 
 def environment(value):
-    allowed = "an object of texts, with names without = and no NUL"
+    allowed = ValueError("an object of texts, with names without = and no NUL")
     if not isinstance(value, dict):
-        raise ValueError(allowed)
+        raise allowed
     for name, text in value.items():
-        if not isinstance(text, str) or not storable(name + text) or not name or "=" in name:
-            raise ValueError(allowed)
+        named = name and "=" not in name
+        if not named or not isinstance(text, str) or not storable(name + text):
+            raise allowed
     return json.dumps(value)
 
 
@@ -227,9 +227,9 @@ FIELDS = {
 }
 NO_FIELDS = dict.fromkeys(FIELDS)
 
-# What JSON shows of a job, in this order. Those that are no field above are queuectl's own:
-# taken and ignored, so that `list --json` of one queue can be piped into `enqueue -` of
-# another.
+# What JSON shows of a job, in this order. Those that are no field above are queuectl's
+# own: taken and ignored, so that `list --json` of one queue can be piped into `enqueue -`
+# of another.
 PUBLIC = (
     "id command state attempts max_retries priority run_at timeout cwd env created_at"
     " updated_at exit_code error started_at finished_at"
@@ -241,11 +241,13 @@ def nearest(word, words):
     from difflib import get_close_matches
 
     close = get_close_matches(word.lower(), words, 1, 0.5)
-    return "; did you mean %s?" % close[0] if close else "; there are: " + ", ".join(words)
+    if close:
+        return "; did you mean %s?" % close[0]
+    return "; there are: " + ", ".join(words)
 
 
 def checked(name, check, value):
-    """Return what CHECK makes of VALUE; a refusal names the field, the value, the rule."""
+    """Return what CHECK makes of VALUE; a refusal names field, value and rule."""
     try:
         return check(value)
     except ValueError as allowed:
@@ -256,14 +258,15 @@ def checked(name, check, value):
 
 
 def checked_job(given, defaults):
-    """Return every field of a job, ready to be stored; those not given from DEFAULTS."""
+    """Return all fields of a job, ready to be stored; those not given from DEFAULTS."""
     if type(given) is not dict:
         raise QueueError('a job is a JSON object like {"command": "echo hi"}', 2)
     job = defaults.copy()
     for name, value in given.items():
         check = FIELDS.get(name)
         if check is None and name not in PUBLIC and name != "runs":
-            raise QueueError("unknown field %s%s" % (json.dumps(name), nearest(name, FIELDS)), 2)
+            known = nearest(name, FIELDS)
+            raise QueueError("unknown field %s%s" % (json.dumps(name), known), 2)
         if check is not None and value is not None:
             job[name] = checked(name, check, value)
     if job["command"] is None:
@@ -273,6 +276,10 @@ def checked_job(given, defaults):
     return job
 
 
+QUOTED = r'''"{\"id\":\"job1\",\"command\":\"echo hi\"}", or in PowerShell ''' \
+    r"""'{\"id\":\"job1\",\"command\":\"echo hi\"}'"""
+
+
 def parsed(text):
     """Return what a JSON text says, or raise QueueError with why it is none."""
     try:
@@ -280,15 +287,12 @@ def parsed(text):
     except RecursionError:
         raise QueueError("not JSON: nested too deeply", 2) from None
     except ValueError as error:
-        text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+        start = shown(text.strip()[:60])
         if "{" in text and '"' not in text:
-            raise QueueError(
-                "not JSON, the shell took the quotes: %s; in cmd and PowerShell write "
-                r'"{\"id\":\"job1\",\"command\":\"echo hi\"}", or in PowerShell '
-                r"""'{\"id\":\"job1\",\"command\":\"echo hi\"}'""" % shown(text[:60]),
-                2,
-            ) from None
-        raise QueueError("not JSON: %s: %s" % (error, shown(text.strip()[:60])), 2) from None
+            hint = "not JSON, the shell took the quotes: %s; in cmd and PowerShell write %s"
+            raise QueueError(hint % (start, QUOTED), 2) from None
+        raise QueueError("not JSON: %s: %s" % (error, start), 2) from None
 
 
 def shown(text):
@@ -302,7 +306,8 @@ def setting_name(key):
     """Return the name of a setting, spelt with - or _ and in any case."""
     name = key.lower().replace("-", "_")
     if name not in SETTINGS:
-        raise QueueError("unknown setting %s%s" % (shown(key), nearest(name, SETTINGS)), 2)
+        known = nearest(name, SETTINGS)
+        raise QueueError("unknown setting %s%s" % (shown(key), known), 2)
     return name
 
 
@@ -315,7 +320,9 @@ import select  # noqa: E402
 import signal  # noqa: E402
 import struct  # noqa: E402
 
-STRUCT_FLOCK = "hhqqi" if sys.platform.startswith("linux") else "qqihh"
+# The kernel's struct flock: type, whence, start, length, pid, in the order of the system.
+LINUX = sys.platform.startswith("linux")
+FLOCK, FLOCK_ORDER = ("hhqqi", (0, 1, 2, 3, 4)) if LINUX else ("qqihh", (2, 3, 4, 0, 1))
 LEASE_FD = 100  # scripts use the numbers from 3 to 9 for themselves
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 WAKE_SIGNAL = signal.SIGUSR1
@@ -337,23 +344,27 @@ def same_file(fd, path):
 
 
 @contextlib.contextmanager
-def folder_lock(path):
-    """Let one process at a time change which files there are in a folder."""
-    fd = os.open(path, os.O_RDONLY)
+def opened(path, flags=os.O_RDONLY):
+    """Open a file or a folder for a while."""
+    fd = os.open(path, flags)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
+        yield fd
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def folder_lock(path):
+    """Let one process at a time change which files there are in a folder."""
+    with opened(path) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
 
 
 def sync_folder(path):
     """Write a folder's entries to the disk: a renamed file survives a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
+    with opened(path) as fd:
         os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def open_lease(path):
@@ -378,30 +389,23 @@ def open_lease(path):
 
 
 def lease_is_free(path):
-    """Tell whether no process holds the lock of a run's output file."""
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return True
-    try:
-        # Shared, so that two who look at once do not take each other for the holder.
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
+    """Tell whether no process holds the lock of a run's output file.
+
+    The look is shared, so that two who look at once do not take each other for holders.
+    """
+    with contextlib.suppress(FileNotFoundError), opened(path) as fd:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def remove_free(path):
     """Remove an output file that nobody holds; one that is held stays."""
-    with contextlib.suppress(FileNotFoundError, BlockingIOError):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.remove(path)
-        finally:
-            os.close(fd)
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), opened(path) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.remove(path)
 
 
 def lock_byte(fd, at, length=1):
@@ -423,11 +427,10 @@ def byte_holder(fd, at, length=1):
     The kernel says who it is, so that no number written in a file is ever trusted. The
     pid is 0 or less where the holder is in another container.
     """
-    apple = STRUCT_FLOCK[0] == "q"
-    ask = (at, length, 0, fcntl.F_WRLCK, 0) if apple else (fcntl.F_WRLCK, 0, at, length, 0)
-    answer = fcntl.fcntl(fd, fcntl.F_GETLK, struct.pack(STRUCT_FLOCK, *ask))
-    fields = struct.unpack(STRUCT_FLOCK, answer)
-    kind, pid = (fields[3], fields[2]) if apple else (fields[0], fields[4])
+    wanted = (fcntl.F_WRLCK, os.SEEK_SET, at, length, 0)
+    ask = struct.pack(FLOCK, *(wanted[place] for place in FLOCK_ORDER))
+    answer = struct.unpack(FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, ask))
+    kind, pid = answer[FLOCK_ORDER.index(0)], answer[FLOCK_ORDER.index(4)]
     return None if kind == fcntl.F_UNLCK else pid
 
 
@@ -553,7 +556,7 @@ class Wake:
 
 
 def catch_signals(numbers, handler):
-    """Call HANDLER for these signals; let no signal be ignored that a job would inherit.
+    """Call HANDLER for these signals; leave none ignored that a job would inherit.
 
     A shell starts background commands with SIGINT and SIGQUIT ignored, and what is
     ignored stays so through exec; a handler does not.
@@ -617,9 +620,12 @@ CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 
 -- Jobs in the order in which they are claimed, those that wait for a time, and the few
 -- that are neither waiting nor completed: a claim costs the same with a million others.
-CREATE INDEX jobs_ready ON jobs (priority DESC, seq) WHERE state = 'pending' AND ready = 1;
-CREATE INDEX jobs_waiting ON jobs (run_at) WHERE state IN ('pending', 'failed') AND ready = 0;
-CREATE INDEX jobs_rare ON jobs (state, seq) WHERE state IN ('processing', 'failed', 'dead');
+CREATE INDEX jobs_ready ON jobs (priority DESC, seq)
+    WHERE state = 'pending' AND ready = 1;
+CREATE INDEX jobs_waiting ON jobs (run_at)
+    WHERE state IN ('pending', 'failed') AND ready = 0;
+CREATE INDEX jobs_rare ON jobs (state, seq)
+    WHERE state IN ('processing', 'failed', 'dead');
 
 -- Counting a million rows takes a third of a second; a trigger keeps the counts.
 CREATE TABLE counts (state TEXT PRIMARY KEY, jobs INTEGER NOT NULL) WITHOUT ROWID;
@@ -766,7 +772,7 @@ class Queue:
         )
 
     def enqueue(self, jobs):
-        """Add jobs, all or none, given as `checked_job` returns them; return their seqs.
+        """Add jobs as `checked_job` returns them, all or none; return first and last seq.
 
         JOBS may be a generator: it is read within the transaction.
         """
@@ -784,9 +790,10 @@ class Queue:
     def _add(self, job, now):
         try:
             self.db.execute(
-                "INSERT INTO jobs (id, command, max_retries, priority, run_at, ready, timeout,"
-                " cwd, env, created_at, updated_at) VALUES (:id, :command, :max_retries,"
-                " :priority, :run_at, :run_at <= :now, :timeout, :cwd, :env, :now, :now)",
+                "INSERT INTO jobs (id, command, max_retries, priority, run_at, ready,"
+                " timeout, cwd, env, created_at, updated_at)"
+                " VALUES (:id, :command, :max_retries, :priority, :run_at,"
+                " :run_at <= :now, :timeout, :cwd, :env, :now, :now)",
                 dict(job, now=now),
             )
         except sqlite3.IntegrityError:
@@ -806,7 +813,7 @@ class Queue:
     # -- the life of a job -------------------------------------------------------------
 
     def claim(self, worker, take_lease):
-        """Give the next ready job to a worker, PENDING to PROCESSING; None if there is none.
+        """Give the next ready job to a worker, PENDING to PROCESSING; None without one.
 
         `take_lease(name)` creates and locks the output file of the run. It is called
         before anything is written: a claim that were committed before its lock is held
@@ -818,15 +825,16 @@ class Queue:
             row = self.db.execute(
                 "SELECT seq, id, command, timeout, cwd, env, max_retries,"
                 " attempts + 1 AS attempt, run + 1 AS run FROM jobs"
-                " WHERE state = 'pending' AND ready = 1 ORDER BY priority DESC, seq LIMIT 1"
+                " WHERE state = 'pending' AND ready = 1"
+                " ORDER BY priority DESC, seq LIMIT 1"
             ).fetchone()
             if row is None:
                 return None
             run = dict(row, started_at=now, lease=self._lease(row["seq"], row["run"]))
             take_lease(run["lease"])
             self.db.execute(
-                "UPDATE jobs SET state = 'processing', attempts = ?, run = ?, updated_at = ?"
-                " WHERE seq = ? AND state = 'pending'",
+                "UPDATE jobs SET state = 'processing', attempts = ?, run = ?,"
+                " updated_at = ? WHERE seq = ? AND state = 'pending'",
                 (run["attempt"], run["run"], now, run["seq"]),
             )
             self.db.execute(
@@ -842,9 +850,9 @@ class Queue:
         A hundred thousand that become due at once would else hold up one claim.
         """
         self.db.execute(
-            "UPDATE jobs SET state = 'pending', ready = 1 WHERE seq IN (SELECT seq FROM jobs"
-            " WHERE state IN ('pending', 'failed') AND ready = 0 AND run_at <= ?"
-            " ORDER BY run_at LIMIT 100)",
+            "UPDATE jobs SET state = 'pending', ready = 1 WHERE seq IN"
+            " (SELECT seq FROM jobs WHERE state IN ('pending', 'failed') AND ready = 0"
+            " AND run_at <= ? ORDER BY run_at LIMIT 100)",
             (now,),
         )
 
@@ -856,14 +864,14 @@ class Queue:
         """PROCESSING to FAILED, to be tried again after the backoff, or to DEAD."""
         if run["attempt"] >= max(1, run["max_retries"]):
             return self._leave(run, result, "dead", result["error"])
-        settings = self.settings()
-        wait = backoff(settings["backoff_base"], run["attempt"], settings["backoff_max"])
+        values = self.settings()
+        wait = backoff(values["backoff_base"], run["attempt"], values["backoff_max"])
         due = min(self.clock() + wait, MAX_TIME)
         changes = ", ready = 0, run_at = ?"
         return self._leave(run, result, "failed", result["error"], changes, due)
 
     def release(self, run, result):
-        """PROCESSING back to PENDING; the attempt was not the job's fault and is given back.
+        """PROCESSING back to PENDING; the attempt was not the job's fault, so given back.
 
         A job whose worker died too often is DEAD: it may be what kills them.
         """
@@ -876,7 +884,7 @@ class Queue:
         return self._leave(run, result, "pending", None, changes, int(died))
 
     def _leave(self, run, result, state, error, changes="", *values):
-        """Move the job of a run out of PROCESSING if the run still owns it; record the run."""
+        """Move a job out of PROCESSING if this run still owns it; record the run."""
         with self.transaction():
             moved = self.db.execute(
                 "UPDATE jobs SET state = ?, error = ?, updated_at = ?" + changes +
@@ -885,8 +893,9 @@ class Queue:
             ).rowcount
             if moved:
                 self.db.execute(
-                    "UPDATE runs SET pid = :pid, finished_at = :finished_at, output = :output,"
-                    " exit_code = :exit_code, error = :error WHERE seq = :seq AND run = :run",
+                    "UPDATE runs SET pid = :pid, finished_at = :finished_at,"
+                    " exit_code = :exit_code, error = :error, output = :output"
+                    " WHERE seq = :seq AND run = :run",
                     dict(result, seq=run["seq"], run=run["run"]),
                 )
             return state if moved else None
@@ -901,8 +910,8 @@ class Queue:
     def retry(self, ids=None):
         """DEAD to PENDING with attempts 0, all or none; every dead job without IDS."""
         reset = (
-            "UPDATE jobs SET state = 'pending', attempts = 0, deaths = 0, cancelled = 0,"
-            " error = NULL, ready = 1, run_at = ?1, updated_at = ?1"
+            "UPDATE jobs SET state = 'pending', attempts = 0, deaths = 0,"
+            " cancelled = 0, error = NULL, ready = 1, run_at = ?1, updated_at = ?1"
             " WHERE state = 'dead' AND " + RARE
         )
         now = self.clock()
@@ -910,22 +919,20 @@ class Queue:
             if ids is None:
                 return self.db.execute(reset, (now,)).rowcount
             for job in self._jobs_named(ids):
-                if self.db.execute(reset + " AND seq = ?2", (now, job["seq"])).rowcount == 0:
-                    raise QueueError(
-                        "job %s is %s, not dead" % (shown(job["id"]), job["state"])
-                    )
+                row = (now, job["seq"])
+                if self.db.execute(reset + " AND seq = ?2", row).rowcount == 0:
+                    words = "job %s is %s, not dead"
+                    raise QueueError(words % (shown(job["id"]), job["state"]))
             return len(set(ids))
 
     def delete(self, ids):
         """Remove jobs and their runs, all or none; a running one is refused."""
         with self.transaction():
             for job in self._jobs_named(ids):
-                removed = self.db.execute(
-                    "DELETE FROM jobs WHERE seq = ? AND state <> 'processing'", (job["seq"],)
-                ).rowcount
-                if removed == 0:
+                row, where = (job["seq"],), " WHERE seq = ? AND state <> 'processing'"
+                if self.db.execute("DELETE FROM jobs" + where, row).rowcount == 0:
                     raise QueueError("job %s is running" % shown(job["id"]))
-                self.db.execute("DELETE FROM runs WHERE seq = ?", (job["seq"],))
+                self.db.execute("DELETE FROM runs WHERE seq = ?", row)
 
     # -- reading -----------------------------------------------------------------------
 
@@ -958,8 +965,8 @@ class Queue:
     def runs(self, job):
         """Return the runs of a job, the first one first, without their output."""
         return self.db.execute(
-            "SELECT run, attempt, worker, pid, started_at, finished_at, exit_code, error"
-            " FROM runs WHERE seq = ? ORDER BY run",
+            "SELECT run, attempt, worker, pid, started_at, finished_at, exit_code,"
+            " error FROM runs WHERE seq = ? ORDER BY run",
             (job["seq"],),
         ).fetchall()
 
@@ -972,8 +979,9 @@ class Queue:
     def processing(self):
         """Return what is running, with the worker that runs it and the lease."""
         rows = self.db.execute(
-            "SELECT seq, run, id, attempts AS attempt, max_retries, worker, pid, started_at"
-            " FROM jobs JOIN runs USING (seq, run) WHERE state = 'processing' AND " + RARE
+            "SELECT seq, run, id, attempts AS attempt, max_retries, worker, pid,"
+            " started_at FROM jobs JOIN runs USING (seq, run)"
+            " WHERE state = 'processing' AND " + RARE
         ).fetchall()
         return [dict(row, lease=self._lease(row["seq"], row["run"])) for row in rows]
 
@@ -990,7 +998,8 @@ class Queue:
 
     def next_due(self):
         """Return when the next job is due: 0 if one is ready, None if none waits."""
-        if self._value("SELECT 1 FROM jobs WHERE state = 'pending' AND ready = 1 LIMIT 1"):
+        ready = "SELECT 1 FROM jobs WHERE state = 'pending' AND ready = 1 LIMIT 1"
+        if self._value(ready):
             return 0
         return self._value(
             "SELECT run_at FROM jobs WHERE state IN ('pending', 'failed') AND ready = 0"
@@ -1057,7 +1066,7 @@ class Lease:
             self.fd = open_lease(path)
 
     def cut_back(self, limit):
-        """Keep the end of an output that grows past a bound, so that it fills no disk."""
+        """Keep the end of an output that grows past a bound, or it would fill the disk."""
         size = os.fstat(self.fd).st_size
         if size > max(4 * limit, 2**24):
             note = b"[queuectl: about %d bytes of output dropped here]\n"
@@ -1070,11 +1079,12 @@ class Lease:
         size = os.fstat(self.fd).st_size
         tail = os.pread(self.fd, limit, max(0, size - limit))
         if len(tail) == limit < size:
-            return b"[queuectl: %d bytes of output dropped here]\n" % (size - limit) + tail
+            note = b"[queuectl: %d bytes of output dropped here]\n"
+            return note % (size - limit) + tail
         return self.cut[len(tail) :] + tail if self.cut and limit else tail
 
     def discard(self):
-        """Let go of the file; a background child that the command left may keep it open."""
+        """Let go of the file; a background child may go on writing to it, unseen."""
         with contextlib.suppress(FileNotFoundError):
             os.remove(self.path)
         os.close(self.fd)
@@ -1094,7 +1104,7 @@ def start_command(run, lease):
     marks = {
         "QUEUECTL_JOB_ID": run["id"],
         "QUEUECTL_ATTEMPT": str(run["attempt"]),
-        "QUEUECTL_RUN": lease.path,  # by which its processes are known, see run_processes
+        "QUEUECTL_RUN": lease.path,  # by which run_processes knows its processes
     }
     os.environ.update(marks)  # the worker's own: a copy for each run costs too much
     env = dict(os.environ, **json.loads(run["env"]), **marks) if run["env"] else None
@@ -1110,7 +1120,8 @@ def watch(process, wake, timeout, asked, tick):
     """
     reason, deadline = None, time.monotonic() + (timeout or MAX_SPAN)
     while process.poll() is None or (reason and group_exists(process.pid)):
-        wake.wait(min(TICK if reason is None else TICK / 10, deadline - time.monotonic()))
+        pause = TICK if reason is None else TICK / 10  # a group's end wakes nobody
+        wake.wait(min(pause, deadline - time.monotonic()))
         if process.poll() is not None and reason is None:
             break
         tick()
@@ -1151,8 +1162,9 @@ class Worker:
         if not pool.hold(slot):
             raise QueueError("worker %d is there already" % slot)
         catch_signals(STOP_SIGNALS, self.stop)
-        signal.signal(signal.SIGINT, nothing)  # a terminal sends these to the whole pool;
-        signal.signal(signal.SIGHUP, nothing)  # the supervisor decides what they mean
+        # A terminal sends these to the whole pool; the supervisor says what they mean.
+        signal.signal(signal.SIGINT, nothing)
+        signal.signal(signal.SIGHUP, nothing)
         self.wake = Wake()
         self.log = open_log(path)
         self.queue = None
@@ -1181,7 +1193,7 @@ class Worker:
                     self.wake.wait(self.pause())
 
     def patiently(self, action, *args, **options):
-        """Try until it works: a full disk or a locked file costs time, never a result."""
+        """Try until it works: a full disk or a lock costs time, never a result."""
         while True:
             try:
                 result = action(*args, **options)
@@ -1215,7 +1227,9 @@ class Worker:
         try:
             with self.queue.transaction():
                 state = self.record(*done) if done else None
-                run = None if self.leaving() else self.queue.claim(os.getpid(), self.take)
+                run = None
+                if not self.leaving():
+                    run = self.queue.claim(os.getpid(), self.take)
         except BaseException:
             if self.lease:
                 self.lease.discard()
@@ -1300,7 +1314,7 @@ class PoolFile:
     """
 
     LOCKS = 2**20  # the first byte to lock; far behind the text, for Windows' sake
-    REQUEST = 16  # where the request stands; room is made at the start, disks are full later
+    REQUEST = 16  # where the request stands; its room is made at once, disks fill up
 
     def __init__(self, path):
         self.path = path
@@ -1328,14 +1342,14 @@ class PoolFile:
         file would drop its locks.
         """
         folder, stem = os.path.split(beside(queue_path, "-"))
-        for name in sorted(os.listdir(folder)):
-            if name.startswith(stem) and name[len(stem) : -4].isdigit() and name[-4:] == ".pid":
-                path = os.path.join(folder, name)
-                if own and own.path == path:
-                    yield own
-                else:
-                    with contextlib.suppress(FileNotFoundError), cls(path) as pool:
-                        yield pool
+        pattern = re.compile(re.escape(stem) + r"[0-9]+\.pid")
+        for name in sorted(filter(pattern.fullmatch, os.listdir(folder))):
+            path = os.path.join(folder, name)
+            if own and own.path == path:
+                yield own
+            else:
+                with contextlib.suppress(FileNotFoundError), cls(path) as pool:
+                    yield pool
 
     def hold(self, slot):
         return lock_byte(self.fd, self.LOCKS + slot)
@@ -1376,13 +1390,13 @@ class PoolFile:
         if asked.startswith(b"now"):
             return "now"
         supervised = self.pid == os.getpid() or self.holder(0) is not None
-        if asked.startswith(b"stop") or not supervised or not os.fstat(self.fd).st_nlink:
-            return "stop"
-        return None
+        removed = os.fstat(self.fd).st_nlink == 0
+        return "stop" if asked.startswith(b"stop") or removed or not supervised else None
 
     def remove(self):
         """Remove the file, unless another process of the pool lives."""
-        if lock_byte(self.fd, self.LOCKS, MAX_WORKERS + 1) and same_file(self.fd, self.path):
+        alone = lock_byte(self.fd, self.LOCKS, MAX_WORKERS + 1)
+        if alone and same_file(self.fd, self.path):
             os.remove(self.path)
 
     def close(self):
@@ -1402,7 +1416,7 @@ def wake_pools(queue_path):
 
 
 class LogFile:
-    """A stream for `logging` to which several processes append; full, it becomes PATH.1."""
+    """A stream for `logging` that processes share; a full one becomes PATH.1."""
 
     def __init__(self, path, limit=LOG_LIMIT):
         self.path, self.limit = os.path.abspath(path), limit
@@ -1431,7 +1445,7 @@ class LogFile:
 
 
 def open_log(queue_path):
-    """Return the logger of this process: to the queue's log, or else to standard error."""
+    """Return this process's logger: to the queue's log, or else to standard error."""
     import logging
 
     logging.raiseExceptions = False  # a full disk must not stop a pool
@@ -1456,7 +1470,7 @@ def say(message):
 
 
 class Supervisor:
-    """A pool: starts the workers, replaces those that die, and looks after what they left.
+    """A pool: starts workers, replaces those that die, looks after what they left.
 
     It holds no database open while it forks: SQLite must not cross a fork.
     """
@@ -1514,7 +1528,8 @@ class Supervisor:
         from multiprocessing.connection import wait
 
         pause = self.next_look - time.monotonic()
-        wait([self.wake.reader, *(p.sentinel for p in self.workers.values())], max(0, pause))
+        sentinels = [process.sentinel for process in self.workers.values()]
+        wait([self.wake.reader, *sentinels], max(0, pause))
         self.wake.clear()
 
     def heed(self):
@@ -1533,7 +1548,8 @@ class Supervisor:
                 continue
             del self.workers[slot]
             if process.exitcode:
-                self.log.error("worker %d died: %s", slot, how_it_ended(process.exitcode)[1])
+                _, error = how_it_ended(process.exitcode)
+                self.log.error("worker %d died: %s", slot, error)
                 self.next_look = 0.0
             elif self.drain:
                 self.drained.add(slot)
@@ -1554,7 +1570,7 @@ class Supervisor:
     def start(self, slot):
         import multiprocessing
 
-        method = "fork" if sys.platform.startswith("linux") else "spawn"
+        method = "fork" if LINUX else "spawn"
         process = multiprocessing.get_context(method).Process(
             target=work, args=(self.path, self.pool.path, slot, self.drain)
         )
@@ -1589,7 +1605,8 @@ class Supervisor:
         """Look for jobs in PROCESSING that nobody runs."""
         # First the runs, then the workers: one that claimed a run was there before it.
         runs = queue.processing()
-        live = {p for pool in PoolFile.all(self.path, self.pool) for p in pool.workers()}
+        pools = PoolFile.all(self.path, self.pool)
+        live = {pid for pool in pools for pid in pool.workers()}
         for run in runs:
             run["path"] = os.path.join(self.runs, run["lease"])
             if run["worker"] not in live or lease_is_free(run["path"]):
@@ -1598,7 +1615,7 @@ class Supervisor:
         self.orphans = {key: at for key, at in self.orphans.items() if key in known}
 
     def rescue(self, queue, run):
-        """Put a job back whose worker is gone, as soon as none of its processes is left."""
+        """Put a job back whose worker is gone, once none of its processes is left."""
         processes = run_processes(run["path"])
         if processes:
             self.end_orphan(run, processes)
@@ -1611,12 +1628,12 @@ class Supervisor:
                     os.remove(run["path"])
 
     def end_orphan(self, run, processes):
-        """Signal what a dead worker left running: SIGTERM once, after a grace SIGKILL."""
+        """Signal what a dead worker left running: SIGTERM, after a grace SIGKILL."""
         now = time.monotonic()
         first = (run["seq"], run["run"]) not in self.orphans
         kill_at = self.orphans.setdefault((run["seq"], run["run"]), now + GRACE)
         if first:
-            self.log.warning("%s worker died, ending its orphans %s", about(run), processes)
+            self.log.warning("%s worker died, ending %s", about(run), processes)
         if first or now >= kill_at:
             for group in process_groups(processes):
                 signal_group(group, signal.SIGTERM if first else signal.SIGKILL)
@@ -1630,7 +1647,7 @@ class Supervisor:
         )
 
     def tidy(self, queue):
-        """Remove output files that belong to no run, and the folder when it is empty."""
+        """Remove output files that belong to no run, and the folder once it is empty."""
         with queue.transaction():  # no claim is under way meanwhile
             used = {run["lease"] for run in queue.processing()}
             with contextlib.suppress(FileNotFoundError):
@@ -1681,7 +1698,8 @@ def public(job):
 
 
 def public_run(run):
-    return dict(run, started_at=iso(run["started_at"]), finished_at=iso(run["finished_at"]))
+    times = ("started_at", "finished_at")
+    return dict(run, **{name: iso(run[name]) for name in times})
 
 
 def span(seconds):
@@ -1757,7 +1775,7 @@ def cmd_enqueue(args):
         elif args.jobs:
             jobs = read_arguments(args.jobs, defaults)
         else:
-            raise QueueError("enqueue: no job given (see: queuectl.py enqueue --help)", 2)
+            raise QueueError("enqueue: no job (see: queuectl.py enqueue --help)", 2)
         first, last = queue.enqueue(jobs)
         wake_pools(queue.path)
         added = queue.jobs(first=first, last=last)
@@ -1782,7 +1800,8 @@ def read_lines(lines, defaults):
             continue
         try:
             if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-                yield from (checked_job(job, defaults) for job in parsed(line + lines.read()))
+                for job in parsed(line + lines.read()):
+                    yield checked_job(job, defaults)
             else:
                 yield checked_job(parsed(line), defaults)
         except QueueError as error:
@@ -1799,7 +1818,8 @@ def spooled(path):
     import tempfile
 
     with tempfile.SpooledTemporaryFile(2**24) as spool:
-        with open(path, "rb") if path else contextlib.nullcontext(sys.stdin.buffer) as source:
+        stdin = contextlib.nullcontext(sys.stdin.buffer)
+        with open(path, "rb") if path else stdin as source:
             shutil.copyfileobj(source, spool)
         spool.seek(0)
         yield spool
@@ -1832,13 +1852,12 @@ def cmd_show(args):
     with Queue(args.db) as queue:
         job = queue.job(args.id)
         fields, runs = public(job), [public_run(run) for run in queue.runs(job)]
-    lines = [
-        "%-12s %s" % (name + ":", shown(value if isinstance(value, str) else json.dumps(value)))
-        for name, value in fields.items() if value not in (None, {})
-    ]
+    given = {name: value for name, value in fields.items() if value not in (None, {})}
+    lines = ["%-12s %s" % (name + ":", shown(str(value))) for name, value in given.items()]
     for run in runs:
         end = run["error"] or ("exit 0" if run["finished_at"] else "running")
-        lines.append("run %(run)d, attempt %(attempt)d, %(started_at)s: " % run + shown(end))
+        words = "run %(run)d, attempt %(attempt)d, %(started_at)s: " % run
+        lines.append(words + shown(end))
     answer(args, dict(fields, runs=runs), *lines)
 
 
@@ -1860,8 +1879,10 @@ def cmd_status(args):
     lines = ["%s: %d" % (state.capitalize(), count) for state, count in counts.items()]
     lines.append("Active Workers: %d" % len(workers))
     for worker in workers:
-        busy = worker["job"] and "%s for %s" % (shown(worker["job"]), span(now - worker["since"]))
-        lines.append("  worker %(pid)d of pool %(pool)d: " % worker + (busy or "idle"))
+        doing = "idle"
+        if worker["job"]:
+            doing = "%s for %s" % (shown(worker["job"]), span(now - worker["since"]))
+        lines.append("  worker %(pid)d of pool %(pool)d: " % worker + doing)
     if counts["pending"] + counts["failed"] and not workers:
         lines.append("No pool is running; to start one: queuectl.py worker start")
     workers = [dict(worker, since=iso(worker["since"])) for worker in workers]
@@ -1872,10 +1893,11 @@ def worker_list(queue):
     """Return the workers of all pools, with the job that each of them runs."""
     busy = {run["worker"]: run for run in queue.processing()}
     idle = {"id": None, "started_at": None}
-    workers = [(pid, pool.pid) for pool in PoolFile.all(queue.path) for pid in pool.workers()]
     return [
-        {"pid": pid, "pool": pool, "job": run["id"], "since": run["started_at"]}
-        for pid, pool in workers for run in [busy.get(pid, idle)]
+        {"pid": pid, "pool": pool.pid, "job": run["id"], "since": run["started_at"]}
+        for pool in PoolFile.all(queue.path)
+        for pid in pool.workers()
+        for run in [busy.get(pid, idle)]
     ]
 
 
@@ -1951,7 +1973,8 @@ def cmd_worker_stop(args):
         else:
             pool.remove()
     if stopped:
-        say("stopping; running jobs are %s" % ("ended" if args.now else "finished first"))
+        end = "ended" if args.now else "finished first"
+        say("stopping; running jobs are %s" % end)
     while any(pool.alive() for pool in PoolFile.all(path) if pool.pid in stopped):
         time.sleep(0.05)
     words = "stopped " + ", ".join("pool %d" % pid for pid in stopped)
@@ -1994,21 +2017,22 @@ COMMANDS = {
     "enqueue": (
         cmd_enqueue, "add jobs, given as JSON",
         """enqueue '{"id": "job1", "command": "echo Hello"}'""", [
-            arg("jobs", nargs="*", metavar="JSON", help="an object, an array of them, or - "
-                "to read an array or JSON Lines from standard input: all or none"),
+            arg("jobs", nargs="*", metavar="JSON", help="an object, an array, or - "
+                "for an array or JSON Lines on standard input: all or none"),
             arg("--file", metavar="F", help="read the jobs from this file")]),
     "list": (
         cmd_list, "list jobs, oldest first", "list --state pending --limit 20", [
             arg("--state", type=state_name, help="one of " + ", ".join(STATES)),
-            arg("--limit", type=count_of("--limit", 0, MAX_INTEGER), default=0, metavar="N",
-                help="at most so many; 0 for all")]),
+            arg("--limit", type=count_of("--limit", 0, MAX_INTEGER), default=0,
+                metavar="N", help="at most so many; 0 for all")]),
     "show": (cmd_show, "show a job and its runs", "show job1", [ID]),
     "logs": (cmd_logs, "print the output of a job's latest run", "logs job1", [ID]),
     "status": (cmd_status, "count the jobs, list the workers", "status", []),
     "delete": (cmd_delete, "remove jobs that do not run", "delete job1 job2", [IDS]),
     "dlq list": (cmd_dlq_list, "list the dead jobs", "dlq list", []),
     "dlq retry": (
-        cmd_dlq_retry, "make dead jobs pending again, with attempts 0", "dlq retry job4", [
+        cmd_dlq_retry, "make dead jobs pending again, with attempts 0",
+        "dlq retry job4", [
             arg("ids", nargs="*", metavar="ID"), arg("--all", action="store_true")]),
     "config show": (cmd_config_show, "show all settings", "config show", []),
     "config get": (
@@ -2018,16 +2042,18 @@ COMMANDS = {
         cmd_config_set, "change a setting", "config set max_retries 5", [
             KEY, arg("value", metavar="VALUE")]),
     "config unset": (
-        cmd_config_unset, "go back to a setting's default", "config unset max_retries", [KEY]),
+        cmd_config_unset, "go back to a setting's default",
+        "config unset max_retries", [KEY]),
     "worker start": (
         cmd_worker_start, "run jobs until stopped", "worker start --count 2", [
-            arg("--count", type=count_of("--count", 1, MAX_WORKERS), default=1, metavar="N",
-                help="how many at a time (1)"),
+            arg("--count", type=count_of("--count", 1, MAX_WORKERS), default=1,
+                metavar="N", help="how many at a time (1)"),
             arg("--drain", action="store_true", help="end when no job is left")]),
     "worker stop": (
         cmd_worker_stop, "stop all pools of the queue, when their jobs are finished",
         "worker stop", [
-            arg("--now", action="store_true", help="end running jobs; they go back to pending")]),
+            arg("--now", action="store_true",
+                help="end running jobs; they go back to pending")]),
 }
 ALIASES = {"config list": "config show"}
 
@@ -2052,11 +2078,10 @@ def command_named(words):
     if group and words:
         name += " " + words.pop(0)
         name = ALIASES.get(name, name)
-    if name and not group and name not in COMMANDS:
-        known = {command.split()[0] for command in COMMANDS}
-        raise QueueError("unknown command %s%s" % (shown(name), nearest(name, known)), 2)
-    if group and " " in name and name not in COMMANDS:
-        raise QueueError("unknown command %s%s" % (shown(name), nearest(name, group)), 2)
+    known = group or {command.split()[0] for command in COMMANDS}
+    if name not in COMMANDS and (" " in name if group else name):
+        hint = nearest(name, known)
+        raise QueueError("unknown command %s%s" % (shown(name), hint), 2)
     return name, options + words
 
 
@@ -2071,12 +2096,13 @@ def overview(group):
 
 
 def parse(name, words):
-    """Return the arguments of one command; the parsers of the others are never built."""
+    """Return function and arguments of one command; no other's parser is built."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            raise QueueError("%s: %s (see: queuectl.py %s --help)" % (name, message, name), 2)
+            hint = " (see: queuectl.py %s --help)" % name
+            raise QueueError("%s: %s%s" % (name, message, hint), 2)
 
     function, meaning, example, arguments = COMMANDS[name]
     parser = Parser(
@@ -2086,7 +2112,7 @@ def parse(name, words):
     for names, options in arguments:
         parser.add_argument(*names, **options)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--db", metavar="PATH", help="the queue (QUEUECTL_DB, queuectl.db)")
+    parser.add_argument("--db", metavar="PATH", help="the queue (queuectl.db)")
     args = parser.parse_args(words)
     args.db = args.db or os.environ.get("QUEUECTL_DB") or "queuectl.db"
     return function, args
@@ -2098,7 +2124,8 @@ def run_command(argv):
     if name not in COMMANDS:
         unknown = set(words) - {"-h", "--help", "--version"}
         if unknown and "--db" not in words[0]:
-            raise QueueError("no command in: %s (see: queuectl.py --help)" % shown(words[0]), 2)
+            hint = "no command in: %s (see: queuectl.py --help)"
+            raise QueueError(hint % shown(words[0]), 2)
         print("queuectl " + __version__ if "--version" in words else overview(name))
         return 0
     function, args = parse(name, words)
@@ -2109,7 +2136,7 @@ def run_command(argv):
 
 
 def main(argv=None):
-    """Run one command; return its exit code: what goes wrong is one line, never a traceback."""
+    """Run one command; return its exit code. What goes wrong is one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -2123,7 +2150,8 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would complain
         return 0
     except OSError as error:
-        say("%s: %s" % (shown(str(error.filename or "queuectl")), error.strerror or error))
+        where = shown(str(error.filename or "system error"))
+        say("%s: %s" % (where, error.strerror or error))
         return 1
     except KeyboardInterrupt:
         return 130
