@@ -6,8 +6,8 @@
     python queuectl.py status
 
 One SQLite file is one queue: `queuectl.db` in the current directory, or what `--db` or
-QUEUECTL_DB names. Beside it lie `queuectl.log` and, while pools run, a PID file for each
-of them and `queuectl.runs/` with the output of the jobs that run right now.
+QUEUECTL_DB names. Beside it lie `queuectl.log` and, while pools run, a PID file for
+each and `queuectl.runs/` with the output of the jobs that run right now.
 
 The life of a job; each arrow is one verb of `Queue`, one guarded UPDATE:
 
@@ -228,8 +228,7 @@ FIELDS = {
 NO_FIELDS = dict.fromkeys(FIELDS)
 
 # What JSON shows of a job, in this order. Those that are no field above are queuectl's
-# own: taken and ignored, so that `list --json` of one queue can be piped into `enqueue -`
-# of another.
+# own: taken and ignored, so that one queue's `list --json` is another's `enqueue -`.
 PUBLIC = (
     "id command state attempts max_retries priority run_at timeout cwd env created_at"
     " updated_at exit_code error started_at finished_at"
@@ -276,7 +275,7 @@ def checked_job(given, defaults):
     return job
 
 
-QUOTED = r'''"{\"id\":\"job1\",\"command\":\"echo hi\"}", or in PowerShell ''' \
+QUOTED = r'''in cmd "{\"id\":\"job1\",\"command\":\"echo hi\"}", in PowerShell ''' \
     r"""'{\"id\":\"job1\",\"command\":\"echo hi\"}'"""
 
 
@@ -290,8 +289,8 @@ def parsed(text):
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
         start = shown(text.strip()[:60])
         if "{" in text and '"' not in text:
-            hint = "not JSON, the shell took the quotes: %s; in cmd and PowerShell write %s"
-            raise QueueError(hint % (start, QUOTED), 2) from None
+            words = "not JSON, the shell took the quotes: %s; write %s"
+            raise QueueError(words % (start, QUOTED), 2) from None
         raise QueueError("not JSON: %s: %s" % (error, start), 2) from None
 
 
@@ -320,7 +319,7 @@ import select  # noqa: E402
 import signal  # noqa: E402
 import struct  # noqa: E402
 
-# The kernel's struct flock: type, whence, start, length, pid, in the order of the system.
+# The kernel's struct flock: type, whence, start, length, pid in the system's order.
 LINUX = sys.platform.startswith("linux")
 FLOCK, FLOCK_ORDER = ("hhqqi", (0, 1, 2, 3, 4)) if LINUX else ("qqihh", (2, 3, 4, 0, 1))
 LEASE_FD = 100  # scripts use the numbers from 3 to 9 for themselves
@@ -772,7 +771,7 @@ class Queue:
         )
 
     def enqueue(self, jobs):
-        """Add jobs as `checked_job` returns them, all or none; return first and last seq.
+        """Add jobs as `checked_job` makes them, all or none; return first and last seq.
 
         JOBS may be a generator: it is read within the transaction.
         """
@@ -871,7 +870,7 @@ class Queue:
         return self._leave(run, result, "failed", result["error"], changes, due)
 
     def release(self, run, result):
-        """PROCESSING back to PENDING; the attempt was not the job's fault, so given back.
+        """PROCESSING back to PENDING; the attempt, no fault of the job, is given back.
 
         A job whose worker died too often is DEAD: it may be what kills them.
         """
@@ -1066,7 +1065,7 @@ class Lease:
             self.fd = open_lease(path)
 
     def cut_back(self, limit):
-        """Keep the end of an output that grows past a bound, or it would fill the disk."""
+        """Keep the end of an output that has grown past a bound; a disk is finite."""
         size = os.fstat(self.fd).st_size
         if size > max(4 * limit, 2**24):
             note = b"[queuectl: about %d bytes of output dropped here]\n"
@@ -1391,7 +1390,8 @@ class PoolFile:
             return "now"
         supervised = self.pid == os.getpid() or self.holder(0) is not None
         removed = os.fstat(self.fd).st_nlink == 0
-        return "stop" if asked.startswith(b"stop") or removed or not supervised else None
+        stop = asked.startswith(b"stop") or removed or not supervised
+        return "stop" if stop else None
 
     def remove(self):
         """Remove the file, unless another process of the pool lives."""
@@ -1503,6 +1503,8 @@ class Supervisor:
             self.log.info("pool stopped")
         finally:
             self.pool.remove()
+            with contextlib.suppress(OSError):  # not empty, other pools use it
+                os.rmdir(self.runs)
         return self.exit_code(began)
 
     def count_signal(self, number, frame):
@@ -1647,15 +1649,12 @@ class Supervisor:
         )
 
     def tidy(self, queue):
-        """Remove output files that belong to no run, and the folder once it is empty."""
+        """Remove output files that belong to no run."""
         with queue.transaction():  # no claim is under way meanwhile
             used = {run["lease"] for run in queue.processing()}
             with contextlib.suppress(FileNotFoundError):
                 for name in set(os.listdir(self.runs)) - used:
                     remove_free(os.path.join(self.runs, name))
-        with contextlib.suppress(OSError):
-            os.rmdir(self.runs)
-
     def exit_code(self, began):
         if self.removed:
             return 1
@@ -1852,8 +1851,8 @@ def cmd_show(args):
     with Queue(args.db) as queue:
         job = queue.job(args.id)
         fields, runs = public(job), [public_run(run) for run in queue.runs(job)]
-    given = {name: value for name, value in fields.items() if value not in (None, {})}
-    lines = ["%-12s %s" % (name + ":", shown(str(value))) for name, value in given.items()]
+    given = [item for item in fields.items() if item[1] not in (None, {})]
+    lines = ["%-12s %s" % (name + ":", shown(str(value))) for name, value in given]
     for run in runs:
         end = run["error"] or ("exit 0" if run["finished_at"] else "running")
         words = "run %(run)d, attempt %(attempt)d, %(started_at)s: " % run
