@@ -861,6 +861,8 @@ class Queue:
 
     def fail(self, run, result):
         """PROCESSING to FAILED, to be tried again after the backoff, or to DEAD."""
+        if self.cancelled(run):
+            return self.bury(run, result)
         if run["attempt"] >= max(1, run["max_retries"]):
             return self._leave(run, result, "dead", result["error"])
         values = self.settings()
@@ -874,6 +876,8 @@ class Queue:
 
         A job whose worker died too often is DEAD: it may be what kills them.
         """
+        if self.cancelled(run):
+            return self.bury(run, result)
         died = result["error"] == "worker died"
         deaths = self._value("SELECT deaths FROM jobs WHERE seq = ?", run["seq"])
         if died and deaths is not None and deaths + 1 >= MAX_DEATHS:
@@ -881,6 +885,14 @@ class Queue:
             return self._leave(run, result, "dead", error, ", deaths = ?", MAX_DEATHS)
         changes = ", attempts = attempts - 1, deaths = deaths + ?"
         return self._leave(run, result, "pending", None, changes, int(died))
+
+    def bury(self, run, result):
+        """PROCESSING to DEAD, as `cancel` asked; its processes are gone by now."""
+        return self._leave(run, result, "dead", "cancelled")
+
+    def cancelled(self, run):
+        """Tell whether the job of a run is to be cancelled."""
+        return bool(self._value("SELECT cancelled FROM jobs WHERE seq = ?", run["seq"]))
 
     def _leave(self, run, result, state, error, changes="", *values):
         """Move a job out of PROCESSING if this run still owns it; record the run."""
@@ -905,6 +917,27 @@ class Queue:
             "UPDATE runs SET pid = ? WHERE seq = ? AND run = ? AND finished_at IS NULL",
             (pid, run["seq"], run["run"]),
         )
+
+    def cancel(self, ids):
+        """PENDING or FAILED to DEAD; of a running job only a request; all or none.
+
+        Return the state of each job by its id.
+        """
+        now = self.clock()
+        with self.transaction():
+            for job in self._jobs_named(ids):
+                where = " WHERE seq = ? AND state "
+                waiting = self.db.execute(
+                    "UPDATE jobs SET state = 'dead', error = 'cancelled', updated_at = ?"
+                    + where + "IN ('pending', 'failed')", (now, job["seq"])
+                ).rowcount
+                running = self.db.execute(
+                    "UPDATE jobs SET cancelled = 1" + where + "= 'processing'", (job["seq"],)
+                ).rowcount
+                if not waiting and not running:
+                    words = "job %s is %s already"
+                    raise QueueError(words % (shown(job["id"]), job["state"]))
+            return {job["id"]: job["state"] for job in self._jobs_named(ids)}
 
     def retry(self, ids=None):
         """DEAD to PENDING with attempts 0, all or none; every dead job without IDS."""
@@ -1165,7 +1198,7 @@ class Worker:
         signal.signal(signal.SIGINT, nothing)
         signal.signal(signal.SIGHUP, nothing)
         self.wake = Wake()
-        self.log = open_log(path)
+        self.log = open_log(path, "worker-%d" % slot)
         self.queue = None
         self.lease = None
         self.stopped = False
@@ -1245,6 +1278,8 @@ class Worker:
     def record(self, run, reason, result):
         if reason == "stop --now":
             return self.queue.release(run, result)
+        if reason == "cancelled":
+            return self.queue.bury(run, result)
         if result["error"] is None:
             return self.queue.complete(run, result)
         return self.queue.fail(run, result)
@@ -1289,7 +1324,10 @@ class Worker:
                     noted.append(True)
 
         def asked():
-            return "stop --now" if self.pool.request() == "now" else None
+            if self.pool.request() == "now":
+                return "stop --now"
+            with contextlib.suppress(sqlite3.Error):
+                return "cancelled" if self.queue.cancelled(run) else None
 
         return watch(process, self.wake, run["timeout"], asked, tick)
 
@@ -1444,7 +1482,7 @@ class LogFile:
         self.fd = create_private(self.path, 0)
 
 
-def open_log(queue_path):
+def open_log(queue_path, who):
     """Return this process's logger: to the queue's log, or else to standard error."""
     import logging
 
@@ -1459,7 +1497,7 @@ def open_log(queue_path):
         stream = sys.stderr
         say("cannot write the log, logging here instead: %s" % error)
     handler = logging.StreamHandler(stream)
-    layout = "%(asctime)s %(levelname)s %(processName)s[%(process)d] %(message)s"
+    layout = "%(asctime)s %(levelname)s " + who + "[%(process)d] %(message)s"
     handler.setFormatter(logging.Formatter(layout))
     log.addHandler(handler)
     return log
@@ -1495,7 +1533,7 @@ class Supervisor:
         self.wake = Wake()
         self.pool = PoolFile.create(self.path)
         try:
-            self.log = open_log(self.path)
+            self.log = open_log(self.path, "pool")
             self.log.info("pool of %d started", self.count)
             self.patiently(self.tidy)
             self.loop()
@@ -1576,7 +1614,6 @@ class Supervisor:
         process = multiprocessing.get_context(method).Process(
             target=work, args=(self.path, self.pool.path, slot, self.drain)
         )
-        process.name = "worker-%d" % slot
         process.start()
         self.workers[slot] = process
         self.pids.add(process.pid)
@@ -1900,6 +1937,15 @@ def worker_list(queue):
     ]
 
 
+def cmd_cancel(args):
+    with Queue(args.db) as queue:
+        states = queue.cancel(args.ids)
+        wake_pools(queue.path)
+    words = {"dead": "cancelled %s", "processing": "cancelling %s, which is running"}
+    lines = [words[state] % shown(id) for id, state in states.items()]
+    answer(args, {"cancelled": states}, *lines)
+
+
 def cmd_delete(args):
     with Queue(args.db) as queue:
         queue.delete(args.ids)
@@ -2027,6 +2073,8 @@ COMMANDS = {
     "show": (cmd_show, "show a job and its runs", "show job1", [ID]),
     "logs": (cmd_logs, "print the output of a job's latest run", "logs job1", [ID]),
     "status": (cmd_status, "count the jobs, list the workers", "status", []),
+    "cancel": (
+        cmd_cancel, "end jobs that wait or run; they become dead", "cancel job1", [IDS]),
     "delete": (cmd_delete, "remove jobs that do not run", "delete job1 job2", [IDS]),
     "dlq list": (cmd_dlq_list, "list the dead jobs", "dlq list", []),
     "dlq retry": (

@@ -474,6 +474,33 @@ def test_a_delayed_job_waits_and_does_not_hold_up_others(queue, clock):
     assert claim(queue)["id"] == "later"
 
 
+def test_cancel_makes_a_waiting_job_dead_at_once(queue):
+    add(queue, id="pending")
+    assert queue.cancel(["pending"]) == {"pending": "dead"}
+    add(queue, id="failed")
+    queue.fail(claim(queue), result())
+    assert queue.cancel(["failed"]) == {"failed": "dead"}
+    assert [job["error"] for job in queue.jobs("dead")] == ["cancelled", "cancelled"]
+    queue.retry(["failed"])
+    queue.complete(claim(queue), result(None))
+
+
+@pytest.mark.parametrize("verb", ["bury", "fail", "release"])
+def test_a_cancelled_run_ends_dead_however_it_ends(queue, verb):
+    add(queue)
+    run = claim(queue)
+    assert queue.cancel(["job"]) == queue.cancel(["job"]) == {"job": "processing"}
+    assert getattr(queue, verb)(run, result()) == "dead"
+    assert queue.job("job")["error"] == "cancelled"
+
+
+def test_a_run_that_completes_before_it_is_cancelled_stays_completed(queue):
+    add(queue)
+    run = claim(queue)
+    queue.cancel(["job"])
+    assert queue.complete(run, result(None)) == "completed"
+
+
 def bring(queue, state):
     """Bring a job into a state; return its run, if it had one."""
     add(queue, max_retries=1 if state == "dead" else 3)
@@ -492,14 +519,16 @@ def bring(queue, state):
     ("fail", "pending completed failed dead"),
     ("release", "pending completed failed dead"),
     ("retry", "pending processing completed failed"),
+    ("bury", "pending completed failed dead"),
     ("delete", "processing"),
+    ("cancel", "completed dead"),
 ])
 def test_forbidden_arrows_change_nothing(clock, verb, states):
     for number, state in enumerate(states.split()):
         with queuectl.Queue("%d.db" % number, clock=clock) as queue:
             run = bring(queue, state)
             before = tuple(queue.job("job"))
-            if verb in ("retry", "delete"):
+            if verb in ("retry", "delete", "cancel"):
                 with pytest.raises(queuectl.QueueError):
                     getattr(queue, verb)(["job"])
             else:
@@ -632,6 +661,30 @@ def test_a_timeout_ends_the_whole_process_group():
     drain(1)
     assert jobs()["x"]["error"] == "timeout 0.3s"
     assert not running(NAP)
+
+
+def test_cancel_ends_a_running_job_with_its_whole_group():
+    enqueue("trap '' TERM; %s & %s" % (NAP, NAP), id="x")
+    start_pool(count=1)
+    wait_until(lambda: running(NAP))
+    assert ok("cancel", "x").out == "cancelling x, which is running\n"
+    assert state("x") == "processing"
+    wait_until(lambda: state("x") == "dead")
+    assert not running(NAP)
+    assert jobs()["x"]["error"] == "cancelled"
+
+
+def test_a_job_cancelled_while_no_pool_runs_is_ended_by_the_next():
+    enqueue("trap '' TERM; " + NAP, id="x")
+    pool = start_pool(count=1)
+    wait_until(lambda: running(NAP))
+    kill_all(pool)
+    ok("cancel", "x")
+    assert state("x") == "processing" and running(NAP)
+    start_pool(count=1)
+    wait_until(lambda: state("x") == "dead")
+    assert not running(NAP)
+    assert jobs()["x"]["error"] == "cancelled"
 
 
 def test_output_is_bytes_and_only_its_end_is_kept():
@@ -790,7 +843,7 @@ def test_an_orphan_that_nobody_can_prove_is_left_until_it_ends(monkeypatch, queu
     queue.claim(2**30, lambda name: held.append(
         queuectl.Lease(os.path.abspath("queuectl.runs/" + name))))
     pool = queuectl.Supervisor("queuectl.db", 1)
-    pool.log, pool.pool = queuectl.open_log(queue.path), None
+    pool.log, pool.pool = queuectl.open_log(queue.path, "pool"), None
     pool.look(queue)
     assert queue.job("job")["state"] == "processing"
     os.close(held[0].fd)
@@ -805,7 +858,7 @@ def test_a_stranger_with_the_recorded_pid_survives(queue):
         run = queue.claim(stranger.pid, lambda name: None)
         queue.note_pid(run, stranger.pid)
         pool = queuectl.Supervisor("queuectl.db", 1)
-        pool.log, pool.pool = queuectl.open_log(queue.path), None
+        pool.log, pool.pool = queuectl.open_log(queue.path, "pool"), None
         pool.look(queue)
         assert queue.job("job")["state"] == "pending"
         assert stranger.poll() is None
