@@ -692,7 +692,7 @@ class Queue:
     was somebody else's, and nothing happens. `clock` returns epoch seconds.
     """
 
-    def __init__(self, path, clock=time.time, synchronous="FULL", patience=PATIENCE):
+    def __init__(self, path, sync="FULL", patience=PATIENCE, clock=time.time):
         self.path = os.path.abspath(path)
         self.clock = clock
         if os.path.isdir(self.path):
@@ -704,7 +704,7 @@ class Queue:
         try:
             self._check_version()
             self.db.row_factory = sqlite3.Row
-            self.db.execute("PRAGMA synchronous = %s" % synchronous)
+            self.db.execute("PRAGMA synchronous = %s" % sync)
             self.db.execute("PRAGMA fullfsync = ON")  # macOS: sync for real
             self.token = self._value("SELECT value FROM config WHERE key = 'token'")
         except BaseException:
@@ -1209,9 +1209,7 @@ class Worker:
 
     def work(self):
         """Run jobs until asked to stop, or in a drain until no job is left."""
-        self.queue = self.patiently(
-            Queue, self.path, synchronous="NORMAL", patience=PATIENCE / 6
-        )
+        self.queue = self.patiently(Queue, self.path, "NORMAL", IDLE_WAIT)
         with self.queue:
             done = None
             while True:
@@ -1224,18 +1222,18 @@ class Worker:
                     done = None
                     self.wake.wait(self.pause())
 
-    def patiently(self, action, *args, **options):
+    def patiently(self, action, *args):
         """Try until it works: a full disk or a lock costs time, never a result."""
         while True:
             try:
-                result = action(*args, **options)
+                result = action(*args)
                 if self.trouble:
                     self.log.info("going on")
                 self.trouble = None
                 return result
             except (sqlite3.Error, OSError) as error:
                 if self.leaving() and self.trouble:
-                    raise QueueError("left with the trouble still there: %s" % error)
+                    raise QueueError("leaving while there is still: %s" % error)
                 if str(error) != self.trouble:
                     self.log.error("%s; waiting until it is over", error)
                 self.trouble = str(error)
@@ -1525,8 +1523,11 @@ class Supervisor:
         self.signals = 0
         self.removed = False
 
-    def run(self):
-        """Run the pool until it is asked to stop or drained; return the exit code."""
+    def run(self, started):
+        """Run the pool until it is asked to stop or drained; return the exit code.
+
+        `started()` is called when it can be found and asked.
+        """
         with Queue(self.path) as queue:
             self.file, began = queue.file, queue.clock()
         catch_signals(STOP_SIGNALS, self.count_signal)
@@ -1535,6 +1536,7 @@ class Supervisor:
         try:
             self.log = open_log(self.path, "pool")
             self.log.info("pool of %d started", self.count)
+            started()
             self.patiently(self.tidy)
             self.loop()
             self.patiently(self.tidy)
@@ -1623,7 +1625,7 @@ class Supervisor:
         if self.gone():
             return
         try:
-            with Queue(self.path, synchronous="NORMAL", patience=IDLE_WAIT) as queue:
+            with Queue(self.path, "NORMAL", IDLE_WAIT) as queue:
                 action(queue)
         except (sqlite3.Error, OSError, QueueError) as error:
             self.log.error("%s", error)
@@ -1707,6 +1709,9 @@ def work(path, pool_path, slot, drain):
     worker = Worker(path, pool, slot, drain)
     try:
         worker.work()
+    except QueueError as error:
+        worker.log.error("%s", error)
+        sys.exit(1)
     except Exception:
         worker.log.exception("worker %d failed", slot)
         sys.exit(1)
@@ -2000,12 +2005,14 @@ def cmd_config_unset(args):
 
 
 def cmd_worker_start(args):
-    supervisor = Supervisor(args.db, args.count, args.drain)
-    answer(args, {"pool": os.getpid(), "workers": args.count},
-           "pool %d: %d workers; to stop: Ctrl-C, or queuectl.py worker stop"
-           % (os.getpid(), args.count))
-    sys.stdout.flush()
-    return supervisor.run()
+    def started():
+        size = "%d worker%s" % (args.count, "s" if args.count > 1 else "")
+        stop = "to stop: Ctrl-C, or queuectl.py worker stop"
+        words = "pool %d: %s; %s" % (os.getpid(), size, stop)
+        answer(args, {"pool": os.getpid(), "workers": args.count}, words)
+        sys.stdout.flush()
+
+    return Supervisor(args.db, args.count, args.drain).run(started)
 
 
 def cmd_worker_stop(args):

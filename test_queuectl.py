@@ -916,6 +916,96 @@ def test_a_new_database_is_not_mixed_up_with_a_removed_one():
     assert leftovers() == []
 
 
+@pytest.fixture
+def small_disk(home, monkeypatch):
+    """A disk of 12 MiB, in which the test then is."""
+    os.mkdir("disk")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", "disk"]
+    if os.geteuid() or subprocess.run(mount, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("mounting a small disk needs root")
+    monkeypatch.chdir("disk")
+    yield
+    for pool in list(POOLS):
+        kill_all(pool)
+        POOLS.remove(pool)
+    os.chdir(str(home))
+    subprocess.run(["umount", "-l", "disk"], check=True)
+
+
+def fill_the_disk():
+    with contextlib.suppress(OSError), open("fill", "wb") as file:
+        while True:
+            file.write(b"x" * 4096)
+            file.flush()
+
+
+def test_a_full_disk_refuses_a_batch_whole(small_disk):
+    enqueue(id="x")
+    line = b'{"command":"echo %s"}\n' % (b"x" * 400)
+    assert "disk is full" in refused("enqueue", "-", stdin=line * 40000)
+    assert list(jobs()) == ["x"]
+
+
+def test_a_pool_waits_until_a_full_disk_has_room_again(small_disk):
+    ok("enqueue", "-", stdin=b'{"command":"sleep 0.05"}\n' * 60)
+    pool = start_pool()
+    wait_until(lambda: jobs("--state", "completed"))
+    fill_the_disk()
+    wait_until(lambda: "waiting until it is over" in read("queuectl.log") or
+               "disk is full" in cli("enqueue", '{"command":"true"}').err)
+    assert pool.poll() is None
+    os.remove("fill")
+    wait_until(lambda: len(jobs("--state", "completed")) >= 60)
+    assert pool.poll() is None
+
+
+def test_a_read_only_disk_is_said_in_one_line(small_disk):
+    enqueue(id="x")
+    subprocess.run(["mount", "-o", "remount,ro", os.getcwd()], check=True)
+    for argv in (["enqueue", '{"command":"true"}'], ["worker", "start"], ["list"]):
+        assert "queuectl" in refused(*argv)
+    for argv in (["enqueue", '{"command":"true"}'], ["list"]):
+        assert "Read-only file system" in refused(*argv, "--db", "new.db")
+
+
+@contextlib.contextmanager
+def locked():
+    """Another program holds the database's write lock."""
+    with contextlib.closing(sqlite3.connect("queuectl.db", isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        yield
+
+
+def test_a_command_waits_for_a_lock_but_not_for_ever(monkeypatch):
+    enqueue(id="x")
+    with locked():
+        waiting = subprocess.Popen([sys.executable, SCRIPT, "delete", "x"],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(3)
+    assert waiting.communicate(timeout=20) == (b"deleted x\n", b"")
+    monkeypatch.setattr(queuectl.Queue.__init__, "__defaults__", ("FULL", 0.1, time.time))
+    with locked():
+        assert "database is locked" in refused("enqueue", '{"command":"true"}')
+        assert ok("list").out  # reading waits for nobody
+
+
+def test_a_pool_outlives_a_long_lock():
+    enqueue("sleep 0.5", id="x")
+    pool = start_pool(count=1)
+    wait_until(lambda: state("x") == "processing")
+    with locked():
+        wait_until(lambda: "database is locked" in read("queuectl.log"))
+    wait_until(lambda: state("x") == "completed")
+    assert pool.poll() is None
+
+
+def test_a_command_too_long_for_the_system_fails_in_words():
+    enqueue("true " + "x" * 200000, id="x", max_retries=1)
+    drain(1)
+    assert "Argument list too long" in jobs()["x"]["error"]
+
+
 def test_the_log_can_be_unwritable():
     os.mkdir("queuectl.log")
     enqueue(id="x")
