@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -696,6 +697,46 @@ def test_output_is_bytes_and_only_its_end_is_kept():
         assert queue.output(queue.job("few")) == b"\xff\0a"
         assert queue.output(queue.job("many")) == (
             b"[queuectl: 3883 bytes of output dropped here]\n" + b"\n999\n1000\n"[-10:])
+
+
+def size_of_runs():
+    with contextlib.suppress(FileNotFoundError):
+        return sum(entry.stat().st_blocks * 512 for entry in os.scandir("queuectl.runs"))
+    return 0
+
+
+def test_400_megabytes_of_output_cost_no_memory_and_leave_the_end():
+    enqueue("head -c 400000000 /dev/zero; echo end", id="x")
+    pool = start_pool(count=1)
+    worker = workers_of(pool.pid)[0]
+    wait_until(lambda: state("x") == "completed")
+    assert int(re.search(r"VmHWM:\s+(\d+)", read("/proc/%d/status" % worker))[1]) < 60000
+    with queuectl.Queue("queuectl.db") as queue:
+        output = queue.output(queue.job("x"))
+    assert output.startswith(b"[queuectl: ") and output.endswith(b"\0\0\0end\n")
+    assert 2**20 <= len(output) < 2**20 + 100
+
+
+def test_a_job_that_prints_for_ever_keeps_its_folder_under_a_bound():
+    enqueue("yes", id="x", timeout=3, max_retries=1)
+    start_pool(count=1)
+    sizes = []
+    wait_until(lambda: sizes.append(size_of_runs()) or state("x") == "dead")
+    assert 0 < max(sizes) < 2**29
+    assert ok("logs", "x").out.endswith("y\ny\n")
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace to see the sync")
+def test_an_acknowledged_enqueue_is_synced():
+    enqueue(id="first")
+    job = '{"id":"second","command":"true"}'
+    trace = ["strace", "-f", "-y", "-e", "trace=fsync,fdatasync,write", "-o", "trace"]
+    subprocess.run([*trace, sys.executable, SCRIPT, "enqueue", job],
+                   stdout=subprocess.PIPE, check=True)
+    lines = read("trace").splitlines()
+    said = next(n for n, line in enumerate(lines) if "enqueued second" in line)
+    synced = [n for n, line in enumerate(lines) if "sync(" in line and "-wal>" in line]
+    assert synced and synced[0] < said
 
 
 def test_a_background_child_holds_up_nothing():
