@@ -1093,8 +1093,11 @@ class Lease:
         self.cut = b""  # what was kept of output that grew past the bound
         try:
             self.fd = open_lease(path)
-        except FileNotFoundError:  # the folder went with the last pool that stopped
+        except (FileNotFoundError, FileExistsError):
+            # The folder went with the last pool that stopped; or a worker was killed in
+            # the midst of this very claim, and every other would fail on what it left.
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            remove_free(path)
             self.fd = open_lease(path)
 
     def cut_back(self, limit):

@@ -115,11 +115,13 @@ def script(*argv, **options):
     )
 
 
-def start_pool(*options, count=2):
-    """Start a pool and wait for its workers."""
+def start_pool(*options, count=2, script=""):
+    """Start a pool and wait for its workers; SCRIPT breaks something in it first."""
+    program = ["-c", "import queuectl, sys\n%s\nsys.exit(queuectl.main())" % script]
     pool = subprocess.Popen(
-        [sys.executable, SCRIPT, "worker", "start", "--count", str(count), *options],
+        [sys.executable, *program, "worker", "start", "--count", str(count), *options],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, universal_newlines=True,
+        env=dict(os.environ, PYTHONPATH=HERE),
     )
     POOLS.append(pool)
     wait_until(lambda: len(workers_of(pool.pid)) == count or pool.poll() is not None)
@@ -759,7 +761,7 @@ def test_logs_shows_the_output_of_a_running_job():
 
 
 def leftovers():
-    return sorted(set(os.listdir(".")) - {"queuectl.db", "queuectl.log", "out"})
+    return sorted(set(os.listdir(".")) - {"queuectl.db", "queuectl.log", "out", "lock"})
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP"])
@@ -843,6 +845,19 @@ def test_two_pools_run_every_job_exactly_once():
 ALONE = "exec 8>>lock; flock -n 8 || { echo overlap >> overlaps; exit 1; }; echo run >> out; "
 
 
+# Kills the worker itself, once, when it has the lease of a claim that is not committed.
+KILLED_IN_CLAIM = """
+import os, signal
+take = queuectl.Worker.take
+def killed(worker, name):
+    take(worker, name)
+    if not os.path.exists("lock"):
+        open("lock", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+queuectl.Worker.take = killed
+"""
+
+
 def runs_in_out():
     with contextlib.suppress(FileNotFoundError), open("out") as out:
         return len(out.read().split())
@@ -904,6 +919,15 @@ def test_a_stranger_with_the_recorded_pid_survives(queue):
         assert queue.job("job")["state"] == "pending"
         assert stranger.poll() is None
         stranger.kill()
+
+
+def test_a_worker_killed_in_the_midst_of_a_claim_leaves_nothing_in_the_way():
+    enqueue("touch out", id="x")
+    pool = start_pool(count=1, script=KILLED_IN_CLAIM)
+    wait_until(lambda: state("x") == "completed")
+    assert len(re.findall("worker 1 died", read("queuectl.log"))) == 1
+    ok("worker", "stop")
+    assert pool.wait(10) == 0 and leftovers() == []
 
 
 def test_workers_whose_supervisor_was_killed_finish_their_job_and_leave():
