@@ -51,6 +51,7 @@ import json
 import os
 import re
 import sqlite3
+import stat
 import sys
 import time
 
@@ -76,6 +77,7 @@ IDLE_WAIT = 1.0  # seconds after which an idle worker looks even if nobody woke 
 TICK = 0.2  # seconds between two looks of a worker at the command that it runs
 GRACE = 3.0  # seconds from SIGTERM to SIGKILL
 RESTART_EVERY = 1.0  # seconds between two starts of a worker that keeps dying
+DRAINED = 3  # exit code of a worker that found nothing left to do
 LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
 
 
@@ -486,14 +488,25 @@ def poke(pid):
             os.kill(pid, WAKE_SIGNAL)
 
 
-def run_processes(lease):
-    """Return the pids of the processes that provably belong to the run with this lease.
+def run_processes(leases):
+    """Return, by lease, the pids of the processes that provably belong to its run.
 
-    They hold its lock, or they carry its name in their environment; the second finds
-    those that closed every descriptor. A process that only reads the file has neither.
+    They hold its lock, or carry its name in their environment; the second finds those
+    that closed every descriptor. A process that only reads the file does neither. One
+    pass for all: reading what every process has open takes its time.
     """
-    mark = b"QUEUECTL_RUN=" + os.fsencode(lease)
-    return [pid for pid in process_ids() if in_run(pid, mark, lease)]
+    marks = {b"QUEUECTL_RUN=" + os.fsencode(lease): lease for lease in leases}
+    files = {}
+    for lease in leases:
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(lease)
+            files[status.st_dev, status.st_ino] = lease
+    found = {lease: [] for lease in leases}
+    for pid in process_ids():
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            for lease in {*marked_leases(pid, marks), *held_leases(pid, files)}:
+                found[lease].append(pid)
+    return found
 
 
 def process_groups(pids):
@@ -512,24 +525,35 @@ def process_ids():
         return []  # no such view of the processes here: nothing can be proven
 
 
-def in_run(pid, mark, lease):
-    try:
-        with open("/proc/%d/environ" % pid, "rb") as file:
-            if mark in file.read().split(b"\0"):
-                return True
-        return any(holds_lock(pid, fd, lease) for fd in os.listdir("/proc/%d/fd" % pid))
-    except OSError:
-        return False  # gone meanwhile, or another user's
+def marked_leases(pid, marks):
+    with open("/proc/%d/environ" % pid, "rb") as file:
+        return [marks[mark] for mark in file.read().split(b"\0") if mark in marks]
 
 
-def holds_lock(pid, fd, lease):
-    try:
-        if not os.path.samefile("/proc/%d/fd/%s" % (pid, fd), lease):
-            return False
-        with open("/proc/%d/fdinfo/%s" % (pid, fd)) as file:
-            return any("FLOCK" in line and "WRITE" in line for line in file)
-    except OSError:
-        return False
+def held_leases(pid, files):
+    leases = []
+    for fd in os.listdir("/proc/%d/fd" % pid):
+        with contextlib.suppress(OSError):
+            status = os.stat("/proc/%d/fd/%s" % (pid, fd))
+            lease = files.get((status.st_dev, status.st_ino))
+            if lease and holds_lock(pid, fd):
+                leases.append(lease)
+    return leases
+
+
+def holds_lock(pid, fd):
+    with open("/proc/%d/fdinfo/%s" % (pid, fd)) as file:
+        return any("FLOCK" in line and "WRITE" in line for line in file)
+
+
+def started_with(pid, moment):
+    """Tell whether a process was started when a run was: its number is not recycled."""
+    with contextlib.suppress(OSError, IndexError):
+        with open("/proc/%d/stat" % pid, "rb") as file, open("/proc/uptime") as uptime:
+            ticks = int(file.read().rpartition(b")")[2].split()[19])
+            age = float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+        return abs(time.time() - age - moment) < 2
+    return False
 
 
 class Wake:
@@ -570,6 +594,11 @@ def catch_signals(numbers, handler):
         signal.signal(number, handler)
     for number in (WAKE_SIGNAL, signal.SIGCHLD):
         signal.signal(number, nothing)
+
+
+def ignore_wakes():
+    """Let a wake that comes late do nothing; at its end Python gives up its handlers."""
+    signal.signal(WAKE_SIGNAL, signal.SIG_IGN)
 
 
 def nothing(number, frame):
@@ -651,9 +680,12 @@ PAGE = 500  # rows a read; a long read would keep the write-ahead log from being
 def missing(path):
     """Tell whether there is no database at PATH yet; an empty file is none."""
     try:
-        return os.stat(path).st_size == 0
+        status = os.stat(path)
     except FileNotFoundError:
         return True
+    if not stat.S_ISREG(status.st_mode):  # or /dev/null would be replaced by a queue
+        raise QueueError("%s is no file, so not a queue" % shown(path))
+    return status.st_size == 0
 
 
 def create_database(path):
@@ -693,10 +725,8 @@ class Queue:
     """
 
     def __init__(self, path, sync="FULL", patience=PATIENCE, clock=time.time):
-        self.path = os.path.abspath(path)
-        self.clock = clock
-        if os.path.isdir(self.path):
-            raise QueueError("%s is a folder, not a queue" % shown(self.path))
+        self.path = os.path.realpath(path)  # one queue, whatever links lead to it
+        self.clock, self.patience = clock, patience
         if missing(self.path):
             create_database(self.path)
         self.file = os.stat(self.path)
@@ -767,7 +797,7 @@ class Queue:
         values = self.settings()
         return dict(
             NO_FIELDS, max_retries=values["max_retries"], timeout=values["timeout"],
-            priority=0, cwd=os.getcwd(),
+            priority=0, cwd=checked("cwd", folder, os.getcwd()),
         )
 
     def enqueue(self, jobs):
@@ -890,6 +920,12 @@ class Queue:
         """PROCESSING to DEAD, as `cancel` asked; its processes are gone by now."""
         return self._leave(run, result, "dead", "cancelled")
 
+    def owned(self, run):
+        """Tell whether a run still owns its job."""
+        where = "seq = ? AND run = ? AND state = 'processing'"
+        query = "SELECT 1 FROM jobs WHERE " + where
+        return self._value(query, run["seq"], run["run"]) is not None
+
     def cancelled(self, run):
         """Tell whether the job of a run is to be cancelled."""
         return bool(self._value("SELECT cancelled FROM jobs WHERE seq = ?", run["seq"]))
@@ -912,11 +948,18 @@ class Queue:
             return state if moved else None
 
     def note_pid(self, run, pid):
-        """Record the process of a run that has been going on for a while."""
-        self.db.execute(
-            "UPDATE runs SET pid = ? WHERE seq = ? AND run = ? AND finished_at IS NULL",
-            (pid, run["seq"], run["run"]),
-        )
+        """Record the process of a run that has been going on for a while.
+
+        It waits for no lock: meanwhile nobody would watch the command.
+        """
+        self.db.execute("PRAGMA busy_timeout = 0")
+        try:
+            self.db.execute(
+                "UPDATE runs SET pid = ? WHERE seq = ? AND run = ? AND finished_at IS NULL",
+                (pid, run["seq"], run["run"]),
+            )
+        finally:
+            self.db.execute("PRAGMA busy_timeout = %d" % (1000 * self.patience))
 
     def cancel(self, ids):
         """PENDING or FAILED to DEAD; of a running job only a request; all or none.
@@ -970,8 +1013,9 @@ class Queue:
 
     def job(self, id):
         """Return one job with what its latest run left."""
-        row = self.db.execute(JOB + "WHERE id = ?", (id,)).fetchone()
-        if row is None:
+        known = storable(id)  # no job has an id that is none
+        row = known and self.db.execute(JOB + "WHERE id = ?", (id,)).fetchone()
+        if not row:
             raise QueueError("there is no job %s" % shown(id))
         return row
 
@@ -1090,7 +1134,7 @@ class Lease:
 
     def __init__(self, path):
         self.path = path
-        self.cut = b""  # what was kept of output that grew past the bound
+        self.cut, self.dropped = b"", 0  # what cut_back has kept, and how much it has not
         try:
             self.fd = open_lease(path)
         except (FileNotFoundError, FileExistsError):
@@ -1104,23 +1148,23 @@ class Lease:
         """Keep the end of an output that has grown past a bound; a disk is finite."""
         size = os.fstat(self.fd).st_size
         if size > max(4 * limit, 2**24):
-            note = b"[queuectl: about %d bytes of output dropped here]\n"
-            tail = os.pread(self.fd, limit, size - limit)
+            kept = os.pread(self.fd, limit, size - limit)
             os.ftruncate(self.fd, 0)  # the command appends: its next write lands at 0
-            self.cut = note % (size - len(tail)) + tail
+            self.dropped += len(self.cut) + size - len(kept)
+            self.cut = kept
 
     def output(self, limit):
         """Return the last bytes of the output; what was dropped before them is said."""
         size = os.fstat(self.fd).st_size
-        tail = os.pread(self.fd, limit, max(0, size - limit))
-        if len(tail) == limit < size:
-            note = b"[queuectl: %d bytes of output dropped here]\n"
-            return note % (size - limit) + tail
-        return self.cut[len(tail) :] + tail if self.cut and limit else tail
+        kept = self.cut + os.pread(self.fd, limit, max(0, size - limit))
+        kept = kept[max(0, len(kept) - limit) :]
+        dropped = self.dropped + len(self.cut) + size - len(kept)
+        note = b"[queuectl: %d bytes of output dropped here]\n" % dropped
+        return note + kept if dropped else kept
 
     def discard(self):
         """Let go of the file; a background child may go on writing to it, unseen."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.remove(self.path)
         os.close(self.fd)
 
@@ -1194,24 +1238,22 @@ class Worker:
 
     def __init__(self, path, pool, slot, drain):
         self.path, self.pool, self.drain = path, pool, drain
-        if not pool.hold(slot):
-            raise QueueError("worker %d is there already" % slot)
+        self.queue = self.lease = self.trouble = None
+        self.stopped = False
         catch_signals(STOP_SIGNALS, self.stop)
         # A terminal sends these to the whole pool; the supervisor says what they mean.
         signal.signal(signal.SIGINT, nothing)
         signal.signal(signal.SIGHUP, nothing)
         self.wake = Wake()
         self.log = open_log(path, "worker-%d" % slot)
-        self.queue = None
-        self.lease = None
-        self.stopped = False
-        self.trouble = None
+        if not pool.hold(slot):
+            raise QueueError("worker %d is there already" % slot)
 
     def stop(self, number, frame):
         self.stopped = True
 
     def work(self):
-        """Run jobs until asked to stop, or in a drain until no job is left."""
+        """Run jobs until asked to stop, or until drained; return whether it was that."""
         self.queue = self.patiently(Queue, self.path, "NORMAL", IDLE_WAIT)
         with self.queue:
             done = None
@@ -1219,8 +1261,10 @@ class Worker:
                 run = self.patiently(self.turn, done)
                 if run:
                     done = (run, *self.execute(run))
-                elif self.finished():
-                    return
+                elif self.leaving():
+                    return False
+                elif self.drain and self.queue.drained():
+                    return True
                 else:
                     done = None
                     self.wake.wait(self.pause())
@@ -1235,19 +1279,20 @@ class Worker:
                 self.trouble = None
                 return result
             except (sqlite3.Error, OSError) as error:
-                if self.leaving() and self.trouble:
+                if self.trouble and self.giving_up():
                     raise QueueError("leaving while there is still: %s" % error)
                 if str(error) != self.trouble:
                     self.log.error("%s; waiting until it is over", error)
                 self.trouble = str(error)
             self.wake.wait(IDLE_WAIT)
 
+    def giving_up(self):
+        """Tell whether to leave in trouble; a result in hand is kept until asked twice."""
+        return self.leaving() and (not self.lease or self.pool.request() == "now")
+
     def leaving(self):
         gone = self.queue and self.queue.gone()
         return self.stopped or self.pool.request() is not None or gone
-
-    def finished(self):
-        return self.leaving() or (self.drain and self.queue.drained())
 
     def pause(self):
         due = self.queue.next_due()
@@ -1263,6 +1308,7 @@ class Worker:
                 run = None
                 if not self.leaving():
                     run = self.queue.claim(os.getpid(), self.take)
+                limit = self.queue.settings()["output_limit"]
         except BaseException:
             if self.lease:
                 self.lease.discard()
@@ -1271,7 +1317,7 @@ class Worker:
         if done:
             finished.discard()
             self.report(state, *done)
-        return run
+        return run and dict(run, limit=limit)
 
     def take(self, name):
         self.lease = Lease(os.path.join(beside(self.path, ".runs"), name))
@@ -1297,7 +1343,6 @@ class Worker:
         """Run a claimed job; return why it was ended from outside, and its result."""
         self.log.info("%s started", about(run))
         started = time.monotonic()
-        limit = self.queue.settings()["output_limit"]
         pid = reason = code = None
         try:
             process = start_command(run, self.lease)
@@ -1305,20 +1350,20 @@ class Worker:
             error = "cannot start: %s" % refusal
         else:
             pid = process.pid
-            reason = self.attend(process, run, limit)
+            reason = self.attend(process, run)
             code, error = how_it_ended(process.returncode)
         return reason, dict(
             pid=pid, exit_code=code, error=reason or error,
-            output=self.lease.output(limit),
+            output=self.lease.output(run["limit"]),
             finished_at=run["started_at"] + time.monotonic() - started,
         )
 
-    def attend(self, process, run, limit):
+    def attend(self, process, run):
         """Wait for a command, its output and the requests that concern it in view."""
         noted = []
 
         def tick():
-            self.lease.cut_back(limit)
+            self.lease.cut_back(run["limit"])
             if not noted:
                 with contextlib.suppress(sqlite3.Error):
                     self.queue.note_pid(run, process.pid)
@@ -1352,7 +1397,7 @@ class PoolFile:
     """
 
     LOCKS = 2**20  # the first byte to lock; far behind the text, for Windows' sake
-    REQUEST = 16  # where the request stands; its room is made at once, disks fill up
+    REQUESTS = {"stop": 16, "now": 24}  # where they stand; disks fill up, so room is made
 
     def __init__(self, path):
         self.path = path
@@ -1362,15 +1407,16 @@ class PoolFile:
     @classmethod
     def create(cls, queue_path):
         path = beside(queue_path, "-%d.pid" % os.getpid())
+        text = b"%-15d\n%-7s\n%-7s\n" % (os.getpid(), b"", b"")
         while True:
-            os.close(create_private(path, 0))
-            pool = cls(path)
-            # Somebody may have removed the file as a leftover before it was locked.
-            if pool.hold(0) and same_file(pool.fd, path):
-                os.ftruncate(pool.fd, 0)
-                os.write(pool.fd, b"%-15d\n%-15s\n" % (pool.pid, b""))
-                return pool
-            pool.close()
+            # Somebody may take the file for a leftover before it is locked.
+            with contextlib.suppress(FileNotFoundError):
+                os.close(create_private(path, os.O_TRUNC))
+                pool = cls(path)
+                os.pwrite(pool.fd, text, 0)
+                if pool.hold(0) and same_file(pool.fd, path):
+                    return pool
+                pool.close()
 
     @classmethod
     def all(cls, queue_path, own=None):
@@ -1383,11 +1429,13 @@ class PoolFile:
         pattern = re.compile(re.escape(stem) + r"[0-9]+\.pid")
         for name in sorted(filter(pattern.fullmatch, os.listdir(folder))):
             path = os.path.join(folder, name)
-            if own and own.path == path:
-                yield own
-            else:
-                with contextlib.suppress(FileNotFoundError), cls(path) as pool:
-                    yield pool
+            if own is None or own.path != path:
+                with contextlib.suppress(OSError):  # removed meanwhile, or another user's
+                    pool = cls(path)
+                    with contextlib.closing(pool):
+                        yield pool
+        if own:
+            yield own
 
     def hold(self, slot):
         return lock_byte(self.fd, self.LOCKS + slot)
@@ -1409,9 +1457,8 @@ class PoolFile:
         return [pid for pid in pids if pid is not None]
 
     def ask(self, word):
-        """Ask the pool to `stop`, or to stop `now`, which is not taken back."""
-        if self.request() != "now":
-            os.pwrite(self.fd, word.encode(), self.REQUEST)
+        """Ask the pool to `stop`, or to stop `now`."""
+        os.pwrite(self.fd, word.encode(), self.REQUESTS[word])
         self.poke()
 
     def poke(self):
@@ -1424,12 +1471,12 @@ class PoolFile:
         A pool whose file was removed can never be asked, and one without a supervisor
         has nobody who looks after it: both stop.
         """
-        asked = os.pread(self.fd, 15, self.REQUEST)
-        if asked.startswith(b"now"):
+        text = os.pread(self.fd, 32, 0)
+        if b"now" in text:
             return "now"
         supervised = self.pid == os.getpid() or self.holder(0) is not None
         removed = os.fstat(self.fd).st_nlink == 0
-        stop = asked.startswith(b"stop") or removed or not supervised
+        stop = b"stop" in text or removed or not supervised
         return "stop" if stop else None
 
     def remove(self):
@@ -1441,17 +1488,12 @@ class PoolFile:
     def close(self):
         os.close(self.fd)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
 
 def wake_pools(queue_path):
-    """Let idle workers look at once instead of within a second."""
-    for pool in PoolFile.all(queue_path):
-        pool.poke()
+    """Let idle workers look at once instead of within a second; a hint, no more."""
+    with contextlib.suppress(OSError):
+        for pool in PoolFile.all(queue_path):
+            pool.poke()
 
 
 class LogFile:
@@ -1479,8 +1521,9 @@ class LogFile:
         self.reopen()
 
     def reopen(self):
+        fresh = create_private(self.path, 0)  # where this fails, the old one is still ours
         os.close(self.fd)
-        self.fd = create_private(self.path, 0)
+        self.fd = fresh
 
 
 def open_log(queue_path, who):
@@ -1515,7 +1558,7 @@ class Supervisor:
     """
 
     def __init__(self, path, count, drain=False):
-        self.path, self.count, self.drain = os.path.abspath(path), count, drain
+        self.path, self.count, self.drain = os.path.realpath(path), count, drain
         self.runs = beside(self.path, ".runs")
         self.workers = {}  # slot: process
         self.pids = set()  # of all workers there ever were
@@ -1531,10 +1574,10 @@ class Supervisor:
 
         `started()` is called when it can be found and asked.
         """
-        with Queue(self.path) as queue:
-            self.file, began = queue.file, queue.clock()
         catch_signals(STOP_SIGNALS, self.count_signal)
         self.wake = Wake()
+        with Queue(self.path) as queue:
+            self.file, began = queue.file, queue.clock()
         self.pool = PoolFile.create(self.path)
         try:
             self.log = open_log(self.path, "pool")
@@ -1545,6 +1588,8 @@ class Supervisor:
             self.patiently(self.tidy)
             self.log.info("pool stopped")
         finally:
+            self.pool.ask("stop")  # whatever happened here, no worker goes on alone
+            ignore_wakes()
             self.pool.remove()
             with contextlib.suppress(OSError):  # not empty, other pools use it
                 os.rmdir(self.runs)
@@ -1558,12 +1603,12 @@ class Supervisor:
             self.heed()
             self.reap()
             self.staff()
-            if not self.workers and self.finished():
-                return
             if time.monotonic() >= self.next_look:
                 self.patiently(self.look)
                 pause = TICK if self.orphans else LOOK_EVERY
                 self.next_look = time.monotonic() + pause
+            if not self.workers and not self.orphans and self.finished():
+                return
             self.sleep()
 
     def finished(self):
@@ -1592,13 +1637,13 @@ class Supervisor:
             if process.exitcode is None:
                 continue
             del self.workers[slot]
-            if process.exitcode:
+            if process.exitcode == DRAINED:
+                self.drained.add(slot)
+                self.pool.poke()  # the others may be waiting for what this one ran
+            elif process.exitcode:
                 _, error = how_it_ended(process.exitcode)
                 self.log.error("worker %d died: %s", slot, error)
                 self.next_look = 0.0
-            elif self.drain:
-                self.drained.add(slot)
-                self.pool.poke()  # the others may be waiting for what this one ran
 
     def staff(self):
         """Start the workers that are missing; one that keeps dying not too often."""
@@ -1609,7 +1654,10 @@ class Supervisor:
             due = self.started.get(slot, -MAX_SPAN) + RESTART_EVERY
             if now >= due:
                 self.started[slot] = now
-                self.start(slot)
+                try:
+                    self.start(slot)
+                except OSError as error:  # too many processes or files
+                    self.log.error("worker %d cannot start: %s", slot, error)
             self.next_look = min(self.next_look, max(due, now))
 
     def start(self, slot):
@@ -1625,11 +1673,10 @@ class Supervisor:
 
     def patiently(self, action):
         """Do something with the database; with trouble there, the next look will."""
-        if self.gone():
-            return
         try:
-            with Queue(self.path, "NORMAL", IDLE_WAIT) as queue:
-                action(queue)
+            if not self.gone():
+                with Queue(self.path, "NORMAL", IDLE_WAIT) as queue:
+                    action(queue)
         except (sqlite3.Error, OSError, QueueError) as error:
             self.log.error("%s", error)
 
@@ -1651,25 +1698,39 @@ class Supervisor:
         runs = queue.processing()
         pools = PoolFile.all(self.path, self.pool)
         live = {pid for pool in pools for pid in pool.workers()}
+        lost = {}
         for run in runs:
-            run["path"] = os.path.join(self.runs, run["lease"])
-            if run["worker"] not in live or lease_is_free(run["path"]):
-                self.rescue(queue, run)
+            path = os.path.join(self.runs, run["lease"])
+            # A file that somebody removed says nothing about a worker that lives.
+            free = os.path.exists(path) and lease_is_free(path)
+            if free or run["worker"] not in live:
+                lost[path] = run
+        processes = run_processes(lost) if lost else {}
+        for path, run in lost.items():
+            self.rescue(queue, run, path, processes[path])
         known = {(run["seq"], run["run"]) for run in runs}
         self.orphans = {key: at for key, at in self.orphans.items() if key in known}
 
-    def rescue(self, queue, run):
+    def rescue(self, queue, run, path, processes):
         """Put a job back whose worker is gone, once none of its processes is left."""
-        processes = run_processes(run["path"])
-        if processes:
+        if run["worker"] in processes:
+            return  # it lives, and only its pool's PID file is gone
+        if run["pid"] and started_with(run["pid"], run["started_at"]):
+            processes.append(run["pid"])
+        # It may have ended since it was listed; what it left in the background is let be.
+        if processes and queue.owned(run):
             self.end_orphan(run, processes)
-            return
-        with queue.transaction():
-            if lease_is_free(run["path"]):
-                state = queue.release(run, self.remains(queue, run))
-                self.log.warning("%s worker died, %s", about(run), state)
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(run["path"])
+        elif not processes:
+            with queue.transaction():
+                if lease_is_free(path):
+                    self.put_back(queue, run, path)
+
+    def put_back(self, queue, run, path):
+        state = queue.release(run, self.remains(queue, run, path))
+        if state:
+            self.log.warning("%s worker died, %s", about(run), state)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
 
     def end_orphan(self, run, processes):
         """Signal what a dead worker left running: SIGTERM, after a grace SIGKILL."""
@@ -1682,12 +1743,12 @@ class Supervisor:
             for group in process_groups(processes):
                 signal_group(group, signal.SIGTERM if first else signal.SIGKILL)
 
-    def remains(self, queue, run):
+    def remains(self, queue, run, path):
         """Return the result of a run whose worker died."""
-        limit = queue.settings()["output_limit"]
+        output = read_tail(path, queue.settings()["output_limit"])
         return dict(
-            pid=run["pid"], exit_code=None, error="worker died",
-            output=read_tail(run["path"], limit), finished_at=queue.clock(),
+            pid=run["pid"], exit_code=None, error="worker died", output=output,
+            finished_at=queue.clock(),
         )
 
     def tidy(self, queue):
@@ -1711,7 +1772,7 @@ def work(path, pool_path, slot, drain):
     pool = PoolFile(pool_path)
     worker = Worker(path, pool, slot, drain)
     try:
-        worker.work()
+        sys.exit(DRAINED if worker.work() else 0)
     except QueueError as error:
         worker.log.error("%s", error)
         sys.exit(1)
@@ -1719,6 +1780,7 @@ def work(path, pool_path, slot, drain):
         worker.log.exception("worker %d failed", slot)
         sys.exit(1)
     finally:
+        ignore_wakes()
         pool.remove()
 
 
@@ -1731,7 +1793,9 @@ TIMES = ("run_at", "created_at", "updated_at", "started_at", "finished_at")
 
 def iso(moment):
     """Return epoch seconds as ISO 8601 text in UTC, None as None."""
-    return moment and time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+    if moment is None:
+        return None
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
 
 
 def public(job):
@@ -1814,7 +1878,9 @@ def answer_jobs(args, jobs, titles, row):
 def cmd_enqueue(args):
     with Queue(args.db) as queue, contextlib.ExitStack() as files:
         defaults = queue.defaults()
-        if args.file or args.jobs == ["-"]:
+        if args.file and args.jobs:
+            raise QueueError("enqueue: give jobs or --file, not both", 2)
+        elif args.file or args.jobs == ["-"]:
             jobs = read_lines(files.enter_context(spooled(args.file)), defaults)
         elif args.jobs:
             jobs = read_arguments(args.jobs, defaults)
@@ -1913,8 +1979,13 @@ def cmd_logs(args):
             path = os.path.join(beside(queue.path, ".runs"), queue.lease(job))
             # A run that ended between the two looks has its output in the database now.
             output = read_tail(path, MAX_INTEGER) or queue.output(job)
-    sys.stdout.flush()
-    sys.stdout.buffer.write(output or b"")
+    output = output or b""
+    if args.json:
+        text = output.decode("utf-8", "backslashreplace")
+        print(json.dumps({"id": job["id"], "run": job["run"], "output": text}))
+    else:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(output)
 
 
 def cmd_status(args):
@@ -2019,9 +2090,9 @@ def cmd_worker_start(args):
 
 
 def cmd_worker_stop(args):
-    path = os.path.abspath(args.db)
+    ignore_wakes()  # while a leftover is removed, its locks are ours
     stopped = []
-    for pool in PoolFile.all(path):
+    for pool in PoolFile.all(args.db):
         if pool.alive():
             stopped.append(pool.pid)
             pool.ask("now" if args.now else "stop")
@@ -2030,7 +2101,9 @@ def cmd_worker_stop(args):
     if stopped:
         end = "ended" if args.now else "finished first"
         say("stopping; running jobs are %s" % end)
-    while any(pool.alive() for pool in PoolFile.all(path) if pool.pid in stopped):
+    # A job that stops its own pool would wait for itself.
+    within = os.environ.get("QUEUECTL_RUN", "").startswith(beside(args.db, ".runs"))
+    while not within and any(p.alive() for p in PoolFile.all(args.db) if p.pid in stopped):
         time.sleep(0.05)
     words = "stopped " + ", ".join("pool %d" % pid for pid in stopped)
     answer(args, {"stopped": stopped}, words if stopped else "no pool is running")
@@ -2120,24 +2193,21 @@ def command_named(words):
 
     Options before the command count as if they stood behind it.
     """
-    words, options, name = list(words), [], ""
-    while words and (words[0].startswith("-") or not name):
-        if not words[0].startswith("-"):
-            name = words.pop(0)
-        elif name:
-            return name, options + words
+    words, options, names = list(words), [], []
+    groups = {name.split()[0] for name in COMMANDS if " " in name}
+    while words and (not names or (len(names) == 1 and names[0] in groups)):
+        word = words.pop(0)
+        if not word.startswith("-"):
+            names.append(word)
         else:
-            options.append(words.pop(0))
-            if options[-1] == "--db":
+            options.append(word)
+            if word == "--db":
                 options += words[:1]
                 del words[:1]
-    group = [command for command in COMMANDS if command.startswith(name + " ")]
-    if group and words:
-        name += " " + words.pop(0)
-        name = ALIASES.get(name, name)
-    known = group or {command.split()[0] for command in COMMANDS}
-    if name not in COMMANDS and (" " in name if group else name):
-        hint = nearest(name, known)
+    name = ALIASES.get(" ".join(names), " ".join(names))
+    if name and name not in COMMANDS and name not in groups:
+        known = {command for command in COMMANDS if command.startswith(names[0] + " ")}
+        hint = nearest(name, known or {command.split()[0] for command in COMMANDS})
         raise QueueError("unknown command %s%s" % (shown(name), hint), 2)
     return name, options + words
 
@@ -2171,7 +2241,8 @@ def parse(name, words):
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--db", metavar="PATH", help="the queue (queuectl.db)")
     args = parser.parse_args(words)
-    args.db = args.db or os.environ.get("QUEUECTL_DB") or "queuectl.db"
+    queue = args.db or os.environ.get("QUEUECTL_DB") or "queuectl.db"
+    args.db = os.path.realpath(queue)
     return function, args
 
 
@@ -2189,13 +2260,15 @@ def run_command(argv):
     try:
         return function(args) or 0
     except sqlite3.Error as error:
-        raise QueueError("%s: %s" % (shown(os.path.abspath(args.db)), error)) from None
+        raise QueueError("%s: %s" % (shown(args.db), error)) from None
 
 
 def main(argv=None):
     """Run one command; return its exit code. What goes wrong is one line on stderr."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, and its number would be the database's
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         code = run_command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

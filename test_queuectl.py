@@ -368,7 +368,7 @@ def test_unusable_queues_are_refused_in_words(home):
     ok("list", "--db", "newer.db")
     with contextlib.closing(sqlite3.connect("newer.db")) as db:
         db.execute("PRAGMA user_version = 99")
-    words = {"folder.db": "is a folder", "text.db": "not a database",
+    words = {"folder.db": "is no file", "text.db": "not a database",
              "foreign.db": "not a queue of queuectl", "newer.db": "version 99",
              "no/where.db": "No such file or directory"}
     for name, word in words.items():
