@@ -2250,10 +2250,9 @@ def run_command(argv):
     """Run what a command line says; return the exit code."""
     name, words = command_named(argv)
     if name not in COMMANDS:
-        unknown = set(words) - {"-h", "--help", "--version"}
-        if unknown and "--db" not in words[0]:
+        if words and not {"-h", "--help", "--version"} & set(words):
             hint = "no command in: %s (see: queuectl.py --help)"
-            raise QueueError(hint % shown(words[0]), 2)
+            raise QueueError(hint % shown(" ".join(words)), 2)
         print("queuectl " + __version__ if "--version" in words else overview(name))
         return 0
     function, args = parse(name, words)

@@ -341,6 +341,54 @@ def test_db_is_taken_before_and_after_the_command_and_from_the_environment(monke
     assert not os.path.exists("queuectl.db")
 
 
+def test_db_is_taken_between_the_words_of_a_command():
+    ok("--db", "a.db", "config", "--db=b.db", "set", "max_retries", "5")
+    assert ok("config", "--db", "b.db", "get", "max_retries").out == "5\n"
+    assert os.listdir(".") == ["b.db"]
+
+
+def test_a_link_to_a_queue_is_that_queue():
+    enqueue(id="x")
+    os.mkdir("sub")
+    os.symlink("../queuectl.db", "sub/link.db")
+    start_pool("--db", "sub/link.db")
+    wait_until(lambda: state("x") == "completed")
+    assert ok("worker", "stop").out.startswith("stopped pool")
+    assert sorted(os.listdir(".")) == ["queuectl.db", "queuectl.log", "sub"]
+    assert os.listdir("sub") == ["link.db"]
+
+
+def test_what_is_no_regular_file_is_no_queue():
+    os.mkfifo("fifo")
+    assert "is no file" in refused("list", "--db", "fifo")
+    assert "is no file" in refused("list", "--db", os.devnull)
+
+
+def test_times_and_output_are_json_too():
+    enqueue("printf '\\377'", id="x", run_at=0)
+    assert jobs()["x"]["run_at"] == "1970-01-01T00:00:00Z"
+    drain(1)
+    assert ok("logs", "x", "--json").json == {"id": "x", "run": 1, "output": "\\xff"}
+
+
+def test_words_that_are_no_utf8_are_unknown_ids():
+    for command in ("show", "logs", "delete", "cancel"):
+        assert "there is no job" in refused(command, "\udcff")
+
+
+def test_an_odd_pid_file_does_not_make_an_enqueue_fail():
+    os.mkdir("queuectl-1.pid")
+    enqueue(id="x")
+    assert ok("status", "--json").json["workers"] == []
+
+
+def test_closed_streams_are_no_trouble():
+    enqueue(id="x")
+    line = "%s %s list >&- 2>&-" % (shlex.quote(sys.executable), shlex.quote(SCRIPT))
+    assert subprocess.run(line, shell=True).returncode == 0
+    assert list(jobs()) == ["x"]
+
+
 def test_help_at_every_level():
     assert "examples:" in ok().out and "examples:" in ok("--help").out
     for group in ("worker", "dlq", "config"):
@@ -354,7 +402,8 @@ def test_help_at_every_level():
     ["worker", "start", "--count", "0"], ["worker", "start", "--count", "-1"],
     ["worker", "start", "--count", "two"], ["worker", "start", "--count", "257"],
     ["config", "set", "max_retries"], ["dlq", "retry"], ["dlq", "retry", "a", "--all"],
-    ["worker", "begin"],
+    ["worker", "begin"], ["--db"], ["list", "--db"], ["--db", "list"],
+    ["enqueue", "--file", "f", '{"command":"true"}'],
 ], ids=" ".join)
 def test_wrong_usage_is_one_line_and_code_2(argv):
     refused(*argv, code=2)
@@ -741,6 +790,17 @@ def test_an_acknowledged_enqueue_is_synced():
     assert synced and synced[0] < said
 
 
+def test_what_was_cut_back_is_said_and_the_end_is_whole(home):
+    lease = queuectl.Lease(str(home / "queuectl.runs" / "x"))
+    os.write(lease.fd, b"a" * 2**25)
+    lease.cut_back(10)
+    assert os.fstat(lease.fd).st_size == 0
+    os.write(lease.fd, b"end")
+    note = b"[queuectl: %d bytes of output dropped here]\n" % (2**25 - 7)
+    assert lease.output(10) == note + b"a" * 7 + b"end"
+    lease.discard()
+
+
 def test_a_background_child_holds_up_nothing():
     enqueue("sleep 55.5 & echo $!", id="x")
     began = time.monotonic()
@@ -810,6 +870,21 @@ def test_stop_now_gives_running_jobs_back(how):
     job = jobs()["x"]
     assert (job["state"], job["attempts"]) == ("pending", 0)
     assert not running(NAP)
+
+
+def test_a_worker_that_is_asked_to_leave_is_replaced_even_in_a_drain():
+    ok("enqueue", "-", stdin=b'{"command":"sleep 0.4"}\n' * 5)
+    pool = start_pool("--drain", count=1)
+    os.kill(workers_of(pool.pid)[0], signal.SIGTERM)
+    assert pool.wait(20) == 0
+    assert len(jobs("--state", "completed")) == 5
+
+
+def test_a_job_can_stop_its_own_pool():
+    stop = shlex.join if sys.version_info >= (3, 8) else None
+    enqueue(stop([sys.executable, SCRIPT, "worker", "stop"]), id="x", timeout=30)
+    assert start_pool(count=1).wait(20) == 0
+    assert state("x") == "completed"
 
 
 def test_drain_waits_for_retries_but_not_for_delayed_jobs():
@@ -889,6 +964,47 @@ def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(command, victim):
     assert not running(NAP)
     assert job["attempts"] == 1  # the lost attempt was given back
     assert [run["error"] for run in job["runs"]] == ["worker died", None]
+
+
+def test_an_orphan_without_mark_and_lock_is_known_by_its_number():
+    program = "import os; os.closerange(3, 200); os.execvp('sleep', '%s'.split())" % NAP
+    enqueue("echo run >> out; [ $(wc -l < out) -gt 1 ] || exec env -i %s -c %s >&- 2>&-" % (
+        sys.executable, shlex.quote(program)), id="x")
+    pool = start_pool(count=1)
+    wait_until(lambda: running(NAP) and ok("show", "x", "--json").json["runs"][0]["pid"])
+    assert pids_of(NAP) == [ok("show", "x", "--json").json["runs"][0]["pid"]]
+    kill_all(pool)
+    start_pool(count=1)
+    wait_until(lambda: state("x") == "completed")
+    assert not running(NAP)
+
+
+def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatch):
+    """The supervisor lists a run, and it completes before it is looked at."""
+    add(queue)
+    run = claim(queue)
+    pool = queuectl.Supervisor("queuectl.db", 1)
+    pool.log = queuectl.open_log(queue.path, "pool")
+    monkeypatch.setattr(pool, "end_orphan", lambda run, pids: pytest.fail("signalled"))
+    queue.complete(run, result(None))
+    pool.rescue(queue, dict(run, pid=1, worker=1), "no/such/lease", [12345678])
+
+
+@pytest.mark.parametrize("what", ["the pid file", "the output"])
+def test_files_removed_under_a_running_job_do_not_end_it(what):
+    enqueue("sleep 3; touch out", id="x")
+    pools = [start_pool(count=1), start_pool(count=1)]
+    wait_until(lambda: state("x") == "processing")
+    if what == "the output":
+        for name in os.listdir("queuectl.runs"):
+            os.remove(os.path.join("queuectl.runs", name))
+    else:
+        for pool in pools:
+            os.remove("queuectl-%d.pid" % pool.pid)
+    wait_until(lambda: state("x") != "processing")
+    assert (state("x"), len(ok("show", "x", "--json").json["runs"])) == ("completed", 1)
+    if what == "the pid file":
+        assert [pool.wait(10) for pool in pools] == [0, 0]
 
 
 def test_an_orphan_that_nobody_can_prove_is_left_until_it_ends(monkeypatch, queue):
@@ -1063,6 +1179,28 @@ def test_a_pool_outlives_a_long_lock():
         wait_until(lambda: "database is locked" in read("queuectl.log"))
     wait_until(lambda: state("x") == "completed")
     assert pool.poll() is None
+
+
+def test_a_stop_while_the_database_is_locked_keeps_the_result_in_hand():
+    enqueue("sleep 0.3; echo run >> out", id="x")
+    pool = start_pool(count=1)
+    wait_until(lambda: state("x") == "processing")
+    with locked():
+        pool.send_signal(signal.SIGTERM)
+        wait_until(lambda: "worker-1" in read("queuectl.log").split("waiting until")[0]
+                   and "waiting until" in read("queuectl.log"))
+        with pytest.raises(subprocess.TimeoutExpired):
+            pool.wait(2.5)
+    assert pool.wait(20) == 0
+    assert state("x") == "completed"
+
+
+def test_a_timeout_counts_while_the_database_is_locked():
+    enqueue("echo $$ > out; " + NAP, id="x", timeout=1, max_retries=1)
+    start_pool(count=1)
+    wait_until(lambda: state("x") == "processing")
+    with locked():
+        wait_until(lambda: not running(NAP), timeout=5)
 
 
 def test_a_command_too_long_for_the_system_fails_in_words():
