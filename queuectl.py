@@ -597,7 +597,7 @@ def catch_signals(numbers, handler):
 
 
 def ignore_wakes():
-    """Let a wake that comes late do nothing; at its end Python gives up its handlers."""
+    """Let a late wake do nothing: at its end Python gives up its handlers."""
     signal.signal(WAKE_SIGNAL, signal.SIG_IGN)
 
 
@@ -955,7 +955,8 @@ class Queue:
         self.db.execute("PRAGMA busy_timeout = 0")
         try:
             self.db.execute(
-                "UPDATE runs SET pid = ? WHERE seq = ? AND run = ? AND finished_at IS NULL",
+                "UPDATE runs SET pid = ?"
+                " WHERE seq = ? AND run = ? AND finished_at IS NULL",
                 (pid, run["seq"], run["run"]),
             )
         finally:
@@ -969,13 +970,15 @@ class Queue:
         now = self.clock()
         with self.transaction():
             for job in self._jobs_named(ids):
-                where = " WHERE seq = ? AND state "
+                row = {"seq": job["seq"], "now": now}
                 waiting = self.db.execute(
-                    "UPDATE jobs SET state = 'dead', error = 'cancelled', updated_at = ?"
-                    + where + "IN ('pending', 'failed')", (now, job["seq"])
+                    "UPDATE jobs SET state = 'dead', error = 'cancelled',"
+                    " updated_at = :now WHERE seq = :seq"
+                    " AND state IN ('pending', 'failed')", row
                 ).rowcount
                 running = self.db.execute(
-                    "UPDATE jobs SET cancelled = 1" + where + "= 'processing'", (job["seq"],)
+                    "UPDATE jobs SET cancelled = 1"
+                    " WHERE seq = :seq AND state = 'processing'", row
                 ).rowcount
                 if not waiting and not running:
                     words = "job %s is %s already"
@@ -1134,7 +1137,7 @@ class Lease:
 
     def __init__(self, path):
         self.path = path
-        self.cut, self.dropped = b"", 0  # what cut_back has kept, and how much it has not
+        self.cut, self.dropped = b"", 0  # what cut_back kept, and how much it did not
         try:
             self.fd = open_lease(path)
         except (FileNotFoundError, FileExistsError):
@@ -1253,7 +1256,7 @@ class Worker:
         self.stopped = True
 
     def work(self):
-        """Run jobs until asked to stop, or until drained; return whether it was that."""
+        """Run jobs until asked to stop or drained; return whether it was the latter."""
         self.queue = self.patiently(Queue, self.path, "NORMAL", IDLE_WAIT)
         with self.queue:
             done = None
@@ -1287,7 +1290,7 @@ class Worker:
             self.wake.wait(IDLE_WAIT)
 
     def giving_up(self):
-        """Tell whether to leave in trouble; a result in hand is kept until asked twice."""
+        """Tell whether to leave in trouble; a result in hand is kept until `now`."""
         return self.leaving() and (not self.lease or self.pool.request() == "now")
 
     def leaving(self):
@@ -1397,7 +1400,7 @@ class PoolFile:
     """
 
     LOCKS = 2**20  # the first byte to lock; far behind the text, for Windows' sake
-    REQUESTS = {"stop": 16, "now": 24}  # where they stand; disks fill up, so room is made
+    REQUESTS = {"stop": 16, "now": 24}  # where they stand; there is room from the start
 
     def __init__(self, path):
         self.path = path
@@ -1430,7 +1433,7 @@ class PoolFile:
         for name in sorted(filter(pattern.fullmatch, os.listdir(folder))):
             path = os.path.join(folder, name)
             if own is None or own.path != path:
-                with contextlib.suppress(OSError):  # removed meanwhile, or another user's
+                with contextlib.suppress(OSError):  # gone meanwhile, or another user's
                     pool = cls(path)
                     with contextlib.closing(pool):
                         yield pool
@@ -1521,7 +1524,7 @@ class LogFile:
         self.reopen()
 
     def reopen(self):
-        fresh = create_private(self.path, 0)  # where this fails, the old one is still ours
+        fresh = create_private(self.path, 0)  # if this fails, the old one is still ours
         os.close(self.fd)
         self.fd = fresh
 
@@ -1717,7 +1720,7 @@ class Supervisor:
             return  # it lives, and only its pool's PID file is gone
         if run["pid"] and started_with(run["pid"], run["started_at"]):
             processes.append(run["pid"])
-        # It may have ended since it was listed; what it left in the background is let be.
+        # It may have ended since it was listed; its background children are let be.
         if processes and queue.owned(run):
             self.end_orphan(run, processes)
         elif not processes:
@@ -2103,7 +2106,8 @@ def cmd_worker_stop(args):
         say("stopping; running jobs are %s" % end)
     # A job that stops its own pool would wait for itself.
     within = os.environ.get("QUEUECTL_RUN", "").startswith(beside(args.db, ".runs"))
-    while not within and any(p.alive() for p in PoolFile.all(args.db) if p.pid in stopped):
+    mine = [pid for pid in stopped if not within]
+    while any(pool.alive() for pool in PoolFile.all(args.db) if pool.pid in mine):
         time.sleep(0.05)
     words = "stopped " + ", ".join("pool %d" % pid for pid in stopped)
     answer(args, {"stopped": stopped}, words if stopped else "no pool is running")
@@ -2157,7 +2161,8 @@ COMMANDS = {
     "logs": (cmd_logs, "print the output of a job's latest run", "logs job1", [ID]),
     "status": (cmd_status, "count the jobs, list the workers", "status", []),
     "cancel": (
-        cmd_cancel, "end jobs that wait or run; they become dead", "cancel job1", [IDS]),
+        cmd_cancel, "end jobs that wait or run; they become dead",
+        "cancel job1", [IDS]),
     "delete": (cmd_delete, "remove jobs that do not run", "delete job1 job2", [IDS]),
     "dlq list": (cmd_dlq_list, "list the dead jobs", "dlq list", []),
     "dlq retry": (
