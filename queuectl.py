@@ -509,13 +509,15 @@ def run_processes(leases):
     return found
 
 
-def process_groups(pids):
-    """Return the process groups of these processes, never our own."""
-    groups = set()
+def signal_processes(pids, number):
+    """Signal processes, each with its group where the leader of that is among them.
+
+    A child that a dying worker had just forked is in the group of its whole pool.
+    """
     for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            groups.add(os.getpgid(pid))
-    return groups - {os.getpgrp()}
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            group = os.getpgid(pid)
+            os.kill(-group if group in pids else pid, number)
 
 
 def process_ids():
@@ -1743,8 +1745,7 @@ class Supervisor:
         if first:
             self.log.warning("%s worker died, ending %s", about(run), processes)
         if first or now >= kill_at:
-            for group in process_groups(processes):
-                signal_group(group, signal.SIGTERM if first else signal.SIGKILL)
+            signal_processes(processes, signal.SIGTERM if first else signal.SIGKILL)
 
     def remains(self, queue, run, path):
         """Return the result of a run whose worker died."""
@@ -1755,7 +1756,10 @@ class Supervisor:
         )
 
     def tidy(self, queue):
-        """Remove output files that belong to no run."""
+        """Remove PID files of pools that were killed and output files of no run."""
+        for pool in PoolFile.all(self.path, self.pool):
+            if not pool.alive() and pool is not self.pool:
+                pool.remove()
         with queue.transaction():  # no claim is under way meanwhile
             used = {run["lease"] for run in queue.processing()}
             with contextlib.suppress(FileNotFoundError):

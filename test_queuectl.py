@@ -961,6 +961,8 @@ def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(command, victim):
     wait_until(lambda: state("x") == "completed")
     job = ok("show", "x", "--json").json
     assert not os.path.exists("overlaps")
+    if victim == "pool":
+        assert [name for name in leftovers() if str(pool.pid) in name] == []
     assert not running(NAP)
     assert job["attempts"] == 1  # the lost attempt was given back
     assert [run["error"] for run in job["runs"]] == ["worker died", None]
