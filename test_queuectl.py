@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -15,7 +16,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
+import types
+from collections import Counter
 
 import pytest
 
@@ -115,9 +119,14 @@ def script(*argv, **options):
     )
 
 
+# Makes a pool less patient than it is by default, so that the tests are quick.
+QUICK = "queuectl.GRACE, queuectl.LOOK_EVERY, queuectl.RESTART_EVERY = 0.5, 0.2, 0.1"
+
+
 def start_pool(*options, count=2, script=""):
     """Start a pool and wait for its workers; SCRIPT breaks something in it first."""
-    program = ["-c", "import queuectl, sys\n%s\nsys.exit(queuectl.main())" % script]
+    lines = ["import queuectl, sys", QUICK, script, "sys.exit(queuectl.main())"]
+    program = ["-c", "\n".join(lines)]
     pool = subprocess.Popen(
         [sys.executable, *program, "worker", "start", "--count", str(count), *options],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, universal_newlines=True,
@@ -380,6 +389,29 @@ def test_an_odd_pid_file_does_not_make_an_enqueue_fail():
     os.mkdir("queuectl-1.pid")
     enqueue(id="x")
     assert ok("status", "--json").json["workers"] == []
+
+
+def test_the_locale_c_and_an_ascii_terminal_break_no_output():
+    enqueue("echo Zoë; echo Zoë ✓ >&2", id="Zoë ✓")
+    env = dict(os.environ, LC_ALL="C", PYTHONIOENCODING="ascii")
+    assert script("worker", "start", "--drain", env=env).returncode == 0
+    for words in ("list", "status", "list --json", "show Zoë\xa0✓", "logs Zoë\xa0✓"):
+        words = [word.replace("\xa0", " ") for word in words.split(" ")]
+        answer = subprocess.run([sys.executable, SCRIPT, *words], env=env, timeout=30,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert (answer.returncode, answer.stderr) == (0, b""), words
+        assert answer.stdout
+
+
+def test_what_could_steer_a_terminal_is_shown_escaped():
+    enqueue("printf '\\033[31m' # \x1b[2J\x07\r\x9b", id="x", max_retries=1)
+    enqueue(id="y", cwd=os.getcwd(), env={"A": "\x1b[2J"})
+    drain()
+    ok("config", "set", "backoff_base", "0")
+    for words in (["list"], ["show", "x"], ["show", "y"], ["status"], ["dlq", "list"]):
+        assert not set("\x1b\x07\r\x9b") & set(ok(*words).out), words
+    assert "\x1b" not in refused("show", "\x1b[2J") + refused("\x1b[2J", code=2)
+    assert "\x1b" not in refused("config", "set", "max_retries", "\x1b[2J", code=2)
 
 
 def test_closed_streams_are_no_trouble():
@@ -648,7 +680,16 @@ def test_moments(given):
     ("run_at", "tomorrow"), ("run_at", -1), ("run_at", 1e12), ("run_at", []),
     ("run_at", "2026-13-01T00:00:00Z"), ("cwd", "/no/such/folder"), ("cwd", 1), ("cwd", "a\0"),
     ("env", []), ("env", {"A": 1}), ("env", {"": "x"}), ("env", {"A=B": "x"}),
-    ("env", {"A": "\0"}), ("evn", {}),
+    ("env", {"A": "\0"}), ("evn", {}), ("command", True), ("command", {}), ("command", "\t\n"),
+    ("command", 1.5), ("id", True), ("id", []), ("id", "\ud800"), ("id", "a\0"), ("id", "\x7f"),
+    ("id", "a\u2028b"), ("id", "\u202e"), ("max_retries", 1000001), ("max_retries", {}),
+    ("max_retries", -2**70), ("priority", -2**63 - 1), ("priority", 1.0), ("priority", False),
+    ("priority", 1e300), ("priority", []), ("timeout", 1e10), ("timeout", "-5s"), ("timeout", ""),
+    ("timeout", "nan"), ("timeout", "inf"), ("timeout", []), ("delay", "s"), ("delay", 1e300),
+    ("delay", True), ("delay", float("nan")), ("run_at", "nan"), ("run_at", True),
+    ("run_at", "25:00"), ("run_at", float("-inf")), ("run_at", ""), ("cwd", ""), ("cwd", []),
+    ("cwd", "\ud800"), ("env", "A=B"), ("env", {"A": None}), ("env", {"\0": "x"}),
+    ("env", {"A": "\ud800"}), ("env", {"A": True}), ("Command", "x"), ("", 1),
 ], ids=lambda value: repr(value)[:30])
 def test_bad_fields_are_refused_by_name(field, value):
     job = json.dumps(dict({"command": "true"}, **{field: value}))
@@ -994,7 +1035,7 @@ def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatc
 
 @pytest.mark.parametrize("what", ["the pid file", "the output"])
 def test_files_removed_under_a_running_job_do_not_end_it(what):
-    enqueue("sleep 3; touch out", id="x")
+    enqueue("sleep 1; touch out", id="x")
     pools = [start_pool(count=1), start_pool(count=1)]
     wait_until(lambda: state("x") == "processing")
     if what == "the output":
@@ -1261,6 +1302,226 @@ def test_a_job_inherits_no_descriptor_but_its_output():
 
 
 # ======================================================================================
+# Chaos: everything is killed at random; then the reckoning
+#
+# A long one: CHAOS_SECONDS=60 CHAOS_SEEDS="11 12 13" python -m pytest -s -k chaos
+# ======================================================================================
+
+OWN_LOCK = "exec 8>>locks/$QUEUECTL_JOB_ID; flock -n 8 ||" \
+    " { echo $QUEUECTL_RUN $(date +%T.%N) >> overlaps; exit 1; }; "
+ONCE = "[ -e marks/$QUEUECTL_JOB_ID ] || { : > marks/$QUEUECTL_JOB_ID; "
+KINDS = [
+    "true", "sleep NAP", "sleep NAP & wait", "exec >/dev/null 2>&1; sleep NAP",
+    "trap '' TERM; sleep NAP", ONCE + "exit 1; }",
+    ONCE + "grep -qa queuectl.py /proc/$PPID/cmdline && kill -9 $PPID; }; sleep NAP"]
+STRIKES = 10 * ["feed"] + 5 * ["start", "kill worker"] + 3 * ["freeze"] \
+    + 2 * ["kill pool", "kill supervisor"] + ["stop"]
+FAR = 36000  # seconds; jobs delayed so long stay pending
+MINE = {"queuectl.db", "queuectl.log", "queuectl.log.1", "locks", "marks", "overlaps"}
+READY = "SELECT count(*) FROM jobs WHERE state = 'pending' AND ready"
+SOON = "SELECT count(*) FROM jobs WHERE state = 'pending' AND run_at BETWEEN ? AND ?"
+
+
+def sql(query, *values):
+    with contextlib.closing(sqlite3.connect("queuectl.db", 60)) as db:
+        return db.execute(query, values).fetchall()
+
+
+def ours():
+    """Return the pids of the processes, no zombies, that live in this folder."""
+    pids = []
+    for pid in set(filter(str.isdigit, os.listdir("/proc"))) - {str(os.getpid())}:
+        with contextlib.suppress(OSError):
+            pids += [int(pid)] * (os.readlink("/proc/%s/cwd" % pid) == os.getcwd())
+    return pids
+
+
+class Chaos:
+    """Kill everything of a queue at random, then look whether a job was lost.
+
+    The seed fixes the choices; when they hit, and so what follows, is up to the machine.
+    """
+
+    def __init__(self, seed):
+        self.rnd, self.tally, self.null = random.Random(seed), Counter(), subprocess.DEVNULL
+        self.errors = tempfile.TemporaryFile("w+")
+        self.wrong, self.pools, self.stops, self.batches, self.later = [], [], [], [], []
+
+    def rage(self, seconds):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for blow in [blow for blow in self.later if blow[0] < time.monotonic()]:
+                self.later.remove(blow)
+                self.hit(*blow[1:])
+            self.strike(self.rnd.choice(STRIKES))
+            time.sleep(self.rnd.uniform(0, 0.3))
+
+    def close(self):
+        self.hit(signal.SIGKILL, "at the very end", *ours())
+        self.errors.close()
+        for batch in self.batches:
+            batch.out.close()
+
+    def begin(self, *words, **options):
+        command = [sys.executable, SCRIPT, *words]
+        options = dict({"stdout": self.null, "stderr": self.errors}, **options)
+        return subprocess.Popen(command, start_new_session=True, **options)
+
+    def ask(self, *words):
+        """Run a command of queuectl to its end; return what its JSON says."""
+        process = self.begin(*words, "--json", stdout=subprocess.PIPE)
+        out = process.communicate(timeout=90)[0]
+        assert process.returncode == 0, "%s: exit code %d" % (words, process.returncode)
+        return json.loads(out)
+
+    def workers(self, pool=None):
+        every = self.ask("status")["workers"]
+        return [one["pid"] for one in every if pool in (None, one["pool"])]
+
+    def hit(self, number, what, *pids):
+        for pid in set(pids) & set(ours()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+                self.tally[what] += 1
+
+    def until(self, condition, timeout, what):
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > deadline:
+                return self.wrong.append("after %d s still: %s" % (timeout, what))
+            time.sleep(0.05)
+
+    def strike(self, what):
+        pids = self.rnd.sample(self.workers() or [0], 1)
+        alive = [pool.pid for pool in self.pools if pool.poll() is None]
+        pool = self.rnd.choice(alive or [0])
+        if what == "feed" and sql(READY)[0][0] < 250:  # or the calm would take too long
+            self.feed(self.rnd.random() < 0.3)
+        elif what == "start" and len(alive) < 3:
+            count = str(self.rnd.randint(1, 4))
+            self.pools.append(self.begin("worker", "start", "--count", count))
+        elif what == "kill worker":
+            self.hit(signal.SIGKILL, "workers killed", *pids)
+        elif what == "freeze":
+            self.hit(signal.SIGSTOP, "workers frozen", *pids)
+            at = time.monotonic() + self.rnd.uniform(0, 4)
+            self.later.append((at, signal.SIGCONT, "workers thawed", *pids))
+        elif what == "kill supervisor":
+            self.hit(signal.SIGKILL, "supervisors killed", pool)
+        elif what == "kill pool":  # stopped first, so that none sees another die
+            self.hit(signal.SIGSTOP, "pools killed whole", pool)
+            for number, word in ((signal.SIGSTOP, "stopped"), (signal.SIGKILL, "killed")):
+                self.hit(number, word + " with their pool", pool, *self.workers(pool))
+        elif what == "stop":
+            how = self.rnd.choice(["", ["--now"]])
+            self.stops.append(self.begin("worker", "stop", *how))
+
+    def feed(self, doomed):
+        """Enqueue jobs of every kind; or thousands, and kill that at some moment."""
+        batch = types.SimpleNamespace(near=set(), far=set(), out=tempfile.TemporaryFile())
+        with tempfile.TemporaryFile("w+") as source:
+            for n in range(self.rnd.randint(*((2000, 4000) if doomed else (5, 25)))):
+                job = {"id": "b%d-%d" % (len(self.batches), n), "command": OWN_LOCK + "true"}
+                if doomed and n % 20:
+                    job["delay"] = FAR
+                elif not doomed:
+                    nap, delay = "%.2f" % self.rnd.uniform(0.1, 1), self.rnd.uniform(-4, 3)
+                    job["command"] = OWN_LOCK + self.rnd.choice(KINDS).replace("NAP", nap)
+                    job.update(delay=max(0, delay), priority=self.rnd.randint(-1, 1))
+                (batch.far if job.get("delay") == FAR else batch.near).add(job["id"])
+                source.write(json.dumps(job) + "\n")
+            source.seek(0)
+            batch.process = self.begin("enqueue", "-", stdin=source, stdout=batch.out)
+        self.batches.append(batch)
+        if doomed:
+            blow = signal.SIGKILL, "enqueuers killed", batch.process.pid
+            self.later.append((time.monotonic() + self.rnd.uniform(0, 1), *blow))
+
+    def calm(self):
+        """End what is half done; run a fresh pool until no job is left."""
+        for _, *blow in self.later:
+            self.hit(*blow)
+        others = self.stops + [batch.process for batch in self.batches]
+        self.until(lambda: None not in [p.poll() for p in others], 60, "a command runs")
+        ending = self.rnd.choice(["killed", "stopped", "kept"])
+        self.tally["at the end, pools are " + ending] += 1
+        if ending == "killed":
+            pids = [pool.pid for pool in self.pools] + self.workers()
+            self.hit(signal.SIGKILL, "killed at the end", *pids)
+        elif ending == "stopped":
+            self.ask("worker", "stop")
+        elif None in [pool.poll() for pool in self.pools]:
+            self.until(lambda: not sql(READY)[0][0], 60, "jobs are ready")
+        last, dead = time.time() + FAR / 2, True
+        while dead and not self.wrong:
+            self.until(lambda: sql(SOON, time.time(), last) == [(0,)], 30, "delayed jobs")
+            drain = self.begin("worker", "start", "--count", "4", "--drain")
+            self.until(lambda: drain.poll() is not None, 90, "the drain runs")
+            dead = sql("SELECT id, error FROM jobs WHERE state = 'dead'")
+            self.wrong += ["%s died: %s" % job for job in dead if "5 times" not in job[1]]
+            self.tally["dead and retried"] += len(dead)
+            dead and self.ask("dlq", "retry", "--all")
+        self.ask("worker", "stop")
+        self.until(lambda: not ours(), 10, "processes are left")
+        codes = [process.wait(10) for process in self.pools + self.stops]
+        self.wrong += ["exit code %d" % code for code in codes if code not in (0, -9)]
+        self.wrong += ["left: " + name for name in set(os.listdir(".")) - MINE]
+
+    def reckon(self):
+        """Compare what was acknowledged with what is there."""
+        states, ran = dict(sql("SELECT id, state FROM jobs")), set(os.listdir("locks"))
+        for number, batch in enumerate(self.batches):
+            told, code = os.pread(batch.out.fileno(), 1, 0), batch.process.returncode
+            every = batch.near | batch.far
+            there = every & set(states)
+            if there != every and (there or told or not code):
+                self.wrong.append("b%d, exit code %d: %d there" % (number, code, len(there)))
+            self.tally["killed and there" if code else "acknowledged"] += bool(there)
+            self.tally["jobs to run"] += len(batch.near & there)
+            self.tally["jobs far off"] += len(batch.far & there)
+            self.wrong += ["%s: %s" % (name, states[name]) for name in there if states[name]
+                         != ("pending" if name in batch.far else "completed")]
+            self.wrong += [name + " never ran" for name in batch.near & there - ran]
+        self.wrong += read("overlaps").splitlines() if os.path.exists("overlaps") else []
+        counts = sql("SELECT state, count(*) FROM jobs GROUP BY 1 ORDER BY 1")
+        if counts != sql("SELECT * FROM counts WHERE jobs ORDER BY 1"):
+            self.wrong.append("counts are wrong, right is %s" % counts)
+        self.wrong += [row for row, in sql("PRAGMA integrity_check") if row != "ok"]
+
+    def report(self):
+        """Print what was struck, and each line that is no INFO, its numbers left out."""
+        text = os.pread(self.errors.fileno(), 2**20, 0).decode() + read("queuectl.log")
+        lines = [line for line in text.splitlines() if " INFO " not in line]
+        wrong = re.compile("Errno|Error|failed")
+        self.wrong += filter(wrong.search, lines)
+        number = r"\[[\d, ]+\]|\bb\d+-\d+|\b[\da-f]{8}\b|[\d:,-]*\d"
+        kinds = Counter(re.sub(number, "#", line) for line in lines)
+        self.tally.update({"pools": len(self.pools), "stops": len(self.stops)})
+        print("    %s" % dict(self.tally))
+        print("".join("%8d %s\n" % (n, x) for x, n in kinds.most_common()), flush=True)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/cwd"), reason="needs /proc")
+@pytest.mark.skipif(not shutil.which("flock"), reason="needs flock(1)")
+@pytest.mark.parametrize("seed", os.environ.get("CHAOS_SEEDS", "1").split())
+def test_chaos_loses_nothing_and_runs_nothing_twice(seed):
+    print("seed", seed)
+    os.mkdir("locks")
+    os.mkdir("marks")
+    ok("config", "set", "backoff_base", "1")
+    ok("config", "set", "max_retries", "50")
+    chaos = Chaos(int(seed))
+    try:
+        chaos.rage(float(os.environ.get("CHAOS_SECONDS", 6)))
+        chaos.calm()
+        chaos.reckon()
+        chaos.report()
+    finally:
+        chaos.close()
+    assert chaos.wrong == [], "seed %s" % seed
+
+
+# ======================================================================================
 # The file itself, and its README
 # ======================================================================================
 
@@ -1277,7 +1538,7 @@ def test_a_command_imports_nothing_that_only_pools_need():
 
 
 def test_no_test_sleeps_to_wait():
-    assert read(__file__).count("time.sleep" + "(") == 1
+    assert read(__file__).count("time.sleep" + "(") == 3  # two wait_untils, and chaos
 
 
 @pytest.mark.skipif(not os.path.exists(os.path.join(HERE, "README.md")), reason="no README")
