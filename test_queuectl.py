@@ -1541,8 +1541,60 @@ def test_no_test_sleeps_to_wait():
     assert read(__file__).count("time.sleep" + "(") == 3  # two wait_untils, and chaos
 
 
-@pytest.mark.skipif(not os.path.exists(os.path.join(HERE, "README.md")), reason="no README")
+def readme():
+    return read(os.path.join(HERE, "README.md"))
+
+
+def shell(line):
+    """Run a command of the README as it stands there, with this Python."""
+    shutil.copy(SCRIPT, "queuectl.py")
+    line = re.sub(r"\bpython3? ", shlex.quote(sys.executable) + " ", line)
+    return subprocess.run(line, shell=True, stdout=subprocess.PIPE, timeout=60,
+                          universal_newlines=True).stdout
+
+
 def test_the_readme_names_every_command_and_setting():
-    text = read(os.path.join(HERE, "README.md"))
     for word in [*queuectl.COMMANDS, *queuectl.SETTINGS]:
-        assert "`" + word in text, word
+        assert "`" + word in readme(), word
+
+
+def test_the_readmes_transcript_is_what_happens():
+    text = re.search(r"\n((?:    .*\n)+)", readme())[1].replace("    ", "", 1)
+    steps = re.split(r"(?m)^ *\$ ", text)[1:]
+    assert len(steps) == 5
+    for step in steps:
+        line, _, expected = step.partition("\n")
+        told = re.sub(r"\d+\.\ds ago|pool \d+", "…", shell(line)).split()
+        assert told == re.sub(r"\d+\.\ds ago|pool \d+", "…", expected).split(), line
+
+
+def test_the_readmes_first_job_runs():
+    line = re.search(r"(?m)^    (python3 queuectl.py enqueue .*drain.*)$", readme())[1]
+    assert "completed" in shell(line)
+
+
+def tour(column):
+    """Yield the commands of the README's tour, from one of its columns."""
+    for row in re.findall(r"(?m)^\| \d+ \| .* \| .* \|$", readme()):
+        cells = row.split(" | ")
+        yield from re.findall(r"`(python [^`]+)`", cells[column])
+
+
+def test_the_readmes_tour_works_as_it_stands_there():
+    ok("config", "set", "backoff_base", "0.1")  # or job3 and job4 would take 6 s to die
+    pool = None
+    for line in tour(1):
+        if "worker start" in line:
+            pool = start_pool()
+            wait_until(lambda: list(jobs("--state", "dead")) == ["job3", "job4"])
+        else:
+            assert shell(line), line
+    assert pool.wait(10) == 0
+    assert ok("config", "get", "max_retries").out == "5\n"
+    assert set(jobs()) == {"job2", "job3", "job4"}
+
+
+def test_the_readmes_quoting_for_cmd_means_the_same():
+    lines = [line for line in tour(2) if "enqueue" in line]
+    assert len(lines) == 4 and all(shell(line) for line in lines)
+    assert list(jobs()) == ["job1", "job2", "job3", "job4"]
