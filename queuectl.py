@@ -469,16 +469,21 @@ def group_exists(group):
         return False
     except PermissionError:
         return True
-    states = [state for state, _, of in map(process_stat, process_ids()) if of == group]
-    return not states or any(state not in "ZX" for state in states)
+    others = [fields for fields in map(process_stat, process_ids()) if fields]
+    members = [fields for fields in others if int(fields[2]) == group]
+    return not others or any(map(alive, members))
 
 
 def process_stat(pid):
-    """Return state, parent and process group of a process, as /proc tells them."""
+    """Return what /proc tells of a process from its state on; nothing if it is gone."""
     with contextlib.suppress(OSError), open("/proc/%d/stat" % pid, "rb") as file:
-        state, parent, group = file.read().rpartition(b")")[2].split()[:3]
-        return state.decode(), int(parent), int(group)
-    return "X", 0, 0
+        return file.read().rpartition(b")")[2].split()
+    return []
+
+
+def alive(fields):
+    """Tell whether a process is there and not a zombie, which nobody may ever reap."""
+    return bool(fields) and fields[0] not in b"ZX"
 
 
 def poke(pid):
@@ -549,13 +554,14 @@ def holds_lock(pid, fd):
 
 
 def started_with(pid, moment):
-    """Tell whether a process was started when a run was: its number is not recycled."""
-    with contextlib.suppress(OSError, IndexError):
-        with open("/proc/%d/stat" % pid, "rb") as file, open("/proc/uptime") as uptime:
-            ticks = int(file.read().rpartition(b")")[2].split()[19])
-            age = float(uptime.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
-        return abs(time.time() - age - moment) < 2
-    return False
+    """Tell whether a process lives that started when a run did: it is no stranger."""
+    fields = process_stat(pid)
+    if not alive(fields):
+        return False
+    with open("/proc/uptime") as file:
+        uptime = float(file.read().split()[0])
+    age = uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return abs(time.time() - age - moment) < 2
 
 
 class Wake:
@@ -1765,6 +1771,7 @@ class Supervisor:
             with contextlib.suppress(FileNotFoundError):
                 for name in set(os.listdir(self.runs)) - used:
                     remove_free(os.path.join(self.runs, name))
+
     def exit_code(self, began):
         if self.removed:
             return 1

@@ -922,8 +922,7 @@ def test_a_worker_that_is_asked_to_leave_is_replaced_even_in_a_drain():
 
 
 def test_a_job_can_stop_its_own_pool():
-    stop = shlex.join if sys.version_info >= (3, 8) else None
-    enqueue(stop([sys.executable, SCRIPT, "worker", "stop"]), id="x", timeout=30)
+    enqueue(shlex.join([sys.executable, SCRIPT, "worker", "stop"]), id="x", timeout=30)
     assert start_pool(count=1).wait(20) == 0
     assert state("x") == "completed"
 
