@@ -1322,7 +1322,7 @@ SOON = "SELECT count(*) FROM jobs WHERE state = 'pending' AND run_at BETWEEN ? A
 
 
 def sql(query, *values):
-    with contextlib.closing(sqlite3.connect("queuectl.db", 60)) as db:
+    with contextlib.closing(sqlite3.connect("queuectl.db", timeout=60)) as db:
         return db.execute(query, values).fetchall()
 
 
