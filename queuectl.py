@@ -663,13 +663,11 @@ CREATE INDEX jobs_waiting ON jobs (run_at)
 CREATE INDEX jobs_rare ON jobs (state, seq)
     WHERE state IN ('processing', 'failed', 'dead');
 
--- Counting a million rows takes a third of a second; a trigger keeps the counts.
+-- Counting a million rows takes a third of a second: triggers keep the counts, and
+-- `enqueue`, for which one a row would cost half of its time.
 CREATE TABLE counts (state TEXT PRIMARY KEY, jobs INTEGER NOT NULL) WITHOUT ROWID;
 INSERT INTO counts VALUES
     ('pending', 0), ('processing', 0), ('completed', 0), ('failed', 0), ('dead', 0);
-CREATE TRIGGER job_added AFTER INSERT ON jobs BEGIN
-    UPDATE counts SET jobs = jobs + 1 WHERE state = NEW.state;
-END;
 CREATE TRIGGER job_moved AFTER UPDATE OF state ON jobs WHEN OLD.state <> NEW.state BEGIN
     UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
     UPDATE counts SET jobs = jobs + 1 WHERE state = NEW.state;
@@ -822,7 +820,10 @@ class Queue:
                 if job["run_at"] is None:
                     job["run_at"] = min(now + (job["delay"] or 0), MAX_TIME)
                 self._add(job, now)
-            return before + 1, self._last_seq()
+            last = self._last_seq()
+            added = "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'"
+            self.db.execute(added, (last - before,))
+            return before + 1, last
 
     def _add(self, job, now):
         try:
