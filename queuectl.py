@@ -336,12 +336,17 @@ def create_private(path, flags=os.O_EXCL):
     return fd
 
 
+def still_names(path, status):
+    """Tell whether PATH still names the file that had this status."""
+    try:
+        return os.path.samestat(os.stat(path), status)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def same_file(fd, path):
     """Tell whether PATH still names the file that is open as FD."""
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except FileNotFoundError:
-        return False
+    return still_names(path, os.fstat(fd))
 
 
 @contextlib.contextmanager
@@ -791,10 +796,7 @@ class Queue:
 
     def gone(self):
         """Tell whether the file was removed, or replaced by another queue's."""
-        try:
-            return not os.path.samestat(os.stat(self.path), self.file)
-        except FileNotFoundError:
-            return True
+        return not still_names(self.path, self.file)
 
     # -- enqueue -----------------------------------------------------------------------
 
@@ -1694,10 +1696,7 @@ class Supervisor:
 
     def gone(self):
         """Notice that the database was removed or replaced; the pool then stops."""
-        try:
-            removed = not os.path.samestat(os.stat(self.path), self.file)
-        except FileNotFoundError:
-            removed = True
+        removed = not still_names(self.path, self.file)
         if removed and not self.removed:
             say("%s was removed; this pool stops" % shown(self.path))
             self.removed = True
