@@ -36,11 +36,11 @@ The map, each section using only those above it:
 
     settings     names, limits, defaults; the one exception
     policy       checking jobs, durations, backoff: pure functions
-    platform     locks, processes, private files: what differs between systems
+    platform     locks, processes, PID files: what differs between systems
     queue        the database: the only SQL
     runs         one command: lease, output, ending it
     worker       claim, run, record, again
-    supervisor   PID files, starting and stopping workers, recovery
+    supervisor   the log, starting and stopping workers, recovery
     output       values to text
     commands     one function a command
     main         the parser and the exit code
@@ -188,6 +188,11 @@ def folder(value):
     return os.path.abspath(value)
 
 
+def optional(check, word):
+    """Return a check that also takes the word, or null, for none."""
+    return lambda value: None if value in (None, word) else check(value)
+
+
 def environment(value):
     allowed = ValueError("an object of texts, with names without = and no NUL")
     if not isinstance(value, dict):
@@ -209,11 +214,21 @@ SETTINGS = {
     ),
     "backoff_max": (duration(0, "a duration"), 86400, "longest such wait, in seconds"),
     "timeout": (
-        duration(0.001, "a duration over 0"),
+        optional(duration(0.001, "a duration over 0"), "none"),
         None,
         "seconds a run may take, for jobs that give none",
     ),
     "output_limit": (whole(0, 2**26), 2**20, "bytes of a run's output that are kept"),
+    "keep": (
+        optional(duration(0, "forever, or a duration"), "forever"),
+        None,
+        "seconds that finished jobs are kept; then a pool removes them",
+    ),
+    "on_dead": (
+        optional(shell_line, "none"),
+        None,
+        "command that gets the JSON of each job that ends dead on standard input",
+    ),
 }
 
 FIELDS = {
@@ -235,6 +250,23 @@ PUBLIC = (
     "id command state attempts max_retries priority run_at timeout cwd env created_at"
     " updated_at exit_code error started_at finished_at"
 ).split()
+
+
+TIMES = ("run_at", "created_at", "updated_at", "started_at", "finished_at")
+
+
+def iso(moment):
+    """Return epoch seconds as ISO 8601 text in UTC, None as None."""
+    if moment is None:
+        return None
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+
+
+def public(job):
+    """Return a job as JSON shows it."""
+    shown = {name: job[name] for name in PUBLIC}
+    shown.update((name, iso(job[name])) for name in TIMES)
+    return dict(shown, env=json.loads(job["env"] or "{}"))
 
 
 def nearest(word, words):
@@ -293,7 +325,8 @@ def parsed(text):
         if "{" in text and '"' not in text:
             words = "not JSON, the shell took the quotes: %s; write %s"
             raise QueueError(words % (start, QUOTED), 2) from None
-        raise QueueError("not JSON: %s: %s" % (error, start), 2) from None
+        hint = "" if start[:1] in ("{", "[") else "; a command goes behind --"
+        raise QueueError("not JSON: %s: %s%s" % (error, start, hint), 2) from None
 
 
 def shown(text):
@@ -313,7 +346,7 @@ def setting_name(key):
 
 
 # ======================================================================================
-# Platform: locks, processes, private files; what differs between systems
+# Platform: locks, processes, PID files; what differs between systems
 # ======================================================================================
 
 import fcntl  # noqa: E402
@@ -454,14 +487,16 @@ class Process:
         return self.code
 
 
-def start_shell(line, cwd, env, lease_fd):
-    """Start a shell command as the leader of a session, its output to the lease.
+def start_shell(line, cwd, env, output_fd, input_fd=None):
+    """Start a shell command as the leader of a session, its output to a lease.
 
     By posix_spawn: Popen takes 0.2 ms longer, and before Python 3.10 a whole one.
     """
     files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+    if input_fd is not None:
+        files = [(os.POSIX_SPAWN_DUP2, input_fd, 0)]
     # A third time, or `exec >/dev/null` in a job would drop the lock.
-    files += [(os.POSIX_SPAWN_DUP2, lease_fd, fd) for fd in (1, 2, LEASE_FD)]
+    files += [(os.POSIX_SPAWN_DUP2, output_fd, fd) for fd in (1, 2, LEASE_FD)]
     added = {name.encode(): value.encode() for name, value in env.items()}
     os.chdir(cwd)
     try:
@@ -471,6 +506,37 @@ def start_shell(line, cwd, env, lease_fd):
         ))
     finally:
         os.chdir("/")  # an idle worker keeps no file system from being unmounted
+
+
+def shell_words(words):
+    """Return the shell line that runs these words; a single one is a line already."""
+    import shlex
+
+    return words[0] if len(words) == 1 else " ".join(map(shlex.quote, words))
+
+
+def background():
+    """Go on in the background, while the caller's process waits for how it starts.
+
+    Return a function that lets go of the terminal, and lets the caller end with 0. If
+    this process ends before, the caller ends with its exit code.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(writer)
+        started = os.read(reader, 1)
+        os._exit(0 if started else os.WEXITSTATUS(os.waitpid(pid, 0)[1]) or 1)
+    os.setsid()
+
+    def let_go():
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.write(writer, b"1")
+        os.close(writer)
+
+    return let_go
 
 
 def fork(function, *args):
@@ -655,6 +721,112 @@ def nothing(number, frame):
     """Handle a signal by waking up only; ignoring it would pass on to the jobs."""
 
 
+def beside(path, ending):
+    """Return the name of one of the files that lie beside a queue's database."""
+    return (path[:-3] if path.endswith(".db") else path) + ending
+
+
+class PoolFile:
+    """`queuectl-PID.pid`, by which a pool is found, asked and known to be alive.
+
+    The supervisor locks one byte of it and each worker another: a file without locks is
+    a leftover, whatever it says. Its text is the supervisor's pid, for people, and what
+    the pool is asked: `stop`, or `now`.
+    """
+
+    LOCKS = 2**20  # the first byte to lock; far behind the text, for Windows' sake
+    REQUESTS = {"stop": 16, "now": 24}  # where they stand; there is room from the start
+
+    def __init__(self, path):
+        self.path = path
+        self.pid = int(path[:-4].rpartition("-")[2])
+        self.fd = os.open(path, os.O_RDWR)
+
+    @classmethod
+    def create(cls, queue_path):
+        path = beside(queue_path, "-%d.pid" % os.getpid())
+        text = b"%-15d\n%-7s\n%-7s\n" % (os.getpid(), b"", b"")
+        while True:
+            # Somebody may take the file for a leftover before it is locked.
+            with contextlib.suppress(FileNotFoundError):
+                os.close(create_private(path, os.O_TRUNC))
+                pool = cls(path)
+                os.pwrite(pool.fd, text, 0)
+                if pool.hold(0) and same_file(pool.fd, path):
+                    return pool
+                pool.close()
+
+    @classmethod
+    def all(cls, queue_path, own=None):
+        """Yield every PID file of a queue; each is closed after its turn.
+
+        A process of a pool hands in its OWN, since closing another descriptor of that
+        file would drop its locks.
+        """
+        folder, stem = os.path.split(beside(queue_path, "-"))
+        pattern = re.compile(re.escape(stem) + r"[0-9]+\.pid")
+        for name in sorted(filter(pattern.fullmatch, os.listdir(folder))):
+            path = os.path.join(folder, name)
+            if own is None or own.path != path:
+                with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+                    pool = cls(path)
+                    with contextlib.closing(pool):
+                        yield pool
+        if own:
+            yield own
+
+    def hold(self, slot):
+        return lock_byte(self.fd, self.LOCKS + slot)
+
+    def holder(self, slot):
+        return byte_holder(self.fd, self.LOCKS + slot)
+
+    def alive(self):
+        """Tell whether its supervisor or any of its workers lives."""
+        return byte_holder(self.fd, self.LOCKS, MAX_WORKERS + 1) is not None
+
+    def workers(self):
+        """Return the pids of its workers."""
+        pids = []
+        for slot in range(1, MAX_WORKERS + 1):
+            if byte_holder(self.fd, self.LOCKS + slot, MAX_WORKERS) is None:
+                break
+            pids.append(self.holder(slot))
+        return [pid for pid in pids if pid is not None]
+
+    def ask(self, word):
+        """Ask the pool to `stop`, or to stop `now`."""
+        os.pwrite(self.fd, word.encode(), self.REQUESTS[word])
+        self.poke()
+
+    def poke(self):
+        for pid in [self.holder(0) or 0, *self.workers()]:
+            poke(pid)
+
+    def request(self):
+        """Return what the pool is asked: "now", "stop" or None.
+
+        A pool whose file was removed can never be asked, and one without a supervisor
+        has nobody who looks after it: both stop.
+        """
+        text = os.pread(self.fd, 32, 0)
+        if b"now" in text:
+            return "now"
+        supervised = self.pid == os.getpid() or self.holder(0) is not None
+        removed = os.fstat(self.fd).st_nlink == 0
+        stop = b"stop" in text or removed or not supervised
+        return "stop" if stop else None
+
+    def remove(self):
+        """Remove the file, unless another process of the pool lives."""
+        alone = lock_byte(self.fd, self.LOCKS, MAX_WORKERS + 1)
+        if alone and same_file(self.fd, self.path):
+            os.remove(self.path)
+
+    def close(self):
+        os.close(self.fd)
+
+
 # ======================================================================================
 # Queue: the database; the only SQL
 # ======================================================================================
@@ -723,7 +895,7 @@ END;
 RARE = "state <> 'pending' AND state <> 'completed'"  # or jobs_rare would not be used
 JOB = """SELECT jobs.*, exit_code, started_at, finished_at
          FROM jobs LEFT JOIN runs USING (seq, run) """
-NAME = "SELECT seq, id FROM jobs "
+BRIEF = "SELECT seq, id, state, updated_at FROM jobs "
 PAGE = 500  # rows a read; a long read would keep the write-ahead log from being reset
 
 
@@ -755,6 +927,7 @@ def create_database(path):
                 os.remove(leftover)
         fd = create_private(draft)
         with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as db:
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA application_id = %d" % APPLICATION_ID)
             db.execute("PRAGMA user_version = %d" % SCHEMA_VERSION)
@@ -851,6 +1024,12 @@ class Queue:
         row = self.db.execute(sql, values).fetchone()
         return row[0] if row else None
 
+    def wake(self):
+        """Let idle workers look at once instead of within a second; a hint, no more."""
+        with contextlib.suppress(OSError):
+            for pool in PoolFile.all(self.path):
+                pool.poke()
+
     def gone(self):
         """Tell whether the file was removed, or replaced by another queue's."""
         return not still_names(self.path, self.file)
@@ -865,16 +1044,25 @@ class Queue:
             priority=0, cwd=checked("cwd", folder, os.getcwd()),
         )
 
-    def enqueue(self, jobs):
+    def add(self, command, **fields):
+        """Check and enqueue one job; return its id. The fields are those of its JSON."""
+        job = checked_job(dict(fields, command=command), self.defaults())
+        self.enqueue([job])
+        return job["id"]
+
+    def enqueue(self, jobs, unique=False):
         """Add jobs as `checked_job` makes them, all or none; return first and last seq.
 
-        JOBS may be a generator: it is read within the transaction.
+        JOBS may be a generator: it is read within the transaction. UNIQUE leaves out a
+        job whose id waits or runs, and starts one anew that has finished.
         """
         now, job = self.clock(), None
 
         def rows():
             nonlocal job
             for job in jobs:
+                if unique and self._under_way(job["id"]):
+                    continue
                 job["now"] = now
                 if job["id"] is None:
                     job["id"] = self._new_id()
@@ -897,7 +1085,17 @@ class Queue:
             last = self._last_seq()
             added = "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'"
             self.db.execute(added, (last - before,))
-            return before + 1, last
+        self.wake()
+        return before + 1, last
+
+    def _under_way(self, id):
+        """Tell whether a job waits or runs; one that has finished makes room."""
+        if id is None:
+            raise QueueError("id: missing; a unique job needs one", 2)
+        state = self._value("SELECT state FROM jobs WHERE id = ?", id)
+        if state in ("completed", "dead"):
+            self.delete([id])
+        return state in ("pending", "failed", "processing")
 
     def _last_seq(self):
         return self._value("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'") or 0
@@ -1059,7 +1257,9 @@ class Queue:
                 if not waiting and not running:
                     words = "job %s is %s already"
                     raise QueueError(words % (shown(job["id"]), job["state"]))
-            return {job["id"]: job["state"] for job in self._jobs_named(ids)}
+            states = {job["id"]: job["state"] for job in self._jobs_named(ids)}
+        self.wake()
+        return states
 
     def retry(self, ids=None):
         """DEAD to PENDING with attempts 0, all or none; every dead job without IDS."""
@@ -1071,22 +1271,69 @@ class Queue:
         now = self.clock()
         with self.transaction():
             if ids is None:
-                return self.db.execute(reset, (now,)).rowcount
-            for job in self._jobs_named(ids):
+                count = self.db.execute(reset, (now,)).rowcount
+            for job in self._jobs_named(ids or ()):
                 row = (now, job["seq"])
-                if self.db.execute(reset + " AND seq = ?2", row).rowcount == 0:
+                count = self.db.execute(reset + " AND seq = ?2", row).rowcount
+                if count == 0:
                     words = "job %s is %s, not dead"
                     raise QueueError(words % (shown(job["id"]), job["state"]))
-            return len(set(ids))
+        self.wake()
+        return count if ids is None else len(set(ids))
 
     def delete(self, ids):
         """Remove jobs and their runs, all or none; a running one is refused."""
         with self.transaction():
             for job in self._jobs_named(ids):
-                row, where = (job["seq"],), " WHERE seq = ? AND state <> 'processing'"
-                if self.db.execute("DELETE FROM jobs" + where, row).rowcount == 0:
+                if job["state"] == "processing":
                     raise QueueError("job %s is running" % shown(job["id"]))
-                self.db.execute("DELETE FROM runs WHERE seq = ?", row)
+                self._remove([job])
+
+    def delete_all(self, states, before=MAX_INTEGER, dry_run=False):
+        """Remove the jobs in these states that changed last before a time.
+
+        Return how many; with DRY_RUN only count them. Each page is a transaction of its
+        own: a million jobs in one would hold up everybody for seconds.
+        """
+        count = 0
+        for state in states:
+            for page in self._pages(state, what=BRIEF):
+                old = [job for job in page if job["updated_at"] < before]
+                count += len(old) if dry_run else self._remove(old)
+        self._give_back()
+        return count
+
+    def prune(self, keep, first):
+        """Remove the jobs of one page that finished more than KEEP seconds ago.
+
+        Return where the next page begins.
+        """
+        page, before = next(self._pages(first=first, what=BRIEF), []), self.clock() - keep
+        finished = [job for job in page if job["state"] in ("completed", "dead")]
+        self._remove([job for job in finished if job["updated_at"] < before])
+        self._give_back()
+        return page[-1]["seq"] + 1 if page else 1
+
+    def _remove(self, jobs):
+        """Delete jobs that are still in the state in which they were read, and runs."""
+        with self.transaction():
+            count = 0
+            for job in jobs:
+                row = (job["seq"], job["state"], job["updated_at"])
+                removed = self.db.execute(
+                    "DELETE FROM jobs WHERE seq = ? AND state = ? AND updated_at = ?"
+                    " AND state <> 'processing'", row
+                ).rowcount
+                if removed:
+                    self.db.execute("DELETE FROM runs WHERE seq = ?", row[:1])
+                count += removed
+            return count
+
+    def _give_back(self):
+        """Return the space of what was removed to the file system, if it is much."""
+        for _ in range(self._value("PRAGMA freelist_count") // 1000):
+            # As a script, since `execute` ends it after the first page.
+            self.db.executescript("PRAGMA incremental_vacuum(1000)")
 
     # -- reading -----------------------------------------------------------------------
 
@@ -1101,21 +1348,25 @@ class Queue:
     def _jobs_named(self, ids):
         return [self.job(id) for id in dict.fromkeys(ids)]
 
-    def jobs(self, state=None, limit=0, first=1, last=MAX_INTEGER, what=JOB):
-        """Yield jobs, or but their NAME, oldest first; one short read a page."""
+    def jobs(self, state=None, limit=0, **pages):
+        """Yield jobs, oldest first; LIMIT 0 is all."""
+        pages = self._pages(state, min(limit or PAGE, PAGE), **pages)
+        return itertools.islice(itertools.chain.from_iterable(pages), limit or None)
+
+    def _pages(self, state=None, size=PAGE, first=1, last=MAX_INTEGER, what=JOB):
+        """Yield jobs a page at a time: a long read would keep the log from its reset."""
         where = "WHERE seq BETWEEN ? AND ?"
         if state:
             where += " AND state = '%s'" % STATES[STATES.index(state)]
             where += "" if state in ("pending", "completed") else " AND " + RARE
-        left = limit or MAX_INTEGER
-        while left > 0:
-            rows = self.db.execute(
-                what + where + " ORDER BY seq LIMIT ?", (first, last, min(left, PAGE))
+        while True:
+            page = self.db.execute(
+                what + where + " ORDER BY seq LIMIT ?", (first, last, size)
             ).fetchall()
-            yield from rows
-            if len(rows) < PAGE:
+            yield page
+            if len(page) < size:
                 return
-            first, left = rows[-1]["seq"] + 1, left - len(rows)
+            first = page[-1]["seq"] + 1
 
     def runs(self, job):
         """Return the runs of a job, the first one first, without their output."""
@@ -1125,11 +1376,25 @@ class Queue:
             (job["seq"],),
         ).fetchall()
 
-    def output(self, job):
-        """Return the kept output of a job's latest run, or None while it runs."""
+    def output(self, job, run=None):
+        """Return the kept output of a run, the latest one; None while it runs."""
+        query = "SELECT output FROM runs WHERE seq = ? AND run = ?"
+        return self._value(query, job["seq"], run or job["run"])
+
+    def ahead(self, job):
+        """Return how many ready jobs are claimed before this one."""
         return self._value(
-            "SELECT output FROM runs WHERE seq = ? AND run = ?", job["seq"], job["run"]
+            "SELECT COUNT(*) FROM jobs WHERE state = 'pending' AND ready = 1"
+            " AND (priority > ?1 OR priority = ?1 AND seq < ?2)",
+            job["priority"], job["seq"],
         )
+
+    def common_errors(self):
+        """Return the most common errors of dead jobs, each with its count."""
+        return self.db.execute(
+            "SELECT error, COUNT(*) AS jobs FROM jobs WHERE state = 'dead' AND " + RARE +
+            " GROUP BY error ORDER BY jobs DESC LIMIT 3"
+        ).fetchall()
 
     def processing(self):
         """Return what is running, with the worker that runs it and the lease."""
@@ -1144,12 +1409,44 @@ class Queue:
         return "%s-%d-%d" % (self.token, seq, run)
 
     def lease(self, job):
+        """Return the name of the output file of a job's latest run."""
         return self._lease(job["seq"], job["run"])
 
-    def counts(self):
-        """Return how many jobs there are in each state."""
+    def counts(self, ids=None):
+        """Return how many jobs there are in each state, in all or of these."""
+        if ids:
+            states = [job["state"] for job in self._jobs_named(ids)]
+            return {state: states.count(state) for state in STATES}
         counts = dict(self.db.execute("SELECT state, jobs FROM counts").fetchall())
         return {state: counts[state] for state in STATES}
+
+    def wait(self, ids=None, timeout=None, tell=lambda counts: None):
+        """Wait until jobs, all without IDS, are completed or dead; return their counts.
+
+        None if that takes longer than TIMEOUT seconds. `tell` is called with the counts
+        at each look.
+        """
+        deadline = time.monotonic() + (MAX_SPAN if timeout is None else timeout)
+        while True:
+            counts = self.counts(ids)
+            tell(counts)
+            if not counts["pending"] + counts["processing"] + counts["failed"]:
+                return counts
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(TICK / 2)
+
+    def oldest_ready(self):
+        """Return since when the job waits that has been ready longest, None without."""
+        return self._value(
+            "WITH RECURSIVE level (priority) AS ("
+            " SELECT MAX(priority) FROM jobs WHERE state = 'pending' AND ready = 1"
+            " UNION ALL SELECT (SELECT MAX(priority) FROM jobs WHERE state = 'pending'"
+            "  AND ready = 1 AND jobs.priority < level.priority)"
+            " FROM level WHERE priority IS NOT NULL LIMIT 100)"
+            " SELECT MIN((SELECT run_at FROM jobs WHERE state = 'pending' AND ready = 1"
+            "  AND jobs.priority = level.priority ORDER BY seq LIMIT 1)) FROM level"
+        )
 
     def next_due(self):
         """Return when the next job is due: 0 if one is ready, None if none waits."""
@@ -1200,11 +1497,6 @@ class Queue:
 # ======================================================================================
 # Runs: one command; its lease, its output, its end
 # ======================================================================================
-
-
-def beside(path, ending):
-    """Return the name of one of the files that lie beside a queue's database."""
-    return (path[:-3] if path.endswith(".db") else path) + ending
 
 
 class Lease:
@@ -1293,6 +1585,45 @@ def watch(process, wake, timeout, asked, tick):
     return reason
 
 
+class Hooks:
+    """The `on_dead` commands of a process; their failure is logged and hurts nothing."""
+
+    def __init__(self, log):
+        self.log, self.running = log, []
+
+    def start(self, queue, id):
+        """Start the command, if one is set, with a dead job's JSON as its input.
+
+        Nobody waits for it, and it outlives its pool; what it prints is dropped.
+        """
+        import tempfile
+
+        try:
+            line, job = queue.settings()["on_dead"], queue.job(id)
+            if not line:
+                return
+            with tempfile.TemporaryFile() as text, opened(os.devnull, os.O_WRONLY) as out:
+                text.write(json.dumps(public(job)).encode())
+                text.seek(0)
+                hook = start_shell(line, job["cwd"], {}, out, text.fileno())
+                self.running.append(hook)
+        except (sqlite3.Error, QueueError, OSError) as error:
+            self.log.error("on_dead for %s: %s", shown(id), error)
+
+    def reap(self):
+        for hook in self.running:
+            if hook.poll():
+                self.log.error("on_dead: %s", how_it_ended(hook.code)[1])
+        self.running = [hook for hook in self.running if hook.code is None]
+
+    def see_off(self, wake):
+        """Give those that run a while, so that their failure is still logged."""
+        deadline = time.monotonic() + GRACE
+        while self.running and time.monotonic() < deadline:
+            wake.wait(TICK)
+            self.reap()
+
+
 def how_it_ended(code):
     """Return exit code and error of a command by what `Process.poll` says."""
     if code < 0:
@@ -1315,7 +1646,7 @@ class Worker:
 
     def __init__(self, path, pool, slot, drain, log):
         self.path, self.pool, self.drain, self.log = path, pool, drain, log
-        self.runs = beside(path, ".runs")
+        self.runs, self.hooks = beside(path, ".runs"), Hooks(log)
         self.queue = self.lease = self.trouble = None
         self.stopped = False
         catch_signals(STOP_SIGNALS, self.stop)
@@ -1393,6 +1724,7 @@ class Worker:
         if done:
             finished.discard()
             self.report(state, *done)
+        self.hooks.reap()
         return run
 
     def take(self, name):
@@ -1414,6 +1746,8 @@ class Worker:
             words += " (%s)" % result["error"]
         spent = result["finished_at"] - run["started_at"]
         self.log.info("%s %s in %.3f s", about(run), words, spent)
+        if state == "dead" and reason != "cancelled":
+            self.hooks.start(self.queue, run["id"])
 
     def execute(self, run):
         """Run a claimed job; return why it was ended from outside, and its result."""
@@ -1460,116 +1794,8 @@ def about(run):
 
 
 # ======================================================================================
-# Supervisor: PID files, the log, starting and stopping workers, recovery
+# Supervisor: the log, starting and stopping workers, recovery
 # ======================================================================================
-
-
-class PoolFile:
-    """`queuectl-PID.pid`, by which a pool is found, asked and known to be alive.
-
-    The supervisor locks one byte of it and each worker another: a file without locks is
-    a leftover, whatever it says. Its text is the supervisor's pid, for people, and what
-    the pool is asked: `stop`, or `now`.
-    """
-
-    LOCKS = 2**20  # the first byte to lock; far behind the text, for Windows' sake
-    REQUESTS = {"stop": 16, "now": 24}  # where they stand; there is room from the start
-
-    def __init__(self, path):
-        self.path = path
-        self.pid = int(path[:-4].rpartition("-")[2])
-        self.fd = os.open(path, os.O_RDWR)
-
-    @classmethod
-    def create(cls, queue_path):
-        path = beside(queue_path, "-%d.pid" % os.getpid())
-        text = b"%-15d\n%-7s\n%-7s\n" % (os.getpid(), b"", b"")
-        while True:
-            # Somebody may take the file for a leftover before it is locked.
-            with contextlib.suppress(FileNotFoundError):
-                os.close(create_private(path, os.O_TRUNC))
-                pool = cls(path)
-                os.pwrite(pool.fd, text, 0)
-                if pool.hold(0) and same_file(pool.fd, path):
-                    return pool
-                pool.close()
-
-    @classmethod
-    def all(cls, queue_path, own=None):
-        """Yield every PID file of a queue; each is closed after its turn.
-
-        A process of a pool hands in its OWN, since closing another descriptor of that
-        file would drop its locks.
-        """
-        folder, stem = os.path.split(beside(queue_path, "-"))
-        pattern = re.compile(re.escape(stem) + r"[0-9]+\.pid")
-        for name in sorted(filter(pattern.fullmatch, os.listdir(folder))):
-            path = os.path.join(folder, name)
-            if own is None or own.path != path:
-                with contextlib.suppress(OSError):  # gone meanwhile, or another user's
-                    pool = cls(path)
-                    with contextlib.closing(pool):
-                        yield pool
-        if own:
-            yield own
-
-    def hold(self, slot):
-        return lock_byte(self.fd, self.LOCKS + slot)
-
-    def holder(self, slot):
-        return byte_holder(self.fd, self.LOCKS + slot)
-
-    def alive(self):
-        """Tell whether its supervisor or any of its workers lives."""
-        return byte_holder(self.fd, self.LOCKS, MAX_WORKERS + 1) is not None
-
-    def workers(self):
-        """Return the pids of its workers."""
-        pids = []
-        for slot in range(1, MAX_WORKERS + 1):
-            if byte_holder(self.fd, self.LOCKS + slot, MAX_WORKERS) is None:
-                break
-            pids.append(self.holder(slot))
-        return [pid for pid in pids if pid is not None]
-
-    def ask(self, word):
-        """Ask the pool to `stop`, or to stop `now`."""
-        os.pwrite(self.fd, word.encode(), self.REQUESTS[word])
-        self.poke()
-
-    def poke(self):
-        for pid in [self.holder(0) or 0, *self.workers()]:
-            poke(pid)
-
-    def request(self):
-        """Return what the pool is asked: "now", "stop" or None.
-
-        A pool whose file was removed can never be asked, and one without a supervisor
-        has nobody who looks after it: both stop.
-        """
-        text = os.pread(self.fd, 32, 0)
-        if b"now" in text:
-            return "now"
-        supervised = self.pid == os.getpid() or self.holder(0) is not None
-        removed = os.fstat(self.fd).st_nlink == 0
-        stop = b"stop" in text or removed or not supervised
-        return "stop" if stop else None
-
-    def remove(self):
-        """Remove the file, unless another process of the pool lives."""
-        alone = lock_byte(self.fd, self.LOCKS, MAX_WORKERS + 1)
-        if alone and same_file(self.fd, self.path):
-            os.remove(self.path)
-
-    def close(self):
-        os.close(self.fd)
-
-
-def wake_pools(queue_path):
-    """Let idle workers look at once instead of within a second; a hint, no more."""
-    with contextlib.suppress(OSError):
-        for pool in PoolFile.all(queue_path):
-            pool.poke()
 
 
 class LogFile:
@@ -1636,8 +1862,9 @@ class Supervisor:
     It holds no database open while it forks: SQLite must not cross a fork.
     """
 
-    def __init__(self, path, count, drain=False):
+    def __init__(self, path, count, drain=False, tell=None):
         self.path, self.count, self.drain = os.path.realpath(path), count, drain
+        self.tell = tell  # is called with the queue twice a second
         self.runs = beside(self.path, ".runs")
         self.workers = {}  # slot: process
         self.pids = set()  # of all workers there ever were
@@ -1645,6 +1872,7 @@ class Supervisor:
         self.drained = set()  # slots whose worker found nothing left to do
         self.orphans = {}  # (seq, run): when its processes get SIGKILL
         self.next_look = 0.0
+        self.next_page = 1  # of the jobs that `keep` may remove
         self.signals = 0
         self.removed = False
 
@@ -1661,6 +1889,7 @@ class Supervisor:
         self.pool = PoolFile.create(self.path)
         try:
             self.log = open_log(self.path, "pool")
+            self.hooks = Hooks(self.log)
             self.log.info("pool of %d started", self.count)
             started()
             self.loop()
@@ -1683,9 +1912,9 @@ class Supervisor:
             self.reap()
             self.staff()
             if time.monotonic() >= self.next_look:
-                self.patiently(self.look)
-                pause = TICK if self.orphans else LOOK_EVERY
-                self.next_look = time.monotonic() + pause
+                self.patiently(self.keep_house)
+                pause = 0.5 if self.tell else LOOK_EVERY
+                self.next_look = time.monotonic() + (TICK if self.orphans else pause)
             if not self.workers and not self.orphans and self.finished():
                 return
             self.wake.wait(self.next_look - time.monotonic())
@@ -1755,6 +1984,16 @@ class Supervisor:
             self.ask("stop")
         return removed
 
+    def keep_house(self, queue):
+        self.look(queue)
+        self.tidy(queue)
+        self.hooks.reap()
+        keep = queue.settings()["keep"]
+        if keep is not None:
+            self.next_page = queue.prune(keep, self.next_page)
+        if self.tell:
+            self.tell(queue)
+
     def look(self, queue):
         """Look for jobs in PROCESSING that nobody runs."""
         # First the runs, then the workers: one that claimed a run was there before it.
@@ -1773,7 +2012,6 @@ class Supervisor:
             self.rescue(queue, run, path, processes[path])
         known = {(run["seq"], run["run"]) for run in runs}
         self.orphans = {key: at for key, at in self.orphans.items() if key in known}
-        self.tidy(queue)
 
     def rescue(self, queue, run, path, processes):
         """Put a job back whose worker is gone, once none of its processes is left."""
@@ -1793,6 +2031,8 @@ class Supervisor:
         state = queue.release(run, self.remains(queue, run, path))
         if state:
             self.log.warning("%s worker died, %s", about(run), state)
+            if state == "dead":
+                self.hooks.start(queue, run["id"])
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)
 
@@ -1837,7 +2077,10 @@ def work(path, pool_path, slot, drain):
     try:
         pool = PoolFile(pool_path)
         try:
-            return DRAINED if Worker(path, pool, slot, drain, log).work() else 0
+            worker = Worker(path, pool, slot, drain, log)
+            drained = worker.work()
+            worker.hooks.see_off(worker.wake)
+            return DRAINED if drained else 0
         finally:
             ignore_wakes()
             pool.remove()
@@ -1851,22 +2094,6 @@ def work(path, pool_path, slot, drain):
 # ======================================================================================
 # Output: values to text
 # ======================================================================================
-
-TIMES = ("run_at", "created_at", "updated_at", "started_at", "finished_at")
-
-
-def iso(moment):
-    """Return epoch seconds as ISO 8601 text in UTC, None as None."""
-    if moment is None:
-        return None
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
-
-
-def public(job):
-    """Return a job as JSON shows it."""
-    shown = {name: job[name] for name in PUBLIC}
-    shown.update((name, iso(job[name])) for name in TIMES)
-    return dict(shown, env=json.loads(job["env"] or "{}"))
 
 
 def public_run(run):
@@ -1896,12 +2123,57 @@ def tries(job):
     return "%d/%d" % (job["attempts"], max(1, job["max_retries"]))
 
 
-def setting_text(value):
-    return "none" if value is None else number(value)
+def many(count, noun):
+    """Return a count with its noun: 1 job, 2 jobs."""
+    return "%d %s%s" % (count, noun, "" if count == 1 else "s")
 
 
-def table(titles, rows):
-    """Yield the lines of a table; the last column is not padded.
+def setting_text(name, value):
+    if value is None:
+        return "forever" if name == "keep" else "none"
+    return shown(value) if isinstance(value, str) else number(value)
+
+
+def run_line(run, now):
+    """Return a line on one run: its attempt, when it was, how it ended."""
+    words = "run %d: attempt %d, " % (run["run"], run["attempt"])
+    if run["finished_at"] is None:
+        return words + "running for " + span(now - run["started_at"])
+    spent = span(run["finished_at"] - run["started_at"])
+    end = shown(run["error"] or "exit 0")
+    return words + "%s, %s after %s" % (when(run["started_at"], now), end, spent)
+
+
+NO_POOL = "no pool is running; to start one: queuectl.py worker start"
+
+
+def why_waiting(queue, job, pools):
+    """Return in words why a job is not running, None if that is no question."""
+    if job["state"] not in ("pending", "failed"):
+        return None
+    if not job["ready"]:
+        what = "try %d" % (job["attempts"] + 1) if job["attempts"] else "due"
+        due = "%s %s" % (what, when(job["run_at"], queue.clock()))
+        return due if pools else due + "; " + NO_POOL
+    if not pools:
+        return NO_POOL
+    ahead = queue.ahead(job)
+    return many(ahead, "job") + " before it" if ahead else "next in line"
+
+
+def progress(counts, done, spent):
+    """Return a line on how far a queue is, with DONE jobs more in SPENT seconds."""
+    left = counts["pending"] + counts["processing"] + counts["failed"]
+    line = "completed %d, dead %d, running %d, waiting %d" % (
+        counts["completed"], counts["dead"], counts["processing"],
+        counts["pending"] + counts["failed"],
+    )
+    rate = done / spent if done > 0 and spent > 0 else 0
+    return line + (", %.1f/s, %s left" % (rate, span(left / rate)) if rate else "")
+
+
+def table(titles, rows, width=None):
+    """Yield the lines of a table, cut to a width; the last column is not padded.
 
     Widths come from the first page of rows, so that a million can be streamed.
     """
@@ -1909,7 +2181,9 @@ def table(titles, rows):
     page = list(itertools.islice(rows, PAGE))
     widths = [max(map(len, column)) for column in zip(titles, *page)]
     layout = "  ".join("%%-%ds" % width for width in widths[:-1]) + "  %s"
-    return (layout % tuple(row) for row in itertools.chain([titles], page, rows))
+    first = len(layout % tuple(titles)) - len(titles[-1])  # ids and states are never cut
+    for row in itertools.chain([titles], page, rows):
+        yield (layout % tuple(row))[: width and max(width, first + 8)]
 
 
 def json_array(values):
@@ -1918,6 +2192,37 @@ def json_array(values):
     for index, value in enumerate(values):
         yield (", " if index else "") + json.dumps(value)
     yield "]\n"
+
+
+def terminal_width(stream):
+    """Return how many columns there are, None if the stream is no terminal."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return None
+
+
+class Live:
+    """A line on a terminal that is drawn again and again; elsewhere nothing of it."""
+
+    def __init__(self, stream):
+        self.stream, self.began = stream, time.monotonic()
+        self.first = None  # how many jobs were done when it began
+
+    def progress(self, counts):
+        width = terminal_width(self.stream)
+        if width:
+            done = counts["completed"] + counts["dead"]
+            self.first = done if self.first is None else self.first
+            spent = time.monotonic() - self.began
+            line = progress(counts, done - self.first, spent)[: width - 1]
+            self.stream.write("\r\x1b[K" + line)
+            self.stream.flush()
+
+    def end(self):
+        """Leave the last line as it is and go on below it."""
+        if self.first is not None:
+            self.stream.write("\n")
 
 
 def answer(args, value, *lines):
@@ -1931,7 +2236,8 @@ def answer_jobs(args, jobs, titles, row):
     if args.json:
         sys.stdout.writelines(json_array(map(public, jobs)))
     else:
-        sys.stdout.writelines(line + "\n" for line in table(titles, map(row, jobs)))
+        lines = table(titles, map(row, jobs), terminal_width(sys.stdout))
+        sys.stdout.writelines(line + "\n" for line in lines)
 
 
 # ======================================================================================
@@ -1939,45 +2245,77 @@ def answer_jobs(args, jobs, titles, row):
 # ======================================================================================
 
 
-def cmd_enqueue(args):
-    with Queue(args.db) as queue, contextlib.ExitStack() as files:
-        defaults = queue.defaults()
-        if args.file and args.jobs:
-            raise QueueError("enqueue: give jobs or --file, not both", 2)
-        elif args.file or args.jobs == ["-"]:
-            jobs = read_lines(files.enter_context(spooled(args.file)), defaults)
-        elif args.jobs:
-            jobs = read_arguments(args.jobs, defaults)
+def cmd_enqueue(args, queue):
+    options, defaults, names = enqueue_options(args), queue.defaults(), []
+
+    def made(given):
+        return checked_job(overridden(given, options), defaults)
+
+    with contextlib.ExitStack() as files:
+        if args.file or args.jobs == ["-"]:
+            jobs = read_lines(files.enter_context(spooled(args.file)), made)
         else:
-            raise QueueError("enqueue: no job (see: queuectl.py enqueue --help)", 2)
-        first, last = queue.enqueue(jobs)
-        wake_pools(queue.path)
-        if args.json:
-            added = queue.jobs(first=first, last=last)
-            sys.stdout.writelines(json_array(map(public, added)))
-        else:
-            added = queue.jobs(first=first, last=last, what=NAME)
-            sys.stdout.writelines("enqueued %s\n" % shown(job["id"]) for job in added)
+            jobs = read_arguments(args.jobs, made) if args.jobs else map(made, [{}])
+        if args.unique:
+            jobs = (names.append(job["id"]) or job for job in jobs)
+        first, last = queue.enqueue(jobs, args.unique)
+    if args.unique:
+        return answer_unique(args, [queue.job(name) for name in names], first)
+    if args.json:
+        added = queue.jobs(first=first, last=last)
+        sys.stdout.writelines(json_array(map(public, added)))
+    else:
+        added = queue.jobs(first=first, last=last, what=BRIEF)
+        sys.stdout.writelines("enqueued %s\n" % shown(job["id"]) for job in added)
 
 
-def read_arguments(texts, defaults):
-    """Yield the checked jobs of JSON texts, each an object or an array of them."""
+def answer_unique(args, jobs, first):
+    lines = [
+        "enqueued " + shown(job["id"]) if job["seq"] >= first
+        else "%s is there already, %s" % (shown(job["id"]), job["state"]) for job in jobs
+    ]
+    answer(args, [public(job) for job in jobs], *lines)
+
+
+def enqueue_options(args):
+    """Return the job fields that options and a command line give."""
+    options = {name: getattr(args, name) for name in FIELDS}
+    options["env"] = dict(args.env) if args.env else None
+    if args.words:
+        options["command"] = shell_words(args.words)
+    options = {name: value for name, value in options.items() if value is not None}
+    sources = [args.jobs, args.file, args.command, args.words]
+    if len(list(filter(None, sources))) != 1:
+        words = "give jobs, a command behind --, or --file" if any(sources) else "no job"
+        raise QueueError("enqueue: %s (see: queuectl.py enqueue --help)" % words, 2)
+    return options
+
+
+def overridden(given, options):
+    """Return a job with what options say in place of its own fields."""
+    if not options or type(given) is not dict:
+        return given
+    if "delay" in options or "run_at" in options:
+        given = dict(given, delay=None, run_at=None)
+    return {**given, **options}
+
+
+def read_arguments(texts, made):
+    """Yield the jobs that are made of JSON texts, each an object or an array of them."""
     for text in texts:
         given = parsed(text)
-        for job in given if isinstance(given, list) else [given]:
-            yield checked_job(job, defaults)
+        yield from map(made, given if isinstance(given, list) else [given])
 
 
-def read_lines(lines, defaults):
-    """Yield the checked jobs of an array or of JSON Lines; a refusal names the line."""
+def read_lines(lines, made):
+    """Yield the jobs of an array or of JSON Lines; a refusal names the line."""
     count = 0
     try:
         for count, line in enumerate(lines, 1):
             if line.lstrip(b"\xef\xbb\xbf \t")[:1] == b"[":
-                line += lines.read()
-                yield from (checked_job(job, defaults) for job in parsed(line))
+                yield from map(made, parsed(line + lines.read()))
             elif not line.isspace():
-                yield checked_job(parsed(line), defaults)
+                yield made(parsed(line))
     except QueueError as error:
         raise QueueError("line %d: %s" % (count, error), error.code) from None
 
@@ -1999,62 +2337,138 @@ def spooled(path):
         yield spool
 
 
-def cmd_list(args):
-    with Queue(args.db) as queue:
-        now = queue.clock()
-        answer_jobs(
-            args, queue.jobs(args.state, args.limit),
-            ["ID", "STATE", "TRIES", "CHANGED", "COMMAND"],
-            lambda job: [shown(job["id"]), job["state"], tries(job),
-                         when(job["updated_at"], now), shown(job["command"])],
-        )
+def cmd_list(args, queue):
+    now = queue.clock()
+    answer_jobs(
+        args, queue.jobs(args.state, args.limit),
+        ["ID", "STATE", "TRIES", "CHANGED", "COMMAND"],
+        lambda job: [shown(job["id"]), job["state"], tries(job),
+                     when(job["updated_at"], now), shown(job["command"])],
+    )
 
 
-def cmd_dlq_list(args):
-    with Queue(args.db) as queue:
-        now = queue.clock()
-        answer_jobs(
-            args, queue.jobs("dead"),
-            ["ID", "STATE", "TRIES", "DIED", "ERROR", "COMMAND"],
-            lambda job: [shown(job["id"]), job["state"], tries(job),
-                         when(job["updated_at"], now), shown(job["error"]),
-                         shown(job["command"])],
-        )
+def cmd_dlq_list(args, queue):
+    now = queue.clock()
+    if not args.json:
+        errors = ["%d x %s" % (row["jobs"], row["error"]) for row in queue.common_errors()]
+        print(shown(", ".join(errors)), end="\n" if errors else "")
+    answer_jobs(
+        args, queue.jobs("dead"),
+        ["ID", "STATE", "TRIES", "DIED", "ERROR", "COMMAND"],
+        lambda job: [shown(job["id"]), job["state"], tries(job),
+                     when(job["updated_at"], now), shown(job["error"]),
+                     shown(job["command"])],
+    )
 
 
-def cmd_show(args):
-    with Queue(args.db) as queue:
-        job = queue.job(args.id)
-        fields, runs = public(job), [public_run(run) for run in queue.runs(job)]
-    given = [item for item in fields.items() if item[1] not in (None, {})]
-    lines = ["%-12s %s" % (name + ":", shown(str(value))) for name, value in given]
-    for run in runs:
-        end = run["error"] or ("exit 0" if run["finished_at"] else "running")
-        words = "run %(run)d, attempt %(attempt)d, %(started_at)s: " % run
-        lines.append(words + shown(end))
-    answer(args, dict(fields, runs=runs), *lines)
+def cmd_show(args, queue):
+    job, now = queue.job(args.id), queue.clock()
+    fields, runs = public(job), queue.runs(job)
+    given = {name: value for name, value in fields.items() if value not in (None, {})}
+    for name in TIMES:
+        if job[name] is not None:
+            given[name] = "%s, %s" % (given[name], when(job[name], now))
+    if "env" in given:
+        given["env"] = " ".join("%s=%s" % pair for pair in given["env"].items())
+    waiting = why_waiting(queue, job, worker_list(queue))
+    given.update({"waiting": waiting} if waiting else {})
+    lines = ["%-12s %s" % (name + ":", shown(str(value))) for name, value in given.items()]
+    lines += [run_line(run, now) for run in runs]
+    answer(args, dict(fields, runs=list(map(public_run, runs))), *lines)
 
 
-def cmd_logs(args):
-    with Queue(args.db) as queue:
-        job = queue.job(args.id)
-        output = queue.output(job)
-        if output is None and job["run"]:
-            path = os.path.join(beside(queue.path, ".runs"), queue.lease(job))
-            # A run that ended between the two looks has its output in the database now.
-            output = read_tail(path, MAX_INTEGER) or queue.output(job)
+def cmd_logs(args, queue):
+    if args.follow:
+        return follow(queue, args.id)
+    job = queue.job(args.id)
+    run = run_of(queue, job, args.attempt) if args.attempt else job["run"]
+    output = queue.output(job, run)
+    if output is None and run == job["run"]:
+        # A run that ended between the two looks has its output in the database now.
+        output = read_tail(run_path(queue, job), MAX_INTEGER) or queue.output(job, run)
     output = output or b""
     if args.json:
         text = output.decode("utf-8", "backslashreplace")
-        print(json.dumps({"id": job["id"], "run": job["run"], "output": text}))
+        print(json.dumps({"id": job["id"], "run": run, "output": text}))
     else:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(output)
+        write_bytes(output)
 
 
-def cmd_status(args):
-    with Queue(args.db) as queue:
-        now, counts, workers = queue.clock(), queue.counts(), worker_list(queue)
+def run_of(queue, job, attempt):
+    """Return the number of the latest run that was a job's n-th attempt."""
+    runs = [run["run"] for run in queue.runs(job) if run["attempt"] == attempt]
+    if not runs:
+        raise QueueError("job %s has no attempt %d" % (shown(job["id"]), attempt))
+    return runs[-1]
+
+
+def run_path(queue, job):
+    return os.path.join(beside(queue.path, ".runs"), queue.lease(job))
+
+
+def write_bytes(output):
+    sys.stdout.flush()
+    sys.stdout.buffer.write(output)
+    sys.stdout.buffer.flush()
+
+
+def follow(queue, id):
+    """Print the output of a job's latest run as it comes, or of the first to come.
+
+    The open file outlives its name: what is in it when the run has ended is the rest.
+    """
+    while not queue.job(id)["run"]:
+        time.sleep(TICK / 2)
+    job = queue.job(id)
+    try:
+        file = open(run_path(queue, job), "rb")
+    except FileNotFoundError:
+        return write_bytes(queue.output(job, job["run"]) or b"")
+    with file:
+        running = True
+        while running:
+            running = queue.owned(job)
+            if os.fstat(file.fileno()).st_size < file.tell():
+                file.seek(0)  # it was cut back, and goes on from its start
+            for chunk in iter(lambda: file.read(2**16), b""):
+                write_bytes(chunk)
+            time.sleep(TICK / 2 if running else 0)
+
+
+def cmd_wait(args, queue):
+    live = Live(sys.stderr)
+    if queue.counts(args.ids)["pending"] and not worker_list(queue):
+        say(NO_POOL)
+    try:
+        counts = queue.wait(args.ids, args.timeout, live.progress)
+    finally:
+        live.end()
+    if counts is None:
+        say("still waiting for jobs after %s" % span(args.timeout))
+        return 124
+    words = "%d completed, %d dead" % (counts["completed"], counts["dead"])
+    answer(args, counts, words)
+    return 1 if counts["dead"] else 0
+
+
+def cmd_status(args, queue):
+    if not args.watch:
+        return print_status(args, queue)
+    terminal = terminal_width(sys.stdout) and not args.json
+    with contextlib.ExitStack() as screen:
+        if terminal:  # another screen, so that this one is as it was afterwards
+            print(end="\x1b[?1049h")
+            screen.callback(print, end="\x1b[?1049l", flush=True)
+        while True:
+            print(end="\x1b[H\x1b[J" if terminal else "")
+            print_status(args, queue)
+            sys.stdout.flush()
+            time.sleep(args.watch)
+
+
+def print_status(args, queue):
+    now, counts, workers = queue.clock(), queue.counts(), worker_list(queue)
+    oldest, due = queue.oldest_ready(), queue.next_due() or None
     lines = ["%s: %d" % (state.capitalize(), count) for state, count in counts.items()]
     lines.append("Active Workers: %d" % len(workers))
     for worker in workers:
@@ -2062,10 +2476,15 @@ def cmd_status(args):
         if worker["job"]:
             doing = "%s for %s" % (shown(worker["job"]), span(now - worker["since"]))
         lines.append("  worker %(pid)d of pool %(pool)d: " % worker + doing)
+    if oldest is not None:
+        lines.append("Oldest Waiting: %s" % span(now - oldest))
+    if due is not None:
+        lines.append("Next Due: %s" % when(due, now))
     if counts["pending"] + counts["failed"] and not workers:
-        lines.append("No pool is running; to start one: queuectl.py worker start")
+        lines.append(NO_POOL[0].upper() + NO_POOL[1:])
     workers = [dict(worker, since=iso(worker["since"])) for worker in workers]
-    answer(args, {"jobs": counts, "workers": workers}, *lines)
+    times = {"oldest_waiting": iso(oldest), "next_due": iso(due)}
+    answer(args, {"jobs": counts, "workers": workers, **times}, *lines)
 
 
 def worker_list(queue):
@@ -2080,77 +2499,107 @@ def worker_list(queue):
     ]
 
 
-def cmd_cancel(args):
-    with Queue(args.db) as queue:
-        states = queue.cancel(args.ids)
-        wake_pools(queue.path)
+def cmd_cancel(args, queue):
+    states = queue.cancel(args.ids)
     words = {"dead": "cancelled %s", "processing": "cancelling %s, which is running"}
     lines = [words[state] % shown(id) for id, state in states.items()]
     answer(args, {"cancelled": states}, *lines)
 
 
-def cmd_delete(args):
-    with Queue(args.db) as queue:
+def cmd_delete(args, queue):
+    if args.ids and not (args.state or args.all or args.dry_run or args.older_than):
         queue.delete(args.ids)
-    answer(args, {"deleted": args.ids}, *["deleted " + shown(id) for id in args.ids])
+        lines = ["deleted " + shown(id) for id in args.ids]
+        return answer(args, {"deleted": args.ids}, *lines)
+    if args.ids or bool(args.state) == args.all:
+        raise QueueError("delete: name jobs, or give --state S or --all", 2)
+    if args.state == "processing":
+        raise QueueError("delete: a running job can't be deleted; cancel it first")
+    states = [args.state] if args.state else set(STATES) - {"processing"}
+    if args.older_than is not None:  # only what has finished has an age
+        states = set(states) & {"completed", "dead"}
+    delete_all(args, queue, states, args.older_than or 0)
 
 
-def cmd_dlq_retry(args):
+def delete_all(args, queue, states, age=0):
+    before = queue.clock() - age if age else MAX_INTEGER
+    count = queue.delete_all(states, before, args.dry_run)
+    if args.dry_run:
+        return answer(args, {"would_delete": count}, "would delete " + many(count, "job"))
+    if not count:
+        raise QueueError("no job to delete")
+    answer(args, {"deleted": count}, "deleted " + many(count, "job"))
+
+
+def cmd_dlq_clear(args, queue):
+    delete_all(args, queue, ["dead"])
+
+
+def cmd_dlq_retry(args, queue):
     if bool(args.ids) == args.all:
         raise QueueError("dlq retry: name jobs, or give --all", 2)
-    with Queue(args.db) as queue:
-        count = queue.retry(None if args.all else args.ids)
-        wake_pools(queue.path)
+    count = queue.retry(None if args.all else args.ids)
     if not count:
         raise QueueError("no job is dead")
-    names = ["retried " + shown(id) for id in args.ids] or ["retried %d jobs" % count]
+    names = ["retried " + shown(id) for id in args.ids] or ["retried " + many(count, "job")]
     answer(args, {"retried": args.ids or count}, *names)
 
 
-def cmd_config_show(args):
-    with Queue(args.db) as queue:
-        values = queue.settings()
+def cmd_config_show(args, queue):
+    values = queue.settings()
     rows = (
-        [name, setting_text(values[name]), setting_text(default), meaning]
+        [name, setting_text(name, values[name]), setting_text(name, default), meaning]
         for name, (_, default, meaning) in SETTINGS.items()
     )
     answer(args, values, *table(["SETTING", "VALUE", "DEFAULT", "MEANING"], rows))
 
 
-def cmd_config_get(args):
+def cmd_config_get(args, queue):
     if args.key is None:
-        return cmd_config_show(args)
-    name = setting_name(args.key)
-    with Queue(args.db) as queue:
-        value = queue.settings()[name]
-    answer(args, value, setting_text(value))
+        return cmd_config_show(args, queue)
+    value = queue.settings()[args.key]
+    answer(args, value, setting_text(args.key, value))
 
 
-def cmd_config_set(args):
-    name = setting_name(args.key)
-    value = checked(name, SETTINGS[name][0], as_number(args.value))
-    with Queue(args.db) as queue:
-        queue.set(name, value)
-    answer(args, {name: value}, "%s = %s" % (name, setting_text(value)))
+def cmd_config_set(args, queue):
+    check = SETTINGS[args.key][0]
+    value = checked(args.key, check, as_number(args.value))
+    queue.set(args.key, value)
+    answer_setting(args, value)
 
 
-def cmd_config_unset(args):
-    name = setting_name(args.key)
-    with Queue(args.db) as queue:
-        queue.unset(name)
-    value = SETTINGS[name][1]
-    answer(args, {name: value}, "%s = %s" % (name, setting_text(value)))
+def cmd_config_unset(args, queue):
+    queue.unset(args.key)
+    answer_setting(args, SETTINGS[args.key][1])
+
+
+def answer_setting(args, value):
+    words = "%s = %s" % (args.key, setting_text(args.key, value))
+    answer(args, {args.key: value}, words)
 
 
 def cmd_worker_start(args):
+    let_go = background() if args.detach else None
+    live = Live(sys.stderr)
+
     def started():
-        size = "%d worker%s" % (args.count, "s" if args.count > 1 else "")
-        stop = "to stop: Ctrl-C, or queuectl.py worker stop"
-        words = "pool %d: %s; %s" % (os.getpid(), size, stop)
+        stop = "queuectl.py worker stop"
+        stop = "to stop: " + (stop if let_go else "Ctrl-C, or " + stop)
+        words = "pool %d: %s; %s" % (os.getpid(), many(args.count, "worker"), stop)
         answer(args, {"pool": os.getpid(), "workers": args.count}, words)
         sys.stdout.flush()
+        if let_go:
+            let_go()
 
-    return Supervisor(args.db, args.count, args.drain).run(started)
+    def tell(queue):
+        live.progress(queue.counts())
+
+    watched = args.drain and not args.detach and terminal_width(sys.stderr)
+    try:
+        pool = Supervisor(args.db, args.count, args.drain, tell if watched else None)
+        return pool.run(started)
+    finally:
+        live.end()
 
 
 def cmd_worker_stop(args):
@@ -2167,10 +2616,11 @@ def cmd_worker_stop(args):
         say("stopping; running jobs are %s" % end)
     # A job that stops its own pool would wait for itself.
     within = os.environ.get("QUEUECTL_RUN", "").startswith(beside(args.db, ".runs"))
-    mine = [pid for pid in stopped if not within]
+    mine = [pid for pid in stopped if not within and not args.no_wait]
     while any(pool.alive() for pool in PoolFile.all(args.db) if pool.pid in mine):
         time.sleep(0.05)
-    words = "stopped " + ", ".join("pool %d" % pid for pid in stopped)
+    verb = "stopping " if args.no_wait else "stopped "
+    words = verb + ", ".join("pool %d" % pid for pid in stopped)
     answer(args, {"stopped": stopped}, words if stopped else "no pool is running")
 
 
@@ -2193,6 +2643,17 @@ def count_of(name, low, high):
     return lambda text: checked(name, whole(low, high), as_number(text))
 
 
+def span_of(name, low):
+    return lambda text: checked(name, duration(low, "a duration"), text)
+
+
+def variable(text):
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise QueueError("--env: %s is not NAME=VALUE" % json.dumps(text), 2)
+    return name, value
+
+
 def as_number(text):
     """Return the number that a word of the command line is, or else the word."""
     for convert in (int, float):
@@ -2203,37 +2664,73 @@ def as_number(text):
 
 IDS = arg("ids", nargs="+", metavar="ID")
 ID = arg("id", metavar="ID")
-KEY = arg("key", metavar="KEY")
+KEY = arg("key", metavar="KEY", type=setting_name)
+DRY_RUN = arg("--dry-run", action="store_true", help="say only how many would go")
 
 # command: (function, what it does, example, arguments)
 COMMANDS = {
     "enqueue": (
-        cmd_enqueue, "add jobs, given as JSON",
-        """enqueue '{"id": "job1", "command": "echo Hello"}'""", [
+        cmd_enqueue, "add jobs: a command behind --, or JSON",
+        "enqueue --id job1 --timeout 10m -- echo Hello", [
             arg("jobs", nargs="*", metavar="JSON", help="an object, an array, or - "
                 "for an array or JSON Lines on standard input: all or none"),
-            arg("--file", metavar="F", help="read the jobs from this file")]),
+            arg("--file", metavar="F", help="read the jobs from this file"),
+            arg("--command", metavar="LINE", help="the same as -- LINE"),
+            arg("--id", help="else a short one is made"),
+            arg("--unique", action="store_true", help="leave a job of this id alone "
+                "that waits or runs; start one anew that has finished"),
+            arg("--priority", type=as_number, metavar="N", help="higher first (0)"),
+            arg("--delay", metavar="T", help="like 90s, 10m, 2h, 7d"),
+            arg("--run-at", metavar="TIME", help="ISO 8601, or epoch seconds"),
+            arg("--timeout", metavar="T", help="end a run that takes longer"),
+            arg("--max-retries", type=as_number, metavar="N", help="failed attempts "
+                "until it is dead"),
+            arg("--cwd", metavar="DIR", help="where to run it (here)"),
+            arg("--env", type=variable, action="append", metavar="NAME=VALUE",
+                help="a variable for it, can be given again")]),
     "list": (
         cmd_list, "list jobs, oldest first", "list --state pending --limit 20", [
             arg("--state", type=state_name, help="one of " + ", ".join(STATES)),
             arg("--limit", type=count_of("--limit", 0, MAX_INTEGER), default=0,
                 metavar="N", help="at most so many; 0 for all")]),
     "show": (cmd_show, "show a job and its runs", "show job1", [ID]),
-    "logs": (cmd_logs, "print the output of a job's latest run", "logs job1", [ID]),
-    "status": (cmd_status, "count the jobs, list the workers", "status", []),
+    "logs": (
+        cmd_logs, "print the output of a job's latest run", "logs -f job1", [
+            ID, arg("-f", "--follow", action="store_true",
+                    help="go on until the run ends; wait for the first to begin"),
+            arg("--attempt", type=count_of("--attempt", 1, MAX_INTEGER), metavar="N",
+                help="of an earlier run")]),
+    "wait": (
+        cmd_wait, "wait until jobs, or all, are completed (0) or dead (1)",
+        "wait job1 --timeout 10m", [
+            arg("ids", nargs="*", metavar="ID"),
+            arg("--timeout", type=span_of("--timeout", 0), metavar="T",
+                help="give up with exit code 124")]),
+    "status": (
+        cmd_status, "count the jobs, list the workers", "status --watch", [
+            arg("--watch", type=span_of("--watch", 0.1), nargs="?", const=1.0,
+                metavar="SECONDS", help="show it again and again")]),
     "cancel": (
         cmd_cancel, "end jobs that wait or run; they become dead",
         "cancel job1", [IDS]),
-    "delete": (cmd_delete, "remove jobs that do not run", "delete job1 job2", [IDS]),
+    "delete": (
+        cmd_delete, "remove jobs that do not run",
+        "delete --state completed --older-than 7d", [
+            arg("ids", nargs="*", metavar="ID"),
+            arg("--state", type=state_name, help="all in this state"),
+            arg("--all", action="store_true", help="all but running ones"),
+            arg("--older-than", type=span_of("--older-than", 0), metavar="T",
+                help="of them those that finished longer ago"), DRY_RUN]),
     "dlq list": (cmd_dlq_list, "list the dead jobs", "dlq list", []),
     "dlq retry": (
         cmd_dlq_retry, "make dead jobs pending again, with attempts 0",
         "dlq retry job4", [
             arg("ids", nargs="*", metavar="ID"), arg("--all", action="store_true")]),
+    "dlq clear": (cmd_dlq_clear, "remove all dead jobs", "dlq clear", [DRY_RUN]),
     "config show": (cmd_config_show, "show all settings", "config show", []),
     "config get": (
         cmd_config_get, "print the value of a setting", "config get max_retries", [
-            arg("key", nargs="?", metavar="KEY")]),
+            arg("key", nargs="?", metavar="KEY", type=setting_name)]),
     "config set": (
         cmd_config_set, "change a setting", "config set max_retries 5", [
             KEY, arg("value", metavar="VALUE")]),
@@ -2244,14 +2741,17 @@ COMMANDS = {
         cmd_worker_start, "run jobs until stopped", "worker start --count 2", [
             arg("--count", type=count_of("--count", 1, MAX_WORKERS), default=1,
                 metavar="N", help="how many at a time (1)"),
-            arg("--drain", action="store_true", help="end when no job is left")]),
+            arg("--drain", action="store_true", help="end when no job is left"),
+            arg("--detach", action="store_true", help="go on in the background")]),
     "worker stop": (
         cmd_worker_stop, "stop all pools of the queue, when their jobs are finished",
         "worker stop", [
             arg("--now", action="store_true",
-                help="end running jobs; they go back to pending")]),
+                help="end running jobs; they go back to pending"),
+            arg("--no-wait", action="store_true", help="do not wait until they are gone")]),
 }
-ALIASES = {"config list": "config show"}
+ALIASES = {"config list": "config show", "dlq purge": "dlq clear"}
+WITHOUT_QUEUE = ("worker start", "worker stop")  # SQLite must not cross a fork
 
 
 def command_named(words):
@@ -2308,7 +2808,9 @@ def parse(name, words):
         parser.add_argument(*names, **options)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--db", metavar="PATH", help="the queue (queuectl.db)")
-    args = parser.parse_args(words)
+    at = words.index("--") if name == "enqueue" and "--" in words else len(words)
+    args = parser.parse_args(words[:at])
+    args.words = words[at + 1 :]
     queue = args.db or os.environ.get("QUEUECTL_DB") or "queuectl.db"
     args.db = os.path.realpath(queue)
     return function, args
@@ -2325,7 +2827,10 @@ def run_command(argv):
         return 0
     function, args = parse(name, words)
     try:
-        return function(args) or 0
+        if name in WITHOUT_QUEUE:
+            return function(args) or 0
+        with Queue(args.db) as queue:
+            return function(args, queue) or 0
     except sqlite3.Error as error:
         raise QueueError("%s: %s" % (shown(args.db), error)) from None
 

@@ -5,18 +5,22 @@ killed. Nothing sleeps to wait for something: `wait_until` does, with a deadline
 """
 import ast
 import contextlib
+import fcntl
 import io
 import json
 import os
+import pty
 import random
 import re
 import shlex
 import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import types
 from collections import Counter
@@ -250,9 +254,10 @@ def test_status_prints_counts_and_workers():
     assert ok("status").out.splitlines()[:6] == [
         "Pending: 1", "Processing: 0", "Completed: 0", "Failed: 0", "Dead: 0",
         "Active Workers: 0"]
-    assert ok("status", "--json").json == {
-        "jobs": {"pending": 1, "processing": 0, "completed": 0, "failed": 0, "dead": 0},
-        "workers": []}
+    told = ok("status", "--json").json
+    assert told["jobs"] == {
+        "pending": 1, "processing": 0, "completed": 0, "failed": 0, "dead": 0}
+    assert told["workers"] == []
 
 
 def test_list_filters_and_limits():
@@ -480,6 +485,305 @@ def test_sixty_first_commands_at_once():
     assert [process.returncode for process in first] == [0] * 60, errors
     assert len(jobs()) == 60
     assert os.listdir(".") == ["queuectl.db"]
+
+
+# ======================================================================================
+# Everyday use
+# ======================================================================================
+
+
+def test_every_field_of_a_job_has_its_option(home):
+    ok("enqueue", "--id", "x", "--priority", "-3", "--delay", "1h", "--timeout", "90s",
+       "--max-retries", "7", "--cwd", "/", "--env", "A=1", "--env", "B=x=y", "--", "a", "b")
+    job = jobs()["x"]
+    assert job["command"] == "a b" and job["cwd"] == "/" and job["priority"] == -3
+    assert job["timeout"] == 90 and job["max_retries"] == 7
+    assert job["env"] == {"A": "1", "B": "x=y"} and job["run_at"] > job["created_at"]
+    ok("enqueue", "--id", "y", "--run-at", "2030-01-01T00:00:00Z", "--command", "c  d")
+    assert jobs()["y"]["run_at"] == "2030-01-01T00:00:00Z"
+    assert jobs()["y"]["command"] == "c  d"
+
+
+def test_one_word_is_a_shell_line_and_several_are_quoted():
+    ok("enqueue", "--id", "one", "--", "echo $((1 + 2))")
+    ok("enqueue", "--id", "more", "--", "echo", "a  b", "$HOME", "--json", "--", "it's")
+    drain()
+    assert ok("logs", "one").out == "3\n"
+    assert ok("logs", "more").out == "a  b $HOME --json -- it's\n"
+
+
+def test_options_come_before_the_fields_of_a_job():
+    enqueue("true", id="a", priority=1, delay=3600)
+    listing = ok("list", "--json").out.encode()
+    ok("enqueue", "-", "--db", "b.db", "--priority", "5", "--delay", "0", stdin=listing)
+    job = ok("list", "--json", "--db", "b.db").json[0]
+    assert (job["id"], job["priority"]) == ("a", 5) and job["run_at"] == job["created_at"]
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--priority", "high", "--", "x"], "priority"), (["--env", "A", "--", "x"], "--env"),
+    (["--delay", "soon", "--", "x"], "delay"), (["--cwd", "no/where", "--", "x"], "cwd"),
+    (["--max-retries", "1.5", "--", "x"], "max_retries"), (["--", " "], "command"),
+    (["--command", "a", "--", "b"], "give jobs"), (['{"command":"a"}', "--", "b"], "give"),
+    (["--id", "x"], "no job"), (["--unique", "--", "x"], "id: missing"),
+    (["--delay", "1", "--run-at", "2", "--", "x"], "not both"), (["echo hi"], "behind --"),
+])
+def test_bad_options_are_refused_by_name(words, told):
+    assert told in refused("enqueue", *words, code=2)
+    assert jobs() == {}
+
+
+def test_unique_leaves_what_waits_or_runs_and_starts_anew_what_has_finished(queue):
+    for name, verb in (("done", "complete"), ("dead", "bury"), ("runs", None)):
+        add(queue, id=name)
+        run = claim(queue)
+        if verb:
+            getattr(queue, verb)(run, result(None))
+    add(queue, id="waits", command="old")
+    before = jobs()
+    for name in (*before, "new", "new"):
+        ok("enqueue", "--unique", "--id", name, "--", "fresh")
+    after = jobs()
+    assert after["waits"] == before["waits"] and after["runs"] == before["runs"]
+    for name in ("done", "dead", "new"):
+        assert after[name]["command"] == "fresh" and after[name]["state"] == "pending"
+        assert after[name]["attempts"] == 0 and len(after) == 5
+    assert "runs is there already, processing" in ok(
+        "enqueue", "--unique", "--id", "runs", "--", "x").out
+    tally = Counter(job["state"] for job in after.values())
+    assert queue.counts() == {state: tally[state] for state in queuectl.STATES}
+
+
+def test_wait_tells_by_its_exit_code_what_became_of_jobs():
+    assert cli("wait").code == 0
+    enqueue(id="good")
+    enqueue("exit 1", id="bad", max_retries=1)
+    enqueue(id="later", delay=3600)
+    drain()
+    assert cli("wait", "good").code == 0 and cli("wait", "good", "bad").code == 1
+    told = cli("wait", "--timeout", "0.05")
+    assert told.code == 124 and told.out == "" and "still waiting" in told.err
+    assert "no job x" in refused("wait", "x")
+    assert ok("wait", "good", "--json").json["completed"] == 1
+    ok("delete", "later")
+    assert cli("wait").code == 1
+
+
+def test_wait_ends_as_soon_as_the_job_does():
+    pool = start_pool(count=1)
+    ok("enqueue", "--id", "x", "--", "sleep 0.3")
+    assert script("wait", "x", "--timeout", "10").returncode == 0
+    assert state("x") == "completed" and pool.poll() is None
+
+
+def test_progress_is_one_line_with_rate_and_time_left():
+    counts = dict(pending=5, processing=2, completed=30, failed=1, dead=2)
+    assert queuectl.progress(counts, 16, 4.0) == (
+        "completed 30, dead 2, running 2, waiting 6, 4.0/s, 2.0s left")
+    assert queuectl.progress(counts, 0, 4.0).endswith("waiting 6")
+
+
+def on_terminal(*argv, keys=b"", columns=60):
+    """Run a command with a terminal of its own; return exit code and what it shows."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, SCRIPT, *argv])
+    size = struct.pack("hhhh", 24, columns, 0, 0)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end was closed
+        while True:
+            shown += os.read(terminal, 4096)
+            if keys and b"Active Workers" in shown:
+                os.write(terminal, keys)
+                keys = b""
+    os.close(terminal)
+    return os.WEXITSTATUS(os.waitpid(pid, 0)[1]), shown.decode()
+
+
+def test_a_drain_shows_its_progress_on_a_terminal_and_nowhere_else():
+    ok("enqueue", "--id", "x", "--", "sleep 0.6")
+    code, shown = on_terminal("worker", "start", "--drain")
+    assert code == 0 and "\r\x1b[Kcompleted 0, dead 0, running 1" in shown
+    assert shown.endswith("\r\n") and max(map(len, shown.split("\r\n"))) < 300
+    ok("enqueue", "--id", "y", "--", "true")
+    quiet = script("worker", "start", "--drain")
+    assert quiet.stderr == "" and "\x1b" not in quiet.stdout
+
+
+def test_a_watched_status_leaves_the_terminal_as_it_was():
+    code, shown = on_terminal("status", "--watch", "0.1", keys=b"\x03")
+    assert code == 130 and shown.startswith("\x1b[?1049h") and shown.count("\x1b[H") >= 1
+    assert shown.rstrip().endswith("\x1b[?1049l") and "Traceback" not in shown
+
+
+def test_long_commands_are_cut_on_a_terminal_and_ids_never():
+    ok("enqueue", "--id", "i" * 80, "--", "echo " + "x" * 200)
+    _, shown = on_terminal("list", columns=60)
+    assert "i" * 80 in shown and "x" * 60 not in shown
+    assert "x" * 200 in ok("list").out
+
+
+def test_follow_shows_a_run_from_its_beginning_to_its_end_byte_for_byte():
+    pool = start_pool(count=1)
+    line = "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); echo line $i; done"
+    ok("enqueue", "--id", "x", "--delay", "0.3", "--", line + "; sleep 0.3; echo end")
+    told = script("logs", "-f", "x")
+    assert told.stdout == "".join("line %d\n" % (n + 1) for n in range(2000)) + "end\n"
+    assert script("logs", "-f", "x").stdout == told.stdout == ok("logs", "x").out
+    assert pool.poll() is None
+
+
+def test_logs_of_an_earlier_attempt():
+    ok("config", "set", "backoff_base", "0")
+    ok("enqueue", "--id", "x", "--max-retries", "2", "--", "echo $QUEUECTL_ATTEMPT; exit 1")
+    drain()
+    assert ok("logs", "x").out == "2\n" and ok("logs", "x", "--attempt", "1").out == "1\n"
+    assert "no attempt 3" in refused("logs", "x", "--attempt", "3")
+
+
+def test_delete_by_state_and_age(queue, clock):
+    for name in ("old", "new"):
+        add(queue, id=name)
+        queue.complete(claim(queue), result(None))
+        clock.now += 86400
+    add(queue, id="waits")
+    clock.now += 7 * 86400
+    add(queue, id="runs", priority=1)
+    claim(queue)
+    assert queue.delete_all(["completed"], clock.now - 8.5 * 86400, dry_run=True) == 1
+    assert queue.delete_all(["completed"], clock.now - 8.5 * 86400) == 1
+    assert set(jobs()) == {"new", "waits", "runs"}
+    assert ok("delete", "--all", "--dry-run").out == "would delete 2 jobs\n"
+    assert ok("delete", "--all", "--older-than", "1d", "--json").json == {"deleted": 1}
+    assert set(jobs()) == {"waits", "runs"}  # what has not finished has no age
+    assert "no job to delete" in refused("delete", "--state", "dead")
+    assert "running" in refused("delete", "--state", "processing")
+    ok("delete", "--all")
+    assert set(jobs()) == {"runs"} and queue.counts()["processing"] == 1
+
+
+@pytest.mark.parametrize("words", [[], ["x", "--all"], ["--all", "--state", "dead"]])
+def test_delete_wants_jobs_or_a_state_or_all(words):
+    assert "name jobs" in refused("delete", *words, code=2)
+
+
+def test_dlq_clear_removes_the_dead_and_dlq_list_counts_their_errors():
+    for n in range(3):
+        enqueue("exit 127", max_retries=1)
+    enqueue("exit 3", max_retries=1)
+    enqueue(id="good")
+    drain()
+    assert ok("dlq", "list").out.splitlines()[0] == "3 x exit 127, 1 x exit 3"
+    assert ok("dlq", "purge", "--dry-run").out == "would delete 4 jobs\n"
+    assert ok("dlq", "clear").out == "deleted 4 jobs\n" and list(jobs()) == ["good"]
+    assert "no job" in refused("dlq", "clear")
+
+
+def test_the_space_of_many_deleted_jobs_is_given_back():
+    line = b'{"command":"true %s"}\n' % (b"x" * 500)
+    ok("enqueue", "-", stdin=line * 10000)
+    full = os.path.getsize("queuectl.db")
+    ok("delete", "--all")
+    assert os.path.getsize("queuectl.db") < full / 2
+
+
+def test_keep_prunes_what_finished_longer_ago_page_by_page(queue, clock):
+    for n in range(3):
+        add(queue, id="done%d" % n)
+        queue.complete(claim(queue), result(None))
+    add(queue, id="waits")
+    clock.now += 100
+    assert queue.prune(100, 1) == 5 and len(jobs()) == 4
+    assert queue.prune(99, 3) == 5 and set(jobs()) == {"done0", "done1", "waits"}
+    assert queue.prune(99, 1) == 5 and set(jobs()) == {"waits"}
+    assert queue.prune(99, 5) == 1  # nothing from there on: the next round
+
+
+def test_a_pool_prunes_by_and_by():
+    ok("config", "set", "keep", "0")
+    assert ok("config", "get", "keep").out == "0\n"
+    enqueue(id="x")
+    pool = start_pool()
+    wait_until(lambda: not jobs())
+    assert pool.poll() is None
+    ok("config", "set", "keep", "forever")
+    assert ok("config", "get", "keep").out == "forever\n"
+
+
+def test_on_dead_gets_the_job_and_its_own_failure_hurts_nothing():
+    ok("config", "set", "on_dead", "cat > dead.json; exit 5")
+    enqueue("exit 3", id="x", max_retries=1)
+    assert drain() == 1
+    told = json.loads(read("dead.json"))
+    assert (told["id"], told["state"], told["error"]) == ("x", "dead", "exit 3")
+    assert "on_dead: exit 5" in read("queuectl.log")
+    enqueue("exit 3", id="y", max_retries=1, cwd=os.getcwd())
+    ok("config", "set", "on_dead", "no-such-command")
+    assert drain() == 1 and state("y") == "dead"
+
+
+def test_on_dead_is_not_waited_for():
+    ok("config", "set", "on_dead", "cat > dead.json; sleep 6.125")
+    enqueue("exit 3", max_retries=1)
+    enqueue(id="next")
+    pool = start_pool(count=1)
+    wait_until(lambda: state("next") == "completed")
+    assert running("sleep 6.125") and pool.poll() is None
+
+
+def test_status_tells_what_waits_longest_and_what_is_due_next(queue, clock):
+    add(queue, id="low", priority=-1)
+    clock.now += 60
+    add(queue, id="high", priority=5)
+    add(queue, id="later", delay=100)
+    assert queue.oldest_ready() == 1e9
+    claim(queue)
+    assert queue.oldest_ready() == 1e9
+    claim(queue)
+    assert queue.oldest_ready() is None and queue.next_due() == clock.now + 100
+    told = ok("status", "--json").json
+    assert told["oldest_waiting"] is None and told["next_due"] == "2001-09-09T01:49:20Z"
+
+
+def test_show_says_in_words_why_a_job_is_not_running(queue, clock):
+    def why(id, pools=("one",)):
+        return queuectl.why_waiting(queue, queue.job(id), pools)
+
+    add(queue, id="a")
+    add(queue, id="b")
+    add(queue, id="c", delay=12)
+    assert why("a") == "next in line" and why("b") == "1 job before it"
+    assert why("b", ()).startswith("no pool is running") and why("c") == "due in 12s"
+    run = claim(queue)
+    assert why("a") is None
+    queue.fail(run, result("exit 1"))
+    assert why("a") == "try 2 in 2.0s" and why("a", ()).endswith("worker start")
+    assert "waiting:     due" in ok("show", "c").out
+
+
+def test_a_detached_pool_goes_on_and_its_start_is_told():
+    assert script("worker", "start", "--detach", "--count", "2").stdout.startswith("pool ")
+    workers = ok("status", "--json").json["workers"]
+    assert len(workers) <= 2
+    enqueue(id="x")
+    assert script("wait", "x", "--timeout", "10").returncode == 0
+    assert ok("worker", "stop", "--no-wait").out.startswith("stopping pool ")
+    ok("worker", "stop")
+    assert ok("status", "--json").json["workers"] == []
+    lost = script("worker", "start", "--detach", "--db", "no/folder/q.db")
+    assert lost.returncode == 1 and lost.stderr.count("\n") == 1
+
+
+def test_as_a_library():
+    with queuectl.Queue("queuectl.db") as queue:
+        name = queue.add("echo from a library", priority=2)
+        with pytest.raises(queuectl.QueueError, match="unknown field"):
+            queue.add("true", colour="red")
+        assert queue.wait([name], timeout=0) is None
+        drain()
+        assert queue.wait([name])["completed"] == 1
+        assert queue.output(queue.job(name)) == b"from a library\n"
 
 
 # ======================================================================================
@@ -1327,11 +1631,16 @@ def sql(query, *values):
 
 
 def ours():
-    """Return the pids of the processes, no zombies, that live in this folder."""
-    pids = []
+    """Return the pids of the processes, no zombies, that live in this folder.
+
+    A worker works elsewhere, between two jobs in /, but has files of the queue open.
+    """
+    here, pids = os.getcwd(), []
     for pid in set(filter(str.isdigit, os.listdir("/proc"))) - {str(os.getpid())}:
         with contextlib.suppress(OSError):
-            pids += [int(pid)] * (os.readlink("/proc/%s/cwd" % pid) == os.getcwd())
+            links = ["/proc/%s/fd/%s" % (pid, fd) for fd in os.listdir("/proc/%s/fd" % pid)]
+            files = [os.readlink(link) for link in ["/proc/%s/cwd" % pid, *links]]
+            pids += [int(pid)] * any((name + "/").startswith(here + "/") for name in files)
     return pids
 
 
