@@ -2381,6 +2381,8 @@ def cmd_logs(args, queue):
     if args.follow:
         return follow(queue, args.id)
     job = queue.job(args.id)
+    if not job["run"]:
+        say("job %s has not run yet" % shown(job["id"]))
     run = run_of(queue, job, args.attempt) if args.attempt else job["run"]
     output = queue.output(job, run)
     if output is None and run == job["run"]:
@@ -2511,7 +2513,8 @@ def cmd_delete(args, queue):
         queue.delete(args.ids)
         lines = ["deleted " + shown(id) for id in args.ids]
         return answer(args, {"deleted": args.ids}, *lines)
-    if args.ids or bool(args.state) == args.all:
+    chosen = args.state or args.all or args.older_than is not None
+    if args.ids or not chosen or (args.state and args.all):
         raise QueueError("delete: name jobs, or give --state S or --all", 2)
     if args.state == "processing":
         raise QueueError("delete: a running job can't be deleted; cancel it first")

@@ -663,7 +663,7 @@ def test_delete_by_state_and_age(queue, clock):
     assert set(jobs()) == {"runs"} and queue.counts()["processing"] == 1
 
 
-@pytest.mark.parametrize("words", [[], ["x", "--all"], ["--all", "--state", "dead"]])
+@pytest.mark.parametrize("words", [[], ["x", "--all"], ["x", "--older-than", "1d"], ["--all", "--state", "dead"]])
 def test_delete_wants_jobs_or_a_state_or_all(words):
     assert "name jobs" in refused("delete", *words, code=2)
 
@@ -1874,6 +1874,15 @@ def test_the_readmes_transcript_is_what_happens():
         line, _, expected = step.partition("\n")
         told = re.sub(r"\d+\.\ds ago|pool \d+", "…", shell(line)).split()
         assert told == re.sub(r"\d+\.\ds ago|pool \d+", "…", expected).split(), line
+
+
+def test_the_readmes_library_example_runs():
+    text = re.search(r"(?s)## As a library\n\n(.*?)\n\n[^ ]", readme())[1]
+    program = "\n".join(line[4:] for line in text.splitlines())
+    pool = start_pool(count=1)
+    told = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE,
+                          env=dict(os.environ, PYTHONPATH=HERE))
+    assert told.stdout == b"completed 0 b'hello\\n'\n" and pool.poll() is None
 
 
 def test_the_readmes_first_job_runs():
