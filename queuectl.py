@@ -44,6 +44,7 @@ The map, each section using only those above it:
     output       values to text
     commands     one function a command
     main         the parser and the exit code
+    dashboard    the same documents by HTTP, and the page
 """
 import contextlib
 import itertools
@@ -896,6 +897,8 @@ RARE = "state <> 'pending' AND state <> 'completed'"  # or jobs_rare would not b
 JOB = """SELECT jobs.*, exit_code, started_at, finished_at
          FROM jobs LEFT JOIN runs USING (seq, run) """
 BRIEF = "SELECT seq, id, state, updated_at FROM jobs "
+BARS = 60  # of the picture of throughput
+BINS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)  # seconds, of run times
 PAGE = 500  # rows a read; a long read would keep the write-ahead log from being reset
 
 
@@ -1353,6 +1356,21 @@ class Queue:
         pages = self._pages(state, min(limit or PAGE, PAGE), **pages)
         return itertools.islice(itertools.chain.from_iterable(pages), limit or None)
 
+    def newest(self, state=None, text="", before="", limit=50):
+        """Return jobs that came before one, newest first, with a text in id or command.
+
+        If that one was deleted meanwhile, the newest of all.
+        """
+        where = (
+            "WHERE seq < COALESCE((SELECT seq FROM jobs WHERE id = ?1), ?2)"
+            " AND (?3 = '' OR instr(id, ?3) OR instr(command, ?3))"
+        )
+        if state:
+            where += " AND state = '%s'" % STATES[STATES.index(state)]
+            where += "" if state in ("pending", "completed") else " AND " + RARE
+        query = JOB + where + " ORDER BY seq DESC LIMIT ?4"
+        return self.db.execute(query, (before, MAX_INTEGER, text, limit)).fetchall()
+
     def _pages(self, state=None, size=PAGE, first=1, last=MAX_INTEGER, what=JOB):
         """Yield jobs a page at a time: a long read would keep the log from its reset."""
         where = "WHERE seq BETWEEN ? AND ?"
@@ -1472,6 +1490,76 @@ class Queue:
             (moment,),
         )
         return any(row["worker"] in workers for row in rows)
+
+    # -- statistics ---------------------------------------------------------------------
+
+    def stats(self, since):
+        """Return the document of `stats` on the runs that finished since a time.
+
+        Counts are of all of them. What needs sorting is taken from the latest fifty
+        thousand: a million would take seconds.
+        """
+        now = self.clock()
+        width = max(now - since, 1.0) / BARS
+        rows = self.db.execute(
+            "SELECT MIN(CAST((finished_at - ?1) / ?2 AS INTEGER), ?3) AS bar,"
+            " COUNT(*) AS runs, SUM(error IS NULL) AS completed,"
+            " SUM(attempt > 1) AS retries, SUM(finished_at >= ?4) AS latest"
+            " FROM runs WHERE finished_at >= ?1 GROUP BY bar",
+            (since, width, BARS - 1, now - 60),
+        ).fetchall()
+        total = {key: sum(row[key] for row in rows)
+                 for key in ("runs", "completed", "retries", "latest")}
+        bars = [{"completed": 0, "failed": 0} for _ in range(BARS)]
+        for row in rows:
+            failed = row["runs"] - row["completed"]
+            bars[row["bar"]] = {"completed": row["completed"], "failed": failed}
+        return {
+            "since": iso(since), "seconds": now - since, "runs": total["runs"],
+            "completed": total["completed"],
+            "failed": total["runs"] - total["completed"], "retries": total["retries"],
+            "success_rate": total["completed"] / total["runs"] if rows else None,
+            "per_second": total["runs"] / max(now - since, 1.0),
+            "per_second_now": total["latest"] / min(60, max(now - since, 1.0)),
+            **self._sample(since), "bar_seconds": width, "throughput": bars,
+        }
+
+    def _sample(self, since):
+        """Return what has to be sorted or grouped, from the latest runs."""
+        self.db.execute("DROP TABLE IF EXISTS temp.recent")
+        self.db.execute(
+            "CREATE TEMP TABLE recent AS SELECT command, runs.error,"
+            " finished_at - started_at AS spent,"
+            " CASE WHEN jobs.run = runs.run THEN MAX(started_at - run_at, 0) END AS waited"
+            " FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?"
+            " ORDER BY seq DESC LIMIT 50000", (since,)
+        )
+        slowest = self.db.execute(
+            "SELECT command, COUNT(*) AS runs, AVG(spent) AS mean, MAX(spent) AS longest"
+            " FROM recent GROUP BY command ORDER BY mean DESC LIMIT 5").fetchall()
+        errors = self.db.execute(
+            "SELECT error, COUNT(*) AS runs FROM recent WHERE error IS NOT NULL"
+            " GROUP BY error ORDER BY runs DESC LIMIT 5").fetchall()
+        bins = "".join(" WHEN spent < %g THEN %d" % pair[::-1] for pair in enumerate(BINS))
+        counts = dict(self.db.execute(
+            "SELECT CASE%s ELSE %d END AS bin, COUNT(*) FROM recent GROUP BY bin"
+            % (bins, len(BINS))).fetchall())
+        return {
+            "run_time": self._spread("spent"), "waiting_time": self._spread("waited"),
+            "run_times": [{"below": below, "runs": counts.get(bin, 0)}
+                          for bin, below in enumerate([*BINS, None])],
+            "slowest_commands": list(map(dict, slowest)),
+            "common_errors": list(map(dict, errors)),
+        }
+
+    def _spread(self, what):
+        """Return median, 95th percentile and maximum of a column of the sample."""
+        known = " FROM recent WHERE %s IS NOT NULL" % what
+        count = self._value("SELECT COUNT(*)" + known)
+        ordered = "SELECT " + what + known + " ORDER BY %s LIMIT 1 OFFSET ?" % what
+        return {name: self._value(ordered, min(int(count * part), count - 1))
+                for name, part in (("median", 0.5), ("p95", 0.95), ("longest", 1))
+                } if count else {"median": None, "p95": None, "longest": None}
 
     # -- settings ----------------------------------------------------------------------
 
@@ -2113,6 +2201,11 @@ def span(seconds):
     return " ".join(parts[:2])
 
 
+def fine(seconds):
+    """Return a duration that may be short: 0.043s, 2.5s, 3m 20s."""
+    return "%.2gs" % seconds if seconds < 10 else span(seconds)
+
+
 def when(moment, now):
     """Return a time as people say it: 2m 5s ago, in 4.0s."""
     return span(now - moment) + " ago" if moment <= now else "in " + span(moment - now)
@@ -2125,7 +2218,8 @@ def tries(job):
 
 def many(count, noun):
     """Return a count with its noun: 1 job, 2 jobs."""
-    return "%d %s%s" % (count, noun, "" if count == 1 else "s")
+    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    return "%d %s" % (count, noun if count == 1 else plural)
 
 
 def setting_text(name, value):
@@ -2142,6 +2236,58 @@ def run_line(run, now):
     spent = span(run["finished_at"] - run["started_at"])
     end = shown(run["error"] or "exit 0")
     return words + "%s, %s after %s" % (when(run["started_at"], now), end, spent)
+
+
+def plot(values):
+    """Return a bar for each value, all to the same scale; one character each."""
+    steps, top = blocks(" ▁▂▃▄▅▆▇█", " .:-=+*#@"), max([*values, 1])
+    return "".join(steps[-(-value * 8 // top)] for value in values)
+
+
+def blocks(these, ascii):
+    """Return characters for a picture that the standard output can show."""
+    try:
+        these.encode(sys.stdout.encoding or "ascii")
+        return these
+    except UnicodeEncodeError:
+        return ascii
+
+
+def stats_lines(stats, width):
+    """Yield the lines of `stats` for people."""
+    period = span(stats["seconds"])
+    yield "%s in %s: %s, %s, %s" % (
+        many(stats["runs"], "run"), period, "%d completed" % stats["completed"],
+        "%d failed" % stats["failed"], many(stats["retries"], "retry"))
+    if not stats["runs"]:
+        return
+    yield "%.1f %% succeed; %.2f/s in the last minute, %.2f/s in %s" % (
+        100 * stats["success_rate"], stats["per_second_now"], stats["per_second"], period)
+    for name, title in (("run_time", "run time"), ("waiting_time", "waiting time")):
+        spread = [fine(value or 0) for value in stats[name].values()]
+        yield "%s: median %s, 95 %% within %s, longest %s" % (title, *spread)
+    bars = [bar["completed"] + bar["failed"] for bar in stats["throughput"]]
+    share = -(-len(bars) // max(1, min(width - 12, len(bars))))  # bars a character
+    sums = [sum(bars[at : at + share]) for at in range(0, len(bars), share)]
+    yield "throughput  " + plot(sums)
+    yield ""
+    yield from histogram(stats["run_times"], width)
+    for row in stats["slowest_commands"]:
+        words = (fine(row["mean"]), many(row["runs"], "run"), shown(row["command"]))
+        yield ("slow: %8s on average of %s: %s" % words)[:width]
+    for row in stats["common_errors"]:
+        yield ("error: %d x %s" % (row["runs"], shown(row["error"])))[:width]
+
+
+def histogram(bins, width):
+    """Yield a line for each bin of run times, from the first to the last in use."""
+    used = [at for at, bin in enumerate(bins) if bin["runs"]]
+    most, bar = max(bin["runs"] for bin in bins), blocks("█", "#")
+    for bin in bins[used[0] : used[-1] + 1]:
+        below = "longer" if bin["below"] is None else "< %gs" % bin["below"]
+        length = -(-bin["runs"] * max(1, width - 24) // most)
+        yield "%-10s  %s %d" % (below, bar * length, bin["runs"])
+    yield ""
 
 
 NO_POOL = "no pool is running; to start one: queuectl.py worker start"
@@ -2374,7 +2520,7 @@ def cmd_show(args, queue):
     given.update({"waiting": waiting} if waiting else {})
     lines = ["%-12s %s" % (name + ":", shown(str(value))) for name, value in given.items()]
     lines += [run_line(run, now) for run in runs]
-    answer(args, dict(fields, runs=list(map(public_run, runs))), *lines)
+    answer(args, job_document(queue, job), *lines)
 
 
 def cmd_logs(args, queue):
@@ -2383,17 +2529,11 @@ def cmd_logs(args, queue):
     job = queue.job(args.id)
     if not job["run"]:
         say("job %s has not run yet" % shown(job["id"]))
-    run = run_of(queue, job, args.attempt) if args.attempt else job["run"]
-    output = queue.output(job, run)
-    if output is None and run == job["run"]:
-        # A run that ended between the two looks has its output in the database now.
-        output = read_tail(run_path(queue, job), MAX_INTEGER) or queue.output(job, run)
-    output = output or b""
+    run = run_of(queue, job, args.attempt) if args.attempt else None
     if args.json:
-        text = output.decode("utf-8", "backslashreplace")
-        print(json.dumps({"id": job["id"], "run": run, "output": text}))
+        print(json.dumps(output_document(queue, job, run)))
     else:
-        write_bytes(output)
+        write_bytes(output_of(queue, job, run))
 
 
 def run_of(queue, job, attempt):
@@ -2469,24 +2609,61 @@ def cmd_status(args, queue):
 
 
 def print_status(args, queue):
-    now, counts, workers = queue.clock(), queue.counts(), worker_list(queue)
-    oldest, due = queue.oldest_ready(), queue.next_due() or None
-    lines = ["%s: %d" % (state.capitalize(), count) for state, count in counts.items()]
-    lines.append("Active Workers: %d" % len(workers))
+    now, document = queue.clock(), status_document(queue)
+    answer(args, document, *status_lines(queue, now))
+
+
+def status_lines(queue, now):
+    """Yield the lines of `status` for people."""
+    counts, workers = queue.counts(), worker_list(queue)
+    oldest, due = queue.oldest_ready(), queue.next_due()
+    for state, count in counts.items():
+        yield "%s: %d" % (state.capitalize(), count)
+    yield "Active Workers: %d" % len(workers)
     for worker in workers:
         doing = "idle"
         if worker["job"]:
             doing = "%s for %s" % (shown(worker["job"]), span(now - worker["since"]))
-        lines.append("  worker %(pid)d of pool %(pool)d: " % worker + doing)
+        yield "  worker %(pid)d of pool %(pool)d: " % worker + doing
     if oldest is not None:
-        lines.append("Oldest Waiting: %s" % span(now - oldest))
-    if due is not None:
-        lines.append("Next Due: %s" % when(due, now))
+        yield "Oldest Waiting: " + span(now - oldest)
+    if due:
+        yield "Next Due: " + when(due, now)
     if counts["pending"] + counts["failed"] and not workers:
-        lines.append(NO_POOL[0].upper() + NO_POOL[1:])
-    workers = [dict(worker, since=iso(worker["since"])) for worker in workers]
-    times = {"oldest_waiting": iso(oldest), "next_due": iso(due)}
-    answer(args, {"jobs": counts, "workers": workers, **times}, *lines)
+        yield NO_POOL[0].upper() + NO_POOL[1:]
+
+
+def status_document(queue):
+    """Return what `status --json` prints."""
+    workers = [dict(row, since=iso(row["since"])) for row in worker_list(queue)]
+    times = {"oldest_waiting": queue.oldest_ready(), "next_due": queue.next_due() or None}
+    times = {name: iso(value) for name, value in times.items()}
+    return {"jobs": queue.counts(), "workers": workers, **times}
+
+
+def job_document(queue, job):
+    """Return what `show --json` prints."""
+    return dict(public(job), runs=list(map(public_run, queue.runs(job))))
+
+
+def output_document(queue, job, run=None):
+    """Return what `logs --json` prints."""
+    text = output_of(queue, job, run).decode("utf-8", "backslashreplace")
+    return {"id": job["id"], "run": run or job["run"], "output": text}
+
+
+def output_of(queue, job, run=None):
+    """Return the output of a run, the latest one, so far."""
+    output = queue.output(job, run)
+    if output is None and job["run"] in (run, run or job["run"]):
+        # A run that ended between the two looks has its output in the database now.
+        output = read_tail(run_path(queue, job), 2**26) or queue.output(job, run)
+    return output or b""
+
+
+def cmd_stats(args, queue):
+    stats = queue.stats(queue.clock() - args.since)
+    answer(args, stats, *stats_lines(stats, terminal_width(sys.stdout) or 80))
 
 
 def worker_list(queue):
@@ -2579,6 +2756,10 @@ def cmd_config_unset(args, queue):
 def answer_setting(args, value):
     words = "%s = %s" % (args.key, setting_text(args.key, value))
     answer(args, {args.key: value}, words)
+
+
+def cmd_dashboard(args):
+    serve(args.db, args.host, args.port)
 
 
 def cmd_worker_start(args):
@@ -2713,6 +2894,17 @@ COMMANDS = {
         cmd_status, "count the jobs, list the workers", "status --watch", [
             arg("--watch", type=span_of("--watch", 0.1), nargs="?", const=1.0,
                 metavar="SECONDS", help="show it again and again")]),
+    "stats": (
+        cmd_stats, "show throughput, run times, waiting times and errors",
+        "stats --since 1d", [
+            arg("--since", type=span_of("--since", 1), default=3600.0, metavar="T",
+                help="over this time (1h)")]),
+    "dashboard": (
+        cmd_dashboard, "show a live page of the queue in the browser",
+        "dashboard --port 8321", [
+            arg("--host", default="127.0.0.1", help="where to listen (127.0.0.1)"),
+            arg("--port", type=count_of("--port", 0, 65535), default=8321, metavar="N",
+                help="0 takes a free one (8321)")]),
     "cancel": (
         cmd_cancel, "end jobs that wait or run; they become dead",
         "cancel job1", [IDS]),
@@ -2753,8 +2945,9 @@ COMMANDS = {
                 help="end running jobs; they go back to pending"),
             arg("--no-wait", action="store_true", help="do not wait until they are gone")]),
 }
-ALIASES = {"config list": "config show", "dlq purge": "dlq clear"}
-WITHOUT_QUEUE = ("worker start", "worker stop")  # SQLite must not cross a fork
+ALIASES = {"config list": "config show", "dlq purge": "dlq clear", "metrics": "stats"}
+# SQLite must cross neither a fork nor threads, and `worker stop` makes no queue.
+WITHOUT_QUEUE = ("worker start", "worker stop", "dashboard")
 
 
 def command_named(words):
@@ -2861,6 +3054,365 @@ def main(argv=None):
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+# ======================================================================================
+# Dashboard: the documents of the commands by HTTP, and the page
+# ======================================================================================
+
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+CACHED = 1.0  # seconds that a document is given to others who ask for the same
+
+
+class Refusal(Exception):
+    """What is wrong with a request: an HTTP status and words."""
+
+
+class Site:
+    """What the dashboard answers, apart from HTTP: documents by path, and actions."""
+
+    def __init__(self, path, host):
+        import secrets
+        import threading
+
+        self.path, self.host = path, host
+        self.token = secrets.token_hex(16)
+        self.lock, self.cache = threading.Lock(), {}
+
+    def page(self):
+        return PAGE_HTML.replace("TOKEN", self.token).encode()
+
+    def document(self, path, query):
+        """Return a document as bytes; those that many ask for are made once a second."""
+        key = (path, tuple(sorted(query.items())))
+        with self.lock:
+            made, body = self.cache.get(key, (0, b""))
+            if time.monotonic() - made > CACHED:
+                with Queue(self.path, patience=IDLE_WAIT) as queue:
+                    made, body = time.monotonic(), self.make(queue, path, query)
+                fresh = {k: v for k, v in self.cache.items() if made - v[0] < CACHED}
+                self.cache = {**fresh, key: (made, body)}
+            return body
+
+    def make(self, queue, path, query):
+        if path == "/metrics":
+            return "".join(line + "\n" for line in metrics(queue)).encode()
+        return json.dumps(self.find(queue, path, query)).encode()
+
+    def find(self, queue, path, query):
+        if path == "/api/status":
+            return status_document(queue)
+        if path == "/api/stats":
+            since = checked("since", duration(1, "a duration"), query.get("since", "1h"))
+            return queue.stats(queue.clock() - since)
+        if path == "/api/jobs":
+            return self.jobs(queue, query)
+        name, _, what = job_path(path)
+        if what not in ("", "output"):
+            raise Refusal(404, "no such page")
+        job = queue.job(name)
+        if what:
+            return output_document(queue, job, whole_number(query.get("run")))
+        return job_document(queue, job)
+
+    def jobs(self, queue, query):
+        """Return a page of jobs, newest first; `before` is the id to go on from."""
+        state = state_name(query["state"]) if query.get("state") else None
+        limit = min(whole_number(query.get("limit")) or 50, PAGE)
+        text, before = query.get("q", ""), query.get("before", "")
+        if not storable(text + before):
+            raise Refusal(400, "not text")
+        return list(map(public, queue.newest(state, text, before, limit)))
+
+    def act(self, path):
+        """Carry out what a POST asks for; the same verbs as those of the commands."""
+        with Queue(self.path, patience=IDLE_WAIT) as queue:
+            if path == "/api/dlq/retry":
+                return {"retried": queue.retry()}
+            name, _, what = job_path(path)
+            verbs = {"retry": queue.retry, "cancel": queue.cancel, "delete": queue.delete}
+            if what not in verbs:
+                raise Refusal(404, "no such action")
+            verbs[what]([name])
+            return {what: name}
+
+
+def job_path(path):
+    """Split /api/jobs/ID/WHAT; an id may hold anything, quoted."""
+    from urllib.parse import unquote
+
+    if not path.startswith("/api/jobs/"):
+        raise Refusal(404, "no such page")
+    name, slash, what = path[len("/api/jobs/") :].partition("/")
+    return unquote(name, errors="replace"), slash, what
+
+
+def whole_number(text):
+    if text is None or text == "":
+        return None
+    if not (text.isdecimal() and text.isascii() and int(text) <= MAX_INTEGER):
+        raise Refusal(400, "not a number")
+    return int(text)
+
+
+def metrics(queue):
+    """Yield the lines of /metrics, in the text format of Prometheus."""
+    status, stats = status_document(queue), queue.stats(0)
+    yield "# TYPE queuectl_jobs gauge"
+    for state, count in status["jobs"].items():
+        yield 'queuectl_jobs{state="%s"} %d' % (state, count)
+    yield "# TYPE queuectl_workers gauge"
+    busy = sum(worker["job"] is not None for worker in status["workers"])
+    yield 'queuectl_workers{state="busy"} %d' % busy
+    yield 'queuectl_workers{state="idle"} %d' % (len(status["workers"]) - busy)
+    yield "# TYPE queuectl_runs gauge"
+    for outcome in ("completed", "failed"):
+        yield 'queuectl_runs{outcome="%s"} %d' % (outcome, stats[outcome])
+    yield "# TYPE queuectl_run_seconds summary"
+    for quantile, name in (("0.5", "median"), ("0.95", "p95"), ("1", "longest")):
+        value = stats["run_time"][name]
+        yield 'queuectl_run_seconds{quantile="%s"} %s' % (
+            quantile, "NaN" if value is None else "%.6f" % value)
+    yield "queuectl_run_seconds_count %d" % stats["runs"]
+
+
+def serve(path, host, port):
+    """Serve the dashboard until Ctrl-C."""
+    from http.server import ThreadingHTTPServer
+    import socket
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        def handle_error(self, request, client):
+            """Say nothing: a client went away."""
+
+    with Queue(path):  # whether it is a queue
+        site = Site(path, host)
+    with Server((host, port), handler(site)) as server:
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            say("warning: whoever reaches %s can read this queue and change it" % host)
+        where = "[%s]" % host if ":" in host else host
+        print("http://%s:%d/ (to stop: Ctrl-C)" % (where, server.server_port), flush=True)
+        server.serve_forever()
+
+
+def handler(site):
+    """Return the class that handles the requests to a site."""
+    from http.server import BaseHTTPRequestHandler
+    from urllib.parse import parse_qsl, urlsplit
+    import hmac
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        timeout = 30  # a slow or vanished client keeps no thread for ever
+        server_version, sys_version = "queuectl", ""
+
+        def do_GET(self):
+            self.reply(self.read)
+
+        def do_POST(self):
+            self.reply(self.change)
+
+        def read(self, url):
+            if url.path == "/":
+                return "text/html", site.page()
+            pairs = parse_qsl(url.query, max_num_fields=10)
+            kind = "text/plain" if url.path == "/metrics" else "application/json"
+            return kind, site.document(url.path, dict(pairs))
+
+        def change(self, url):
+            if self.headers.get("Content-Length", "0") != "0":
+                self.close_connection = True  # it was not read
+                raise Refusal(413, "an action has no body")
+            own = "http://" + self.headers["Host"]
+            token = self.headers.get("X-Token", "").encode()
+            if self.headers.get("Origin") != own:
+                raise Refusal(403, "not from this page")
+            if not hmac.compare_digest(token, site.token.encode()):
+                raise Refusal(403, "this page is from an earlier dashboard: load it anew")
+            return "application/json", json.dumps(site.act(url.path)).encode()
+
+        def reply(self, make):
+            """Answer with what MAKE returns, or with why not."""
+            status = 200
+            try:
+                self.check_host()
+                kind, body = make(urlsplit(self.path))
+            except Refusal as refusal:
+                status, words = refusal.args
+            except (ValueError, QueueError) as error:
+                status, words = (404 if "no job" in str(error) else 400), str(error)
+            except (sqlite3.Error, OSError) as error:
+                status, words = 503, str(error)
+            if status != 200:
+                kind, body = "application/json", json.dumps({"error": words}).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", kind + "; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Security-Policy", POLICY % (site.token, site.token))
+            for header in HEADERS.items():
+                self.send_header(*header)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def check_host(self):
+            """Refuse another site's name that leads here: DNS rebinding."""
+            import ipaddress
+
+            name = urlsplit("//" + self.headers.get("Host", "")).hostname or ""
+            if name not in ("localhost", site.host):
+                try:
+                    ipaddress.ip_address(name)
+                except ValueError:
+                    raise Refusal(403, "not a name of this dashboard") from None
+
+        def log_message(self, *_):
+            """Keep quiet: the terminal is the user's."""
+
+    return Handler
+
+
+POLICY = (
+    "default-src 'none'; style-src 'nonce-%s'; script-src 'nonce-%s'; connect-src 'self';"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+PAGE_HTML = r"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>queuectl</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style nonce="TOKEN">
+:root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --text: #1c2430; --dim: #5c6675;
+  --line: #dde2e9; --blue: #1f6feb; --green: #1a7f45; --red: #c62f3b; --amber: #9a6700; }
+@media (prefers-color-scheme: dark) { :root { --bg: #11151b; --card: #1a2029; --text: #e3e8ef;
+  --dim: #97a3b4; --line: #2c3542; --blue: #6cabff; --green: #57c785; --red: #ff7b81; --amber: #e3b341; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--bg); color: var(--text);
+  font: 15px/1.45 system-ui, sans-serif; }
+h1 { font-size: 1.2rem; margin: 0; } h2 { font-size: .95rem; margin: 0 0 .6rem; }
+header { display: flex; gap: 1rem; align-items: baseline; margin-bottom: .8rem; }
+.dim { color: var(--dim); font-weight: 400; } [hidden] { display: none !important; }
+#lost { background: var(--red); color: var(--card); padding: .5rem .8rem; border-radius: .5rem; margin-bottom: .8rem; }
+.tiles { display: grid; grid-template-columns: repeat(5, 1fr); gap: .6rem; }
+.card, .tiles button { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem; }
+.card { margin-top: .6rem; } .two .card { margin: 0; }
+.tiles button { text-align: left; font: inherit; color: inherit; cursor: pointer; border-top: 3px solid var(--c); min-width: 0; }
+.tiles button[aria-pressed=true] { outline: 2px solid var(--blue); }
+.tiles b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
+.two { display: grid; grid-template-columns: 3fr 2fr; gap: .6rem; margin-top: .6rem; }
+svg { width: 100%; height: 7rem; display: block; } .ok { fill: var(--green); } .bad { fill: var(--red); } .bar { fill: var(--blue); }
+ul { margin: 0; padding: 0; list-style: none; }
+li { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.bars { display: flex; gap: .6rem; flex-wrap: wrap; align-items: center; margin-bottom: .6rem; }
+button, input, select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
+  border-radius: .4rem; padding: .3rem .7rem; }
+button { cursor: pointer; } button:disabled { opacity: .45; cursor: default; } input { flex: 1; min-width: 9rem; }
+:focus-visible { outline: 2px solid var(--blue); outline-offset: 1px; }
+table { width: 100%; border-collapse: collapse; table-layout: fixed; } th { text-align: left; font-weight: 600; color: var(--dim); }
+td, th { padding: .35rem .5rem; border-bottom: 1px solid var(--line); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+th:nth-child(1) { width: 24%; } th:nth-child(2), th.wide:nth-child(4) { width: 7.2rem; } th:nth-child(3) { width: 4.2rem; }
+#runs td:first-child { width: 50%; }
+#rows tr { cursor: pointer; } #rows tr[aria-selected=true] { background: color-mix(in srgb, var(--blue) 14%, transparent); }
+.st { color: var(--c); font-weight: 600; } .mono, pre { font-family: ui-monospace, monospace; font-size: .85rem; }
+pre { margin: 0; max-height: 24rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; background: var(--bg);
+  padding: .6rem; border-radius: .4rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .8rem; margin: 0 0 .6rem; } dt { color: var(--dim); }
+dd { margin: 0; overflow-wrap: anywhere; }
+.pending { --c: var(--dim); } .processing { --c: var(--blue); } .completed { --c: var(--green); } .failed { --c: var(--amber); } .dead { --c: var(--red); }
+@media (max-width: 44rem) { .two { grid-template-columns: 1fr; } .tiles { grid-template-columns: repeat(3, 1fr); gap: .4rem; }
+  .wide { display: none; } th:nth-child(1) { width: 38%; } body { padding: .6rem; } .card { padding: .6rem; } }
+</style></head><body>
+<header><h1>queuectl</h1><span class="dim" id="rate"></span></header>
+<div id="lost" role="alert" hidden></div>
+<div class="tiles" id="tiles"></div>
+<div class="two"><section class="card"><h2>Throughput, last hour <span class="dim" id="peak"></span></h2><svg id="throughput" role="img" preserveAspectRatio="none"></svg></section>
+<section class="card"><h2>Run times <span class="dim" id="median"></span></h2><svg id="times" role="img" preserveAspectRatio="none"></svg><div class="dim" id="range"></div></section></div>
+<section class="card"><h2 id="crew">Workers</h2><ul id="workers"></ul></section>
+<section class="card" id="detail" aria-label="job" hidden><div class="bars"><h2 id="name" class="mono"></h2><span id="acts"></span>
+<button id="close">Close</button></div><dl id="facts"></dl><table><tbody id="runs"></tbody></table><pre id="output" tabindex="0"></pre></section>
+<section class="card" id="list"><div class="bars"><h2>Jobs</h2><input id="q" type="search" placeholder="id or command" aria-label="search">
+<button id="retryall">Retry all dead</button></div>
+<table><thead><tr><th>Id<th>State<th class="wide">Tries<th class="wide">Changed<th>Command</tr></thead><tbody id="rows"></tbody></table>
+<p class="dim" id="none" hidden>No job here.</p><div class="bars"><button id="newer">Newer</button><button id="older">Older</button></div></section>
+<script nonce="TOKEN">
+"use strict";
+const $ = id => document.getElementById(id), states = ["pending", "processing", "completed", "failed", "dead"];
+const text = (node, value) => { if (node.textContent !== String(value)) node.textContent = value; };
+const make = (tag, value, kind) => { const node = document.createElement(tag); if (value !== undefined) node.textContent = value;
+  if (kind) node.className = kind; return node; };
+const path = id => "/api/jobs/" + encodeURIComponent(id);
+let filter = "", trail = [], before = "", open = null, last = "";
+const ago = time => { if (!time) return ""; let s = Math.round((Date.now() - Date.parse(time)) / 1000), sign = s < 0;
+  s = Math.abs(s); const t = s < 60 ? s + " s" : s < 3600 ? Math.floor(s / 60) + " min" : s < 86400 ? Math.floor(s / 3600) + " h" : Math.floor(s / 86400) + " d";
+  return sign ? "in " + t : t + " ago"; };
+const span = s => s === null || s === undefined ? "–" : s < 10 ? Number(s.toPrecision(2)) + " s" : s < 120 ? Math.round(s) + " s" : Math.round(s / 60) + " min";
+async function get(url) { const answer = await fetch(url), body = await answer.json();
+  if (!answer.ok) throw new Error(body.error || answer.status); return body; }
+async function post(url, question) { if (question && !confirm(question)) return false;
+  const answer = await fetch(url, {method: "POST", headers: {"X-Token": "TOKEN"}}), body = await answer.json();
+  if (!answer.ok) alert(body.error); setTimeout(refresh, 50); return answer.ok; }
+/* Nodes are kept and only their text changes: nothing flickers, scrolls or loses its selection. */
+function fit(parent, count, build) { while (parent.children.length < count) parent.append(build());
+  while (parent.children.length > count) parent.lastChild.remove(); return [...parent.children]; }
+function bars(svg, columns, label) { const top = Math.max(1, ...columns.map(c => c.reduce((a, b) => a + b[1], 0))), all = [];
+  svg.setAttribute("viewBox", "0 0 " + columns.length + " 100"); svg.setAttribute("aria-label", label);
+  columns.forEach((column, x) => { let y = 100; for (const [kind, n] of column) { const h = 98 * n / top; y -= h; all.push([kind, x, y, h]); } });
+  fit(svg, all.length, () => document.createElementNS("http://www.w3.org/2000/svg", "rect")).forEach((rect, i) => {
+    const [kind, x, y, h] = all[i]; for (const [k, v] of [["class", kind], ["x", x + .08], ["y", y], ["width", .84], ["height", h]]) rect.setAttribute(k, v); }); return top; }
+function showStatus(s) { fit($("tiles"), 5, () => { const b = make("button"); b.append(make("b"), make("span")); return b; }).forEach((tile, i) => {
+    const state = states[i]; tile.className = state; text(tile.children[0], s.jobs[state].toLocaleString()); text(tile.children[1], state);
+    tile.setAttribute("aria-pressed", filter === state); tile.onclick = () => { filter = filter === state ? "" : state; home(); }; });
+  text($("crew"), s.workers.length ? "Workers: " + s.workers.length : "No pool is running; to start one: queuectl.py worker start");
+  fit($("workers"), s.workers.length, () => make("li")).forEach((li, i) => { const w = s.workers[i];
+    text(li, "worker " + w.pid + (w.job === null ? ": idle" : ": " + w.job + ", since " + ago(w.since))); });
+  const due = s.next_due ? "next due " + ago(s.next_due) : "", old = s.oldest_waiting ? "oldest waits since " + ago(s.oldest_waiting) : "";
+  text($("rate"), [old, due].filter(Boolean).join(", ")); $("retryall").disabled = !s.jobs.dead; }
+function showStats(s) { const top = bars($("throughput"), s.throughput.map(b => [["ok", b.completed], ["bad", b.failed]]),
+    s.completed + " completed and " + s.failed + " failed runs in the last hour");
+  text($("peak"), s.runs ? s.completed + " completed, " + s.failed + " failed; now " + s.per_second_now.toFixed(1) + "/s; highest bar " + top + " a minute" : "nothing ran");
+  bars($("times"), s.run_times.map(b => [["bar", b.runs]]), "histogram of run times");
+  text($("median"), s.runs ? "median " + span(s.run_time.median) + ", 95 % within " + span(s.run_time.p95) : "");
+  text($("range"), "under 10 ms … over 1000 s, longest " + span(s.run_time.longest)); }
+function showJobs(jobs) { fit($("rows"), jobs.length, () => { const tr = make("tr"); tr.tabIndex = 0;
+    for (const kind of ["mono", "st", "wide", "wide", "mono"]) tr.append(make("td", "", kind)); return tr; }).forEach((tr, i) => { const job = jobs[i], td = tr.children;
+    tr.className = job.state; tr.setAttribute("aria-selected", open === job.id); tr.title = job.error || "";
+    [job.id, job.state, job.attempts + "/" + Math.max(1, job.max_retries), ago(job.updated_at), job.command].forEach((value, k) => text(td[k], value));
+    tr.onclick = () => select(job.id); tr.onkeydown = e => { if (e.key === "Enter") select(job.id); }; });
+  $("none").hidden = jobs.length > 0; $("older").disabled = jobs.length < 50; $("newer").disabled = !trail.length; last = jobs.length ? jobs[jobs.length - 1].id : ""; }
+function showJob(job, output) { text($("name"), job.id); $("detail").hidden = false;
+  const dead = job.state === "dead", runs = job.state === "processing", waits = job.state === "pending" || job.state === "failed";
+  const acts = [["Retry", dead, () => post(path(job.id) + "/retry")], ["Cancel", runs || waits, () => post(path(job.id) + "/cancel", "Cancel " + job.id + "?")],
+    ["Delete", !runs, () => post(path(job.id) + "/delete", "Delete " + job.id + " and its runs?").then(done => done && shut())]];
+  fit($("acts"), 3, () => make("button")).forEach((b, i) => { text(b, acts[i][0]); b.disabled = !acts[i][1]; b.onclick = acts[i][2]; });
+  const facts = Object.entries(job).filter(([k, v]) => !["id", "runs"].includes(k) && v !== null && v !== "" && !(k === "env" && !Object.keys(v).length));
+  fit($("facts"), 2 * facts.length, () => make($("facts").children.length % 2 ? "dd" : "dt")).forEach((node, i) => { const [k, v] = facts[i >> 1];
+    text(node, i % 2 ? (k === "env" ? Object.entries(v).map(p => p.join("=")).join(" ") : v) : k.replace("_", " ")); });
+  fit($("runs"), job.runs.length, () => { const tr = make("tr"); for (let i = 0; i < 3; i++) tr.append(make("td")); return tr; }).forEach((tr, i) => { const r = job.runs[i];
+    [["run " + r.run + ", attempt " + r.attempt], [ago(r.started_at)], [r.finished_at ? r.error || "exit 0" : "running"]].forEach((v, k) => text(tr.children[k], v)); });
+  const box = $("output"), end = box.scrollTop + box.clientHeight >= box.scrollHeight - 5; text(box, output.output || "no output"); if (end) box.scrollTop = box.scrollHeight; }
+function home() { trail = []; before = ""; refresh(); }
+function select(id) { open = id; refresh().then(() => $("detail").scrollIntoView({block: "nearest"})); }
+function shut() { open = null; $("detail").hidden = true; refresh(); }
+let turn = 0, timer;
+async function refresh() { clearTimeout(timer); const mine = ++turn;
+  try { const query = new URLSearchParams({state: filter, q: $("q").value, before});
+    const [status, jobs, stats] = await Promise.all([get("/api/status"), get("/api/jobs?" + query), mine % 5 === 1 ? get("/api/stats") : null]);
+    if (mine !== turn) return; showStatus(status); showJobs(jobs); if (stats) showStats(stats);
+    if (open !== null) { const id = open; try { const both = await Promise.all([get(path(id)), get(path(id) + "/output")]); if (open === id) showJob(...both); }
+      catch (error) { if (open === id) { text($("output"), error.message); } } }
+    $("lost").hidden = true; document.title = "queuectl: " + status.jobs.processing + " running, " + status.jobs.dead + " dead";
+  } catch (error) { $("lost").hidden = false; text($("lost"), "The queue can't be reached: " + error.message + ". What is shown is old."); }
+  if (mine === turn) timer = setTimeout(refresh, document.hidden ? 15000 : 2000); }
+$("q").oninput = home; $("close").onclick = shut; $("retryall").onclick = () => post("/api/dlq/retry", "Retry all dead jobs?");
+$("older").onclick = () => { trail.push(before); before = last; refresh(); }; $("newer").onclick = () => { before = trail.pop(); refresh(); };
+document.onkeydown = e => { if (e.key === "Escape" && open !== null) shut(); }; document.onvisibilitychange = refresh; refresh();
+</script></body></html>
+"""
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ killed. Nothing sleeps to wait for something: `wait_until` does, with a deadline
 import ast
 import contextlib
 import fcntl
+import http.client
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import sqlite3
 import struct
 import subprocess
@@ -23,6 +25,7 @@ import tempfile
 import termios
 import time
 import types
+import urllib.parse
 from collections import Counter
 
 import pytest
@@ -316,7 +319,7 @@ def test_eaten_quotes_are_explained():
 
 
 def test_unknown_names_get_the_nearest_one():
-    assert "did you mean status" in refused("statsu", code=2)
+    assert "did you mean status" in refused("statuz", code=2)
     assert "did you mean dlq retry" in refused("dlq", "retri", "x", code=2)
     assert "did you mean backoff_base" in refused("config", "get", "backof_base", code=2)
 
@@ -784,6 +787,215 @@ def test_as_a_library():
         drain()
         assert queue.wait([name])["completed"] == 1
         assert queue.output(queue.job(name)) == b"from a library\n"
+
+
+# ======================================================================================
+# Statistics and the dashboard
+# ======================================================================================
+
+
+def test_stats_tell_rates_times_and_errors(queue, clock):
+    begun = clock.now
+    for n in range(20):
+        add(queue, id="j%d" % n, command="slow" if n == 7 else "true", max_retries=1)
+        run = claim(queue)
+        clock.now += 1 + 9 * (n == 7)
+        error = "exit 3" if n % 10 == 0 else None
+        verb = queue.fail if error else queue.complete
+        verb(run, result(error, finished_at=clock.now))
+    stats = queue.stats(begun)
+    assert (stats["runs"], stats["completed"], stats["failed"]) == (20, 18, 2)
+    assert stats["success_rate"] == 0.9 and stats["retries"] == 0
+    assert stats["run_time"] == {"median": 1, "p95": 10, "longest": 10}
+    assert stats["slowest_commands"][0] == {
+        "command": "slow", "runs": 1, "mean": 10, "longest": 10}
+    assert stats["common_errors"] == [{"error": "exit 3", "runs": 2}]
+    assert {bin["below"]: bin["runs"] for bin in stats["run_times"] if bin["runs"]} == {
+        3: 19, 30: 1}
+    assert sum(bar["completed"] for bar in stats["throughput"]) == 18
+    assert len(stats["throughput"]) == queuectl.BARS
+    assert queue.stats(clock.now - 3)["runs"] == 4
+
+
+def test_stats_of_nothing():
+    told = ok("stats", "--json").json
+    assert told["runs"] == 0 and told["success_rate"] is None
+    assert ok("metrics", "--since", "1d").out == "0 runs in 1d 0h: 0 completed, 0 failed, 0 retries\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_stats_draw_what_the_output_can_show(encoding):
+    enqueue(id="x")
+    drain()
+    told = script("stats", env=dict(os.environ, PYTHONIOENCODING=encoding)).stdout
+    assert ("█" in told) == (encoding == "utf-8") and ("#" in told) == (encoding == "ascii")
+
+
+class Dashboard:
+    """A dashboard in a process of its own, and a browser that is none."""
+
+    def __init__(self, *options):
+        self.process = subprocess.Popen(
+            [sys.executable, SCRIPT, "dashboard", "--port", "0", *options],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+        POOLS.append(self.process)
+        self.port = int(re.search(r":(\d+)/", self.process.stdout.readline())[1])
+        self.own = "127.0.0.1:%d" % self.port
+
+    def ask(self, path, method="GET", body=None, **headers):
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        site = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        with contextlib.closing(site):
+            site.request(method, path, body, {"Host": self.own, **headers})
+            answer = site.getresponse()
+            return types.SimpleNamespace(
+                status=answer.status, headers=answer.headers, text=answer.read().decode())
+
+    def json(self, path):
+        answer = self.ask(path)
+        assert answer.status == 200, answer.text
+        return json.loads(answer.text)
+
+    def token(self):
+        return re.search(r'nonce="(\w+)"', self.ask("/").text)[1]
+
+    def post(self, path, **headers):
+        own = {"Origin": "http://" + self.own, "X-Token": self.token()}
+        return self.ask(path, "POST", **{**own, **headers})
+
+
+@pytest.fixture
+def dashboard():
+    dashboard = Dashboard()
+    yield dashboard
+    dashboard.process.kill()
+    dashboard.process.wait(10)
+    dashboard.process.stdout.close()
+    dashboard.process.stderr.close()
+
+
+NASTY = "<script>alert(1)</script>/../ \"'&é"
+
+
+def test_the_api_gives_the_documents_of_the_commands(dashboard):
+    enqueue("printf '<b>\\377\\033[1m'; exit 3", id=NASTY, max_retries=1)
+    enqueue(id="later", delay=3600)
+    drain()
+    name = "/api/jobs/" + urllib.parse.quote(NASTY, safe="")
+    assert dashboard.json("/api/status") == ok("status", "--json").json
+    assert dashboard.json("/api/jobs") == ok("list", "--json").json[::-1]
+    assert dashboard.json(name) == ok("show", NASTY, "--json").json
+    assert dashboard.json(name + "/output") == ok("logs", NASTY, "--json").json
+    assert dashboard.json("/api/stats").keys() == ok("stats", "--json").json.keys()
+    assert [job["id"] for job in dashboard.json("/api/jobs?state=dead")] == [NASTY]
+    assert [job["id"] for job in dashboard.json("/api/jobs?q=late")] == ["later"]
+    assert [job["id"] for job in dashboard.json("/api/jobs?before=later")] == [NASTY]
+    assert len(dashboard.json("/api/jobs?limit=1")) == 1
+
+
+def test_what_a_job_says_is_never_markup(dashboard):
+    enqueue("echo '" + "<img src=x onerror=alert(1)>" + "'", id=NASTY)
+    drain()
+    page = dashboard.ask("/")
+    assert NASTY not in page.text and "innerHTML" not in page.text
+    policy = page.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    for path in ("/", "/api/jobs", "/metrics", "/no"):
+        headers = dashboard.ask(path).headers
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["X-Frame-Options"] == "DENY" and (
+            path == "/" or "html" not in headers["Content-Type"])
+
+
+def test_the_page_needs_nothing_from_elsewhere():
+    links = re.findall(r"(?:https?:)?//[\w.]+", queuectl.PAGE_HTML)
+    assert set(links) == {"http://www.w3.org"}  # the name of SVG, which nobody fetches
+
+
+@pytest.mark.parametrize("host, status", [
+    ("evil.example", 403), ("evil.example:8321", 403), ("localhost.evil.example", 403),
+    ("localhost:1", 200), ("127.0.0.1", 200), ("[::1]:8321", 200), ("", 403), ("[", 400),
+])
+def test_other_sites_names_are_refused(dashboard, host, status):
+    assert dashboard.ask("/api/status", Host=host).status == status
+
+
+@pytest.mark.parametrize("headers", [
+    {"X_Token": "wrong"}, {"X_Token": ""}, {"Origin": "http://evil.example"},
+    {"Origin": "null"}, {"Host": "evil.example", "Origin": "http://evil.example"},
+])
+def test_writes_need_the_pages_token_and_origin(dashboard, headers):
+    enqueue(id="x", delay=3600)
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    assert dashboard.post("/api/jobs/x/cancel", **headers).status == 403
+    assert dashboard.ask("/api/jobs/x/cancel").status == 404  # no action by GET
+    assert state("x") == "pending"
+
+
+def test_the_page_can_cancel_retry_and_delete(dashboard):
+    enqueue(id="x", delay=3600)
+    assert dashboard.post("/api/jobs/x/cancel").status == 200 and state("x") == "dead"
+    assert dashboard.post("/api/jobs/x/retry").status == 200 and state("x") == "pending"
+    assert dashboard.post("/api/jobs/x/retry").status == 400  # it is not dead
+    dashboard.post("/api/jobs/x/cancel")
+    assert dashboard.post("/api/dlq/retry").status == 200 and state("x") == "pending"
+    assert dashboard.post("/api/jobs/x/delete").status == 200 and jobs() == {}
+    assert dashboard.post("/api/jobs/x/delete").status == 404
+    assert dashboard.post("/api/jobs/x/explode").status == 404
+
+
+@pytest.mark.parametrize("path, status", [
+    ("/no", 404), ("/api", 404), ("/api/jobs/x", 404), ("/api/jobs/%00", 404),
+    ("/api/jobs?before=%00", 400), ("/api/jobs?limit=-1", 400), ("/api/jobs?state=x", 400),
+    ("/api/stats?since=x", 400), ("/api/jobs/x/output?run=1e9", 404),
+    ("/api/jobs?" + "a=1&" * 20, 400), ("/api/jobs?limit=" + "9" * 30, 400),
+    ("/" + "a" * 70000, 414), ("/api/status?%", 200),
+])
+def test_odd_requests_get_an_answer_and_nothing_else(dashboard, path, status):
+    assert dashboard.ask(path).status == status
+    assert dashboard.ask("/api/status").status == 200
+
+
+def test_a_body_and_another_method_are_refused(dashboard):
+    own = {"Origin": "http://" + dashboard.own, "X-Token": dashboard.token()}
+    assert dashboard.ask("/api/dlq/retry", "POST", "x" * 10, **own).status == 413
+    assert dashboard.ask("/api/jobs", "DELETE").status == 501
+
+
+def test_a_slow_client_holds_up_nobody(dashboard):
+    with socket.create_connection(("127.0.0.1", dashboard.port)) as slow:
+        slow.send(b"GET /api/status HTTP/1.1\r\nHost: loc")
+        assert dashboard.ask("/api/status").status == 200
+        enqueue(id="x")
+        assert drain() == 0
+
+
+def test_metrics_are_in_the_format_of_prometheus(dashboard):
+    enqueue()
+    enqueue("exit 1", max_retries=1)
+    drain()
+    told = dashboard.ask("/metrics").text
+    assert 'queuectl_jobs{state="dead"} 1\n' in told
+    assert 'queuectl_runs{outcome="completed"} 1\n' in told
+    for line in told.splitlines():
+        assert re.fullmatch(r"# TYPE \w+ \w+|\w+(\{\w+=\"[\w.]+\"\})? [\d.]+", line), line
+
+
+def test_a_queue_that_is_gone_is_an_error_of_the_server(dashboard):
+    with open("queuectl.db", "wb") as file:
+        file.write(b"no database, but text that is longer than its header" * 99)
+    assert dashboard.ask("/api/status").status in (400, 503)
+    assert dashboard.process.poll() is None
+
+
+def test_another_host_warns():
+    open_to_all = Dashboard("--host", "0.0.0.0")
+    open_to_all.process.kill()
+    assert "warning" in open_to_all.process.stderr.read()
+    open_to_all.process.wait(10)
+    open_to_all.process.stdout.close()
+    open_to_all.process.stderr.close()
+    assert "rror" not in refused("dashboard", "--host", "no.such.host.example")
 
 
 # ======================================================================================
