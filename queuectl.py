@@ -3195,7 +3195,11 @@ def serve(path, host, port):
 
     with Queue(path):  # whether it is a queue
         site = Site(path, host)
-    with Server((host, port), handler(site)) as server:
+    try:
+        server = Server((host, port), handler(site))
+    except OSError as error:
+        raise QueueError("cannot listen on %s, port %d: %s" % (host, port, error.strerror))
+    with server:
         if host not in ("127.0.0.1", "::1", "localhost"):
             say("warning: whoever reaches %s can read this queue and change it" % host)
         where = "[%s]" % host if ":" in host else host
