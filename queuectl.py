@@ -317,7 +317,8 @@ QUOTED = r'''in cmd "{\"id\":\"job1\",\"command\":\"echo hi\"}", in PowerShell '
 def parsed(text):
     """Return what a JSON text says, or raise QueueError with why it is none."""
     try:
-        return json.loads(text if isinstance(text, str) else text.decode().lstrip("\ufeff"))
+        text = text if isinstance(text, str) else text.decode().lstrip("\ufeff")
+        return json.loads(text)
     except RecursionError:
         raise QueueError("not JSON: nested too deeply", 2) from None
     except ValueError as error:
@@ -553,7 +554,7 @@ def fork(function, *args):
 
 
 def keep_descriptors():
-    """Let no job inherit what the pool was started with, as by `flock 9` in a script."""
+    """Let no job inherit what the pool was started with, as by `flock 9` in a job."""
     with contextlib.suppress(FileNotFoundError):
         for fd in map(int, os.listdir("/dev/fd")):
             with contextlib.suppress(OSError):  # the one that listed them
@@ -872,7 +873,7 @@ CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 
 -- Jobs in the order in which they are claimed, those that wait for a time, and the few
 -- that are neither waiting nor completed: a claim costs the same with a million others.
--- No IN here or above: SQLite builds its list anew for each row, half of an insert's time.
+-- No IN here or above: SQLite builds its list anew for each row, half an insert's time.
 CREATE INDEX jobs_ready ON jobs (priority DESC, seq)
     WHERE state = 'pending' AND ready = 1;
 CREATE INDEX jobs_waiting ON jobs (run_at) WHERE ready = 0;
@@ -1048,7 +1049,7 @@ class Queue:
         )
 
     def add(self, command, **fields):
-        """Check and enqueue one job; return its id. The fields are those of its JSON."""
+        """Check and enqueue one job, with the fields of its JSON; return its id."""
         job = checked_job(dict(fields, command=command), self.defaults())
         self.enqueue([job])
         return job["id"]
@@ -1311,7 +1312,8 @@ class Queue:
 
         Return where the next page begins.
         """
-        page, before = next(self._pages(first=first, what=BRIEF), []), self.clock() - keep
+        before = self.clock() - keep
+        page = next(self._pages(first=first, what=BRIEF))
         finished = [job for job in page if job["state"] in ("completed", "dead")]
         self._remove([job for job in finished if job["updated_at"] < before])
         self._give_back()
@@ -1372,7 +1374,7 @@ class Queue:
         return self.db.execute(query, (before, MAX_INTEGER, text, limit)).fetchall()
 
     def _pages(self, state=None, size=PAGE, first=1, last=MAX_INTEGER, what=JOB):
-        """Yield jobs a page at a time: a long read would keep the log from its reset."""
+        """Yield jobs a page at a time; a long read keeps the log from its reset."""
         where = "WHERE seq BETWEEN ? AND ?"
         if state:
             where += " AND state = '%s'" % STATES[STATES.index(state)]
@@ -1410,8 +1412,8 @@ class Queue:
     def common_errors(self):
         """Return the most common errors of dead jobs, each with its count."""
         return self.db.execute(
-            "SELECT error, COUNT(*) AS jobs FROM jobs WHERE state = 'dead' AND " + RARE +
-            " GROUP BY error ORDER BY jobs DESC LIMIT 3"
+            "SELECT error, COUNT(*) AS jobs FROM jobs WHERE state = 'dead'"
+            " AND " + RARE + " GROUP BY error ORDER BY jobs DESC LIMIT 3"
         ).fetchall()
 
     def processing(self):
@@ -1491,7 +1493,7 @@ class Queue:
         )
         return any(row["worker"] in workers for row in rows)
 
-    # -- statistics ---------------------------------------------------------------------
+    # -- statistics --------------------------------------------------------------------
 
     def stats(self, since):
         """Return the document of `stats` on the runs that finished since a time.
@@ -1530,17 +1532,20 @@ class Queue:
         self.db.execute(
             "CREATE TEMP TABLE recent AS SELECT command, runs.error,"
             " finished_at - started_at AS spent,"
-            " CASE WHEN jobs.run = runs.run THEN MAX(started_at - run_at, 0) END AS waited"
+            " CASE WHEN jobs.run = runs.run"
+            "  THEN MAX(started_at - run_at, 0) END AS waited"
             " FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?"
             " ORDER BY seq DESC LIMIT 50000", (since,)
         )
         slowest = self.db.execute(
-            "SELECT command, COUNT(*) AS runs, AVG(spent) AS mean, MAX(spent) AS longest"
-            " FROM recent GROUP BY command ORDER BY mean DESC LIMIT 5").fetchall()
+            "SELECT command, COUNT(*) AS runs, AVG(spent) AS mean,"
+            " MAX(spent) AS longest FROM recent"
+            " GROUP BY command ORDER BY mean DESC LIMIT 5").fetchall()
         errors = self.db.execute(
             "SELECT error, COUNT(*) AS runs FROM recent WHERE error IS NOT NULL"
             " GROUP BY error ORDER BY runs DESC LIMIT 5").fetchall()
-        bins = "".join(" WHEN spent < %g THEN %d" % pair[::-1] for pair in enumerate(BINS))
+        bins = "".join(
+            " WHEN spent < %g THEN %d" % (below, bin) for bin, below in enumerate(BINS))
         counts = dict(self.db.execute(
             "SELECT CASE%s ELSE %d END AS bin, COUNT(*) FROM recent GROUP BY bin"
             % (bins, len(BINS))).fetchall())
@@ -1674,7 +1679,7 @@ def watch(process, wake, timeout, asked, tick):
 
 
 class Hooks:
-    """The `on_dead` commands of a process; their failure is logged and hurts nothing."""
+    """The `on_dead` commands of a process; that one fails is logged, no more."""
 
     def __init__(self, log):
         self.log, self.running = log, []
@@ -1690,10 +1695,11 @@ class Hooks:
             line, job = queue.settings()["on_dead"], queue.job(id)
             if not line:
                 return
-            with tempfile.TemporaryFile() as text, opened(os.devnull, os.O_WRONLY) as out:
+            with tempfile.TemporaryFile() as text:
                 text.write(json.dumps(public(job)).encode())
                 text.seek(0)
-                hook = start_shell(line, job["cwd"], {}, out, text.fileno())
+                with opened(os.devnull, os.O_WRONLY) as null:
+                    hook = start_shell(line, job["cwd"], {}, null, text.fileno())
                 self.running.append(hook)
         except (sqlite3.Error, QueueError, OSError) as error:
             self.log.error("on_dead for %s: %s", shown(id), error)
@@ -1921,7 +1927,7 @@ def open_log(queue_path, who):
     import logging
 
     logging.raiseExceptions = False  # a full disk must not stop a pool
-    # Python's logging HOWTO, "Optimization": what no line of ours shows is not gathered.
+    # Python's logging HOWTO, "Optimization": what no line shows is not gathered.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     log = logging.getLogger("queuectl")
@@ -2261,8 +2267,9 @@ def stats_lines(stats, width):
         "%d failed" % stats["failed"], many(stats["retries"], "retry"))
     if not stats["runs"]:
         return
+    rates = stats["per_second_now"], stats["per_second"], period
     yield "%.1f %% succeed; %.2f/s in the last minute, %.2f/s in %s" % (
-        100 * stats["success_rate"], stats["per_second_now"], stats["per_second"], period)
+        100 * stats["success_rate"], *rates)
     for name, title in (("run_time", "run time"), ("waiting_time", "waiting time")):
         spread = [fine(value or 0) for value in stats[name].values()]
         yield "%s: median %s, 95 %% within %s, longest %s" % (title, *spread)
@@ -2327,7 +2334,7 @@ def table(titles, rows, width=None):
     page = list(itertools.islice(rows, PAGE))
     widths = [max(map(len, column)) for column in zip(titles, *page)]
     layout = "  ".join("%%-%ds" % width for width in widths[:-1]) + "  %s"
-    first = len(layout % tuple(titles)) - len(titles[-1])  # ids and states are never cut
+    first = len(layout % tuple(titles)) - len(titles[-1])  # what is never cut
     for row in itertools.chain([titles], page, rows):
         yield (layout % tuple(row))[: width and max(width, first + 8)]
 
@@ -2418,7 +2425,8 @@ def cmd_enqueue(args, queue):
 def answer_unique(args, jobs, first):
     lines = [
         "enqueued " + shown(job["id"]) if job["seq"] >= first
-        else "%s is there already, %s" % (shown(job["id"]), job["state"]) for job in jobs
+        else "%s is there already, %s" % (shown(job["id"]), job["state"])
+        for job in jobs
     ]
     answer(args, [public(job) for job in jobs], *lines)
 
@@ -2432,8 +2440,9 @@ def enqueue_options(args):
     options = {name: value for name, value in options.items() if value is not None}
     sources = [args.jobs, args.file, args.command, args.words]
     if len(list(filter(None, sources))) != 1:
-        words = "give jobs, a command behind --, or --file" if any(sources) else "no job"
-        raise QueueError("enqueue: %s (see: queuectl.py enqueue --help)" % words, 2)
+        words = "enqueue: %s (see: queuectl.py enqueue --help)"
+        several = "give jobs, a command behind --, or --file"
+        raise QueueError(words % (several if any(sources) else "no job"), 2)
     return options
 
 
@@ -2447,7 +2456,7 @@ def overridden(given, options):
 
 
 def read_arguments(texts, made):
-    """Yield the jobs that are made of JSON texts, each an object or an array of them."""
+    """Yield the jobs that are made of JSON texts, each an object or an array."""
     for text in texts:
         given = parsed(text)
         yield from map(made, given if isinstance(given, list) else [given])
@@ -2496,7 +2505,8 @@ def cmd_list(args, queue):
 def cmd_dlq_list(args, queue):
     now = queue.clock()
     if not args.json:
-        errors = ["%d x %s" % (row["jobs"], row["error"]) for row in queue.common_errors()]
+        rows = queue.common_errors()
+        errors = ["%d x %s" % (row["jobs"], row["error"]) for row in rows]
         print(shown(", ".join(errors)), end="\n" if errors else "")
     answer_jobs(
         args, queue.jobs("dead"),
@@ -2518,7 +2528,8 @@ def cmd_show(args, queue):
         given["env"] = " ".join("%s=%s" % pair for pair in given["env"].items())
     waiting = why_waiting(queue, job, worker_list(queue))
     given.update({"waiting": waiting} if waiting else {})
-    lines = ["%-12s %s" % (name + ":", shown(str(value))) for name, value in given.items()]
+    lines = [
+        "%-12s %s" % (name + ":", shown(str(value))) for name, value in given.items()]
     lines += [run_line(run, now) for run in runs]
     answer(args, job_document(queue, job), *lines)
 
@@ -2636,9 +2647,11 @@ def status_lines(queue, now):
 def status_document(queue):
     """Return what `status --json` prints."""
     workers = [dict(row, since=iso(row["since"])) for row in worker_list(queue)]
-    times = {"oldest_waiting": queue.oldest_ready(), "next_due": queue.next_due() or None}
-    times = {name: iso(value) for name, value in times.items()}
-    return {"jobs": queue.counts(), "workers": workers, **times}
+    return {
+        "jobs": queue.counts(), "workers": workers,
+        "oldest_waiting": iso(queue.oldest_ready()),
+        "next_due": iso(queue.next_due() or None),
+    }
 
 
 def job_document(queue, job):
@@ -2705,7 +2718,8 @@ def delete_all(args, queue, states, age=0):
     before = queue.clock() - age if age else MAX_INTEGER
     count = queue.delete_all(states, before, args.dry_run)
     if args.dry_run:
-        return answer(args, {"would_delete": count}, "would delete " + many(count, "job"))
+        words = "would delete " + many(count, "job")
+        return answer(args, {"would_delete": count}, words)
     if not count:
         raise QueueError("no job to delete")
     answer(args, {"deleted": count}, "deleted " + many(count, "job"))
@@ -2721,8 +2735,8 @@ def cmd_dlq_retry(args, queue):
     count = queue.retry(None if args.all else args.ids)
     if not count:
         raise QueueError("no job is dead")
-    names = ["retried " + shown(id) for id in args.ids] or ["retried " + many(count, "job")]
-    answer(args, {"retried": args.ids or count}, *names)
+    names = map(shown, args.ids) if args.ids else [many(count, "job")]
+    answer(args, {"retried": args.ids or count}, *["retried " + name for name in names])
 
 
 def cmd_config_show(args, queue):
@@ -2943,7 +2957,7 @@ COMMANDS = {
         "worker stop", [
             arg("--now", action="store_true",
                 help="end running jobs; they go back to pending"),
-            arg("--no-wait", action="store_true", help="do not wait until they are gone")]),
+            arg("--no-wait", action="store_true", help="return at once")]),
 }
 ALIASES = {"config list": "config show", "dlq purge": "dlq clear", "metrics": "stats"}
 # SQLite must cross neither a fork nor threads, and `worker stop` makes no queue.
@@ -3088,7 +3102,7 @@ class Site:
         return PAGE_HTML.replace("TOKEN", self.token).encode()
 
     def document(self, path, query):
-        """Return a document as bytes; those that many ask for are made once a second."""
+        """Return a document as bytes; what many ask for is made once a second."""
         key = (path, tuple(sorted(query.items())))
         with self.lock:
             made, body = self.cache.get(key, (0, b""))
@@ -3108,7 +3122,8 @@ class Site:
         if path == "/api/status":
             return status_document(queue)
         if path == "/api/stats":
-            since = checked("since", duration(1, "a duration"), query.get("since", "1h"))
+            since = query.get("since", "1h")
+            since = checked("since", duration(1, "a duration"), since)
             return queue.stats(queue.clock() - since)
         if path == "/api/jobs":
             return self.jobs(queue, query)
@@ -3135,7 +3150,8 @@ class Site:
             if path == "/api/dlq/retry":
                 return {"retried": queue.retry()}
             name, _, what = job_path(path)
-            verbs = {"retry": queue.retry, "cancel": queue.cancel, "delete": queue.delete}
+            verbs = {verb.__name__: verb for verb in
+                     (queue.retry, queue.cancel, queue.delete)}
             if what not in verbs:
                 raise Refusal(404, "no such action")
             verbs[what]([name])
@@ -3198,7 +3214,8 @@ def serve(path, host, port):
     try:
         server = Server((host, port), handler(site))
     except OSError as error:
-        raise QueueError("cannot listen on %s, port %d: %s" % (host, port, error.strerror))
+        words = "cannot listen on %s, port %d: %s"
+        raise QueueError(words % (shown(host), port, error.strerror)) from None
     with server:
         if host not in ("127.0.0.1", "::1", "localhost"):
             say("warning: whoever reaches %s can read this queue and change it" % host)
@@ -3373,8 +3390,8 @@ function showStatus(s) { fit($("tiles"), 5, () => { const b = make("button"); b.
     tile.setAttribute("aria-pressed", filter === state); tile.onclick = () => { filter = filter === state ? "" : state; home(); }; });
   text($("crew"), s.workers.length ? "Workers: " + s.workers.length : "No pool is running; to start one: queuectl.py worker start");
   fit($("workers"), s.workers.length, () => make("li")).forEach((li, i) => { const w = s.workers[i];
-    text(li, "worker " + w.pid + (w.job === null ? ": idle" : ": " + w.job + ", since " + ago(w.since))); });
-  const due = s.next_due ? "next due " + ago(s.next_due) : "", old = s.oldest_waiting ? "oldest waits since " + ago(s.oldest_waiting) : "";
+    text(li, "worker " + w.pid + (w.job === null ? ": idle" : ": " + w.job + ", begun " + ago(w.since))); });
+  const due = s.next_due ? "next due " + ago(s.next_due) : "", old = s.oldest_waiting ? "longest wait began " + ago(s.oldest_waiting) : "";
   text($("rate"), [old, due].filter(Boolean).join(", ")); $("retryall").disabled = !s.jobs.dead; }
 function showStats(s) { const top = bars($("throughput"), s.throughput.map(b => [["ok", b.completed], ["bad", b.failed]]),
     s.completed + " completed and " + s.failed + " failed runs in the last hour");
