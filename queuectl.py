@@ -51,6 +51,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sqlite3
 import stat
 import sys
@@ -351,19 +352,24 @@ def setting_name(key):
 # Platform: locks, processes, PID files; what differs between systems
 # ======================================================================================
 
-import fcntl  # noqa: E402
-import select  # noqa: E402
-import signal  # noqa: E402
-import struct  # noqa: E402
+# First for POSIX; what Windows needs otherwise replaces it at the end, name by name.
+if os.name == "posix":
+    import fcntl
+    import select
+    import struct
 
-# The kernel's struct flock: type, whence, start, length, pid in the system's order.
-LINUX = sys.platform.startswith("linux")
-FLOCK, FLOCK_ORDER = ("hhqqi", (0, 1, 2, 3, 4)) if LINUX else ("qqihh", (2, 3, 4, 0, 1))
-LEASE_FD = 100  # scripts use the numbers from 3 to 9 for themselves
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-WAKE_SIGNAL = signal.SIGUSR1
-ENVIRONMENT = dict(os.environb)  # of the pool; reading it anew for each run takes time
-IGNORED_BY_PYTHON = {signal.SIGPIPE, signal.SIGXFSZ}
+    # The kernel's struct flock: type, whence, start, length, pid in the system's order.
+    LINUX = sys.platform.startswith("linux")
+    FLOCK = "hhqqi" if LINUX else "qqihh"
+    FLOCK_ORDER = (0, 1, 2, 3, 4) if LINUX else (2, 3, 4, 0, 1)
+    LEASE_FD = 100  # scripts use the numbers from 3 to 9 for themselves
+    TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)  # a terminal's, to a whole pool
+    STOP_SIGNALS = (signal.SIGTERM, *TERMINAL_SIGNALS)
+    WAKE_SIGNAL = signal.SIGUSR1
+    TERMINATE, KILL = signal.SIGTERM, signal.SIGKILL
+    ENVIRONMENT = dict(os.environb)  # of the pool; reading it for each run takes time
+    IGNORED_BY_PYTHON = {signal.SIGPIPE, signal.SIGXFSZ}
+    read_at, write_at = os.pread, os.pwrite
 
 
 def create_private(path, flags=os.O_EXCL):
@@ -371,6 +377,11 @@ def create_private(path, flags=os.O_EXCL):
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | flags, 0o600)
     os.fchmod(fd, 0o600)
     return fd
+
+
+def open_shared(path):
+    """Open a file that others have open, too, for reading and writing."""
+    return os.open(path, os.O_RDWR)
 
 
 def still_names(path, status):
@@ -488,17 +499,41 @@ class Process:
                 self.code = os.WEXITSTATUS(status) if exited else -os.WTERMSIG(status)
         return self.code
 
+    def end(self, number):
+        """Signal its process group, if that is still there and ours."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
 
-def start_shell(line, cwd, env, output_fd, input_fd=None):
+    def group_lives(self):
+        """Tell whether any process of its group lives.
+
+        The kernel counts those that are dead and not yet reaped, too, which nobody may
+        ever do for the orphans of a job in a container without an init.
+        """
+        try:
+            os.killpg(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        others = [fields for fields in map(process_stat, process_ids()) if fields]
+        members = [fields for fields in others if int(fields[2]) == self.pid]
+        return not others or any(map(alive, members))
+
+    def let_go(self):
+        """Leave what it left in the background to itself."""
+
+
+def start_shell(line, cwd, env, lease=None, input_fd=None):
     """Start a shell command as the leader of a session, its output to a lease.
 
     By posix_spawn: Popen takes 0.2 ms longer, and before Python 3.10 a whole one.
     """
-    files = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+    files = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
     if input_fd is not None:
-        files = [(os.POSIX_SPAWN_DUP2, input_fd, 0)]
-    # A third time, or `exec >/dev/null` in a job would drop the lock.
-    files += [(os.POSIX_SPAWN_DUP2, output_fd, fd) for fd in (1, 2, LEASE_FD)]
+        files[0] = (os.POSIX_SPAWN_DUP2, input_fd, 0)
+    if lease:  # a third time, or `exec >/dev/null` in a job would drop the lock
+        files[1:] = [(os.POSIX_SPAWN_DUP2, lease.fd, fd) for fd in (1, 2, LEASE_FD)]
     added = {name.encode(): value.encode() for name, value in env.items()}
     os.chdir(cwd)
     try:
@@ -541,7 +576,7 @@ def background():
     return let_go
 
 
-def fork(function, *args):
+def start_process(function, *args):
     """Run a function in a process of its own, which exits with what it returns."""
     pid = os.fork()
     if pid:
@@ -559,29 +594,6 @@ def keep_descriptors():
         for fd in map(int, os.listdir("/dev/fd")):
             with contextlib.suppress(OSError):  # the one that listed them
                 os.set_inheritable(fd, fd <= 2)
-
-
-def signal_group(group, number):
-    """Signal a process group, if it is still there and ours."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, number)
-
-
-def group_exists(group):
-    """Tell whether any process of a group lives.
-
-    The kernel counts those that are dead and not yet reaped, too, which nobody may ever
-    do for the orphans of a job in a container without an init.
-    """
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    others = [fields for fields in map(process_stat, process_ids()) if fields]
-    members = [fields for fields in others if int(fields[2]) == group]
-    return not others or any(map(alive, members))
 
 
 def process_stat(pid):
@@ -742,7 +754,7 @@ class PoolFile:
     def __init__(self, path):
         self.path = path
         self.pid = int(path[:-4].rpartition("-")[2])
-        self.fd = os.open(path, os.O_RDWR)
+        self.fd = open_shared(path)
 
     @classmethod
     def create(cls, queue_path):
@@ -753,7 +765,7 @@ class PoolFile:
             with contextlib.suppress(FileNotFoundError):
                 os.close(create_private(path, os.O_TRUNC))
                 pool = cls(path)
-                os.pwrite(pool.fd, text, 0)
+                write_at(pool.fd, text, 0)
                 if pool.hold(0) and same_file(pool.fd, path):
                     return pool
                 pool.close()
@@ -798,7 +810,7 @@ class PoolFile:
 
     def ask(self, word):
         """Ask the pool to `stop`, or to stop `now`."""
-        os.pwrite(self.fd, word.encode(), self.REQUESTS[word])
+        write_at(self.fd, word.encode(), self.REQUESTS[word])
         self.poke()
 
     def poke(self):
@@ -811,7 +823,7 @@ class PoolFile:
         A pool whose file was removed can never be asked, and one without a supervisor
         has nobody who looks after it: both stop.
         """
-        text = os.pread(self.fd, 32, 0)
+        text = read_at(self.fd, 32, 0)
         if b"now" in text:
             return "now"
         supervised = self.pid == os.getpid() or self.holder(0) is not None
@@ -1611,7 +1623,7 @@ class Lease:
         """Keep the end of an output that has grown past a bound; a disk is finite."""
         size = os.fstat(self.fd).st_size
         if size > max(4 * limit, 2**24):
-            kept = os.pread(self.fd, limit, size - limit)
+            kept = read_at(self.fd, limit, size - limit)
             os.ftruncate(self.fd, 0)  # the command appends: its next write lands at 0
             self.dropped += len(self.cut) + size - len(kept)
             self.cut = kept
@@ -1619,7 +1631,7 @@ class Lease:
     def output(self, limit):
         """Return the last bytes of the output; what was dropped before them is said."""
         size = os.fstat(self.fd).st_size
-        kept = self.cut + os.pread(self.fd, limit, max(0, size - limit))
+        kept = self.cut + read_at(self.fd, limit, max(0, size - limit))
         kept = kept[max(0, len(kept) - limit) :]
         dropped = self.dropped + len(self.cut) + size - len(kept)
         note = b"[queuectl: %d bytes of output dropped here]\n" % dropped
@@ -1649,7 +1661,7 @@ def start_command(run, lease):
         "QUEUECTL_RUN": lease.path,  # by which run_processes knows its processes
     }
     env = {**json.loads(run["env"] or "{}"), **marks}
-    return start_shell(run["command"], run["cwd"], env, lease.fd)
+    return start_shell(run["command"], run["cwd"], env, lease)
 
 
 def watch(process, wake, timeout, asked, tick):
@@ -1660,7 +1672,7 @@ def watch(process, wake, timeout, asked, tick):
     process group; only when that is gone does this return.
     """
     reason, deadline = None, time.monotonic() + (timeout or MAX_SPAN)
-    while process.poll() is None or (reason and group_exists(process.pid)):
+    while process.poll() is None or (reason and process.group_lives()):
         pause = TICK if reason is None else TICK / 10  # a group's end wakes nobody
         wake.wait(min(pause, deadline - time.monotonic()))
         if process.poll() is not None and reason is None:
@@ -1670,11 +1682,12 @@ def watch(process, wake, timeout, asked, tick):
         if reason is None:
             reason = asked() or ("timeout %ss" % number(timeout) if late else None)
             if reason:
-                signal_group(process.pid, signal.SIGTERM)
+                process.end(TERMINATE)
                 deadline = time.monotonic() + GRACE
         elif late:
-            signal_group(process.pid, signal.SIGKILL)
+            process.end(KILL)
             deadline = time.monotonic() + GRACE
+    process.let_go()
     return reason
 
 
@@ -1698,8 +1711,7 @@ class Hooks:
             with tempfile.TemporaryFile() as text:
                 text.write(json.dumps(public(job)).encode())
                 text.seek(0)
-                with opened(os.devnull, os.O_WRONLY) as null:
-                    hook = start_shell(line, job["cwd"], {}, null, text.fileno())
+                hook = start_shell(line, job["cwd"], {}, None, text.fileno())
                 self.running.append(hook)
         except (sqlite3.Error, QueueError, OSError) as error:
             self.log.error("on_dead for %s: %s", shown(id), error)
@@ -1744,9 +1756,8 @@ class Worker:
         self.queue = self.lease = self.trouble = None
         self.stopped = False
         catch_signals(STOP_SIGNALS, self.stop)
-        # A terminal sends these to the whole pool; the supervisor says what they mean.
-        signal.signal(signal.SIGINT, nothing)
-        signal.signal(signal.SIGHUP, nothing)
+        for number in TERMINAL_SIGNALS:  # what they mean, the supervisor says
+            signal.signal(number, nothing)
         self.wake = Wake()
         if not pool.hold(slot):
             raise QueueError("worker %d is there already" % slot)
@@ -2056,7 +2067,7 @@ class Supervisor:
             self.next_look = min(self.next_look, max(due, now))
 
     def start(self, slot):
-        process = fork(work, self.path, self.pool.path, slot, self.drain)
+        process = start_process(work, self.path, self.pool.path, slot, self.drain)
         self.workers[slot] = process
         self.pids.add(process.pid)
 
@@ -2138,7 +2149,7 @@ class Supervisor:
         if first:
             self.log.warning("%s worker died, ending %s", about(run), processes)
         if first or now >= kill_at:
-            signal_processes(processes, signal.SIGTERM if first else signal.SIGKILL)
+            signal_processes(processes, TERMINATE if first else KILL)
 
     def remains(self, queue, run, path):
         """Return the result of a run whose worker died."""
@@ -3220,7 +3231,8 @@ def serve(path, host, port):
         if host not in ("127.0.0.1", "::1", "localhost"):
             say("warning: whoever reaches %s can read this queue and change it" % host)
         where = "[%s]" % host if ":" in host else host
-        print("http://%s:%d/ (to stop: Ctrl-C)" % (where, server.server_port), flush=True)
+        address = "http://%s:%d/" % (where, server.server_port)
+        print(address + " (to stop: Ctrl-C)", flush=True)
         server.serve_forever()
 
 
