@@ -841,6 +841,300 @@ class PoolFile:
         os.close(self.fd)
 
 
+if os.name == "nt":
+    import ctypes
+    import msvcrt
+    import subprocess
+    from ctypes import wintypes
+
+    # No signal reaches another process here. What POSIX does by signals is done by a
+    # named event (to wake) and a job object (to end a run with all its processes, also
+    # when its worker dies: so that a free lock means that no process of the run lives).
+    KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
+    for name in ("CreateFileW", "CreateEventW", "OpenEventW", "CreateMutexW",
+                 "CreateJobObjectW"):
+        getattr(KERNEL, name).restype = wintypes.HANDLE
+    NOWHERE = wintypes.HANDLE(-1).value
+    SHARED = 7  # others may read, write, rename and remove it while it is open
+    READ, WRITE, APPEND, SYNCHRONIZE = 0x80000000, 0x40000000, 0x4, 0x100000
+    CREATE_NEW, CREATE_ALWAYS, OPEN_EXISTING, OPEN_ALWAYS = 1, 2, 3, 4
+    CREATE_SUSPENDED, DETACHED_PROCESS, EVENT_MODIFY = 0x4, 0x8, 0x2
+    MOST_HANDLES = 64  # that can be waited for at once
+    PLACE = 2**40  # of the lock in an output file: far behind what a job prints
+    TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGBREAK)
+    STOP_SIGNALS = (signal.SIGTERM, *TERMINAL_SIGNALS)
+    TERMINATE = KILL = signal.SIGTERM
+    CHILDREN = {}  # pid: handle, of all that were started and not yet seen to end
+    HELD = {}  # descriptor: the bytes that it has locked; no second lock goes through
+
+    def handle(value):
+        """Return a handle that the system gave, or raise OSError."""
+        if not value or value == NOWHERE:
+            raise ctypes.WinError(ctypes.get_last_error())
+        return wintypes.HANDLE(value)
+
+    def open_as(path, access, how):
+        """Open a file so that others can rename and remove it meanwhile."""
+        file = KERNEL.CreateFileW(path, access, SHARED, None, how, 0x80, None)
+        if file == NOWHERE:
+            error = ctypes.WinError(ctypes.get_last_error())
+            raise OSError(error.errno, error.strerror, path, error.winerror)
+        return msvcrt.open_osfhandle(file, os.O_BINARY | os.O_NOINHERIT)
+
+    def create_private(path, flags=os.O_EXCL):
+        """Open a new file for reading and appending; the folder says who may read it."""
+        how = CREATE_ALWAYS if flags & os.O_TRUNC else OPEN_ALWAYS
+        how = CREATE_NEW if flags & os.O_EXCL else how
+        access = READ | WRITE if flags & os.O_TRUNC else READ | APPEND
+        return open_as(path, access | SYNCHRONIZE, how)
+
+    def open_shared(path):
+        fd = open_as(path, READ | WRITE, OPEN_EXISTING)
+        HELD.pop(fd, None)  # what an earlier file with this number had locked
+        return fd
+
+    def read_at(fd, size, offset):
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, size)
+
+    def write_at(fd, data, offset):
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, data)
+
+    def try_lock(fd, at, length):
+        """Lock bytes, which may lie behind the end of the file; False if one is taken."""
+        os.lseek(fd, at, os.SEEK_SET)
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, length)
+            return True
+        except OSError:
+            return False
+
+    def unlock(fd, at, length):
+        os.lseek(fd, at, os.SEEK_SET)
+        msvcrt.locking(fd, msvcrt.LK_UNLCK, length)
+
+    @contextlib.contextmanager
+    def folder_lock(path):
+        """Let one process at a time change which files there are in a folder."""
+        name = "Local\\queuectl-" + os.path.normcase(path).replace("\\", "/")[-200:]
+        mutex = handle(KERNEL.CreateMutexW(None, False, name))
+        try:
+            KERNEL.WaitForSingleObject(mutex, -1)
+            yield
+            KERNEL.ReleaseMutex(mutex)
+        finally:
+            KERNEL.CloseHandle(mutex)
+
+    def sync_folder(path):
+        """Do nothing: here it is not a file that could be written."""
+
+    def open_lease(path):
+        """Create and lock the output file of a run; return its descriptor."""
+        os.close(create_private(path))
+        fd = open_shared(path)
+        if not try_lock(fd, PLACE, 1):
+            os.close(fd)
+            raise FileNotFoundError("%s was removed" % path)
+        return fd
+
+    def lease_is_free(path):
+        """Tell whether no worker holds the lock of a run's output file."""
+        with contextlib.suppress(FileNotFoundError):
+            fd = open_shared(path)
+            try:
+                return try_lock(fd, PLACE, 1)
+            finally:
+                os.close(fd)
+        return True
+
+    def remove_free(path):
+        """Remove an output file that nobody holds; one that is held stays."""
+        if lease_is_free(path):
+            with contextlib.suppress(OSError):
+                os.remove(path)
+
+    def number_place(at):
+        """Return where the pid of a lock's holder stands: locked bytes can't be read."""
+        return 64 + 8 * (at - PoolFile.LOCKS)
+
+    def lock_byte(fd, at, length=1):
+        """Lock bytes of a PID file for this process alone; False if another has them."""
+        own, taken = HELD.setdefault(fd, set()), []
+        for place in set(range(at, at + length)) - own:
+            if not insistently(try_lock, fd, place, 1):
+                for other in taken:
+                    unlock(fd, other, 1)
+                return False
+            taken.append(place)
+        own.update(taken)
+        if length == 1:
+            write_at(fd, b"%-8d" % os.getpid(), number_place(at))
+        return True
+
+    def insistently(action, *args):
+        """Try a few times: somebody may just be looking whether a byte is locked."""
+        return any(action(*args) or time.sleep(0.002) for _ in range(20))
+
+    def byte_holder(fd, at, length=1):
+        """Return the pid of a process that has locked a byte, or None."""
+        if try_lock(fd, at, length):
+            unlock(fd, at, length)
+            return None
+        with contextlib.suppress(ValueError):
+            return int(read_at(fd, 8, number_place(at)))
+        return 0
+
+    class Limits(ctypes.Structure):
+        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of which only the flags matter."""
+
+        _fields_ = [
+            ("times", ctypes.c_int64 * 2), ("flags", wintypes.DWORD),
+            ("sizes", ctypes.c_size_t * 2), ("active", wintypes.DWORD),
+            ("affinity", ctypes.c_size_t), ("priority", wintypes.DWORD * 2),
+            ("io", ctypes.c_uint64 * 6), ("memory", ctypes.c_size_t * 4),
+        ]
+
+    class Process:
+        """A child process: a worker, or the command of a run with its job object."""
+
+        def __init__(self, popen, job=None):
+            self.popen, self.pid, self.code, self.job = popen, popen.pid, None, job
+            CHILDREN[self.pid] = int(popen._handle)
+
+        def poll(self):
+            self.code = self.popen.poll()
+            if self.code is not None:
+                CHILDREN.pop(self.pid, None)
+            return self.code
+
+        def end(self, number):
+            KERNEL.TerminateJobObject(self.job, 1)
+
+        def group_lives(self):
+            accounts = (wintypes.DWORD * 12)()  # the eleventh: active processes
+            KERNEL.QueryInformationJobObject(
+                self.job, 1, accounts, ctypes.sizeof(accounts), None)
+            return accounts[10] > 0
+
+        def let_go(self):
+            set_limits(self.job, 0)
+            KERNEL.CloseHandle(self.job)
+
+    def set_limits(job, flags):
+        limits = Limits(flags=flags)
+        KERNEL.SetInformationJobObject(
+            job, 9, ctypes.byref(limits), ctypes.sizeof(limits))
+
+    def start_shell(line, cwd, env, lease=None, input_fd=None):
+        """Start a shell command in a job object that ends with this worker.
+
+        It is suspended until it is in the job: its children might escape.
+        """
+        job = handle(KERNEL.CreateJobObjectW(None, None))
+        set_limits(job, 0x2000)  # KILL_ON_JOB_CLOSE
+        output = open_as(lease.path, APPEND | SYNCHRONIZE, OPEN_EXISTING) if lease else None
+        console = sys.stdin and sys.stdin.isatty() and lease
+        stdin = input_fd if input_fd is not None else subprocess.DEVNULL
+        try:
+            popen = subprocess.Popen(
+                line, shell=True, cwd=cwd, env={**os.environ, **env},
+                stdin=None if console else stdin,
+                stdout=output if lease else subprocess.DEVNULL, stderr=subprocess.STDOUT,
+                creationflags=subprocess.CREATE_NEW_PROCESS_GROUP | CREATE_SUSPENDED)
+        finally:
+            if lease:
+                os.close(output)
+        process = wintypes.HANDLE(int(popen._handle))
+        KERNEL.AssignProcessToJobObject(job, process)
+        ctypes.WinDLL("ntdll").NtResumeProcess(process)
+        child = Process(popen, job)
+        if not lease:
+            child.let_go()
+        return child
+
+    def shell_words(words):
+        """Return the line for cmd that runs these words; a single one is a line already."""
+        return words[0] if len(words) == 1 else subprocess.list2cmdline(words)
+
+    def start_process(function, *args):
+        """Run a function in a process of its own, which exits with what it returns."""
+        program = (
+            "import json, runpy, sys; _, file, name, args = sys.argv; "
+            "sys.exit(runpy.run_path(file, run_name='queuectl')[name](*json.loads(args)))")
+        words = [sys.executable, "-c", program, os.path.abspath(__file__)]
+        return Process(subprocess.Popen([*words, function.__name__, json.dumps(args)]))
+
+    def background():
+        """Start this command again, detached, and end with how that starts."""
+        if os.environ.pop("QUEUECTL_DETACHED", None):
+            def let_go():
+                null = os.open(os.devnull, os.O_RDWR)
+                for fd in (0, 1, 2):
+                    os.dup2(null, fd)
+
+            return let_go
+        popen = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), *sys.argv[1:]],
+            env=dict(os.environ, QUEUECTL_DETACHED="1"), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            creationflags=DETACHED_PROCESS)
+        told = popen.stdout.read().decode("utf-8", "replace")
+        started = told.startswith(("pool ", "{"))
+        print(told, end="", file=sys.stdout if started else sys.stderr, flush=True)
+        os._exit(0 if started else popen.wait() or 1)
+
+    def keep_descriptors():
+        """Do nothing: jobs inherit but what they are given."""
+
+    def wake_name(pid):
+        return "Local\\queuectl-wake-%d" % pid
+
+    def poke(pid):
+        """Wake a process of a pool."""
+        event = KERNEL.OpenEventW(EVENT_MODIFY, False, wake_name(pid))
+        if event:
+            KERNEL.SetEvent(wintypes.HANDLE(event))
+            KERNEL.CloseHandle(wintypes.HANDLE(event))
+
+    class Wake:
+        """Wait for whichever comes first: an event, a child's end, or a time."""
+
+        def __init__(self):
+            name = wake_name(os.getpid())
+            self.event = KERNEL.CreateEventW(None, False, False, name)
+
+        def wait(self, timeout):
+            """Wait in short steps, between which Python sees Ctrl-C."""
+            deadline = time.monotonic() + timeout
+            while True:
+                handles = [self.event, *CHILDREN.values()][:MOST_HANDLES]
+                array = (wintypes.HANDLE * len(handles))(*handles)
+                left = min(max(deadline - time.monotonic(), 0.0), TICK)
+                woken = KERNEL.WaitForMultipleObjects(
+                    len(handles), array, False, int(1000 * left) + 1)
+                if woken < MOST_HANDLES or time.monotonic() >= deadline:
+                    return
+
+    def catch_signals(numbers, handler):
+        """Call HANDLER for these signals, and wake."""
+        def wake(number, frame):
+            handler(number, frame)
+            poke(os.getpid())
+
+        for number in numbers:
+            signal.signal(number, wake)
+
+    def ignore_wakes():
+        """Do nothing: a late wake hurts nobody."""
+
+    def process_ids():
+        return []  # job objects end what a dead worker left
+
+    def started_with(pid, moment):
+        return False
+
+
 # ======================================================================================
 # Queue: the database; the only SQL
 # ======================================================================================

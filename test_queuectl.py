@@ -5,12 +5,10 @@ killed. Nothing sleeps to wait for something: `wait_until` does, with a deadline
 """
 import ast
 import contextlib
-import fcntl
 import http.client
 import io
 import json
 import os
-import pty
 import random
 import re
 import shlex
@@ -22,7 +20,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import termios
 import time
 import types
 import urllib.parse
@@ -31,6 +28,11 @@ from collections import Counter
 import pytest
 
 import queuectl
+
+if os.name == "posix":
+    import fcntl
+    import pty
+    import termios
 
 SCRIPT = os.path.abspath(queuectl.__file__)
 HERE = os.path.dirname(SCRIPT)
