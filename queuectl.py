@@ -71,8 +71,10 @@ MAX_INTEGER = 2**63 - 1
 MAX_SPAN = 10.0**9  # seconds, some 30 years
 MAX_TIME = 253402300799.0  # 9999-12-31T23:59:59Z, the last that ISO 8601 text can name
 MAX_WORKERS = 256
+MAX_HOOKS = 8  # `on_dead` commands that a worker has running at a time
 MAX_DEATHS = 5  # of its workers, until a job is taken for what kills them
 
+SLICE = 0.02  # seconds that one transaction takes of a long work
 PATIENCE = 30.0  # seconds that a command waits for another program's lock
 LOOK_EVERY = 2.0  # seconds between two looks of a supervisor for jobs that nobody runs
 IDLE_WAIT = 1.0  # seconds after which an idle worker looks even if nobody woke it
@@ -534,7 +536,8 @@ def start_shell(line, cwd, env, lease=None, input_fd=None):
         files[0] = (os.POSIX_SPAWN_DUP2, input_fd, 0)
     if lease:  # a third time, or `exec >/dev/null` in a job would drop the lock
         files[1:] = [(os.POSIX_SPAWN_DUP2, lease.fd, fd) for fd in (1, 2, LEASE_FD)]
-    added = {name.encode(): value.encode() for name, value in env.items()}
+    added = {name.encode(): value.encode("utf-8", "surrogateescape")  # odd paths
+             for name, value in env.items()}
     os.chdir(cwd)
     try:
         return Process(os.posix_spawn(
@@ -565,11 +568,15 @@ def background():
         started = os.read(reader, 1)
         os._exit(0 if started else os.WEXITSTATUS(os.waitpid(pid, 0)[1]) or 1)
     os.setsid()
+    for fd in open_descriptors():  # of the caller, such as the lock of a script
+        if fd > 2 and fd != writer:
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
     def let_go():
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
+        with opened(os.devnull, os.O_RDWR) as null:
+            for fd in (0, 1, 2):
+                os.dup2(null, fd)
         os.write(writer, b"1")
         os.close(writer)
 
@@ -588,12 +595,27 @@ def start_process(function, *args):
         os._exit(code)
 
 
+def open_descriptors():
+    try:
+        return [int(name) for name in os.listdir("/dev/fd")]
+    except FileNotFoundError:
+        return range(256)
+
+
 def keep_descriptors():
-    """Let no job inherit what the pool was started with, as by `flock 9` in a job."""
-    with contextlib.suppress(FileNotFoundError):
-        for fd in map(int, os.listdir("/dev/fd")):
-            with contextlib.suppress(OSError):  # the one that listed them
-                os.set_inheritable(fd, fd <= 2)
+    """Let no job inherit what the pool was started with, as by `flock 9` in a script.
+
+    Refuse where the number that a lease has in a job is out of reach.
+    """
+    import resource
+
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if most <= LEASE_FD:
+        words = "only %d open files are allowed (ulimit -n), and a pool needs %d"
+        raise QueueError(words % (most, LEASE_FD + 1))
+    for fd in open_descriptors():
+        with contextlib.suppress(OSError):  # the one that listed them
+            os.set_inheritable(fd, fd <= 2)
 
 
 def process_stat(pid):
@@ -882,7 +904,7 @@ if os.name == "nt":
         return msvcrt.open_osfhandle(file, os.O_BINARY | os.O_NOINHERIT)
 
     def create_private(path, flags=os.O_EXCL):
-        """Open a new file for reading and appending; the folder says who may read it."""
+        """Open a new file to read and append; the folder says who may read it."""
         how = CREATE_ALWAYS if flags & os.O_TRUNC else OPEN_ALWAYS
         how = CREATE_NEW if flags & os.O_EXCL else how
         access = READ | WRITE if flags & os.O_TRUNC else READ | APPEND
@@ -902,7 +924,7 @@ if os.name == "nt":
         return os.write(fd, data)
 
     def try_lock(fd, at, length):
-        """Lock bytes, which may lie behind the end of the file; False if one is taken."""
+        """Lock bytes, also behind the end of the file; False if one is taken."""
         os.lseek(fd, at, os.SEEK_SET)
         try:
             msvcrt.locking(fd, msvcrt.LK_NBLCK, length)
@@ -955,11 +977,11 @@ if os.name == "nt":
                 os.remove(path)
 
     def number_place(at):
-        """Return where the pid of a lock's holder stands: locked bytes can't be read."""
+        """Return where the pid of a lock's holder stands; locked bytes are unreadable."""
         return 64 + 8 * (at - PoolFile.LOCKS)
 
     def lock_byte(fd, at, length=1):
-        """Lock bytes of a PID file for this process alone; False if another has them."""
+        """Lock bytes of a PID file for this process alone; False if it can't."""
         own, taken = HELD.setdefault(fd, set()), []
         for place in set(range(at, at + length)) - own:
             if not insistently(try_lock, fd, place, 1):
@@ -1033,18 +1055,17 @@ if os.name == "nt":
         """
         job = handle(KERNEL.CreateJobObjectW(None, None))
         set_limits(job, 0x2000)  # KILL_ON_JOB_CLOSE
-        output = open_as(lease.path, APPEND | SYNCHRONIZE, OPEN_EXISTING) if lease else None
         console = sys.stdin and sys.stdin.isatty() and lease
         stdin = input_fd if input_fd is not None else subprocess.DEVNULL
+        path = lease.path if lease else os.devnull
+        output = open_as(path, APPEND | SYNCHRONIZE, OPEN_EXISTING)
         try:
             popen = subprocess.Popen(
                 line, shell=True, cwd=cwd, env={**os.environ, **env},
-                stdin=None if console else stdin,
-                stdout=output if lease else subprocess.DEVNULL, stderr=subprocess.STDOUT,
+                stdin=None if console else stdin, stdout=output, stderr=output,
                 creationflags=subprocess.CREATE_NEW_PROCESS_GROUP | CREATE_SUSPENDED)
         finally:
-            if lease:
-                os.close(output)
+            os.close(output)
         process = wintypes.HANDLE(int(popen._handle))
         KERNEL.AssignProcessToJobObject(job, process)
         ctypes.WinDLL("ntdll").NtResumeProcess(process)
@@ -1054,14 +1075,15 @@ if os.name == "nt":
         return child
 
     def shell_words(words):
-        """Return the line for cmd that runs these words; a single one is a line already."""
+        """Return the line for cmd that runs these words; a single one is a line."""
         return words[0] if len(words) == 1 else subprocess.list2cmdline(words)
 
     def start_process(function, *args):
         """Run a function in a process of its own, which exits with what it returns."""
         program = (
             "import json, runpy, sys; _, file, name, args = sys.argv; "
-            "sys.exit(runpy.run_path(file, run_name='queuectl')[name](*json.loads(args)))")
+            "names = runpy.run_path(file, run_name='queuectl'); "
+            "sys.exit(names[name](*json.loads(args)))")
         words = [sys.executable, "-c", program, os.path.abspath(__file__)]
         return Process(subprocess.Popen([*words, function.__name__, json.dumps(args)]))
 
@@ -1206,6 +1228,7 @@ JOB = """SELECT jobs.*, exit_code, started_at, finished_at
 BRIEF = "SELECT seq, id, state, updated_at FROM jobs "
 BARS = 60  # of the picture of throughput
 BINS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)  # seconds, of run times
+NO_JOB = "there is no job "
 PAGE = 500  # rows a read; a long read would keep the write-ahead log from being reset
 
 
@@ -1257,10 +1280,12 @@ class Queue:
     was somebody else's, and nothing happens. `clock` returns epoch seconds.
     """
 
-    def __init__(self, path, sync="FULL", patience=PATIENCE, clock=time.time):
+    def __init__(self, path, sync="FULL", patience=PATIENCE, clock=time.time, new=True):
         self.path = os.path.realpath(path)  # one queue, whatever links lead to it
         self.clock, self.patience = clock, patience
         if missing(self.path):
+            if not new:  # a pool must not bring back what its user removed
+                raise QueueError("%s was removed" % shown(self.path))
             create_database(self.path)
         self.file = os.stat(self.path)
         self.db = sqlite3.connect(self.path, timeout=patience, isolation_level=None)
@@ -1343,6 +1368,11 @@ class Queue:
     def gone(self):
         """Tell whether the file was removed, or replaced by another queue's."""
         return not still_names(self.path, self.file)
+
+    def check_there(self):
+        """Raise QueueError if it is gone: what waits for it would wait for ever."""
+        if self.gone():
+            raise QueueError("%s was removed" % shown(self.path))
 
     # -- enqueue -----------------------------------------------------------------------
 
@@ -1572,24 +1602,27 @@ class Queue:
         return states
 
     def retry(self, ids=None):
-        """DEAD to PENDING with attempts 0, all or none; every dead job without IDS."""
+        """DEAD to PENDING with attempts 0: all of IDS or none; without, every one."""
         reset = (
             "UPDATE jobs SET state = 'pending', attempts = 0, deaths = 0,"
             " cancelled = 0, error = NULL, ready = 1, run_at = ?1, updated_at = ?1"
             " WHERE state = 'dead' AND " + RARE
         )
-        now = self.clock()
+        now, count = self.clock(), 0
+        for page in self._pages("dead", what=BRIEF) if ids is None else ():
+            with self.transaction():  # each of its own, as many may be dead
+                for job in page:
+                    row = (now, job["seq"])
+                    count += self.db.execute(reset + " AND seq = ?2", row).rowcount
         with self.transaction():
-            if ids is None:
-                count = self.db.execute(reset, (now,)).rowcount
             for job in self._jobs_named(ids or ()):
                 row = (now, job["seq"])
-                count = self.db.execute(reset + " AND seq = ?2", row).rowcount
-                if count == 0:
+                if self.db.execute(reset + " AND seq = ?2", row).rowcount == 0:
                     words = "job %s is %s, not dead"
                     raise QueueError(words % (shown(job["id"]), job["state"]))
+                count += 1
         self.wake()
-        return count if ids is None else len(set(ids))
+        return count
 
     def delete(self, ids):
         """Remove jobs and their runs, all or none; a running one is refused."""
@@ -1602,8 +1635,8 @@ class Queue:
     def delete_all(self, states, before=MAX_INTEGER, dry_run=False):
         """Remove the jobs in these states that changed last before a time.
 
-        Return how many; with DRY_RUN only count them. Each page is a transaction of its
-        own: a million jobs in one would hold up everybody for seconds.
+        Return how many; with DRY_RUN only count them. It takes many transactions: a
+        million jobs in one would hold up everybody for seconds.
         """
         count = 0
         for state in states:
@@ -1616,29 +1649,38 @@ class Queue:
     def prune(self, keep, first):
         """Remove the jobs of one page that finished more than KEEP seconds ago.
 
-        Return where the next page begins.
+        Return how many, and where the next page begins.
         """
         before = self.clock() - keep
         page = next(self._pages(first=first, what=BRIEF))
         finished = [job for job in page if job["state"] in ("completed", "dead")]
-        self._remove([job for job in finished if job["updated_at"] < before])
+        count = self._remove([job for job in finished if job["updated_at"] < before])
         self._give_back()
-        return page[-1]["seq"] + 1 if page else 1
+        return count, page[-1]["seq"] + 1 if page else 1
 
     def _remove(self, jobs):
-        """Delete jobs that are still in the state in which they were read, and runs."""
-        with self.transaction():
-            count = 0
-            for job in jobs:
-                row = (job["seq"], job["state"], job["updated_at"])
-                removed = self.db.execute(
-                    "DELETE FROM jobs WHERE seq = ? AND state = ? AND updated_at = ?"
-                    " AND state <> 'processing'", row
-                ).rowcount
-                if removed:
-                    self.db.execute("DELETE FROM runs WHERE seq = ?", row[:1])
-                count += removed
-            return count
+        """Delete jobs that are still in the state in which they were read, and runs.
+
+        A transaction takes some ms and no more: the outputs may be large, and others
+        wait.
+        """
+        count, left = 0, list(reversed(jobs))
+        while left:
+            with self.transaction():
+                until = time.monotonic() + SLICE
+                while left and time.monotonic() < until:
+                    count += self._remove_one(left.pop())
+        return count
+
+    def _remove_one(self, job):
+        row = (job["seq"], job["state"], job["updated_at"])
+        removed = self.db.execute(
+            "DELETE FROM jobs WHERE seq = ? AND state = ? AND updated_at = ?"
+            " AND state <> 'processing'", row
+        ).rowcount
+        if removed:
+            self.db.execute("DELETE FROM runs WHERE seq = ?", row[:1])
+        return removed
 
     def _give_back(self):
         """Return the space of what was removed to the file system, if it is much."""
@@ -1653,7 +1695,7 @@ class Queue:
         known = storable(id)  # no job has an id that is none
         row = known and self.db.execute(JOB + "WHERE id = ?", (id,)).fetchone()
         if not row:
-            raise QueueError("there is no job %s" % shown(id))
+            raise QueueError(NO_JOB + shown(id))
         return row
 
     def _jobs_named(self, ids):
@@ -1738,11 +1780,8 @@ class Queue:
         """Return the name of the output file of a job's latest run."""
         return self._lease(job["seq"], job["run"])
 
-    def counts(self, ids=None):
-        """Return how many jobs there are in each state, in all or of these."""
-        if ids:
-            states = [job["state"] for job in self._jobs_named(ids)]
-            return {state: states.count(state) for state in STATES}
+    def counts(self):
+        """Return how many jobs there are in each state."""
         counts = dict(self.db.execute("SELECT state, jobs FROM counts").fetchall())
         return {state: counts[state] for state in STATES}
 
@@ -1750,11 +1789,19 @@ class Queue:
         """Wait until jobs, all without IDS, are completed or dead; return their counts.
 
         None if that takes longer than TIMEOUT seconds. `tell` is called with the counts
-        at each look.
+        at each look. A job that has ended is not looked at again: it may be removed.
         """
         deadline = time.monotonic() + (MAX_SPAN if timeout is None else timeout)
+        states = dict.fromkeys(ids or ())
         while True:
-            counts = self.counts(ids)
+            self.check_there()
+            for id, state in states.items():
+                if state not in ("completed", "dead"):
+                    states[id] = self.job(id)["state"]
+            known = list(states.values())
+            counts = self.counts()
+            if ids is not None:
+                counts = {state: known.count(state) for state in STATES}
             tell(counts)
             if not counts["pending"] + counts["processing"] + counts["failed"]:
                 return counts
@@ -2000,12 +2047,14 @@ class Hooks:
 
         try:
             line, job = queue.settings()["on_dead"], queue.job(id)
-            if not line:
+            if not line or job["state"] != "dead" or job["error"] == "cancelled":
                 return
+            self.wait_for_room(MAX_HOOKS)
             with tempfile.TemporaryFile() as text:
                 text.write(json.dumps(public(job)).encode())
                 text.seek(0)
-                hook = start_shell(line, job["cwd"], {}, None, text.fileno())
+                folder = os.path.dirname(queue.path)
+                hook = start_shell(line, folder, {}, None, text.fileno())
                 self.running.append(hook)
         except (sqlite3.Error, QueueError, OSError) as error:
             self.log.error("on_dead for %s: %s", shown(id), error)
@@ -2016,11 +2065,14 @@ class Hooks:
                 self.log.error("on_dead: %s", how_it_ended(hook.code)[1])
         self.running = [hook for hook in self.running if hook.code is None]
 
-    def see_off(self, wake):
-        """Give those that run a while, so that their failure is still logged."""
+    def wait_for_room(self, most):
+        """Wait a while until fewer than so many run.
+
+        A command that hangs would else be started for each of a thousand dead jobs.
+        """
         deadline = time.monotonic() + GRACE
-        while self.running and time.monotonic() < deadline:
-            wake.wait(TICK)
+        while len(self.running) >= most and time.monotonic() < deadline:
+            time.sleep(TICK / 10)
             self.reap()
 
 
@@ -2061,7 +2113,8 @@ class Worker:
 
     def work(self):
         """Run jobs until asked to stop or drained; return whether it was the latter."""
-        self.queue = self.patiently(Queue, self.path, "NORMAL", IDLE_WAIT)
+        self.queue = self.patiently(
+            lambda: Queue(self.path, "NORMAL", IDLE_WAIT, new=False))
         with self.queue:
             done = None
             while True:
@@ -2145,7 +2198,7 @@ class Worker:
             words += " (%s)" % result["error"]
         spent = result["finished_at"] - run["started_at"]
         self.log.info("%s %s in %.3f s", about(run), words, spent)
-        if state == "dead" and reason != "cancelled":
+        if state == "dead":
             self.hooks.start(self.queue, run["id"])
 
     def execute(self, run):
@@ -2252,7 +2305,8 @@ def open_log(queue_path, who):
 
 
 def say(message):
-    print("queuectl: %s" % message, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody listens any more
+        print("queuectl: %s" % message, file=sys.stderr, flush=True)
 
 
 class Supervisor:
@@ -2369,7 +2423,7 @@ class Supervisor:
         """Do something with the database; with trouble there, the next look will."""
         try:
             if not self.gone():
-                with Queue(self.path, "NORMAL", IDLE_WAIT) as queue:
+                with Queue(self.path, "NORMAL", IDLE_WAIT, new=False) as queue:
                     return action(queue)
         except (sqlite3.Error, OSError, QueueError) as error:
             self.log.error("%s", error)
@@ -2378,9 +2432,9 @@ class Supervisor:
         """Notice that the database was removed or replaced; the pool then stops."""
         removed = not still_names(self.path, self.file)
         if removed and not self.removed:
-            say("%s was removed; this pool stops" % shown(self.path))
             self.removed = True
             self.ask("stop")
+            say("%s was removed; this pool stops" % shown(self.path))
         return removed
 
     def keep_house(self, queue):
@@ -2388,8 +2442,10 @@ class Supervisor:
         self.tidy(queue)
         self.hooks.reap()
         keep = queue.settings()["keep"]
-        if keep is not None:
-            self.next_page = queue.prune(keep, self.next_page)
+        removed = keep is not None  # one page at least, and more while they are old
+        until = time.monotonic() + TICK
+        while removed and time.monotonic() < until:
+            removed, self.next_page = queue.prune(keep, self.next_page)
         if self.tell:
             self.tell(queue)
 
@@ -2422,18 +2478,20 @@ class Supervisor:
         if processes and queue.owned(run):
             self.end_orphan(run, processes)
         elif not processes:
+            state = None
             with queue.transaction():
                 if lease_is_free(path):
-                    self.put_back(queue, run, path)
+                    state = queue.release(run, self.remains(queue, run, path))
+            if state:
+                self.bid_farewell(queue, run, path, state)
 
-    def put_back(self, queue, run, path):
-        state = queue.release(run, self.remains(queue, run, path))
-        if state:
-            self.log.warning("%s worker died, %s", about(run), state)
-            if state == "dead":
-                self.hooks.start(queue, run["id"])
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
+    def bid_farewell(self, queue, run, path, state):
+        """Do what follows when a job was put back whose worker died."""
+        self.log.warning("%s worker died, %s", about(run), state)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+        if state == "dead":
+            self.hooks.start(queue, run["id"])
 
     def end_orphan(self, run, processes):
         """Signal what a dead worker left running: SIGTERM, after a grace SIGKILL."""
@@ -2478,7 +2536,7 @@ def work(path, pool_path, slot, drain):
         try:
             worker = Worker(path, pool, slot, drain, log)
             drained = worker.work()
-            worker.hooks.see_off(worker.wake)
+            worker.hooks.wait_for_room(1)  # or their failure would not be logged
             return DRAINED if drained else 0
         finally:
             ignore_wakes()
@@ -2841,6 +2899,8 @@ def cmd_show(args, queue):
 
 def cmd_logs(args, queue):
     if args.follow:
+        if args.json or args.attempt:
+            raise QueueError("logs: --follow goes with neither --json nor --attempt", 2)
         return follow(queue, args.id)
     job = queue.job(args.id)
     if not job["run"]:
@@ -2875,30 +2935,38 @@ def follow(queue, id):
 
     The open file outlives its name: what is in it when the run has ended is the rest.
     """
-    while not queue.job(id)["run"]:
-        time.sleep(TICK / 2)
     job = queue.job(id)
+    while not job["run"] and job["state"] != "dead":
+        time.sleep(TICK / 2)
+        queue.check_there()
+        job = queue.job(id)
     try:
         file = open(run_path(queue, job), "rb")
     except FileNotFoundError:
-        return write_bytes(queue.output(job, job["run"]) or b"")
+        return write_bytes(queue.output(job) or b"")
     with file:
         running = True
         while running:
+            queue.check_there()
             running = queue.owned(job)
             if os.fstat(file.fileno()).st_size < file.tell():
-                file.seek(0)  # it was cut back, and goes on from its start
+                file.seek(0)
+                say("the output was cut back here; some of it is not shown")
             for chunk in iter(lambda: file.read(2**16), b""):
                 write_bytes(chunk)
+            if running and lease_is_free(file.name) and queue.owned(job):
+                raise QueueError("the worker of job %s died; a pool puts it back" % id)
             time.sleep(TICK / 2 if running else 0)
 
 
 def cmd_wait(args, queue):
     live = Live(sys.stderr)
-    if queue.counts(args.ids)["pending"] and not worker_list(queue):
+    states = [queue.job(id)["state"] for id in args.ids]
+    waiting = "pending" in states if states else queue.counts()["pending"]
+    if waiting and not worker_list(queue):
         say(NO_POOL)
     try:
-        counts = queue.wait(args.ids, args.timeout, live.progress)
+        counts = queue.wait(args.ids or None, args.timeout, live.progress)
     finally:
         live.end()
     if counts is None:
@@ -2917,7 +2985,9 @@ def cmd_status(args, queue):
         if terminal:  # another screen, so that this one is as it was afterwards
             print(end="\x1b[?1049h")
             screen.callback(print, end="\x1b[?1049l", flush=True)
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         while True:
+            queue.check_there()
             print(end="\x1b[H\x1b[J" if terminal else "")
             print_status(args, queue)
             sys.stdout.flush()
@@ -2975,7 +3045,8 @@ def output_of(queue, job, run=None):
     output = queue.output(job, run)
     if output is None and job["run"] in (run, run or job["run"]):
         # A run that ended between the two looks has its output in the database now.
-        output = read_tail(run_path(queue, job), 2**26) or queue.output(job, run)
+        limit = queue.settings()["output_limit"]
+        output = read_tail(run_path(queue, job), limit) or queue.output(job, run)
     return output or b""
 
 
@@ -3004,17 +3075,20 @@ def cmd_cancel(args, queue):
 
 
 def cmd_delete(args, queue):
-    if args.ids and not (args.state or args.all or args.dry_run or args.older_than):
+    aged = args.older_than is not None
+    if args.ids and not (args.state or args.all or args.dry_run or aged):
         queue.delete(args.ids)
         lines = ["deleted " + shown(id) for id in args.ids]
         return answer(args, {"deleted": args.ids}, *lines)
-    chosen = args.state or args.all or args.older_than is not None
+    chosen = args.state or args.all or aged
     if args.ids or not chosen or (args.state and args.all):
         raise QueueError("delete: name jobs, or give --state S or --all", 2)
+    if aged and args.state not in (None, "completed", "dead"):
+        raise QueueError("--older-than: only jobs that have finished have an age", 2)
     if args.state == "processing":
         raise QueueError("delete: a running job can't be deleted; cancel it first")
     states = [args.state] if args.state else set(STATES) - {"processing"}
-    if args.older_than is not None:  # only what has finished has an age
+    if aged:
         states = set(states) & {"completed", "dead"}
     delete_all(args, queue, states, args.older_than or 0)
 
@@ -3453,14 +3527,16 @@ class Site:
         """Carry out what a POST asks for; the same verbs as those of the commands."""
         with Queue(self.path, patience=IDLE_WAIT) as queue:
             if path == "/api/dlq/retry":
-                return {"retried": queue.retry()}
+                return {"retried": queue.retry()}  # the page is a second behind
             name, _, what = job_path(path)
             verbs = {verb.__name__: verb for verb in
                      (queue.retry, queue.cancel, queue.delete)}
             if what not in verbs:
                 raise Refusal(404, "no such action")
             verbs[what]([name])
-            return {what: name}
+        with self.lock:
+            self.cache = {}  # or the page would show what was
+        return {what: name}
 
 
 def job_path(path):
@@ -3505,11 +3581,24 @@ def metrics(queue):
 def serve(path, host, port):
     """Serve the dashboard until Ctrl-C."""
     from http.server import ThreadingHTTPServer
+    import errno
     import socket
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        def server_bind(self):
+            if not host:
+                raise OSError(errno.EINVAL, "name a host")
+            super().server_bind()
+
+        def get_request(self):
+            try:
+                return super().get_request()
+            except OSError:  # too many open files; it would be asked again at once
+                time.sleep(TICK)
+                raise
 
         def handle_error(self, request, client):
             """Say nothing: a client went away."""
@@ -3518,9 +3607,10 @@ def serve(path, host, port):
         site = Site(path, host)
     try:
         server = Server((host, port), handler(site))
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:  # the last two: an odd name
         words = "cannot listen on %s, port %d: %s"
-        raise QueueError(words % (shown(host), port, error.strerror)) from None
+        why = getattr(error, "strerror", None) or error
+        raise QueueError(words % (shown(host) or "nothing", port, why)) from None
     with server:
         if host not in ("127.0.0.1", "::1", "localhost"):
             say("warning: whoever reaches %s can read this queue and change it" % host)
@@ -3555,7 +3645,8 @@ def handler(site):
             return kind, site.document(url.path, dict(pairs))
 
         def change(self, url):
-            if self.headers.get("Content-Length", "0") != "0":
+            if set(self.headers) & {"Transfer-Encoding"} or (
+                    self.headers.get("Content-Length", "0") != "0"):
                 self.close_connection = True  # it was not read
                 raise Refusal(413, "an action has no body")
             own = "http://" + self.headers["Host"]
@@ -3563,7 +3654,7 @@ def handler(site):
             if self.headers.get("Origin") != own:
                 raise Refusal(403, "not from this page")
             if not hmac.compare_digest(token, site.token.encode()):
-                raise Refusal(403, "this page is from an earlier dashboard: load it anew")
+                raise Refusal(403, "this page is an earlier dashboard's: load it anew")
             return "application/json", json.dumps(site.act(url.path)).encode()
 
         def reply(self, make):
@@ -3575,7 +3666,7 @@ def handler(site):
             except Refusal as refusal:
                 status, words = refusal.args
             except (ValueError, QueueError) as error:
-                status, words = (404 if "no job" in str(error) else 400), str(error)
+                status, words = 404 if NO_JOB in str(error) else 400, str(error)
             except (sqlite3.Error, OSError) as error:
                 status, words = 503, str(error)
             if status != 200:
@@ -3583,7 +3674,8 @@ def handler(site):
             self.send_response(status)
             self.send_header("Content-Type", kind + "; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
-            self.send_header("Content-Security-Policy", POLICY % (site.token, site.token))
+            policy = POLICY % (site.token, site.token)
+            self.send_header("Content-Security-Policy", policy)
             for header in HEADERS.items():
                 self.send_header(*header)
             self.end_headers()

@@ -33,6 +33,14 @@ if os.name == "posix":
     import fcntl
     import pty
     import termios
+else:  # what the jobs of the tests call
+    TOOLS = tempfile.mkdtemp()
+    for name, line in (("true", "exit /b 0"), ("sleep", "ping -n %1 127.0.0.1 >nul")):
+        with open(os.path.join(TOOLS, name + ".cmd"), "w") as file:
+            file.write("@" + line)
+    os.environ["PATH"] += os.pathsep + TOOLS
+
+posix = pytest.mark.skipif(os.name != "posix", reason="is about what only POSIX has")
 
 SCRIPT = os.path.abspath(queuectl.__file__)
 HERE = os.path.dirname(SCRIPT)
@@ -154,7 +162,7 @@ def kill_all(pool):
     """Kill a pool and its workers at once; stopped first, so that none sees another die."""
     with contextlib.suppress(queuectl.QueueError, OSError, AssertionError):
         pids = [pool.pid, *workers_of(pool.pid)] if pool.poll() is None else []
-        for number in (signal.SIGSTOP, signal.SIGKILL):
+        for number in (signal.SIGSTOP, signal.SIGKILL) if os.name == "posix" else (9,):
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
@@ -668,7 +676,12 @@ def test_delete_by_state_and_age(queue, clock):
     assert set(jobs()) == {"runs"} and queue.counts()["processing"] == 1
 
 
-@pytest.mark.parametrize("words", [[], ["x", "--all"], ["x", "--older-than", "1d"], ["--all", "--state", "dead"]])
+def test_only_what_has_finished_has_an_age():
+    line = refused("delete", "--state", "pending", "--older-than", "1d", code=2)
+    assert "finished" in line
+
+
+@pytest.mark.parametrize("words", [[], ["x", "--all"], ["x", "--older-than", "0"], ["--all", "--state", "dead"]])
 def test_delete_wants_jobs_or_a_state_or_all(words):
     assert "name jobs" in refused("delete", *words, code=2)
 
@@ -699,10 +712,10 @@ def test_keep_prunes_what_finished_longer_ago_page_by_page(queue, clock):
         queue.complete(claim(queue), result(None))
     add(queue, id="waits")
     clock.now += 100
-    assert queue.prune(100, 1) == 5 and len(jobs()) == 4
-    assert queue.prune(99, 3) == 5 and set(jobs()) == {"done0", "done1", "waits"}
-    assert queue.prune(99, 1) == 5 and set(jobs()) == {"waits"}
-    assert queue.prune(99, 5) == 1  # nothing from there on: the next round
+    assert queue.prune(100, 1) == (0, 5) and len(jobs()) == 4
+    assert queue.prune(99, 3) == (1, 5) and set(jobs()) == {"done0", "done1", "waits"}
+    assert queue.prune(99, 1) == (2, 5) and set(jobs()) == {"waits"}
+    assert queue.prune(99, 5) == (0, 1)  # nothing from there on: the next round
 
 
 def test_a_pool_prunes_by_and_by():
@@ -735,6 +748,86 @@ def test_on_dead_is_not_waited_for():
     pool = start_pool(count=1)
     wait_until(lambda: state("next") == "completed")
     assert running("sleep 6.125") and pool.poll() is None
+
+
+def test_on_dead_is_for_jobs_whose_folder_is_gone_but_not_for_cancelled_ones(queue):
+    told = os.path.join(os.getcwd(), "told")
+    queue.set("on_dead", "cat >> " + told)
+    os.mkdir("gone")
+    enqueue(id="x", max_retries=1, cwd="gone")
+    os.rmdir("gone")
+    assert drain() == 1 and '"id": "x"' in read(told)
+    add(queue, id="y")
+    queue.cancel(["y"])
+    hooks = queuectl.Hooks(queuectl.open_log(queue.path, "test"))
+    hooks.start(queue, "y")
+    assert not hooks.running
+
+
+def test_few_on_dead_commands_run_at_a_time(queue, monkeypatch):
+    monkeypatch.setattr(queuectl, "GRACE", 0.3)
+    queue.set("on_dead", NAP)
+    hooks = queuectl.Hooks(queuectl.open_log(queue.path, "test"))
+    enqueue("exit 1", id="x", max_retries=1)
+    queue.fail(claim(queue), result())
+    begun = time.monotonic()
+    for _ in range(queuectl.MAX_HOOKS + 1):
+        hooks.start(queue, "x")
+    assert time.monotonic() - begun >= 0.3  # the last one waited
+    for hook in hooks.running:
+        hook.end(signal.SIGKILL)
+
+
+def test_follow_of_what_will_not_run_ends():
+    enqueue(id="x", delay=3600)
+    ok("cancel", "x")
+    assert ok("logs", "-f", "x").out == ""
+    assert "neither" in refused("logs", "-f", "--json", "x", code=2)
+
+
+def test_follow_ends_when_the_worker_died_and_no_pool_is_there(queue):
+    add(queue)
+    leases = []
+    runs = queuectl.beside(queue.path, ".runs")
+    queue.claim(1, lambda name: leases.append(queuectl.Lease(os.path.join(runs, name))))
+    os.close(leases[0].fd)
+    assert "died" in refused("logs", "-f", "job")
+
+
+@pytest.mark.parametrize("words", [["wait"], ["logs", "-f", "x"], ["status", "--watch"]])
+def test_what_waits_for_a_queue_ends_when_that_is_removed(words):
+    enqueue(id="x", delay=3600)
+    with subprocess.Popen([sys.executable, SCRIPT, *words], stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, universal_newlines=True) as waiting:
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(0.7)
+        os.remove("queuectl.db")
+        assert waiting.wait(10) == 1
+        assert waiting.stderr.read().endswith("queuectl.db was removed\n")
+
+
+def test_wait_does_not_look_again_at_a_job_that_has_ended(queue):
+    add(queue, id="a")
+    queue.complete(claim(queue), result(None))
+    add(queue, id="b")
+    run = claim(queue)
+
+    def tell(counts):
+        if counts["processing"]:
+            queue.delete(["a"])
+            queue.complete(run, result(None))
+
+    assert queue.wait(["a", "b"], tell=tell)["completed"] == 2
+
+
+def test_much_is_removed_in_many_short_transactions(queue, monkeypatch):
+    monkeypatch.setattr(queuectl, "SLICE", 1e-4)
+    for n in range(300):
+        add(queue, id="j%d" % n)
+    commits = []
+    queue.db.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else 0)
+    assert queue.delete_all(["pending"]) == 300
+    assert len(commits) > 10
 
 
 def test_status_tells_what_waits_longest_and_what_is_due_next(queue, clock):
@@ -776,6 +869,10 @@ def test_a_detached_pool_goes_on_and_its_start_is_told():
     assert ok("worker", "stop", "--no-wait").out.startswith("stopping pool ")
     ok("worker", "stop")
     assert ok("status", "--json").json["workers"] == []
+    line = "exec 9>lock; flock 9; %s %s worker start --detach" % (sys.executable, SCRIPT)
+    subprocess.run(line, shell=True, check=True, stdout=subprocess.DEVNULL)
+    assert subprocess.run(["flock", "-n", "lock", "true"]).returncode == 0
+    ok("worker", "stop")
     lost = script("worker", "start", "--detach", "--db", "no/folder/q.db")
     assert lost.returncode == 1 and lost.stderr.count("\n") == 1
 
@@ -936,7 +1033,9 @@ def test_writes_need_the_pages_token_and_origin(dashboard, headers):
 
 def test_the_page_can_cancel_retry_and_delete(dashboard):
     enqueue(id="x", delay=3600)
+    assert dashboard.json("/api/jobs/x")["state"] == "pending"
     assert dashboard.post("/api/jobs/x/cancel").status == 200 and state("x") == "dead"
+    assert dashboard.json("/api/jobs/x")["state"] == "dead"  # not what was a moment ago
     assert dashboard.post("/api/jobs/x/retry").status == 200 and state("x") == "pending"
     assert dashboard.post("/api/jobs/x/retry").status == 400  # it is not dead
     dashboard.post("/api/jobs/x/cancel")
@@ -1643,6 +1742,21 @@ def test_a_removed_database_ends_the_pool():
     assert jobs() == {}
 
 
+def test_a_pool_that_nobody_hears_notices_a_removed_database_and_makes_no_new_one():
+    pool = start_pool()
+    pool.stderr.close()  # what it says breaks a pipe
+    os.remove("queuectl.db")
+    assert pool.wait(10) == 1
+    assert not os.path.exists("queuectl.db")
+
+
+def test_too_few_descriptors_are_said_at_the_start():
+    line = "ulimit -n 90; %s %s worker start" % (sys.executable, SCRIPT)
+    told = subprocess.run(line, shell=True, stderr=subprocess.PIPE)
+    assert told.returncode == 1 and b"ulimit -n" in told.stderr
+    assert told.stderr.count(b"\n") == 1
+
+
 def test_a_new_database_is_not_mixed_up_with_a_removed_one():
     enqueue(NAP, id="x")
     pool = start_pool(count=1)
@@ -1725,7 +1839,7 @@ def test_a_command_waits_for_a_lock_but_not_for_ever(monkeypatch):
         with pytest.raises(subprocess.TimeoutExpired):
             waiting.wait(3)
     assert waiting.communicate(timeout=20) == (b"deleted x\n", b"")
-    monkeypatch.setattr(queuectl.Queue.__init__, "__defaults__", ("FULL", 0.1, time.time))
+    monkeypatch.setattr(queuectl.Queue.__init__, "__defaults__", ("FULL", 0.1, time.time, True))
     with locked():
         assert "database is locked" in refused("enqueue", '{"command":"true"}')
         assert ok("list").out  # reading waits for nobody
