@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.8"
+# dependencies = []
+# ///
 """queuectl: a durable background job queue for shell commands, in one file.
 
     python queuectl.py enqueue '{"id": "job1", "command": "echo Hello"}'
@@ -186,10 +190,21 @@ def shell_line(value):
     return value
 
 
+def utf8(native):
+    """Return what the system gave as the UTF-8 that it is, whatever the locale says."""
+    return os.fsencode(native).decode("utf-8", "surrogateescape")
+
+
+def native(text):
+    """Return text as the system's calls want it; the reverse of `utf8`."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
 def folder(value):
-    if not isinstance(value, str) or not storable(value) or not os.path.isdir(value):
+    given = isinstance(value, str) and storable(value)
+    if not given or not os.path.isdir(native(value)):
         raise ValueError("a directory that exists")
-    return os.path.abspath(value)
+    return utf8(os.path.abspath(native(value)))
 
 
 def optional(check, word):
@@ -413,7 +428,11 @@ def opened(path, flags=os.O_RDONLY):
 def folder_lock(path):
     """Let one process at a time change which files there are in a folder."""
     with opened(path) as fd:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except OSError as error:
+            words = "%s: the file system has no locks (%s); take a local disk"
+            raise QueueError(words % (shown(path), error.strerror)) from None
         yield
 
 
@@ -538,7 +557,7 @@ def start_shell(line, cwd, env, lease=None, input_fd=None):
         files[1:] = [(os.POSIX_SPAWN_DUP2, lease.fd, fd) for fd in (1, 2, LEASE_FD)]
     added = {name.encode(): value.encode("utf-8", "surrogateescape")  # odd paths
              for name, value in env.items()}
-    os.chdir(cwd)
+    os.chdir(native(cwd))
     try:
         return Process(os.posix_spawn(
             "/bin/sh", ("/bin/sh", "-c", line.encode()), {**ENVIRONMENT, **added},
@@ -699,13 +718,36 @@ def holds_lock(pid, fd):
 
 def started_with(pid, moment):
     """Tell whether a process lives that started when a run did: it is no stranger."""
+    age = process_age(pid)
+    return age is not None and abs(time.time() - age - moment) < 2
+
+
+def process_age(pid):
+    """Return for how many seconds a process has been there; None if it is not."""
+    try:
+        with open("/proc/uptime") as file:
+            uptime = float(file.read().split()[0])
+    except FileNotFoundError:
+        return age_by_ps(pid)
     fields = process_stat(pid)
-    if not alive(fields):
-        return False
-    with open("/proc/uptime") as file:
-        uptime = float(file.read().split()[0])
-    age = uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return abs(time.time() - age - moment) < 2
+    here = alive(fields)
+    return uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK") if here else None
+
+
+def age_by_ps(pid):
+    """Return what process_age does, where there is no /proc."""
+    import subprocess
+
+    words = ["ps", "-o", "stat=", "-o", "etime=", "-p", str(pid)]
+    told = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    state, _, elapsed = told.stdout.decode().strip().partition(" ")
+    if not elapsed or state.startswith("Z"):
+        return None
+    days, _, clock = elapsed.strip().rpartition("-")
+    age = int(days or 0)
+    for part, base in zip(("0:0:" + clock).split(":")[-3:], (24, 60, 60)):
+        age = age * base + int(part)
+    return age
 
 
 class Wake:
@@ -977,7 +1019,7 @@ if os.name == "nt":
                 os.remove(path)
 
     def number_place(at):
-        """Return where the pid of a lock's holder stands; locked bytes are unreadable."""
+        """Return where the pid of a lock's holder stands: outside what it locks."""
         return 64 + 8 * (at - PoolFile.LOCKS)
 
     def lock_byte(fd, at, length=1):
@@ -1381,7 +1423,7 @@ class Queue:
         values = self.settings()
         return dict(
             NO_FIELDS, max_retries=values["max_retries"], timeout=values["timeout"],
-            priority=0, cwd=checked("cwd", folder, os.getcwd()),
+            priority=0, cwd=checked("cwd", folder, utf8(os.getcwd())),
         )
 
     def add(self, command, **fields):
@@ -2337,7 +2379,7 @@ class Supervisor:
         catch_signals(STOP_SIGNALS, self.count_signal)
         keep_descriptors()
         self.wake = Wake()
-        with Queue(self.path) as queue:
+        with Queue(self.path) as queue, folder_lock(os.path.dirname(self.path)):
             self.file, self.began = queue.file, queue.clock()
         self.pool = PoolFile.create(self.path)
         try:
@@ -2849,7 +2891,7 @@ def spooled(path):
 
     with tempfile.SpooledTemporaryFile(2**24) as spool:
         stdin = contextlib.nullcontext(sys.stdin.buffer)
-        with open(path, "rb") if path else stdin as source:
+        with open(native(path), "rb") if path else stdin as source:
             shutil.copyfileobj(source, spool)
         spool.seek(0)
         yield spool
@@ -3400,8 +3442,8 @@ def parse(name, words):
     at = words.index("--") if name == "enqueue" and "--" in words else len(words)
     args = parser.parse_args(words[:at])
     args.words = words[at + 1 :]
-    queue = args.db or os.environ.get("QUEUECTL_DB") or "queuectl.db"
-    args.db = os.path.realpath(queue)
+    queue = args.db and native(args.db)
+    args.db = os.path.realpath(queue or os.environ.get("QUEUECTL_DB") or "queuectl.db")
     return function, args
 
 
@@ -3432,7 +3474,7 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     try:
-        code = run_command(sys.argv[1:] if argv is None else argv)
+        code = run_command(map(utf8, sys.argv[1:]) if argv is None else argv)
         sys.stdout.flush()
         return code
     except QueueError as error:

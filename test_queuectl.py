@@ -1625,7 +1625,12 @@ def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(command, victim):
     assert [run["error"] for run in job["runs"]] == ["worker died", None]
 
 
-def test_an_orphan_without_mark_and_lock_is_known_by_its_number():
+# What a system without /proc has: nothing is known of a process but by its number.
+NO_PROC = "queuectl.process_ids, queuectl.process_age = list, queuectl.age_by_ps"
+
+
+@pytest.mark.parametrize("script", ["", NO_PROC])
+def test_an_orphan_without_mark_and_lock_is_known_by_its_number(script):
     program = "import os; os.closerange(3, 200); os.execvp('sleep', '%s'.split())" % NAP
     enqueue("echo run >> out; [ $(wc -l < out) -gt 1 ] || exec env -i %s -c %s >&- 2>&-" % (
         sys.executable, shlex.quote(program)), id="x")
@@ -1633,9 +1638,40 @@ def test_an_orphan_without_mark_and_lock_is_known_by_its_number():
     wait_until(lambda: running(NAP) and ok("show", "x", "--json").json["runs"][0]["pid"])
     assert pids_of(NAP) == [ok("show", "x", "--json").json["runs"][0]["pid"]]
     kill_all(pool)
-    start_pool(count=1)
+    start_pool(count=1, script=script)
     wait_until(lambda: state("x") == "completed")
     assert not running(NAP)
+
+
+def test_the_age_of_a_process_is_known_without_proc():
+    with subprocess.Popen(["sleep", "66.5"]) as process:
+        assert abs(queuectl.process_age(process.pid) - queuectl.age_by_ps(process.pid)) < 2
+        process.kill()
+        process.wait(10)
+        assert queuectl.age_by_ps(process.pid) is None is queuectl.process_age(process.pid)
+
+
+def test_a_file_system_without_locks_is_said_when_a_pool_starts():
+    enqueue()
+    script = """if 1:
+        import errno
+        def flock(fd, how):
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+        queuectl.fcntl.flock = flock"""
+    pool = start_pool(script=script)
+    assert pool.wait(10) == 1 and "no locks" in pool.stderr.read()
+
+
+@pytest.mark.parametrize("coercion", ["0", "1"])
+def test_the_locale_c_takes_and_runs_what_is_not_ascii(coercion):
+    os.mkdir("é")
+    env = dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE=coercion)
+    for words in (["enqueue", "--id", "ü", "--cwd", "é", "--env", "Ä=ß", "--", "echo ö; pwd"],
+                  ["worker", "start", "--drain"]):
+        told = script("--db", "é/q.db", *words, env=env)
+        assert told.returncode == 0, told.stderr
+    assert ok("logs", "ü", "--db", "é/q.db").out == "ö\n%s/é\n" % os.getcwd()
+    assert ok("show", "ü", "--json", "--db", "é/q.db").json["env"] == {"Ä": "ß"}
 
 
 def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatch):
