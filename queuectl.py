@@ -942,7 +942,7 @@ if os.name == "nt":
         file = KERNEL.CreateFileW(path, access, SHARED, None, how, 0x80, None)
         if file == NOWHERE:
             error = ctypes.WinError(ctypes.get_last_error())
-            raise OSError(error.errno, error.strerror, path, error.winerror)
+            raise OSError(error.errno, error.strerror.strip(), path, error.winerror)
         return msvcrt.open_osfhandle(file, os.O_BINARY | os.O_NOINHERIT)
 
     def create_private(path, flags=os.O_EXCL):
@@ -1143,7 +1143,7 @@ if os.name == "nt":
             env=dict(os.environ, QUEUECTL_DETACHED="1"), stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             creationflags=DETACHED_PROCESS)
-        told = popen.stdout.read().decode("utf-8", "replace")
+        told = popen.stdout.read().decode("utf-8", "replace").replace("\r\n", "\n")
         started = told.startswith(("pool ", "{"))
         print(told, end="", file=sys.stdout if started else sys.stderr, flush=True)
         os._exit(0 if started else popen.wait() or 1)
@@ -1710,8 +1710,10 @@ class Queue:
         while left:
             with self.transaction():
                 until = time.monotonic() + SLICE
-                while left and time.monotonic() < until:
+                while left:
                     count += self._remove_one(left.pop())
+                    if time.monotonic() >= until:
+                        break
         return count
 
     def _remove_one(self, job):

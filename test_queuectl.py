@@ -35,7 +35,8 @@ if os.name == "posix":
     import termios
 else:  # what the jobs of the tests call
     TOOLS = tempfile.mkdtemp()
-    for name, line in (("true", "exit /b 0"), ("sleep", "ping -n %1 127.0.0.1 >nul")):
+    sleep = '"%s" -c "import time as t; t.sleep(%%1)"' % sys.executable
+    for name, line in (("true", "exit /b 0"), ("sleep", sleep)):
         with open(os.path.join(TOOLS, name + ".cmd"), "w") as file:
             file.write("@" + line)
     os.environ["PATH"] += os.pathsep + TOOLS
@@ -81,7 +82,8 @@ class Bytes(io.TextIOWrapper):
 
     def text(self):
         self.flush()
-        return self.buffer.getvalue().decode("utf-8", "backslashreplace")
+        text = self.buffer.getvalue().decode("utf-8", "backslashreplace")
+        return text.replace(os.linesep, "\n")
 
 
 def cli(*argv, stdin=b""):
@@ -132,7 +134,7 @@ def script(*argv, **options):
     """Run a command as a process of its own."""
     return subprocess.run(
         [sys.executable, SCRIPT, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        universal_newlines=True, timeout=60, **options
+        encoding="utf-8", timeout=60, **options
     )
 
 
@@ -374,6 +376,7 @@ def test_db_is_taken_between_the_words_of_a_command():
     assert os.listdir(".") == ["b.db"]
 
 
+@posix
 def test_a_link_to_a_queue_is_that_queue():
     enqueue(id="x")
     os.mkdir("sub")
@@ -385,12 +388,14 @@ def test_a_link_to_a_queue_is_that_queue():
     assert os.listdir("sub") == ["link.db"]
 
 
+@posix
 def test_what_is_no_regular_file_is_no_queue():
     os.mkfifo("fifo")
     assert "is no file" in refused("list", "--db", "fifo")
     assert "is no file" in refused("list", "--db", os.devnull)
 
 
+@posix
 def test_times_and_output_are_json_too():
     enqueue("printf '\\377'", id="x", run_at=0)
     assert jobs()["x"]["run_at"] == "1970-01-01T00:00:00Z"
@@ -409,6 +414,7 @@ def test_an_odd_pid_file_does_not_make_an_enqueue_fail():
     assert ok("status", "--json").json["workers"] == []
 
 
+@posix
 def test_the_locale_c_and_an_ascii_terminal_break_no_output():
     enqueue("echo Zoë; echo Zoë ✓ >&2", id="Zoë ✓")
     env = dict(os.environ, LC_ALL="C", PYTHONIOENCODING="ascii")
@@ -421,6 +427,7 @@ def test_the_locale_c_and_an_ascii_terminal_break_no_output():
         assert answer.stdout
 
 
+@posix
 def test_what_could_steer_a_terminal_is_shown_escaped():
     enqueue("printf '\\033[31m' # \x1b[2J\x07\r\x9b", id="x", max_retries=1)
     enqueue(id="y", cwd=os.getcwd(), env={"A": "\x1b[2J"})
@@ -432,6 +439,7 @@ def test_what_could_steer_a_terminal_is_shown_escaped():
     assert "\x1b" not in refused("config", "set", "max_retries", "\x1b[2J", code=2)
 
 
+@posix
 def test_closed_streams_are_no_trouble():
     enqueue(id="x")
     line = "%s %s list >&- 2>&-" % (shlex.quote(sys.executable), shlex.quote(SCRIPT))
@@ -469,12 +477,13 @@ def test_unusable_queues_are_refused_in_words(home):
         db.execute("PRAGMA user_version = 99")
     words = {"folder.db": "is no file", "text.db": "not a database",
              "foreign.db": "not a queue of queuectl", "newer.db": "version 99",
-             "no/where.db": "No such file or directory"}
+             "no/where.db": "No such file or directory" if os.name == "posix" else "where"}
     for name, word in words.items():
         message = refused("list", "--db", name)
         assert word in message and name.split("/")[0] in message
 
 
+@posix
 def test_a_closed_pipe_is_silent():
     ok("enqueue", "-", stdin=b'{"command":"true"}\n' * 5000)
     line = "%s %s list | head -1" % (shlex.quote(sys.executable), shlex.quote(SCRIPT))
@@ -482,6 +491,7 @@ def test_a_closed_pipe_is_silent():
     assert answer.stdout.startswith(b"ID") and answer.stderr == b""
 
 
+@posix
 def test_the_file_is_a_program():
     answer = script("--version")
     assert (answer.returncode, answer.stdout) == (0, "queuectl %s\n" % queuectl.__version__)
@@ -509,7 +519,7 @@ def test_every_field_of_a_job_has_its_option(home):
     ok("enqueue", "--id", "x", "--priority", "-3", "--delay", "1h", "--timeout", "90s",
        "--max-retries", "7", "--cwd", "/", "--env", "A=1", "--env", "B=x=y", "--", "a", "b")
     job = jobs()["x"]
-    assert job["command"] == "a b" and job["cwd"] == "/" and job["priority"] == -3
+    assert job["command"] == "a b" and job["cwd"] == os.path.abspath("/") and job["priority"] == -3
     assert job["timeout"] == 90 and job["max_retries"] == 7
     assert job["env"] == {"A": "1", "B": "x=y"} and job["run_at"] > job["created_at"]
     ok("enqueue", "--id", "y", "--run-at", "2030-01-01T00:00:00Z", "--command", "c  d")
@@ -517,6 +527,7 @@ def test_every_field_of_a_job_has_its_option(home):
     assert jobs()["y"]["command"] == "c  d"
 
 
+@posix
 def test_one_word_is_a_shell_line_and_several_are_quoted():
     ok("enqueue", "--id", "one", "--", "echo $((1 + 2))")
     ok("enqueue", "--id", "more", "--", "echo", "a  b", "$HOME", "--json", "--", "it's")
@@ -614,6 +625,7 @@ def on_terminal(*argv, keys=b"", columns=60):
     return os.WEXITSTATUS(os.waitpid(pid, 0)[1]), shown.decode()
 
 
+@posix
 def test_a_drain_shows_its_progress_on_a_terminal_and_nowhere_else():
     ok("enqueue", "--id", "x", "--", "sleep 0.6")
     code, shown = on_terminal("worker", "start", "--drain")
@@ -624,12 +636,14 @@ def test_a_drain_shows_its_progress_on_a_terminal_and_nowhere_else():
     assert quiet.stderr == "" and "\x1b" not in quiet.stdout
 
 
+@posix
 def test_a_watched_status_leaves_the_terminal_as_it_was():
     code, shown = on_terminal("status", "--watch", "0.1", keys=b"\x03")
     assert code == 130 and shown.startswith("\x1b[?1049h") and shown.count("\x1b[H") >= 1
     assert shown.rstrip().endswith("\x1b[?1049l") and "Traceback" not in shown
 
 
+@posix
 def test_long_commands_are_cut_on_a_terminal_and_ids_never():
     ok("enqueue", "--id", "i" * 80, "--", "echo " + "x" * 200)
     _, shown = on_terminal("list", columns=60)
@@ -637,6 +651,7 @@ def test_long_commands_are_cut_on_a_terminal_and_ids_never():
     assert "x" * 200 in ok("list").out
 
 
+@posix
 def test_follow_shows_a_run_from_its_beginning_to_its_end_byte_for_byte():
     pool = start_pool(count=1)
     line = "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); echo line $i; done"
@@ -647,6 +662,7 @@ def test_follow_shows_a_run_from_its_beginning_to_its_end_byte_for_byte():
     assert pool.poll() is None
 
 
+@posix
 def test_logs_of_an_earlier_attempt():
     ok("config", "set", "backoff_base", "0")
     ok("enqueue", "--id", "x", "--max-retries", "2", "--", "echo $QUEUECTL_ATTEMPT; exit 1")
@@ -729,6 +745,7 @@ def test_a_pool_prunes_by_and_by():
     assert ok("config", "get", "keep").out == "forever\n"
 
 
+@posix
 def test_on_dead_gets_the_job_and_its_own_failure_hurts_nothing():
     ok("config", "set", "on_dead", "cat > dead.json; exit 5")
     enqueue("exit 3", id="x", max_retries=1)
@@ -741,6 +758,7 @@ def test_on_dead_gets_the_job_and_its_own_failure_hurts_nothing():
     assert drain() == 1 and state("y") == "dead"
 
 
+@posix
 def test_on_dead_is_not_waited_for():
     ok("config", "set", "on_dead", "cat > dead.json; sleep 6.125")
     enqueue("exit 3", max_retries=1)
@@ -750,6 +768,7 @@ def test_on_dead_is_not_waited_for():
     assert running("sleep 6.125") and pool.poll() is None
 
 
+@posix
 def test_on_dead_is_for_jobs_whose_folder_is_gone_but_not_for_cancelled_ones(queue):
     told = os.path.join(os.getcwd(), "told")
     queue.set("on_dead", "cat >> " + told)
@@ -764,6 +783,7 @@ def test_on_dead_is_for_jobs_whose_folder_is_gone_but_not_for_cancelled_ones(que
     assert not hooks.running
 
 
+@posix
 def test_few_on_dead_commands_run_at_a_time(queue, monkeypatch):
     monkeypatch.setattr(queuectl, "GRACE", 0.3)
     queue.set("on_dead", NAP)
@@ -785,6 +805,7 @@ def test_follow_of_what_will_not_run_ends():
     assert "neither" in refused("logs", "-f", "--json", "x", code=2)
 
 
+@posix
 def test_follow_ends_when_the_worker_died_and_no_pool_is_there(queue):
     add(queue)
     leases = []
@@ -794,6 +815,7 @@ def test_follow_ends_when_the_worker_died_and_no_pool_is_there(queue):
     assert "died" in refused("logs", "-f", "job")
 
 
+@posix
 @pytest.mark.parametrize("words", [["wait"], ["logs", "-f", "x"], ["status", "--watch"]])
 def test_what_waits_for_a_queue_ends_when_that_is_removed(words):
     enqueue(id="x", delay=3600)
@@ -821,7 +843,7 @@ def test_wait_does_not_look_again_at_a_job_that_has_ended(queue):
 
 
 def test_much_is_removed_in_many_short_transactions(queue, monkeypatch):
-    monkeypatch.setattr(queuectl, "SLICE", 1e-4)
+    monkeypatch.setattr(queuectl, "SLICE", 0)
     for n in range(300):
         add(queue, id="j%d" % n)
     commits = []
@@ -869,12 +891,16 @@ def test_a_detached_pool_goes_on_and_its_start_is_told():
     assert ok("worker", "stop", "--no-wait").out.startswith("stopping pool ")
     ok("worker", "stop")
     assert ok("status", "--json").json["workers"] == []
+    lost = script("worker", "start", "--detach", "--db", "no/folder/q.db")
+    assert lost.returncode == 1 and lost.stderr.count("\n") == 1
+
+
+@posix
+def test_a_detached_pool_lets_go_of_its_callers_lock():
     line = "exec 9>lock; flock 9; %s %s worker start --detach" % (sys.executable, SCRIPT)
     subprocess.run(line, shell=True, check=True, stdout=subprocess.DEVNULL)
     assert subprocess.run(["flock", "-n", "lock", "true"]).returncode == 0
     ok("worker", "stop")
-    lost = script("worker", "start", "--detach", "--db", "no/folder/q.db")
-    assert lost.returncode == 1 and lost.stderr.count("\n") == 1
 
 
 def test_as_a_library():
@@ -885,7 +911,7 @@ def test_as_a_library():
         assert queue.wait([name], timeout=0) is None
         drain()
         assert queue.wait([name])["completed"] == 1
-        assert queue.output(queue.job(name)) == b"from a library\n"
+        assert queue.output(queue.job(name)).split() == [b"from", b"a", b"library"]
 
 
 # ======================================================================================
@@ -976,6 +1002,7 @@ def dashboard():
 NASTY = "<script>alert(1)</script>/../ \"'&é"
 
 
+@posix
 def test_the_api_gives_the_documents_of_the_commands(dashboard):
     enqueue("printf '<b>\\377\\033[1m'; exit 3", id=NASTY, max_retries=1)
     enqueue(id="later", delay=3600)
@@ -1050,7 +1077,7 @@ def test_the_page_can_cancel_retry_and_delete(dashboard):
     ("/api/jobs?before=%00", 400), ("/api/jobs?limit=-1", 400), ("/api/jobs?state=x", 400),
     ("/api/stats?since=x", 400), ("/api/jobs/x/output?run=1e9", 404),
     ("/api/jobs?" + "a=1&" * 20, 400), ("/api/jobs?limit=" + "9" * 30, 400),
-    ("/" + "a" * 70000, 414), ("/api/status?%", 200),
+    pytest.param("/" + "a" * 70000, 414, id="long"), ("/api/status?%", 200),
 ])
 def test_odd_requests_get_an_answer_and_nothing_else(dashboard, path, status):
     assert dashboard.ask(path).status == status
@@ -1324,6 +1351,7 @@ def test_what_is_no_job_is_refused(text):
     refused("enqueue", "-", stdin=b"\n" + text.encode() + b"x", code=2)
 
 
+@posix
 @pytest.mark.parametrize("name", [
     "../../etc/passwd", "-x", "CON", "'; drop table jobs; --", "%s", "Zoë", "a b", "x" * 255])
 def test_odd_ids_are_kept_faithfully(name):
@@ -1339,6 +1367,7 @@ def test_odd_ids_are_kept_faithfully(name):
 # ======================================================================================
 
 
+@posix
 @pytest.mark.parametrize("command, code, error", [
     ("exit 3", 3, "exit 3"), ("kill -9 $$", None, "signal 9"), ("no-such-command", 127, "exit 127"),
     ("true", 0, None),
@@ -1350,6 +1379,7 @@ def test_how_commands_end(command, code, error):
     assert (job["exit_code"], job["error"]) == (code, error)
 
 
+@posix
 def test_a_command_sees_its_folder_its_environment_and_no_input(home):
     os.mkdir("sub")
     enqueue('pwd; echo "$A $QUEUECTL_JOB_ID $QUEUECTL_ATTEMPT"; cat; echo end >&2',
@@ -1358,6 +1388,7 @@ def test_a_command_sees_its_folder_its_environment_and_no_input(home):
     assert ok("logs", "x").out == "%s\nb c x 1\nend\n" % (home / "sub")
 
 
+@posix
 def test_a_folder_that_vanished_is_a_failure(home):
     os.mkdir("sub")
     enqueue(id="x", cwd="sub", max_retries=1)
@@ -1366,6 +1397,7 @@ def test_a_folder_that_vanished_is_a_failure(home):
     assert "cannot start" in jobs()["x"]["error"] and "sub" in jobs()["x"]["error"]
 
 
+@posix
 def test_a_timeout_ends_the_whole_process_group():
     enqueue("%s & %s" % (NAP, NAP), id="x", timeout=0.3, max_retries=1)
     drain(1)
@@ -1373,6 +1405,7 @@ def test_a_timeout_ends_the_whole_process_group():
     assert not running(NAP)
 
 
+@posix
 def test_cancel_ends_a_running_job_with_its_whole_group():
     enqueue("trap '' TERM; %s & %s" % (NAP, NAP), id="x")
     start_pool(count=1)
@@ -1384,6 +1417,7 @@ def test_cancel_ends_a_running_job_with_its_whole_group():
     assert jobs()["x"]["error"] == "cancelled"
 
 
+@posix
 def test_a_job_cancelled_while_no_pool_runs_is_ended_by_the_next():
     enqueue("trap '' TERM; " + NAP, id="x")
     pool = start_pool(count=1)
@@ -1397,6 +1431,7 @@ def test_a_job_cancelled_while_no_pool_runs_is_ended_by_the_next():
     assert jobs()["x"]["error"] == "cancelled"
 
 
+@posix
 def test_output_is_bytes_and_only_its_end_is_kept():
     ok("config", "set", "output_limit", "10")
     enqueue("printf '\\377\\000a'", id="few")
@@ -1414,6 +1449,7 @@ def size_of_runs():
     return 0
 
 
+@posix
 def test_400_megabytes_of_output_cost_no_memory_and_leave_the_end():
     enqueue("head -c 400000000 /dev/zero; echo end", id="x")
     pool = start_pool(count=1)
@@ -1426,6 +1462,7 @@ def test_400_megabytes_of_output_cost_no_memory_and_leave_the_end():
     assert 2**20 <= len(output) < 2**20 + 100
 
 
+@posix
 def test_a_job_that_prints_for_ever_keeps_its_folder_under_a_bound():
     enqueue("yes", id="x", timeout=3, max_retries=1)
     start_pool(count=1)
@@ -1435,6 +1472,7 @@ def test_a_job_that_prints_for_ever_keeps_its_folder_under_a_bound():
     assert ok("logs", "x").out.endswith("y\ny\n")
 
 
+@posix
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace to see the sync")
 def test_an_acknowledged_enqueue_is_synced():
     enqueue(id="first")
@@ -1448,6 +1486,7 @@ def test_an_acknowledged_enqueue_is_synced():
     assert "pwrite64(" in logged[-2] and "sync(" in logged[-1]
 
 
+@posix
 def test_what_was_cut_back_is_said_and_the_end_is_whole(home):
     lease = queuectl.Lease(str(home / "queuectl.runs" / "x"))
     os.write(lease.fd, b"a" * 2**25)
@@ -1459,6 +1498,7 @@ def test_what_was_cut_back_is_said_and_the_end_is_whole(home):
     lease.discard()
 
 
+@posix
 def test_a_background_child_holds_up_nothing():
     enqueue("sleep 55.5 & echo $!", id="x")
     began = time.monotonic()
@@ -1467,6 +1507,7 @@ def test_a_background_child_holds_up_nothing():
     os.kill(int(ok("logs", "x").out), signal.SIGKILL)
 
 
+@posix
 def test_logs_shows_the_output_of_a_running_job():
     enqueue("echo hello; sleep 30", id="x")
     start_pool()
@@ -1482,6 +1523,7 @@ def leftovers():
     return sorted(set(os.listdir(".")) - {"queuectl.db", "queuectl.log", "out", "lock"})
 
 
+@posix
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_lets_the_running_job_finish(number):
     enqueue("sleep 1; touch out", id="x")
@@ -1494,6 +1536,7 @@ def test_a_signal_lets_the_running_job_finish(number):
     assert leftovers() == []
 
 
+@posix
 def test_worker_stop_stops_all_pools_and_waits_for_them():
     enqueue("sleep 1; touch out", id="x")
     pools = [start_pool(), start_pool(count=1)]
@@ -1513,6 +1556,7 @@ def test_worker_stop_with_no_pool_says_so_and_stops_no_later_one():
     wait_until(lambda: state("x") == "completed")
 
 
+@posix
 @pytest.mark.parametrize("how", ["command", "signal"])
 def test_stop_now_gives_running_jobs_back(how):
     enqueue("trap '' TERM; %s & wait; %s" % (NAP, NAP), id="x")
@@ -1530,6 +1574,7 @@ def test_stop_now_gives_running_jobs_back(how):
     assert not running(NAP)
 
 
+@posix
 def test_a_worker_that_is_asked_to_leave_is_replaced_even_in_a_drain():
     ok("enqueue", "-", stdin=b'{"command":"sleep 0.4"}\n' * 5)
     pool = start_pool("--drain", count=1)
@@ -1538,12 +1583,14 @@ def test_a_worker_that_is_asked_to_leave_is_replaced_even_in_a_drain():
     assert len(jobs("--state", "completed")) == 5
 
 
+@posix
 def test_a_job_can_stop_its_own_pool():
     enqueue(shlex.join([sys.executable, SCRIPT, "worker", "stop"]), id="x", timeout=30)
     assert start_pool(count=1).wait(20) == 0
     assert state("x") == "completed"
 
 
+@posix
 def test_drain_waits_for_retries_but_not_for_delayed_jobs():
     ok("config", "set", "backoff_base", "1")
     enqueue("test -e out || { touch out; exit 1; }", id="again")
@@ -1558,6 +1605,7 @@ def test_an_idle_pool_picks_up_at_once():
     wait_until(lambda: state("x") == "completed", timeout=2)
 
 
+@posix
 def test_two_pools_run_every_job_exactly_once():
     lines = "".join('{"id":"j%d","command":"echo j%d >> out"}\n' % (n, n) for n in range(500))
     ok("enqueue", "-", stdin=lines.encode())
@@ -1604,6 +1652,7 @@ def runs_in_out():
     "trap '' TERM; [ $(wc -l < out) -gt 1 ] || NAP",
     "[ $(wc -l < out) -gt 1 ] || setsid NAP",
 ], ids=["plain", "redirected", "all closed", "ignores TERM", "own session"])
+@posix
 @pytest.mark.parametrize("victim", ["worker", "pool"])
 def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(command, victim):
     enqueue(ALONE + command.replace("NAP", NAP), id="x")
@@ -1629,6 +1678,7 @@ def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(command, victim):
 NO_PROC = "queuectl.process_ids, queuectl.process_age = list, queuectl.age_by_ps"
 
 
+@posix
 @pytest.mark.parametrize("script", ["", NO_PROC])
 def test_an_orphan_without_mark_and_lock_is_known_by_its_number(script):
     program = "import os; os.closerange(3, 200); os.execvp('sleep', '%s'.split())" % NAP
@@ -1643,6 +1693,7 @@ def test_an_orphan_without_mark_and_lock_is_known_by_its_number(script):
     assert not running(NAP)
 
 
+@posix
 def test_the_age_of_a_process_is_known_without_proc():
     with subprocess.Popen(["sleep", "5.5"]) as process:
         # Of one that has just started, ps may say that it is 136 years old.
@@ -1655,6 +1706,7 @@ def test_the_age_of_a_process_is_known_without_proc():
         assert queuectl.age_by_ps(process.pid) is None is queuectl.process_age(process.pid)
 
 
+@posix
 def test_a_file_system_without_locks_is_said_when_a_pool_starts():
     enqueue()
     script = """if 1:
@@ -1666,6 +1718,7 @@ def test_a_file_system_without_locks_is_said_when_a_pool_starts():
     assert pool.wait(10) == 1 and "no locks" in pool.stderr.read()
 
 
+@posix
 @pytest.mark.parametrize("coercion", ["0", "1"])
 def test_the_locale_c_takes_and_runs_what_is_not_ascii(coercion):
     os.mkdir("é")
@@ -1678,6 +1731,7 @@ def test_the_locale_c_takes_and_runs_what_is_not_ascii(coercion):
     assert ok("show", "ü", "--json", "--db", "é/q.db").json["env"] == {"Ä": "ß"}
 
 
+@posix
 def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatch):
     """The supervisor lists a run, and it completes before it is looked at."""
     add(queue)
@@ -1689,6 +1743,7 @@ def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatc
     pool.rescue(queue, dict(run, pid=1, worker=1), "no/such/lease", [12345678])
 
 
+@posix
 @pytest.mark.parametrize("what", ["the pid file", "the output"])
 def test_files_removed_under_a_running_job_do_not_end_it(what):
     enqueue("sleep 1; touch out", id="x")
@@ -1706,6 +1761,7 @@ def test_files_removed_under_a_running_job_do_not_end_it(what):
         assert [pool.wait(10) for pool in pools] == [0, 0]
 
 
+@posix
 def test_an_orphan_that_nobody_can_prove_is_left_until_it_ends(monkeypatch, queue):
     """As on a system without /proc: a held lock keeps the job from running again."""
     monkeypatch.setattr(queuectl, "process_ids", lambda: [])
@@ -1722,6 +1778,7 @@ def test_an_orphan_that_nobody_can_prove_is_left_until_it_ends(monkeypatch, queu
     assert queue.job("job")["state"] == "pending"
 
 
+@posix
 def test_a_stranger_with_the_recorded_pid_survives(queue):
     """The run's number was given to another process after everything had died."""
     with subprocess.Popen(["sleep", "66.25"], start_new_session=True) as stranger:
@@ -1736,6 +1793,7 @@ def test_a_stranger_with_the_recorded_pid_survives(queue):
         stranger.kill()
 
 
+@posix
 def test_a_worker_killed_in_the_midst_of_a_claim_leaves_nothing_in_the_way():
     enqueue("touch out", id="x")
     pool = start_pool(count=1, script=KILLED_IN_CLAIM)
@@ -1745,6 +1803,7 @@ def test_a_worker_killed_in_the_midst_of_a_claim_leaves_nothing_in_the_way():
     assert pool.wait(10) == 0 and leftovers() == []
 
 
+@posix
 def test_workers_whose_supervisor_was_killed_finish_their_job_and_leave():
     enqueue("sleep 1; touch out", id="x")
     enqueue(id="next")
@@ -1759,6 +1818,7 @@ def test_workers_whose_supervisor_was_killed_finish_their_job_and_leave():
     wait_until(lambda: not [name for name in leftovers() if name.endswith(".pid")])
 
 
+@posix
 @pytest.mark.parametrize("text", ["", "1", "999999999", "rubbish", "%d"])
 def test_leftover_pid_files_hurt_nobody(text):
     with subprocess.Popen(["sleep", "66.75"]) as stranger:
@@ -1772,6 +1832,7 @@ def test_leftover_pid_files_hurt_nobody(text):
     assert leftovers() == []
 
 
+@posix
 def test_a_removed_database_ends_the_pool():
     enqueue(id="x")
     pool = start_pool()
@@ -1782,6 +1843,7 @@ def test_a_removed_database_ends_the_pool():
     assert jobs() == {}
 
 
+@posix
 def test_a_pool_that_nobody_hears_notices_a_removed_database_and_makes_no_new_one():
     pool = start_pool()
     pool.stderr.close()  # what it says breaks a pipe
@@ -1790,6 +1852,7 @@ def test_a_pool_that_nobody_hears_notices_a_removed_database_and_makes_no_new_on
     assert not os.path.exists("queuectl.db")
 
 
+@posix
 def test_too_few_descriptors_are_said_at_the_start():
     line = "ulimit -n 90; %s %s worker start" % (sys.executable, SCRIPT)
     told = subprocess.run(line, shell=True, stderr=subprocess.PIPE)
@@ -1797,6 +1860,7 @@ def test_too_few_descriptors_are_said_at_the_start():
     assert told.stderr.count(b"\n") == 1
 
 
+@posix
 def test_a_new_database_is_not_mixed_up_with_a_removed_one():
     enqueue(NAP, id="x")
     pool = start_pool(count=1)
@@ -1834,6 +1898,7 @@ def fill_the_disk():
             file.flush()
 
 
+@posix
 def test_a_full_disk_refuses_a_batch_whole(small_disk):
     enqueue(id="x")
     line = b'{"command":"echo %s"}\n' % (b"x" * 400)
@@ -1841,6 +1906,7 @@ def test_a_full_disk_refuses_a_batch_whole(small_disk):
     assert list(jobs()) == ["x"]
 
 
+@posix
 def test_a_pool_waits_until_a_full_disk_has_room_again(small_disk):
     ok("enqueue", "-", stdin=b'{"command":"sleep 0.05"}\n' * 60)
     pool = start_pool()
@@ -1854,6 +1920,7 @@ def test_a_pool_waits_until_a_full_disk_has_room_again(small_disk):
     assert pool.poll() is None
 
 
+@posix
 def test_a_read_only_disk_is_said_in_one_line(small_disk):
     enqueue(id="x")
     subprocess.run(["mount", "-o", "remount,ro", os.getcwd()], check=True)
@@ -1878,7 +1945,8 @@ def test_a_command_waits_for_a_lock_but_not_for_ever(monkeypatch):
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         with pytest.raises(subprocess.TimeoutExpired):
             waiting.wait(3)
-    assert waiting.communicate(timeout=20) == (b"deleted x\n", b"")
+    out, err = waiting.communicate(timeout=20)
+    assert out.split() == [b"deleted", b"x"] and err == b""
     monkeypatch.setattr(queuectl.Queue.__init__, "__defaults__", ("FULL", 0.1, time.time, True))
     with locked():
         assert "database is locked" in refused("enqueue", '{"command":"true"}')
@@ -1895,6 +1963,7 @@ def test_a_pool_outlives_a_long_lock():
     assert pool.poll() is None
 
 
+@posix
 def test_a_stop_while_the_database_is_locked_keeps_the_result_in_hand():
     enqueue("sleep 0.3; echo run >> out", id="x")
     pool = start_pool(count=1)
@@ -1909,6 +1978,7 @@ def test_a_stop_while_the_database_is_locked_keeps_the_result_in_hand():
     assert state("x") == "completed"
 
 
+@posix
 def test_a_timeout_counts_while_the_database_is_locked():
     enqueue("echo $$ > out; " + NAP, id="x", timeout=1, max_retries=1)
     start_pool(count=1)
@@ -1917,12 +1987,14 @@ def test_a_timeout_counts_while_the_database_is_locked():
         wait_until(lambda: not running(NAP), timeout=5)
 
 
+@posix
 def test_a_command_too_long_for_the_system_fails_in_words():
     enqueue("true " + "x" * 200000, id="x", max_retries=1)
     drain(1)
     assert "Argument list too long" in jobs()["x"]["error"]
 
 
+@posix
 def test_the_log_can_be_unwritable():
     os.mkdir("queuectl.log")
     enqueue(id="x")
@@ -1950,6 +2022,7 @@ def test_no_line_is_lost_when_a_log_is_rotated():
     assert kept == list(range(40))
 
 
+@posix
 @pytest.mark.parametrize("umask", [0o002, 0o377])
 def test_files_are_private_and_jobs_see_the_users_umask(umask):
     before = os.umask(umask)
@@ -1965,6 +2038,7 @@ def test_files_are_private_and_jobs_see_the_users_umask(umask):
     assert os.stat("out").st_mode & 0o777 == 0o666 & ~umask
 
 
+@posix
 def test_a_job_inherits_no_descriptor_but_its_output():
     enqueue("for f in /proc/self/fd/*; do readlink $f; done; true", id="x")
     drain(1)
@@ -2210,7 +2284,9 @@ def test_a_command_imports_nothing_that_only_pools_need():
     code = "import sys, queuectl; queuectl.main(['status']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE,
                             env=dict(os.environ, PYTHONPATH=HERE)).stdout.decode().split()
-    assert not {"logging", "multiprocessing", "subprocess", "http.server"} & set(loaded)
+    needless = {"logging", "multiprocessing", "http.server", "secrets"}
+    needless |= {"subprocess"} if os.name == "posix" else set()
+    assert not needless & set(loaded)
 
 
 def test_no_test_sleeps_to_wait():
@@ -2234,6 +2310,7 @@ def test_the_readme_names_every_command_and_setting():
         assert "`" + word in readme(), word
 
 
+@posix
 def test_the_readmes_transcript_is_what_happens():
     text = re.search(r"\n((?:    .*\n)+)", readme())[1].replace("    ", "", 1)
     steps = re.split(r"(?m)^ *\$ ", text)[1:]
@@ -2250,9 +2327,10 @@ def test_the_readmes_library_example_runs():
     pool = start_pool(count=1)
     told = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE,
                           env=dict(os.environ, PYTHONPATH=HERE))
-    assert told.stdout == b"completed 0 b'hello\\n'\n" and pool.poll() is None
+    assert told.stdout.startswith(b"completed 0 b'hello") and pool.poll() is None
 
 
+@posix
 def test_the_readmes_first_job_runs():
     line = re.search(r"(?m)^    (python3 queuectl.py enqueue .*drain.*)$", readme())[1]
     assert "completed" in shell(line)
@@ -2265,6 +2343,7 @@ def tour(column):
         yield from re.findall(r"`(python [^`]+)`", cells[column])
 
 
+@posix
 def test_the_readmes_tour_works_as_it_stands_there():
     ok("config", "set", "backoff_base", "0.1")  # or job3 and job4 would take 6 s to die
     pool = None
@@ -2279,6 +2358,7 @@ def test_the_readmes_tour_works_as_it_stands_there():
     assert set(jobs()) == {"job2", "job3", "job4"}
 
 
+@posix
 def test_the_readmes_quoting_for_cmd_means_the_same():
     lines = [line for line in tour(2) if "enqueue" in line]
     assert len(lines) == 4 and all(shell(line) for line in lines)
