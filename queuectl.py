@@ -212,6 +212,25 @@ def optional(check, word):
     return lambda value: None if value in (None, word) else check(value)
 
 
+def prefix(value):
+    """Check a launcher: the beginning of a command line, such as `srun -Q -n1`."""
+    import shlex
+    import shutil
+
+    try:
+        words = shlex.split(shell_line(value))
+    except ValueError as error:
+        raise ValueError("the beginning of a command: %s" % error) from None
+    if not shutil.which(words[0]):
+        raise ValueError("the beginning of a command: no program %s" % words[0])
+    return value
+
+
+def own_prefix(value):
+    """Check the launcher of one job, for which `none` is in place of the setting."""
+    return value if value == "none" else prefix(value)
+
+
 def environment(value):
     allowed = ValueError("an object of texts, with names without = and no NUL")
     if not isinstance(value, dict):
@@ -238,6 +257,11 @@ SETTINGS = {
         "seconds a run may take, for jobs that give none",
     ),
     "output_limit": (whole(0, 2**26), 2**20, "bytes of a run's output that are kept"),
+    "launcher": (
+        optional(prefix, "none"),
+        None,
+        "prefix through which runs are started, like srun -Q -n1",
+    ),
     "keep": (
         optional(duration(0, "forever, or a duration"), "forever"),
         None,
@@ -260,14 +284,15 @@ FIELDS = {
     "timeout": SETTINGS["timeout"][0],
     "cwd": folder,
     "env": environment,
+    "launcher": own_prefix,
 }
 NO_FIELDS = dict.fromkeys(FIELDS)
 
 # What JSON shows of a job, in this order. Those that are no field above are queuectl's
 # own: taken and ignored, so that one queue's `list --json` is another's `enqueue -`.
 PUBLIC = (
-    "id command state attempts max_retries priority run_at timeout cwd env created_at"
-    " updated_at exit_code error started_at finished_at"
+    "id command state attempts max_retries priority run_at timeout cwd env launcher"
+    " created_at updated_at exit_code error started_at finished_at"
 ).split()
 
 
@@ -510,6 +535,7 @@ class Process:
 
     def __init__(self, pid):
         self.pid, self.code = pid, None
+        self.forced = False  # whether it was killed, as it did not end when asked
 
     def poll(self):
         """Return its exit code once it has ended; minus the signal that ended it."""
@@ -522,6 +548,7 @@ class Process:
 
     def end(self, number):
         """Signal its process group, if that is still there and ours."""
+        self.forced = number == KILL
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
@@ -545,11 +572,17 @@ class Process:
         """Leave what it left in the background to itself."""
 
 
-def start_shell(line, cwd, env, lease=None, input_fd=None):
+def start_shell(line, cwd, env, lease=None, input_fd=None, launcher=None):
     """Start a shell command as the leader of a session, its output to a lease.
 
-    By posix_spawn: Popen takes 0.2 ms longer, and before Python 3.10 a whole one.
+    A launcher is put before the shell, split into words as the shell does that. By
+    posix_spawn: Popen takes 0.2 ms longer, and before Python 3.10 a whole one.
     """
+    words = ["/bin/sh", "-c", line.encode()]
+    if launcher:
+        import shlex
+
+        words = [*shlex.split(launcher), *words]
     files = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
     if input_fd is not None:
         files[0] = (os.POSIX_SPAWN_DUP2, input_fd, 0)
@@ -559,8 +592,8 @@ def start_shell(line, cwd, env, lease=None, input_fd=None):
              for name, value in env.items()}
     os.chdir(native(cwd))
     try:
-        return Process(os.posix_spawn(
-            "/bin/sh", ("/bin/sh", "-c", line.encode()), {**ENVIRONMENT, **added},
+        return Process(os.posix_spawnp(
+            words[0], words, {**ENVIRONMENT, **added},
             file_actions=files, setsid=True, setsigdef=IGNORED_BY_PYTHON,
         ))
     finally:
@@ -1064,6 +1097,7 @@ if os.name == "nt":
 
         def __init__(self, popen, job=None):
             self.popen, self.pid, self.code, self.job = popen, popen.pid, None, job
+            self.forced = False
             CHILDREN[self.pid] = int(popen._handle)
 
         def poll(self):
@@ -1073,6 +1107,7 @@ if os.name == "nt":
             return self.code
 
         def end(self, number):
+            self.forced = True  # there is no other way here
             KERNEL.TerminateJobObject(self.job, 1)
 
         def group_lives(self):
@@ -1090,7 +1125,7 @@ if os.name == "nt":
         KERNEL.SetInformationJobObject(
             job, 9, ctypes.byref(limits), ctypes.sizeof(limits))
 
-    def start_shell(line, cwd, env, lease=None, input_fd=None):
+    def start_shell(line, cwd, env, lease=None, input_fd=None, launcher=None):
         """Start a shell command in a job object that ends with this worker.
 
         It is suspended until it is in the job: its children might escape.
@@ -1103,7 +1138,8 @@ if os.name == "nt":
         output = open_as(path, APPEND | SYNCHRONIZE, OPEN_EXISTING)
         try:
             popen = subprocess.Popen(
-                line, shell=True, cwd=cwd, env={**os.environ, **env},
+                '%s cmd /d /s /c "%s"' % (launcher, line) if launcher else line,
+                shell=not launcher, cwd=cwd, env={**os.environ, **env},
                 stdin=None if console else stdin, stdout=output, stderr=output,
                 creationflags=subprocess.CREATE_NEW_PROCESS_GROUP | CREATE_SUSPENDED)
         finally:
@@ -1219,6 +1255,7 @@ CREATE TABLE jobs (
     timeout REAL,
     cwd TEXT NOT NULL,
     env TEXT,
+    launcher TEXT,                          -- in place of the setting
     created_at REAL NOT NULL,
     updated_at REAL NOT NULL,
     run INTEGER NOT NULL DEFAULT 0,         -- number of its latest run; only ever grows
@@ -1457,9 +1494,10 @@ class Queue:
             try:
                 self.db.executemany(
                     "INSERT INTO jobs (id, command, max_retries, priority, run_at,"
-                    " ready, timeout, cwd, env, created_at, updated_at)"
+                    " ready, timeout, cwd, env, launcher, created_at, updated_at)"
                     " VALUES (:id, :command, :max_retries, :priority, :run_at,"
-                    " :run_at <= :now, :timeout, :cwd, :env, :now, :now)", rows()
+                    " :run_at <= :now, :timeout, :cwd, :env, :launcher, :now, :now)",
+                    rows()
                 )
             except sqlite3.IntegrityError:
                 words = "there is a job %s already"
@@ -1506,7 +1544,8 @@ class Queue:
                 "SELECT seq, id, command, timeout, cwd, env, max_retries,"
                 " attempts + 1 AS attempt, run + 1 AS run,"
                 " COALESCE((SELECT CAST(value AS INTEGER) FROM config"
-                "           WHERE key = 'output_limit'), ?) AS output_limit"
+                "           WHERE key = 'output_limit'), ?) AS output_limit,"
+                " launcher, (SELECT value FROM config WHERE key = 'launcher') AS usual"
                 " FROM jobs WHERE state = 'pending' AND ready = 1"
                 " ORDER BY priority DESC, seq LIMIT 1",
                 (SETTINGS["output_limit"][1],),
@@ -1514,6 +1553,8 @@ class Queue:
             if row is None:
                 return None
             run = dict(row, started_at=now, lease=self._lease(row["seq"], row["run"]))
+            launcher = run["launcher"] or json.loads(run["usual"] or "null")
+            run["launcher"] = None if launcher == "none" else launcher
             take_lease(run["lease"])
             self.db.execute(
                 "UPDATE jobs SET state = 'processing', attempts = ?, run = ?,"
@@ -2046,7 +2087,8 @@ def start_command(run, lease):
         "QUEUECTL_RUN": lease.path,  # by which run_processes knows its processes
     }
     env = {**json.loads(run["env"] or "{}"), **marks}
-    return start_shell(run["command"], run["cwd"], env, lease)
+    launcher = run["launcher"]
+    return start_shell(run["command"], run["cwd"], env, lease, launcher=launcher)
 
 
 def watch(process, wake, timeout, asked, tick):
@@ -2257,6 +2299,9 @@ class Worker:
             pid = process.pid
             reason = self.attend(process, run)
             code, error = how_it_ended(process.code)
+            if process.forced and run["launcher"]:
+                words = "%s: the launcher was killed; what it started may live on"
+                self.log.warning(words, about(run))
         return reason, dict(
             pid=pid, exit_code=code, error=reason or error,
             output=self.lease.output(run["output_limit"]),
@@ -2546,6 +2591,8 @@ class Supervisor:
             self.log.warning("%s worker died, ending %s", about(run), processes)
         if first or now >= kill_at:
             signal_processes(processes, TERMINATE if first else KILL)
+        if not first and now >= kill_at:
+            self.log.warning("%s did not end and was killed: %s", about(run), processes)
 
     def remains(self, queue, run, path):
         """Return the result of a run whose worker died."""
@@ -3307,6 +3354,7 @@ COMMANDS = {
             arg("--max-retries", type=as_number, metavar="N", help="failed attempts "
                 "until it is dead"),
             arg("--cwd", metavar="DIR", help="where to run it (here)"),
+            arg("--launcher", metavar="PREFIX", help="start it through this: srun"),
             arg("--env", type=variable, action="append", metavar="NAME=VALUE",
                 help="a variable for it, can be given again")]),
     "list": (

@@ -67,6 +67,10 @@ POOLS = []
 NAP = "sleep 77.%07d" % os.getpid()  # a command that no other run of the tests is running
 
 
+# Fails when another copy of it runs: each takes a lock that its processes share.
+ALONE = "exec 8>>lock; flock -n 8 || { echo overlap >> overlaps; exit 1; }; echo run >> out; "
+
+
 class Answer:
     def __init__(self, code, out, err):
         self.code, self.out, self.err = code, out, err
@@ -201,6 +205,20 @@ def pids_of(word):
     listing = subprocess.run(["ps", "-eo", "pid,stat,args"], stdout=subprocess.PIPE)
     rows = (line.split(None, 2) for line in listing.stdout.decode().splitlines()[1:])
     return [int(row[0]) for row in rows if word in row[2] and row[1][0] != "Z"]
+
+
+def ours(what=""):
+    """Return the pids of the processes, no zombies, that live in this folder.
+
+    A worker works elsewhere, between two jobs in /, but has files of the queue open.
+    """
+    here, pids = os.path.join(os.getcwd(), what).rstrip("/"), []
+    for pid in set(filter(str.isdigit, os.listdir("/proc"))) - {str(os.getpid())}:
+        with contextlib.suppress(OSError):
+            links = ["/proc/%s/fd/%s" % (pid, fd) for fd in os.listdir("/proc/%s/fd" % pid)]
+            files = [os.readlink(link) for link in ["/proc/%s/cwd" % pid, *links]]
+            pids += [int(pid)] * any((name + "/").startswith(here + "/") for name in files)
+    return pids
 
 
 @pytest.fixture
@@ -611,6 +629,7 @@ def on_terminal(*argv, keys=b"", columns=60):
     """Run a command with a terminal of its own; return exit code and what it shows."""
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a script's background ignores it
         os.execv(sys.executable, [sys.executable, SCRIPT, *argv])
     size = struct.pack("hhhh", 24, columns, 0, 0)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
@@ -821,8 +840,7 @@ def test_what_waits_for_a_queue_ends_when_that_is_removed(words):
     enqueue(id="x", delay=3600)
     with subprocess.Popen([sys.executable, SCRIPT, *words], stdout=subprocess.DEVNULL,
                           stderr=subprocess.PIPE, universal_newlines=True) as waiting:
-        with pytest.raises(subprocess.TimeoutExpired):
-            waiting.wait(0.7)
+        wait_until(lambda: waiting.pid in ours("queuectl.db-shm"))
         os.remove("queuectl.db")
         assert waiting.wait(10) == 1
         assert waiting.stderr.read().endswith("queuectl.db was removed\n")
@@ -1618,12 +1636,114 @@ def test_two_pools_run_every_job_exactly_once():
 
 
 # ======================================================================================
-# What is killed
+# Launchers
 # ======================================================================================
 
-# Fails when another copy of it runs: each takes a lock that its processes share.
-ALONE = "exec 8>>lock; flock -n 8 || { echo overlap >> overlaps; exit 1; }; echo run >> out; "
+# An engine's client: it runs its arguments in another session, without what it inherited,
+# as on another machine; passes their output on, and ends them when it is asked to end.
+CLIENT = """#!%s
+import os, signal, subprocess, sys
+env = {name: value for name, value in os.environ.items() if name != "QUEUECTL_RUN"}
+far = subprocess.Popen(sys.argv[1:], env=env, stdout=subprocess.PIPE,
+                       stderr=subprocess.STDOUT, start_new_session=True)
+signal.signal(signal.SIGTERM, lambda *_: os.killpg(far.pid, signal.SIGTERM))
+for part in iter(lambda: os.read(far.stdout.fileno(), 4096), b""):
+    os.write(1, part)
+code = far.wait()
+sys.exit(code if code >= 0 else 128 - code)
+""" % sys.executable
 
+
+@pytest.fixture
+def client(tmp_path):
+    path = tmp_path / "client"
+    path.write_text(CLIENT)
+    path.chmod(0o755)
+    return str(path)
+
+
+@posix
+def test_a_launcher_is_put_before_the_shell(client):
+    ok("config", "set", "launcher", "env 'A=a  b' " + client)
+    ok("enqueue", "--id", "x", "--", 'echo "$A"; exit 3')
+    ok("enqueue", "--id", "own", "--launcher", "env A=own", "--", "echo $A")
+    ok("enqueue", "--id", "none", "--launcher", "none", "--", "echo $A")
+    ok("config", "set", "max_retries", "1")
+    ok("config", "set", "backoff_base", "0")
+    drain()
+    assert [ok("logs", name).out for name in ("x", "own", "none")] == [
+        "a  b\n", "own\n", "\n"]
+    assert jobs()["x"]["exit_code"] == 3 and jobs()["x"]["launcher"] is None
+    assert "env A=own" in ok("show", "own").out
+
+
+@pytest.mark.parametrize("launcher", ["no-such-program -n1", "nice 'x", " ", "\0"])
+def test_bad_launchers_are_refused(launcher):
+    assert "launcher" in refused("config", "set", "launcher", launcher, code=2)
+    line = json.dumps({"command": "true", "launcher": launcher})
+    assert "launcher" in refused("enqueue", line, code=2)
+
+
+@posix
+def test_a_launcher_that_fails_by_itself_is_a_failure_of_the_run(client):
+    ok("enqueue", "--id", "x", "--max-retries", "2", "--launcher", client, "--", "true")
+    ok("config", "set", "backoff_base", "0")
+    with open(client, "w") as file:
+        file.write("#!/bin/sh\necho no such node; exit 9\n")
+    drain()
+    job = jobs()["x"]
+    assert (job["state"], job["attempts"], job["error"]) == ("dead", 2, "exit 9")
+    assert ok("logs", "x").out == "no such node\n"
+    os.remove(client)
+    ok("dlq", "retry", "x")
+    drain()
+    assert "cannot start" in jobs()["x"]["error"]
+
+
+@posix
+@pytest.mark.parametrize("how", ["timeout", "cancel", "stop --now"])
+def test_what_runs_elsewhere_ends_with_its_run(client, how):
+    words = ["--timeout", "0.5"] if how == "timeout" else []
+    ok("enqueue", "--id", "x", "--max-retries", "1", "--launcher", client, *words, "--", NAP)
+    start_pool()
+    wait_until(lambda: running(NAP))
+    if how == "cancel":
+        ok("cancel", "x")
+    elif how == "stop --now":
+        ok("worker", "stop", "--now")
+    wait_until(lambda: state("x") in ("dead", "pending"))
+    assert not running(NAP)
+
+
+@posix
+def test_a_launcher_that_had_to_be_killed_is_logged(client):
+    with open(client, "w") as file:
+        file.write("#!/bin/sh\ntrap '' TERM; while :; do sleep 0.1; done\n")
+    ok("enqueue", "--id", "x", "--max-retries", "1", "--timeout", "0.2", "--launcher",
+       client, "--", "true")
+    start_pool()
+    wait_until(lambda: state("x") == "dead")
+    wait_until(lambda: "launcher was killed" in read("queuectl.log"))
+
+
+@posix
+def test_a_killed_pools_run_elsewhere_ends_before_it_runs_again(client):
+    ok("enqueue", "--id", "x", "--launcher", client, "--", ALONE + NAP)
+    pool = start_pool(count=1)
+    wait_until(lambda: running(NAP))
+    kill_all(pool)
+    ok("config", "set", "launcher", "none")
+    start_pool(count=1)
+    wait_until(lambda: len(ok("show", "x", "--json").json["runs"]) == 2 and running(NAP))
+    assert ok("show", "x", "--json").json["runs"][0]["error"] == "worker died"
+    assert state("x") == "processing" and not os.path.exists("overlaps")
+    ok("worker", "stop", "--now")
+    assert not running(NAP)
+
+
+# ======================================================================================
+# What is killed
+# ======================================================================================
 
 # Kills the worker itself, once, when it has the lease of a claim that is not committed.
 KILLED_IN_CLAIM = """
@@ -2070,20 +2190,6 @@ SOON = "SELECT count(*) FROM jobs WHERE state = 'pending' AND run_at BETWEEN ? A
 def sql(query, *values):
     with contextlib.closing(sqlite3.connect("queuectl.db", timeout=60)) as db:
         return db.execute(query, values).fetchall()
-
-
-def ours():
-    """Return the pids of the processes, no zombies, that live in this folder.
-
-    A worker works elsewhere, between two jobs in /, but has files of the queue open.
-    """
-    here, pids = os.getcwd(), []
-    for pid in set(filter(str.isdigit, os.listdir("/proc"))) - {str(os.getpid())}:
-        with contextlib.suppress(OSError):
-            links = ["/proc/%s/fd/%s" % (pid, fd) for fd in os.listdir("/proc/%s/fd" % pid)]
-            files = [os.readlink(link) for link in ["/proc/%s/cwd" % pid, *links]]
-            pids += [int(pid)] * any((name + "/").startswith(here + "/") for name in files)
-    return pids
 
 
 class Chaos:
