@@ -1688,19 +1688,19 @@ class Queue:
         """DEAD to PENDING with attempts 0: all of IDS or none; without, every one."""
         reset = (
             "UPDATE jobs SET state = 'pending', attempts = 0, deaths = 0,"
-            " cancelled = 0, error = NULL, ready = 1, run_at = ?1, updated_at = ?1"
+            " cancelled = 0, error = NULL, ready = 1, run_at = :now, updated_at = :now"
             " WHERE state = 'dead' AND " + RARE
         )
         now, count = self.clock(), 0
         for page in self._pages("dead", what=BRIEF) if ids is None else ():
             with self.transaction():  # each of its own, as many may be dead
                 for job in page:
-                    row = (now, job["seq"])
-                    count += self.db.execute(reset + " AND seq = ?2", row).rowcount
+                    row = {"now": now, "seq": job["seq"]}
+                    count += self.db.execute(reset + " AND seq = :seq", row).rowcount
         with self.transaction():
             for job in self._jobs_named(ids or ()):
-                row = (now, job["seq"])
-                if self.db.execute(reset + " AND seq = ?2", row).rowcount == 0:
+                row = {"now": now, "seq": job["seq"]}
+                if self.db.execute(reset + " AND seq = :seq", row).rowcount == 0:
                     words = "job %s is %s, not dead"
                     raise QueueError(words % (shown(job["id"]), job["state"]))
                 count += 1
@@ -1797,14 +1797,15 @@ class Queue:
         If that one was deleted meanwhile, the newest of all.
         """
         where = (
-            "WHERE seq < COALESCE((SELECT seq FROM jobs WHERE id = ?1), ?2)"
-            " AND (?3 = '' OR instr(id, ?3) OR instr(command, ?3))"
+            "WHERE seq < COALESCE((SELECT seq FROM jobs WHERE id = ?), ?)"
+            " AND (instr(id, ?) OR instr(command, ?))"  # an empty text is in each
         )
         if state:
             where += " AND state = '%s'" % STATES[STATES.index(state)]
             where += "" if state in ("pending", "completed") else " AND " + RARE
-        query = JOB + where + " ORDER BY seq DESC LIMIT ?4"
-        return self.db.execute(query, (before, MAX_INTEGER, text, limit)).fetchall()
+        query = JOB + where + " ORDER BY seq DESC LIMIT ?"
+        values = (before, MAX_INTEGER, text, text, limit)
+        return self.db.execute(query, values).fetchall()
 
     def _pages(self, state=None, size=PAGE, first=1, last=MAX_INTEGER, what=JOB):
         """Yield jobs a page at a time; a long read keeps the log from its reset."""
@@ -1838,8 +1839,8 @@ class Queue:
         """Return how many ready jobs are claimed before this one."""
         return self._value(
             "SELECT COUNT(*) FROM jobs WHERE state = 'pending' AND ready = 1"
-            " AND (priority > ?1 OR priority = ?1 AND seq < ?2)",
-            job["priority"], job["seq"],
+            " AND (priority > ? OR priority = ? AND seq < ?)",
+            job["priority"], job["priority"], job["seq"],
         )
 
     def common_errors(self):
@@ -1942,11 +1943,11 @@ class Queue:
         now = self.clock()
         width = max(now - since, 1.0) / BARS
         rows = self.db.execute(
-            "SELECT MIN(CAST((finished_at - ?1) / ?2 AS INTEGER), ?3) AS bar,"
+            "SELECT MIN(CAST((finished_at - ?) / ? AS INTEGER), ?) AS bar,"
             " COUNT(*) AS runs, SUM(error IS NULL) AS completed,"
-            " SUM(attempt > 1) AS retries, SUM(finished_at >= ?4) AS latest"
-            " FROM runs WHERE finished_at >= ?1 GROUP BY bar",
-            (since, width, BARS - 1, now - 60),
+            " SUM(attempt > 1) AS retries, SUM(finished_at >= ?) AS latest"
+            " FROM runs WHERE finished_at >= ? GROUP BY bar",
+            (since, width, BARS - 1, now - 60, since),
         ).fetchall()
         total = {key: sum(row[key] for row in rows)
                  for key in ("runs", "completed", "retries", "latest")}
