@@ -484,17 +484,19 @@ def open_lease(path):
     return fd
 
 
-def lease_is_free(path):
-    """Tell whether no process holds the lock of a run's output file.
+def lease_is_free(path, missing=True):
+    """Tell whether no process holds the lock of a run's output file; MISSING if it is.
 
     The look is shared, so that two who look at once do not take each other for holders.
     """
-    with contextlib.suppress(FileNotFoundError), opened(path) as fd:
-        try:
+    try:
+        with opened(path) as fd:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
+        return True
+    except FileNotFoundError:
+        return missing
+    except BlockingIOError:
+        return False
 
 
 def remove_free(path):
@@ -1035,15 +1037,16 @@ if os.name == "nt":
             raise FileNotFoundError("%s was removed" % path)
         return fd
 
-    def lease_is_free(path):
+    def lease_is_free(path, missing=True):
         """Tell whether no worker holds the lock of a run's output file."""
-        with contextlib.suppress(FileNotFoundError):
+        try:
             fd = open_shared(path)
-            try:
-                return try_lock(fd, PLACE, 1)
-            finally:
-                os.close(fd)
-        return True
+        except FileNotFoundError:
+            return missing
+        try:
+            return try_lock(fd, PLACE, 1)
+        finally:
+            os.close(fd)
 
     def remove_free(path):
         """Remove an output file that nobody holds; one that is held stays."""
@@ -2549,7 +2552,7 @@ class Supervisor:
         for run in runs:
             path = os.path.join(self.runs, run["lease"])
             # A file that somebody removed says nothing about a worker that lives.
-            free = os.path.exists(path) and lease_is_free(path)
+            free = lease_is_free(path, missing=False)
             if free or run["worker"] not in live:
                 lost[path] = run
         processes = run_processes(lost) if lost else {}
@@ -3046,7 +3049,7 @@ def follow(queue, id):
                 say("the output was cut back here; some of it is not shown")
             for chunk in iter(lambda: file.read(2**16), b""):
                 write_bytes(chunk)
-            if running and lease_is_free(file.name) and queue.owned(job):
+            if running and lease_is_free(file.name, missing=False) and queue.owned(job):
                 raise QueueError("the worker of job %s died; a pool puts it back" % id)
             time.sleep(TICK / 2 if running else 0)
 
@@ -3792,7 +3795,8 @@ def handler(site):
 
 
 POLICY = (
-    "default-src 'none'; style-src 'nonce-%s'; script-src 'nonce-%s'; connect-src 'self';"
+    "default-src 'none'; style-src 'nonce-%s'; script-src 'nonce-%s';"
+    " connect-src 'self';"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 PAGE_HTML = r"""<!DOCTYPE html>
