@@ -3622,16 +3622,19 @@ class Site:
     def act(self, path):
         """Carry out what a POST asks for; the same verbs as those of the commands."""
         with Queue(self.path, patience=IDLE_WAIT) as queue:
-            if path == "/api/dlq/retry":
-                return {"retried": queue.retry()}  # the page is a second behind
-            name, _, what = job_path(path)
-            verbs = {verb.__name__: verb for verb in
-                     (queue.retry, queue.cancel, queue.delete)}
-            if what not in verbs:
-                raise Refusal(404, "no such action")
-            verbs[what]([name])
+            done = self.carry_out(queue, path)
         with self.lock:
             self.cache = {}  # or the page would show what was
+        return done
+
+    def carry_out(self, queue, path):
+        if path == "/api/dlq/retry":
+            return {"retried": queue.retry()}
+        name, _, what = job_path(path)
+        verbs = {"retry": queue.retry, "cancel": queue.cancel, "delete": queue.delete}
+        if what not in verbs:
+            raise Refusal(404, "no such action")
+        verbs[what]([name])
         return {what: name}
 
 
@@ -3677,17 +3680,14 @@ def metrics(queue):
 def serve(path, host, port):
     """Serve the dashboard until Ctrl-C."""
     from http.server import ThreadingHTTPServer
-    import errno
     import socket
+
+    if not host:  # it would listen everywhere
+        raise QueueError("--host: name an address, like 127.0.0.1", 2)
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-
-        def server_bind(self):
-            if not host:
-                raise OSError(errno.EINVAL, "name a host")
-            super().server_bind()
 
         def get_request(self):
             try:
@@ -3706,7 +3706,7 @@ def serve(path, host, port):
     except (OSError, TypeError, UnicodeError) as error:  # the last two: an odd name
         words = "cannot listen on %s, port %d: %s"
         why = getattr(error, "strerror", None) or error
-        raise QueueError(words % (shown(host) or "nothing", port, why)) from None
+        raise QueueError(words % (shown(host), port, why)) from None
     with server:
         if host not in ("127.0.0.1", "::1", "localhost"):
             say("warning: whoever reaches %s can read this queue and change it" % host)
