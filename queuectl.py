@@ -3573,6 +3573,31 @@ class Site:
         self.token = secrets.token_hex(16)
         self.lock, self.cache = threading.Lock(), {}
 
+    def check_host(self, headers):
+        """Refuse another site's name that leads here: DNS rebinding."""
+        from urllib.parse import urlsplit
+        import ipaddress
+
+        name = urlsplit("//" + headers.get("Host", "")).hostname or ""
+        if name not in ("localhost", self.host):
+            try:
+                ipaddress.ip_address(name)
+            except ValueError:
+                raise Refusal(403, "not a name of this dashboard") from None
+
+    def check_write(self, headers):
+        """Refuse what does not come from the page that this dashboard gave."""
+        import hmac
+
+        length = headers.get("Content-Length", "0")
+        if length != "0" or "Transfer-Encoding" in headers:
+            raise Refusal(413, "an action has no body")
+        token = headers.get("X-Token", "").encode()
+        if headers.get("Origin") != "http://" + headers["Host"]:
+            raise Refusal(403, "not from this page")
+        if not hmac.compare_digest(token, self.token.encode()):
+            raise Refusal(403, "this page is an earlier dashboard's: load it anew")
+
     def page(self):
         return PAGE_HTML.replace("TOKEN", self.token).encode()
 
@@ -3720,7 +3745,6 @@ def handler(site):
     """Return the class that handles the requests to a site."""
     from http.server import BaseHTTPRequestHandler
     from urllib.parse import parse_qsl, urlsplit
-    import hmac
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -3731,6 +3755,7 @@ def handler(site):
             self.reply(self.read)
 
         def do_POST(self):
+            self.close_connection = True  # a body, which is refused, is not read
             self.reply(self.change)
 
         def read(self, url):
@@ -3741,23 +3766,14 @@ def handler(site):
             return kind, site.document(url.path, dict(pairs))
 
         def change(self, url):
-            if set(self.headers) & {"Transfer-Encoding"} or (
-                    self.headers.get("Content-Length", "0") != "0"):
-                self.close_connection = True  # it was not read
-                raise Refusal(413, "an action has no body")
-            own = "http://" + self.headers["Host"]
-            token = self.headers.get("X-Token", "").encode()
-            if self.headers.get("Origin") != own:
-                raise Refusal(403, "not from this page")
-            if not hmac.compare_digest(token, site.token.encode()):
-                raise Refusal(403, "this page is an earlier dashboard's: load it anew")
+            site.check_write(self.headers)
             return "application/json", json.dumps(site.act(url.path)).encode()
 
         def reply(self, make):
             """Answer with what MAKE returns, or with why not."""
             status = 200
             try:
-                self.check_host()
+                site.check_host(self.headers)
                 kind, body = make(urlsplit(self.path))
             except Refusal as refusal:
                 status, words = refusal.args
@@ -3776,17 +3792,6 @@ def handler(site):
                 self.send_header(*header)
             self.end_headers()
             self.wfile.write(body)
-
-        def check_host(self):
-            """Refuse another site's name that leads here: DNS rebinding."""
-            import ipaddress
-
-            name = urlsplit("//" + self.headers.get("Host", "")).hostname or ""
-            if name not in ("localhost", site.host):
-                try:
-                    ipaddress.ip_address(name)
-                except ValueError:
-                    raise Refusal(403, "not a name of this dashboard") from None
 
         def log_message(self, *_):
             """Keep quiet: the terminal is the user's."""
