@@ -51,6 +51,7 @@ The map, each section using only those above it:
     dashboard    the same documents by HTTP, and the page
 """
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -574,6 +575,20 @@ class Process:
         """Leave what it left in the background to itself."""
 
 
+@functools.lru_cache(maxsize=None)
+def apart():
+    """Return what makes a process that is spawned the leader of a session.
+
+    Of a group only on FreeBSD, or where Python was built for macOS before 10.15.
+    """
+    try:
+        os.posix_spawn("/", ["/"], {}, setsid=True)
+    except NotImplementedError:
+        return {"setpgroup": 0}
+    except OSError:
+        return {"setsid": True}
+
+
 def start_shell(line, cwd, env, lease=None, input_fd=None, launcher=None):
     """Start a shell command as the leader of a session, its output to a lease.
 
@@ -596,7 +611,7 @@ def start_shell(line, cwd, env, lease=None, input_fd=None, launcher=None):
     try:
         return Process(os.posix_spawnp(
             words[0], words, {**ENVIRONMENT, **added},
-            file_actions=files, setsid=True, setsigdef=IGNORED_BY_PYTHON,
+            file_actions=files, setsigdef=IGNORED_BY_PYTHON, **apart(),
         ))
     finally:
         os.chdir("/")  # an idle worker keeps no file system from being unmounted
@@ -757,6 +772,12 @@ def started_with(pid, moment):
     return age is not None and abs(time.time() - age - moment) < 2
 
 
+def started_before(pid, moment):
+    """Tell whether a process lives that was there when a run started: its worker."""
+    age = process_age(pid)
+    return age is not None and time.time() - age < moment
+
+
 def process_age(pid):
     """Return for how many seconds a process has been there; None if it is not."""
     try:
@@ -849,6 +870,7 @@ class PoolFile:
 
     LOCKS = 2**20  # the first byte to lock; far behind the text, for Windows' sake
     REQUESTS = {"stop": 16, "now": 24}  # where they stand; there is room from the start
+    NOTES, NOTE = 64, b"%-11d %-11d\n"  # worker and command, 24 bytes for each slot
 
     def __init__(self, path):
         self.path = path
@@ -906,6 +928,21 @@ class PoolFile:
                 break
             pids.append(self.holder(slot))
         return [pid for pid in pids if pid is not None]
+
+    def note(self, slot, pid):
+        """Write down the command that a worker has started, in case both are killed.
+
+        On a full disk nobody knows it before it is recorded in the database.
+        """
+        with contextlib.suppress(OSError):
+            note = self.NOTE % (os.getpid(), pid)
+            write_at(self.fd, note, self.NOTES + len(note) * slot)
+
+    def notes(self):
+        """Return the pid of the command that each worker started last, by its own."""
+        text = read_at(self.fd, 24 * (MAX_WORKERS + 1), self.NOTES)
+        pairs = re.findall(rb"([0-9]+) +([0-9]+) *\n", text)
+        return {int(own): int(pid) for own, pid in pairs}
 
     def ask(self, word):
         """Ask the pool to `stop`, or to stop `now`."""
@@ -1056,7 +1093,7 @@ if os.name == "nt":
 
     def number_place(at):
         """Return where the pid of a lock's holder stands: outside what it locks."""
-        return 64 + 8 * (at - PoolFile.LOCKS)
+        return PoolFile.NOTES + 24 * (at - PoolFile.LOCKS)
 
     def lock_byte(fd, at, length=1):
         """Lock bytes of a PID file for this process alone; False if it can't."""
@@ -1069,7 +1106,7 @@ if os.name == "nt":
             taken.append(place)
         own.update(taken)
         if length == 1:
-            write_at(fd, b"%-8d" % os.getpid(), number_place(at))
+            write_at(fd, b"%-11d" % os.getpid(), number_place(at))
         return True
 
     def insistently(action, *args):
@@ -1082,7 +1119,7 @@ if os.name == "nt":
             unlock(fd, at, length)
             return None
         with contextlib.suppress(ValueError):
-            return int(read_at(fd, 8, number_place(at)))
+            return int(read_at(fd, 11, number_place(at)))
         return 0
 
     class Limits(ctypes.Structure):
@@ -1234,8 +1271,8 @@ if os.name == "nt":
     def process_ids():
         return []  # job objects end what a dead worker left
 
-    def started_with(pid, moment):
-        return False
+    def process_age(pid):
+        return None  # and nothing has to be proven by a number
 
 
 # ======================================================================================
@@ -2187,7 +2224,8 @@ class Worker:
     """One process of a pool; it runs one job at a time."""
 
     def __init__(self, path, pool, slot, drain, log):
-        self.path, self.pool, self.drain, self.log = path, pool, drain, log
+        self.path, self.drain, self.log = path, drain, log
+        self.pool, self.slot = pool, slot
         self.runs, self.hooks = beside(path, ".runs"), Hooks(log)
         self.queue = self.lease = self.trouble = None
         self.stopped = False
@@ -2301,6 +2339,7 @@ class Worker:
             error = "cannot start: %s" % refusal
         else:
             pid = process.pid
+            self.pool.note(self.slot, pid)
             reason = self.attend(process, run)
             code, error = how_it_ended(process.code)
             if process.forced and run["launcher"]:
@@ -2417,6 +2456,7 @@ class Supervisor:
         self.started = {}  # slot: when its worker was started last
         self.drained = set()  # slots whose worker found nothing left to do
         self.orphans = {}  # (seq, run): when its processes get SIGKILL
+        self.unseen = False  # whether a worker died and nobody looked yet what it ran
         self.next_look = 0.0
         self.next_page = 1  # of the jobs that `keep` may remove
         self.signals = 0
@@ -2453,14 +2493,16 @@ class Supervisor:
         self.signals += 1
 
     def loop(self):
+        self.staff()
         while True:
             self.heed()
             self.reap()
-            self.staff()
             if time.monotonic() >= self.next_look:
                 self.patiently(self.keep_house)
                 pause = 0.5 if self.tell else LOOK_EVERY
                 self.next_look = time.monotonic() + (TICK if self.orphans else pause)
+            if not self.unseen:  # or a new worker's first note would replace the last
+                self.staff()
             if not self.workers and not self.orphans and self.finished():
                 return
             self.wake.wait(self.next_look - time.monotonic())
@@ -2490,7 +2532,7 @@ class Supervisor:
             elif code:
                 _, error = how_it_ended(code)
                 self.log.error("worker %d died: %s", slot, error)
-                self.next_look = 0.0
+                self.unseen, self.next_look = True, 0.0
 
     def staff(self):
         """Start the workers that are missing; one that keeps dying not too often."""
@@ -2546,25 +2588,36 @@ class Supervisor:
         """Look for jobs in PROCESSING that nobody runs."""
         # First the runs, then the workers: one that claimed a run was there before it.
         runs = queue.processing()
-        pools = PoolFile.all(self.path, self.pool)
-        live = {pid for pool in pools for pid in pool.workers()}
-        lost = {}
+        live, notes, lost = set(), {}, {}
+        for pool in PoolFile.all(self.path, self.pool):
+            live.update(pool.workers())
+            notes.update(pool.notes())
         for run in runs:
             path = os.path.join(self.runs, run["lease"])
             # A file that somebody removed says nothing about a worker that lives.
             free = lease_is_free(path, missing=False)
-            if free or run["worker"] not in live:
+            if free or not (run["worker"] in live or self.works(run)):
                 lost[path] = run
         processes = run_processes(lost) if lost else {}
         for path, run in lost.items():
+            self.identify(queue, run, notes.get(run["worker"]))
             self.rescue(queue, run, path, processes[path])
         known = {(run["seq"], run["run"]) for run in runs}
         self.orphans = {key: at for key, at in self.orphans.items() if key in known}
+        self.unseen = False
+
+    def works(self, run):
+        """Tell whether a worker lives whose pool's PID file was removed."""
+        return started_before(run["worker"], run["started_at"])
+
+    def identify(self, queue, run, noted):
+        """Record the command of a run that was killed before its worker did so."""
+        if not run["pid"] and noted and started_with(noted, run["started_at"]):
+            run["pid"] = noted
+            queue.note_pid(run, noted)
 
     def rescue(self, queue, run, path, processes):
         """Put a job back whose worker is gone, once none of its processes is left."""
-        if run["worker"] in processes:
-            return  # it lives, and only its pool's PID file is gone
         if run["pid"] and started_with(run["pid"], run["started_at"]):
             processes.append(run["pid"])
         # It may have ended since it was listed; its background children are let be.

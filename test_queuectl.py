@@ -1423,6 +1423,25 @@ def test_a_timeout_ends_the_whole_process_group():
     assert not running(NAP)
 
 
+# As on FreeBSD, whose posix_spawn can't start a session.
+NO_SESSION = """
+def spawn(*args, setsid=False, spawn=queuectl.os.posix_spawn, **options):
+    if setsid:
+        raise NotImplementedError
+    return spawn(*args, **options)
+queuectl.os.posix_spawn = spawn
+"""
+
+
+@posix
+def test_where_no_session_can_be_started_a_run_has_a_group_of_its_own():
+    enqueue("ps -o pid=,pgid=,sid= -p $$; %s & %s" % (NAP, NAP), id="x", timeout=0.5)
+    pool = start_pool(script=NO_SESSION, count=1)
+    wait_until(lambda: state("x") == "failed")
+    pid, group, session = map(int, ok("logs", "x").out.split())
+    assert pid == group and session == os.getsid(pool.pid) and not running(NAP)
+
+
 @posix
 def test_cancel_ends_a_running_job_with_its_whole_group():
     enqueue("trap '' TERM; %s & %s" % (NAP, NAP), id="x")
@@ -1764,26 +1783,38 @@ def runs_in_out():
     return 0
 
 
-@pytest.mark.parametrize("command", [
-    "[ $(wc -l < out) -gt 1 ] || NAP",
-    "exec >/dev/null 2>&1; [ $(wc -l < out) -gt 1 ] || NAP",
-    "[ $(wc -l < out) -gt 1 ] || exec %s -c 'import os; os.closerange(100, 200);"
-    " os.close(1); os.close(2); os.execvp(\"sleep\", \"NAP\".split())'" % sys.executable,
-    "trap '' TERM; [ $(wc -l < out) -gt 1 ] || NAP",
-    "[ $(wc -l < out) -gt 1 ] || setsid NAP",
-], ids=["plain", "redirected", "all closed", "ignores TERM", "own session"])
+ORPHANS = {
+    "plain": "[ $(wc -l < out) -gt 1 ] || NAP",
+    "redirected": "exec >/dev/null 2>&1; [ $(wc -l < out) -gt 1 ] || NAP",
+    "all closed": "[ $(wc -l < out) -gt 1 ] || exec %s -c 'import os;"
+    " os.closerange(100, 200); os.close(1); os.close(2);"
+    " os.execvp(\"sleep\", \"NAP\".split())'" % sys.executable,
+    "ignores TERM": "trap '' TERM; [ $(wc -l < out) -gt 1 ] || NAP",
+    "own session": "[ $(wc -l < out) -gt 1 ] || setsid NAP",
+}
+# What a system without /proc has: nothing is known of a process but by its number.
+NO_PROC = "queuectl.process_ids, queuectl.process_age = list, queuectl.age_by_ps"
+# As if every run were killed before its command is recorded in the database.
+AT_ONCE = """
+queuectl.Worker.attend = lambda self, process, run: queuectl.watch(
+    process, self.wake, None, lambda: None, lambda: None)
+"""
+
+
 @posix
 @pytest.mark.parametrize("victim", ["worker", "pool"])
-def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(command, victim):
-    enqueue(ALONE + command.replace("NAP", NAP), id="x")
-    pool = start_pool(count=1)
+@pytest.mark.parametrize("kind, script", [*((kind, "") for kind in ORPHANS), *(
+    (kind, NO_PROC + AT_ONCE) for kind in ORPHANS if kind != "own session")])
+def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(kind, script, victim):
+    enqueue(ALONE + ORPHANS[kind].replace("NAP", NAP), id="x")
+    pool = start_pool(count=1, script=script)
     wait_until(lambda: running(NAP) and runs_in_out() == 1)
     if victim == "worker":
         os.kill(workers_of(pool.pid)[0], signal.SIGKILL)
     else:
         kill_all(pool)
         assert running(NAP), "the orphan has to be there for this to test anything"
-        start_pool(count=1)
+        start_pool(count=1, script=script)
     wait_until(lambda: state("x") == "completed")
     job = ok("show", "x", "--json").json
     assert not os.path.exists("overlaps")
@@ -1794,8 +1825,25 @@ def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(command, victim):
     assert [run["error"] for run in job["runs"]] == ["worker died", None]
 
 
-# What a system without /proc has: nothing is known of a process but by its number.
-NO_PROC = "queuectl.process_ids, queuectl.process_age = list, queuectl.age_by_ps"
+TROUBLE = """
+def keep_house(self, queue, keep_house=queuectl.Supervisor.keep_house):
+    if queuectl.os.path.exists("trouble"):
+        raise queuectl.sqlite3.OperationalError("trouble")
+    keep_house(self, queue)
+queuectl.Supervisor.keep_house = keep_house
+"""
+
+
+@posix
+def test_a_dead_worker_is_replaced_only_once_it_was_seen_what_it_ran():
+    pool = start_pool(count=1, script=TROUBLE)
+    dead = workers_of(pool.pid)
+    open("trouble", "w").close()
+    os.kill(dead[0], signal.SIGKILL)
+    wait_until(lambda: read("queuectl.log").partition("died")[2].count("trouble") > 2)
+    assert workers_of(pool.pid) == []
+    os.remove("trouble")
+    wait_until(lambda: workers_of(pool.pid) not in ([], dead))
 
 
 @posix
