@@ -775,7 +775,7 @@ def started_with(pid, moment):
 def started_before(pid, moment):
     """Tell whether a process lives that was there when a run started: its worker."""
     age = process_age(pid)
-    return age is not None and time.time() - age < moment
+    return age is not None and time.time() - age < moment + 1  # ps counts in seconds
 
 
 def process_age(pid):

@@ -1912,10 +1912,11 @@ def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatc
 
 
 @posix
+@pytest.mark.parametrize("script", ["", NO_PROC])
 @pytest.mark.parametrize("what", ["the pid file", "the output"])
-def test_files_removed_under_a_running_job_do_not_end_it(what):
+def test_files_removed_under_a_running_job_do_not_end_it(what, script):
     enqueue("sleep 1; touch out", id="x")
-    pools = [start_pool(count=1), start_pool(count=1)]
+    pools = [start_pool(count=1, script=script), start_pool(count=1, script=script)]
     wait_until(lambda: state("x") == "processing")
     if what == "the output":
         for name in os.listdir("queuectl.runs"):
