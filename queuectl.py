@@ -2808,11 +2808,16 @@ def histogram(bins, width):
     yield ""
 
 
+LOST = "its worker died; a pool puts it back when its processes have ended"
 NO_POOL = "no pool is running; to start one: queuectl.py worker start"
 
 
 def why_waiting(queue, job, pools):
     """Return in words why a job is not running, None if that is no question."""
+    if job["state"] == "processing":
+        busy = job["id"] in [worker["job"] for worker in pools]
+        lost = not busy and queue.owned(job)
+        return LOST + ("" if pools else "; " + NO_POOL) if lost else None
     if job["state"] not in ("pending", "failed"):
         return None
     if not job["ready"]:

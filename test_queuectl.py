@@ -465,6 +465,20 @@ def test_closed_streams_are_no_trouble():
     assert list(jobs()) == ["x"]
 
 
+@posix
+def test_it_runs_as_a_module_and_as_an_executable_file():
+    shutil.copy(SCRIPT, "queuectl.py")
+    os.mkdir("bin")
+    os.symlink(sys.executable, "bin/python3")
+    env = dict(os.environ, PATH=os.path.abspath("bin") + ":" + os.environ["PATH"])
+    for words in ["./queuectl.py"], [sys.executable, "-m", "queuectl"]:
+        told = subprocess.run([*words, "enqueue", "ls"], env=env, stderr=subprocess.PIPE)
+        assert b"not JSON" in told.stderr and told.returncode == 2
+        assert subprocess.run([*words, "enqueue", "--", "true"], env=env).returncode == 0
+        assert subprocess.run([*words, "worker", "start", "--drain"]).returncode == 0
+    assert [job["state"] for job in jobs().values()] == ["completed"] * 2
+
+
 def test_help_at_every_level():
     assert "examples:" in ok().out and "examples:" in ok("--help").out
     for group in ("worker", "dlq", "config"):
@@ -885,7 +899,7 @@ def test_status_tells_what_waits_longest_and_what_is_due_next(queue, clock):
 
 
 def test_show_says_in_words_why_a_job_is_not_running(queue, clock):
-    def why(id, pools=("one",)):
+    def why(id, pools=({"job": "a"},)):
         return queuectl.why_waiting(queue, queue.job(id), pools)
 
     add(queue, id="a")
@@ -894,7 +908,8 @@ def test_show_says_in_words_why_a_job_is_not_running(queue, clock):
     assert why("a") == "next in line" and why("b") == "1 job before it"
     assert why("b", ()).startswith("no pool is running") and why("c") == "due in 12s"
     run = claim(queue)
-    assert why("a") is None
+    assert why("a") is None and why("a", [{"job": None}]) == queuectl.LOST
+    assert why("a", ()) == queuectl.LOST + "; " + queuectl.NO_POOL
     queue.fail(run, result("exit 1"))
     assert why("a") == "try 2 in 2.0s" and why("a", ()).endswith("worker start")
     assert "waiting:     due" in ok("show", "c").out
@@ -1872,6 +1887,47 @@ def test_the_age_of_a_process_is_known_without_proc():
         process.kill()
         process.wait(10)
         assert queuectl.age_by_ps(process.pid) is None is queuectl.process_age(process.pid)
+
+
+def test_a_database_without_write_ahead_logging_works_too():
+    enqueue()
+    with contextlib.closing(sqlite3.connect("queuectl.db")) as db:
+        assert db.execute("PRAGMA journal_mode = DELETE").fetchone() == ("delete",)
+    names = [enqueue() for _ in range(20)]
+    drain(4)
+    assert set(names) < set(jobs("--state", "completed")) and len(jobs()) == 21
+    with contextlib.closing(sqlite3.connect("queuectl.db")) as db:
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+
+
+# The clock is put back by an hour while a command runs.
+CLOCK_PUT_BACK = """
+def clock():
+    return queuectl.time.time() - 3600 * queuectl.os.path.exists("back")
+def make(*args, queue=queuectl.Queue, **options):
+    return queue(*args, clock=clock, **options)
+queuectl.Queue = make
+"""
+
+
+def test_a_clock_put_back_touches_neither_timeouts_nor_run_times():
+    nap = "sleep 7" if os.name == "posix" else "call sleep 7"
+    enqueue("echo > back&& " + nap, id="x", timeout=0.5, max_retries=1)
+    start_pool(count=1, script=CLOCK_PUT_BACK)
+    wait_until(lambda: state("x") == "dead")
+    with queuectl.Queue("queuectl.db") as queue:
+        job = queue.job("x")
+    assert job["error"] == "timeout 0.5s"
+    assert 0.5 <= job["finished_at"] - job["started_at"] < 7
+
+
+@posix
+def test_a_due_time_is_what_the_wall_clock_says_where_it_was_given():
+    for zone in ("Asia/Tokyo", "UTC"):
+        told = script("enqueue", "--run-at", "2030-01-01T00:00:00", "--json", "--", "true",
+                      env=dict(os.environ, TZ=zone))
+        hour = {"Asia/Tokyo": "2029-12-31T15", "UTC": "2030-01-01T00"}[zone]
+        assert json.loads(told.stdout)[0]["run_at"] == hour + ":00:00Z"
 
 
 @posix
