@@ -1902,8 +1902,9 @@ def test_a_database_without_write_ahead_logging_works_too():
 
 # The clock is put back by an hour while a command runs.
 CLOCK_PUT_BACK = """
+BACK = queuectl.os.path.abspath("back")
 def clock():
-    return queuectl.time.time() - 3600 * queuectl.os.path.exists("back")
+    return queuectl.time.time() - 3600 * queuectl.os.path.exists(BACK)
 def make(*args, queue=queuectl.Queue, **options):
     return queue(*args, clock=clock, **options)
 queuectl.Queue = make
@@ -1971,8 +1972,8 @@ def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatc
 @pytest.mark.parametrize("script", ["", NO_PROC])
 @pytest.mark.parametrize("what", ["the pid file", "the output"])
 def test_files_removed_under_a_running_job_do_not_end_it(what, script):
-    enqueue("sleep 1; touch out", id="x")
     pools = [start_pool(count=1, script=script), start_pool(count=1, script=script)]
+    enqueue("sleep 1; touch out", id="x")
     wait_until(lambda: state("x") == "processing")
     if what == "the output":
         for name in os.listdir("queuectl.runs"):
