@@ -401,10 +401,6 @@ if os.name == "posix":
     import select
     import struct
 
-    # The kernel's struct flock: type, whence, start, length, pid in the system's order.
-    LINUX = sys.platform.startswith("linux")
-    FLOCK = "hhqqi" if LINUX else "qqihh"
-    FLOCK_ORDER = (0, 1, 2, 3, 4) if LINUX else (2, 3, 4, 0, 1)
     LEASE_FD = 100  # scripts use the numbers from 3 to 9 for themselves
     TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)  # a terminal's, to a whole pool
     STOP_SIGNALS = (signal.SIGTERM, *TERMINAL_SIGNALS)
@@ -526,10 +522,12 @@ def byte_holder(fd, at, length=1):
     The kernel says who it is, so that no number written in a file is ever trusted. The
     pid is 0 or less where the holder is in another container.
     """
-    wanted = (fcntl.F_WRLCK, os.SEEK_SET, at, length, 0)
-    ask = struct.pack(FLOCK, *(wanted[place] for place in FLOCK_ORDER))
-    answer = struct.unpack(FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, ask))
-    kind, pid = answer[FLOCK_ORDER.index(0)], answer[FLOCK_ORDER.index(4)]
+    if sys.platform == "linux":  # the order of the kernel's struct flock
+        ask = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, at, length, 0)
+        kind, _, _, _, pid = struct.unpack("hhqqi", fcntl.fcntl(fd, fcntl.F_GETLK, ask))
+    else:
+        ask = struct.pack("qqihh", at, length, 0, fcntl.F_WRLCK, os.SEEK_SET)
+        _, _, pid, kind, _ = struct.unpack("qqihh", fcntl.fcntl(fd, fcntl.F_GETLK, ask))
     return None if kind == fcntl.F_UNLCK else pid
 
 
