@@ -246,33 +246,18 @@ def environment(value):
 # name: (check, default, meaning)
 SETTINGS = {
     "max_retries": (whole(0, 10**6), 3, "failed attempts until a job is dead"),
-    "backoff_base": (
-        within(seconds, 0, 10**6, "a number from 0 to 1000000"),
-        2,
-        "wait after the n-th failed attempt: base ** n seconds",
-    ),
+    "backoff_base": (within(seconds, 0, 10**6, "a number from 0 to 1000000"), 2,
+                     "wait after the n-th failed attempt: base ** n seconds"),
     "backoff_max": (duration(0, "a duration"), 86400, "longest such wait, in seconds"),
-    "timeout": (
-        optional(duration(0.001, "a duration over 0"), "none"),
-        None,
-        "seconds a run may take, for jobs that give none",
-    ),
+    "timeout": (optional(duration(0.001, "a duration over 0"), "none"), None,
+                "seconds a run may take, for jobs that give none"),
     "output_limit": (whole(0, 2**26), 2**20, "bytes of a run's output that are kept"),
-    "launcher": (
-        optional(prefix, "none"),
-        None,
-        "prefix through which runs are started, like srun -Q -n1",
-    ),
-    "keep": (
-        optional(duration(0, "forever, or a duration"), "forever"),
-        None,
-        "seconds that finished jobs are kept; then a pool removes them",
-    ),
-    "on_dead": (
-        optional(shell_line, "none"),
-        None,
-        "command that gets the JSON of each job that ends dead on standard input",
-    ),
+    "launcher": (optional(prefix, "none"), None,
+                 "prefix through which runs are started, like srun -Q -n1"),
+    "keep": (optional(duration(0, "forever, or a duration"), "forever"), None,
+             "seconds that finished jobs are kept; then a pool removes them"),
+    "on_dead": (optional(shell_line, "none"), None, "command that gets the JSON of each"
+                " job that ends dead on standard input"),
 }
 
 FIELDS = {
