@@ -227,19 +227,13 @@ def prefix(value):
     return value
 
 
-def own_prefix(value):
-    """Check the launcher of one job, for which `none` is in place of the setting."""
-    return value if value == "none" else prefix(value)
-
-
 def environment(value):
-    allowed = ValueError("an object of texts, with names without = and no NUL")
-    if not isinstance(value, dict):
-        raise allowed
-    for name, text in value.items():
+    def fits(name, text):
         named = name and "=" not in name
-        if not named or not isinstance(text, str) or not storable(name + text):
-            raise allowed
+        return named and isinstance(text, str) and storable(name + text)
+
+    if not isinstance(value, dict) or not all(itertools.starmap(fits, value.items())):
+        raise ValueError("an object of texts, with names without = and no NUL")
     return json.dumps(value)
 
 
@@ -270,7 +264,8 @@ FIELDS = {
     "timeout": SETTINGS["timeout"][0],
     "cwd": folder,
     "env": environment,
-    "launcher": own_prefix,
+    # Here `none` is a value: no launcher, whatever the setting is.
+    "launcher": lambda value: value if value == "none" else prefix(value),
 }
 NO_FIELDS = dict.fromkeys(FIELDS)
 
@@ -280,8 +275,6 @@ PUBLIC = (
     "id command state attempts max_retries priority run_at timeout cwd env launcher"
     " created_at updated_at exit_code error started_at finished_at"
 ).split()
-
-
 TIMES = ("run_at", "created_at", "updated_at", "started_at", "finished_at")
 
 
@@ -315,8 +308,7 @@ def checked(name, check, value):
         return check(value)
     except ValueError as allowed:
         given = json.dumps(value, default=str)
-        if len(given) > 60:
-            given = given[:57] + "..."
+        given = given if len(given) <= 60 else given[:57] + "..."
         raise QueueError("%s: %s is not %s" % (name, given, allowed), 2) from None
 
 
