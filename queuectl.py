@@ -1326,6 +1326,12 @@ NO_JOB = "there is no job "
 PAGE = 500  # rows a read; a long read would keep the write-ahead log from being reset
 
 
+def in_state(state):
+    """Return the end of a WHERE for jobs in a state, or for all."""
+    rare = "" if state in ("pending", "completed") else " AND " + RARE
+    return " AND state = '%s'" % STATES[STATES.index(state)] + rare if state else ""
+
+
 def missing(path):
     """Tell whether there is no database at PATH yet; an empty file is none."""
     try:
@@ -1449,6 +1455,9 @@ class Queue:
             time.sleep(pause)
             pause = min(1.5 * pause, 0.02)
 
+    def _rows(self, sql, *values):
+        return self.db.execute(sql, values).fetchall()
+
     def _value(self, sql, *values):
         row = self.db.execute(sql, values).fetchone()
         return row[0] if row else None
@@ -1567,7 +1576,7 @@ class Queue:
             ).fetchone()
             if row is None:
                 return None
-            run = dict(row, started_at=now, lease=self._lease(row["seq"], row["run"]))
+            run = dict(row, started_at=now, lease=self.lease(row))
             launcher = run["launcher"] or json.loads(run["usual"] or "null")
             run["launcher"] = None if launcher == "none" else launcher
             take_lease(run["lease"])
@@ -1588,10 +1597,9 @@ class Queue:
 
         A hundred thousand that become due at once would else hold up one claim.
         """
-        due = self.db.execute(
+        due = self._rows(
             "SELECT seq FROM jobs WHERE ready = 0 AND run_at <= ?"
-            " ORDER BY run_at LIMIT 100", (now,)
-        ).fetchall()
+            " ORDER BY run_at LIMIT 100", now)
         self.db.executemany(
             "UPDATE jobs SET state = 'pending', ready = 1 WHERE seq = ? AND ready = 0"
             " AND (state = 'pending' OR state = 'failed')", due
@@ -1815,23 +1823,14 @@ class Queue:
             "WHERE seq < COALESCE((SELECT seq FROM jobs WHERE id = ?), ?)"
             " AND (instr(id, ?) OR instr(command, ?))"  # an empty text is in each
         )
-        if state:
-            where += " AND state = '%s'" % STATES[STATES.index(state)]
-            where += "" if state in ("pending", "completed") else " AND " + RARE
-        query = JOB + where + " ORDER BY seq DESC LIMIT ?"
-        values = (before, MAX_INTEGER, text, text, limit)
-        return self.db.execute(query, values).fetchall()
+        query = JOB + where + in_state(state) + " ORDER BY seq DESC LIMIT ?"
+        return self._rows(query, before, MAX_INTEGER, text, text, limit)
 
     def _pages(self, state=None, size=PAGE, first=1, last=MAX_INTEGER, what=JOB):
         """Yield jobs a page at a time; a long read keeps the log from its reset."""
-        where = "WHERE seq BETWEEN ? AND ?"
-        if state:
-            where += " AND state = '%s'" % STATES[STATES.index(state)]
-            where += "" if state in ("pending", "completed") else " AND " + RARE
+        where = "WHERE seq BETWEEN ? AND ?" + in_state(state)
         while True:
-            page = self.db.execute(
-                what + where + " ORDER BY seq LIMIT ?", (first, last, size)
-            ).fetchall()
+            page = self._rows(what + where + " ORDER BY seq LIMIT ?", first, last, size)
             yield page
             if len(page) < size:
                 return
@@ -1839,11 +1838,9 @@ class Queue:
 
     def runs(self, job):
         """Return the runs of a job, the first one first, without their output."""
-        return self.db.execute(
+        return self._rows(
             "SELECT run, attempt, worker, pid, started_at, finished_at, exit_code,"
-            " error FROM runs WHERE seq = ? ORDER BY run",
-            (job["seq"],),
-        ).fetchall()
+            " error FROM runs WHERE seq = ? ORDER BY run", job["seq"])
 
     def output(self, job, run=None):
         """Return the kept output of a run, the latest one; None while it runs."""
@@ -1860,30 +1857,25 @@ class Queue:
 
     def common_errors(self):
         """Return the most common errors of dead jobs, each with its count."""
-        return self.db.execute(
+        return self._rows(
             "SELECT error, COUNT(*) AS jobs FROM jobs WHERE state = 'dead'"
-            " AND " + RARE + " GROUP BY error ORDER BY jobs DESC LIMIT 3"
-        ).fetchall()
+            " AND " + RARE + " GROUP BY error ORDER BY jobs DESC LIMIT 3")
 
     def processing(self):
         """Return what is running, with the worker that runs it and the lease."""
-        rows = self.db.execute(
+        rows = self._rows(
             "SELECT seq, run, id, attempts AS attempt, max_retries, worker, pid,"
             " started_at FROM jobs JOIN runs USING (seq, run)"
-            " WHERE state = 'processing' AND " + RARE
-        ).fetchall()
-        return [dict(row, lease=self._lease(row["seq"], row["run"])) for row in rows]
-
-    def _lease(self, seq, run):
-        return "%s-%d-%d" % (self.token, seq, run)
+            " WHERE state = 'processing' AND " + RARE)
+        return [dict(row, lease=self.lease(row)) for row in rows]
 
     def lease(self, job):
         """Return the name of the output file of a job's latest run."""
-        return self._lease(job["seq"], job["run"])
+        return "%s-%d-%d" % (self.token, job["seq"], job["run"])
 
     def counts(self):
         """Return how many jobs there are in each state."""
-        counts = dict(self.db.execute("SELECT state, jobs FROM counts").fetchall())
+        counts = dict(self._rows("SELECT state, jobs FROM counts"))
         return {state: counts[state] for state in STATES}
 
     def wait(self, ids=None, timeout=None, tell=lambda counts: None):
@@ -1942,9 +1934,7 @@ class Queue:
         """Tell whether a job that one of these workers ran became dead since then."""
         rows = self.db.execute(
             "SELECT worker FROM jobs JOIN runs USING (seq, run)"
-            " WHERE state = 'dead' AND " + RARE + " AND finished_at >= ?",
-            (moment,),
-        )
+            " WHERE state = 'dead' AND " + RARE + " AND finished_at >= ?", (moment,))
         return any(row["worker"] in workers for row in rows)
 
     # -- statistics --------------------------------------------------------------------
@@ -1957,13 +1947,12 @@ class Queue:
         """
         now = self.clock()
         width = max(now - since, 1.0) / BARS
-        rows = self.db.execute(
+        rows = self._rows(
             "SELECT MIN(CAST((finished_at - ?) / ? AS INTEGER), ?) AS bar,"
             " COUNT(*) AS runs, SUM(error IS NULL) AS completed,"
             " SUM(attempt > 1) AS retries, SUM(finished_at >= ?) AS latest"
             " FROM runs WHERE finished_at >= ? GROUP BY bar",
-            (since, width, BARS - 1, now - 60, since),
-        ).fetchall()
+            since, width, BARS - 1, now - 60, since)
         total = {key: sum(row[key] for row in rows)
                  for key in ("runs", "completed", "retries", "latest")}
         bars = [{"completed": 0, "failed": 0} for _ in range(BARS)]
@@ -1991,18 +1980,18 @@ class Queue:
             " FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?"
             " ORDER BY seq DESC LIMIT 50000", (since,)
         )
-        slowest = self.db.execute(
+        slowest = self._rows(
             "SELECT command, COUNT(*) AS runs, AVG(spent) AS mean,"
             " MAX(spent) AS longest FROM recent"
-            " GROUP BY command ORDER BY mean DESC LIMIT 5").fetchall()
-        errors = self.db.execute(
+            " GROUP BY command ORDER BY mean DESC LIMIT 5")
+        errors = self._rows(
             "SELECT error, COUNT(*) AS runs FROM recent WHERE error IS NOT NULL"
-            " GROUP BY error ORDER BY runs DESC LIMIT 5").fetchall()
+            " GROUP BY error ORDER BY runs DESC LIMIT 5")
         bins = "".join(
             " WHEN spent < %g THEN %d" % (below, bin) for bin, below in enumerate(BINS))
-        counts = dict(self.db.execute(
+        counts = dict(self._rows(
             "SELECT CASE%s ELSE %d END AS bin, COUNT(*) FROM recent GROUP BY bin"
-            % (bins, len(BINS))).fetchall())
+            % (bins, len(BINS))))
         return {
             "run_time": self._spread("spent"), "waiting_time": self._spread("waited"),
             "run_times": [{"below": below, "runs": counts.get(bin, 0)}
