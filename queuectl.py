@@ -1612,7 +1612,7 @@ class Queue:
     def fail(self, run, result):
         """PROCESSING to FAILED, to be tried again after the backoff, or to DEAD."""
         if self.cancelled(run):
-            return self.bury(run, result)
+            return self._leave(run, result, "dead", "cancelled")
         if run["attempt"] >= max(1, run["max_retries"]):
             return self._leave(run, result, "dead", result["error"])
         values = self.settings()
@@ -1627,7 +1627,7 @@ class Queue:
         A job whose worker died too often is DEAD: it may be what kills them.
         """
         if self.cancelled(run):
-            return self.bury(run, result)
+            return self._leave(run, result, "dead", "cancelled")
         died = result["error"] == "worker died"
         deaths = self._value("SELECT deaths FROM jobs WHERE seq = ?", run["seq"])
         if died and deaths is not None and deaths + 1 >= MAX_DEATHS:
@@ -1636,18 +1636,13 @@ class Queue:
         changes = ", attempts = attempts - 1, deaths = deaths + ?"
         return self._leave(run, result, "pending", None, changes, int(died))
 
-    def bury(self, run, result):
-        """PROCESSING to DEAD, as `cancel` asked; its processes are gone by now."""
-        return self._leave(run, result, "dead", "cancelled")
-
     def owned(self, run):
         """Tell whether a run still owns its job."""
-        where = "seq = ? AND run = ? AND state = 'processing'"
-        query = "SELECT 1 FROM jobs WHERE " + where
-        return self._value(query, run["seq"], run["run"]) is not None
+        query = "SELECT 1 FROM jobs WHERE seq = ? AND run = ? AND state = 'processing'"
+        return bool(self._value(query, run["seq"], run["run"]))
 
     def cancelled(self, run):
-        """Tell whether the job of a run is to be cancelled."""
+        """Tell whether a job is to be cancelled: DEAD as soon as its run has ended."""
         return bool(self._value("SELECT cancelled FROM jobs WHERE seq = ?", run["seq"]))
 
     def _leave(self, run, result, state, error, changes="", *values):
@@ -2277,8 +2272,6 @@ class Worker:
     def record(self, run, reason, result):
         if reason == "stop --now":
             return self.queue.release(run, result)
-        if reason == "cancelled":
-            return self.queue.bury(run, result)
         if result["error"] is None:
             return self.queue.complete(run, result)
         return self.queue.fail(run, result)
