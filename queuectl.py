@@ -1576,9 +1576,9 @@ class Queue:
             ).fetchone()
             if row is None:
                 return None
-            run = dict(row, started_at=now, lease=self.lease(row))
-            launcher = run["launcher"] or json.loads(run["usual"] or "null")
-            run["launcher"] = None if launcher == "none" else launcher
+            launcher = row["launcher"] or json.loads(row["usual"] or "null")
+            launcher = None if launcher == "none" else launcher
+            run = dict(row, launcher=launcher, started_at=now, lease=self.lease(row))
             take_lease(run["lease"])
             self.db.execute(
                 "UPDATE jobs SET state = 'processing', attempts = ?, run = ?,"
@@ -1704,21 +1704,21 @@ class Queue:
 
     def retry(self, ids=None):
         """DEAD to PENDING with attempts 0: all of IDS or none; without, every one."""
-        reset = (
-            "UPDATE jobs SET state = 'pending', attempts = 0, deaths = 0,"
-            " cancelled = 0, error = NULL, ready = 1, run_at = :now, updated_at = :now"
-            " WHERE state = 'dead' AND " + RARE
-        )
         now, count = self.clock(), 0
+
+        def revive(job):
+            return self.db.execute(
+                "UPDATE jobs SET state = 'pending', attempts = 0, deaths = 0,"
+                " cancelled = 0, error = NULL, ready = 1, run_at = ?, updated_at = ?"
+                " WHERE seq = ? AND state = 'dead'", (now, now, job["seq"])
+            ).rowcount
+
         for page in self._pages("dead", what=BRIEF) if ids is None else ():
             with self.transaction():  # each of its own, as many may be dead
-                for job in page:
-                    row = {"now": now, "seq": job["seq"]}
-                    count += self.db.execute(reset + " AND seq = :seq", row).rowcount
+                count += sum(map(revive, page))
         with self.transaction():
             for job in self._jobs_named(ids or ()):
-                row = {"now": now, "seq": job["seq"]}
-                if self.db.execute(reset + " AND seq = :seq", row).rowcount == 0:
+                if not revive(job):
                     words = "job %s is %s, not dead"
                     raise QueueError(words % (shown(job["id"]), job["state"]))
                 count += 1
@@ -1920,8 +1920,7 @@ class Queue:
 
     def drained(self):
         """Tell whether no job is ready, running or waiting for a retry."""
-        counts = self.counts()
-        due = self.next_due()
+        counts, due = self.counts(), self.next_due()
         busy = counts["processing"] or counts["failed"]
         return not busy and (due is None or due > self.clock())
 
@@ -1944,22 +1943,22 @@ class Queue:
         width = max(now - since, 1.0) / BARS
         rows = self._rows(
             "SELECT MIN(CAST((finished_at - ?) / ? AS INTEGER), ?) AS bar,"
-            " COUNT(*) AS runs, SUM(error IS NULL) AS completed,"
+            " SUM(error IS NULL) AS completed, SUM(error IS NOT NULL) AS failed,"
             " SUM(attempt > 1) AS retries, SUM(finished_at >= ?) AS latest"
             " FROM runs WHERE finished_at >= ? GROUP BY bar",
             since, width, BARS - 1, now - 60, since)
         total = {key: sum(row[key] for row in rows)
-                 for key in ("runs", "completed", "retries", "latest")}
+                 for key in ("completed", "failed", "retries", "latest")}
+        runs = total["completed"] + total["failed"]
         bars = [{"completed": 0, "failed": 0} for _ in range(BARS)]
         for row in rows:
-            failed = row["runs"] - row["completed"]
-            bars[row["bar"]] = {"completed": row["completed"], "failed": failed}
+            bars[row["bar"]] = {key: row[key] for key in ("completed", "failed")}
         return {
-            "since": iso(since), "seconds": now - since, "runs": total["runs"],
-            "completed": total["completed"],
-            "failed": total["runs"] - total["completed"], "retries": total["retries"],
-            "success_rate": total["completed"] / total["runs"] if rows else None,
-            "per_second": total["runs"] / max(now - since, 1.0),
+            "since": iso(since), "seconds": now - since, "runs": runs,
+            "completed": total["completed"], "failed": total["failed"],
+            "retries": total["retries"],
+            "success_rate": total["completed"] / runs if runs else None,
+            "per_second": runs / max(now - since, 1.0),
             "per_second_now": total["latest"] / min(60, max(now - since, 1.0)),
             **self._sample(since), "bar_seconds": width, "throughput": bars,
         }
@@ -1996,13 +1995,12 @@ class Queue:
         }
 
     def _spread(self, what):
-        """Return median, 95th percentile and maximum of a column of the sample."""
+        """Return median, 95th percentile and maximum of a column; None without any."""
         known = " FROM recent WHERE %s IS NOT NULL" % what
         count = self._value("SELECT COUNT(*)" + known)
         ordered = "SELECT " + what + known + " ORDER BY %s LIMIT 1 OFFSET ?" % what
         return {name: self._value(ordered, min(int(count * part), count - 1))
-                for name, part in (("median", 0.5), ("p95", 0.95), ("longest", 1))
-                } if count else {"median": None, "p95": None, "longest": None}
+                for name, part in (("median", 0.5), ("p95", 0.95), ("longest", 1))}
 
     # -- settings ----------------------------------------------------------------------
 
@@ -2015,10 +2013,9 @@ class Queue:
         return values
 
     def set(self, name, value):
+        query = "INSERT OR REPLACE INTO config VALUES (?, ?)"
         with self.transaction():
-            self.db.execute(
-                "INSERT OR REPLACE INTO config VALUES (?, ?)", (name, json.dumps(value))
-            )
+            self.db.execute(query, (name, json.dumps(value)))
 
     def unset(self, name):
         with self.transaction():
