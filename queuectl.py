@@ -2078,14 +2078,11 @@ def read_tail(path, limit):
 
 def start_command(run, lease):
     """Start the command of a run; raise OSError where the system refuses."""
-    marks = {
-        "QUEUECTL_JOB_ID": run["id"],
-        "QUEUECTL_ATTEMPT": str(run["attempt"]),
-        "QUEUECTL_RUN": lease.path,  # by which run_processes knows its processes
-    }
-    env = {**json.loads(run["env"] or "{}"), **marks}
-    launcher = run["launcher"]
-    return start_shell(run["command"], run["cwd"], env, lease, launcher=launcher)
+    env = json.loads(run["env"] or "{}")
+    env.update(QUEUECTL_JOB_ID=run["id"], QUEUECTL_ATTEMPT=str(run["attempt"]))
+    env["QUEUECTL_RUN"] = lease.path  # by which run_processes knows its processes
+    command, cwd, launcher = run["command"], run["cwd"], run["launcher"]
+    return start_shell(command, cwd, env, lease, launcher=launcher)
 
 
 def watch(process, wake, timeout, asked, tick):
@@ -2240,8 +2237,7 @@ class Worker:
 
     def pause(self):
         due = self.queue.next_due()
-        wait = IDLE_WAIT if due is None else due - self.queue.clock()
-        return min(max(wait, 0.0), IDLE_WAIT)
+        return IDLE_WAIT if due is None else min(due - self.queue.clock(), IDLE_WAIT)
 
     def turn(self, done):
         """Record the end of one run and claim the next, in one transaction."""
@@ -2249,9 +2245,8 @@ class Worker:
         try:
             with self.queue.transaction():
                 state = self.record(*done) if done else None
-                run = None
-                if not self.leaving():
-                    run = self.queue.claim(os.getpid(), self.take)
+                leaving = self.leaving()
+                run = None if leaving else self.queue.claim(os.getpid(), self.take)
         except BaseException:
             if self.lease:
                 self.lease.discard()
@@ -2449,7 +2444,8 @@ class Supervisor:
     def loop(self):
         self.staff()
         while True:
-            self.heed()
+            if self.signals:  # the first asks to stop, a second to stop now
+                self.ask("stop" if self.signals == 1 else "now")
             self.reap()
             if time.monotonic() >= self.next_look:
                 self.patiently(self.keep_house)
@@ -2457,17 +2453,10 @@ class Supervisor:
                 self.next_look = time.monotonic() + (TICK if self.orphans else pause)
             if not self.unseen:  # or a new worker's first note would replace the last
                 self.staff()
-            if not self.workers and not self.orphans and self.finished():
+            idle = not self.workers and not self.orphans
+            if idle and (self.pool.request() or len(self.drained) == self.count):
                 return
             self.wake.wait(self.next_look - time.monotonic())
-
-    def finished(self):
-        return self.pool.request() is not None or len(self.drained) == self.count
-
-    def heed(self):
-        """Pass on what signals ask: the first to stop, a second to stop now."""
-        if self.signals:
-            self.ask("stop" if self.signals == 1 else "now")
 
     def ask(self, word):
         if self.pool.request() not in (word, "now"):
@@ -2484,8 +2473,7 @@ class Supervisor:
                 self.drained.add(slot)
                 self.pool.poke()  # the others may be waiting for what this one ran
             elif code:
-                _, error = how_it_ended(code)
-                self.log.error("worker %d died: %s", slot, error)
+                self.log.error("worker %d died: %s", slot, how_it_ended(code)[1])
                 self.unseen, self.next_look = True, 0.0
 
     def staff(self):
@@ -2498,15 +2486,12 @@ class Supervisor:
             if now >= due:
                 self.started[slot] = now
                 try:
-                    self.start(slot)
+                    args = self.path, self.pool.path, slot, self.drain
+                    self.workers[slot] = start_process(work, *args)
+                    self.pids.add(self.workers[slot].pid)
                 except OSError as error:  # too many processes or files
                     self.log.error("worker %d cannot start: %s", slot, error)
             self.next_look = min(self.next_look, max(due, now))
-
-    def start(self, slot):
-        process = start_process(work, self.path, self.pool.path, slot, self.drain)
-        self.workers[slot] = process
-        self.pids.add(process.pid)
 
     def patiently(self, action):
         """Do something with the database; with trouble there, the next look will."""
@@ -2548,9 +2533,10 @@ class Supervisor:
             notes.update(pool.notes())
         for run in runs:
             path = os.path.join(self.runs, run["lease"])
-            # A file that somebody removed says nothing about a worker that lives.
+            # An output or a PID file that somebody removed ends no worker's life.
             free = lease_is_free(path, missing=False)
-            if free or not (run["worker"] in live or self.works(run)):
+            worker, since = run["worker"], run["started_at"]
+            if free or not (worker in live or started_before(worker, since)):
                 lost[path] = run
         processes = run_processes(lost) if lost else {}
         for path, run in lost.items():
@@ -2559,10 +2545,6 @@ class Supervisor:
         known = {(run["seq"], run["run"]) for run in runs}
         self.orphans = {key: at for key, at in self.orphans.items() if key in known}
         self.unseen = False
-
-    def works(self, run):
-        """Tell whether a worker lives whose pool's PID file was removed."""
-        return started_before(run["worker"], run["started_at"])
 
     def identify(self, queue, run, noted):
         """Record the command of a run that was killed before its worker did so."""
@@ -2583,35 +2565,28 @@ class Supervisor:
                 if lease_is_free(path):
                     state = queue.release(run, self.remains(queue, run, path))
             if state:
-                self.bid_farewell(queue, run, path, state)
-
-    def bid_farewell(self, queue, run, path, state):
-        """Do what follows when a job was put back whose worker died."""
-        self.log.warning("%s worker died, %s", about(run), state)
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path)
-        if state == "dead":
-            self.hooks.start(queue, run["id"])
+                self.log.warning("%s worker died, %s", about(run), state)
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
+            if state == "dead":
+                self.hooks.start(queue, run["id"])
 
     def end_orphan(self, run, processes):
         """Signal what a dead worker left running: SIGTERM, after a grace SIGKILL."""
-        now = time.monotonic()
-        first = (run["seq"], run["run"]) not in self.orphans
-        kill_at = self.orphans.setdefault((run["seq"], run["run"]), now + GRACE)
-        if first:
+        key, now = (run["seq"], run["run"]), time.monotonic()
+        if key not in self.orphans:
+            self.orphans[key] = now + GRACE
             self.log.warning("%s worker died, ending %s", about(run), processes)
-        if first or now >= kill_at:
-            signal_processes(processes, TERMINATE if first else KILL)
-        if not first and now >= kill_at:
+            signal_processes(processes, TERMINATE)
+        elif now >= self.orphans[key]:
+            signal_processes(processes, KILL)
             self.log.warning("%s did not end and was killed: %s", about(run), processes)
 
     def remains(self, queue, run, path):
         """Return the result of a run whose worker died."""
         output = read_tail(path, queue.settings()["output_limit"])
-        return dict(
-            pid=run["pid"], exit_code=None, error="worker died", output=output,
-            finished_at=queue.clock(),
-        )
+        return dict(pid=run["pid"], exit_code=None, error="worker died", output=output,
+                    finished_at=queue.clock())
 
     def tidy(self, queue):
         """Remove PID files of pools that were killed and output files of no run."""
