@@ -1396,7 +1396,7 @@ class Queue:
             self.db.execute("PRAGMA fullfsync = ON")  # macOS: sync for real
             self.token = self._value("SELECT value FROM config WHERE key = 'token'")
         except BaseException:
-            self.close()
+            self.db.close()
             raise
 
     def _check_version(self):
@@ -1413,9 +1413,6 @@ class Queue:
         return self
 
     def __exit__(self, *_):
-        self.close()
-
-    def close(self):
         self.db.close()
 
     @contextlib.contextmanager
@@ -1433,8 +1430,7 @@ class Queue:
             yield
             self.db.execute("COMMIT")
         except BaseException:
-            if self.db.in_transaction:
-                self.db.execute("ROLLBACK")
+            self.db.rollback()  # if SQLite has not done so
             raise
 
     def _begin(self):
@@ -1629,8 +1625,8 @@ class Queue:
         if self.cancelled(run):
             return self._leave(run, result, "dead", "cancelled")
         died = result["error"] == "worker died"
-        deaths = self._value("SELECT deaths FROM jobs WHERE seq = ?", run["seq"])
-        if died and deaths is not None and deaths + 1 >= MAX_DEATHS:
+        deaths = self._value("SELECT deaths FROM jobs WHERE seq = ?", run["seq"]) or 0
+        if died and deaths + 1 >= MAX_DEATHS:
             error = "worker died %d times" % MAX_DEATHS
             return self._leave(run, result, "dead", error, ", deaths = ?", MAX_DEATHS)
         changes = ", attempts = attempts - 1, deaths = deaths + ?"
@@ -1914,9 +1910,7 @@ class Queue:
         ready = "SELECT 1 FROM jobs WHERE state = 'pending' AND ready = 1 LIMIT 1"
         if self._value(ready):
             return 0
-        return self._value(
-            "SELECT run_at FROM jobs WHERE ready = 0 ORDER BY run_at LIMIT 1"
-        )
+        return self._value("SELECT MIN(run_at) FROM jobs WHERE ready = 0")
 
     def drained(self):
         """Tell whether no job is ready, running or waiting for a retry."""
@@ -2069,10 +2063,9 @@ class Lease:
 
 def read_tail(path, limit):
     """Return the last bytes of a file, none if it is not there."""
-    with contextlib.suppress(FileNotFoundError):
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - limit))
-            return file.read()
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - limit))
+        return file.read()
     return b""
 
 
@@ -2232,8 +2225,7 @@ class Worker:
         return self.leaving() and (not self.lease or self.pool.request() == "now")
 
     def leaving(self):
-        gone = self.queue and self.queue.gone()
-        return self.stopped or self.pool.request() is not None or gone
+        return self.stopped or self.pool.request() or (self.queue and self.queue.gone())
 
     def pause(self):
         due = self.queue.next_due()
