@@ -2361,20 +2361,14 @@ def open_log(queue_path, who):
     # Python's logging HOWTO, "Optimization": what no line shows is not gathered.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    log = logging.getLogger("queuectl")
-    log.handlers.clear()
-    log.setLevel(logging.INFO)
-    log.propagate = False
     try:
         stream = LogFile(beside(queue_path, ".log"))
     except OSError as error:
         stream = sys.stderr
         say("cannot write the log, logging here instead: %s" % error)
-    handler = logging.StreamHandler(stream)
     layout = "%%(asctime)s %%(levelname)s %s[%d] %%(message)s" % (who, os.getpid())
-    handler.setFormatter(logging.Formatter(layout))
-    log.addHandler(handler)
-    return log
+    logging.basicConfig(stream=stream, level=logging.INFO, format=layout, force=True)
+    return logging.getLogger()
 
 
 def say(message):
