@@ -1404,10 +1404,9 @@ class Queue:
             raise QueueError("%s is not a queue of queuectl" % shown(self.path))
         version = self._value("PRAGMA user_version")
         if version != SCHEMA_VERSION:
-            raise QueueError(
-                "%s has version %d of the schema, and this queuectl knows version %d: "
-                "take a newer queuectl.py" % (shown(self.path), version, SCHEMA_VERSION)
-            )
+            words = "%s has version %d of the schema, and this queuectl knows version"
+            words += " %d: take a newer queuectl.py"
+            raise QueueError(words % (shown(self.path), version, SCHEMA_VERSION))
 
     def __enter__(self):
         return self
@@ -1480,8 +1479,7 @@ class Queue:
         values = self.settings()
         return dict(
             NO_FIELDS, max_retries=values["max_retries"], timeout=values["timeout"],
-            priority=0, cwd=checked("cwd", folder, utf8(os.getcwd())),
-        )
+            priority=0, cwd=checked("cwd", folder, utf8(os.getcwd())))
 
     def add(self, command, **fields):
         """Check and enqueue one job, with the fields of its JSON; return its id."""
@@ -1517,8 +1515,7 @@ class Queue:
                     " ready, timeout, cwd, env, launcher, created_at, updated_at)"
                     " VALUES (:id, :command, :max_retries, :priority, :run_at,"
                     " :run_at <= :now, :timeout, :cwd, :env, :launcher, :now, :now)",
-                    rows()
-                )
+                    rows())
             except sqlite3.IntegrityError:
                 words = "there is a job %s already"
                 raise QueueError(words % shown(job["id"])) from None
@@ -1574,18 +1571,15 @@ class Queue:
                 return None
             launcher = row["launcher"] or json.loads(row["usual"] or "null")
             launcher = None if launcher == "none" else launcher
-            run = dict(row, launcher=launcher, started_at=now, lease=self.lease(row))
+            run = dict(row, launcher=launcher, worker=worker, started_at=now)
+            run["lease"] = self.lease(run)
             take_lease(run["lease"])
             self.db.execute(
-                "UPDATE jobs SET state = 'processing', attempts = ?, run = ?,"
-                " updated_at = ? WHERE seq = ? AND state = 'pending'",
-                (run["attempt"], run["run"], now, run["seq"]),
-            )
+                "UPDATE jobs SET state = 'processing', attempts = :attempt, run = :run,"
+                " updated_at = :started_at WHERE seq = :seq AND state = 'pending'", run)
             self.db.execute(
                 "INSERT INTO runs (seq, run, attempt, worker, started_at)"
-                " VALUES (?, ?, ?, ?, ?)",
-                (run["seq"], run["run"], run["attempt"], worker, now),
-            )
+                " VALUES (:seq, :run, :attempt, :worker, :started_at)", run)
             return run
 
     def promote(self, now):
@@ -1598,8 +1592,7 @@ class Queue:
             " ORDER BY run_at LIMIT 100", now)
         self.db.executemany(
             "UPDATE jobs SET state = 'pending', ready = 1 WHERE seq = ? AND ready = 0"
-            " AND (state = 'pending' OR state = 'failed')", due
-        )
+            " AND (state = 'pending' OR state = 'failed')", due)
 
     def complete(self, run, result):
         """PROCESSING to COMPLETED."""
@@ -1654,8 +1647,7 @@ class Queue:
                     "UPDATE runs SET pid = :pid, finished_at = :finished_at,"
                     " exit_code = :exit_code, error = :error, output = :output"
                     " WHERE seq = :seq AND run = :run",
-                    dict(result, seq=run["seq"], run=run["run"]),
-                )
+                    dict(result, seq=run["seq"], run=run["run"]))
             return state if moved else None
 
     def note_pid(self, run, pid):
@@ -1666,10 +1658,8 @@ class Queue:
         self.db.execute("PRAGMA busy_timeout = 0")
         try:
             self.db.execute(
-                "UPDATE runs SET pid = ?"
-                " WHERE seq = ? AND run = ? AND finished_at IS NULL",
-                (pid, run["seq"], run["run"]),
-            )
+                "UPDATE runs SET pid = ? WHERE seq = ? AND run = ?"
+                " AND finished_at IS NULL", (pid, run["seq"], run["run"]))
         finally:
             self.db.execute("PRAGMA busy_timeout = %d" % (1000 * self.patience))
 
@@ -1810,12 +1800,11 @@ class Queue:
 
         If that one was deleted meanwhile, the newest of all.
         """
-        where = (
-            "WHERE seq < COALESCE((SELECT seq FROM jobs WHERE id = ?), ?)"
+        return self._rows(
+            JOB + "WHERE seq < COALESCE((SELECT seq FROM jobs WHERE id = ?), ?)"
             " AND (instr(id, ?) OR instr(command, ?))"  # an empty text is in each
-        )
-        query = JOB + where + in_state(state) + " ORDER BY seq DESC LIMIT ?"
-        return self._rows(query, before, MAX_INTEGER, text, text, limit)
+            + in_state(state) + " ORDER BY seq DESC LIMIT ?",
+            before, MAX_INTEGER, text, text, limit)
 
     def _pages(self, state=None, size=PAGE, first=1, last=MAX_INTEGER, what=JOB):
         """Yield jobs a page at a time; a long read keeps the log from its reset."""
@@ -1843,8 +1832,7 @@ class Queue:
         return self._value(
             "SELECT COUNT(*) FROM jobs WHERE state = 'pending' AND ready = 1"
             " AND (priority > ? OR priority = ? AND seq < ?)",
-            job["priority"], job["priority"], job["seq"],
-        )
+            job["priority"], job["priority"], job["seq"])
 
     def common_errors(self):
         """Return the most common errors of dead jobs, each with its count."""
@@ -1902,8 +1890,7 @@ class Queue:
             "  AND ready = 1 AND jobs.priority < level.priority)"
             " FROM level WHERE priority IS NOT NULL LIMIT 100)"
             " SELECT MIN((SELECT run_at FROM jobs WHERE state = 'pending' AND ready = 1"
-            "  AND jobs.priority = level.priority ORDER BY seq LIMIT 1)) FROM level"
-        )
+            "  AND jobs.priority = level.priority ORDER BY seq LIMIT 1)) FROM level")
 
     def next_due(self):
         """Return when the next job is due: 0 if one is ready, None if none waits."""
@@ -1966,8 +1953,7 @@ class Queue:
             " CASE WHEN jobs.run = runs.run"
             "  THEN MAX(started_at - run_at, 0) END AS waited"
             " FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?"
-            " ORDER BY seq DESC LIMIT 50000", (since,)
-        )
+            " ORDER BY seq DESC LIMIT 50000", (since,))
         slowest = self._rows(
             "SELECT command, COUNT(*) AS runs, AVG(spent) AS mean,"
             " MAX(spent) AS longest FROM recent"
@@ -2289,8 +2275,7 @@ class Worker:
         return reason, dict(
             pid=pid, exit_code=code, error=reason or error,
             output=self.lease.output(run["output_limit"]),
-            finished_at=run["started_at"] + time.monotonic() - started,
-        )
+            finished_at=run["started_at"] + time.monotonic() - started)
 
     def attend(self, process, run):
         """Wait for a command, its output and the requests that concern it in view."""
