@@ -159,11 +159,11 @@ def within(convert, low, high, allowed):
     def check(value):
         try:
             result = convert(value)
+            if low <= result <= high:  # false for NaN, too
+                return result
         except (ValueError, TypeError, OverflowError, OSError, AttributeError):
-            raise ValueError(allowed) from None
-        if not low <= result <= high:  # also false for NaN
-            raise ValueError(allowed)
-        return result
+            pass
+        raise ValueError(allowed)
 
     return check
 
@@ -173,9 +173,8 @@ def duration(low, allowed):
     return within(seconds, low, MAX_SPAN, words)
 
 
-moment = within(
-    epoch, 0, MAX_TIME, "a time: ISO 8601 like 2026-01-31T18:00:00Z, or epoch seconds"
-)
+moment = within(epoch, 0, MAX_TIME,
+                "a time: ISO 8601 like 2026-01-31T18:00:00Z, or epoch seconds")
 
 
 def identifier(value):
@@ -1717,7 +1716,7 @@ class Queue:
             for job in self._jobs_named(ids):
                 if job["state"] == "processing":
                     raise QueueError("job %s is running" % shown(job["id"]))
-                self._remove([job])
+                self._remove_one(job)
 
     def delete_all(self, states, before=MAX_INTEGER, dry_run=False):
         """Remove the jobs in these states that changed last before a time.
@@ -2531,10 +2530,9 @@ class Supervisor:
         if processes and queue.owned(run):
             self.end_orphan(run, processes)
         elif not processes:
-            state = None
             with queue.transaction():
-                if lease_is_free(path):
-                    state = queue.release(run, self.remains(queue, run, path))
+                free = lease_is_free(path)
+                state = free and queue.release(run, self.remains(queue, run, path))
             if state:
                 self.log.warning("%s worker died, %s", about(run), state)
                 with contextlib.suppress(FileNotFoundError):
