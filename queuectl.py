@@ -1920,13 +1920,13 @@ class Queue:
         thousand: a million would take seconds.
         """
         now = self.clock()
-        width = max(now - since, 1.0) / BARS
+        period = max(now - since, 1.0)
         rows = self._rows(
             "SELECT MIN(CAST((finished_at - ?) / ? AS INTEGER), ?) AS bar,"
             " SUM(error IS NULL) AS completed, SUM(error IS NOT NULL) AS failed,"
             " SUM(attempt > 1) AS retries, SUM(finished_at >= ?) AS latest"
             " FROM runs WHERE finished_at >= ? GROUP BY bar",
-            since, width, BARS - 1, now - 60, since)
+            since, period / BARS, BARS - 1, now - 60, since)
         total = {key: sum(row[key] for row in rows)
                  for key in ("completed", "failed", "retries", "latest")}
         runs = total["completed"] + total["failed"]
@@ -1938,9 +1938,9 @@ class Queue:
             "completed": total["completed"], "failed": total["failed"],
             "retries": total["retries"],
             "success_rate": total["completed"] / runs if runs else None,
-            "per_second": runs / max(now - since, 1.0),
-            "per_second_now": total["latest"] / min(60, max(now - since, 1.0)),
-            **self._sample(since), "bar_seconds": width, "throughput": bars,
+            "per_second": runs / period,
+            "per_second_now": total["latest"] / min(60, period),
+            **self._sample(since), "bar_seconds": period / BARS, "throughput": bars,
         }
 
     def _sample(self, since):
@@ -1985,11 +1985,9 @@ class Queue:
 
     def settings(self):
         """Return the value of every setting, the default where none was set."""
-        values = {name: default for name, (_, default, _) in SETTINGS.items()}
-        for key, value in self.db.execute("SELECT key, value FROM config"):
-            if key in values:
-                values[key] = json.loads(value)
-        return values
+        given = dict(self._rows("SELECT key, value FROM config"))
+        return {name: json.loads(given[name]) if name in given else default
+                for name, (_, default, _) in SETTINGS.items()}
 
     def set(self, name, value):
         query = "INSERT OR REPLACE INTO config VALUES (?, ?)"
