@@ -2597,9 +2597,9 @@ def work(path, pool_path, slot, drain):
 # ======================================================================================
 
 
-def public_run(run):
-    times = ("started_at", "finished_at")
-    return dict(run, **{name: iso(run[name]) for name in times})
+def dated(row, *names):
+    """Return a row as JSON shows it, the times of these names as text."""
+    return dict(row, **{name: iso(row[name]) for name in names})
 
 
 def span(seconds):
@@ -2932,18 +2932,15 @@ def cmd_dlq_list(args, queue):
 def cmd_show(args, queue):
     job, now = queue.job(args.id), queue.clock()
     fields, runs = public(job), queue.runs(job)
-    given = {name: value for name, value in fields.items() if value not in (None, {})}
     for name in TIMES:
         if job[name] is not None:
-            given[name] = "%s, %s" % (given[name], when(job[name], now))
-    if "env" in given:
-        given["env"] = " ".join("%s=%s" % pair for pair in given["env"].items())
-    waiting = why_waiting(queue, job, worker_list(queue))
-    given.update({"waiting": waiting} if waiting else {})
-    lines = [
-        "%-12s %s" % (name + ":", shown(str(value))) for name, value in given.items()]
+            fields[name] += ", " + when(job[name], now)
+    fields["env"] = " ".join("%s=%s" % pair for pair in fields["env"].items())
+    fields["waiting"] = why_waiting(queue, job, worker_list(queue))
+    lines = ["%-12s %s" % (name + ":", shown(str(value)))
+             for name, value in fields.items() if value not in (None, "")]
     lines += [run_line(run, now) for run in runs]
-    answer(args, job_document(queue, job), *lines)
+    answer(args, job_document(job, runs), *lines)
 
 
 def cmd_logs(args, queue):
@@ -3044,15 +3041,28 @@ def cmd_status(args, queue):
 
 
 def print_status(args, queue):
-    now, document = queue.clock(), status_document(queue)
-    answer(args, document, *status_lines(queue, now))
+    now, status = queue.clock(), read_status(queue)
+    answer(args, status_document(status), *status_lines(status, now))
 
 
-def status_lines(queue, now):
+def read_status(queue):
+    """Return what `status` shows; its times are epoch seconds yet."""
+    return {
+        "jobs": queue.counts(), "workers": worker_list(queue),
+        "oldest_waiting": queue.oldest_ready(), "next_due": queue.next_due() or None,
+    }
+
+
+def status_document(status):
+    """Return what `status --json` prints."""
+    workers = [dated(worker, "since") for worker in status["workers"]]
+    return dict(dated(status, "oldest_waiting", "next_due"), workers=workers)
+
+
+def status_lines(status, now):
     """Yield the lines of `status` for people."""
-    counts, workers = queue.counts(), worker_list(queue)
-    oldest, due = queue.oldest_ready(), queue.next_due()
-    for state, count in counts.items():
+    jobs, workers, oldest, due = status.values()
+    for state, count in jobs.items():
         yield "%s: %d" % (state.capitalize(), count)
     yield "Active Workers: %d" % len(workers)
     for worker in workers:
@@ -3062,25 +3072,16 @@ def status_lines(queue, now):
         yield "  worker %(pid)d of pool %(pool)d: " % worker + doing
     if oldest is not None:
         yield "Oldest Waiting: " + span(now - oldest)
-    if due:
+    if due is not None:
         yield "Next Due: " + when(due, now)
-    if counts["pending"] + counts["failed"] and not workers:
-        yield NO_POOL[0].upper() + NO_POOL[1:]
+    if jobs["pending"] + jobs["failed"] and not workers:
+        yield NO_POOL.capitalize()
 
 
-def status_document(queue):
-    """Return what `status --json` prints."""
-    workers = [dict(row, since=iso(row["since"])) for row in worker_list(queue)]
-    return {
-        "jobs": queue.counts(), "workers": workers,
-        "oldest_waiting": iso(queue.oldest_ready()),
-        "next_due": iso(queue.next_due() or None),
-    }
-
-
-def job_document(queue, job):
+def job_document(job, runs):
     """Return what `show --json` prints."""
-    return dict(public(job), runs=list(map(public_run, queue.runs(job))))
+    runs = [dated(run, "started_at", "finished_at") for run in runs]
+    return dict(public(job), runs=runs)
 
 
 def output_document(queue, job, run=None):
@@ -3574,7 +3575,7 @@ class Site:
 
     def find(self, queue, path, query):
         if path == "/api/status":
-            return status_document(queue)
+            return status_document(read_status(queue))
         if path == "/api/stats":
             since = query.get("since", "1h")
             since = checked("since", duration(1, "a duration"), since)
@@ -3587,7 +3588,7 @@ class Site:
         job = queue.job(name)
         if what:
             return output_document(queue, job, whole_number(query.get("run")))
-        return job_document(queue, job)
+        return job_document(job, queue.runs(job))
 
     def jobs(self, queue, query):
         """Return a page of jobs, newest first; `before` is the id to go on from."""
@@ -3637,7 +3638,7 @@ def whole_number(text):
 
 def metrics(queue):
     """Yield the lines of /metrics, in the text format of Prometheus."""
-    status, stats = status_document(queue), queue.stats(0)
+    status, stats = read_status(queue), queue.stats(0)
     yield "# TYPE queuectl_jobs gauge"
     for state, count in status["jobs"].items():
         yield 'queuectl_jobs{state="%s"} %d' % (state, count)
