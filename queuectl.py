@@ -2624,11 +2624,6 @@ def when(moment, now):
     return span(now - moment) + " ago" if moment <= now else "in " + span(moment - now)
 
 
-def tries(job):
-    """Return a job's attempts of how many it has, as 2/3."""
-    return "%d/%d" % (job["attempts"], max(1, job["max_retries"]))
-
-
 def many(count, noun):
     """Return a count with its noun: 1 job, 2 jobs."""
     plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
@@ -2751,6 +2746,17 @@ def table(titles, rows, width=None):
         yield (layout % tuple(row))[: width and max(width, first + 8)]
 
 
+def job_table(jobs, now, changed, *fields):
+    """Return the lines of a table of jobs that ends with these fields."""
+    titles = ["ID", "STATE", "TRIES", changed, *map(str.upper, fields)]
+    rows = (
+        [shown(job["id"]), job["state"],
+         "%d/%d" % (job["attempts"], max(1, job["max_retries"])),
+         when(job["updated_at"], now), *[shown(job[name]) for name in fields]]
+        for job in jobs)
+    return table(titles, rows, terminal_width(sys.stdout))
+
+
 def json_array(values):
     """Yield the pieces of an array on one line; a million rows cost no memory."""
     yield "["
@@ -2796,13 +2802,10 @@ def answer(args, value, *lines):
         print(line)
 
 
-def answer_jobs(args, jobs, titles, row):
-    """Print jobs, as they come: an array, or a table with what ROW makes of each."""
-    if args.json:
-        sys.stdout.writelines(json_array(map(public, jobs)))
-    else:
-        lines = table(titles, map(row, jobs), terminal_width(sys.stdout))
-        sys.stdout.writelines(line + "\n" for line in lines)
+def answer_jobs(args, jobs, lines):
+    """Print jobs as they come: an array, or else lines that are made of them."""
+    array = json_array(map(public, jobs))
+    sys.stdout.writelines(array if args.json else (line + "\n" for line in lines))
 
 
 # ======================================================================================
@@ -2814,33 +2817,26 @@ def cmd_enqueue(args, queue):
     options, defaults, names = enqueue_options(args), queue.defaults(), []
 
     def made(given):
-        return checked_job(overridden(given, options), defaults)
+        job = checked_job(overridden(given, options), defaults)
+        if args.unique:
+            names.append(job["id"])
+        return job
 
     with contextlib.ExitStack() as files:
         if args.file or args.jobs == ["-"]:
             jobs = read_lines(files.enter_context(spooled(args.file)), made)
         else:
-            jobs = read_arguments(args.jobs, made) if args.jobs else map(made, [{}])
-        if args.unique:
-            jobs = (names.append(job["id"]) or job for job in jobs)
+            jobs = read_arguments(args.jobs or ["{}"], made)
         first, last = queue.enqueue(jobs, args.unique)
     if args.unique:
-        return answer_unique(args, [queue.job(name) for name in names], first)
-    if args.json:
-        added = queue.jobs(first=first, last=last)
-        sys.stdout.writelines(json_array(map(public, added)))
+        jobs = [queue.job(name) for name in names]
     else:
-        added = queue.jobs(first=first, last=last, what=BRIEF)
-        sys.stdout.writelines("enqueued %s\n" % shown(job["id"]) for job in added)
-
-
-def answer_unique(args, jobs, first):
-    lines = [
+        what = JOB if args.json else BRIEF
+        jobs = queue.jobs(first=first, last=last, what=what)
+    answer_jobs(args, jobs, (
         "enqueued " + shown(job["id"]) if job["seq"] >= first
         else "%s is there already, %s" % (shown(job["id"]), job["state"])
-        for job in jobs
-    ]
-    answer(args, [public(job) for job in jobs], *lines)
+        for job in jobs))
 
 
 def enqueue_options(args):
@@ -2905,28 +2901,16 @@ def spooled(path):
 
 
 def cmd_list(args, queue):
-    now = queue.clock()
-    answer_jobs(
-        args, queue.jobs(args.state, args.limit),
-        ["ID", "STATE", "TRIES", "CHANGED", "COMMAND"],
-        lambda job: [shown(job["id"]), job["state"], tries(job),
-                     when(job["updated_at"], now), shown(job["command"])],
-    )
+    jobs = queue.jobs(args.state, args.limit)
+    answer_jobs(args, jobs, job_table(jobs, queue.clock(), "CHANGED", "command"))
 
 
 def cmd_dlq_list(args, queue):
-    now = queue.clock()
     if not args.json:
-        rows = queue.common_errors()
-        errors = ["%d x %s" % (row["jobs"], row["error"]) for row in rows]
+        errors = ["%(jobs)d x %(error)s" % row for row in queue.common_errors()]
         print(shown(", ".join(errors)), end="\n" if errors else "")
-    answer_jobs(
-        args, queue.jobs("dead"),
-        ["ID", "STATE", "TRIES", "DIED", "ERROR", "COMMAND"],
-        lambda job: [shown(job["id"]), job["state"], tries(job),
-                     when(job["updated_at"], now), shown(job["error"]),
-                     shown(job["command"])],
-    )
+    jobs = queue.jobs("dead")
+    answer_jobs(args, jobs, job_table(jobs, queue.clock(), "DIED", "error", "command"))
 
 
 def cmd_show(args, queue):
