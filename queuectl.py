@@ -3489,6 +3489,9 @@ def main(argv=None):
 # ======================================================================================
 
 HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'nonce-TOKEN'; script-src"
+    " 'nonce-TOKEN'; connect-src 'self'; base-uri 'none'; form-action 'none';"
+    " frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -3537,9 +3540,6 @@ class Site:
         if not hmac.compare_digest(token, self.token.encode()):
             raise Refusal(403, "this page is an earlier dashboard's: load it anew")
 
-    def page(self):
-        return PAGE_HTML.replace("TOKEN", self.token).encode()
-
     def document(self, path, query):
         """Return a document as bytes; what many ask for is made once a second."""
         key = (path, tuple(sorted(query.items())))
@@ -3561,12 +3561,11 @@ class Site:
         if path == "/api/status":
             return status_document(read_status(queue))
         if path == "/api/stats":
-            since = query.get("since", "1h")
-            since = checked("since", duration(1, "a duration"), since)
+            since = span_of("since", 1)(query.get("since", "1h"))
             return queue.stats(queue.clock() - since)
         if path == "/api/jobs":
             return self.jobs(queue, query)
-        name, _, what = job_path(path)
+        name, what = job_path(path)
         if what not in ("", "output"):
             raise Refusal(404, "no such page")
         job = queue.job(name)
@@ -3594,7 +3593,7 @@ class Site:
     def carry_out(self, queue, path):
         if path == "/api/dlq/retry":
             return {"retried": queue.retry()}
-        name, _, what = job_path(path)
+        name, what = job_path(path)
         verbs = {"retry": queue.retry, "cancel": queue.cancel, "delete": queue.delete}
         if what not in verbs:
             raise Refusal(404, "no such action")
@@ -3608,12 +3607,12 @@ def job_path(path):
 
     if not path.startswith("/api/jobs/"):
         raise Refusal(404, "no such page")
-    name, slash, what = path[len("/api/jobs/") :].partition("/")
-    return unquote(name, errors="replace"), slash, what
+    name, _, what = path[len("/api/jobs/") :].partition("/")
+    return unquote(name, errors="replace"), what
 
 
 def whole_number(text):
-    if text is None or text == "":
+    if not text:
         return None
     if not (text.isdecimal() and text.isascii() and int(text) <= MAX_INTEGER):
         raise Refusal(400, "not a number")
@@ -3699,7 +3698,7 @@ def handler(site):
 
         def read(self, url):
             if url.path == "/":
-                return "text/html", site.page()
+                return "text/html", PAGE_HTML.replace("TOKEN", site.token).encode()
             pairs = parse_qsl(url.query, max_num_fields=10)
             kind = "text/plain" if url.path == "/metrics" else "application/json"
             return kind, site.document(url.path, dict(pairs))
@@ -3725,10 +3724,8 @@ def handler(site):
             self.send_response(status)
             self.send_header("Content-Type", kind + "; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
-            policy = POLICY % (site.token, site.token)
-            self.send_header("Content-Security-Policy", policy)
-            for header in HEADERS.items():
-                self.send_header(*header)
+            for name, value in HEADERS.items():
+                self.send_header(name, value.replace("TOKEN", site.token))
             self.end_headers()
             self.wfile.write(body)
 
@@ -3738,11 +3735,6 @@ def handler(site):
     return Handler
 
 
-POLICY = (
-    "default-src 'none'; style-src 'nonce-%s'; script-src 'nonce-%s';"
-    " connect-src 'self';"
-    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 PAGE_HTML = r"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>queuectl</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
