@@ -3002,8 +3002,7 @@ def cmd_wait(args, queue):
     if counts is None:
         say("still waiting for jobs after %s" % span(args.timeout))
         return 124
-    words = "%d completed, %d dead" % (counts["completed"], counts["dead"])
-    answer(args, counts, words)
+    answer(args, counts, "%(completed)d completed, %(dead)d dead" % counts)
     return 1 if counts["dead"] else 0
 
 
@@ -3110,32 +3109,29 @@ def cmd_cancel(args, queue):
 
 def cmd_delete(args, queue):
     aged = args.older_than is not None
-    if args.ids and not (args.state or args.all or args.dry_run or aged):
+    chosen = args.state or args.all or aged
+    if args.ids and not chosen and not args.dry_run:
         queue.delete(args.ids)
         lines = ["deleted " + shown(id) for id in args.ids]
         return answer(args, {"deleted": args.ids}, *lines)
-    chosen = args.state or args.all or aged
     if args.ids or not chosen or (args.state and args.all):
         raise QueueError("delete: name jobs, or give --state S or --all", 2)
     if aged and args.state not in (None, "completed", "dead"):
         raise QueueError("--older-than: only jobs that have finished have an age", 2)
     if args.state == "processing":
         raise QueueError("delete: a running job can't be deleted; cancel it first")
-    states = [args.state] if args.state else set(STATES) - {"processing"}
-    if aged:
-        states = set(states) & {"completed", "dead"}
+    states = ["completed", "dead"] if aged else set(STATES) - {"processing"}
+    states = [args.state] if args.state else states
     delete_all(args, queue, states, args.older_than or 0)
 
 
 def delete_all(args, queue, states, age=0):
     before = queue.clock() - age if age else MAX_INTEGER
     count = queue.delete_all(states, before, args.dry_run)
-    if args.dry_run:
-        words = "would delete " + many(count, "job")
-        return answer(args, {"would_delete": count}, words)
-    if not count:
+    if not count and not args.dry_run:
         raise QueueError("no job to delete")
-    answer(args, {"deleted": count}, "deleted " + many(count, "job"))
+    verb = "would delete" if args.dry_run else "deleted"
+    answer(args, {verb.replace(" ", "_"): count}, verb + " " + many(count, "job"))
 
 
 def cmd_dlq_clear(args, queue):
@@ -3145,7 +3141,7 @@ def cmd_dlq_clear(args, queue):
 def cmd_dlq_retry(args, queue):
     if bool(args.ids) == args.all:
         raise QueueError("dlq retry: name jobs, or give --all", 2)
-    count = queue.retry(None if args.all else args.ids)
+    count = queue.retry(args.ids or None)
     if not count:
         raise QueueError("no job is dead")
     names = map(shown, args.ids) if args.ids else [many(count, "job")]
@@ -3169,8 +3165,7 @@ def cmd_config_get(args, queue):
 
 
 def cmd_config_set(args, queue):
-    check = SETTINGS[args.key][0]
-    value = checked(args.key, check, as_number(args.value))
+    value = checked(args.key, SETTINGS[args.key][0], as_number(args.value))
     queue.set(args.key, value)
     answer_setting(args, value)
 
@@ -3194,9 +3189,8 @@ def cmd_worker_start(args):
     live = Live(sys.stderr)
 
     def started():
-        stop = "queuectl.py worker stop"
-        stop = "to stop: " + (stop if let_go else "Ctrl-C, or " + stop)
-        words = "pool %d: %s; %s" % (os.getpid(), many(args.count, "worker"), stop)
+        words = "pool %d: %s; to stop: %squeuectl.py worker stop" % (
+            os.getpid(), many(args.count, "worker"), "" if let_go else "Ctrl-C, or ")
         answer(args, {"pool": os.getpid(), "workers": args.count}, words)
         sys.stdout.flush()
         if let_go:
@@ -3223,8 +3217,7 @@ def cmd_worker_stop(args):
         else:
             pool.remove()
     if stopped:
-        end = "ended" if args.now else "finished first"
-        say("stopping; running jobs are %s" % end)
+        say("stopping; running jobs are " + ("ended" if args.now else "finished first"))
     # A job that stops its own pool would wait for itself.
     within = os.environ.get("QUEUECTL_RUN", "").startswith(beside(args.db, ".runs"))
     mine = [pid for pid in stopped if not within and not args.no_wait]
