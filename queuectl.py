@@ -2638,7 +2638,7 @@ def setting_text(name, value):
 
 def run_line(run, now):
     """Return a line on one run: its attempt, when it was, how it ended."""
-    words = "run %d: attempt %d, " % (run["run"], run["attempt"])
+    words = "run %(run)d: attempt %(attempt)d, " % run
     if run["finished_at"] is None:
         return words + "running for " + span(now - run["started_at"])
     spent = span(run["finished_at"] - run["started_at"])
@@ -2664,9 +2664,9 @@ def blocks(these, ascii):
 def stats_lines(stats, width):
     """Yield the lines of `stats` for people."""
     period = span(stats["seconds"])
-    yield "%s in %s: %s, %s, %s" % (
-        many(stats["runs"], "run"), period, "%d completed" % stats["completed"],
-        "%d failed" % stats["failed"], many(stats["retries"], "retry"))
+    yield "%s in %s: %d completed, %d failed, %s" % (
+        many(stats["runs"], "run"), period, stats["completed"], stats["failed"],
+        many(stats["retries"], "retry"))
     if not stats["runs"]:
         return
     rates = stats["per_second_now"], stats["per_second"], period
@@ -2676,7 +2676,7 @@ def stats_lines(stats, width):
         spread = [fine(value or 0) for value in stats[name].values()]
         yield "%s: median %s, 95 %% within %s, longest %s" % (title, *spread)
     bars = [bar["completed"] + bar["failed"] for bar in stats["throughput"]]
-    share = -(-len(bars) // max(1, min(width - 12, len(bars))))  # bars a character
+    share = -(-len(bars) // max(1, width - 12))  # bars a character
     sums = [sum(bars[at : at + share]) for at in range(0, len(bars), share)]
     yield "throughput  " + plot(sums)
     yield ""
@@ -2723,13 +2723,13 @@ def why_waiting(queue, job, pools):
 
 def progress(counts, done, spent):
     """Return a line on how far a queue is, with DONE jobs more in SPENT seconds."""
-    left = counts["pending"] + counts["processing"] + counts["failed"]
+    running, waiting = counts["processing"], counts["pending"] + counts["failed"]
     line = "completed %d, dead %d, running %d, waiting %d" % (
-        counts["completed"], counts["dead"], counts["processing"],
-        counts["pending"] + counts["failed"],
-    )
-    rate = done / spent if done > 0 and spent > 0 else 0
-    return line + (", %.1f/s, %s left" % (rate, span(left / rate)) if rate else "")
+        counts["completed"], counts["dead"], running, waiting)
+    if done <= 0 or spent <= 0:
+        return line
+    left = span((running + waiting) * spent / done)
+    return line + ", %.1f/s, %s left" % (done / spent, left)
 
 
 def table(titles, rows, width=None):
@@ -2776,24 +2776,23 @@ def terminal_width(stream):
 class Live:
     """A line on a terminal that is drawn again and again; elsewhere nothing of it."""
 
-    def __init__(self, stream):
-        self.stream, self.began = stream, time.monotonic()
+    def __init__(self):
+        self.began = time.monotonic()
         self.first = None  # how many jobs were done when it began
 
     def progress(self, counts):
-        width = terminal_width(self.stream)
+        width = terminal_width(sys.stderr)
         if width:
             done = counts["completed"] + counts["dead"]
             self.first = done if self.first is None else self.first
             spent = time.monotonic() - self.began
             line = progress(counts, done - self.first, spent)[: width - 1]
-            self.stream.write("\r\x1b[K" + line)
-            self.stream.flush()
+            print(end="\r\x1b[K" + line, file=sys.stderr, flush=True)
 
     def end(self):
         """Leave the last line as it is and go on below it."""
         if self.first is not None:
-            self.stream.write("\n")
+            print(file=sys.stderr)
 
 
 def answer(args, value, *lines):
@@ -2841,17 +2840,15 @@ def cmd_enqueue(args, queue):
 
 def enqueue_options(args):
     """Return the job fields that options and a command line give."""
-    options = {name: getattr(args, name) for name in FIELDS}
-    options["env"] = dict(args.env) if args.env else None
-    if args.words:
-        options["command"] = shell_words(args.words)
-    options = {name: value for name, value in options.items() if value is not None}
     sources = [args.jobs, args.file, args.command, args.words]
-    if len(list(filter(None, sources))) != 1:
+    if sum(map(bool, sources)) != 1:
         words = "enqueue: %s (see: queuectl.py enqueue --help)"
         several = "give jobs, a command behind --, or --file"
         raise QueueError(words % (several if any(sources) else "no job"), 2)
-    return options
+    given = dict(vars(args), env=dict(args.env) if args.env else None)
+    if args.words:
+        given["command"] = shell_words(args.words)
+    return {name: given[name] for name in FIELDS if given[name] is not None}
 
 
 def overridden(given, options):
@@ -2990,7 +2987,7 @@ def follow(queue, id):
 
 
 def cmd_wait(args, queue):
-    live = Live(sys.stderr)
+    live = Live()
     states = [queue.job(id)["state"] for id in args.ids]
     waiting = "pending" in states if states else queue.counts()["pending"]
     if waiting and not worker_list(queue):
@@ -3186,7 +3183,7 @@ def cmd_dashboard(args):
 
 def cmd_worker_start(args):
     let_go = background() if args.detach else None
-    live = Live(sys.stderr)
+    live = Live()
 
     def started():
         words = "pool %d: %s; to stop: %squeuectl.py worker stop" % (
@@ -3524,8 +3521,7 @@ class Site:
         """Refuse what does not come from the page that this dashboard gave."""
         import hmac
 
-        length = headers.get("Content-Length", "0")
-        if length != "0" or "Transfer-Encoding" in headers:
+        if headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in headers:
             raise Refusal(413, "an action has no body")
         token = headers.get("X-Token", "").encode()
         if headers.get("Origin") != "http://" + headers["Host"]:
@@ -3626,8 +3622,7 @@ def metrics(queue):
     for outcome in ("completed", "failed"):
         yield 'queuectl_runs{outcome="%s"} %d' % (outcome, stats[outcome])
     yield "# TYPE queuectl_run_seconds summary"
-    for quantile, name in (("0.5", "median"), ("0.95", "p95"), ("1", "longest")):
-        value = stats["run_time"][name]
+    for quantile, value in zip(("0.5", "0.95", "1"), stats["run_time"].values()):
         yield 'queuectl_run_seconds{quantile="%s"} %s' % (
             quantile, "NaN" if value is None else "%.6f" % value)
     yield "queuectl_run_seconds_count %d" % stats["runs"]
@@ -3702,7 +3697,7 @@ def handler(site):
 
         def reply(self, make):
             """Answer with what MAKE returns, or with why not."""
-            status = 200
+            status, kind = 200, "application/json"
             try:
                 site.check_host(self.headers)
                 kind, body = make(urlsplit(self.path))
@@ -3713,7 +3708,7 @@ def handler(site):
             except (sqlite3.Error, OSError) as error:
                 status, words = 503, str(error)
             if status != 200:
-                kind, body = "application/json", json.dumps({"error": words}).encode()
+                body = json.dumps({"error": words}).encode()
             self.send_response(status)
             self.send_header("Content-Type", kind + "; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
