@@ -3263,7 +3263,7 @@ def as_number(text):
     return text
 
 
-IDS = arg("ids", nargs="+", metavar="ID")
+IDS = arg("ids", nargs="*", metavar="ID")
 ID = arg("id", metavar="ID")
 KEY = arg("key", metavar="KEY", type=setting_name)
 DRY_RUN = arg("--dry-run", action="store_true", help="say only how many would go")
@@ -3305,9 +3305,8 @@ COMMANDS = {
     "wait": (
         cmd_wait, "wait until jobs, or all, are completed (0) or dead (1)",
         "wait job1 --timeout 10m", [
-            arg("ids", nargs="*", metavar="ID"),
-            arg("--timeout", type=span_of("--timeout", 0), metavar="T",
-                help="give up with exit code 124")]),
+            IDS, arg("--timeout", type=span_of("--timeout", 0), metavar="T",
+                     help="give up with exit code 124")]),
     "status": (
         cmd_status, "count the jobs, list the workers", "status --watch", [
             arg("--watch", type=span_of("--watch", 0.1), nargs="?", const=1.0,
@@ -3324,21 +3323,19 @@ COMMANDS = {
             arg("--port", type=count_of("--port", 0, 65535), default=8321, metavar="N",
                 help="0 takes a free one (8321)")]),
     "cancel": (
-        cmd_cancel, "end jobs that wait or run; they become dead",
-        "cancel job1", [IDS]),
+        cmd_cancel, "end jobs that wait or run; they become dead", "cancel job1", [
+            arg("ids", nargs="+", metavar="ID")]),
     "delete": (
         cmd_delete, "remove jobs that do not run",
         "delete --state completed --older-than 7d", [
-            arg("ids", nargs="*", metavar="ID"),
-            arg("--state", type=state_name, help="all in this state"),
+            IDS, arg("--state", type=state_name, help="all in this state"),
             arg("--all", action="store_true", help="all but running ones"),
             arg("--older-than", type=span_of("--older-than", 0), metavar="T",
                 help="of them those that finished longer ago"), DRY_RUN]),
     "dlq list": (cmd_dlq_list, "list the dead jobs", "dlq list", []),
     "dlq retry": (
         cmd_dlq_retry, "make dead jobs pending again, with attempts 0",
-        "dlq retry job4", [
-            arg("ids", nargs="*", metavar="ID"), arg("--all", action="store_true")]),
+        "dlq retry job4", [IDS, arg("--all", action="store_true")]),
     "dlq clear": (cmd_dlq_clear, "remove all dead jobs", "dlq clear", [DRY_RUN]),
     "config show": (cmd_config_show, "show all settings", "config show", []),
     "config get": (
@@ -3376,14 +3373,10 @@ def command_named(words):
     words, options, names = list(words), [], []
     groups = {name.split()[0] for name in COMMANDS if " " in name}
     while words and (not names or (len(names) == 1 and names[0] in groups)):
-        word = words.pop(0)
-        if not word.startswith("-"):
-            names.append(word)
-        else:
-            options.append(word)
-            if word == "--db":
-                options += words[:1]
-                del words[:1]
+        count = 2 if words[0] == "--db" else 1
+        part = options if words[0].startswith("-") else names
+        part += words[:count]
+        del words[:count]
     name = ALIASES.get(" ".join(names), " ".join(names))
     if name and name not in COMMANDS and name not in groups:
         known = {command for command in COMMANDS if command.startswith(names[0] + " ")}
