@@ -2789,7 +2789,7 @@ class Live:
             line = progress(counts, done - self.first, spent)[: width - 1]
             print(end="\r\x1b[K" + line, file=sys.stderr, flush=True)
 
-    def end(self):
+    def close(self):
         """Leave the last line as it is and go on below it."""
         if self.first is not None:
             print(file=sys.stderr)
@@ -2987,15 +2987,12 @@ def follow(queue, id):
 
 
 def cmd_wait(args, queue):
-    live = Live()
     states = [queue.job(id)["state"] for id in args.ids]
     waiting = "pending" in states if states else queue.counts()["pending"]
     if waiting and not worker_list(queue):
         say(NO_POOL)
-    try:
+    with contextlib.closing(Live()) as live:
         counts = queue.wait(args.ids or None, args.timeout, live.progress)
-    finally:
-        live.end()
     if counts is None:
         say("still waiting for jobs after %s" % span(args.timeout))
         return 124
@@ -3183,7 +3180,6 @@ def cmd_dashboard(args):
 
 def cmd_worker_start(args):
     let_go = background() if args.detach else None
-    live = Live()
 
     def started():
         words = "pool %d: %s; to stop: %squeuectl.py worker stop" % (
@@ -3193,15 +3189,10 @@ def cmd_worker_start(args):
         if let_go:
             let_go()
 
-    def tell(queue):
-        live.progress(queue.counts())
-
     watched = args.drain and not args.detach and terminal_width(sys.stderr)
-    try:
-        pool = Supervisor(args.db, args.count, args.drain, tell if watched else None)
-        return pool.run(started)
-    finally:
-        live.end()
+    with contextlib.closing(Live()) as live:
+        tell = (lambda queue: live.progress(queue.counts())) if watched else None
+        return Supervisor(args.db, args.count, args.drain, tell).run(started)
 
 
 def cmd_worker_stop(args):
