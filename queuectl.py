@@ -2662,7 +2662,6 @@ def blocks(these, ascii):
 
 
 def stats_lines(stats, width):
-    """Yield the lines of `stats` for people."""
     period = span(stats["seconds"])
     yield "%s in %s: %d completed, %d failed, %s" % (
         many(stats["runs"], "run"), period, stats["completed"], stats["failed"],
@@ -3001,9 +3000,7 @@ def cmd_wait(args, queue):
 
 
 def cmd_status(args, queue):
-    if not args.watch:
-        return print_status(args, queue)
-    terminal = terminal_width(sys.stdout) and not args.json
+    terminal = args.watch and not args.json and terminal_width(sys.stdout)
     with contextlib.ExitStack() as screen:
         if terminal:  # another screen, so that this one is as it was afterwards
             print(end="\x1b[?1049h")
@@ -3012,14 +3009,12 @@ def cmd_status(args, queue):
         while True:
             queue.check_there()
             print(end="\x1b[H\x1b[J" if terminal else "")
-            print_status(args, queue)
+            now, status = queue.clock(), read_status(queue)
+            answer(args, status_document(status), *status_lines(status, now))
+            if not args.watch:
+                return
             sys.stdout.flush()
             time.sleep(args.watch)
-
-
-def print_status(args, queue):
-    now, status = queue.clock(), read_status(queue)
-    answer(args, status_document(status), *status_lines(status, now))
 
 
 def read_status(queue):
@@ -3037,7 +3032,6 @@ def status_document(status):
 
 
 def status_lines(status, now):
-    """Yield the lines of `status` for people."""
     jobs, workers, oldest, due = status.values()
     for state, count in jobs.items():
         yield "%s: %d" % (state.capitalize(), count)
