@@ -2829,8 +2829,7 @@ def cmd_enqueue(args, queue):
     if args.unique:
         jobs = [queue.job(name) for name in names]
     else:
-        what = JOB if args.json else BRIEF
-        jobs = queue.jobs(first=first, last=last, what=what)
+        jobs = queue.jobs(first=first, last=last, what=JOB if args.json else BRIEF)
     answer_jobs(args, jobs, (
         "enqueued " + shown(job["id"]) if job["seq"] >= first
         else "%s is there already, %s" % (shown(job["id"]), job["state"])
@@ -3064,7 +3063,7 @@ def output_document(queue, job, run=None):
 def output_of(queue, job, run=None):
     """Return the output of a run, the latest one, so far."""
     output = queue.output(job, run)
-    if output is None and job["run"] in (run, run or job["run"]):
+    if output is None and (run or job["run"]) == job["run"]:
         # A run that ended between the two looks has its output in the database now.
         limit = queue.settings()["output_limit"]
         output = read_tail(run_path(queue, job), limit) or queue.output(job, run)
@@ -3138,10 +3137,9 @@ def cmd_dlq_retry(args, queue):
 
 def cmd_config_show(args, queue):
     values = queue.settings()
-    rows = (
+    rows = [
         [name, setting_text(name, values[name]), setting_text(name, default), meaning]
-        for name, (_, default, meaning) in SETTINGS.items()
-    )
+        for name, (_, default, meaning) in SETTINGS.items()]
     answer(args, values, *table(["SETTING", "VALUE", "DEFAULT", "MEANING"], rows))
 
 
@@ -3640,8 +3638,7 @@ def serve(path, host, port):
         if host not in ("127.0.0.1", "::1", "localhost"):
             say("warning: whoever reaches %s can read this queue and change it" % host)
         where = "[%s]" % host if ":" in host else host
-        address = "http://%s:%d/" % (where, server.server_port)
-        print(address + " (to stop: Ctrl-C)", flush=True)
+        print("http://%s:%d/ (to stop: Ctrl-C)" % (where, server.server_port), flush=True)
         server.serve_forever()
 
 
