@@ -3638,7 +3638,8 @@ def serve(path, host, port):
         if host not in ("127.0.0.1", "::1", "localhost"):
             say("warning: whoever reaches %s can read this queue and change it" % host)
         where = "[%s]" % host if ":" in host else host
-        print("http://%s:%d/ (to stop: Ctrl-C)" % (where, server.server_port), flush=True)
+        address = "http://%s:%d/" % (where, server.server_port)
+        print(address + " (to stop: Ctrl-C)", flush=True)
         server.serve_forever()
 
 
