@@ -3354,7 +3354,8 @@ def command_named(words):
     Options before the command count as if they stood behind it.
     """
     words, options, names = list(words), [], []
-    groups = {name.split()[0] for name in COMMANDS if " " in name}
+    firsts = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+    groups = [name for name in firsts if name not in COMMANDS]
     while words and (not names or (len(names) == 1 and names[0] in groups)):
         count = 2 if words[0] == "--db" else 1
         part = options if words[0].startswith("-") else names
@@ -3362,8 +3363,8 @@ def command_named(words):
         del words[:count]
     name = ALIASES.get(" ".join(names), " ".join(names))
     if name and name not in COMMANDS and name not in groups:
-        known = {command for command in COMMANDS if command.startswith(names[0] + " ")}
-        hint = nearest(name, known or {command.split()[0] for command in COMMANDS})
+        known = [command for command in COMMANDS if command.startswith(names[0] + " ")]
+        hint = nearest(name, known or firsts)
         raise QueueError("unknown command %s%s" % (shown(name), hint), 2)
     return name, options + words
 
