@@ -2704,16 +2704,16 @@ NO_POOL = "no pool is running; to start one: queuectl.py worker start"
 
 def why_waiting(queue, job, pools):
     """Return in words why a job is not running, None if that is no question."""
+    no_pool = "" if pools else "; " + NO_POOL
     if job["state"] == "processing":
         busy = job["id"] in [worker["job"] for worker in pools]
         lost = not busy and queue.owned(job)
-        return LOST + ("" if pools else "; " + NO_POOL) if lost else None
+        return LOST + no_pool if lost else None
     if job["state"] not in ("pending", "failed"):
         return None
     if not job["ready"]:
         what = "try %d" % (job["attempts"] + 1) if job["attempts"] else "due"
-        due = "%s %s" % (what, when(job["run_at"], queue.clock()))
-        return due if pools else due + "; " + NO_POOL
+        return "%s %s%s" % (what, when(job["run_at"], queue.clock()), no_pool)
     if not pools:
         return NO_POOL
     ahead = queue.ahead(job)
@@ -3054,14 +3054,14 @@ def job_document(job, runs):
     return dict(public(job), runs=runs)
 
 
-def output_document(queue, job, run=None):
+def output_document(queue, job, run):
     """Return what `logs --json` prints."""
     text = output_of(queue, job, run).decode("utf-8", "backslashreplace")
     return {"id": job["id"], "run": run or job["run"], "output": text}
 
 
-def output_of(queue, job, run=None):
-    """Return the output of a run, the latest one, so far."""
+def output_of(queue, job, run):
+    """Return the output of a run, without one of the latest, so far."""
     output = queue.output(job, run)
     if output is None and (run or job["run"]) == job["run"]:
         # A run that ended between the two looks has its output in the database now.
