@@ -2024,6 +2024,7 @@ class Lease:
         size = os.fstat(self.fd).st_size
         if size > max(4 * limit, 2**24):
             kept = read_at(self.fd, limit, size - limit)
+            size = os.fstat(self.fd).st_size  # it may have grown, and that is lost, too
             os.ftruncate(self.fd, 0)  # the command appends: its next write lands at 0
             self.dropped += len(self.cut) + size - len(kept)
             self.cut = kept
@@ -2421,7 +2422,8 @@ class Supervisor:
                 self.next_look = time.monotonic() + (TICK if self.orphans else pause)
             if not self.unseen:  # or a new worker's first note would replace the last
                 self.staff()
-            idle = not self.workers and not self.orphans
+            # Of a queue that was removed nobody can tell any more what an orphan was.
+            idle = not self.workers and (self.removed or not self.orphans)
             if idle and (self.pool.request() or len(self.drained) == self.count):
                 return
             self.wake.wait(self.next_look - time.monotonic())
@@ -3102,7 +3104,8 @@ def cmd_delete(args, queue):
         lines = ["deleted " + shown(id) for id in args.ids]
         return answer(args, {"deleted": args.ids}, *lines)
     if args.ids or not chosen or (args.state and args.all):
-        raise QueueError("delete: name jobs, or give --state S or --all", 2)
+        words = "delete: name jobs and nothing else, or give --state S or --all"
+        raise QueueError(words, 2)
     if aged and args.state not in (None, "completed", "dead"):
         raise QueueError("--older-than: only jobs that have finished have an age", 2)
     if args.state == "processing":
@@ -3199,7 +3202,8 @@ def cmd_worker_stop(args):
     if stopped:
         say("stopping; running jobs are " + ("ended" if args.now else "finished first"))
     # A job that stops its own pool would wait for itself.
-    within = os.environ.get("QUEUECTL_RUN", "").startswith(beside(args.db, ".runs"))
+    runs = os.path.join(beside(args.db, ".runs"), "")
+    within = os.environ.get("QUEUECTL_RUN", "").startswith(runs)
     mine = [pid for pid in stopped if not within and not args.no_wait]
     while any(pool.alive() for pool in PoolFile.all(args.db) if pool.pid in mine):
         time.sleep(0.05)
@@ -3478,7 +3482,7 @@ class Site:
         import secrets
         import threading
 
-        self.path, self.host = path, host
+        self.path, self.host = path, host.lower()  # as a request's name is compared
         self.token = secrets.token_hex(16)
         self.lock, self.cache = threading.Lock(), {}
 

@@ -5,6 +5,7 @@ killed. Nothing sleeps to wait for something: `wait_until` does, with a deadline
 """
 import ast
 import contextlib
+import glob
 import http.client
 import io
 import json
@@ -1079,6 +1080,14 @@ def test_other_sites_names_are_refused(dashboard, host, status):
     assert dashboard.ask("/api/status", Host=host).status == status
 
 
+def test_a_dashboard_knows_its_own_name_however_it_is_spelt():
+    site = queuectl.Site("queuectl.db", "MyHost")
+    for host in ("myhost:80", "MYHOST:80", "localhost", "127.0.0.1:80", "[::1]:80"):
+        site.check_host({"Host": host})
+    with pytest.raises(queuectl.Refusal):
+        site.check_host({"Host": "other:80"})
+
+
 @pytest.mark.parametrize("headers", [
     {"X_Token": "wrong"}, {"X_Token": ""}, {"Origin": "http://evil.example"},
     {"Origin": "null"}, {"Host": "evil.example", "Origin": "http://evil.example"},
@@ -1837,6 +1846,20 @@ def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(kind, script, victim
     assert not running(NAP)
     assert job["attempts"] == 1  # the lost attempt was given back
     assert [run["error"] for run in job["runs"]] == ["worker died", None]
+
+
+@posix
+def test_a_pool_whose_queue_is_removed_while_it_ends_an_orphan_ends_too():
+    enqueue("trap '' TERM; " + NAP, id="x")
+    pool = start_pool(count=1, script="queuectl.GRACE = 60")
+    wait_until(lambda: running(NAP))
+    os.kill(workers_of(pool.pid)[0], signal.SIGKILL)
+    wait_until(lambda: "worker died, ending" in read("queuectl.log"))
+    group = os.getpgid(pids_of(NAP)[0])
+    for name in glob.glob("queuectl.db*"):
+        os.remove(name)
+    assert pool.wait(10) == 1
+    os.killpg(group, signal.SIGKILL)
 
 
 TROUBLE = """
