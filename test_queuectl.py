@@ -5,7 +5,6 @@ killed. Nothing sleeps to wait for something: `wait_until` does, with a deadline
 """
 import ast
 import contextlib
-import glob
 import http.client
 import io
 import json
@@ -1856,10 +1855,11 @@ def test_a_pool_whose_queue_is_removed_while_it_ends_an_orphan_ends_too():
     os.kill(workers_of(pool.pid)[0], signal.SIGKILL)
     wait_until(lambda: "worker died, ending" in read("queuectl.log"))
     group = os.getpgid(pids_of(NAP)[0])
-    for name in glob.glob("queuectl.db*"):
-        os.remove(name)
-    assert pool.wait(10) == 1
-    os.killpg(group, signal.SIGKILL)
+    os.remove("queuectl.db")
+    try:
+        assert pool.wait(10) == 1
+    finally:
+        os.killpg(group, signal.SIGKILL)
 
 
 TROUBLE = """
