@@ -1585,9 +1585,9 @@ def leftovers():
 @posix
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_lets_the_running_job_finish(number):
+    pool = start_pool(count=1)
     enqueue("sleep 1; touch out", id="x")
     enqueue(id="next")
-    pool = start_pool(count=1)
     wait_until(lambda: state("x") == "processing")
     pool.send_signal(getattr(signal, number))
     assert pool.wait(10) == 0
@@ -1597,8 +1597,8 @@ def test_a_signal_lets_the_running_job_finish(number):
 
 @posix
 def test_worker_stop_stops_all_pools_and_waits_for_them():
-    enqueue("sleep 1; touch out", id="x")
     pools = [start_pool(), start_pool(count=1)]
+    enqueue("sleep 1; touch out", id="x")
     wait_until(lambda: state("x") == "processing")
     assert ok("worker", "stop").out == "stopped %s\n" % ", ".join(
         "pool %d" % pid for pid in sorted(pool.pid for pool in pools))
@@ -2053,9 +2053,9 @@ def test_a_worker_killed_in_the_midst_of_a_claim_leaves_nothing_in_the_way():
 
 @posix
 def test_workers_whose_supervisor_was_killed_finish_their_job_and_leave():
+    pool = start_pool(count=1)
     enqueue("sleep 1; touch out", id="x")
     enqueue(id="next")
-    pool = start_pool(count=1)
     wait_until(lambda: state("x") == "processing")
     worker = workers_of(pool.pid)[0]
     os.kill(pool.pid, signal.SIGKILL)
@@ -2202,8 +2202,8 @@ def test_a_command_waits_for_a_lock_but_not_for_ever(monkeypatch):
 
 
 def test_a_pool_outlives_a_long_lock():
-    enqueue("sleep 0.5", id="x")
     pool = start_pool(count=1)
+    enqueue("sleep 0.5", id="x")
     wait_until(lambda: state("x") == "processing")
     with locked():
         wait_until(lambda: "database is locked" in read("queuectl.log"))
@@ -2213,8 +2213,8 @@ def test_a_pool_outlives_a_long_lock():
 
 @posix
 def test_a_stop_while_the_database_is_locked_keeps_the_result_in_hand():
-    enqueue("sleep 0.3; echo run >> out", id="x")
     pool = start_pool(count=1)
+    enqueue("sleep 0.3; echo run >> out", id="x")
     wait_until(lambda: state("x") == "processing")
     with locked():
         pool.send_signal(signal.SIGTERM)
