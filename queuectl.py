@@ -556,11 +556,13 @@ def apart():
     Of a group only on FreeBSD, or where Python was built for macOS before 10.15.
     """
     try:
-        os.posix_spawn("/", ["/"], {}, setsid=True)
+        # There is no such program; an emulator may only notice in the new process.
+        os.waitpid(os.posix_spawn("/", ["/"], {}, setsid=True), 0)
     except NotImplementedError:
         return {"setpgroup": 0}
     except OSError:
-        return {"setsid": True}
+        pass
+    return {"setsid": True}
 
 
 def start_shell(line, cwd, env, lease=None, input_fd=None, launcher=None):
@@ -2423,7 +2425,8 @@ class Supervisor:
             if not self.unseen:  # or a new worker's first note would replace the last
                 self.staff()
             # Of a queue that was removed nobody can tell any more what an orphan was.
-            idle = not self.workers and (self.removed or not self.orphans)
+            lost = (self.orphans or self.unseen) and not self.removed
+            idle = not self.workers and not lost
             if idle and (self.pool.request() or len(self.drained) == self.count):
                 return
             self.wake.wait(self.next_look - time.monotonic())
@@ -2520,10 +2523,13 @@ class Supervisor:
         """Record the command of a run that was killed before its worker did so."""
         if not run["pid"] and noted and started_with(noted, run["started_at"]):
             run["pid"] = noted
-            queue.note_pid(run, noted)
+            with queue.transaction():  # it waits for others, as note_pid alone does not
+                queue.note_pid(run, noted)
 
     def rescue(self, queue, run, path, processes):
         """Put a job back whose worker is gone, once none of its processes is left."""
+        if run["worker"] in processes:
+            return  # it holds the lock, whatever its PID file and the clock say
         if run["pid"] and started_with(run["pid"], run["started_at"]):
             processes.append(run["pid"])
         # It may have ended since it was listed; its background children are let be.

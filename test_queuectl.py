@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 import urllib.parse
@@ -1881,6 +1882,48 @@ def test_a_dead_worker_is_replaced_only_once_it_was_seen_what_it_ran():
     assert workers_of(pool.pid) == []
     os.remove("trouble")
     wait_until(lambda: workers_of(pool.pid) not in ([], dead))
+
+
+@posix
+def test_a_stopping_pool_looks_first_what_its_dead_worker_ran():
+    pool = start_pool(count=1, script=TROUBLE)
+    open("trouble", "w").close()
+    os.kill(workers_of(pool.pid)[0], signal.SIGKILL)
+    wait_until(lambda: "died" in read("queuectl.log"))
+    pool.send_signal(signal.SIGTERM)
+    wait_until(lambda: read("queuectl.log").partition("asked")[2].count("trouble") > 2)
+    assert pool.poll() is None
+    os.remove("trouble")
+    assert pool.wait(10) == 0
+
+
+@posix
+def test_an_orphan_is_recorded_as_soon_as_another_writer_is_ready():
+    enqueue(id="x")
+    with queuectl.Queue("queuectl.db") as queue, subprocess.Popen(["sleep", "9"]) as orphan:
+        run = claim(queue)
+        other = sqlite3.connect("queuectl.db", isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN IMMEDIATE")
+        threading.Timer(0.3, other.rollback).start()
+        queuectl.Supervisor("queuectl.db", 1).identify(queue, dict(run, pid=None), orphan.pid)
+        assert queue.processing()[0]["pid"] == orphan.pid
+        other.close()
+        orphan.kill()
+
+
+@posix
+def test_a_worker_that_holds_its_lease_is_no_orphan_whatever_the_clock_says(queue, monkeypatch):
+    add(queue)
+    lease = []
+    queue.claim(os.getpid(), lambda name: lease.append(
+        queuectl.Lease(os.path.abspath("queuectl.runs/" + name))))
+    pool = queuectl.Supervisor("queuectl.db", 1)
+    pool.log, pool.pool = queuectl.open_log(queue.path, "pool"), None
+    monkeypatch.setattr(queuectl, "started_before", lambda *_: False)
+    monkeypatch.setattr(pool, "end_orphan", lambda run, pids: pytest.fail("signalled"))
+    pool.look(queue)
+    assert queue.job("job")["state"] == "processing"
+    os.close(lease[0].fd)
 
 
 @posix
