@@ -737,6 +737,15 @@ def held_leases(pid, files):
     return leases
 
 
+def names_of_open_files(pid):
+    names, folder = set(), "/proc/%d/fd/" % pid
+    with contextlib.suppress(OSError):  # the process is gone, or another user's
+        for fd in os.listdir(folder):
+            with contextlib.suppress(OSError):
+                names.add(os.readlink(folder + fd))
+    return names
+
+
 def holds_lock(pid, fd):
     with open("/proc/%d/fdinfo/%s" % (pid, fd)) as file:
         return any("FLOCK" in line and "WRITE" in line for line in file)
@@ -748,10 +757,16 @@ def started_with(pid, moment):
     return age is not None and abs(time.time() - age - moment) < 2
 
 
-def started_before(pid, moment):
-    """Tell whether a process lives that was there when a run started: its worker."""
-    age = process_age(pid)
-    return age is not None and time.time() - age < moment + 1  # ps counts in seconds
+def may_run(pid, lease, moment):
+    """Tell whether a process may be the worker of a run, though no PID file names it.
+
+    It has the output file open, even one that was removed; where nobody can see that,
+    it is enough that it was there when the run started.
+    """
+    if not process_ids():
+        age = process_age(pid)
+        return age is not None and time.time() - age < moment + 1  # ps has whole ones
+    return not names_of_open_files(pid).isdisjoint((lease, lease + " (deleted)"))
 
 
 def process_age(pid):
@@ -2378,6 +2393,7 @@ class Supervisor:
         self.orphans = {}  # (seq, run): when its processes get SIGKILL
         self.unseen = False  # whether a worker died and nobody looked yet what it ran
         self.next_look = 0.0
+        self.looked = True  # whether the last look could be finished
         self.next_page = 1  # of the jobs that `keep` may remove
         self.signals = 0
         self.removed = False
@@ -2419,17 +2435,24 @@ class Supervisor:
                 self.ask("stop" if self.signals == 1 else "now")
             self.reap()
             if time.monotonic() >= self.next_look:
-                self.patiently(self.keep_house)
+                self.looked = self.patiently(self.keep_house)
                 pause = 0.5 if self.tell else LOOK_EVERY
                 self.next_look = time.monotonic() + (TICK if self.orphans else pause)
             if not self.unseen:  # or a new worker's first note would replace the last
                 self.staff()
-            # Of a queue that was removed nobody can tell any more what an orphan was.
-            lost = (self.orphans or self.unseen) and not self.removed
-            idle = not self.workers and not lost
-            if idle and (self.pool.request() or len(self.drained) == self.count):
+            ended = self.pool.request() or len(self.drained) == self.count
+            if ended and not self.workers and not self.looking():
                 return
             self.wake.wait(self.next_look - time.monotonic())
+
+    def looking(self):
+        """Tell whether orphans, or what a dead worker ran, have to be looked for.
+
+        Of a queue that was removed nobody can tell any more; and where it can't be read
+        the next pool has to, if this one shall stop now.
+        """
+        can_tell = self.looked or self.pool.request() != "now"
+        return (self.orphans or self.unseen) and can_tell and not self.removed
 
     def ask(self, word):
         if self.pool.request() not in (word, "now"):
@@ -2495,6 +2518,7 @@ class Supervisor:
             removed, self.next_page = queue.prune(keep, self.next_page)
         if self.tell:
             self.tell(queue)
+        return True
 
     def look(self, queue):
         """Look for jobs in PROCESSING that nobody runs."""
@@ -2509,12 +2533,14 @@ class Supervisor:
             # An output or a PID file that somebody removed ends no worker's life.
             free = lease_is_free(path, missing=False)
             worker, since = run["worker"], run["started_at"]
-            if free or not (worker in live or started_before(worker, since)):
+            if free or not (worker in live or may_run(worker, path, since)):
                 lost[path] = run
         processes = run_processes(lost) if lost else {}
         for path, run in lost.items():
-            self.identify(queue, run, notes.get(run["worker"]))
-            self.rescue(queue, run, path, processes[path])
+            # In a container a worker calls itself by another number.
+            if live.isdisjoint(processes[path]):
+                self.identify(queue, run, notes.get(run["worker"]))
+                self.rescue(queue, run, path, processes[path])
         known = {(run["seq"], run["run"]) for run in runs}
         self.orphans = {key: at for key, at in self.orphans.items() if key in known}
         self.unseen = False
@@ -2528,8 +2554,6 @@ class Supervisor:
 
     def rescue(self, queue, run, path, processes):
         """Put a job back whose worker is gone, once none of its processes is left."""
-        if run["worker"] in processes:
-            return  # it holds the lock, whatever its PID file and the clock say
         if run["pid"] and started_with(run["pid"], run["started_at"]):
             processes.append(run["pid"])
         # It may have ended since it was listed; its background children are let be.
@@ -2564,15 +2588,20 @@ class Supervisor:
                     finished_at=queue.clock())
 
     def tidy(self, queue):
-        """Remove PID files of pools that were killed and output files of no run."""
-        for pool in PoolFile.all(self.path, self.pool):
-            if not pool.alive() and pool is not self.pool:
-                pool.remove()
+        """Remove output files of no run, and PID files of killed pools.
+
+        Not one whose notes may be the only trace of what a lost run has started.
+        """
         with queue.transaction():  # no claim is under way meanwhile
-            used = {run["lease"] for run in queue.processing()}
+            runs = queue.processing()
             with contextlib.suppress(FileNotFoundError):
-                for name in set(os.listdir(self.runs)) - used:
+                for name in set(os.listdir(self.runs)) - {run["lease"] for run in runs}:
                     remove_free(os.path.join(self.runs, name))
+            workers = {run["worker"] for run in runs}
+            for pool in PoolFile.all(self.path, self.pool):
+                dead = pool is not self.pool and not pool.alive()
+                if dead and workers.isdisjoint(pool.notes()):
+                    pool.remove()
 
     def finish(self, queue):
         """Tell whether a drained pool leaves a job that ended dead."""
@@ -2584,15 +2613,10 @@ def work(path, pool_path, slot, drain):
     """Be a worker, in a process of its own; return its exit code."""
     log = open_log(path, "worker-%d" % slot)
     try:
-        pool = PoolFile(pool_path)
-        try:
-            worker = Worker(path, pool, slot, drain, log)
-            drained = worker.work()
-            worker.hooks.wait_for_room(1)  # or their failure would not be logged
-            return DRAINED if drained else 0
-        finally:
-            ignore_wakes()
-            pool.remove()
+        worker = Worker(path, PoolFile(pool_path), slot, drain, log)
+        drained = worker.work()
+        worker.hooks.wait_for_room(1)  # or their failure would not be logged
+        return DRAINED if drained else 0
     except (QueueError, OSError) as error:
         log.error("%s", error)
     except Exception:
@@ -2706,7 +2730,8 @@ def histogram(bins, width):
     yield ""
 
 
-LOST = "its worker died; a pool puts it back when its processes have ended"
+DIED = "its worker died; a pool puts it back"
+LOST = "no pool seen from here runs it; one puts it back when its processes have ended"
 NO_POOL = "no pool is running; to start one: queuectl.py worker start"
 
 
@@ -2715,8 +2740,10 @@ def why_waiting(queue, job, pools):
     no_pool = "" if pools else "; " + NO_POOL
     if job["state"] == "processing":
         busy = job["id"] in [worker["job"] for worker in pools]
-        lost = not busy and queue.owned(job)
-        return LOST + no_pool if lost else None
+        if busy or not queue.owned(job):
+            return None
+        free = lease_is_free(run_path(queue, job), missing=False)
+        return (DIED if free else LOST) + no_pool
     if job["state"] not in ("pending", "failed"):
         return None
     if not job["ready"]:
@@ -3197,14 +3224,10 @@ def cmd_worker_start(args):
 
 
 def cmd_worker_stop(args):
-    ignore_wakes()  # while a leftover is removed, its locks are ours
     stopped = []
-    for pool in PoolFile.all(args.db):
-        if pool.alive():
-            stopped.append(pool.pid)
-            pool.ask("now" if args.now else "stop")
-        else:
-            pool.remove()
+    for pool in filter(PoolFile.alive, PoolFile.all(args.db)):
+        stopped.append(pool.pid)
+        pool.ask("now" if args.now else "stop")
     if stopped:
         say("stopping; running jobs are " + ("ended" if args.now else "finished first"))
     # A job that stops its own pool would wait for itself.
@@ -3545,8 +3568,11 @@ class Site:
         if what not in ("", "output"):
             raise Refusal(404, "no such page")
         job = queue.job(name)
+        run = whole_number(query.get("run"))
+        if run is not None and not 1 <= run <= job["run"]:
+            raise Refusal(404, "no such run")
         if what:
-            return output_document(queue, job, whole_number(query.get("run")))
+            return output_document(queue, job, run)
         return job_document(job, queue.runs(job))
 
     def jobs(self, queue, query):

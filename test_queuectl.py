@@ -909,8 +909,10 @@ def test_show_says_in_words_why_a_job_is_not_running(queue, clock):
     assert why("a") == "next in line" and why("b") == "1 job before it"
     assert why("b", ()).startswith("no pool is running") and why("c") == "due in 12s"
     run = claim(queue)
+    os.mkdir("queuectl.runs")
     assert why("a") is None and why("a", [{"job": None}]) == queuectl.LOST
-    assert why("a", ()) == queuectl.LOST + "; " + queuectl.NO_POOL
+    with open(os.path.join(queuectl.beside(queue.path, ".runs"), run["lease"]), "w"):
+        assert why("a", ()) == queuectl.DIED + "; " + queuectl.NO_POOL
     queue.fail(run, result("exit 1"))
     assert why("a") == "try 2 in 2.0s" and why("a", ()).endswith("worker start")
     assert "waiting:     due" in ok("show", "c").out
@@ -1124,6 +1126,14 @@ def test_the_page_can_cancel_retry_and_delete(dashboard):
 def test_odd_requests_get_an_answer_and_nothing_else(dashboard, path, status):
     assert dashboard.ask(path).status == status
     assert dashboard.ask("/api/status").status == 200
+
+
+def test_only_runs_that_were_have_an_output(dashboard, queue):
+    add(queue, id="x")
+    queue.complete(claim(queue), result(None, output=b"hi"))
+    assert dashboard.json("/api/jobs/x/output?run=1")["output"] == "hi"
+    for run in ("0", "2"):
+        assert dashboard.ask("/api/jobs/x/output?run=" + run).status == 404
 
 
 def test_a_body_and_another_method_are_refused(dashboard):
@@ -1806,6 +1816,13 @@ def runs_in_out():
     return 0
 
 
+def supervisor(queue):
+    """Return the supervisor of a pool that is not there, to look at what it does."""
+    pool = queuectl.Supervisor(queue.path, 1)
+    pool.log, pool.pool = queuectl.open_log(queue.path, "pool"), None
+    return pool
+
+
 ORPHANS = {
     "plain": "[ $(wc -l < out) -gt 1 ] || NAP",
     "redirected": "exec >/dev/null 2>&1; [ $(wc -l < out) -gt 1 ] || NAP",
@@ -1837,6 +1854,7 @@ def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(kind, script, victim
     else:
         kill_all(pool)
         assert running(NAP), "the orphan has to be there for this to test anything"
+        ok("worker", "stop")  # what is known of the orphan has to stay
         start_pool(count=1, script=script)
     wait_until(lambda: state("x") == "completed")
     job = ok("show", "x", "--json").json
@@ -1846,6 +1864,21 @@ def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(kind, script, victim
     assert not running(NAP)
     assert job["attempts"] == 1  # the lost attempt was given back
     assert [run["error"] for run in job["runs"]] == ["worker died", None]
+
+
+@posix
+def test_a_worker_that_leaves_a_killed_pool_leaves_what_is_known_of_an_orphan():
+    enqueue(ALONE + ORPHANS["all closed"].replace("NAP", NAP), id="x")
+    pool = start_pool(script=NO_PROC + AT_ONCE)
+    wait_until(lambda: running(NAP) and runs_in_out() == 1)
+    busy = [w["pid"] for w in ok("status", "--json").json["workers"] if w["job"]]
+    for pid in (pool.pid, *busy):
+        os.kill(pid, signal.SIGKILL)
+    pool.wait(10)
+    wait_until(lambda: not workers_of(pool.pid))
+    start_pool(count=1, script=NO_PROC + AT_ONCE)
+    wait_until(lambda: state("x") == "completed")
+    assert not os.path.exists("overlaps")
 
 
 @posix
@@ -1867,7 +1900,7 @@ TROUBLE = """
 def keep_house(self, queue, keep_house=queuectl.Supervisor.keep_house):
     if queuectl.os.path.exists("trouble"):
         raise queuectl.sqlite3.OperationalError("trouble")
-    keep_house(self, queue)
+    return keep_house(self, queue)
 queuectl.Supervisor.keep_house = keep_house
 """
 
@@ -1917,13 +1950,77 @@ def test_a_worker_that_holds_its_lease_is_no_orphan_whatever_the_clock_says(queu
     lease = []
     queue.claim(os.getpid(), lambda name: lease.append(
         queuectl.Lease(os.path.abspath("queuectl.runs/" + name))))
-    pool = queuectl.Supervisor("queuectl.db", 1)
-    pool.log, pool.pool = queuectl.open_log(queue.path, "pool"), None
-    monkeypatch.setattr(queuectl, "started_before", lambda *_: False)
+    pool = supervisor(queue)
+    monkeypatch.setattr(queuectl, "process_age", lambda pid: 0)
     monkeypatch.setattr(pool, "end_orphan", lambda run, pids: pytest.fail("signalled"))
     pool.look(queue)
     assert queue.job("job")["state"] == "processing"
     os.close(lease[0].fd)
+
+
+@posix
+def test_a_worker_in_a_container_has_another_number_and_is_no_orphan(queue, monkeypatch):
+    add(queue)
+    lease = []
+    queue.claim(7, lambda name: lease.append(
+        queuectl.Lease(os.path.abspath("queuectl.runs/" + name))))
+    pool = supervisor(queue)
+    monkeypatch.setattr(queuectl.PoolFile, "workers", lambda self: [os.getpid()])
+    monkeypatch.setattr(pool, "end_orphan", lambda run, pids: pytest.fail("signalled"))
+    with contextlib.closing(queuectl.PoolFile.create(queue.path)) as pool.pool:
+        pool.look(queue)
+        os.remove(pool.pool.path)
+    assert queue.job("job")["state"] == "processing"
+    os.close(lease[0].fd)
+
+
+def test_a_process_with_the_number_of_a_worker_elsewhere_keeps_no_job():
+    """The database was copied to this machine without its outputs."""
+    enqueue(id="job")
+    with queuectl.Queue("queuectl.db") as queue:
+        queue.claim(os.getppid(), lambda name: None)
+        supervisor(queue).look(queue)
+        assert queue.job("job")["state"] == "pending"
+
+
+def test_the_notes_of_a_killed_pool_stay_while_a_run_may_need_them(queue):
+    add(queue)
+    pool = queuectl.PoolFile.create(queue.path)
+    pool.note(1, 2**22)
+    pool.close()
+    run = queue.claim(os.getpid(), lambda name: None)
+    supervisor(queue).tidy(queue)
+    assert os.path.exists(pool.path)
+    queue.complete(run, result(None))
+    supervisor(queue).tidy(queue)
+    assert not os.path.exists(pool.path)
+
+
+@posix
+def test_a_pool_that_is_stopped_now_ends_an_orphan_first():
+    enqueue("trap '' TERM; " + NAP, id="x")
+    pool = start_pool(count=1)
+    wait_until(lambda: running(NAP))
+    os.kill(workers_of(pool.pid)[0], signal.SIGKILL)
+    wait_until(lambda: "worker died, ending" in read("queuectl.log"))
+    ok("worker", "stop", "--now")
+    assert pool.wait(10) == 0 and not running(NAP) and state("x") == "pending"
+
+
+@posix
+def test_a_pool_that_cannot_read_its_queue_can_be_stopped_now():
+    enqueue("trap '' TERM; " + NAP, id="x")
+    pool = start_pool(count=1, script=TROUBLE + "queuectl.GRACE = 60")
+    wait_until(lambda: running(NAP))
+    os.kill(workers_of(pool.pid)[0], signal.SIGKILL)
+    wait_until(lambda: "worker died, ending" in read("queuectl.log"))
+    group = os.getpgid(pids_of(NAP)[0])
+    open("trouble", "w").close()
+    try:
+        ok("worker", "stop", "--now", "--no-wait")
+        assert pool.wait(10) == 0
+    finally:
+        os.killpg(group, signal.SIGKILL)
 
 
 @posix
@@ -2026,8 +2123,7 @@ def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatc
     """The supervisor lists a run, and it completes before it is looked at."""
     add(queue)
     run = claim(queue)
-    pool = queuectl.Supervisor("queuectl.db", 1)
-    pool.log = queuectl.open_log(queue.path, "pool")
+    pool = supervisor(queue)
     monkeypatch.setattr(pool, "end_orphan", lambda run, pids: pytest.fail("signalled"))
     queue.complete(run, result(None))
     pool.rescue(queue, dict(run, pid=1, worker=1), "no/such/lease", [12345678])
@@ -2060,8 +2156,7 @@ def test_an_orphan_that_nobody_can_prove_is_left_until_it_ends(monkeypatch, queu
     held = []
     queue.claim(2**30, lambda name: held.append(
         queuectl.Lease(os.path.abspath("queuectl.runs/" + name))))
-    pool = queuectl.Supervisor("queuectl.db", 1)
-    pool.log, pool.pool = queuectl.open_log(queue.path, "pool"), None
+    pool = supervisor(queue)
     pool.look(queue)
     assert queue.job("job")["state"] == "processing"
     os.close(held[0].fd)
@@ -2076,9 +2171,7 @@ def test_a_stranger_with_the_recorded_pid_survives(queue):
         add(queue)
         run = queue.claim(stranger.pid, lambda name: None)
         queue.note_pid(run, stranger.pid)
-        pool = queuectl.Supervisor("queuectl.db", 1)
-        pool.log, pool.pool = queuectl.open_log(queue.path, "pool"), None
-        pool.look(queue)
+        supervisor(queue).look(queue)
         assert queue.job("job")["state"] == "pending"
         assert stranger.poll() is None
         stranger.kill()
@@ -2106,7 +2199,7 @@ def test_workers_whose_supervisor_was_killed_finish_their_job_and_leave():
     assert workers_of(pool.pid) == [worker]
     wait_until(lambda: not workers_of(pool.pid))
     assert (state("x"), state("next")) == ("completed", "pending")
-    wait_until(lambda: not [name for name in leftovers() if name.endswith(".pid")])
+    assert drain() == 0 and leftovers() == []
 
 
 @posix
@@ -2118,9 +2211,9 @@ def test_leftover_pid_files_hurt_nobody(text):
                 file.write(text.replace("%d", str(stranger.pid)))
         assert ok("status", "--json").json["workers"] == []
         assert ok("worker", "stop").out == "no pool is running\n"
+        assert drain() == 0 and leftovers() == []
         assert stranger.poll() is None
         stranger.kill()
-    assert leftovers() == []
 
 
 @posix
