@@ -1974,6 +1974,7 @@ def test_a_worker_in_a_container_has_another_number_and_is_no_orphan(queue, monk
     os.close(lease[0].fd)
 
 
+@posix
 def test_a_process_with_the_number_of_a_worker_elsewhere_keeps_no_job():
     """The database was copied to this machine without its outputs."""
     enqueue(id="job")
