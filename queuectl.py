@@ -811,12 +811,8 @@ class Wake:
 
     def wait(self, timeout):
         select.select([self.reader], [], [], max(0.0, timeout))
-        self.clear()
-
-    def clear(self):
         with contextlib.suppress(BlockingIOError):
-            while len(os.read(self.reader, 4096)) == 4096:
-                pass
+            os.read(self.reader, 2**16)  # what a pipe holds
 
 
 def catch_signals(numbers, handler):
