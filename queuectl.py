@@ -507,6 +507,10 @@ def byte_holder(fd, at, length=1):
     return None if kind == fcntl.F_UNLCK else pid
 
 
+def ready_terminal():
+    """Do nothing: a terminal here takes escape sequences."""
+
+
 class Process:
     """A child process: a worker, or the command of a run."""
 
@@ -975,7 +979,7 @@ if os.name == "nt":
     # when its worker dies: so that a free lock means that no process of the run lives).
     KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
     for name in ("CreateFileW", "CreateEventW", "OpenEventW", "CreateMutexW",
-                 "CreateJobObjectW"):
+                 "CreateJobObjectW", "GetStdHandle"):
         getattr(KERNEL, name).restype = wintypes.HANDLE
     NOWHERE = wintypes.HANDLE(-1).value
     SHARED = 7  # others may read, write, rename and remove it while it is open
@@ -1108,6 +1112,13 @@ if os.name == "nt":
         with contextlib.suppress(ValueError):
             return int(read_at(fd, 11, number_place(at)))
         return 0
+
+    def ready_terminal():
+        """Let a console take escape sequences, which Windows 10 has to be asked for."""
+        for number in (-11, -12):  # standard output and error
+            console, mode = KERNEL.GetStdHandle(number), wintypes.DWORD()
+            if KERNEL.GetConsoleMode(wintypes.HANDLE(console), ctypes.byref(mode)):
+                KERNEL.SetConsoleMode(wintypes.HANDLE(console), mode.value | 4)
 
     class Limits(ctypes.Structure):
         """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of which only the flags matter."""
@@ -2797,10 +2808,25 @@ def json_array(values):
 
 def terminal_width(stream):
     """Return how many columns there are, None if the stream is no terminal."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns
+    try:  # one that nobody told its size says 0
+        return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError):
         return None
+
+
+COLOURS = {"processing": 36, "completed": 32, "failed": 33, "dead": 31}  # as ANSI has
+
+
+def painter():
+    """Return what gives a line the colour of its state: on a terminal that wants it."""
+    if terminal_width(sys.stdout) is None or os.environ.get("NO_COLOR"):
+        return str
+    state = re.compile(r"\b(%s)(?=: [1-9]| +\d+/\d+  )" % "|".join(COLOURS), re.I)
+
+    def painted(match):
+        return "\x1b[%dm%s\x1b[0m" % (COLOURS[match.group().lower()], match.group())
+
+    return lambda line: state.sub(painted, line, 1)
 
 
 class Live:
@@ -2827,14 +2853,15 @@ class Live:
 
 def answer(args, value, *lines):
     """Print the answer of a command: one JSON document, or else lines for people."""
-    for line in [json.dumps(value)] if args.json else lines:
+    for line in [json.dumps(value)] if args.json else map(painter(), lines):
         print(line)
 
 
 def answer_jobs(args, jobs, lines):
     """Print jobs as they come: an array, or else lines that are made of them."""
     array = json_array(map(public, jobs))
-    sys.stdout.writelines(array if args.json else (line + "\n" for line in lines))
+    lines = (line + "\n" for line in map(painter(), lines))
+    sys.stdout.writelines(array if args.json else lines)
 
 
 # ======================================================================================
@@ -3462,6 +3489,7 @@ def main(argv=None):
             setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
+    ready_terminal()
     try:
         code = run_command(map(utf8, sys.argv[1:]) if argv is None else argv)
         sys.stdout.flush()

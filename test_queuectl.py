@@ -686,6 +686,26 @@ def test_long_commands_are_cut_on_a_terminal_and_ids_never():
 
 
 @posix
+def test_a_terminal_that_does_not_know_its_size_shows_whole_lines():
+    ok("enqueue", "--id", "x", "--", "echo hello")
+    assert "echo hello" in on_terminal("list", columns=0)[1]
+
+
+@posix
+def test_states_have_colours_on_a_terminal_that_wants_them(monkeypatch):
+    ok("enqueue", "--id", "failed", "--", "true")
+    ok("enqueue", "--id", "x", "--max-retries", "1", "--", "echo dead 1/2; exit 3")
+    drain()
+    red, green = "\x1b[31mdead\x1b[0m", "\x1b[32mcompleted\x1b[0m"
+    shown = on_terminal("list", columns=0)[1]
+    assert shown.count("\x1b") == 4 and red in shown and green in shown
+    assert on_terminal("status", columns=0)[1].count("\x1b") == 4  # none of what is 0
+    assert "\x1b" not in ok("list").out + ok("status").out
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in on_terminal("list")[1]
+
+
+@posix
 def test_follow_shows_a_run_from_its_beginning_to_its_end_byte_for_byte():
     pool = start_pool(count=1)
     line = "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); echo line $i; done"
