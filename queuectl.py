@@ -51,6 +51,7 @@ The map, each section using only those above it:
     dashboard    the same documents by HTTP, and the page
 """
 import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -384,6 +385,7 @@ if os.name == "posix":
     TERMINATE, KILL = signal.SIGTERM, signal.SIGKILL
     ENVIRONMENT = dict(os.environb)  # of the pool; reading it for each run takes time
     IGNORED_BY_PYTHON = {signal.SIGPIPE, signal.SIGXFSZ}
+    CLOSED_PIPE = (errno.EPIPE,)
     read_at, write_at = os.pread, os.pwrite
 
 
@@ -468,13 +470,13 @@ def lease_is_free(path, missing=True):
         return True
     except FileNotFoundError:
         return missing
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # another user's: nobody can tell
         return False
 
 
 def remove_free(path):
     """Remove an output file that nobody holds; one that is held stays."""
-    with contextlib.suppress(FileNotFoundError, BlockingIOError), opened(path) as fd:
+    with contextlib.suppress(OSError), opened(path) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.remove(path)
 
@@ -696,9 +698,10 @@ def run_processes(leases):
     marks = {b"QUEUECTL_RUN=" + os.fsencode(lease): lease for lease in leases}
     files = {}
     for lease in leases:
-        with contextlib.suppress(FileNotFoundError):
-            status = os.stat(lease)
-            files[status.st_dev, status.st_ino] = lease
+        try:
+            files[file_key(os.stat(lease))] = lease
+        except FileNotFoundError:  # somebody removed it under its run
+            files[lease + " (deleted)"] = lease
     found = {lease: [] for lease in leases}
     for pid in process_ids():
         with contextlib.suppress(OSError):  # gone meanwhile, or another user's
@@ -730,24 +733,17 @@ def marked_leases(pid, marks):
         return [marks[mark] for mark in file.read().split(b"\0") if mark in marks]
 
 
+def file_key(status):
+    return status.st_dev, status.st_ino
+
+
 def held_leases(pid, files):
-    leases = []
     for fd in os.listdir("/proc/%d/fd" % pid):
         with contextlib.suppress(OSError):
-            status = os.stat("/proc/%d/fd/%s" % (pid, fd))
-            lease = files.get((status.st_dev, status.st_ino))
+            path = "/proc/%d/fd/%s" % (pid, fd)
+            lease = files.get(file_key(os.stat(path))) or files.get(os.readlink(path))
             if lease and holds_lock(pid, fd):
-                leases.append(lease)
-    return leases
-
-
-def names_of_open_files(pid):
-    names, folder = set(), "/proc/%d/fd/" % pid
-    with contextlib.suppress(OSError):  # the process is gone, or another user's
-        for fd in os.listdir(folder):
-            with contextlib.suppress(OSError):
-                names.add(os.readlink(folder + fd))
-    return names
+                yield lease
 
 
 def holds_lock(pid, fd):
@@ -761,16 +757,13 @@ def started_with(pid, moment):
     return age is not None and abs(time.time() - age - moment) < 2
 
 
-def may_run(pid, lease, moment):
-    """Tell whether a process may be the worker of a run, though no PID file names it.
+def was_there(pid, moment):
+    """Tell, where nobody can see what a process has open, whether it may run a run.
 
-    It has the output file open, even one that was removed; where nobody can see that,
-    it is enough that it was there when the run started.
+    It is enough that it was there when that started.
     """
-    if not process_ids():
-        age = process_age(pid)
-        return age is not None and time.time() - age < moment + 1  # ps has whole ones
-    return not names_of_open_files(pid).isdisjoint((lease, lease + " (deleted)"))
+    age = None if process_ids() else process_age(pid)
+    return age is not None and time.time() - age < moment + 1  # ps has whole seconds
 
 
 def process_age(pid):
@@ -954,9 +947,8 @@ class PoolFile:
         if b"now" in text:
             return "now"
         supervised = self.pid == os.getpid() or self.holder(0) is not None
-        removed = os.fstat(self.fd).st_nlink == 0
-        stop = b"stop" in text or removed or not supervised
-        return "stop" if stop else None
+        there = supervised and same_file(self.fd, self.path)
+        return "stop" if b"stop" in text or not there else None
 
     def remove(self):
         """Remove the file, unless another process of the pool lives."""
@@ -991,11 +983,12 @@ if os.name == "nt":
     TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGBREAK)
     STOP_SIGNALS = (signal.SIGTERM, *TERMINAL_SIGNALS)
     TERMINATE = KILL = signal.SIGTERM
+    CLOSED_PIPE = (errno.EPIPE, errno.EINVAL)  # the second in most cases
     CHILDREN = {}  # pid: handle, of all that were started and not yet seen to end
     HELD = {}  # descriptor: the bytes that it has locked; no second lock goes through
 
-    def handle(value):
-        """Return a handle that the system gave, or raise OSError."""
+    def granted(value):
+        """Return what a call of the system gave, a handle or success, or raise."""
         if not value or value == NOWHERE:
             raise ctypes.WinError(ctypes.get_last_error())
         return wintypes.HANDLE(value)
@@ -1045,7 +1038,7 @@ if os.name == "nt":
     def folder_lock(path):
         """Let one process at a time change which files there are in a folder."""
         name = "Local\\queuectl-" + os.path.normcase(path).replace("\\", "/")[-200:]
-        mutex = handle(KERNEL.CreateMutexW(None, False, name))
+        mutex = granted(KERNEL.CreateMutexW(None, False, name))
         try:
             KERNEL.WaitForSingleObject(mutex, -1)
             yield
@@ -1160,30 +1153,39 @@ if os.name == "nt":
 
     def set_limits(job, flags):
         limits = Limits(flags=flags)
-        KERNEL.SetInformationJobObject(
-            job, 9, ctypes.byref(limits), ctypes.sizeof(limits))
+        granted(KERNEL.SetInformationJobObject(
+            job, 9, ctypes.byref(limits), ctypes.sizeof(limits)))
 
     def start_shell(line, cwd, env, lease=None, input_fd=None, launcher=None):
         """Start a shell command in a job object that ends with this worker.
 
         It is suspended until it is in the job: its children might escape.
         """
-        job = handle(KERNEL.CreateJobObjectW(None, None))
-        set_limits(job, 0x2000)  # KILL_ON_JOB_CLOSE
         console = sys.stdin and sys.stdin.isatty() and lease
         stdin = input_fd if input_fd is not None else subprocess.DEVNULL
         path = lease.path if lease else os.devnull
         output = open_as(path, APPEND | SYNCHRONIZE, OPEN_EXISTING)
+        added = {name.upper(): value for name, value in env.items()}  # as os.environ's
+        if launcher:
+            import shlex
+
+            words = subprocess.list2cmdline(shlex.split(launcher))
+            line = '%s cmd /d /s /c "%s"' % (words, line)
         try:
             popen = subprocess.Popen(
-                '%s cmd /d /s /c "%s"' % (launcher, line) if launcher else line,
-                shell=not launcher, cwd=cwd, env={**os.environ, **env},
+                line, shell=not launcher, cwd=cwd, env={**os.environ, **added},
                 stdin=None if console else stdin, stdout=output, stderr=output,
                 creationflags=subprocess.CREATE_NEW_PROCESS_GROUP | CREATE_SUSPENDED)
         finally:
             os.close(output)
         process = wintypes.HANDLE(int(popen._handle))
-        KERNEL.AssignProcessToJobObject(job, process)
+        try:
+            job = granted(KERNEL.CreateJobObjectW(None, None))
+            set_limits(job, 0x2000)  # KILL_ON_JOB_CLOSE
+            granted(KERNEL.AssignProcessToJobObject(job, process))
+        except OSError:
+            popen.kill()
+            raise
         ctypes.WinDLL("ntdll").NtResumeProcess(process)
         child = Process(popen, job)
         if not lease:
@@ -1200,7 +1202,8 @@ if os.name == "nt":
             "import json, runpy, sys; _, file, name, args = sys.argv; "
             "names = runpy.run_path(file, run_name='queuectl'); "
             "sys.exit(names[name](*json.loads(args)))")
-        words = [sys.executable, "-c", program, os.path.abspath(__file__)]
+        # Not a virtual environment's, which starts it once more under another number.
+        words = [sys._base_executable, "-c", program, os.path.abspath(__file__)]
         return Process(subprocess.Popen([*words, function.__name__, json.dumps(args)]))
 
     def background():
@@ -1463,15 +1466,20 @@ class Queue:
         deadline, pause = time.monotonic() + self.patience, 0.0001
         while True:
             try:
-                self.db.execute("PRAGMA busy_timeout = 0")
-                return self.db.execute("BEGIN IMMEDIATE")
+                return self._at_once("BEGIN IMMEDIATE")
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
-            finally:
-                self.db.execute("PRAGMA busy_timeout = %d" % (1000 * self.patience))
             time.sleep(pause)
             pause = min(1.5 * pause, 0.02)
+
+    def _at_once(self, sql, *values):
+        """Execute a statement, or fail at once where another has the write lock."""
+        self.db.execute("PRAGMA busy_timeout = 0")
+        try:
+            return self.db.execute(sql, values)
+        finally:
+            self.db.execute("PRAGMA busy_timeout = %d" % (1000 * self.patience))
 
     def _rows(self, sql, *values):
         return self.db.execute(sql, values).fetchall()
@@ -1581,21 +1589,18 @@ class Queue:
             now = self.clock()
             self.promote(now)
             row = self.db.execute(
-                "SELECT seq, id, command, timeout, cwd, env, max_retries,"
-                " attempts + 1 AS attempt, run + 1 AS run,"
-                " COALESCE((SELECT CAST(value AS INTEGER) FROM config"
-                "           WHERE key = 'output_limit'), ?) AS output_limit,"
-                " launcher, (SELECT value FROM config WHERE key = 'launcher') AS usual"
-                " FROM jobs WHERE state = 'pending' AND ready = 1"
-                " ORDER BY priority DESC, seq LIMIT 1",
-                (SETTINGS["output_limit"][1],),
+                "SELECT seq, id, command, timeout, cwd, env, max_retries, launcher,"
+                " attempts + 1 AS attempt, run + 1 AS run FROM jobs"
+                " WHERE state = 'pending' AND ready = 1"
+                " ORDER BY priority DESC, seq LIMIT 1"
             ).fetchone()
             if row is None:
                 return None
-            launcher = row["launcher"] or json.loads(row["usual"] or "null")
-            launcher = None if launcher == "none" else launcher
-            run = dict(row, launcher=launcher, worker=worker, started_at=now)
-            run["lease"] = self.lease(run)
+            values = self.settings()
+            launcher = row["launcher"] or values["launcher"]
+            run = dict(row, worker=worker, started_at=now, lease=self.lease(row),
+                       launcher=None if launcher == "none" else launcher,
+                       output_limit=values["output_limit"])
             take_lease(run["lease"])
             self.db.execute(
                 "UPDATE jobs SET state = 'processing', attempts = :attempt, run = :run,"
@@ -1678,13 +1683,9 @@ class Queue:
 
         It waits for no lock: meanwhile nobody would watch the command.
         """
-        self.db.execute("PRAGMA busy_timeout = 0")
-        try:
-            self.db.execute(
-                "UPDATE runs SET pid = ? WHERE seq = ? AND run = ?"
-                " AND finished_at IS NULL", (pid, run["seq"], run["run"]))
-        finally:
-            self.db.execute("PRAGMA busy_timeout = %d" % (1000 * self.patience))
+        self._at_once(
+            "UPDATE runs SET pid = ? WHERE seq = ? AND run = ? AND finished_at IS NULL",
+            pid, run["seq"], run["run"])
 
     def cancel(self, ids):
         """PENDING or FAILED to DEAD; of a running job only a request; all or none.
@@ -1711,28 +1712,31 @@ class Queue:
         self.wake()
         return states
 
-    def retry(self, ids=None):
-        """DEAD to PENDING with attempts 0: all of IDS or none; without, every one."""
-        now, count = self.clock(), 0
-
-        def revive(job):
-            return self.db.execute(
-                "UPDATE jobs SET state = 'pending', attempts = 0, deaths = 0,"
-                " cancelled = 0, error = NULL, ready = 1, run_at = ?, updated_at = ?"
-                " WHERE seq = ? AND state = 'dead'", (now, now, job["seq"])
-            ).rowcount
-
-        for page in self._pages("dead", what=BRIEF) if ids is None else ():
-            with self.transaction():  # each of its own, as many may be dead
-                count += sum(map(revive, page))
+    def retry(self, ids):
+        """DEAD to PENDING with attempts 0, all or none."""
         with self.transaction():
-            for job in self._jobs_named(ids or ()):
-                if not revive(job):
+            for job in self._jobs_named(ids):
+                if not self._revive(job):
                     words = "job %s is %s, not dead"
                     raise QueueError(words % (shown(job["id"]), job["state"]))
-                count += 1
+        self.wake()
+
+    def retry_all(self):
+        """Retry every dead job, a page in a transaction; return how many there were."""
+        count = 0
+        for page in self._pages("dead", what=BRIEF):
+            with self.transaction():
+                count += sum(map(self._revive, page))
         self.wake()
         return count
+
+    def _revive(self, job):
+        return self.db.execute(
+            "UPDATE jobs SET state = 'pending', attempts = 0, deaths = 0, cancelled = 0,"
+            " error = NULL, ready = 1, run_at = :now, updated_at = :now"
+            " WHERE seq = :seq AND state = 'dead'",
+            {"seq": job["seq"], "now": self.clock()},
+        ).rowcount
 
     def delete(self, ids):
         """Remove jobs and their runs, all or none; a running one is refused."""
@@ -2537,15 +2541,14 @@ class Supervisor:
             notes.update(pool.notes())
         for run in runs:
             path = os.path.join(self.runs, run["lease"])
-            # An output or a PID file that somebody removed ends no worker's life.
-            free = lease_is_free(path, missing=False)
-            worker, since = run["worker"], run["started_at"]
-            if free or not (worker in live or may_run(worker, path, since)):
+            worker, free = run["worker"], lease_is_free(path, missing=False)
+            if free or not (worker in live or was_there(worker, run["started_at"])):
                 lost[path] = run
         processes = run_processes(lost) if lost else {}
         for path, run in lost.items():
-            # In a container a worker calls itself by another number.
-            if live.isdisjoint(processes[path]):
+            # A worker whose PID file was removed still holds its lease; in a container
+            # it calls itself by another number.
+            if {*live, run["worker"]}.isdisjoint(processes[path]):
                 self.identify(queue, run, notes.get(run["worker"]))
                 self.rescue(queue, run, path, processes[path])
         known = {(run["seq"], run["run"]) for run in runs}
@@ -3187,11 +3190,14 @@ def cmd_dlq_clear(args, queue):
 def cmd_dlq_retry(args, queue):
     if bool(args.ids) == args.all:
         raise QueueError("dlq retry: name jobs, or give --all", 2)
-    count = queue.retry(args.ids or None)
+    if args.ids:
+        queue.retry(args.ids)
+        lines = ["retried " + shown(id) for id in args.ids]
+        return answer(args, {"retried": args.ids}, *lines)
+    count = queue.retry_all()
     if not count:
         raise QueueError("no job is dead")
-    names = map(shown, args.ids) if args.ids else [many(count, "job")]
-    answer(args, {"retried": args.ids or count}, *["retried " + name for name in names])
+    answer(args, {"retried": count}, "retried " + many(count, "job"))
 
 
 def cmd_config_show(args, queue):
@@ -3497,10 +3503,10 @@ def main(argv=None):
     except QueueError as error:
         say(error)
         return error.code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would complain
-        return 0
     except OSError as error:
+        if error.errno in CLOSED_PIPE and error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would complain
+            return 0
         where = shown(str(error.filename or "system error"))
         say("%s: %s" % (where, error.strerror or error))
         return 1
@@ -3618,7 +3624,7 @@ class Site:
 
     def carry_out(self, queue, path):
         if path == "/api/dlq/retry":
-            return {"retried": queue.retry()}
+            return {"retried": queue.retry_all()}
         name, what = job_path(path)
         verbs = {"retry": queue.retry, "cancel": queue.cancel, "delete": queue.delete}
         if what not in verbs:
