@@ -62,6 +62,7 @@ import sqlite3
 import stat
 import sys
 import time
+from datetime import datetime, timedelta
 
 # ======================================================================================
 # Settings: names, limits, defaults; the one exception
@@ -75,6 +76,7 @@ APPLICATION_ID = 0x71637431  # "qct1", in the header of the database
 
 MAX_INTEGER = 2**63 - 1
 MAX_SPAN = 10.0**9  # seconds, some 30 years
+EPOCH = datetime(1970, 1, 1)
 MAX_TIME = 253402300799.0  # 9999-12-31T23:59:59Z, the last that ISO 8601 text can name
 MAX_WORKERS = 256
 MAX_HOOKS = 8  # `on_dead` commands that a worker has running at a time
@@ -127,11 +129,12 @@ def seconds(value):
 
 def epoch(value):
     """Return epoch seconds from a number or ISO 8601 text, local without a zone."""
-    with contextlib.suppress(ValueError):
-        return seconds(value if not isinstance(value, str) else value + "s")
-    from datetime import datetime
-
+    if not isinstance(value, str):
+        return seconds(value)
     text = value.strip().upper().replace("Z", "+00:00")
+    if not re.fullmatch(r"\d{8}", text):  # 20260131 is a date, no moment of 1970
+        with contextlib.suppress(ValueError):
+            return seconds(text + "s")
     return datetime.fromisoformat(text).timestamp()
 
 
@@ -187,7 +190,7 @@ def identifier(value):
 
 def shell_line(value):
     if not isinstance(value, str) or not value.strip() or not storable(value):
-        raise ValueError("a shell command: text that is not blank, without NUL")
+        raise ValueError("a shell command: UTF-8 that is not blank and has no NUL")
     return value
 
 
@@ -204,7 +207,7 @@ def native(text):
 def folder(value):
     given = isinstance(value, str) and storable(value)
     if not given or not os.path.isdir(native(value)):
-        raise ValueError("a directory that exists")
+        raise ValueError("a directory that exists and has a name in UTF-8")
     return utf8(os.path.abspath(native(value)))
 
 
@@ -282,7 +285,8 @@ def iso(moment):
     """Return epoch seconds as ISO 8601 text in UTC, None as None."""
     if moment is None:
         return None
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+    # Not by time.gmtime: on Windows that ends with the year 3000.
+    return (EPOCH + timedelta(seconds=int(moment))).isoformat() + "Z"
 
 
 def public(job):
@@ -340,15 +344,14 @@ def parsed(text):
     try:
         text = text if isinstance(text, str) else text.decode().lstrip("\ufeff")
         return json.loads(text)
-    except RecursionError:
-        raise QueueError("not JSON: nested too deeply", 2) from None
     except ValueError as error:
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
         start = shown(text.strip()[:60])
-        if "{" in text and '"' not in text:
+        if re.match(r"\s*\{\s*\w", text) and '"' not in text:
             words = "not JSON, the shell took the quotes: %s; write %s"
             raise QueueError(words % (start, QUOTED), 2) from None
         hint = "" if start[:1] in ("{", "[") else "; a command goes behind --"
+        hint = "; a job is an object on one line" if start == "{" else hint
         raise QueueError("not JSON: %s: %s%s" % (error, start, hint), 2) from None
 
 
@@ -386,6 +389,7 @@ if os.name == "posix":
     ENVIRONMENT = dict(os.environb)  # of the pool; reading it for each run takes time
     IGNORED_BY_PYTHON = {signal.SIGPIPE, signal.SIGXFSZ}
     CLOSED_PIPE = (errno.EPIPE,)
+    REUSE_ADDRESS = True  # a dashboard's, soon after the last one ended
     read_at, write_at = os.pread, os.pwrite
 
 
@@ -425,15 +429,25 @@ def opened(path, flags=os.O_RDONLY):
 
 
 @contextlib.contextmanager
-def folder_lock(path):
-    """Let one process at a time change which files there are in a folder."""
+def folder_lock(path, patience=0.0):
+    """Let one process at a time change which files a folder has; yield whether it may.
+
+    Not for ever: somebody may have started us by `flock FOLDER queuectl.py …`.
+    """
     with opened(path) as fd:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        except OSError as error:
-            words = "%s: the file system has no locks (%s); take a local disk"
-            raise QueueError(words % (shown(path), error.strerror)) from None
-        yield
+        deadline, locked = time.monotonic() + patience, False
+        while not locked:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(0.01)
+            except OSError as error:
+                words = "%s: the file system has no locks (%s); take a local disk"
+                raise QueueError(words % (shown(path), error.strerror)) from None
+        yield locked
 
 
 def sync_folder(path):
@@ -462,7 +476,8 @@ def open_lease(path):
 def lease_is_free(path, missing=True):
     """Tell whether no process holds the lock of a run's output file; MISSING if it is.
 
-    The look is shared, so that two who look at once do not take each other for holders.
+    None if it is another user's, so that nobody here can tell. The look is shared, so
+    that two who look at once do not take each other for holders.
     """
     try:
         with opened(path) as fd:
@@ -470,8 +485,10 @@ def lease_is_free(path, missing=True):
         return True
     except FileNotFoundError:
         return missing
-    except (BlockingIOError, PermissionError):  # another user's: nobody can tell
+    except BlockingIOError:
         return False
+    except PermissionError:
+        return None
 
 
 def remove_free(path):
@@ -689,11 +706,12 @@ def poke(pid):
 
 
 def run_processes(leases):
-    """Return, by lease, the pids of the processes that provably belong to its run.
+    """Return, by lease, the processes that provably belong to its run.
 
-    They hold its lock, or carry its name in their environment; the second finds those
-    that closed every descriptor. A process that only reads the file does neither. One
-    pass for all: reading what every process has open takes its time.
+    These are dicts: pid, and whether it holds the lock. Those that closed every
+    descriptor still carry the lease's name in their environment; a process that only
+    reads the file does neither. One pass for all: reading what every process has open
+    takes its time.
     """
     marks = {b"QUEUECTL_RUN=" + os.fsencode(lease): lease for lease in leases}
     files = {}
@@ -702,11 +720,13 @@ def run_processes(leases):
             files[file_key(os.stat(lease))] = lease
         except FileNotFoundError:  # somebody removed it under its run
             files[lease + " (deleted)"] = lease
-    found = {lease: [] for lease in leases}
+    found = {lease: {} for lease in leases}
     for pid in process_ids():
         with contextlib.suppress(OSError):  # gone meanwhile, or another user's
-            for lease in {*marked_leases(pid, marks), *held_leases(pid, files)}:
-                found[lease].append(pid)
+            for lease in marked_leases(pid, marks):
+                found[lease][pid] = False
+            for lease in held_leases(pid, files):
+                found[lease][pid] = True
     return found
 
 
@@ -722,10 +742,10 @@ def signal_processes(pids, number):
 
 
 def process_ids():
-    try:
-        return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    except FileNotFoundError:
-        return []  # no such view of the processes here: nothing can be proven
+    """Return the pids of all processes; none where their files can't be seen."""
+    if not os.path.exists("/proc/self/fdinfo"):  # only Linux tells who holds a lock
+        return []
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 def marked_leases(pid, marks):
@@ -768,14 +788,13 @@ def was_there(pid, moment):
 
 def process_age(pid):
     """Return for how many seconds a process has been there; None if it is not."""
-    try:
-        with open("/proc/uptime") as file:
-            uptime = float(file.read().split()[0])
-    except FileNotFoundError:
+    if not process_ids():
         return age_by_ps(pid)
     fields = process_stat(pid)
-    here = alive(fields)
-    return uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK") if here else None
+    if not alive(fields):
+        return None
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds after the boot
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def age_by_ps(pid):
@@ -854,7 +873,8 @@ class PoolFile:
 
     LOCKS = 2**20  # the first byte to lock; far behind the text, for Windows' sake
     REQUESTS = {"stop": 16, "now": 24}  # where they stand; there is room from the start
-    NOTES, NOTE = 64, b"%-11d %-11d\n"  # worker and command, 24 bytes for each slot
+    # A row for each slot: the worker, the command that it started last, and when.
+    NOTES, ROW, NOTE = 64, 42, b"%-11d %-11d %-17.6f\n"
 
     def __init__(self, path):
         self.path = path
@@ -913,28 +933,32 @@ class PoolFile:
             pids.append(self.holder(slot))
         return [pid for pid in pids if pid is not None]
 
-    def note(self, slot, pid):
+    def note(self, slot, pid, moment):
         """Write down the command that a worker has started, in case both are killed.
 
         On a full disk nobody knows it before it is recorded in the database.
         """
         with contextlib.suppress(OSError):
-            note = self.NOTE % (os.getpid(), pid)
-            write_at(self.fd, note, self.NOTES + len(note) * slot)
+            note = self.NOTE % (os.getpid(), pid, moment)
+            write_at(self.fd, note, self.NOTES + self.ROW * slot)
 
     def notes(self):
-        """Return the pid of the command that each worker started last, by its own."""
-        text = read_at(self.fd, 24 * (MAX_WORKERS + 1), self.NOTES)
-        pairs = re.findall(rb"([0-9]+) +([0-9]+) *\n", text)
-        return {int(own): int(pid) for own, pid in pairs}
+        """Return which command each worker started last, and when, by its own pid."""
+        text = read_at(self.fd, self.ROW * (MAX_WORKERS + 1), self.NOTES)
+        rows = re.findall(rb"([0-9]+) +([0-9]+) +([0-9.]+) *\n", text)
+        return {int(own): (int(pid), float(moment)) for own, pid, moment in rows}
 
     def ask(self, word):
         """Ask the pool to `stop`, or to stop `now`."""
         write_at(self.fd, word.encode(), self.REQUESTS[word])
         self.poke()
 
+    def processes(self):
+        """Return the pids of its supervisor and its workers, but not our own."""
+        return [pid for pid in (self.holder(0), *self.workers()) if pid]
+
     def poke(self):
-        for pid in [self.holder(0) or 0, *self.workers()]:
+        for pid in self.processes():
             poke(pid)
 
     def request(self):
@@ -977,13 +1001,16 @@ if os.name == "nt":
     SHARED = 7  # others may read, write, rename and remove it while it is open
     READ, WRITE, APPEND, SYNCHRONIZE = 0x80000000, 0x40000000, 0x4, 0x100000
     CREATE_NEW, CREATE_ALWAYS, OPEN_EXISTING, OPEN_ALWAYS = 1, 2, 3, 4
-    CREATE_SUSPENDED, DETACHED_PROCESS, EVENT_MODIFY = 0x4, 0x8, 0x2
+    CREATE_SUSPENDED, EVENT_MODIFY = 0x4, 0x2
     MOST_HANDLES = 64  # that can be waited for at once
     PLACE = 2**40  # of the lock in an output file: far behind what a job prints
     TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGBREAK)
     STOP_SIGNALS = (signal.SIGTERM, *TERMINAL_SIGNALS)
     TERMINATE = KILL = signal.SIGTERM
     CLOSED_PIPE = (errno.EPIPE, errno.EINVAL)  # the second in most cases
+    REUSE_ADDRESS = False  # or two could listen at the same one
+    # Not a virtual environment's: that starts Python once more, under another number.
+    PYTHON = getattr(sys, "_base_executable", sys.executable)
     CHILDREN = {}  # pid: handle, of all that were started and not yet seen to end
     HELD = {}  # descriptor: the bytes that it has locked; no second lock goes through
 
@@ -1035,15 +1062,15 @@ if os.name == "nt":
         msvcrt.locking(fd, msvcrt.LK_UNLCK, length)
 
     @contextlib.contextmanager
-    def folder_lock(path):
-        """Let one process at a time change which files there are in a folder."""
+    def folder_lock(path, patience=0.0):
+        """Let one process at a time change which files a folder has."""
         name = "Local\\queuectl-" + os.path.normcase(path).replace("\\", "/")[-200:]
         mutex = granted(KERNEL.CreateMutexW(None, False, name))
+        waited = KERNEL.WaitForSingleObject(mutex, int(1000 * patience))
         try:
-            KERNEL.WaitForSingleObject(mutex, -1)
-            yield
-            KERNEL.ReleaseMutex(mutex)
+            yield waited in (0, 0x80)  # free, or its owner died
         finally:
+            KERNEL.ReleaseMutex(mutex)
             KERNEL.CloseHandle(mutex)
 
     def sync_folder(path):
@@ -1064,6 +1091,8 @@ if os.name == "nt":
             fd = open_shared(path)
         except FileNotFoundError:
             return missing
+        except PermissionError:  # removed, and open yet
+            return None
         try:
             return try_lock(fd, PLACE, 1)
         finally:
@@ -1077,7 +1106,7 @@ if os.name == "nt":
 
     def number_place(at):
         """Return where the pid of a lock's holder stands: outside what it locks."""
-        return PoolFile.NOTES + 24 * (at - PoolFile.LOCKS)
+        return PoolFile.NOTES + PoolFile.ROW * (at - PoolFile.LOCKS)
 
     def lock_byte(fd, at, length=1):
         """Lock bytes of a PID file for this process alone; False if it can't."""
@@ -1202,8 +1231,7 @@ if os.name == "nt":
             "import json, runpy, sys; _, file, name, args = sys.argv; "
             "names = runpy.run_path(file, run_name='queuectl'); "
             "sys.exit(names[name](*json.loads(args)))")
-        # Not a virtual environment's, which starts it once more under another number.
-        words = [sys._base_executable, "-c", program, os.path.abspath(__file__)]
+        words = [PYTHON, "-c", program, os.path.abspath(__file__)]
         return Process(subprocess.Popen([*words, function.__name__, json.dumps(args)]))
 
     def background():
@@ -1216,10 +1244,10 @@ if os.name == "nt":
 
             return let_go
         popen = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), *sys.argv[1:]],
+            [PYTHON, os.path.abspath(__file__), *sys.argv[1:]],
             env=dict(os.environ, QUEUECTL_DETACHED="1"), stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            creationflags=DETACHED_PROCESS)
+            creationflags=subprocess.CREATE_NO_WINDOW)
         told = popen.stdout.read().decode("utf-8", "replace").replace("\r\n", "\n")
         started = told.startswith(("pool ", "{"))
         print(told, end="", file=sys.stdout if started else sys.stderr, flush=True)
@@ -1376,9 +1404,11 @@ def create_database(path):
     logging does not wait for others.
     """
     home = os.path.dirname(path)
-    with folder_lock(home):
+    with folder_lock(home, PATIENCE) as locked:
         if not missing(path):
             return  # another first command was quicker
+        if not locked:
+            raise QueueError("%s: another program has locked this folder" % shown(home))
         draft = path + ".new"
         # The log of a database that was removed would be taken for the new one's.
         for leftover in (draft, path + "-wal", path + "-shm", path + "-journal"):
@@ -1488,10 +1518,10 @@ class Queue:
         row = self.db.execute(sql, values).fetchone()
         return row[0] if row else None
 
-    def wake(self):
+    def wake(self, own=None):
         """Let idle workers look at once instead of within a second; a hint, no more."""
         with contextlib.suppress(OSError):
-            for pool in PoolFile.all(self.path):
+            for pool in PoolFile.all(self.path, own):
                 pool.poke()
 
     def gone(self):
@@ -1505,12 +1535,12 @@ class Queue:
 
     # -- enqueue -----------------------------------------------------------------------
 
-    def defaults(self):
+    def defaults(self, cwd=None):
         """Return the fields of a job that gives none: from the settings, as of now."""
         values = self.settings()
         return dict(
             NO_FIELDS, max_retries=values["max_retries"], timeout=values["timeout"],
-            priority=0, cwd=checked("cwd", folder, utf8(os.getcwd())))
+            priority=0, cwd=checked("cwd", folder, cwd or utf8(os.getcwd())))
 
     def add(self, command, **fields):
         """Check and enqueue one job, with the fields of its JSON; return its id."""
@@ -1598,7 +1628,7 @@ class Queue:
                 return None
             values = self.settings()
             launcher = row["launcher"] or values["launcher"]
-            run = dict(row, worker=worker, started_at=now, lease=self.lease(row),
+            run = dict(row, worker=worker, pid=None, started_at=now, lease=self.lease(row),
                        launcher=None if launcher == "none" else launcher,
                        output_limit=values["output_limit"])
             take_lease(run["lease"])
@@ -1672,20 +1702,21 @@ class Queue:
             ).rowcount
             if moved:
                 self.db.execute(
-                    "UPDATE runs SET pid = :pid, finished_at = :finished_at,"
-                    " exit_code = :exit_code, error = :error, output = :output"
-                    " WHERE seq = :seq AND run = :run",
-                    dict(result, seq=run["seq"], run=run["run"]))
+                    "UPDATE runs SET pid = :pid, started_at = :started_at,"
+                    " finished_at = :finished_at, exit_code = :exit_code,"
+                    " error = :error, output = :output"
+                    " WHERE seq = :seq AND run = :run", {**run, **result})
             return state if moved else None
 
-    def note_pid(self, run, pid):
+    def note_pid(self, run):
         """Record the process of a run that has been going on for a while.
 
         It waits for no lock: meanwhile nobody would watch the command.
         """
         self._at_once(
-            "UPDATE runs SET pid = ? WHERE seq = ? AND run = ? AND finished_at IS NULL",
-            pid, run["seq"], run["run"])
+            "UPDATE runs SET pid = ?, started_at = ?"
+            " WHERE seq = ? AND run = ? AND finished_at IS NULL",
+            run["pid"], run["started_at"], run["seq"], run["run"])
 
     def cancel(self, ids):
         """PENDING or FAILED to DEAD; of a running job only a request; all or none.
@@ -2284,24 +2315,24 @@ class Worker:
 
     def execute(self, run):
         """Run a claimed job; return why it was ended from outside, and its result."""
-        started = time.monotonic()
-        pid = reason = code = None
+        began, reason, code = time.monotonic(), None, None
         try:
             process = start_command(run, self.lease)
         except (OSError, ValueError) as refusal:
             error = "cannot start: %s" % refusal
         else:
-            pid = process.pid
-            self.pool.note(self.slot, pid)
+            # Not when it was claimed: by this moment its process is told from others.
+            run.update(pid=process.pid, started_at=self.queue.clock())
+            self.pool.note(self.slot, run["pid"], run["started_at"])
             reason = self.attend(process, run)
             code, error = how_it_ended(process.code)
             if process.forced and run["launcher"]:
                 words = "%s: the launcher was killed; what it started may live on"
                 self.log.warning(words, about(run))
         return reason, dict(
-            pid=pid, exit_code=code, error=reason or error,
+            exit_code=code, error=reason or error,
             output=self.lease.output(run["output_limit"]),
-            finished_at=run["started_at"] + time.monotonic() - started)
+            finished_at=run["started_at"] + time.monotonic() - began)
 
     def attend(self, process, run):
         """Wait for a command, its output and the requests that concern it in view."""
@@ -2311,9 +2342,9 @@ class Worker:
             self.lease.cut_back(run["output_limit"])
             if not noted:
                 with contextlib.suppress(sqlite3.Error):
-                    self.queue.note_pid(run, process.pid)
+                    self.queue.note_pid(run)
                     noted.append(True)
-                    self.log.info("%s goes on, pid %d", about(run), process.pid)
+                    self.log.info("%s goes on, pid %d", about(run), run["pid"])
 
         def asked():
             if self.pool.request() == "now":
@@ -2353,8 +2384,8 @@ class LogFile:
 
     def rotate(self):
         """Rename a full log, once, however many processes see that it is full."""
-        with folder_lock(os.path.dirname(self.path)):
-            if same_file(self.fd, self.path):
+        with folder_lock(os.path.dirname(self.path)) as locked:
+            if locked and same_file(self.fd, self.path):
                 os.replace(self.path, self.path + ".1")
         self.reopen()
 
@@ -2406,7 +2437,7 @@ class Supervisor:
         self.next_look = 0.0
         self.looked = True  # whether the last look could be finished
         self.next_page = 1  # of the jobs that `keep` may remove
-        self.signals = 0
+        self.signals, self.signalled = 0, -MAX_SPAN  # how many, and when the last
         self.removed = False
 
     def run(self, started):
@@ -2437,7 +2468,10 @@ class Supervisor:
         return 1 if failed else 0
 
     def count_signal(self, number, frame):
-        self.signals += 1
+        """Count it, unless it is the same one: timeout(1) signals us and our group."""
+        now = time.monotonic()
+        if now - self.signalled > TICK:
+            self.signals, self.signalled = self.signals + 1, now
 
     def loop(self):
         self.staff()
@@ -2535,32 +2569,36 @@ class Supervisor:
         """Look for jobs in PROCESSING that nobody runs."""
         # First the runs, then the workers: one that claimed a run was there before it.
         runs = queue.processing()
-        live, notes, lost = set(), {}, {}
+        live, pools, notes, lost = set(), {os.getpid()}, {}, {}
         for pool in PoolFile.all(self.path, self.pool):
             live.update(pool.workers())
+            pools.update(pool.processes())
             notes.update(pool.notes())
         for run in runs:
             path = os.path.join(self.runs, run["lease"])
             worker, free = run["worker"], lease_is_free(path, missing=False)
-            if free or not (worker in live or was_there(worker, run["started_at"])):
+            here = worker in live or was_there(worker, run["started_at"])
+            if free or (free is False and not here):
                 lost[path] = run
-        processes = run_processes(lost) if lost else {}
+        found = run_processes(lost) if lost else {}
         for path, run in lost.items():
             # A worker whose PID file was removed still holds its lease; in a container
-            # it calls itself by another number.
-            if {*live, run["worker"]}.isdisjoint(processes[path]):
-                self.identify(queue, run, notes.get(run["worker"]))
-                self.rescue(queue, run, path, processes[path])
+            # it calls itself by another number. A pool that the run started is let be.
+            holders = {pid for pid, holds in found[path].items() if holds}
+            if holders.isdisjoint({*live, run["worker"]}):
+                self.identify(queue, run, *notes.get(run["worker"], (None, 0)))
+                self.rescue(queue, run, path, [*found[path].keys() - pools])
         known = {(run["seq"], run["run"]) for run in runs}
         self.orphans = {key: at for key, at in self.orphans.items() if key in known}
         self.unseen = False
 
-    def identify(self, queue, run, noted):
+    def identify(self, queue, run, pid, moment):
         """Record the command of a run that was killed before its worker did so."""
-        if not run["pid"] and noted and started_with(noted, run["started_at"]):
-            run["pid"] = noted
+        late = moment >= run["started_at"]  # what is noted is no earlier run's
+        if not run["pid"] and late and started_with(pid, moment):
+            run.update(pid=pid, started_at=moment)
             with queue.transaction():  # it waits for others, as note_pid alone does not
-                queue.note_pid(run, noted)
+                queue.note_pid(run)
 
     def rescue(self, queue, run, path, processes):
         """Put a job back whose worker is gone, once none of its processes is left."""
@@ -2577,6 +2615,7 @@ class Supervisor:
                 self.log.warning("%s worker died, %s", about(run), state)
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(path)
+                queue.wake(self.pool)
             if state == "dead":
                 self.hooks.start(queue, run["id"])
 
@@ -2588,14 +2627,15 @@ class Supervisor:
             self.log.warning("%s worker died, ending %s", about(run), processes)
             signal_processes(processes, TERMINATE)
         elif now >= self.orphans[key]:
+            self.orphans[key] = now + GRACE
             signal_processes(processes, KILL)
             self.log.warning("%s did not end and was killed: %s", about(run), processes)
 
     def remains(self, queue, run, path):
         """Return the result of a run whose worker died."""
         output = read_tail(path, queue.settings()["output_limit"])
-        return dict(pid=run["pid"], exit_code=None, error="worker died", output=output,
-                    finished_at=queue.clock())
+        return dict(
+            exit_code=None, error="worker died", output=output, finished_at=queue.clock())
 
     def tidy(self, queue):
         """Remove output files of no run, and PID files of killed pools.
@@ -2873,7 +2913,8 @@ def answer_jobs(args, jobs, lines):
 
 
 def cmd_enqueue(args, queue):
-    options, defaults, names = enqueue_options(args), queue.defaults(), []
+    options, names = enqueue_options(args), []
+    defaults = queue.defaults(args.cwd)  # or no --cwd would help in a folder that is gone
 
     def made(given):
         job = checked_job(overridden(given, options), defaults)
@@ -3448,7 +3489,7 @@ def parse(name, words):
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             hint = " (see: queuectl.py %s --help)" % name
-            raise QueueError("%s: %s%s" % (name, message, hint), 2)
+            raise QueueError("%s: %s%s" % (name, shown(message), hint), 2)
 
     function, meaning, example, arguments = COMMANDS[name]
     parser = Parser(
@@ -3510,6 +3551,9 @@ def main(argv=None):
         where = shown(str(error.filename or "system error"))
         say("%s: %s" % (where, error.strerror or error))
         return 1
+    except RecursionError:
+        say("not JSON that a job is made of: nested too deeply")
+        return 2
     except KeyboardInterrupt:
         return 130
 
@@ -3680,7 +3724,7 @@ def serve(path, host, port):
         raise QueueError("--host: name an address, like 127.0.0.1", 2)
 
     class Server(ThreadingHTTPServer):
-        daemon_threads = True
+        daemon_threads, allow_reuse_address = True, REUSE_ADDRESS
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
         def get_request(self):
