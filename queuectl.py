@@ -733,11 +733,12 @@ def run_processes(leases):
 def signal_processes(pids, number):
     """Signal processes, each with its group where the leader of that is among them.
 
-    A child that a dying worker had just forked is in the group of its whole pool.
+    A child that a dying worker had just forked is in the group of its whole pool. A
+    negative number is that of a group, as kill(2) has it.
     """
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            group = os.getpgid(pid)
+            group = os.getpgid(max(pid, 0))
             os.kill(-group if group in pids else pid, number)
 
 
@@ -775,6 +776,18 @@ def started_with(pid, moment):
     """Tell whether a process lives that started when a run did: it is no stranger."""
     age = process_age(pid)
     return age is not None and abs(time.time() - age - moment) < 2
+
+
+def leaderless(group):
+    """Tell whether a process group lives whose leader is gone.
+
+    Whether it is a run's can't be proven, but no other gets its number meanwhile.
+    """
+    try:
+        os.killpg(group, 0)
+    except OSError:
+        return False
+    return process_age(group) is None
 
 
 def was_there(pid, moment):
@@ -1302,6 +1315,9 @@ if os.name == "nt":
 
     def process_age(pid):
         return None  # and nothing has to be proven by a number
+
+    def leaderless(group):
+        return False
 
 
 # ======================================================================================
@@ -2587,7 +2603,7 @@ class Supervisor:
             holders = {pid for pid, holds in found[path].items() if holds}
             if holders.isdisjoint({*live, run["worker"]}):
                 self.identify(queue, run, *notes.get(run["worker"], (None, 0)))
-                self.rescue(queue, run, path, [*found[path].keys() - pools])
+                self.rescue(queue, run, path, found[path].keys() - pools)
         known = {(run["seq"], run["run"]) for run in runs}
         self.orphans = {key: at for key, at in self.orphans.items() if key in known}
         self.unseen = False
@@ -2603,7 +2619,9 @@ class Supervisor:
     def rescue(self, queue, run, path, processes):
         """Put a job back whose worker is gone, once none of its processes is left."""
         if run["pid"] and started_with(run["pid"], run["started_at"]):
-            processes.append(run["pid"])
+            processes.add(run["pid"])
+        elif run["pid"] and leaderless(run["pid"]) and queue.cancelled(run):
+            processes.add(-run["pid"])
         # It may have ended since it was listed; its background children are let be.
         if processes and queue.owned(run):
             self.end_orphan(run, processes)
@@ -2624,12 +2642,13 @@ class Supervisor:
         key, now = (run["seq"], run["run"]), time.monotonic()
         if key not in self.orphans:
             self.orphans[key] = now + GRACE
-            self.log.warning("%s worker died, ending %s", about(run), processes)
+            self.log.warning("%s worker died, ending %s", about(run), sorted(processes))
             signal_processes(processes, TERMINATE)
         elif now >= self.orphans[key]:
             self.orphans[key] = now + GRACE
             signal_processes(processes, KILL)
-            self.log.warning("%s did not end and was killed: %s", about(run), processes)
+            words = "%s did not end and was killed: %s"
+            self.log.warning(words, about(run), sorted(processes))
 
     def remains(self, queue, run, path):
         """Return the result of a run whose worker died."""

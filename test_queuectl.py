@@ -2249,7 +2249,7 @@ def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatc
     pool = supervisor(queue)
     monkeypatch.setattr(pool, "end_orphan", lambda run, pids: pytest.fail("signalled"))
     queue.complete(run, result(None))
-    pool.rescue(queue, dict(run, pid=1, worker=1), "no/such/lease", [12345678])
+    pool.rescue(queue, dict(run, pid=1, worker=1), "no/such/lease", {12345678})
 
 
 @pytest.mark.parametrize("script", ["", pytest.param(NO_PROC, marks=posix)])
@@ -2327,6 +2327,24 @@ def test_a_folder_that_somebody_has_locked_holds_up_nobody_for_ever(monkeypatch)
     enqueue(id="x")
     with queuectl.folder_lock("."):
         assert drain() == 0 and state("x") == "completed"
+
+
+@posix
+def test_an_orphan_that_nobody_can_prove_ends_when_its_job_is_cancelled():
+    """As without /proc: its leader is gone, and only its group's number is known."""
+    enqueue(NAP + " & wait", id="x")
+    pool = start_pool(count=1)
+    wait_until(lambda: naps() and ok("show", "x", "--json").json["runs"][0]["pid"])
+    leader = ok("show", "x", "--json").json["runs"][0]["pid"]
+    worker = workers_of(pool.pid)[0]
+    os.kill(worker, signal.SIGSTOP)  # it shall not see how its command ended
+    os.kill(leader, signal.SIGKILL)
+    kill_all(pool)
+    start_pool(count=1, script=NO_PROC)
+    assert "no pool seen from here" in ok("show", "x").out and naps()
+    ok("cancel", "x")
+    wait_until(lambda: state("x") == "dead")
+    assert not naps()
 
 
 @posix
