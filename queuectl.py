@@ -862,9 +862,10 @@ def catch_signals(numbers, handler):
         signal.signal(number, nothing)
 
 
-def ignore_wakes():
-    """Let a late wake do nothing: at its end Python gives up its handlers."""
-    signal.signal(WAKE_SIGNAL, signal.SIG_IGN)
+def ignore_signals():
+    """Let a late signal do nothing: at its end Python gives up its handlers."""
+    for number in (*STOP_SIGNALS, WAKE_SIGNAL):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def nothing(number, frame):
@@ -1260,10 +1261,11 @@ if os.name == "nt":
             [PYTHON, os.path.abspath(__file__), *sys.argv[1:]],
             env=dict(os.environ, QUEUECTL_DETACHED="1"), stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            # Not without any console: each worker would open a new one, to be seen.
             creationflags=subprocess.CREATE_NO_WINDOW)
-        told = popen.stdout.read().decode("utf-8", "replace").replace("\r\n", "\n")
+        told = popen.stdout.readline().decode("utf-8", "replace").strip()
         started = told.startswith(("pool ", "{"))
-        print(told, end="", file=sys.stdout if started else sys.stderr, flush=True)
+        print(told, file=sys.stdout if started else sys.stderr, flush=True)
         os._exit(0 if started else popen.wait() or 1)
 
     def keep_descriptors():
@@ -1307,8 +1309,10 @@ if os.name == "nt":
         for number in numbers:
             signal.signal(number, wake)
 
-    def ignore_wakes():
-        """Do nothing: a late wake hurts nobody."""
+    def ignore_signals():
+        """Let a late signal do nothing."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def process_ids():
         return []  # job objects end what a dead worker left
@@ -1627,7 +1631,7 @@ class Queue:
     def claim(self, worker, take_lease):
         """Give the next ready job to a worker, PENDING to PROCESSING; None without one.
 
-        `take_lease(name)` creates and locks the output file of the run. It is called
+        `take_lease(path)` creates and locks the output file of the run. It is called
         before anything is written: a claim that were committed before its lock is held
         would be taken for a dead worker's.
         """
@@ -1923,8 +1927,9 @@ class Queue:
         return [dict(row, lease=self.lease(row)) for row in rows]
 
     def lease(self, job):
-        """Return the name of the output file of a job's latest run."""
-        return "%s-%d-%d" % (self.token, job["seq"], job["run"])
+        """Return the path of the output file of a job's latest run."""
+        name = "%s-%d-%d" % (self.token, job["seq"], job["run"])
+        return os.path.join(beside(self.path, ".runs"), name)
 
     def counts(self):
         """Return how many jobs there are in each state."""
@@ -2231,7 +2236,7 @@ class Worker:
     def __init__(self, path, pool, slot, drain, log):
         self.path, self.drain, self.log = path, drain, log
         self.pool, self.slot = pool, slot
-        self.runs, self.hooks = beside(path, ".runs"), Hooks(log)
+        self.hooks = Hooks(log)
         self.queue = self.lease = self.trouble = None
         self.stopped = False
         catch_signals(STOP_SIGNALS, self.stop)
@@ -2309,8 +2314,8 @@ class Worker:
         self.hooks.reap()
         return run
 
-    def take(self, name):
-        self.lease = Lease(os.path.join(self.runs, name))
+    def take(self, path):
+        self.lease = Lease(path)
 
     def record(self, run, reason, result):
         if reason == "stop --now":
@@ -2477,7 +2482,7 @@ class Supervisor:
             self.log.info("pool stopped")
         finally:
             self.pool.ask("stop")  # whatever happened here, no worker goes on alone
-            ignore_wakes()
+            ignore_signals()
             self.pool.remove()
             with contextlib.suppress(OSError):  # not empty, other pools use it
                 os.rmdir(self.runs)
@@ -2585,54 +2590,46 @@ class Supervisor:
         """Look for jobs in PROCESSING that nobody runs."""
         # First the runs, then the workers: one that claimed a run was there before it.
         runs = queue.processing()
-        live, pools, notes, lost = set(), {os.getpid()}, {}, {}
+        workers, pools, notes = set(), {os.getpid()}, {}
         for pool in PoolFile.all(self.path, self.pool):
-            live.update(pool.workers())
+            workers.update(pool.workers())
             pools.update(pool.processes())
             notes.update(pool.notes())
-        for run in runs:
-            path = os.path.join(self.runs, run["lease"])
-            worker, free = run["worker"], lease_is_free(path, missing=False)
-            here = worker in live or was_there(worker, run["started_at"])
-            if free or (free is False and not here):
-                lost[path] = run
+        lost = {run["lease"]: run for run in runs if not attended(run, workers)}
         found = run_processes(lost) if lost else {}
         for path, run in lost.items():
             # A worker whose PID file was removed still holds its lease; in a container
             # it calls itself by another number. A pool that the run started is let be.
             holders = {pid for pid, holds in found[path].items() if holds}
-            if holders.isdisjoint({*live, run["worker"]}):
+            if holders.isdisjoint({*workers, run["worker"]}):
                 self.identify(queue, run, *notes.get(run["worker"], (None, 0)))
-                self.rescue(queue, run, path, found[path].keys() - pools)
+                self.rescue(queue, run, found[path].keys() - pools)
         known = {(run["seq"], run["run"]) for run in runs}
         self.orphans = {key: at for key, at in self.orphans.items() if key in known}
         self.unseen = False
 
     def identify(self, queue, run, pid, moment):
         """Record the command of a run that was killed before its worker did so."""
-        late = moment >= run["started_at"]  # what is noted is no earlier run's
-        if not run["pid"] and late and started_with(pid, moment):
+        noted = moment >= run["started_at"]  # or it is an earlier run's
+        if not run["pid"] and noted and started_with(pid, moment):
             run.update(pid=pid, started_at=moment)
             with queue.transaction():  # it waits for others, as note_pid alone does not
                 queue.note_pid(run)
 
-    def rescue(self, queue, run, path, processes):
+    def rescue(self, queue, run, processes):
         """Put a job back whose worker is gone, once none of its processes is left."""
-        if run["pid"] and started_with(run["pid"], run["started_at"]):
-            processes.add(run["pid"])
-        elif run["pid"] and leaderless(run["pid"]) and queue.cancelled(run):
-            processes.add(-run["pid"])
+        processes |= by_number(run, queue.cancelled(run))
         # It may have ended since it was listed; its background children are let be.
         if processes and queue.owned(run):
             self.end_orphan(run, processes)
         elif not processes:
             with queue.transaction():
-                free = lease_is_free(path)
-                state = free and queue.release(run, self.remains(queue, run, path))
+                free = lease_is_free(run["lease"])
+                state = free and queue.release(run, self.remains(queue, run))
             if state:
                 self.log.warning("%s worker died, %s", about(run), state)
                 with contextlib.suppress(FileNotFoundError):
-                    os.remove(path)
+                    os.remove(run["lease"])
                 queue.wake(self.pool)
             if state == "dead":
                 self.hooks.start(queue, run["id"])
@@ -2650,9 +2647,9 @@ class Supervisor:
             words = "%s did not end and was killed: %s"
             self.log.warning(words, about(run), sorted(processes))
 
-    def remains(self, queue, run, path):
+    def remains(self, queue, run):
         """Return the result of a run whose worker died."""
-        output = read_tail(path, queue.settings()["output_limit"])
+        output = read_tail(run["lease"], queue.settings()["output_limit"])
         return dict(
             exit_code=None, error="worker died", output=output, finished_at=queue.clock())
 
@@ -2664,8 +2661,9 @@ class Supervisor:
         with queue.transaction():  # no claim is under way meanwhile
             runs = queue.processing()
             with contextlib.suppress(FileNotFoundError):
-                for name in set(os.listdir(self.runs)) - {run["lease"] for run in runs}:
-                    remove_free(os.path.join(self.runs, name))
+                paths = {os.path.join(self.runs, name) for name in os.listdir(self.runs)}
+                for path in paths - {run["lease"] for run in runs}:
+                    remove_free(path)
             workers = {run["worker"] for run in runs}
             for pool in PoolFile.all(self.path, self.pool):
                 dead = pool is not self.pool and not pool.alive()
@@ -2676,6 +2674,29 @@ class Supervisor:
         """Tell whether a drained pool leaves a job that ended dead."""
         self.tidy(queue)
         return self.drain and queue.dead_since(self.began, self.pids)
+
+
+def attended(run, workers):
+    """Tell whether a run may well have its worker: its lease is held, and it is there.
+
+    Another user's lease can't be looked at: that is his pool's business.
+    """
+    free = lease_is_free(run["lease"], missing=False)
+    there = run["worker"] in workers or was_there(run["worker"], run["started_at"])
+    return free is None or (not free and there)
+
+
+def by_number(run, cancelled):
+    """Return what is known of a lost run by its recorded number alone.
+
+    It is a process that started with it; or, if that is gone and something holds the
+    lease yet, its process group, only for who cancelled the job: that is no proof.
+    """
+    pid = run["pid"]
+    if pid and started_with(pid, run["started_at"]):
+        return {pid}
+    held = lease_is_free(run["lease"]) is False
+    return {-pid} if pid and cancelled and held and leaderless(pid) else set()
 
 
 def work(path, pool_path, slot, drain):
@@ -2811,7 +2832,7 @@ def why_waiting(queue, job, pools):
         busy = job["id"] in [worker["job"] for worker in pools]
         if busy or not queue.owned(job):
             return None
-        free = lease_is_free(run_path(queue, job), missing=False)
+        free = lease_is_free(queue.lease(job), missing=False)
         return (DIED if free else LOST) + no_pool
     if job["state"] not in ("pending", "failed"):
         return None
@@ -3066,10 +3087,6 @@ def run_of(queue, job, attempt):
     return runs[-1]
 
 
-def run_path(queue, job):
-    return os.path.join(beside(queue.path, ".runs"), queue.lease(job))
-
-
 def write_bytes(output):
     sys.stdout.flush()
     sys.stdout.buffer.write(output)
@@ -3087,7 +3104,7 @@ def follow(queue, id):
         queue.check_there()
         job = queue.job(id)
     try:
-        file = open(run_path(queue, job), "rb")
+        file = open(queue.lease(job), "rb")
     except FileNotFoundError:
         return write_bytes(queue.output(job) or b"")
     with file:
@@ -3187,7 +3204,7 @@ def output_of(queue, job, run):
     if output is None and (run or job["run"]) == job["run"]:
         # A run that ended between the two looks has its output in the database now.
         limit = queue.settings()["output_limit"]
-        output = read_tail(run_path(queue, job), limit) or queue.output(job, run)
+        output = read_tail(queue.lease(job), limit) or queue.output(job, run)
     return output or b""
 
 

@@ -6,6 +6,7 @@ killed. Nothing sleeps to wait for something: `wait_until` does, with a deadline
 import ast
 import atexit
 import contextlib
+import ctypes
 import http.client
 import inspect
 import io
@@ -41,6 +42,9 @@ else:
 
 posix = pytest.mark.skipif(os.name != "posix", reason="is about what only POSIX has")
 forked = pytest.mark.skipif(os.name != "posix", reason="breaks workers, fresh there")
+piped = pytest.mark.skipif(
+    os.name != "posix" and hasattr(ctypes.WinDLL("ntdll"), "wine_get_version"),
+    reason="wine's console keeps the pipes of who started it")
 
 SCRIPT = os.path.abspath(queuectl.__file__)
 HERE = os.path.dirname(SCRIPT)
@@ -306,7 +310,7 @@ def add(queue, *given, **fields):
 
 
 def claim(queue):
-    return queue.claim(1, lambda name: None)
+    return queue.claim(1, lambda path: None)
 
 
 def result(error="exit 1", **fields):
@@ -942,8 +946,7 @@ def test_follow_of_what_will_not_run_ends():
 def test_follow_ends_when_the_worker_died_and_no_pool_is_there(queue):
     add(queue)
     leases = []
-    runs = queuectl.beside(queue.path, ".runs")
-    queue.claim(1, lambda name: leases.append(queuectl.Lease(os.path.join(runs, name))))
+    queue.claim(1, lambda path: leases.append(queuectl.Lease(path)))
     os.close(leases[0].fd)
     assert "died" in refused("logs", "-f", "job")
 
@@ -1010,13 +1013,14 @@ def test_show_says_in_words_why_a_job_is_not_running(queue, clock):
     run = claim(queue)
     os.mkdir("queuectl.runs")
     assert why("a") is None and why("a", [{"job": None}]) == queuectl.LOST
-    with open(os.path.join(queuectl.beside(queue.path, ".runs"), run["lease"]), "w"):
+    with open(run["lease"], "w"):
         assert why("a", ()) == queuectl.DIED + "; " + queuectl.NO_POOL
     queue.fail(run, result("exit 1"))
     assert why("a") == "try 2 in 2.0s" and why("a", ()).endswith("worker start")
     assert "waiting:     due" in ok("show", "c").out
 
 
+@piped
 def test_a_detached_pool_goes_on_and_its_start_is_told():
     assert script("worker", "start", "--detach", "--count", "2").stdout.startswith("pool ")
     workers = ok("status", "--json").json["workers"]
@@ -2070,8 +2074,7 @@ def test_a_worker_that_holds_its_lease_is_no_orphan(queue, monkeypatch, removed)
     """Whatever the clock says, and if its PID file and its output were removed."""
     add(queue)
     lease = []
-    queue.claim(os.getpid(), lambda name: lease.append(
-        queuectl.Lease(os.path.abspath("queuectl.runs/" + name))))
+    queue.claim(os.getpid(), lambda path: lease.append(queuectl.Lease(path)))
     if removed:
         os.remove(lease[0].path)
     pool = supervisor(queue)
@@ -2086,8 +2089,7 @@ def test_a_worker_that_holds_its_lease_is_no_orphan(queue, monkeypatch, removed)
 def test_a_worker_in_a_container_has_another_number_and_is_no_orphan(queue, monkeypatch):
     add(queue)
     lease = []
-    queue.claim(7, lambda name: lease.append(
-        queuectl.Lease(os.path.abspath("queuectl.runs/" + name))))
+    queue.claim(7, lambda path: lease.append(queuectl.Lease(path)))
     pool = supervisor(queue)
     monkeypatch.setattr(queuectl.PoolFile, "workers", lambda self: [os.getpid()])
     monkeypatch.setattr(pool, "end_orphan", lambda run, pids: pytest.fail("signalled"))
@@ -2103,7 +2105,7 @@ def test_a_process_with_the_number_of_a_worker_elsewhere_keeps_no_job():
     """The database was copied to this machine without its outputs."""
     enqueue(id="job")
     with queuectl.Queue("queuectl.db") as queue:
-        queue.claim(os.getppid(), lambda name: None)
+        queue.claim(os.getppid(), lambda path: None)
         supervisor(queue).look(queue)
         assert queue.job("job")["state"] == "pending"
 
@@ -2113,7 +2115,7 @@ def test_the_notes_of_a_killed_pool_stay_while_a_run_may_need_them(queue):
     pool = queuectl.PoolFile.create(queue.path)
     pool.note(1, 2**22, 0)
     pool.close()
-    run = queue.claim(os.getpid(), lambda name: None)
+    run = queue.claim(os.getpid(), lambda path: None)
     supervisor(queue).tidy(queue)
     assert os.path.exists(pool.path)
     queue.complete(run, result(None))
@@ -2249,7 +2251,7 @@ def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatc
     pool = supervisor(queue)
     monkeypatch.setattr(pool, "end_orphan", lambda run, pids: pytest.fail("signalled"))
     queue.complete(run, result(None))
-    pool.rescue(queue, dict(run, pid=1, worker=1), "no/such/lease", {12345678})
+    pool.rescue(queue, dict(run, pid=1, worker=1), {12345678})
 
 
 @pytest.mark.parametrize("script", ["", pytest.param(NO_PROC, marks=posix)])
@@ -2276,8 +2278,7 @@ def test_an_orphan_that_nobody_can_prove_is_left_until_it_ends(monkeypatch, queu
     monkeypatch.setattr(queuectl, "process_ids", lambda: [])
     add(queue)
     held = []
-    queue.claim(2**30, lambda name: held.append(
-        queuectl.Lease(os.path.abspath("queuectl.runs/" + name))))
+    queue.claim(2**30, lambda path: held.append(queuectl.Lease(path)))
     pool = supervisor(queue)
     pool.look(queue)
     assert queue.job("job")["state"] == "processing"
@@ -2352,7 +2353,7 @@ def test_a_stranger_with_the_recorded_pid_survives(queue):
     """The run's number was given to another process after everything had died."""
     with subprocess.Popen(["sleep", "66.25"], start_new_session=True) as stranger:
         add(queue)
-        run = queue.claim(stranger.pid, lambda name: None)
+        run = queue.claim(stranger.pid, lambda path: None)
         queue.note_pid(dict(run, pid=stranger.pid))
         supervisor(queue).look(queue)
         assert queue.job("job")["state"] == "pending"
