@@ -428,6 +428,25 @@ def opened(path, flags=os.O_RDONLY):
         os.close(fd)
 
 
+def wait_until(condition, seconds):
+    """Wait until something holds or the time is over; return whether it does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(TICK / 20)
+    return True
+
+
+def take_lock(fd, shared=False):
+    """Take the lock of an open file; False if another has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
+        return True
+    except BlockingIOError:
+        return False
+
+
 @contextlib.contextmanager
 def folder_lock(path, patience=0.0):
     """Let one process at a time change which files a folder has; yield whether it may.
@@ -435,18 +454,11 @@ def folder_lock(path, patience=0.0):
     Not for ever: somebody may have started us by `flock FOLDER queuectl.py …`.
     """
     with opened(path) as fd:
-        deadline, locked = time.monotonic() + patience, False
-        while not locked:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locked = True
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    break
-                time.sleep(0.01)
-            except OSError as error:
-                words = "%s: the file system has no locks (%s); take a local disk"
-                raise QueueError(words % (shown(path), error.strerror)) from None
+        try:
+            locked = wait_until(lambda: take_lock(fd), patience)
+        except OSError as error:
+            words = "%s: the file system has no locks (%s); take a local disk"
+            raise QueueError(words % (shown(path), error.strerror)) from None
         yield locked
 
 
@@ -464,8 +476,7 @@ def open_lease(path):
     """
     fd = create_private(path)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(fd).st_nlink == 0:  # taken for a leftover before it was locked
+        if not take_lock(fd) or os.fstat(fd).st_nlink == 0:  # taken for a leftover
             raise FileNotFoundError("%s was removed" % path)
     except OSError:
         os.close(fd)
@@ -481,12 +492,9 @@ def lease_is_free(path, missing=True):
     """
     try:
         with opened(path) as fd:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return True
+            return take_lock(fd, shared=True)
     except FileNotFoundError:
         return missing
-    except BlockingIOError:
-        return False
     except PermissionError:
         return None
 
@@ -494,8 +502,8 @@ def lease_is_free(path, missing=True):
 def remove_free(path):
     """Remove an output file that nobody holds; one that is held stays."""
     with contextlib.suppress(OSError), opened(path) as fd:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.remove(path)
+        if take_lock(fd):
+            os.remove(path)
 
 
 def lock_byte(fd, at, length=1):
@@ -1126,7 +1134,8 @@ if os.name == "nt":
         """Lock bytes of a PID file for this process alone; False if it can't."""
         own, taken = HELD.setdefault(fd, set()), []
         for place in set(range(at, at + length)) - own:
-            if not insistently(try_lock, fd, place, 1):
+            # Somebody may just be looking whether it is locked.
+            if not wait_until(lambda: try_lock(fd, place, 1), TICK / 4):
                 for other in taken:
                     unlock(fd, other, 1)
                 return False
@@ -1135,10 +1144,6 @@ if os.name == "nt":
         if length == 1:
             write_at(fd, b"%-11d" % os.getpid(), number_place(at))
         return True
-
-    def insistently(action, *args):
-        """Try a few times: somebody may just be looking whether a byte is locked."""
-        return any(action(*args) or time.sleep(0.002) for _ in range(20))
 
     def byte_holder(fd, at, length=1):
         """Return the pid of a process that has locked a byte, or None."""
@@ -1648,9 +1653,9 @@ class Queue:
                 return None
             values = self.settings()
             launcher = row["launcher"] or values["launcher"]
-            run = dict(row, worker=worker, pid=None, started_at=now, lease=self.lease(row),
-                       launcher=None if launcher == "none" else launcher,
-                       output_limit=values["output_limit"])
+            run = dict(row, worker=worker, pid=None, started_at=now,
+                       lease=self.lease(row), output_limit=values["output_limit"],
+                       launcher=None if launcher == "none" else launcher)
             take_lease(run["lease"])
             self.db.execute(
                 "UPDATE jobs SET state = 'processing', attempts = :attempt, run = :run,"
@@ -1783,8 +1788,8 @@ class Queue:
 
     def _revive(self, job):
         return self.db.execute(
-            "UPDATE jobs SET state = 'pending', attempts = 0, deaths = 0, cancelled = 0,"
-            " error = NULL, ready = 1, run_at = :now, updated_at = :now"
+            "UPDATE jobs SET state = 'pending', attempts = 0, deaths = 0,"
+            " cancelled = 0, error = NULL, ready = 1, run_at = :now, updated_at = :now"
             " WHERE seq = :seq AND state = 'dead'",
             {"seq": job["seq"], "now": self.clock()},
         ).rowcount
@@ -2201,16 +2206,14 @@ class Hooks:
             if hook.poll():
                 self.log.error("on_dead: %s", how_it_ended(hook.code)[1])
         self.running = [hook for hook in self.running if hook.code is None]
+        return len(self.running)
 
     def wait_for_room(self, most):
         """Wait a while until fewer than so many run.
 
         A command that hangs would else be started for each of a thousand dead jobs.
         """
-        deadline = time.monotonic() + GRACE
-        while len(self.running) >= most and time.monotonic() < deadline:
-            time.sleep(TICK / 10)
-            self.reap()
+        wait_until(lambda: self.reap() < most, GRACE)
 
 
 def how_it_ended(code):
@@ -2650,8 +2653,8 @@ class Supervisor:
     def remains(self, queue, run):
         """Return the result of a run whose worker died."""
         output = read_tail(run["lease"], queue.settings()["output_limit"])
-        return dict(
-            exit_code=None, error="worker died", output=output, finished_at=queue.clock())
+        return dict(exit_code=None, error="worker died", output=output,
+                    finished_at=queue.clock())
 
     def tidy(self, queue):
         """Remove output files of no run, and PID files of killed pools.
@@ -2660,11 +2663,13 @@ class Supervisor:
         """
         with queue.transaction():  # no claim is under way meanwhile
             runs = queue.processing()
-            with contextlib.suppress(FileNotFoundError):
-                paths = {os.path.join(self.runs, name) for name in os.listdir(self.runs)}
-                for path in paths - {run["lease"] for run in runs}:
-                    remove_free(path)
+            leases = {run["lease"] for run in runs}
             workers = {run["worker"] for run in runs}
+            with contextlib.suppress(FileNotFoundError):
+                for name in os.listdir(self.runs):
+                    path = os.path.join(self.runs, name)
+                    if path not in leases:
+                        remove_free(path)
             for pool in PoolFile.all(self.path, self.pool):
                 dead = pool is not self.pool and not pool.alive()
                 if dead and workers.isdisjoint(pool.notes()):
@@ -2954,7 +2959,7 @@ def answer_jobs(args, jobs, lines):
 
 def cmd_enqueue(args, queue):
     options, names = enqueue_options(args), []
-    defaults = queue.defaults(args.cwd)  # or no --cwd would help in a folder that is gone
+    defaults = queue.defaults(args.cwd)  # we may be in a folder that is gone
 
     def made(given):
         job = checked_job(overridden(given, options), defaults)
