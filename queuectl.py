@@ -626,9 +626,11 @@ def start_shell(line, cwd, env, lease=None, input_fd=None, launcher=None):
 
 def shell_words(words):
     """Return the shell line that runs these words; a single one is a line already."""
+    if len(words) == 1:
+        return words[0]
     import shlex
 
-    return words[0] if len(words) == 1 else " ".join(map(shlex.quote, words))
+    return " ".join(map(shlex.quote, words))
 
 
 def background():
