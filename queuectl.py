@@ -296,14 +296,13 @@ def public(job):
     return dict(shown, env=json.loads(job["env"] or "{}"))
 
 
-def nearest(word, words):
-    """Return "; did you mean …?" for the likeliest of WORDS, or all of them."""
+def unknown(what, word, words):
+    """Return the refusal of a word, with the likeliest of WORDS, or all of them."""
     from difflib import get_close_matches
 
     close = get_close_matches(word.lower(), words, 1, 0.5)
-    if close:
-        return "; did you mean %s?" % close[0]
-    return "; there are: " + ", ".join(words)
+    hint = "did you mean %s?" % close[0] if close else "there are: " + ", ".join(words)
+    return QueueError("unknown %s; %s" % (what, hint), 2)
 
 
 def checked(name, check, value):
@@ -322,12 +321,11 @@ def checked_job(given, defaults):
         raise QueueError('a job is a JSON object like {"command": "echo hi"}', 2)
     job = defaults.copy()
     for name, value in given.items():
-        check = FIELDS.get(name)
-        if check is None and name not in PUBLIC and name != "runs":
-            known = nearest(name, FIELDS)
-            raise QueueError("unknown field %s%s" % (json.dumps(name), known), 2)
-        if check is not None and value is not None:
-            job[name] = checked(name, check, value)
+        if name in FIELDS:
+            if value is not None:
+                job[name] = checked(name, FIELDS[name], value)
+        elif name not in PUBLIC and name != "runs":
+            raise unknown("field " + json.dumps(name), name, FIELDS)
     if job["command"] is None:
         raise QueueError("command: missing; a job needs a shell command", 2)
     if job["delay"] is not None and job["run_at"] is not None:
@@ -366,8 +364,7 @@ def setting_name(key):
     """Return the name of a setting, spelt with - or _ and in any case."""
     name = key.lower().replace("-", "_")
     if name not in SETTINGS:
-        known = nearest(name, SETTINGS)
-        raise QueueError("unknown setting %s%s" % (shown(key), known), 2)
+        raise unknown("setting " + shown(key), name, SETTINGS)
     return name
 
 
@@ -3365,7 +3362,7 @@ def arg(*names, **options):
 
 def state_name(text):
     if text.lower() not in STATES:
-        raise QueueError("unknown state %s%s" % (shown(text), nearest(text, STATES)), 2)
+        raise unknown("state " + shown(text), text, STATES)
     return text.lower()
 
 
@@ -3510,8 +3507,7 @@ def command_named(words):
     name = ALIASES.get(" ".join(names), " ".join(names))
     if name and name not in COMMANDS and name not in groups:
         known = [command for command in COMMANDS if command.startswith(names[0] + " ")]
-        hint = nearest(name, known or firsts)
-        raise QueueError("unknown command %s%s" % (shown(name), hint), 2)
+        raise unknown("command " + shown(name), name, known or firsts)
     return name, options + words
 
 
