@@ -118,13 +118,11 @@ def backoff(base, attempts, longest):
 
 def seconds(value):
     """Return a duration in seconds from a number or text like 90, 90s, 10m, 2h, 7d."""
-    if isinstance(value, str):
-        text = value.strip().lower()
-        unit = UNITS.get(text[-1:])
-        return float(text[:-1]) * unit if unit else float(text)
-    if type(value) not in (int, float):
-        raise ValueError
-    return float(value)
+    if type(value) in (int, float):
+        return float(value)
+    text = value.strip().lower()
+    unit = UNITS.get(text[-1:])
+    return float(text[:-1]) * unit if unit else float(text)
 
 
 def epoch(value):
@@ -134,7 +132,7 @@ def epoch(value):
     text = value.strip().upper().replace("Z", "+00:00")
     if not re.fullmatch(r"\d{8}", text):  # 20260131 is a date, no moment of 1970
         with contextlib.suppress(ValueError):
-            return seconds(text + "s")
+            return float(text)
     return datetime.fromisoformat(text).timestamp()
 
 
@@ -270,7 +268,6 @@ FIELDS = {
     # Here `none` is a value: no launcher, whatever the setting is.
     "launcher": lambda value: value if value == "none" else prefix(value),
 }
-NO_FIELDS = dict.fromkeys(FIELDS)
 
 # What JSON shows of a job, in this order. Those that are no field above are queuectl's
 # own: taken and ignored, so that one queue's `list --json` is another's `enqueue -`.
@@ -333,8 +330,8 @@ def checked_job(given, defaults):
     return job
 
 
-QUOTED = r'''in cmd "{\"id\":\"job1\",\"command\":\"echo hi\"}", in PowerShell ''' \
-    r"""'{\"id\":\"job1\",\"command\":\"echo hi\"}'"""
+ESCAPED = r"{\"id\":\"job1\",\"command\":\"echo hi\"}"
+QUOTED = "in cmd \"%s\", in PowerShell '%s'" % (ESCAPED, ESCAPED)
 
 
 def parsed(text):
@@ -1563,8 +1560,9 @@ class Queue:
         """Return the fields of a job that gives none: from the settings, as of now."""
         values = self.settings()
         return dict(
-            NO_FIELDS, max_retries=values["max_retries"], timeout=values["timeout"],
-            priority=0, cwd=checked("cwd", folder, cwd or utf8(os.getcwd())))
+            dict.fromkeys(FIELDS), priority=0,
+            max_retries=values["max_retries"], timeout=values["timeout"],
+            cwd=checked("cwd", folder, cwd or utf8(os.getcwd())))
 
     def add(self, command, **fields):
         """Check and enqueue one job, with the fields of its JSON; return its id."""
