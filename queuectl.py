@@ -1680,30 +1680,25 @@ class Queue:
 
     def fail(self, run, result):
         """PROCESSING to FAILED, to be tried again after the backoff, or to DEAD."""
-        if self.cancelled(run):
-            return self._leave(run, result, "dead", "cancelled")
         if run["attempt"] >= max(1, run["max_retries"]):
             return self._leave(run, result, "dead", result["error"])
         values = self.settings()
         wait = backoff(values["backoff_base"], run["attempt"], values["backoff_max"])
         due = min(self.clock() + wait, MAX_TIME)
-        changes = ", ready = 0, run_at = ?"
-        return self._leave(run, result, "failed", result["error"], changes, due)
+        return self._leave(run, result, "failed", result["error"], ready=0, run_at=due)
 
     def release(self, run, result):
         """PROCESSING back to PENDING; the attempt, no fault of the job, is given back.
 
         A job whose worker died too often is DEAD: it may be what kills them.
         """
-        if self.cancelled(run):
-            return self._leave(run, result, "dead", "cancelled")
-        died = result["error"] == "worker died"
         deaths = self._value("SELECT deaths FROM jobs WHERE seq = ?", run["seq"]) or 0
-        if died and deaths + 1 >= MAX_DEATHS:
-            error = "worker died %d times" % MAX_DEATHS
-            return self._leave(run, result, "dead", error, ", deaths = ?", MAX_DEATHS)
-        changes = ", attempts = attempts - 1, deaths = deaths + ?"
-        return self._leave(run, result, "pending", None, changes, int(died))
+        deaths += result["error"] == "worker died"
+        if deaths >= MAX_DEATHS:
+            error = "worker died %d times" % deaths
+            return self._leave(run, result, "dead", error, deaths=deaths)
+        rest = run["attempt"] - 1
+        return self._leave(run, result, "pending", None, attempts=rest, deaths=deaths)
 
     def owned(self, run):
         """Tell whether a run still owns its job."""
@@ -1714,14 +1709,17 @@ class Queue:
         """Tell whether a job is to be cancelled: DEAD as soon as its run has ended."""
         return bool(self._value("SELECT cancelled FROM jobs WHERE seq = ?", run["seq"]))
 
-    def _leave(self, run, result, state, error, changes="", *values):
+    def _leave(self, run, result, state, error, **changes):
         """Move a job out of PROCESSING if this run still owns it; record the run."""
         with self.transaction():
+            if state != "completed" and self.cancelled(run):
+                state, error, changes = "dead", "cancelled", {}
+            changes.update(state=state, error=error, updated_at=self.clock())
+            columns = ", ".join(name + " = ?" for name in changes)
             moved = self.db.execute(
-                "UPDATE jobs SET state = ?, error = ?, updated_at = ?" + changes +
+                "UPDATE jobs SET " + columns +
                 " WHERE seq = ? AND state = 'processing' AND run = ?",
-                (state, error, self.clock(), *values, run["seq"], run["run"]),
-            ).rowcount
+                (*changes.values(), run["seq"], run["run"])).rowcount
             if moved:
                 self.db.execute(
                     "UPDATE runs SET pid = :pid, started_at = :started_at,"
