@@ -1591,22 +1591,21 @@ class Queue:
                 yield job
 
         with self.transaction():
-            before = self._last_seq()
             try:
-                self.db.executemany(
+                added = self.db.executemany(
                     "INSERT INTO jobs (id, command, max_retries, priority, run_at,"
                     " ready, timeout, cwd, env, launcher, created_at, updated_at)"
                     " VALUES (:id, :command, :max_retries, :priority, :run_at,"
                     " :run_at <= :now, :timeout, :cwd, :env, :launcher, :now, :now)",
-                    rows())
+                    rows()).rowcount
             except sqlite3.IntegrityError:
                 words = "there is a job %s already"
                 raise QueueError(words % shown(job["id"])) from None
-            last = self._last_seq()
-            added = "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'"
-            self.db.execute(added, (last - before,))
+            count = "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'"
+            self.db.execute(count, (added,))
+            last = self._value("SELECT MAX(seq) FROM jobs") or 0
         self.wake()
-        return before + 1, last
+        return last - added + 1, last
 
     def _under_way(self, id):
         """Tell whether a job waits or runs; one that has finished makes room."""
@@ -1616,9 +1615,6 @@ class Queue:
         if state in ("completed", "dead"):
             self.delete([id])
         return state in ("pending", "failed", "processing")
-
-    def _last_seq(self):
-        return self._value("SELECT seq FROM sqlite_sequence WHERE name = 'jobs'") or 0
 
     def _new_id(self):
         """Return a short id that no job has, without letters that look alike."""
