@@ -1532,6 +1532,10 @@ class Queue:
         finally:
             self.db.execute("PRAGMA busy_timeout = %d" % (1000 * self.patience))
 
+    def _change(self, sql, *values):
+        """Execute a guarded statement; the count of rows that it met is the answer."""
+        return self.db.execute(sql, values).rowcount
+
     def _rows(self, sql, *values):
         return self.db.execute(sql, values).fetchall()
 
@@ -1712,10 +1716,10 @@ class Queue:
                 state, error, changes = "dead", "cancelled", {}
             changes.update(state=state, error=error, updated_at=self.clock())
             columns = ", ".join(name + " = ?" for name in changes)
-            moved = self.db.execute(
+            moved = self._change(
                 "UPDATE jobs SET " + columns +
                 " WHERE seq = ? AND state = 'processing' AND run = ?",
-                (*changes.values(), run["seq"], run["run"])).rowcount
+                *changes.values(), run["seq"], run["run"])
             if moved:
                 self.db.execute(
                     "UPDATE runs SET pid = :pid, started_at = :started_at,"
@@ -1739,33 +1743,24 @@ class Queue:
 
         Return the state of each job by its id.
         """
-        now = self.clock()
         with self.transaction():
-            for job in self._jobs_named(ids):
-                row = {"seq": job["seq"], "now": now}
-                waiting = self.db.execute(
-                    "UPDATE jobs SET state = 'dead', error = 'cancelled', ready = 1,"
-                    " updated_at = :now WHERE seq = :seq"
-                    " AND state IN ('pending', 'failed')", row
-                ).rowcount
-                running = self.db.execute(
-                    "UPDATE jobs SET cancelled = 1"
-                    " WHERE seq = :seq AND state = 'processing'", row
-                ).rowcount
-                if not waiting and not running:
-                    words = "job %s is %s already"
-                    raise QueueError(words % (shown(job["id"]), job["state"]))
-            states = {job["id"]: job["state"] for job in self._jobs_named(ids)}
+            self._each(ids, self._cancel, "job %(id)s is %(state)s already")
+            states = {id: self.job(id)["state"] for id in ids}
         self.wake()
         return states
 
+    def _cancel(self, job):
+        return self._change(
+            "UPDATE jobs SET state = 'dead', error = 'cancelled', ready = 1,"
+            " updated_at = ? WHERE seq = ? AND state IN ('pending', 'failed')",
+            self.clock(), job["seq"],
+        ) or self._change(
+            "UPDATE jobs SET cancelled = 1 WHERE seq = ? AND state = 'processing'",
+            job["seq"])
+
     def retry(self, ids):
         """DEAD to PENDING with attempts 0, all or none."""
-        with self.transaction():
-            for job in self._jobs_named(ids):
-                if not self._revive(job):
-                    words = "job %s is %s, not dead"
-                    raise QueueError(words % (shown(job["id"]), job["state"]))
+        self._each(ids, self._revive, "job %(id)s is %(state)s, not dead")
         self.wake()
 
     def retry_all(self):
@@ -1778,20 +1773,22 @@ class Queue:
         return count
 
     def _revive(self, job):
-        return self.db.execute(
+        now = self.clock()
+        return self._change(
             "UPDATE jobs SET state = 'pending', attempts = 0, deaths = 0,"
-            " cancelled = 0, error = NULL, ready = 1, run_at = :now, updated_at = :now"
-            " WHERE seq = :seq AND state = 'dead'",
-            {"seq": job["seq"], "now": self.clock()},
-        ).rowcount
+            " cancelled = 0, error = NULL, ready = 1, run_at = ?, updated_at = ?"
+            " WHERE seq = ? AND state = 'dead'", now, now, job["seq"])
 
     def delete(self, ids):
         """Remove jobs and their runs, all or none; a running one is refused."""
+        self._each(ids, self._remove_one, "job %(id)s is running")
+
+    def _each(self, ids, verb, refusal):
+        """Apply a verb to each of these jobs, all or none."""
         with self.transaction():
-            for job in self._jobs_named(ids):
-                if job["state"] == "processing":
-                    raise QueueError("job %s is running" % shown(job["id"]))
-                self._remove_one(job)
+            for job in [self.job(id) for id in dict.fromkeys(ids)]:
+                if not verb(job):
+                    raise QueueError(refusal % dict(job, id=shown(job["id"])))
 
     def delete_all(self, states, before=MAX_INTEGER, dry_run=False):
         """Remove the jobs in these states that changed last before a time.
@@ -1836,13 +1833,11 @@ class Queue:
         return count
 
     def _remove_one(self, job):
-        row = (job["seq"], job["state"], job["updated_at"])
-        removed = self.db.execute(
+        removed = self._change(
             "DELETE FROM jobs WHERE seq = ? AND state = ? AND updated_at = ?"
-            " AND state <> 'processing'", row
-        ).rowcount
+            " AND state <> 'processing'", job["seq"], job["state"], job["updated_at"])
         if removed:
-            self.db.execute("DELETE FROM runs WHERE seq = ?", row[:1])
+            self._change("DELETE FROM runs WHERE seq = ?", job["seq"])
         return removed
 
     def _give_back(self):
@@ -1860,9 +1855,6 @@ class Queue:
         if not row:
             raise QueueError(NO_JOB + shown(id))
         return row
-
-    def _jobs_named(self, ids):
-        return [self.job(id) for id in dict.fromkeys(ids)]
 
     def jobs(self, state=None, limit=0, **pages):
         """Yield jobs, oldest first; LIMIT 0 is all."""
