@@ -1533,7 +1533,7 @@ class Queue:
             self.db.execute("PRAGMA busy_timeout = %d" % (1000 * self.patience))
 
     def _change(self, sql, *values):
-        """Execute a guarded statement; the count of rows that it met is the answer."""
+        """Execute a statement; how many rows it found to change is the answer."""
         return self.db.execute(sql, values).rowcount
 
     def _rows(self, sql, *values):
@@ -1606,7 +1606,7 @@ class Queue:
                 words = "there is a job %s already"
                 raise QueueError(words % shown(job["id"])) from None
             count = "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'"
-            self.db.execute(count, (added,))
+            self._change(count, added)
             last = self._value("SELECT MAX(seq) FROM jobs") or 0
         self.wake()
         return last - added + 1, last
@@ -1938,9 +1938,8 @@ class Queue:
                 if state not in ("completed", "dead"):
                     states[id] = self.job(id)["state"]
             known = list(states.values())
-            counts = self.counts()
-            if ids is not None:
-                counts = {state: known.count(state) for state in STATES}
+            named = {state: known.count(state) for state in STATES}
+            counts = self.counts() if ids is None else named
             tell(counts)
             if not counts["pending"] + counts["processing"] + counts["failed"]:
                 return counts
@@ -1995,19 +1994,17 @@ class Queue:
             " SUM(attempt > 1) AS retries, SUM(finished_at >= ?) AS latest"
             " FROM runs WHERE finished_at >= ? GROUP BY bar",
             since, period / BARS, BARS - 1, now - 60, since)
+        latest = sum(row["latest"] for row in rows)
         total = {key: sum(row[key] for row in rows)
-                 for key in ("completed", "failed", "retries", "latest")}
+                 for key in ("completed", "failed", "retries")}
         runs = total["completed"] + total["failed"]
         bars = [{"completed": 0, "failed": 0} for _ in range(BARS)]
         for row in rows:
             bars[row["bar"]] = {key: row[key] for key in ("completed", "failed")}
         return {
-            "since": iso(since), "seconds": now - since, "runs": runs,
-            "completed": total["completed"], "failed": total["failed"],
-            "retries": total["retries"],
+            "since": iso(since), "seconds": now - since, "runs": runs, **total,
             "success_rate": total["completed"] / runs if runs else None,
-            "per_second": runs / period,
-            "per_second_now": total["latest"] / min(60, period),
+            "per_second": runs / period, "per_second_now": latest / min(60, period),
             **self._sample(since), "bar_seconds": period / BARS, "throughput": bars,
         }
 
@@ -2059,12 +2056,10 @@ class Queue:
 
     def set(self, name, value):
         query = "INSERT OR REPLACE INTO config VALUES (?, ?)"
-        with self.transaction():
-            self.db.execute(query, (name, json.dumps(value)))
+        self._change(query, name, json.dumps(value))
 
     def unset(self, name):
-        with self.transaction():
-            self.db.execute("DELETE FROM config WHERE key = ?", (name,))
+        self._change("DELETE FROM config WHERE key = ?", name)
 
 
 # ======================================================================================
