@@ -2025,15 +2025,13 @@ class Queue:
         errors = self._rows(
             "SELECT error, COUNT(*) AS runs FROM recent WHERE error IS NOT NULL"
             " GROUP BY error ORDER BY runs DESC LIMIT 5")
-        bins = "".join(
-            " WHEN spent < %g THEN %d" % (below, bin) for bin, below in enumerate(BINS))
-        counts = dict(self._rows(
-            "SELECT CASE%s ELSE %d END AS bin, COUNT(*) FROM recent GROUP BY bin"
-            % (bins, len(BINS))))
+        between = "SELECT COUNT(*) FROM recent WHERE spent >= ? AND spent < ?"
+        bins = zip([-MAX_SPAN, *BINS], [*BINS, None])
         return {
             "run_time": self._spread("spent"), "waiting_time": self._spread("waited"),
-            "run_times": [{"below": below, "runs": counts.get(bin, 0)}
-                          for bin, below in enumerate([*BINS, None])],
+            "run_times": [
+                {"below": high, "runs": self._value(between, low, high or MAX_SPAN)}
+                for low, high in bins],
             "slowest_commands": list(map(dict, slowest)),
             "common_errors": list(map(dict, errors)),
         }
