@@ -220,11 +220,11 @@ def prefix(value):
     import shutil
 
     try:
-        words = shlex.split(shell_line(value))
+        program = shlex.split(shell_line(value))[0]
+        if not shutil.which(program):
+            raise ValueError("no program " + program)
     except ValueError as error:
         raise ValueError("the beginning of a command: %s" % error) from None
-    if not shutil.which(words[0]):
-        raise ValueError("the beginning of a command: no program %s" % words[0])
     return value
 
 
@@ -1764,11 +1764,9 @@ class Queue:
         self.wake()
 
     def retry_all(self):
-        """Retry every dead job, a page in a transaction; return how many there were."""
-        count = 0
-        for page in self._pages("dead", what=BRIEF):
-            with self.transaction():
-                count += sum(map(self._revive, page))
+        """Retry every dead job; return how many there were."""
+        pages = self._pages("dead", what=BRIEF)
+        count = sum(self._in_slices(self._revive, page) for page in pages)
         self.wake()
         return count
 
@@ -1781,7 +1779,7 @@ class Queue:
 
     def delete(self, ids):
         """Remove jobs and their runs, all or none; a running one is refused."""
-        self._each(ids, self._remove_one, "job %(id)s is running")
+        self._each(ids, self._remove, "job %(id)s is running")
 
     def _each(self, ids, verb, refusal):
         """Apply a verb to each of these jobs, all or none."""
@@ -1791,16 +1789,12 @@ class Queue:
                     raise QueueError(refusal % dict(job, id=shown(job["id"])))
 
     def delete_all(self, states, before=MAX_INTEGER, dry_run=False):
-        """Remove the jobs in these states that changed last before a time.
-
-        Return how many; with DRY_RUN only count them. It takes many transactions: a
-        million jobs in one would hold up everybody for seconds.
-        """
+        """Remove jobs in these states that last changed before then, or count them."""
         count = 0
         for state in states:
             for page in self._pages(state, what=BRIEF):
                 old = [job for job in page if job["updated_at"] < before]
-                count += len(old) if dry_run else self._remove(old)
+                count += len(old) if dry_run else self._in_slices(self._remove, old)
         self._give_back()
         return count
 
@@ -1812,27 +1806,29 @@ class Queue:
         before = self.clock() - keep
         page = next(self._pages(first=first, what=BRIEF))
         finished = [job for job in page if job["state"] in ("completed", "dead")]
-        count = self._remove([job for job in finished if job["updated_at"] < before])
+        old = [job for job in finished if job["updated_at"] < before]
+        count = self._in_slices(self._remove, old)
         self._give_back()
         return count, page[-1]["seq"] + 1 if page else 1
 
-    def _remove(self, jobs):
-        """Delete jobs that are still in the state in which they were read, and runs.
+    def _in_slices(self, verb, jobs):
+        """Apply a verb to many jobs, in many transactions; return how many it met.
 
-        A transaction takes some ms and no more: the outputs may be large, and others
-        wait.
+        A transaction takes some ms and no more: a million jobs, or a few with large
+        outputs, would hold up everybody for seconds.
         """
         count, left = 0, list(reversed(jobs))
         while left:
             with self.transaction():
                 until = time.monotonic() + SLICE
                 while left:
-                    count += self._remove_one(left.pop())
+                    count += verb(left.pop())
                     if time.monotonic() >= until:
                         break
         return count
 
-    def _remove_one(self, job):
+    def _remove(self, job):
+        """Delete a job that is still in the state that was read, and its runs."""
         removed = self._change(
             "DELETE FROM jobs WHERE seq = ? AND state = ? AND updated_at = ?"
             " AND state <> 'processing'", job["seq"], job["state"], job["updated_at"])
@@ -1850,11 +1846,10 @@ class Queue:
 
     def job(self, id):
         """Return one job with what its latest run left."""
-        known = storable(id)  # no job has an id that is none
-        row = known and self.db.execute(JOB + "WHERE id = ?", (id,)).fetchone()
-        if not row:
+        rows = self._rows(JOB + "WHERE id = ?", id) if storable(id) else []
+        if not rows:
             raise QueueError(NO_JOB + shown(id))
-        return row
+        return rows[0]
 
     def jobs(self, state=None, limit=0, **pages):
         """Yield jobs, oldest first; LIMIT 0 is all."""
