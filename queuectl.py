@@ -3589,8 +3589,77 @@ class Refusal(Exception):
     """What is wrong with a request: an HTTP status and words."""
 
 
+def stats_since(queue, query):
+    return queue.stats(queue.clock() - span_of("since", 1)(query.get("since", "1h")))
+
+
+def newest_jobs(queue, query):
+    """Return a page of jobs, newest first; `before` is the id to go on from."""
+    state = state_name(query["state"]) if "state" in query else None
+    limit = count_of("limit", 0, MAX_INTEGER)(query.get("limit", "50")) or 50
+    text, before = query.get("q", ""), query.get("before", "")
+    if not storable(text + before):
+        raise Refusal(400, "not text")
+    return list(map(public, queue.newest(state, text, before, min(limit, PAGE))))
+
+
+def one_job(queue, query):
+    job = queue.job(query["id"])
+    return job_document(job, queue.runs(job))
+
+
+def job_output(queue, query):
+    job, run = queue.job(query["id"]), None
+    if "run" in query:
+        run = count_of("run", 0, MAX_INTEGER)(query["run"])
+        if not 1 <= run <= job["run"]:
+            raise Refusal(404, "no such run")
+    return output_document(queue, job, run)
+
+
+def metrics(queue, query):
+    """Return the numbers of the queue in the text format of Prometheus."""
+    status, stats = read_status(queue), queue.stats(0)
+    busy = sum(worker["job"] is not None for worker in status["workers"])
+    times = ["NaN" if t is None else "%.6f" % t for t in stats["run_time"].values()]
+    families = {
+        "jobs gauge state": status["jobs"],
+        "workers gauge state": {"busy": busy, "idle": len(status["workers"]) - busy},
+        "runs gauge outcome": {name: stats[name] for name in ("completed", "failed")},
+        "run_seconds summary quantile": dict(zip(("0.5", "0.95", "1"), times)),
+    }
+    lines = []
+    for family, values in families.items():
+        name, kind, label = family.split()
+        lines.append("# TYPE queuectl_%s %s" % (name, kind))
+        for value, count in values.items():
+            lines.append('queuectl_%s{%s="%s"} %s' % (name, label, value, count))
+    return "\n".join([*lines, "queuectl_run_seconds_count %d\n" % stats["runs"]])
+
+
+def act(verb, queue, query):
+    """Carry out a verb of the queue on one job."""
+    getattr(queue, verb)([query["id"]])
+    return {verb: query["id"]}
+
+
+# path: what a GET of it returns, made of the queue and the query; ID is in the query
+DOCUMENTS = {
+    "/metrics": metrics,
+    "/api/status": lambda queue, query: status_document(read_status(queue)),
+    "/api/stats": stats_since,
+    "/api/jobs": newest_jobs,
+    "/api/jobs/ID": one_job,
+    "/api/jobs/ID/output": job_output,
+}
+# path: what a POST to it does
+ACTIONS = {"/api/jobs/ID/" + verb: functools.partial(act, verb)
+           for verb in ("retry", "cancel", "delete")}
+ACTIONS["/api/dlq/retry"] = lambda queue, query: {"retried": queue.retry_all()}
+
+
 class Site:
-    """What the dashboard answers, apart from HTTP: documents by path, and actions."""
+    """What the dashboard answers to requests; its Handler only speaks HTTP."""
 
     def __init__(self, path, host):
         import secrets
@@ -3598,7 +3667,23 @@ class Site:
 
         self.path, self.host = path, host.lower()  # as a request's name is compared
         self.token = secrets.token_hex(16)
-        self.lock, self.cache = threading.Lock(), {}
+        self.lock = threading.Lock()
+        self.cached = functools.lru_cache(maxsize=16)(self.document)
+
+    def answer(self, method, target, headers):
+        """Return status, type and text: what `get` or `post` return, or why not."""
+        from urllib.parse import urlsplit
+
+        try:
+            self.check_host(headers)
+            return (200, *method(urlsplit(target), headers))
+        except Refusal as refusal:
+            status, words = refusal.args
+        except (ValueError, QueueError) as error:
+            status, words = 404 if NO_JOB in str(error) else 400, str(error)
+        except (sqlite3.Error, OSError) as error:
+            status, words = 503, str(error)
+        return status, "application/json", json.dumps({"error": words})
 
     def check_host(self, headers):
         """Refuse another site's name that leads here: DNS rebinding."""
@@ -3624,151 +3709,45 @@ class Site:
         if not hmac.compare_digest(token, self.token.encode()):
             raise Refusal(403, "this page is an earlier dashboard's: load it anew")
 
-    def document(self, path, query):
-        """Return a document as bytes; what many ask for is made once a second."""
-        key = (path, tuple(sorted(query.items())))
+    def get(self, url, headers):
+        if url.path == "/":
+            return "text/html", PAGE_HTML.replace("TOKEN", self.token)
+        with self.lock:  # what many ask for is made once
+            return self.cached(url, time.monotonic() // CACHED)
+
+    def document(self, url, _):
+        from urllib.parse import parse_qsl
+
+        query = dict(parse_qsl(url.query, max_num_fields=10))
+        return self.run(DOCUMENTS, url.path, query)
+
+    def post(self, url, headers):
+        self.check_write(headers)
+        answer = self.run(ACTIONS, url.path, {})
         with self.lock:
-            made, body = self.cache.get(key, (0, b""))
-            if time.monotonic() - made > CACHED:
-                with Queue(self.path, patience=IDLE_WAIT) as queue:
-                    made, body = time.monotonic(), self.make(queue, path, query)
-                fresh = {k: v for k, v in self.cache.items() if made - v[0] < CACHED}
-                self.cache = {**fresh, key: (made, body)}
-            return body
+            self.cached.cache_clear()  # or the page would show what was
+        return answer
 
-    def make(self, queue, path, query):
-        if path == "/metrics":
-            return "".join(line + "\n" for line in metrics(queue)).encode()
-        return json.dumps(self.find(queue, path, query)).encode()
+    def run(self, routes, path, query):
+        """Return type and text of what a path names; a job's id is quoted in it."""
+        from urllib.parse import unquote
 
-    def find(self, queue, path, query):
-        if path == "/api/status":
-            return status_document(read_status(queue))
-        if path == "/api/stats":
-            since = span_of("since", 1)(query.get("since", "1h"))
-            return queue.stats(queue.clock() - since)
-        if path == "/api/jobs":
-            return self.jobs(queue, query)
-        name, what = job_path(path)
-        if what not in ("", "output"):
+        job = re.fullmatch("(/api/jobs/)([^/]*)(/.+)?/?", path)
+        if job:
+            path = job[1] + "ID" + (job[3] or "")
+            query["id"] = unquote(job[2], errors="replace")
+        if path not in routes:
             raise Refusal(404, "no such page")
-        job = queue.job(name)
-        run = whole_number(query.get("run"))
-        if run is not None and not 1 <= run <= job["run"]:
-            raise Refusal(404, "no such run")
-        if what:
-            return output_document(queue, job, run)
-        return job_document(job, queue.runs(job))
-
-    def jobs(self, queue, query):
-        """Return a page of jobs, newest first; `before` is the id to go on from."""
-        state = state_name(query["state"]) if query.get("state") else None
-        limit = min(whole_number(query.get("limit")) or 50, PAGE)
-        text, before = query.get("q", ""), query.get("before", "")
-        if not storable(text + before):
-            raise Refusal(400, "not text")
-        return list(map(public, queue.newest(state, text, before, limit)))
-
-    def act(self, path):
-        """Carry out what a POST asks for; the same verbs as those of the commands."""
         with Queue(self.path, patience=IDLE_WAIT) as queue:
-            done = self.carry_out(queue, path)
-        with self.lock:
-            self.cache = {}  # or the page would show what was
-        return done
-
-    def carry_out(self, queue, path):
-        if path == "/api/dlq/retry":
-            return {"retried": queue.retry_all()}
-        name, what = job_path(path)
-        verbs = {"retry": queue.retry, "cancel": queue.cancel, "delete": queue.delete}
-        if what not in verbs:
-            raise Refusal(404, "no such action")
-        verbs[what]([name])
-        return {what: name}
-
-
-def job_path(path):
-    """Split /api/jobs/ID/WHAT; an id may hold anything, quoted."""
-    from urllib.parse import unquote
-
-    if not path.startswith("/api/jobs/"):
-        raise Refusal(404, "no such page")
-    name, _, what = path[len("/api/jobs/") :].partition("/")
-    return unquote(name, errors="replace"), what
-
-
-def whole_number(text):
-    if not text:
-        return None
-    if not (text.isdecimal() and text.isascii() and int(text) <= MAX_INTEGER):
-        raise Refusal(400, "not a number")
-    return int(text)
-
-
-def metrics(queue):
-    """Yield the lines of /metrics, in the text format of Prometheus."""
-    status, stats = read_status(queue), queue.stats(0)
-    yield "# TYPE queuectl_jobs gauge"
-    for state, count in status["jobs"].items():
-        yield 'queuectl_jobs{state="%s"} %d' % (state, count)
-    yield "# TYPE queuectl_workers gauge"
-    busy = sum(worker["job"] is not None for worker in status["workers"])
-    yield 'queuectl_workers{state="busy"} %d' % busy
-    yield 'queuectl_workers{state="idle"} %d' % (len(status["workers"]) - busy)
-    yield "# TYPE queuectl_runs gauge"
-    for outcome in ("completed", "failed"):
-        yield 'queuectl_runs{outcome="%s"} %d' % (outcome, stats[outcome])
-    yield "# TYPE queuectl_run_seconds summary"
-    for quantile, value in zip(("0.5", "0.95", "1"), stats["run_time"].values()):
-        yield 'queuectl_run_seconds{quantile="%s"} %s' % (
-            quantile, "NaN" if value is None else "%.6f" % value)
-    yield "queuectl_run_seconds_count %d" % stats["runs"]
-
-
-def serve(path, host, port):
-    """Serve the dashboard until Ctrl-C."""
-    from http.server import ThreadingHTTPServer
-    import socket
-
-    if not host:  # it would listen everywhere
-        raise QueueError("--host: name an address, like 127.0.0.1", 2)
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads, allow_reuse_address = True, REUSE_ADDRESS
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-
-        def get_request(self):
-            try:
-                return super().get_request()
-            except OSError:  # too many open files; it would be asked again at once
-                time.sleep(TICK)
-                raise
-
-        def handle_error(self, request, client):
-            """Say nothing: a client went away."""
-
-    with Queue(path):  # whether it is a queue
-        site = Site(path, host)
-    try:
-        server = Server((host, port), handler(site))
-    except (OSError, TypeError, UnicodeError) as error:  # the last two: an odd name
-        words = "cannot listen on %s, port %d: %s"
-        why = getattr(error, "strerror", None) or error
-        raise QueueError(words % (shown(host), port, why)) from None
-    with server:
-        if host not in ("127.0.0.1", "::1", "localhost"):
-            say("warning: whoever reaches %s can read this queue and change it" % host)
-        where = "[%s]" % host if ":" in host else host
-        address = "http://%s:%d/" % (where, server.server_port)
-        print(address + " (to stop: Ctrl-C)", flush=True)
-        server.serve_forever()
+            value = routes[path](queue, query)
+        if isinstance(value, str):
+            return "text/plain", value
+        return "application/json", json.dumps(value)
 
 
 def handler(site):
     """Return the class that handles the requests to a site."""
     from http.server import BaseHTTPRequestHandler
-    from urllib.parse import parse_qsl, urlsplit
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -3776,37 +3755,14 @@ def handler(site):
         server_version, sys_version = "queuectl", ""
 
         def do_GET(self):
-            self.reply(self.read)
+            self.reply(*site.answer(site.get, self.path, self.headers))
 
         def do_POST(self):
             self.close_connection = True  # a body, which is refused, is not read
-            self.reply(self.change)
+            self.reply(*site.answer(site.post, self.path, self.headers))
 
-        def read(self, url):
-            if url.path == "/":
-                return "text/html", PAGE_HTML.replace("TOKEN", site.token).encode()
-            pairs = parse_qsl(url.query, max_num_fields=10)
-            kind = "text/plain" if url.path == "/metrics" else "application/json"
-            return kind, site.document(url.path, dict(pairs))
-
-        def change(self, url):
-            site.check_write(self.headers)
-            return "application/json", json.dumps(site.act(url.path)).encode()
-
-        def reply(self, make):
-            """Answer with what MAKE returns, or with why not."""
-            status, kind = 200, "application/json"
-            try:
-                site.check_host(self.headers)
-                kind, body = make(urlsplit(self.path))
-            except Refusal as refusal:
-                status, words = refusal.args
-            except (ValueError, QueueError) as error:
-                status, words = 404 if NO_JOB in str(error) else 400, str(error)
-            except (sqlite3.Error, OSError) as error:
-                status, words = 503, str(error)
-            if status != 200:
-                body = json.dumps({"error": words}).encode()
+        def reply(self, status, kind, text):
+            body = text.encode()
             self.send_response(status)
             self.send_header("Content-Type", kind + "; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
@@ -3819,6 +3775,49 @@ def handler(site):
             """Keep quiet: the terminal is the user's."""
 
     return Handler
+
+
+def listen(host, port, handler):
+    """Return a server of HTTP, each of its connections in a thread."""
+    from http.server import ThreadingHTTPServer
+    import socket
+
+    class Server(ThreadingHTTPServer):
+        allow_reuse_address = REUSE_ADDRESS
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        def get_request(self):
+            try:
+                return super().get_request()
+            except OSError:  # too many open files; it would be asked again at once
+                time.sleep(TICK)
+                raise
+
+        def handle_error(self, request, client):
+            """Say nothing: a client went away."""
+
+    return Server((host, port), handler)
+
+
+def serve(path, host, port):
+    """Serve the dashboard until Ctrl-C."""
+    if not host:  # it would listen everywhere
+        raise QueueError("--host: name an address, like 127.0.0.1", 2)
+    with Queue(path):  # whether it is a queue
+        site = Site(path, host)
+    try:
+        server = listen(host, port, handler(site))
+    except (OSError, TypeError, UnicodeError) as error:  # the last two: an odd name
+        words = "cannot listen on %s, port %d: %s"
+        why = getattr(error, "strerror", None) or error
+        raise QueueError(words % (shown(host), port, why)) from None
+    with server:
+        if host not in ("127.0.0.1", "::1", "localhost"):
+            say("warning: whoever reaches %s can read this queue and change it" % host)
+        where = "[%s]" % host if ":" in host else host
+        address = "http://%s:%d/" % (where, server.server_port)
+        print(address + " (to stop: Ctrl-C)", flush=True)
+        server.serve_forever()
 
 
 PAGE_HTML = r"""<!DOCTYPE html>
