@@ -3328,8 +3328,12 @@ def cmd_worker_stop(args):
 # ======================================================================================
 
 
-def arg(*names, **options):
-    return names, options
+def arg(usage, meaning=None, convert=None, **options):
+    """Return what argparse wants to know of an argument like `--limit N`, or a flag."""
+    *names, last = usage.split()
+    if not last.isupper():
+        return [*names, last], dict(options, help=meaning, action="store_true")
+    return names, dict(options, help=meaning, metavar=last, type=convert)
 
 
 def state_name(text):
@@ -3361,102 +3365,98 @@ def as_number(text):
     return text
 
 
-IDS = arg("ids", nargs="*", metavar="ID")
-ID = arg("id", metavar="ID")
-KEY = arg("key", metavar="KEY", type=setting_name)
-DRY_RUN = arg("--dry-run", action="store_true", help="say only how many would go")
+IDS = arg("ids ID", nargs="*")
+ID = arg("id ID")
+KEY = arg("key KEY", convert=setting_name)
+DRY_RUN = arg("--dry-run", "say only how many would go")
+EVERYWHERE = [arg("--json", "print one JSON document"),
+              arg("--db PATH", "the queue (queuectl.db)")]
 
-# command: (function, what it does, example, arguments)
+# command: (function, what it does, example, its arguments)
 COMMANDS = {
     "enqueue": (
         cmd_enqueue, "add jobs: a command behind --, or JSON",
-        "enqueue --id job1 --timeout 10m -- echo Hello", [
-            arg("jobs", nargs="*", metavar="JSON", help="an object, an array, or - "
-                "for an array or JSON Lines on standard input: all or none"),
-            arg("--file", metavar="F", help="read the jobs from this file"),
-            arg("--command", metavar="LINE", help="the same as -- LINE"),
-            arg("--id", help="else a short one is made"),
-            arg("--unique", action="store_true", help="leave a job of this id alone "
-                "that waits or runs; start one anew that has finished"),
-            arg("--priority", type=as_number, metavar="N", help="higher first (0)"),
-            arg("--delay", metavar="T", help="like 90s, 10m, 2h, 7d"),
-            arg("--run-at", metavar="TIME", help="ISO 8601, or epoch seconds"),
-            arg("--timeout", metavar="T", help="end a run that takes longer"),
-            arg("--max-retries", type=as_number, metavar="N", help="failed attempts "
-                "until it is dead"),
-            arg("--cwd", metavar="DIR", help="where to run it (here)"),
-            arg("--launcher", metavar="PREFIX", help="start it through this: srun"),
-            arg("--env", type=variable, action="append", metavar="NAME=VALUE",
-                help="a variable for it, can be given again")]),
+        "enqueue --id job1 --timeout 10m -- echo Hello",
+        arg("jobs JSON", "an object, an array, or - for an array or JSON Lines on "
+            "standard input: all or none", nargs="*"),
+        arg("--file F", "read the jobs from this file"),
+        arg("--command LINE", "the same as -- LINE"),
+        arg("--id ID", "else a short one is made"),
+        arg("--unique", "leave a job of this id alone that waits or runs; start one "
+            "anew that has finished"),
+        arg("--priority N", "higher first (0)", as_number),
+        arg("--delay T", "like 90s, 10m, 2h, 7d"),
+        arg("--run-at TIME", "ISO 8601, or epoch seconds"),
+        arg("--timeout T", "end a run that takes longer"),
+        arg("--max-retries N", "failed attempts until it is dead", as_number),
+        arg("--cwd DIR", "where to run it (here)"),
+        arg("--launcher PREFIX", "start it through this: srun"),
+        arg("--env NAME=VALUE", "a variable for it, can be given again", variable,
+            action="append")),
     "list": (
-        cmd_list, "list jobs, oldest first", "list --state pending --limit 20", [
-            arg("--state", type=state_name, help="one of " + ", ".join(STATES)),
-            arg("--limit", type=count_of("--limit", 0, MAX_INTEGER), default=0,
-                metavar="N", help="at most so many; 0 for all")]),
-    "show": (cmd_show, "show a job and its runs", "show job1", [ID]),
+        cmd_list, "list jobs, oldest first", "list --state pending --limit 20",
+        arg("--state STATE", "one of " + ", ".join(STATES), state_name),
+        arg("--limit N", "at most so many; 0 for all",
+            count_of("--limit", 0, MAX_INTEGER), default=0)),
+    "show": (cmd_show, "show a job and its runs", "show job1", ID),
     "logs": (
-        cmd_logs, "print the output of a job's latest run", "logs -f job1", [
-            ID, arg("-f", "--follow", action="store_true",
-                    help="go on until the run ends; wait for the first to begin"),
-            arg("--attempt", type=count_of("--attempt", 1, MAX_INTEGER), metavar="N",
-                help="of an earlier run")]),
+        cmd_logs, "print the output of a job's latest run", "logs -f job1", ID,
+        arg("-f --follow", "go on until the run ends; wait for the first to begin"),
+        arg("--attempt N", "of an earlier run", count_of("--attempt", 1, MAX_INTEGER))),
     "wait": (
         cmd_wait, "wait until jobs, or all, are completed (0) or dead (1)",
-        "wait job1 --timeout 10m", [
-            IDS, arg("--timeout", type=span_of("--timeout", 0), metavar="T",
-                     help="give up with exit code 124")]),
+        "wait job1 --timeout 10m", IDS,
+        arg("--timeout T", "give up with exit code 124", span_of("--timeout", 0))),
     "status": (
-        cmd_status, "count the jobs, list the workers", "status --watch", [
-            arg("--watch", type=span_of("--watch", 0.1), nargs="?", const=1.0,
-                metavar="SECONDS", help="show it again and again")]),
+        cmd_status, "count the jobs, list the workers", "status --watch",
+        arg("--watch SECONDS", "show it again and again", span_of("--watch", 0.1),
+            nargs="?", const=1.0)),
     "stats": (
         cmd_stats, "show throughput, run times, waiting times and errors",
-        "stats --since 1d", [
-            arg("--since", type=span_of("--since", 1), default=3600.0, metavar="T",
-                help="over this time (1h)")]),
+        "stats --since 1d",
+        arg("--since T", "over this time (1h)", span_of("--since", 1), default=3600.0)),
     "dashboard": (
         cmd_dashboard, "show a live page of the queue in the browser",
-        "dashboard --port 8321", [
-            arg("--host", default="127.0.0.1", help="where to listen (127.0.0.1)"),
-            arg("--port", type=count_of("--port", 0, 65535), default=8321, metavar="N",
-                help="0 takes a free one (8321)")]),
+        "dashboard --port 8321",
+        arg("--host HOST", "where to listen (127.0.0.1)", default="127.0.0.1"),
+        arg("--port N", "0 takes a free one (8321)", count_of("--port", 0, 65535),
+            default=8321)),
     "cancel": (
-        cmd_cancel, "end jobs that wait or run; they become dead", "cancel job1", [
-            arg("ids", nargs="+", metavar="ID")]),
+        cmd_cancel, "end jobs that wait or run; they become dead", "cancel job1",
+        arg("ids ID", nargs="+")),
     "delete": (
         cmd_delete, "remove jobs that do not run",
-        "delete --state completed --older-than 7d", [
-            IDS, arg("--state", type=state_name, help="all in this state"),
-            arg("--all", action="store_true", help="all but running ones"),
-            arg("--older-than", type=span_of("--older-than", 0), metavar="T",
-                help="of them those that finished longer ago"), DRY_RUN]),
-    "dlq list": (cmd_dlq_list, "list the dead jobs", "dlq list", []),
+        "delete --state completed --older-than 7d", IDS,
+        arg("--state STATE", "all in this state", state_name),
+        arg("--all", "all but running ones"),
+        arg("--older-than T", "of them those that finished longer ago",
+            span_of("--older-than", 0)), DRY_RUN),
+    "dlq list": (cmd_dlq_list, "list the dead jobs", "dlq list"),
     "dlq retry": (
         cmd_dlq_retry, "make dead jobs pending again, with attempts 0",
-        "dlq retry job4", [IDS, arg("--all", action="store_true")]),
-    "dlq clear": (cmd_dlq_clear, "remove all dead jobs", "dlq clear", [DRY_RUN]),
-    "config show": (cmd_config_show, "show all settings", "config show", []),
+        "dlq retry job4", IDS, arg("--all")),
+    "dlq clear": (cmd_dlq_clear, "remove all dead jobs", "dlq clear", DRY_RUN),
+    "config show": (cmd_config_show, "show all settings", "config show"),
     "config get": (
-        cmd_config_get, "print the value of a setting", "config get max_retries", [
-            arg("key", nargs="?", metavar="KEY", type=setting_name)]),
+        cmd_config_get, "print the value of a setting", "config get max_retries",
+        arg("key KEY", convert=setting_name, nargs="?")),
     "config set": (
-        cmd_config_set, "change a setting", "config set max_retries 5", [
-            KEY, arg("value", metavar="VALUE")]),
+        cmd_config_set, "change a setting", "config set max_retries 5", KEY,
+        arg("value VALUE")),
     "config unset": (
         cmd_config_unset, "go back to a setting's default",
-        "config unset max_retries", [KEY]),
+        "config unset max_retries", KEY),
     "worker start": (
-        cmd_worker_start, "run jobs until stopped", "worker start --count 2", [
-            arg("--count", type=count_of("--count", 1, MAX_WORKERS), default=1,
-                metavar="N", help="how many at a time (1)"),
-            arg("--drain", action="store_true", help="end when no job is left"),
-            arg("--detach", action="store_true", help="go on in the background")]),
+        cmd_worker_start, "run jobs until stopped", "worker start --count 2",
+        arg("--count N", "how many at a time (1)", count_of("--count", 1, MAX_WORKERS),
+            default=1),
+        arg("--drain", "end when no job is left"),
+        arg("--detach", "go on in the background")),
     "worker stop": (
         cmd_worker_stop, "stop all pools of the queue, when their jobs are finished",
-        "worker stop", [
-            arg("--now", action="store_true",
-                help="end running jobs; they go back to pending"),
-            arg("--no-wait", action="store_true", help="return at once")]),
+        "worker stop",
+        arg("--now", "end running jobs; they go back to pending"),
+        arg("--no-wait", "return at once")),
 }
 ALIASES = {"config list": "config show", "dlq purge": "dlq clear", "metrics": "stats"}
 # SQLite must cross neither a fork nor threads, and `worker stop` makes no queue.
@@ -3468,19 +3468,22 @@ def command_named(words):
 
     Options before the command count as if they stood behind it.
     """
-    words, options, names = list(words), [], []
     firsts = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
     groups = [name for name in firsts if name not in COMMANDS]
-    while words and (not names or (len(names) == 1 and names[0] in groups)):
-        count = 2 if words[0] == "--db" else 1
-        part = options if words[0].startswith("-") else names
-        part += words[:count]
-        del words[:count]
-    name = ALIASES.get(" ".join(names), " ".join(names))
+    name, options, words = "", [], iter(words)
+    for word in words:
+        if word.startswith("-"):
+            options += [word, *itertools.islice(words, word == "--db")]
+            continue
+        name = (name + " " + word).lstrip()
+        if name not in groups:
+            break
+    name = ALIASES.get(name, name)
     if name and name not in COMMANDS and name not in groups:
-        known = [command for command in COMMANDS if command.startswith(names[0] + " ")]
+        group = name.split(" ")[0] + " "
+        known = [command for command in COMMANDS if command.startswith(group)]
         raise unknown("command " + shown(name), name, known or firsts)
-    return name, options + words
+    return name, [*options, *words]
 
 
 def overview(group):
@@ -3502,17 +3505,15 @@ def parse(name, words):
             hint = " (see: queuectl.py %s --help)" % name
             raise QueueError("%s: %s%s" % (name, shown(message), hint), 2)
 
-    function, meaning, example, arguments = COMMANDS[name]
+    function, meaning, example, *arguments = COMMANDS[name]
     parser = Parser(
         prog="queuectl.py " + name, description=meaning[0].upper() + meaning[1:] + ".",
         epilog="example: queuectl.py " + example, allow_abbrev=False,
         # Asking for the terminal's width imports modules for a fifth of the whole time.
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=88),
     )
-    for names, options in arguments:
+    for names, options in [*arguments, *EVERYWHERE]:
         parser.add_argument(*names, **options)
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--db", metavar="PATH", help="the queue (queuectl.db)")
     at = words.index("--") if name == "enqueue" and "--" in words else len(words)
     args = parser.parse_args(words[:at])
     args.words = words[at + 1 :]
