@@ -2857,14 +2857,6 @@ def job_table(jobs, now, changed, *fields):
     return table(titles, rows, terminal_width(sys.stdout))
 
 
-def json_array(values):
-    """Yield the pieces of an array on one line; a million rows cost no memory."""
-    yield "["
-    for index, value in enumerate(values):
-        yield (", " if index else "") + json.dumps(value)
-    yield "]\n"
-
-
 def terminal_width(stream):
     """Return how many columns there are, None if the stream is no terminal."""
     try:  # one that nobody told its size says 0
@@ -2917,10 +2909,15 @@ def answer(args, value, *lines):
 
 
 def answer_jobs(args, jobs, lines):
-    """Print jobs as they come: an array, or else lines that are made of them."""
-    array = json_array(map(public, jobs))
-    lines = (line + "\n" for line in map(painter(), lines))
-    sys.stdout.writelines(array if args.json else lines)
+    """Print an array of jobs, or else lines made of them; a million cost no memory."""
+    if not args.json:
+        for line in map(painter(), lines):
+            print(line)
+        return
+    print(end="[")
+    for index, job in enumerate(jobs):
+        print(end=(", " if index else "") + json.dumps(public(job)))
+    print("]")
 
 
 # ======================================================================================
