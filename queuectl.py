@@ -3666,7 +3666,7 @@ class Site:
         self.path, self.host = path, host.lower()  # as a request's name is compared
         self.token = secrets.token_hex(16)
         self.lock = threading.Lock()
-        self.cached = functools.lru_cache(maxsize=16)(self.document)
+        self.cached = functools.lru_cache(16)(self.document)  # outputs may be large
 
     def answer(self, method, target, headers):
         """Return status, type and text: what `get` or `post` return, or why not."""
