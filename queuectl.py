@@ -3824,128 +3824,165 @@ PAGE_HTML = r"""<!DOCTYPE html>
 <style nonce="TOKEN">
 :root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --text: #1c2430; --dim: #5c6675;
   --line: #dde2e9; --blue: #1f6feb; --green: #1a7f45; --red: #c62f3b; --amber: #9a6700; }
-@media (prefers-color-scheme: dark) { :root { --bg: #11151b; --card: #1a2029; --text: #e3e8ef;
-  --dim: #97a3b4; --line: #2c3542; --blue: #6cabff; --green: #57c785; --red: #ff7b81; --amber: #e3b341; } }
-* { box-sizing: border-box; }
+@media (prefers-color-scheme: dark) { :root { --bg: #11151b; --card: #1a2029; --text: #e3e8ef; --dim: #97a3b4;
+  --line: #2c3542; --blue: #6cabff; --green: #57c785; --red: #ff7b81; --amber: #e3b341; } }
+.pending { --c: var(--dim); } .processing { --c: var(--blue); } .completed { --c: var(--green); }
+.failed { --c: var(--amber); } .dead { --c: var(--red); } .st { color: var(--c); font-weight: 600; }
+.ok { fill: var(--green); } .bad { fill: var(--red); } .bar { fill: var(--blue); }
+* { box-sizing: border-box; margin: 0; } [hidden] { display: none !important; }
+:focus-visible { outline: 2px solid var(--blue); outline-offset: 1px; }
 body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--bg); color: var(--text);
   font: 15px/1.45 system-ui, sans-serif; }
-h1 { font-size: 1.2rem; margin: 0; } h2 { font-size: .95rem; margin: 0 0 .6rem; }
 header { display: flex; gap: 1rem; align-items: baseline; margin-bottom: .8rem; }
-.dim { color: var(--dim); font-weight: 400; } [hidden] { display: none !important; }
+h1 { font-size: 1.2rem; } h2 { font-size: .95rem; margin-bottom: .6rem; } p { margin: 1em 0; }
+.dim { color: var(--dim); font-weight: 400; } .mono, pre { font-family: ui-monospace, monospace; font-size: .85rem; }
+.card, button, input { background: var(--card); border: 1px solid var(--line); }
+.card { margin-top: .6rem; border-radius: .6rem; padding: .8rem; } svg { width: 100%; height: 7rem; display: block; }
+button, input { font: inherit; color: inherit; border-radius: .4rem; padding: .3rem .7rem; }
+button { cursor: pointer; } button:disabled { opacity: .45; cursor: default; } input { flex: 1; min-width: 9rem; }
 #lost { background: var(--red); color: var(--card); padding: .5rem .8rem; border-radius: .5rem; margin-bottom: .8rem; }
 .tiles { display: grid; grid-template-columns: repeat(5, 1fr); gap: .6rem; }
-.card, .tiles button { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: .8rem; }
-.card { margin-top: .6rem; } .two .card { margin: 0; }
-.tiles button { text-align: left; font: inherit; color: inherit; cursor: pointer; border-top: 3px solid var(--c); min-width: 0; }
+.tiles button { text-align: left; padding: .8rem; border-radius: .6rem; border-top: 3px solid var(--c); min-width: 0; }
 .tiles button[aria-pressed=true] { outline: 2px solid var(--blue); }
 .tiles b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
-.two { display: grid; grid-template-columns: 3fr 2fr; gap: .6rem; margin-top: .6rem; }
-svg { width: 100%; height: 7rem; display: block; } .ok { fill: var(--green); } .bad { fill: var(--red); } .bar { fill: var(--blue); }
-ul { margin: 0; padding: 0; list-style: none; }
-li { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.two { display: grid; grid-template-columns: 3fr 2fr; column-gap: .6rem; }
 .bars { display: flex; gap: .6rem; flex-wrap: wrap; align-items: center; margin-bottom: .6rem; }
-button, input, select { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
-  border-radius: .4rem; padding: .3rem .7rem; }
-button { cursor: pointer; } button:disabled { opacity: .45; cursor: default; } input { flex: 1; min-width: 9rem; }
-:focus-visible { outline: 2px solid var(--blue); outline-offset: 1px; }
-table { width: 100%; border-collapse: collapse; table-layout: fixed; } th { text-align: left; font-weight: 600; color: var(--dim); }
-td, th { padding: .35rem .5rem; border-bottom: 1px solid var(--line); overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-th:nth-child(1) { width: 24%; } th:nth-child(2), th.wide:nth-child(4) { width: 7.2rem; } th:nth-child(3) { width: 4.2rem; }
-#runs td:first-child { width: 50%; }
-#rows tr { cursor: pointer; } #rows tr[aria-selected=true] { background: color-mix(in srgb, var(--blue) 14%, transparent); }
-.st { color: var(--c); font-weight: 600; } .mono, pre { font-family: ui-monospace, monospace; font-size: .85rem; }
-pre { margin: 0; max-height: 24rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; background: var(--bg);
+ul { padding: 0; list-style: none; } li, td, th { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+table { width: 100%; border-collapse: collapse; table-layout: fixed; }
+td, th { padding: .35rem .5rem; border-bottom: 1px solid var(--line); }
+th { text-align: left; font-weight: 600; color: var(--dim); width: 7.2rem; } th:last-child { width: auto; }
+th:nth-child(1) { width: 24%; } th:nth-child(3) { width: 4.2rem; } #runs td:first-child { width: 50%; }
+#rows tr { cursor: pointer; } [aria-selected=true] { background: color-mix(in srgb, var(--blue) 14%, transparent); }
+pre { max-height: 24rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; background: var(--bg);
   padding: .6rem; border-radius: .4rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .8rem; margin: 0 0 .6rem; } dt { color: var(--dim); }
-dd { margin: 0; overflow-wrap: anywhere; }
-.pending { --c: var(--dim); } .processing { --c: var(--blue); } .completed { --c: var(--green); } .failed { --c: var(--amber); } .dead { --c: var(--red); }
-@media (max-width: 44rem) { .two { grid-template-columns: 1fr; } .tiles { grid-template-columns: repeat(3, 1fr); gap: .4rem; }
-  .wide { display: none; } th:nth-child(1) { width: 38%; } body { padding: .6rem; } .card { padding: .6rem; } }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .8rem; margin-bottom: .6rem; }
+dl div { display: contents; } dt { color: var(--dim); } dd { overflow-wrap: anywhere; }
+@media (max-width: 44rem) { .two { grid-template-columns: 1fr; } .wide { display: none; } th:nth-child(1) { width: 38%; }
+  .tiles { grid-template-columns: repeat(3, 1fr); gap: .4rem; } body, .card { padding: .6rem; } }
 </style></head><body>
 <header><h1>queuectl</h1><span class="dim" id="rate"></span></header>
-<div id="lost" role="alert" hidden></div>
-<div class="tiles" id="tiles"></div>
-<div class="two"><section class="card"><h2>Throughput, last hour <span class="dim" id="peak"></span></h2><svg id="throughput" role="img" preserveAspectRatio="none"></svg></section>
-<section class="card"><h2>Run times <span class="dim" id="median"></span></h2><svg id="times" role="img" preserveAspectRatio="none"></svg><div class="dim" id="range"></div></section></div>
+<div id="lost" role="alert" hidden></div><div class="tiles" id="tiles"></div>
+<div class="two"><section class="card"><h2>Throughput, last hour <span class="dim" id="peak"></span></h2>
+<svg id="throughput" role="img" preserveAspectRatio="none"></svg></section>
+<section class="card"><h2>Run times <span class="dim" id="median"></span></h2>
+<svg id="times" role="img" preserveAspectRatio="none"></svg><div class="dim" id="range"></div></section></div>
 <section class="card"><h2 id="crew">Workers</h2><ul id="workers"></ul></section>
-<section class="card" id="detail" aria-label="job" hidden><div class="bars"><h2 id="name" class="mono"></h2><span id="acts"></span>
-<button id="close">Close</button></div><dl id="facts"></dl><table><tbody id="runs"></tbody></table><pre id="output" tabindex="0"></pre></section>
-<section class="card" id="list"><div class="bars"><h2>Jobs</h2><input id="q" type="search" placeholder="id or command" aria-label="search">
-<button id="retryall">Retry all dead</button></div>
-<table><thead><tr><th>Id<th>State<th class="wide">Tries<th class="wide">Changed<th>Command</tr></thead><tbody id="rows"></tbody></table>
-<p class="dim" id="none" hidden>No job here.</p><div class="bars"><button id="newer">Newer</button><button id="older">Older</button></div></section>
+<section class="card" id="detail" aria-label="job" hidden>
+<div class="bars"><h2 id="name" class="mono"></h2><span id="acts"></span> <button id="close">Close</button></div>
+<dl id="facts"></dl><table><tbody id="runs"></tbody></table><pre id="output" tabindex="0"></pre></section>
+<section class="card"><div class="bars"><h2>Jobs</h2><input id="q" type="search" placeholder="id or command"
+aria-label="search"><button id="retryall">Retry all dead</button></div>
+<table><thead><tr><th>Id<th>State<th class="wide">Tries<th class="wide">Changed<th>Command</tr></thead>
+<tbody id="rows"></tbody></table><p class="dim" id="none" hidden>No job here.</p>
+<div class="bars"><button id="newer">Newer</button><button id="older">Older</button></div></section>
 <script nonce="TOKEN">
 "use strict";
-const $ = id => document.getElementById(id), states = ["pending", "processing", "completed", "failed", "dead"];
+const $ = id => document.getElementById(id), path = id => "/api/jobs/" + encodeURIComponent(id);
+const states = ["pending", "processing", "completed", "failed", "dead"];
+let filter = "", trail = [], before = "", last = "", open = null, turn = 0, timer;
+const span = s => s === null ? "–" : s < 10 ? Number(s.toPrecision(2)) + " s"
+  : s < 120 ? Math.round(s) + " s" : Math.round(s / 60) + " min";
+function ago(time) {
+  const past = Math.round((Date.now() - Date.parse(time)) / 1000), s = Math.abs(past);
+  const [unit, name] = s < 60 ? [1, " s"] : s < 3600 ? [60, " min"] : s < 86400 ? [3600, " h"] : [86400, " d"];
+  return past < 0 ? "in " + Math.floor(s / unit) + name : Math.floor(s / unit) + name + " ago"; }
+async function ask(url, options) {
+  const answer = await fetch(url, options), body = await answer.json();
+  if (!answer.ok) throw new Error(body.error || answer.status);
+  return body; }
+async function post(url, question, then) {
+  if (question && !confirm(question)) return;
+  await ask(url, {method: "POST", headers: {"X-Token": "TOKEN"}}).then(then, error => alert(error.message));
+  setTimeout(refresh, 50); }
+function make(tag, kind = "", ...children) {
+  const node = document.createElement(tag);
+  node.className = kind; node.append(...children); return node; }
+const row = (...kinds) => make("tr", "", ...kinds.map(kind => make("td", kind)));
 const text = (node, value) => { if (node.textContent !== String(value)) node.textContent = value; };
-const make = (tag, value, kind) => { const node = document.createElement(tag); if (value !== undefined) node.textContent = value;
-  if (kind) node.className = kind; return node; };
-const path = id => "/api/jobs/" + encodeURIComponent(id);
-let filter = "", trail = [], before = "", open = null, last = "";
-const ago = time => { if (!time) return ""; let s = Math.round((Date.now() - Date.parse(time)) / 1000), sign = s < 0;
-  s = Math.abs(s); const t = s < 60 ? s + " s" : s < 3600 ? Math.floor(s / 60) + " min" : s < 86400 ? Math.floor(s / 3600) + " h" : Math.floor(s / 86400) + " d";
-  return sign ? "in " + t : t + " ago"; };
-const span = s => s === null || s === undefined ? "–" : s < 10 ? Number(s.toPrecision(2)) + " s" : s < 120 ? Math.round(s) + " s" : Math.round(s / 60) + " min";
-async function get(url) { const answer = await fetch(url), body = await answer.json();
-  if (!answer.ok) throw new Error(body.error || answer.status); return body; }
-async function post(url, question) { if (question && !confirm(question)) return false;
-  const answer = await fetch(url, {method: "POST", headers: {"X-Token": "TOKEN"}}), body = await answer.json();
-  if (!answer.ok) alert(body.error); setTimeout(refresh, 50); return answer.ok; }
+const texts = (node, ...values) => values.forEach((value, i) => text(node.children[i], value));
 /* Nodes are kept and only their text changes: nothing flickers, scrolls or loses its selection. */
-function fit(parent, count, build) { while (parent.children.length < count) parent.append(build());
-  while (parent.children.length > count) parent.lastChild.remove(); return [...parent.children]; }
-function bars(svg, columns, label) { const top = Math.max(1, ...columns.map(c => c.reduce((a, b) => a + b[1], 0))), all = [];
-  svg.setAttribute("viewBox", "0 0 " + columns.length + " 100"); svg.setAttribute("aria-label", label);
-  columns.forEach((column, x) => { let y = 100; for (const [kind, n] of column) { const h = 98 * n / top; y -= h; all.push([kind, x, y, h]); } });
-  fit(svg, all.length, () => document.createElementNS("http://www.w3.org/2000/svg", "rect")).forEach((rect, i) => {
-    const [kind, x, y, h] = all[i]; for (const [k, v] of [["class", kind], ["x", x + .08], ["y", y], ["width", .84], ["height", h]]) rect.setAttribute(k, v); }); return top; }
-function showStatus(s) { fit($("tiles"), 5, () => { const b = make("button"); b.append(make("b"), make("span")); return b; }).forEach((tile, i) => {
-    const state = states[i]; tile.className = state; text(tile.children[0], s.jobs[state].toLocaleString()); text(tile.children[1], state);
-    tile.setAttribute("aria-pressed", filter === state); tile.onclick = () => { filter = filter === state ? "" : state; home(); }; });
-  text($("crew"), s.workers.length ? "Workers: " + s.workers.length : "No pool is running; to start one: queuectl.py worker start");
-  fit($("workers"), s.workers.length, () => make("li")).forEach((li, i) => { const w = s.workers[i];
-    text(li, "worker " + w.pid + (w.job === null ? ": idle" : ": " + w.job + ", begun " + ago(w.since))); });
-  const due = s.next_due ? "next due " + ago(s.next_due) : "", old = s.oldest_waiting ? "longest wait began " + ago(s.oldest_waiting) : "";
-  text($("rate"), [old, due].filter(Boolean).join(", ")); $("retryall").disabled = !s.jobs.dead; }
-function showStats(s) { const top = bars($("throughput"), s.throughput.map(b => [["ok", b.completed], ["bad", b.failed]]),
-    s.completed + " completed and " + s.failed + " failed runs in the last hour");
-  text($("peak"), s.runs ? s.completed + " completed, " + s.failed + " failed; now " + s.per_second_now.toFixed(1) + "/s; highest bar " + top + " a minute" : "nothing ran");
-  bars($("times"), s.run_times.map(b => [["bar", b.runs]]), "histogram of run times");
-  text($("median"), s.runs ? "median " + span(s.run_time.median) + ", 95 % within " + span(s.run_time.p95) : "");
-  text($("range"), "under 10 ms … over 1000 s, longest " + span(s.run_time.longest)); }
-function showJobs(jobs) { fit($("rows"), jobs.length, () => { const tr = make("tr"); tr.tabIndex = 0;
-    for (const kind of ["mono", "st", "wide", "wide", "mono"]) tr.append(make("td", "", kind)); return tr; }).forEach((tr, i) => { const job = jobs[i], td = tr.children;
-    tr.className = job.state; tr.setAttribute("aria-selected", open === job.id); tr.title = job.error || "";
-    [job.id, job.state, job.attempts + "/" + Math.max(1, job.max_retries), ago(job.updated_at), job.command].forEach((value, k) => text(td[k], value));
-    tr.onclick = () => select(job.id); tr.onkeydown = e => { if (e.key === "Enter") select(job.id); }; });
-  $("none").hidden = jobs.length > 0; $("older").disabled = jobs.length < 50; $("newer").disabled = !trail.length; last = jobs.length ? jobs[jobs.length - 1].id : ""; }
-function showJob(job, output) { text($("name"), job.id); $("detail").hidden = false;
-  const dead = job.state === "dead", runs = job.state === "processing", waits = job.state === "pending" || job.state === "failed";
-  const acts = [["Retry", dead, () => post(path(job.id) + "/retry")], ["Cancel", runs || waits, () => post(path(job.id) + "/cancel", "Cancel " + job.id + "?")],
-    ["Delete", !runs, () => post(path(job.id) + "/delete", "Delete " + job.id + " and its runs?").then(done => done && shut())]];
-  fit($("acts"), 3, () => make("button")).forEach((b, i) => { text(b, acts[i][0]); b.disabled = !acts[i][1]; b.onclick = acts[i][2]; });
-  const facts = Object.entries(job).filter(([k, v]) => !["id", "runs"].includes(k) && v !== null && v !== "" && !(k === "env" && !Object.keys(v).length));
-  fit($("facts"), 2 * facts.length, () => make($("facts").children.length % 2 ? "dd" : "dt")).forEach((node, i) => { const [k, v] = facts[i >> 1];
-    text(node, i % 2 ? (k === "env" ? Object.entries(v).map(p => p.join("=")).join(" ") : v) : k.replace("_", " ")); });
-  fit($("runs"), job.runs.length, () => { const tr = make("tr"); for (let i = 0; i < 3; i++) tr.append(make("td")); return tr; }).forEach((tr, i) => { const r = job.runs[i];
-    [["run " + r.run + ", attempt " + r.attempt], [ago(r.started_at)], [r.finished_at ? r.error || "exit 0" : "running"]].forEach((v, k) => text(tr.children[k], v)); });
-  const box = $("output"), end = box.scrollTop + box.clientHeight >= box.scrollHeight - 5; text(box, output.output || "no output"); if (end) box.scrollTop = box.scrollHeight; }
+function fit(parent, items, build, show) {
+  while (parent.children.length < items.length) parent.append(build());
+  while (parent.children.length > items.length) parent.lastChild.remove();
+  items.forEach((item, i) => show(parent.children[i], item)); }
+function bars(svg, parts, columns, label) {
+  const top = Math.max(1, ...parts.map(([kind, x, from, n]) => from + n)), unit = 98 / top;
+  svg.setAttribute("viewBox", `0 0 ${columns} 100`); svg.setAttribute("aria-label", label);
+  fit(svg, parts, () => document.createElementNS("http://www.w3.org/2000/svg", "rect"), (rect, [kind, x, from, n]) => {
+    const shape = {class: kind, x: x + .08, y: 100 - unit * (from + n), width: .84, height: unit * n};
+    Object.entries(shape).forEach(pair => rect.setAttribute(...pair)); });
+  return top; }
+function showStatus(s) {
+  fit($("tiles"), states, () => make("button", "", make("b"), make("span")), (tile, state) => {
+    texts(tile, s.jobs[state].toLocaleString(), state);
+    tile.className = state; tile.setAttribute("aria-pressed", filter === state);
+    tile.onclick = () => { filter = filter === state ? "" : state; home(); }; });
+  text($("crew"), s.workers.length ? "Workers: " + s.workers.length
+    : "No pool is running; to start one: queuectl.py worker start");
+  fit($("workers"), s.workers, () => make("li"), (li, w) =>
+    text(li, `worker ${w.pid}: ` + (w.job === null ? "idle" : `${w.job}, begun ${ago(w.since)}`)));
+  const old = s.oldest_waiting && "longest wait began " + ago(s.oldest_waiting);
+  text($("rate"), [old, s.next_due && "next due " + ago(s.next_due)].filter(Boolean).join(", "));
+  $("retryall").disabled = !s.jobs.dead; }
+function showStats(s) {
+  const ran = s.throughput.flatMap((b, x) => [["ok", x, 0, b.completed], ["bad", x, b.completed, b.failed]]);
+  const times = s.run_times.map((bin, x) => ["bar", x, 0, bin.runs]), {median, p95, longest} = s.run_time;
+  const ended = `${s.completed} completed and ${s.failed} failed runs in the last hour`;
+  const top = bars($("throughput"), ran, s.throughput.length, ended);
+  bars($("times"), times, times.length, "histogram of run times");
+  text($("peak"), s.runs ? `${s.completed} completed, ${s.failed} failed; now ${s.per_second_now.toFixed(1)}/s; `
+    + `highest bar ${top} a minute` : "nothing ran");
+  text($("median"), s.runs ? `median ${span(median)}, 95 % within ${span(p95)}` : "");
+  text($("range"), "under 10 ms … over 1000 s, longest " + span(longest)); }
+function showJobs(jobs) {
+  fit($("rows"), jobs, () => row("mono", "st", "wide", "wide", "mono"), (tr, job) => {
+    const tries = job.attempts + "/" + Math.max(1, job.max_retries);
+    texts(tr, job.id, job.state, tries, ago(job.updated_at), job.command);
+    tr.className = job.state; tr.title = job.error || ""; tr.tabIndex = 0;
+    tr.setAttribute("aria-selected", open === job.id); tr.onclick = () => select(job.id);
+    tr.onkeydown = event => { if (event.key === "Enter") select(job.id); }; });
+  $("none").hidden = jobs.length > 0; $("older").disabled = jobs.length < 50; $("newer").disabled = !trail.length;
+  last = jobs.length ? jobs[jobs.length - 1].id : ""; }
+function showJob(job, {output}) {
+  const {id, state} = job, acts = [
+    ["Retry", state === "dead", () => post(path(id) + "/retry")],
+    ["Cancel", state !== "dead" && state !== "completed", () => post(path(id) + "/cancel", `Cancel ${id}?`)],
+    ["Delete", state !== "processing", () => post(path(id) + "/delete", `Delete ${id} and its runs?`, shut)]];
+  fit($("acts"), acts, () => make("button"), (button, [name, can, act]) => {
+    text(button, name); button.disabled = !can; button.onclick = act; });
+  const env = Object.entries(job.env).map(pair => pair.join("=")).join(" ");
+  const facts = Object.entries({...job, id: "", runs: "", env}).filter(([, v]) => v !== null && v !== "");
+  fit($("facts"), facts, () => make("div", "", make("dt"), make("dd")), (fact, [name, value]) =>
+    texts(fact, name.replace("_", " "), value));
+  fit($("runs"), job.runs, () => row("", "", ""), (tr, r) => texts(tr, `run ${r.run}, attempt ${r.attempt}`,
+    ago(r.started_at), r.finished_at ? r.error || "exit 0" : "running"));
+  text($("name"), id); $("detail").hidden = false;
+  const box = $("output"), atEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 5;
+  text(box, output || "no output"); if (atEnd) box.scrollTop = box.scrollHeight; }
+async function showOpen(id) {
+  try { const both = await Promise.all([ask(path(id)), ask(path(id) + "/output")]); if (open === id) showJob(...both); }
+  catch (error) { if (open === id) text($("output"), error.message); } }
 function home() { trail = []; before = ""; refresh(); }
 function select(id) { open = id; refresh().then(() => $("detail").scrollIntoView({block: "nearest"})); }
 function shut() { open = null; $("detail").hidden = true; refresh(); }
-let turn = 0, timer;
-async function refresh() { clearTimeout(timer); const mine = ++turn;
-  try { const query = new URLSearchParams({state: filter, q: $("q").value, before});
-    const [status, jobs, stats] = await Promise.all([get("/api/status"), get("/api/jobs?" + query), mine % 5 === 1 ? get("/api/stats") : null]);
-    if (mine !== turn) return; showStatus(status); showJobs(jobs); if (stats) showStats(stats);
-    if (open !== null) { const id = open; try { const both = await Promise.all([get(path(id)), get(path(id) + "/output")]); if (open === id) showJob(...both); }
-      catch (error) { if (open === id) { text($("output"), error.message); } } }
-    $("lost").hidden = true; document.title = "queuectl: " + status.jobs.processing + " running, " + status.jobs.dead + " dead";
-  } catch (error) { $("lost").hidden = false; text($("lost"), "The queue can't be reached: " + error.message + ". What is shown is old."); }
+async function refresh() {
+  clearTimeout(timer);
+  const mine = ++turn, query = new URLSearchParams({state: filter, q: $("q").value, before});
+  try {
+    const [status, jobs, stats] = await Promise.all([
+      ask("/api/status"), ask("/api/jobs?" + query), mine % 5 === 1 ? ask("/api/stats") : null]);
+    if (mine !== turn) return;
+    showStatus(status); showJobs(jobs); if (stats) showStats(stats);
+    if (open !== null) await showOpen(open);
+    $("lost").hidden = true; document.title = `queuectl: ${status.jobs.processing} running, ${status.jobs.dead} dead`;
+  } catch (error) {
+    $("lost").hidden = false; text($("lost"), `The queue can't be reached: ${error.message}. What is shown is old.`); }
   if (mine === turn) timer = setTimeout(refresh, document.hidden ? 15000 : 2000); }
-$("q").oninput = home; $("close").onclick = shut; $("retryall").onclick = () => post("/api/dlq/retry", "Retry all dead jobs?");
-$("older").onclick = () => { trail.push(before); before = last; refresh(); }; $("newer").onclick = () => { before = trail.pop(); refresh(); };
-document.onkeydown = e => { if (e.key === "Escape" && open !== null) shut(); }; document.onvisibilitychange = refresh; refresh();
+$("q").oninput = home; $("close").onclick = shut; document.onvisibilitychange = refresh;
+$("retryall").onclick = () => post("/api/dlq/retry", "Retry all dead jobs?");
+$("older").onclick = () => { trail.push(before); before = last; refresh(); };
+$("newer").onclick = () => { before = trail.pop(); refresh(); };
+document.onkeydown = event => { if (event.key === "Escape" && open !== null) shut(); }; refresh();
 </script></body></html>
 """
 
