@@ -376,15 +376,22 @@ if os.name == "posix":
     import struct
 
     LEASE_FD = 100  # scripts use the numbers from 3 to 9 for themselves
-    TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)  # a terminal's, to a whole pool
-    STOP_SIGNALS = (signal.SIGTERM, *TERMINAL_SIGNALS)
+    STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     WAKE_SIGNAL = signal.SIGUSR1
+    POOL_SIGNALS = (*STOP_SIGNALS, WAKE_SIGNAL)
     TERMINATE, KILL = signal.SIGTERM, signal.SIGKILL
     ENVIRONMENT = dict(os.environb)  # of the pool; reading it for each run takes time
     IGNORED_BY_PYTHON = {signal.SIGPIPE, signal.SIGXFSZ}
     CLOSED_PIPE = (errno.EPIPE,)
     REUSE_ADDRESS = True  # a dashboard's, soon after the last one ended
     read_at, write_at = os.pread, os.pwrite
+
+
+def nothing(*_):
+    """Do nothing, where a system or a signal asks for no more."""
+
+
+ready_terminal = nothing  # a terminal here takes escape sequences
 
 
 def create_private(path, flags=os.O_EXCL):
@@ -528,8 +535,6 @@ def byte_holder(fd, at, length=1):
     return None if kind == fcntl.F_UNLCK else pid
 
 
-def ready_terminal():
-    """Do nothing: a terminal here takes escape sequences."""
 
 
 class Process:
@@ -570,8 +575,7 @@ class Process:
         members = [fields for fields in others if int(fields[2]) == self.pid]
         return not others or any(map(alive, members))
 
-    def let_go(self):
-        """Leave what it left in the background to itself."""
+    let_go = nothing  # what it left in the background is let be
 
 
 @functools.lru_cache(maxsize=None)
@@ -848,32 +852,22 @@ class Wake:
             os.read(self.reader, 2**16)  # what a pipe holds
 
 
-def catch_signals(numbers, handler):
-    """Call HANDLER for these signals; leave none ignored that a job would inherit.
+def catch_signals(handler):
+    """Let HANDLER take the signals to stop; leave none ignored, which jobs inherit.
 
     A shell starts background commands with SIGINT and SIGQUIT ignored, and what is
     ignored stays so through exec; a handler does not.
     """
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in signal.valid_signals() - IGNORED_BY_PYTHON:
-        if signal.getsignal(number) is signal.SIG_IGN:
-            quiet = number == signal.SIGHUP and number in numbers  # started by nohup
-            signal.signal(number, nothing if quiet else signal.SIG_DFL)
-            numbers = set(numbers) - {number} if quiet else numbers
-    for number in numbers:
-        signal.signal(number, handler)
-    for number in (WAKE_SIGNAL, signal.SIGCHLD):
-        signal.signal(number, nothing)
-
-
-def ignore_signals():
-    """Let a late signal do nothing: at its end Python gives up its handlers."""
-    for number in (*STOP_SIGNALS, WAKE_SIGNAL):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def nothing(number, frame):
-    """Handle a signal by waking up only; ignoring it would pass on to the jobs."""
+        ignored = signal.getsignal(number) is signal.SIG_IGN
+        by_nohup = ignored and number == signal.SIGHUP
+        if number in (WAKE_SIGNAL, signal.SIGCHLD) or by_nohup:
+            signal.signal(number, nothing)  # wakes only
+        elif number in STOP_SIGNALS:
+            signal.signal(number, handler)
+        elif ignored:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def beside(path, ending):
@@ -1022,8 +1016,7 @@ if os.name == "nt":
     CREATE_SUSPENDED, EVENT_MODIFY = 0x4, 0x2
     MOST_HANDLES = 64  # that can be waited for at once
     PLACE = 2**40  # of the lock in an output file: far behind what a job prints
-    TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGBREAK)
-    STOP_SIGNALS = (signal.SIGTERM, *TERMINAL_SIGNALS)
+    STOP_SIGNALS = POOL_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGBREAK)
     TERMINATE = KILL = signal.SIGTERM
     CLOSED_PIPE = (errno.EPIPE, errno.EINVAL)  # the second in most cases
     REUSE_ADDRESS = False  # or two could listen at the same one
@@ -1091,8 +1084,7 @@ if os.name == "nt":
             KERNEL.ReleaseMutex(mutex)
             KERNEL.CloseHandle(mutex)
 
-    def sync_folder(path):
-        """Do nothing: here it is not a file that could be written."""
+    sync_folder = nothing  # here a folder is no file that could be written
 
     def open_lease(path):
         """Create and lock the output file of a run; return its descriptor."""
@@ -1269,8 +1261,7 @@ if os.name == "nt":
         print(told, file=sys.stdout if started else sys.stderr, flush=True)
         os._exit(0 if started else popen.wait() or 1)
 
-    def keep_descriptors():
-        """Do nothing: jobs inherit but what they are given."""
+    keep_descriptors = nothing  # jobs inherit but what they are given
 
     def wake_name(pid):
         return "Local\\queuectl-wake-%d" % pid
@@ -1301,28 +1292,17 @@ if os.name == "nt":
                 if woken < MOST_HANDLES or time.monotonic() >= deadline:
                     return
 
-    def catch_signals(numbers, handler):
-        """Call HANDLER for these signals, and wake."""
+    def catch_signals(handler):
+        """Let HANDLER take the signals to stop, and wake."""
         def wake(number, frame):
             handler(number, frame)
             poke(os.getpid())
 
-        for number in numbers:
+        for number in STOP_SIGNALS:
             signal.signal(number, wake)
 
-    def ignore_signals():
-        """Let a late signal do nothing."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-
-    def process_ids():
-        return []  # job objects end what a dead worker left
-
-    def process_age(pid):
-        return None  # and nothing has to be proven by a number
-
-    def leaderless(group):
-        return False
+    process_ids = list  # none: job objects end what a dead worker left,
+    process_age = leaderless = nothing  # so that no number has to prove anything
 
 
 # ======================================================================================
@@ -2213,15 +2193,14 @@ class Worker:
         self.hooks = Hooks(log)
         self.queue = self.lease = self.trouble = None
         self.stopped = False
-        catch_signals(STOP_SIGNALS, self.stop)
-        for number in TERMINAL_SIGNALS:  # what they mean, the supervisor says
-            signal.signal(number, nothing)
+        catch_signals(self.stop)
         self.wake = Wake()
         if not pool.hold(slot):
             raise QueueError("worker %d is there already" % slot)
 
     def stop(self, number, frame):
-        self.stopped = True
+        if number == signal.SIGTERM:  # what a terminal's mean, the supervisor says
+            self.stopped = True
 
     def work(self):
         """Run jobs until asked to stop or drained; return whether it was the latter."""
@@ -2374,8 +2353,7 @@ class LogFile:
         if os.fstat(self.fd).st_size > self.limit:
             self.rotate()
 
-    def flush(self):
-        """Do nothing: each line was written at once."""
+    flush = nothing  # each line was written at once
 
     def rotate(self):
         """Rename a full log, once, however many processes see that it is full."""
@@ -2440,7 +2418,7 @@ class Supervisor:
 
         `started()` is called when it can be found and asked.
         """
-        catch_signals(STOP_SIGNALS, self.count_signal)
+        catch_signals(self.count_signal)
         keep_descriptors()
         self.wake = Wake()
         with Queue(self.path) as queue, folder_lock(os.path.dirname(self.path)):
@@ -2456,7 +2434,8 @@ class Supervisor:
             self.log.info("pool stopped")
         finally:
             self.pool.ask("stop")  # whatever happened here, no worker goes on alone
-            ignore_signals()
+            for number in POOL_SIGNALS:  # at its end Python gives up its handlers
+                signal.signal(number, signal.SIG_IGN)
             self.pool.remove()
             with contextlib.suppress(OSError):  # not empty, other pools use it
                 os.rmdir(self.runs)
