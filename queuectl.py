@@ -401,9 +401,7 @@ def create_private(path, flags=os.O_EXCL):
     return fd
 
 
-def open_shared(path):
-    """Open a file that others have open, too, for reading and writing."""
-    return os.open(path, os.O_RDWR)
+open_shared = os.open  # a file that others write, rename and remove meanwhile
 
 
 def still_names(path, status):
@@ -422,7 +420,7 @@ def same_file(fd, path):
 @contextlib.contextmanager
 def opened(path, flags=os.O_RDONLY):
     """Open a file or a folder for a while."""
-    fd = os.open(path, flags)
+    fd = open_shared(path, flags)
     try:
         yield fd
     finally:
@@ -477,7 +475,7 @@ def open_lease(path):
     """
     fd = create_private(path)
     try:
-        if not take_lock(fd) or os.fstat(fd).st_nlink == 0:  # taken for a leftover
+        if not take_lock(fd) or not same_file(fd, path):  # taken for a leftover
             raise FileNotFoundError("%s was removed" % path)
     except OSError:
         os.close(fd)
@@ -889,9 +887,9 @@ class PoolFile:
     NOTES, ROW, NOTE = 64, 42, b"%-11d %-11d %-17.6f\n"
 
     def __init__(self, path):
-        self.path = path
+        self.path, self.slot = path, None
         self.pid = int(path[:-4].rpartition("-")[2])
-        self.fd = open_shared(path)
+        self.fd = open_shared(path, os.O_RDWR)
 
     @classmethod
     def create(cls, queue_path):
@@ -927,32 +925,34 @@ class PoolFile:
             yield own
 
     def hold(self, slot):
-        return lock_byte(self.fd, self.LOCKS + slot)
+        """Be the supervisor, 0, or the worker of a slot; False if there is one."""
+        self.slot = slot if lock_byte(self.fd, self.LOCKS + slot) else None
+        return self.slot == slot
 
-    def holder(self, slot):
-        return byte_holder(self.fd, self.LOCKS + slot)
+    def holder(self, slot, slots=1):
+        return byte_holder(self.fd, self.LOCKS + slot, slots)
 
     def alive(self):
         """Tell whether its supervisor or any of its workers lives."""
-        return byte_holder(self.fd, self.LOCKS, MAX_WORKERS + 1) is not None
+        return self.holder(0, 1 + MAX_WORKERS) is not None
 
     def workers(self):
         """Return the pids of its workers."""
         pids = []
-        for slot in range(1, MAX_WORKERS + 1):
-            if byte_holder(self.fd, self.LOCKS + slot, MAX_WORKERS) is None:
+        for slot in range(1, 1 + MAX_WORKERS):
+            if self.holder(slot, MAX_WORKERS) is None:
                 break
             pids.append(self.holder(slot))
         return [pid for pid in pids if pid is not None]
 
-    def note(self, slot, pid, moment):
-        """Write down the command that a worker has started, in case both are killed.
+    def note(self, pid, moment):
+        """Write down the command that this worker started, in case both are killed.
 
         On a full disk nobody knows it before it is recorded in the database.
         """
         with contextlib.suppress(OSError):
             note = self.NOTE % (os.getpid(), pid, moment)
-            write_at(self.fd, note, self.NOTES + self.ROW * slot)
+            write_at(self.fd, note, self.NOTES + self.ROW * self.slot)
 
     def notes(self):
         """Return which command each worker started last, and when, by its own pid."""
@@ -988,7 +988,8 @@ class PoolFile:
 
     def remove(self):
         """Remove the file, unless another process of the pool lives."""
-        alone = lock_byte(self.fd, self.LOCKS, MAX_WORKERS + 1)
+        first = self.slot == 0 or self.hold(0)
+        alone = first and lock_byte(self.fd, self.LOCKS + 1, MAX_WORKERS)
         if alone and same_file(self.fd, self.path):
             os.remove(self.path)
 
@@ -1012,7 +1013,7 @@ if os.name == "nt":
     NOWHERE = wintypes.HANDLE(-1).value
     SHARED = 7  # others may read, write, rename and remove it while it is open
     READ, WRITE, APPEND, SYNCHRONIZE = 0x80000000, 0x40000000, 0x4, 0x100000
-    CREATE_NEW, CREATE_ALWAYS, OPEN_EXISTING, OPEN_ALWAYS = 1, 2, 3, 4
+    OPEN_EXISTING, CREATION = 3, {os.O_EXCL: 1, os.O_TRUNC: 2, 0: 4}
     CREATE_SUSPENDED, EVENT_MODIFY = 0x4, 0x2
     MOST_HANDLES = 64  # that can be waited for at once
     PLACE = 2**40  # of the lock in an output file: far behind what a job prints
@@ -1023,7 +1024,6 @@ if os.name == "nt":
     # Not a virtual environment's: that starts Python once more, under another number.
     PYTHON = getattr(sys, "_base_executable", sys.executable)
     CHILDREN = {}  # pid: handle, of all that were started and not yet seen to end
-    HELD = {}  # descriptor: the bytes that it has locked; no second lock goes through
 
     def granted(value):
         """Return what a call of the system gave, a handle or success, or raise."""
@@ -1040,16 +1040,11 @@ if os.name == "nt":
         return msvcrt.open_osfhandle(file, os.O_BINARY | os.O_NOINHERIT)
 
     def create_private(path, flags=os.O_EXCL):
-        """Open a new file to read and append; the folder says who may read it."""
-        how = CREATE_ALWAYS if flags & os.O_TRUNC else OPEN_ALWAYS
-        how = CREATE_NEW if flags & os.O_EXCL else how
-        access = READ | WRITE if flags & os.O_TRUNC else READ | APPEND
-        return open_as(path, access | SYNCHRONIZE, how)
+        """Open a new file, or a log to append; the folder says who may read it."""
+        return open_as(path, READ | (WRITE if flags else APPEND), CREATION[flags])
 
-    def open_shared(path):
-        fd = open_as(path, READ | WRITE, OPEN_EXISTING)
-        HELD.pop(fd, None)  # what an earlier file with this number had locked
-        return fd
+    def open_shared(path, flags):
+        return open_as(path, READ | WRITE, OPEN_EXISTING)
 
     def read_at(fd, size, offset):
         os.lseek(fd, offset, os.SEEK_SET)
@@ -1072,6 +1067,9 @@ if os.name == "nt":
         os.lseek(fd, at, os.SEEK_SET)
         msvcrt.locking(fd, msvcrt.LK_UNLCK, length)
 
+    def take_lock(fd, shared=False):
+        return try_lock(fd, PLACE, 1)
+
     @contextlib.contextmanager
     def folder_lock(path, patience=0.0):
         """Let one process at a time change which files a folder has."""
@@ -1086,33 +1084,6 @@ if os.name == "nt":
 
     sync_folder = nothing  # here a folder is no file that could be written
 
-    def open_lease(path):
-        """Create and lock the output file of a run; return its descriptor."""
-        os.close(create_private(path))
-        fd = open_shared(path)
-        if not try_lock(fd, PLACE, 1):
-            os.close(fd)
-            raise FileNotFoundError("%s was removed" % path)
-        return fd
-
-    def lease_is_free(path, missing=True):
-        """Tell whether no worker holds the lock of a run's output file."""
-        try:
-            fd = open_shared(path)
-        except FileNotFoundError:
-            return missing
-        except PermissionError:  # removed, and open yet
-            return None
-        try:
-            return try_lock(fd, PLACE, 1)
-        finally:
-            os.close(fd)
-
-    def remove_free(path):
-        """Remove an output file that nobody holds; one that is held stays."""
-        if lease_is_free(path):
-            with contextlib.suppress(OSError):
-                os.remove(path)
 
     def number_place(at):
         """Return where the pid of a lock's holder stands: outside what it locks."""
@@ -1120,18 +1091,11 @@ if os.name == "nt":
 
     def lock_byte(fd, at, length=1):
         """Lock bytes of a PID file for this process alone; False if it can't."""
-        own, taken = HELD.setdefault(fd, set()), []
-        for place in set(range(at, at + length)) - own:
-            # Somebody may just be looking whether it is locked.
-            if not wait_until(lambda: try_lock(fd, place, 1), TICK / 4):
-                for other in taken:
-                    unlock(fd, other, 1)
-                return False
-            taken.append(place)
-        own.update(taken)
-        if length == 1:
+        # Somebody may just be looking whether it is locked.
+        locked = wait_until(lambda: try_lock(fd, at, length), TICK / 4)
+        if locked and length == 1:
             write_at(fd, b"%-11d" % os.getpid(), number_place(at))
-        return True
+        return locked
 
     def byte_holder(fd, at, length=1):
         """Return the pid of a process that has locked a byte, or None."""
@@ -2189,8 +2153,7 @@ class Worker:
 
     def __init__(self, path, pool, slot, drain, log):
         self.path, self.drain, self.log = path, drain, log
-        self.pool, self.slot = pool, slot
-        self.hooks = Hooks(log)
+        self.pool, self.hooks = pool, Hooks(log)
         self.queue = self.lease = self.trouble = None
         self.stopped = False
         catch_signals(self.stop)
@@ -2297,7 +2260,7 @@ class Worker:
         else:
             # Not when it was claimed: by this moment its process is told from others.
             run.update(pid=process.pid, started_at=self.queue.clock())
-            self.pool.note(self.slot, run["pid"], run["started_at"])
+            self.pool.note(run["pid"], run["started_at"])
             reason = self.attend(process, run)
             code, error = how_it_ended(process.code)
             if process.forced and run["launcher"]:

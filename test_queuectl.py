@@ -2113,7 +2113,7 @@ def test_a_process_with_the_number_of_a_worker_elsewhere_keeps_no_job():
 def test_the_notes_of_a_killed_pool_stay_while_a_run_may_need_them(queue):
     add(queue)
     pool = queuectl.PoolFile.create(queue.path)
-    pool.note(1, 2**22, 0)
+    pool.note(2**22, 0)
     pool.close()
     run = queue.claim(os.getpid(), lambda path: None)
     supervisor(queue).tidy(queue)
