@@ -1958,7 +1958,7 @@ queuectl.Queue.claim = claim
 """
 AT_ONCE = """
 queuectl.Worker.attend = lambda self, process, run: queuectl.watch(
-    process, self.wake, None, lambda: None, lambda: None)
+    process, self.wake, None, lambda: None)
 """
 
 
