@@ -533,8 +533,6 @@ def byte_holder(fd, at, length=1):
     return None if kind == fcntl.F_UNLCK else pid
 
 
-
-
 class Process:
     """A child process: a worker, or the command of a run."""
 
@@ -624,6 +622,13 @@ def shell_words(words):
     return " ".join(map(shlex.quote, words))
 
 
+def leave_terminal():
+    """Let go of the terminal, or the pipe, that this process was started from."""
+    with opened(os.devnull, os.O_RDWR) as null:
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+
+
 def background():
     """Go on in the background, while the caller's process waits for how it starts.
 
@@ -643,9 +648,7 @@ def background():
                 os.close(fd)
 
     def let_go():
-        with opened(os.devnull, os.O_RDWR) as null:
-            for fd in (0, 1, 2):
-                os.dup2(null, fd)
+        leave_terminal()
         os.write(writer, b"1")
         os.close(writer)
 
@@ -1058,10 +1061,6 @@ if os.name == "nt":
         except OSError:
             return False
 
-    def unlock(fd, at, length):
-        os.lseek(fd, at, os.SEEK_SET)
-        msvcrt.locking(fd, msvcrt.LK_UNLCK, length)
-
     def take_lock(fd, shared=False):
         return try_lock(fd, PLACE, 1)
 
@@ -1079,7 +1078,6 @@ if os.name == "nt":
 
     sync_folder = nothing  # here a folder is no file that could be written
 
-
     def number_place(at):
         """Return where the pid of a lock's holder stands: outside what it locks."""
         return PoolFile.NOTES + PoolFile.ROW * (at - PoolFile.LOCKS)
@@ -1095,7 +1093,7 @@ if os.name == "nt":
     def byte_holder(fd, at, length=1):
         """Return the pid of a process that has locked a byte, or None."""
         if try_lock(fd, at, length):
-            unlock(fd, at, length)
+            msvcrt.locking(fd, msvcrt.LK_UNLCK, length)  # from where try_lock went
             return None
         with contextlib.suppress(ValueError):
             return int(read_at(fd, 11, number_place(at)))
@@ -1200,12 +1198,7 @@ if os.name == "nt":
     def background():
         """Start this command again, detached, and end with how that starts."""
         if os.environ.pop("QUEUECTL_DETACHED", None):
-            def let_go():
-                null = os.open(os.devnull, os.O_RDWR)
-                for fd in (0, 1, 2):
-                    os.dup2(null, fd)
-
-            return let_go
+            return leave_terminal
         popen = subprocess.Popen(
             [PYTHON, os.path.abspath(__file__), *sys.argv[1:]],
             env=dict(os.environ, QUEUECTL_DETACHED="1"), stdin=subprocess.DEVNULL,
@@ -2038,9 +2031,8 @@ class Lease:
 
 def read_tail(path, limit):
     """Return the last bytes of a file, none if it is not there."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - limit))
-        return file.read()
+    with contextlib.suppress(FileNotFoundError), opened(path) as fd:
+        return read_at(fd, limit, max(0, os.fstat(fd).st_size - limit))
     return b""
 
 
@@ -2101,7 +2093,7 @@ class Hooks:
                 text.write(json.dumps(public(job)).encode())
                 text.seek(0)
                 folder = os.path.dirname(queue.path)
-                hook = start_shell(line, folder, {}, None, text.fileno())
+                hook = start_shell(line, folder, {}, input_fd=text.fileno())
                 self.running.append(hook)
         except (sqlite3.Error, QueueError, OSError) as error:
             self.log.error("on_dead for %s: %s", shown(id), error)
@@ -2533,8 +2525,7 @@ class Supervisor:
                 state = free and queue.release(run, self.remains(queue, run))
             if state:
                 self.log.warning("%s worker died, %s", about(run), state)
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(run["lease"])
+                remove_free(run["lease"])
                 queue.wake(self.pool)
             if state == "dead":
                 self.hooks.start(queue, run["id"])
