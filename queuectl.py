@@ -1205,10 +1205,13 @@ if os.name == "nt":
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             # Not without any console: each worker would open a new one, to be seen.
             creationflags=subprocess.CREATE_NO_WINDOW)
-        told = popen.stdout.readline().decode("utf-8", "replace").strip()
-        started = told.startswith(("pool ", "{"))
-        print(told, file=sys.stdout if started else sys.stderr, flush=True)
-        os._exit(0 if started else popen.wait() or 1)
+        for line in popen.stdout:
+            told = line.decode("utf-8", "replace").strip()
+            started = told.startswith(("pool ", "{"))
+            print(told, file=sys.stdout if started else sys.stderr, flush=True)
+            if started:
+                os._exit(0)
+        os._exit(popen.wait() or 1)
 
     keep_descriptors = nothing  # jobs inherit but what they are given
 
