@@ -923,7 +923,8 @@ class PoolFile:
 
     def hold(self, slot):
         """Be the supervisor, 0, or the worker of a slot; False if there is one."""
-        self.slot = slot if lock_byte(self.fd, self.LOCKS + slot) else None
+        if lock_byte(self.fd, self.LOCKS + slot):
+            self.slot = slot
         return self.slot == slot
 
     def holder(self, slot, slots=1):
@@ -2053,7 +2054,7 @@ def start_command(run, lease):
 
 
 def watch(process, wake, timeout, look):
-    """Wait for a command; return why it was ended from outside, or None.
+    """Wait for a command; return its exit code, and its error or why it was ended.
 
     `look()` is called again and again; it says why the command has to end now, if it
     has. Then that gets SIGTERM and, after a grace, SIGKILL, with its whole process
@@ -2071,7 +2072,8 @@ def watch(process, wake, timeout, look):
             reason = reason or asked or "timeout %ss" % number(timeout)
             deadline = time.monotonic() + GRACE
     process.let_go()
-    return reason
+    code, error = how_it_ended(process.code)
+    return code, reason or error
 
 
 class Hooks:
@@ -2159,7 +2161,7 @@ class Worker:
             while True:
                 run = self.patiently(self.turn, done)
                 if run:
-                    done = (run, *self.execute(run))
+                    done = run, self.execute(run)
                 elif self.leaving():
                     return False
                 elif self.drain and self.queue.drained():
@@ -2218,14 +2220,14 @@ class Worker:
     def take(self, path):
         self.lease = Lease(path)
 
-    def record(self, run, reason, result):
-        if reason == "stop --now":
+    def record(self, run, result):
+        if result["error"] == "stop --now":
             return self.queue.release(run, result)
         if result["error"] is None:
             return self.queue.complete(run, result)
         return self.queue.fail(run, result)
 
-    def report(self, state, run, reason, result):
+    def report(self, state, run, result):
         """Write a line to the log; a result that came too late is said and dropped."""
         words = state or "no longer ours, result dropped"
         if result["error"]:
@@ -2236,23 +2238,22 @@ class Worker:
             self.hooks.start(self.queue, run["id"])
 
     def execute(self, run):
-        """Run a claimed job; return why it was ended from outside, and its result."""
-        began, reason, code = time.monotonic(), None, None
+        """Run a claimed job; return its result."""
+        began = time.monotonic()
         try:
             process = start_command(run, self.lease)
         except (OSError, ValueError) as refusal:
-            error = "cannot start: %s" % refusal
+            code, error = None, "cannot start: %s" % refusal
         else:
             # Not when it was claimed: by this moment its process is told from others.
             run.update(pid=process.pid, started_at=self.queue.clock())
             self.pool.note(run["pid"], run["started_at"])
-            reason = self.attend(process, run)
-            code, error = how_it_ended(process.code)
+            code, error = self.attend(process, run)
             if process.forced and run["launcher"]:
                 words = "%s: the launcher was killed; what it started may live on"
                 self.log.warning(words, about(run))
-        return reason, dict(
-            exit_code=code, error=reason or error,
+        return dict(
+            exit_code=code, error=error,
             output=self.lease.output(run["output_limit"]),
             finished_at=run["started_at"] + time.monotonic() - began)
 
