@@ -1642,7 +1642,7 @@ def test_400_megabytes_of_output_cost_no_memory_and_leave_the_end():
 
 
 def test_a_job_that_prints_for_ever_keeps_its_folder_under_a_bound():
-    enqueue(python("while 1: print('y' * 999)"), id="x", timeout=1.5, max_retries=1)
+    enqueue(python("while 1: print('y' * 999, end='')"), id="x", timeout=1.5, max_retries=1)
     start_pool(count=1)
     sizes = []
     wait_until(lambda: sizes.append(size_of_runs()) or state("x") == "dead")
