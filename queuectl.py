@@ -2519,7 +2519,7 @@ class Supervisor:
 
     def rescue(self, queue, run, processes):
         """Put a job back whose worker is gone, once none of its processes is left."""
-        processes |= by_number(run, queue.cancelled(run))
+        processes |= by_number(run, not processes and queue.cancelled(run))
         # It may have ended since it was listed; its background children are let be.
         if processes and queue.owned(run):
             self.end_orphan(run, processes)
@@ -2577,24 +2577,25 @@ class Supervisor:
 def attended(run, workers):
     """Tell whether a run may well have its worker: its lease is held, and it is there.
 
-    Another user's lease can't be looked at: that is his pool's business.
+    Another user's lease can't be looked at: that is a matter of that user's pools.
     """
     free = lease_is_free(run["lease"], missing=False)
     there = run["worker"] in workers or was_there(run["worker"], run["started_at"])
     return free is None or (not free and there)
 
 
-def by_number(run, cancelled):
+def by_number(run, unproven):
     """Return what is known of a lost run by its recorded number alone.
 
     It is a process that started with it; or, if that is gone and something holds the
-    lease yet, its process group, only for who cancelled the job: that is no proof.
+    lease yet, its process group. The group is no proof, so that only a user's `cancel`
+    takes it for one, and only where there is no better.
     """
     pid = run["pid"]
     if pid and started_with(pid, run["started_at"]):
         return {pid}
     held = lease_is_free(run["lease"]) is False
-    return {-pid} if pid and cancelled and held and leaderless(pid) else set()
+    return {-pid} if pid and unproven and held and leaderless(pid) else set()
 
 
 def work(path, pool_path, slot, drain):
@@ -2998,8 +2999,9 @@ def follow(queue, id):
         time.sleep(TICK / 2)
         queue.check_there()
         job = queue.job(id)
+    path = queue.lease(job)
     try:
-        file = open(queue.lease(job), "rb")
+        file = os.fdopen(open_shared(path, os.O_RDONLY), "rb")
     except FileNotFoundError:
         return write_bytes(queue.output(job) or b"")
     with file:
@@ -3012,7 +3014,7 @@ def follow(queue, id):
                 say("the output was cut back here; some of it is not shown")
             for chunk in iter(lambda: file.read(2**16), b""):
                 write_bytes(chunk)
-            if running and lease_is_free(file.name, missing=False) and queue.owned(job):
+            if running and lease_is_free(path, missing=False) and queue.owned(job):
                 raise QueueError("the worker of job %s died; a pool puts it back" % id)
             time.sleep(TICK / 2 if running else 0)
 

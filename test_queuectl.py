@@ -2348,6 +2348,19 @@ def test_an_orphan_that_nobody_can_prove_ends_when_its_job_is_cancelled():
     assert not naps()
 
 
+def test_a_group_that_is_no_proof_is_left_alone_where_there_is_a_better(queue, monkeypatch):
+    add(queue)
+    run = dict(claim(queue), pid=2**22)
+    queue.cancel(["job"])
+    monkeypatch.setattr(queuectl, "lease_is_free", lambda path: False)
+    monkeypatch.setattr(queuectl, "leaderless", lambda group: True)
+    pool, ended = supervisor(queue), []
+    monkeypatch.setattr(pool, "end_orphan", lambda run, pids: ended.append(pids))
+    pool.rescue(queue, run, {12345678})
+    pool.rescue(queue, run, set())
+    assert ended == [{12345678}, {-(2**22)}]
+
+
 @posix
 def test_a_stranger_with_the_recorded_pid_survives(queue):
     """The run's number was given to another process after everything had died."""
