@@ -11,7 +11,7 @@
 
 One SQLite file is one queue: `queuectl.db` in the current directory, or what `--db` or
 QUEUECTL_DB names. Beside it lie `queuectl.log` and, while pools run, a PID file for
-each and `queuectl.runs/` with the output of the jobs that run right now.
+each and `queuectl.runs/` with a file for each worker and for each job that runs.
 
 The life of a job; each arrow is one verb of `Queue`, one guarded UPDATE:
 
@@ -27,29 +27,31 @@ The life of a job; each arrow is one verb of `Queue`, one guarded UPDATE:
 What is promised, and by what:
 
   - An acknowledged job is on the disk: `enqueue` commits with a synced write.
-  - Two runs of a job never overlap. The output file of a run is its lease: the worker
-    locks it (flock) and the command inherits the lock, so the kernel holds it until the
-    last process of the run is gone, whoever was killed. Nobody needs a heartbeat.
-  - No job is stuck. A job in PROCESSING whose lease is free belongs to nobody and is
-    put back; a lease that is held while its worker is gone belongs to an orphan, which
-    is ended first. Every pool looks for both at its start and every two seconds.
+  - Two runs of a job never overlap, and none is stuck. Whatever lives holds a file: it
+    has it open and locked (flock), and the kernel lets go when the last process that
+    inherited it is gone, whoever was killed. The file of a run is its lease. A job in
+    PROCESSING whose lease is free belongs to nobody and is put back; a lease that is
+    held while its worker is gone belongs to an orphan, which is ended first. Every pool
+    looks for both at its start and every two seconds. There is no heartbeat.
   - A job runs at least once. A result that could not be recorded is dropped, and the
     job runs again: commands should be idempotent.
+  - A run that is ended from outside ends with every process that belongs to it.
 
-The map, each section using only those above it:
+The map, each section using those above it, and the queue three functions of `holds`:
 
     settings     names, limits, defaults; the one exception
     policy       checking jobs, durations, backoff: pure functions
-    platform     locks, processes, PID files: what differs between systems
     queue        the database: the only SQL
-    runs         one command: lease, output, ending it
-    worker       claim, run, record, again
-    supervisor   the log, starting and stopping workers, recovery
+    holds        locked files, waking, asking; what differs between systems
+    runs         one command: its lease, its output, its end
+    pool         a worker; the supervisor; recovery; the log
     output       values to text
-    commands     one function a command
+    commands     one function a command, its name and its arguments above it
     main         the parser and the exit code
     dashboard    the same documents by HTTP, and the page
 """
+import _thread
+import collections
 import contextlib
 import errno
 import functools
@@ -68,28 +70,33 @@ from datetime import datetime, timedelta
 # Settings: names, limits, defaults; the one exception
 # ======================================================================================
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
+
+WINDOWS = os.name == "nt"
 
 STATES = ("pending", "processing", "completed", "failed", "dead")
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x71637431  # "qct1", in the header of the database
 
 MAX_INTEGER = 2**63 - 1
 MAX_SPAN = 10.0**9  # seconds, some 30 years
 EPOCH = datetime(1970, 1, 1)
 MAX_TIME = 253402300799.0  # 9999-12-31T23:59:59Z, the last that ISO 8601 text can name
+MAX_COMMAND = 8191 if WINDOWS else 131071  # bytes: cmd.exe's, Linux' for an argument
 MAX_WORKERS = 256
-MAX_HOOKS = 8  # `on_dead` commands that a worker has running at a time
+MAX_HOOKS = 8  # `on_dead` commands that a pool has running at a time
 MAX_DEATHS = 5  # of its workers, until a job is taken for what kills them
 
-SLICE = 0.02  # seconds that one transaction takes of a long work
+PAGE = 500  # rows a read, or a write; a longer one would hold up others
 PATIENCE = 30.0  # seconds that a command waits for another program's lock
 LOOK_EVERY = 2.0  # seconds between two looks of a supervisor for jobs that nobody runs
 IDLE_WAIT = 1.0  # seconds after which an idle worker looks even if nobody woke it
 TICK = 0.2  # seconds between two looks of a worker at the command that it runs
 GRACE = 3.0  # seconds from SIGTERM to SIGKILL
-RESTART_EVERY = 1.0  # seconds between two starts of a worker that keeps dying
-DRAINED = 3  # exit code of a worker that found nothing left to do
+STUCK = 5.0  # seconds after SIGKILL until a process is taken for one that can't end
+OUTLIVED = 0.5  # seconds after which who lives was not killed with who died
+RESTART_EVERY = 1.0  # seconds between two starts of workers that keep dying
+TROUBLE = 2  # exit code of a worker that left since its queue can't be used
 LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
 
 
@@ -120,9 +127,8 @@ def seconds(value):
     """Return a duration in seconds from a number or text like 90, 90s, 10m, 2h, 7d."""
     if type(value) in (int, float):
         return float(value)
-    text = value.strip().lower()
-    unit = UNITS.get(text[-1:])
-    return float(text[:-1]) * unit if unit else float(text)
+    parts = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)([smhd]?)\s*", value.lower(), re.ASCII)
+    return float(parts[1]) * UNITS[parts[2] or "s"]
 
 
 def epoch(value):
@@ -130,18 +136,16 @@ def epoch(value):
     if not isinstance(value, str):
         return seconds(value)
     text = value.strip().upper().replace("Z", "+00:00")
-    if not re.fullmatch(r"\d{8}", text):  # 20260131 is a date, no moment of 1970
-        with contextlib.suppress(ValueError):
-            return float(text)
+    if re.fullmatch(r"\d{9,10}(\.\d*)?", text, re.ASCII):
+        return float(text)
+    if text.isdecimal():  # 20260131 is meant as a date, 202601311800 no less
+        raise ValueError
     return datetime.fromisoformat(text).timestamp()
 
 
 def storable(text):
     """Tell whether TEXT can be handed to a system call: no NUL, no lone surrogate."""
-    try:
-        return b"\0" not in text.encode()
-    except UnicodeEncodeError:
-        return False
+    return not re.search("[\0\ud800-\udfff]", text)
 
 
 # A check takes a value from outside and returns what is stored, or raises ValueError
@@ -164,7 +168,7 @@ def within(convert, low, high, allowed):
             if low <= result <= high:  # false for NaN, too
                 return result
         except (ValueError, TypeError, OverflowError, OSError, AttributeError):
-            pass
+            pass  # what is neither number nor text, or not such a text
         raise ValueError(allowed)
 
     return check
@@ -180,33 +184,37 @@ moment = within(epoch, 0, MAX_TIME,
 
 
 def identifier(value):
-    text = value if isinstance(value, str) else ""
-    if not 1 <= len(text) <= 255 or not text.isprintable() or text.isspace():
+    if not isinstance(value, str) or not 1 <= len(value) <= 255 or (
+            value.isspace() or not value.isprintable()):
         raise ValueError("text of 1 to 255 printable characters")
-    return text
+    return value
 
 
 def shell_line(value):
     if not isinstance(value, str) or not value.strip() or not storable(value):
         raise ValueError("a shell command: UTF-8 that is not blank and has no NUL")
+    if len(value.encode()) > MAX_COMMAND:
+        raise ValueError("at most %d bytes, which is what the system can start"
+                         % MAX_COMMAND)
     return value
 
 
-def utf8(native):
-    """Return what the system gave as the UTF-8 that it is, whatever the locale says."""
-    return os.fsencode(native).decode("utf-8", "surrogateescape")
+def here():
+    """Return the current directory by the name that the shell knows it by.
 
-
-def native(text):
-    """Return text as the system's calls want it; the reverse of `utf8`."""
-    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+    A symlink, like a deployed `current`, leads somewhere else tomorrow.
+    """
+    told, real = os.environ.get("PWD", ""), os.getcwd()
+    with contextlib.suppress(OSError):
+        if os.path.isabs(told) and os.path.samefile(told, real):
+            return told
+    return real
 
 
 def folder(value):
-    given = isinstance(value, str) and storable(value)
-    if not given or not os.path.isdir(native(value)):
+    if not isinstance(value, str) or not storable(value) or not os.path.isdir(value):
         raise ValueError("a directory that exists and has a name in UTF-8")
-    return utf8(os.path.abspath(native(value)))
+    return os.path.normpath(os.path.join(here(), value))
 
 
 def optional(check, word):
@@ -230,11 +238,12 @@ def prefix(value):
 
 def environment(value):
     def fits(name, text):
-        named = name and "=" not in name
-        return named and isinstance(text, str) and storable(name + text)
+        named = name and "=" not in name and isinstance(text, str)
+        return named and storable(name + text) and len((name + text).encode()) < MAX_COMMAND
 
     if not isinstance(value, dict) or not all(itertools.starmap(fits, value.items())):
-        raise ValueError("an object of texts, with names without = and no NUL")
+        raise ValueError("an object of texts, with names without = and no NUL, each of"
+                         " less than %d bytes" % MAX_COMMAND)
     return json.dumps(value)
 
 
@@ -250,31 +259,38 @@ SETTINGS = {
     "launcher": (optional(prefix, "none"), None,
                  "prefix through which runs are started, like srun -Q -n1"),
     "keep": (optional(duration(0, "forever, or a duration"), "forever"), None,
-             "seconds that finished jobs are kept; then a pool removes them"),
+             "seconds that completed jobs are kept; then a pool removes them"),
     "on_dead": (optional(shell_line, "none"), None, "command that gets the JSON of each"
                 " job that ends dead on standard input"),
 }
 
+# name: (check, default, option of `enqueue`, its help). But for `delay`, which becomes
+# a `run_at`, each is a column of `jobs`. The default of those that have a setting is
+# taken from there.
 FIELDS = {
-    "id": identifier,
-    "command": shell_line,
-    "max_retries": SETTINGS["max_retries"][0],
-    "priority": whole(-MAX_INTEGER - 1, MAX_INTEGER),
-    "run_at": moment,
-    "delay": duration(0, "a duration"),
-    "timeout": SETTINGS["timeout"][0],
-    "cwd": folder,
-    "env": environment,
+    "id": (identifier, None, "--id ID", "else a short one is made"),
+    "command": (shell_line, None, "--command LINE", "the same as -- LINE"),
+    "max_retries": (SETTINGS["max_retries"][0], None, "--max-retries N",
+                    "failed attempts until it is dead"),
+    "priority": (whole(-MAX_INTEGER - 1, MAX_INTEGER), 0, "--priority N",
+                 "higher first (0)"),
+    "run_at": (moment, None, "--run-at TIME", "ISO 8601, or epoch seconds"),
+    "delay": (duration(0, "a duration"), None, "--delay T", "like 90s, 10m, 2h, 7d"),
+    "timeout": (SETTINGS["timeout"][0], None, "--timeout T",
+                "end a run that takes longer"),
+    "cwd": (folder, None, "--cwd DIR", "where to run it (here)"),
+    "env": (environment, None, "--env NAME=VALUE",
+            "a variable for it, can be given again"),
     # Here `none` is a value: no launcher, whatever the setting is.
-    "launcher": lambda value: value if value == "none" else prefix(value),
+    "launcher": (lambda value: value if value == "none" else prefix(value), None,
+                 "--launcher PREFIX", "start it through this: srun"),
 }
+COLUMNS = [name for name in FIELDS if name != "delay"]
 
 # What JSON shows of a job, in this order. Those that are no field above are queuectl's
 # own: taken and ignored, so that one queue's `list --json` is another's `enqueue -`.
-PUBLIC = (
-    "id command state attempts max_retries priority run_at timeout cwd env launcher"
-    " created_at updated_at exit_code error started_at finished_at"
-).split()
+PUBLIC = ("id", "command", "state", "attempts", *COLUMNS[2:], "created_at",
+          "updated_at", "exit_code", "error", "started_at", "finished_at")
 TIMES = ("run_at", "created_at", "updated_at", "started_at", "finished_at")
 
 
@@ -286,11 +302,15 @@ def iso(moment):
     return (EPOCH + timedelta(seconds=int(moment))).isoformat() + "Z"
 
 
+def dated(row, *names):
+    """Return a row as JSON shows it, the times of these names as text."""
+    return dict(row, **{name: iso(row[name]) for name in names})
+
+
 def public(job):
     """Return a job as JSON shows it."""
     shown = {name: job[name] for name in PUBLIC}
-    shown.update((name, iso(job[name])) for name in TIMES)
-    return dict(shown, env=json.loads(job["env"] or "{}"))
+    return dict(dated(shown, *TIMES), env=json.loads(job["env"] or "{}"))
 
 
 def unknown(what, word, words):
@@ -308,7 +328,7 @@ def checked(name, check, value):
         return check(value)
     except ValueError as allowed:
         given = json.dumps(value, default=str)
-        given = given if len(given) <= 60 else given[:57] + "..."
+        given = given[:57] + "..." if len(given) > 60 else given
         raise QueueError("%s: %s is not %s" % (name, given, allowed), 2) from None
 
 
@@ -320,7 +340,7 @@ def checked_job(given, defaults):
     for name, value in given.items():
         if name in FIELDS:
             if value is not None:
-                job[name] = checked(name, FIELDS[name], value)
+                job[name] = checked(name, FIELDS[name][0], value)
         elif name not in PUBLIC and name != "runs":
             raise unknown("field " + json.dumps(name), name, FIELDS)
     if job["command"] is None:
@@ -328,6 +348,16 @@ def checked_job(given, defaults):
     if job["delay"] is not None and job["run_at"] is not None:
         raise QueueError("run_at and delay: give one of them, not both", 2)
     return job
+
+
+def without_twins(pairs):
+    """Return a JSON object; one that names a key twice would lose the first value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twin = next(name for name in names if names.count(name) > 1)
+        raise QueueError("%s: given twice in one object" % shown(twin), 2)
+    return found
 
 
 ESCAPED = r"{\"id\":\"job1\",\"command\":\"echo hi\"}"
@@ -338,7 +368,7 @@ def parsed(text):
     """Return what a JSON text says, or raise QueueError with why it is none."""
     try:
         text = text if isinstance(text, str) else text.decode().lstrip("\ufeff")
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=without_twins)
     except ValueError as error:
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
         start = shown(text.strip()[:60])
@@ -357,6 +387,11 @@ def shown(text):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def number(value):
+    """Return a number as text, without a fraction of zero."""
+    return "%d" % value if value == int(value) else "%g" % value
+
+
 def setting_name(key):
     """Return the name of a setting, spelt with - or _ and in any case."""
     name = key.lower().replace("-", "_")
@@ -366,914 +401,24 @@ def setting_name(key):
 
 
 # ======================================================================================
-# Platform: locks, processes, PID files; what differs between systems
-# ======================================================================================
-
-# First for POSIX; what Windows needs otherwise replaces it at the end, name by name.
-if os.name == "posix":
-    import fcntl
-    import select
-    import struct
-
-    LEASE_FD = 100  # scripts use the numbers from 3 to 9 for themselves
-    STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    WAKE_SIGNAL = signal.SIGUSR1
-    POOL_SIGNALS = (*STOP_SIGNALS, WAKE_SIGNAL)
-    TERMINATE, KILL = signal.SIGTERM, signal.SIGKILL
-    ENVIRONMENT = dict(os.environb)  # of the pool; reading it for each run takes time
-    IGNORED_BY_PYTHON = {signal.SIGPIPE, signal.SIGXFSZ}
-    CLOSED_PIPE = (errno.EPIPE,)
-    REUSE_ADDRESS = True  # a dashboard's, soon after the last one ended
-    read_at, write_at = os.pread, os.pwrite
-
-
-def nothing(*_):
-    """Do nothing, where a system or a signal asks for no more."""
-
-
-ready_terminal = nothing  # a terminal here takes escape sequences
-
-
-def create_private(path, flags=os.O_EXCL):
-    """Open a new file that only its owner can read, whatever the umask is."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | flags, 0o600)
-    os.fchmod(fd, 0o600)
-    return fd
-
-
-open_shared = os.open  # a file that others write, rename and remove meanwhile
-
-
-def still_names(path, status):
-    """Tell whether PATH still names the file that had this status."""
-    try:
-        return os.path.samestat(os.stat(path), status)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-
-
-def same_file(fd, path):
-    """Tell whether PATH still names the file that is open as FD."""
-    return still_names(path, os.fstat(fd))
-
-
-@contextlib.contextmanager
-def opened(path, flags=os.O_RDONLY):
-    """Open a file or a folder for a while."""
-    fd = open_shared(path, flags)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def wait_until(condition, seconds):
-    """Wait until something holds or the time is over; return whether it does."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() >= deadline:
-            return False
-        time.sleep(TICK / 20)
-    return True
-
-
-def take_lock(fd, shared=False):
-    """Take the lock of an open file; False if another has it."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
-        return True
-    except BlockingIOError:
-        return False
-
-
-@contextlib.contextmanager
-def folder_lock(path, patience=0.0):
-    """Let one process at a time change which files a folder has; yield whether it may.
-
-    Not for ever: somebody may have started us by `flock FOLDER queuectl.py …`.
-    """
-    with opened(path) as fd:
-        try:
-            locked = wait_until(lambda: take_lock(fd), patience)
-        except OSError as error:
-            words = "%s: the file system has no locks (%s); take a local disk"
-            raise QueueError(words % (shown(path), error.strerror)) from None
-        yield locked
-
-
-def sync_folder(path):
-    """Write a folder's entries to the disk: a renamed file survives a power cut."""
-    with opened(path) as fd:
-        os.fsync(fd)
-
-
-def open_lease(path):
-    """Create and lock the output file of a run; return its descriptor.
-
-    The lock belongs to the open file, so that it lives as long as any process that
-    inherits the descriptor.
-    """
-    fd = create_private(path)
-    try:
-        if not take_lock(fd) or not same_file(fd, path):  # taken for a leftover
-            raise FileNotFoundError("%s was removed" % path)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
-
-
-def lease_is_free(path, missing=True):
-    """Tell whether no process holds the lock of a run's output file; MISSING if it is.
-
-    None if it is another user's, so that nobody here can tell. The look is shared, so
-    that two who look at once do not take each other for holders.
-    """
-    try:
-        with opened(path) as fd:
-            return take_lock(fd, shared=True)
-    except FileNotFoundError:
-        return missing
-    except PermissionError:
-        return None
-
-
-def remove_free(path):
-    """Remove an output file that nobody holds; one that is held stays."""
-    with contextlib.suppress(OSError), opened(path) as fd:
-        if take_lock(fd):
-            os.remove(path)
-
-
-def lock_byte(fd, at, length=1):
-    """Lock bytes of a PID file for this process alone; False if another has them.
-
-    Such locks are not inherited by a fork, and end with the process or as soon as it
-    closes any descriptor of the file.
-    """
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, length, at)
-        return True
-    except (BlockingIOError, PermissionError):
-        return False
-
-
-def byte_holder(fd, at, length=1):
-    """Return the pid of another process that has locked a byte, or None.
-
-    The kernel says who it is, so that no number written in a file is ever trusted. The
-    pid is 0 or less where the holder is in another container.
-    """
-    if sys.platform == "linux":  # the order of the kernel's struct flock
-        ask = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, at, length, 0)
-        kind, _, _, _, pid = struct.unpack("hhqqi", fcntl.fcntl(fd, fcntl.F_GETLK, ask))
-    else:
-        ask = struct.pack("qqihh", at, length, 0, fcntl.F_WRLCK, os.SEEK_SET)
-        _, _, pid, kind, _ = struct.unpack("qqihh", fcntl.fcntl(fd, fcntl.F_GETLK, ask))
-    return None if kind == fcntl.F_UNLCK else pid
-
-
-class Process:
-    """A child process: a worker, or the command of a run."""
-
-    def __init__(self, pid):
-        self.pid, self.code = pid, None
-        self.forced = False  # whether it was killed, as it did not end when asked
-
-    def poll(self):
-        """Return its exit code once it has ended; minus the signal that ended it."""
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                exited = os.WIFEXITED(status)
-                self.code = os.WEXITSTATUS(status) if exited else -os.WTERMSIG(status)
-        return self.code
-
-    def end(self, number):
-        """Signal its process group, if that is still there and ours."""
-        self.forced = number == KILL
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
-
-    def group_lives(self):
-        """Tell whether any process of its group lives.
-
-        The kernel counts those that are dead and not yet reaped, too, which nobody may
-        ever do for the orphans of a job in a container without an init.
-        """
-        try:
-            os.killpg(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-        others = [fields for fields in map(process_stat, process_ids()) if fields]
-        members = [fields for fields in others if int(fields[2]) == self.pid]
-        return not others or any(map(alive, members))
-
-    let_go = nothing  # what it left in the background is let be
-
-
-@functools.lru_cache(maxsize=None)
-def apart():
-    """Return what makes a process that is spawned the leader of a session.
-
-    Of a group only on FreeBSD, or where Python was built for macOS before 10.15.
-    """
-    try:
-        # There is no such program; an emulator may only notice in the new process.
-        os.waitpid(os.posix_spawn("/", ["/"], {}, setsid=True), 0)
-    except NotImplementedError:
-        return {"setpgroup": 0}
-    except OSError:
-        pass
-    return {"setsid": True}
-
-
-def start_shell(line, cwd, env, lease=None, input_fd=None, launcher=()):
-    """Start a shell command as the leader of a session, its output to a lease.
-
-    By posix_spawn: Popen takes 0.2 ms longer, and before Python 3.10 a whole one.
-    """
-    words = [*launcher, "/bin/sh", "-c", line.encode()]
-    files = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
-    if input_fd is not None:
-        files[0] = (os.POSIX_SPAWN_DUP2, input_fd, 0)
-    if lease:  # a third time, or `exec >/dev/null` in a job would drop the lock
-        files[1:] = [(os.POSIX_SPAWN_DUP2, lease.fd, fd) for fd in (1, 2, LEASE_FD)]
-    added = {name.encode(): value.encode("utf-8", "surrogateescape")  # odd paths
-             for name, value in env.items()}
-    os.chdir(native(cwd))
-    try:
-        return Process(os.posix_spawnp(
-            words[0], words, {**ENVIRONMENT, **added},
-            file_actions=files, setsigdef=IGNORED_BY_PYTHON, **apart(),
-        ))
-    finally:
-        os.chdir("/")  # an idle worker keeps no file system from being unmounted
-
-
-def shell_words(words):
-    """Return the shell line that runs these words; a single one is a line already."""
-    if len(words) == 1:
-        return words[0]
-    import shlex
-
-    return " ".join(map(shlex.quote, words))
-
-
-def leave_terminal():
-    """Let go of the terminal, or the pipe, that this process was started from."""
-    with opened(os.devnull, os.O_RDWR) as null:
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-
-
-def background():
-    """Go on in the background, while the caller's process waits for how it starts.
-
-    Return a function that lets go of the terminal, and lets the caller end with 0. If
-    this process ends before, the caller ends with its exit code.
-    """
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(writer)
-        started = os.read(reader, 1)
-        os._exit(0 if started else os.WEXITSTATUS(os.waitpid(pid, 0)[1]) or 1)
-    os.setsid()
-    for fd in open_descriptors():  # of the caller, such as the lock of a script
-        if fd > 2 and fd != writer:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-
-    def let_go():
-        leave_terminal()
-        os.write(writer, b"1")
-        os.close(writer)
-
-    return let_go
-
-
-def start_process(function, *args):
-    """Run a function in a process of its own, which exits with what it returns."""
-    pid = os.fork()
-    if pid:
-        return Process(pid)
-    code = 1
-    try:
-        code = function(*args)
-    finally:
-        os._exit(code)
-
-
-def open_descriptors():
-    try:
-        return [int(name) for name in os.listdir("/dev/fd")]
-    except FileNotFoundError:
-        return range(256)
-
-
-def keep_descriptors():
-    """Let no job inherit what the pool was started with, as by `flock 9` in a script.
-
-    Refuse where the number that a lease has in a job is out of reach.
-    """
-    import resource
-
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if most <= LEASE_FD:
-        words = "only %d open files are allowed (ulimit -n), and a pool needs %d"
-        raise QueueError(words % (most, LEASE_FD + 1))
-    for fd in open_descriptors():
-        with contextlib.suppress(OSError):  # the one that listed them
-            os.set_inheritable(fd, fd <= 2)
-
-
-def process_stat(pid):
-    """Return what /proc tells of a process from its state on; nothing if it is gone."""
-    with contextlib.suppress(OSError), open("/proc/%d/stat" % pid, "rb") as file:
-        return file.read().rpartition(b")")[2].split()
-    return []
-
-
-def alive(fields):
-    """Tell whether a process is there and not a zombie, which nobody may ever reap."""
-    return bool(fields) and fields[0] not in b"ZX"
-
-
-def poke(pid):
-    """Wake a process of a pool."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, WAKE_SIGNAL)
-
-
-def run_processes(leases):
-    """Return, by lease, the processes that provably belong to its run.
-
-    These are dicts: pid, and whether it holds the lock. Those that closed every
-    descriptor still carry the lease's name in their environment; a process that only
-    reads the file does neither. One pass for all: reading what every process has open
-    takes its time.
-    """
-    marks = {b"QUEUECTL_RUN=" + os.fsencode(lease): lease for lease in leases}
-    files = {}
-    for lease in leases:
-        try:
-            files[file_key(os.stat(lease))] = lease
-        except FileNotFoundError:  # somebody removed it under its run
-            files[lease + " (deleted)"] = lease
-    found = {lease: {} for lease in leases}
-    for pid in process_ids():
-        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
-            for lease in marked_leases(pid, marks):
-                found[lease][pid] = False
-            for lease in held_leases(pid, files):
-                found[lease][pid] = True
-    return found
-
-
-def signal_processes(pids, number):
-    """Signal processes, each with its group where the leader of that is among them.
-
-    A child that a dying worker had just forked is in the group of its whole pool. A
-    negative number is that of a group, as kill(2) has it.
-    """
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            group = os.getpgid(max(pid, 0))
-            os.kill(-group if group in pids else pid, number)
-
-
-def process_ids():
-    """Return the pids of all processes; none where their files can't be seen."""
-    if not os.path.exists("/proc/self/fdinfo"):  # only Linux tells who holds a lock
-        return []
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
-
-
-def marked_leases(pid, marks):
-    with open("/proc/%d/environ" % pid, "rb") as file:
-        return [marks[mark] for mark in file.read().split(b"\0") if mark in marks]
-
-
-def file_key(status):
-    return status.st_dev, status.st_ino
-
-
-def held_leases(pid, files):
-    for fd in os.listdir("/proc/%d/fd" % pid):
-        with contextlib.suppress(OSError):
-            path = "/proc/%d/fd/%s" % (pid, fd)
-            lease = files.get(file_key(os.stat(path))) or files.get(os.readlink(path))
-            if lease and holds_lock(pid, fd):
-                yield lease
-
-
-def holds_lock(pid, fd):
-    with open("/proc/%d/fdinfo/%s" % (pid, fd)) as file:
-        return any("FLOCK" in line and "WRITE" in line for line in file)
-
-
-def started_with(pid, moment):
-    """Tell whether a process lives that started when a run did: it is no stranger."""
-    age = process_age(pid)
-    return age is not None and abs(time.time() - age - moment) < 2
-
-
-def leaderless(group):
-    """Tell whether a process group lives whose leader is gone.
-
-    Whether it is a run's can't be proven, but no other gets its number meanwhile.
-    """
-    try:
-        os.killpg(group, 0)
-    except OSError:
-        return False
-    return process_age(group) is None
-
-
-def was_there(pid, moment):
-    """Tell, where nobody can see what a process has open, whether it may run a run.
-
-    It is enough that it was there when that started.
-    """
-    age = None if process_ids() else process_age(pid)
-    return age is not None and time.time() - age < moment + 1  # ps has whole seconds
-
-
-def process_age(pid):
-    """Return for how many seconds a process has been there; None if it is not."""
-    if not process_ids():
-        return age_by_ps(pid)
-    fields = process_stat(pid)
-    if not alive(fields):
-        return None
-    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # seconds after the boot
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-
-
-def age_by_ps(pid):
-    """Return what process_age does, where there is no /proc."""
-    import subprocess
-
-    words = ["ps", "-o", "stat=", "-o", "etime=", "-p", str(pid)]
-    told = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    state, _, elapsed = told.stdout.decode().strip().partition(" ")
-    if not elapsed or state.startswith("Z"):
-        return None
-    days, _, clock = elapsed.strip().rpartition("-")
-    age = int(days or 0)
-    for part, base in zip(("0:0:" + clock).split(":")[-3:], (24, 60, 60)):
-        age = age * base + int(part)
-    return age
-
-
-class Wake:
-    """Wait for whichever comes first: a signal, a child's end, or a time.
-
-    `Popen.wait(timeout)` would poll with growing sleeps; this wakes at once.
-    """
-
-    def __init__(self):
-        self.reader, writer = os.pipe()
-        os.set_blocking(self.reader, False)
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-
-    def wait(self, timeout):
-        select.select([self.reader], [], [], max(0.0, timeout))
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.reader, 2**16)  # what a pipe holds
-
-
-def catch_signals(handler):
-    """Let HANDLER take the signals to stop; leave none ignored, which jobs inherit.
-
-    A shell starts background commands with SIGINT and SIGQUIT ignored, and what is
-    ignored stays so through exec; a handler does not.
-    """
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    for number in signal.valid_signals() - IGNORED_BY_PYTHON:
-        ignored = signal.getsignal(number) is signal.SIG_IGN
-        by_nohup = ignored and number == signal.SIGHUP
-        if number in (WAKE_SIGNAL, signal.SIGCHLD) or by_nohup:
-            signal.signal(number, nothing)  # wakes only
-        elif number in STOP_SIGNALS:
-            signal.signal(number, handler)
-        elif ignored:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def beside(path, ending):
-    """Return the name of one of the files that lie beside a queue's database."""
-    return (path[:-3] if path.endswith(".db") else path) + ending
-
-
-class PoolFile:
-    """`queuectl-PID.pid`, by which a pool is found, asked and known to be alive.
-
-    The supervisor locks one byte of it and each worker another: a file without locks is
-    a leftover, whatever it says. Its text is the supervisor's pid, for people, and what
-    the pool is asked: `stop`, or `now`.
-    """
-
-    LOCKS = 2**20  # the first byte to lock; far behind the text, for Windows' sake
-    REQUESTS = {"stop": 16, "now": 24}  # where they stand; there is room from the start
-    # A row for each slot: the worker, the command that it started last, and when.
-    NOTES, ROW, NOTE = 64, 42, b"%-11d %-11d %-17.6f\n"
-
-    def __init__(self, path):
-        self.path, self.slot = path, None
-        self.pid = int(path[:-4].rpartition("-")[2])
-        self.fd = open_shared(path, os.O_RDWR)
-
-    @classmethod
-    def create(cls, queue_path):
-        path = beside(queue_path, "-%d.pid" % os.getpid())
-        text = b"%-15d\n%-7s\n%-7s\n" % (os.getpid(), b"", b"")
-        while True:
-            # Somebody may take the file for a leftover before it is locked.
-            with contextlib.suppress(FileNotFoundError):
-                os.close(create_private(path, os.O_TRUNC))
-                pool = cls(path)
-                write_at(pool.fd, text, 0)
-                if pool.hold(0) and same_file(pool.fd, path):
-                    return pool
-                pool.close()
-
-    @classmethod
-    def all(cls, queue_path, own=None):
-        """Yield every PID file of a queue; each is closed after its turn.
-
-        A process of a pool hands in its OWN, since closing another descriptor of that
-        file would drop its locks.
-        """
-        folder, stem = os.path.split(beside(queue_path, "-"))
-        pattern = re.compile(re.escape(stem) + r"[0-9]+\.pid")
-        for name in sorted(filter(pattern.fullmatch, os.listdir(folder))):
-            path = os.path.join(folder, name)
-            if own is None or own.path != path:
-                with contextlib.suppress(OSError):  # gone meanwhile, or another user's
-                    pool = cls(path)
-                    with contextlib.closing(pool):
-                        yield pool
-        if own:
-            yield own
-
-    def hold(self, slot):
-        """Be the supervisor, 0, or the worker of a slot; False if there is one."""
-        if lock_byte(self.fd, self.LOCKS + slot):
-            self.slot = slot
-        return self.slot == slot
-
-    def holder(self, slot, slots=1):
-        return byte_holder(self.fd, self.LOCKS + slot, slots)
-
-    def alive(self):
-        """Tell whether its supervisor or any of its workers lives."""
-        return self.holder(0, 1 + MAX_WORKERS) is not None
-
-    def workers(self):
-        """Return the pids of its workers."""
-        pids = []
-        for slot in range(1, 1 + MAX_WORKERS):
-            if self.holder(slot, MAX_WORKERS) is None:
-                break
-            pids.append(self.holder(slot))
-        return [pid for pid in pids if pid is not None]
-
-    def note(self, pid, moment):
-        """Write down the command that this worker started, in case both are killed.
-
-        On a full disk nobody knows it before it is recorded in the database.
-        """
-        with contextlib.suppress(OSError):
-            note = self.NOTE % (os.getpid(), pid, moment)
-            write_at(self.fd, note, self.NOTES + self.ROW * self.slot)
-
-    def notes(self):
-        """Return which command each worker started last, and when, by its own pid."""
-        text = read_at(self.fd, self.ROW * (MAX_WORKERS + 1), self.NOTES)
-        rows = re.findall(rb"([0-9]+) +([0-9]+) +([0-9.]+) *\n", text)
-        return {int(own): (int(pid), float(moment)) for own, pid, moment in rows}
-
-    def ask(self, word):
-        """Ask the pool to `stop`, or to stop `now`."""
-        write_at(self.fd, word.encode(), self.REQUESTS[word])
-        self.poke()
-
-    def processes(self):
-        """Return the pids of its supervisor and its workers, but not our own."""
-        return [pid for pid in (self.holder(0), *self.workers()) if pid]
-
-    def poke(self):
-        for pid in self.processes():
-            if pid > 0:  # or it is in another container
-                poke(pid)
-
-    def request(self):
-        """Return what the pool is asked: "now", "stop" or None.
-
-        A pool whose file was removed can never be asked, and one without a supervisor
-        has nobody who looks after it: both stop.
-        """
-        text = read_at(self.fd, 32, 0)
-        if b"now" in text:
-            return "now"
-        supervised = self.pid == os.getpid() or self.holder(0) is not None
-        there = supervised and same_file(self.fd, self.path)
-        return "stop" if b"stop" in text or not there else None
-
-    def remove(self):
-        """Remove the file, unless another process of the pool lives."""
-        first = self.slot == 0 or self.hold(0)
-        alone = first and lock_byte(self.fd, self.LOCKS + 1, MAX_WORKERS)
-        if alone and same_file(self.fd, self.path):
-            os.remove(self.path)
-
-    def close(self):
-        os.close(self.fd)
-
-
-if os.name == "nt":
-    import ctypes
-    import msvcrt
-    import subprocess
-    from ctypes import wintypes
-
-    # No signal reaches another process here. What POSIX does by signals is done by a
-    # named event (to wake) and a job object (to end a run with all its processes, also
-    # when its worker dies: so that a free lock means that no process of the run lives).
-    KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
-    for name in ("CreateFileW", "CreateEventW", "OpenEventW", "CreateMutexW",
-                 "CreateJobObjectW", "GetStdHandle"):
-        getattr(KERNEL, name).restype = wintypes.HANDLE
-    NOWHERE = wintypes.HANDLE(-1).value
-    SHARED = 7  # others may read, write, rename and remove it while it is open
-    READ, WRITE, APPEND, SYNCHRONIZE = 0x80000000, 0x40000000, 0x4, 0x100000
-    OPEN_EXISTING, CREATION = 3, {os.O_EXCL: 1, os.O_TRUNC: 2, 0: 4}
-    CREATE_SUSPENDED, EVENT_MODIFY = 0x4, 0x2
-    MOST_HANDLES = 64  # that can be waited for at once
-    PLACE = 2**40  # of the lock in an output file: far behind what a job prints
-    STOP_SIGNALS = POOL_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGBREAK)
-    TERMINATE = KILL = signal.SIGTERM
-    CLOSED_PIPE = (errno.EPIPE, errno.EINVAL)  # the second in most cases
-    REUSE_ADDRESS = False  # or two could listen at the same one
-    # Not a virtual environment's: that starts Python once more, under another number.
-    PYTHON = getattr(sys, "_base_executable", sys.executable)
-    CHILDREN = {}  # pid: handle, of all that were started and not yet seen to end
-
-    def granted(value):
-        """Return what a call of the system gave, a handle or success, or raise."""
-        if not value or value == NOWHERE:
-            raise ctypes.WinError(ctypes.get_last_error())
-        return wintypes.HANDLE(value)
-
-    def open_as(path, access, how):
-        """Open a file so that others can rename and remove it meanwhile."""
-        file = KERNEL.CreateFileW(path, access, SHARED, None, how, 0x80, None)
-        if file == NOWHERE:
-            error = ctypes.WinError(ctypes.get_last_error())
-            raise OSError(error.errno, error.strerror.strip(), path, error.winerror)
-        return msvcrt.open_osfhandle(file, os.O_BINARY | os.O_NOINHERIT)
-
-    def create_private(path, flags=os.O_EXCL):
-        """Open a new file, or a log to append; the folder says who may read it."""
-        return open_as(path, READ | (WRITE if flags else APPEND), CREATION[flags])
-
-    def open_shared(path, flags):
-        return open_as(path, READ | WRITE, OPEN_EXISTING)
-
-    def read_at(fd, size, offset):
-        os.lseek(fd, offset, os.SEEK_SET)
-        return os.read(fd, size)
-
-    def write_at(fd, data, offset):
-        os.lseek(fd, offset, os.SEEK_SET)
-        return os.write(fd, data)
-
-    def try_lock(fd, at, length):
-        """Lock bytes, also behind the end of the file; False if one is taken."""
-        os.lseek(fd, at, os.SEEK_SET)
-        try:
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, length)
-            return True
-        except OSError:
-            return False
-
-    def take_lock(fd, shared=False):
-        return try_lock(fd, PLACE, 1)
-
-    @contextlib.contextmanager
-    def folder_lock(path, patience=0.0):
-        """Let one process at a time change which files a folder has."""
-        name = "Local\\queuectl-" + os.path.normcase(path).replace("\\", "/")[-200:]
-        mutex = granted(KERNEL.CreateMutexW(None, False, name))
-        waited = KERNEL.WaitForSingleObject(mutex, int(1000 * patience))
-        try:
-            yield waited in (0, 0x80)  # free, or its owner died
-        finally:
-            KERNEL.ReleaseMutex(mutex)
-            KERNEL.CloseHandle(mutex)
-
-    sync_folder = nothing  # here a folder is no file that could be written
-
-    def number_place(at):
-        """Return where the pid of a lock's holder stands: outside what it locks."""
-        return PoolFile.NOTES + PoolFile.ROW * (at - PoolFile.LOCKS)
-
-    def lock_byte(fd, at, length=1):
-        """Lock bytes of a PID file for this process alone; False if it can't."""
-        # Somebody may just be looking whether it is locked.
-        locked = wait_until(lambda: try_lock(fd, at, length), TICK / 4)
-        if locked and length == 1:
-            write_at(fd, b"%-11d" % os.getpid(), number_place(at))
-        return locked
-
-    def byte_holder(fd, at, length=1):
-        """Return the pid of a process that has locked a byte, or None."""
-        if try_lock(fd, at, length):
-            msvcrt.locking(fd, msvcrt.LK_UNLCK, length)  # from where try_lock went
-            return None
-        with contextlib.suppress(ValueError):
-            return int(read_at(fd, 11, number_place(at)))
-        return 0
-
-    def ready_terminal():
-        """Let a console take escape sequences, which Windows 10 has to be asked for."""
-        for number in (-11, -12):  # standard output and error
-            console, mode = KERNEL.GetStdHandle(number), wintypes.DWORD()
-            if KERNEL.GetConsoleMode(wintypes.HANDLE(console), ctypes.byref(mode)):
-                KERNEL.SetConsoleMode(wintypes.HANDLE(console), mode.value | 4)
-
-    class Limits(ctypes.Structure):
-        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of which only the flags matter."""
-
-        _fields_ = [
-            ("times", ctypes.c_int64 * 2), ("flags", wintypes.DWORD),
-            ("sizes", ctypes.c_size_t * 2), ("active", wintypes.DWORD),
-            ("affinity", ctypes.c_size_t), ("priority", wintypes.DWORD * 2),
-            ("io", ctypes.c_uint64 * 6), ("memory", ctypes.c_size_t * 4),
-        ]
-
-    class Process:
-        """A child process: a worker, or the command of a run with its job object."""
-
-        def __init__(self, popen, job=None):
-            self.popen, self.pid, self.code, self.job = popen, popen.pid, None, job
-            self.forced = False
-            CHILDREN[self.pid] = int(popen._handle)
-
-        def poll(self):
-            self.code = self.popen.poll()
-            if self.code is not None:
-                CHILDREN.pop(self.pid, None)
-            return self.code
-
-        def end(self, number):
-            self.forced = True  # there is no other way here
-            KERNEL.TerminateJobObject(self.job, 1)
-
-        def group_lives(self):
-            accounts = (wintypes.DWORD * 12)()  # the eleventh: active processes
-            KERNEL.QueryInformationJobObject(
-                self.job, 1, accounts, ctypes.sizeof(accounts), None)
-            return accounts[10] > 0
-
-        def let_go(self):
-            set_limits(self.job, 0)
-            KERNEL.CloseHandle(self.job)
-
-    def set_limits(job, flags):
-        limits = Limits(flags=flags)
-        granted(KERNEL.SetInformationJobObject(
-            job, 9, ctypes.byref(limits), ctypes.sizeof(limits)))
-
-    def start_shell(line, cwd, env, lease=None, input_fd=None, launcher=()):
-        """Start a shell command in a job object that ends with this worker.
-
-        It is suspended until it is in the job: its children might escape.
-        """
-        console = sys.stdin and sys.stdin.isatty() and lease
-        stdin = input_fd if input_fd is not None else subprocess.DEVNULL
-        path = lease.path if lease else os.devnull
-        output = open_as(path, APPEND | SYNCHRONIZE, OPEN_EXISTING)
-        added = {name.upper(): value for name, value in env.items()}  # as os.environ's
-        if launcher:
-            line = '%s cmd /d /s /c "%s"' % (subprocess.list2cmdline(launcher), line)
-        try:
-            popen = subprocess.Popen(
-                line, shell=not launcher, cwd=cwd, env={**os.environ, **added},
-                stdin=None if console else stdin, stdout=output, stderr=output,
-                creationflags=subprocess.CREATE_NEW_PROCESS_GROUP | CREATE_SUSPENDED)
-        finally:
-            os.close(output)
-        process = wintypes.HANDLE(int(popen._handle))
-        try:
-            job = granted(KERNEL.CreateJobObjectW(None, None))
-            set_limits(job, 0x2000)  # KILL_ON_JOB_CLOSE
-            granted(KERNEL.AssignProcessToJobObject(job, process))
-        except OSError:
-            popen.kill()
-            raise
-        ctypes.WinDLL("ntdll").NtResumeProcess(process)
-        child = Process(popen, job)
-        if not lease:
-            child.let_go()
-        return child
-
-    def shell_words(words):
-        """Return the line for cmd that runs these words; a single one is a line."""
-        return words[0] if len(words) == 1 else subprocess.list2cmdline(words)
-
-    def start_process(function, *args):
-        """Run a function in a process of its own, which exits with what it returns."""
-        program = (
-            "import json, runpy, sys; _, file, name, args = sys.argv; "
-            "names = runpy.run_path(file, run_name='queuectl'); "
-            "sys.exit(names[name](*json.loads(args)))")
-        words = [PYTHON, "-c", program, os.path.abspath(__file__)]
-        return Process(subprocess.Popen([*words, function.__name__, json.dumps(args)]))
-
-    def background():
-        """Start this command again, detached, and end with how that starts."""
-        if os.environ.pop("QUEUECTL_DETACHED", None):
-            return leave_terminal
-        popen = subprocess.Popen(
-            [PYTHON, os.path.abspath(__file__), *sys.argv[1:]],
-            env=dict(os.environ, QUEUECTL_DETACHED="1"), stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            # Not without any console: each worker would open a new one, to be seen.
-            creationflags=subprocess.CREATE_NO_WINDOW)
-        for line in popen.stdout:
-            told = line.decode("utf-8", "replace").strip()
-            started = told.startswith(("pool ", "{"))
-            print(told, file=sys.stdout if started else sys.stderr, flush=True)
-            if started:
-                os._exit(0)
-        os._exit(popen.wait() or 1)
-
-    keep_descriptors = nothing  # jobs inherit but what they are given
-
-    def wake_name(pid):
-        return "Local\\queuectl-wake-%d" % pid
-
-    def poke(pid):
-        """Wake a process of a pool."""
-        event = wintypes.HANDLE(KERNEL.OpenEventW(EVENT_MODIFY, False, wake_name(pid)))
-        KERNEL.SetEvent(event)  # if that process is gone, this does nothing
-        KERNEL.CloseHandle(event)
-
-    class Wake:
-        """Wait for whichever comes first: an event, a child's end, or a time."""
-
-        def __init__(self):
-            name = wake_name(os.getpid())
-            self.event = KERNEL.CreateEventW(None, False, False, name)
-
-        def wait(self, timeout):
-            """Wait in short steps, between which Python sees Ctrl-C."""
-            deadline = time.monotonic() + timeout
-            while True:
-                handles = [self.event, *CHILDREN.values()][:MOST_HANDLES]
-                array = (wintypes.HANDLE * len(handles))(*handles)
-                left = min(max(deadline - time.monotonic(), 0.0), TICK)
-                woken = KERNEL.WaitForMultipleObjects(
-                    len(handles), array, False, int(1000 * left) + 1)
-                if woken < MOST_HANDLES or time.monotonic() >= deadline:
-                    return
-
-    def catch_signals(handler):
-        """Let HANDLER take the signals to stop, and wake."""
-        def wake(number, frame):
-            handler(number, frame)
-            poke(os.getpid())
-
-        for number in STOP_SIGNALS:
-            signal.signal(number, wake)
-
-    process_ids = list  # none: job objects end what a dead worker left,
-    process_age = leaderless = nothing  # so that no number has to prove anything
-
-
-# ======================================================================================
 # Queue: the database; the only SQL
 # ======================================================================================
 
-SCHEMA = """
+ORDER = "priority DESC, seq"  # in which jobs are claimed
+
+# What version 1 had, which people have; SCHEMA adds the rest to a new queue and to one
+# of theirs.
+TABLES = """
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- a deleted job's is never given to another
     id TEXT NOT NULL UNIQUE,
     command TEXT NOT NULL,
-    state TEXT NOT NULL DEFAULT 'pending'
-        CHECK (state = 'pending' OR state = 'processing' OR state = 'completed'
-            OR state = 'failed' OR state = 'dead'),
+    state TEXT NOT NULL DEFAULT 'pending' CHECK (%s),
     attempts INTEGER NOT NULL DEFAULT 0,    -- claims that count against max_retries
     max_retries INTEGER NOT NULL,
     priority INTEGER NOT NULL DEFAULT 0,
     run_at REAL NOT NULL,                   -- when it is, or was, due next
-    ready INTEGER NOT NULL,                 -- 0 while it waits for run_at, else 1
+    claimable INTEGER NOT NULL,             -- 0 while a waiting job waits, else 1
     timeout REAL,
     cwd TEXT NOT NULL,
     env TEXT,
@@ -1299,38 +444,79 @@ CREATE TABLE runs (
     PRIMARY KEY (seq, run)
 ) WITHOUT ROWID;
 CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE counts (state TEXT PRIMARY KEY, jobs INTEGER NOT NULL) WITHOUT ROWID;
+INSERT INTO counts VALUES %s;
+-- It names the runs' files: those of a queue that was removed are never ours.
+INSERT INTO config VALUES ('token', lower(hex(randomblob(4))));
+""" % (" OR ".join(map("state = '{}'".format, STATES)),
+       ", ".join(map("('{}', 0)".format, STATES)))
+
+# Of a queue of version 1. Every claim and every enqueue names the column that gets a new
+# name: an older process that has the database open fails instead of writing.
+MIGRATION = """
+DROP INDEX jobs_ready;
+DROP INDEX jobs_waiting;
+DROP INDEX jobs_rare;
+DROP TRIGGER job_moved;
+DROP TRIGGER job_removed;
+ALTER TABLE jobs RENAME COLUMN ready TO claimable;
+"""
+
+SCHEMA = """
+-- The name of what only one job at a time may use; the jobs that it comes after and that
+-- are not completed, by number and one by one.
+ALTER TABLE jobs ADD COLUMN lock TEXT;
+ALTER TABLE jobs ADD COLUMN waits INTEGER NOT NULL DEFAULT 0;
+CREATE TABLE waits (seq INTEGER NOT NULL, waits_for INTEGER NOT NULL,
+    PRIMARY KEY (seq, waits_for)) WITHOUT ROWID;
+CREATE INDEX waits_for ON waits (waits_for);
+-- Of all runs there ever were, by outcome; and the dead that `on_dead` was not told of.
+CREATE TABLE totals (outcome TEXT PRIMARY KEY, runs INTEGER NOT NULL,
+    seconds REAL NOT NULL) WITHOUT ROWID;
+INSERT INTO totals VALUES ('completed', 0, 0), ('failed', 0, 0), ('interrupted', 0, 0);
+CREATE TABLE untold (seq INTEGER PRIMARY KEY);
 
 -- Jobs in the order in which they are claimed, those that wait for a time, and the few
 -- that are neither waiting nor completed: a claim costs the same with a million others.
 -- No IN here or above: SQLite builds its list anew for each row, half an insert's time.
-CREATE INDEX jobs_ready ON jobs (priority DESC, seq)
-    WHERE state = 'pending' AND ready = 1;
-CREATE INDEX jobs_waiting ON jobs (run_at) WHERE ready = 0;
+CREATE INDEX jobs_claimable ON jobs (%s) WHERE state = 'pending' AND claimable = 1;
+CREATE INDEX jobs_waiting ON jobs (run_at) WHERE claimable = 0 AND waits = 0;
+CREATE INDEX jobs_locked ON jobs (lock, %s) WHERE lock NOT NULL AND claimable > 0;
 CREATE INDEX jobs_rare ON jobs (state, seq)
     WHERE state <> 'pending' AND state <> 'completed';
 
 -- Counting a million rows takes a third of a second: triggers keep the counts, and
 -- `enqueue`, for which one a row would cost half of its time.
-CREATE TABLE counts (state TEXT PRIMARY KEY, jobs INTEGER NOT NULL) WITHOUT ROWID;
-INSERT INTO counts VALUES
-    ('pending', 0), ('processing', 0), ('completed', 0), ('failed', 0), ('dead', 0);
 CREATE TRIGGER job_moved AFTER UPDATE OF state ON jobs WHEN OLD.state <> NEW.state BEGIN
     UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
-    UPDATE counts SET jobs = jobs + 1 WHERE state = NEW.state;
-END;
+    UPDATE counts SET jobs = jobs + 1 WHERE state = NEW.state; END;
 CREATE TRIGGER job_removed AFTER DELETE ON jobs BEGIN
     UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
-END;
-"""
+    DELETE FROM runs WHERE seq = OLD.seq; END;
+PRAGMA application_id = %d;
+PRAGMA user_version = %d;
+""" % (ORDER, ORDER, APPLICATION_ID, SCHEMA_VERSION)
 
+ADD = "INSERT INTO jobs (%s, claimable, created_at, updated_at) VALUES (:%s," \
+    " :run_at <= :now, :now, :now)" % (", ".join(COLUMNS), ", :".join(COLUMNS))
+AGAIN = "state = 'pending', attempts = 0, deaths = 0, cancelled = 0, error = NULL"
+REVIVE = "UPDATE jobs SET %s, %s, claimable = :run_at <= :now, updated_at = :now" \
+    " WHERE id = :id AND (state = 'completed' OR state = 'dead')" % (
+        AGAIN, ", ".join("%s = :%s" % (name, name) for name in COLUMNS[1:]))
+CLAIMABLE = "state = 'pending' AND claimable = 1"
+WAITING = "claimable = 0 AND waits = 0"  # for a time, and for nothing else
 RARE = "state <> 'pending' AND state <> 'completed'"  # or jobs_rare would not be used
 JOB = """SELECT jobs.*, exit_code, started_at, finished_at
          FROM jobs LEFT JOIN runs USING (seq, run) """
-BRIEF = "SELECT seq, id, state, updated_at FROM jobs "
+# How a run ended that was no fault of its job, or that somebody wanted to end.
+INTERRUPTED = ("worker died", "stop --now", "stopped", "refused", "cancelled")
+OUTCOMES = ("completed", "failed", "interrupted")
+OUTCOME = """CASE WHEN error IS NULL THEN 'completed'
+    WHEN error IN (%s) THEN 'interrupted' ELSE 'failed' END""" % (
+    ", ".join(map("'{}'".format, INTERRUPTED)))
 BARS = 60  # of the picture of throughput
 BINS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)  # seconds, of run times
 NO_JOB = "there is no job "
-PAGE = 500  # rows a read; a long read would keep the write-ahead log from being reset
 
 
 def in_state(state):
@@ -1339,47 +525,11 @@ def in_state(state):
     return " AND state = '%s'" % STATES[STATES.index(state)] + rare if state else ""
 
 
-def missing(path):
-    """Tell whether there is no database at PATH yet; an empty file is none."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return True
-    if not stat.S_ISREG(status.st_mode):  # or /dev/null would be replaced by a queue
-        raise QueueError("%s is no file, so not a queue" % shown(path))
-    return status.st_size == 0
-
-
-def create_database(path):
-    """Make a whole queue beside PATH and move it there: nobody ever sees half of one.
-
-    Sixty first commands at once would else fail: switching a database to write-ahead
-    logging does not wait for others.
-    """
-    home = os.path.dirname(path)
-    with folder_lock(home, PATIENCE) as locked:
-        if not missing(path):
-            return  # another first command was quicker
-        if not locked:
-            raise QueueError("%s: another program has locked this folder" % shown(home))
-        draft = path + ".new"
-        # The log of a database that was removed would be taken for the new one's.
-        for leftover in (draft, path + "-wal", path + "-shm", path + "-journal"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(leftover)
-        fd = create_private(draft)
-        with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as db:
-            db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA application_id = %d" % APPLICATION_ID)
-            db.execute("PRAGMA user_version = %d" % SCHEMA_VERSION)
-            db.executescript("BEGIN;" + SCHEMA + "COMMIT;")
-            # Names the runs' files: those of a queue that was removed are never ours.
-            db.execute("INSERT INTO config VALUES ('token', ?)", (os.urandom(4).hex(),))
-        os.fsync(fd)
-        os.close(fd)
-        os.replace(draft, path)
-        sync_folder(home)
+def spread(values):
+    """Return median, 95th percentile and maximum; None without any."""
+    ordered = sorted(values) or [None]
+    return {name: ordered[min(int(len(ordered) * part), len(ordered) - 1)]
+            for name, part in (("median", 0.5), ("p95", 0.95), ("longest", 1))}
 
 
 class Queue:
@@ -1391,37 +541,97 @@ class Queue:
 
     def __init__(self, path, sync="FULL", patience=PATIENCE, clock=time.time, new=True):
         self.path = os.path.realpath(path)  # one queue, whatever links lead to it
-        self.clock, self.patience = clock, patience
-        if missing(self.path):
+        self.clock = clock
+        if not os.path.exists(self.path):
             if not new:  # a pool must not bring back what its user removed
-                raise QueueError("%s was removed" % shown(self.path))
-            create_database(self.path)
+                raise QueueError("there is no queue %s" % shown(self.path))
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
         self.file = os.stat(self.path)
-        self.db = sqlite3.connect(self.path, timeout=patience, isolation_level=None)
+        if not stat.S_ISREG(self.file.st_mode):
+            raise QueueError("%s is no file, so not a queue" % shown(self.path))
+        # SQLite finds the log by the path. A running pool does not ask again, or
+        # `cp -al` would end it.
+        if sync == "FULL" and self.file.st_nlink > 1:
+            words = "%s has another name (a hard link), by which jobs would get lost"
+            raise QueueError(words % shown(self.path))
+        if foreign(self.path):
+            raise QueueError(shown(self.path) + foreign(self.path))
+        self.owner = os.getpid(), _thread.get_ident()
+        self._db = sqlite3.connect(self.path, timeout=patience, isolation_level=None)
         try:
-            self._check_version()
+            if self._value("PRAGMA user_version") != SCHEMA_VERSION:
+                self._prepare(patience)
+            if self._value("PRAGMA application_id") != APPLICATION_ID:
+                raise QueueError("%s is not a queue of queuectl" % shown(self.path))
             self.db.row_factory = sqlite3.Row
             self.db.execute("PRAGMA synchronous = %s" % sync)
             self.db.execute("PRAGMA fullfsync = ON")  # macOS: sync for real
+            self.db.execute("PRAGMA journal_size_limit = %d" % 2**24)
             self.token = self._value("SELECT value FROM config WHERE key = 'token'")
         except BaseException:
-            self.db.close()
+            self.close()
             raise
 
-    def _check_version(self):
-        if self._value("PRAGMA application_id") != APPLICATION_ID:
-            raise QueueError("%s is not a queue of queuectl" % shown(self.path))
-        version = self._value("PRAGMA user_version")
-        if version != SCHEMA_VERSION:
-            words = "%s has version %d of the schema, and this queuectl knows version"
-            words += " %d: take a newer queuectl.py"
-            raise QueueError(words % (shown(self.path), version, SCHEMA_VERSION))
+    def close(self):
+        """Let go of the file; what is used after that raises QueueError."""
+        if self.owner and self.owner[0] == os.getpid():
+            self.db.close()
+        self.owner = None
+
+    @property
+    def db(self):
+        """The connection, for the process and the thread that opened it.
+
+        Carried over a fork, SQLite loses what the other side has written.
+        """
+        if self.owner != (os.getpid(), _thread.get_ident()):
+            why = "was closed" if self.owner is None else "is another process's or thread's"
+            raise QueueError("this Queue %s: open one here" % why)
+        return self._db
+
+    def _prepare(self, patience):
+        """Make the tables of a new queue, or those that one of version 1 lacks.
+
+        Sixty first commands at once may each try, so what is there is looked at within
+        the transaction. The switch to the write-ahead log waits for no lock: it is
+        tried until it holds, and before there is any table, or a kill in between would
+        leave a queue without it.
+        """
+        def switched():
+            try:
+                return self.db.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error):
+                    raise
+
+        if not self._value("PRAGMA page_count"):
+            self.db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            wait_until(switched, patience)
+        with self.transaction():
+            version = self._value("PRAGMA user_version")
+            if version > SCHEMA_VERSION:
+                words = "%s has version %d of the schema, and this queuectl knows version"
+                words += " %d: take a newer queuectl.py"
+                raise QueueError(words % (shown(self.path), version, SCHEMA_VERSION))
+            if version == 1 and self._value("PRAGMA application_id") == APPLICATION_ID:
+                for pool in older_pools(self.path):
+                    words = "pool %d of an older queuectl runs: stop it with kill %d,"
+                    raise QueueError((words + " then try again") % (pool, pool))
+                self._execute_all(MIGRATION + SCHEMA)
+            elif not version and not self._value("SELECT 1 FROM sqlite_master"):
+                self._execute_all(TABLES + SCHEMA)
+
+    def _execute_all(self, script):
+        # Not by `executescript`, which commits first. Only a new statement, and no line
+        # within one, begins at the margin.
+        for statement in re.split(r";\n+(?=\S)", script):
+            self.db.execute(statement)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.db.close()
+        self.close()
 
     @contextlib.contextmanager
     def transaction(self):
@@ -1433,36 +643,13 @@ class Queue:
         if self.db.in_transaction:
             yield
             return
-        self._begin()
+        self.db.execute("BEGIN IMMEDIATE")
         try:
             yield
             self.db.execute("COMMIT")
         except BaseException:
             self.db.rollback()  # if SQLite has not done so
             raise
-
-    def _begin(self):
-        """Take the write lock, however often others are quicker.
-
-        SQLite's own waiting sleeps for milliseconds, several turns of other workers.
-        """
-        deadline, pause = time.monotonic() + self.patience, 0.0001
-        while True:
-            try:
-                return self._at_once("BEGIN IMMEDIATE")
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-            time.sleep(pause)
-            pause = min(1.5 * pause, 0.02)
-
-    def _at_once(self, sql, *values):
-        """Execute a statement, or fail at once where another has the write lock."""
-        self.db.execute("PRAGMA busy_timeout = 0")
-        try:
-            return self.db.execute(sql, values)
-        finally:
-            self.db.execute("PRAGMA busy_timeout = %d" % (1000 * self.patience))
 
     def _change(self, sql, *values):
         """Execute a statement; how many rows it found to change is the answer."""
@@ -1475,19 +662,9 @@ class Queue:
         row = self.db.execute(sql, values).fetchone()
         return row[0] if row else None
 
-    def wake(self, own=None):
-        """Let idle workers look at once instead of within a second; a hint, no more."""
-        with contextlib.suppress(OSError):
-            for pool in PoolFile.all(self.path, own):
-                pool.poke()
-
-    def gone(self):
-        """Tell whether the file was removed, or replaced by another queue's."""
-        return not still_names(self.path, self.file)
-
     def check_there(self):
         """Raise QueueError if it is gone: what waits for it would wait for ever."""
-        if self.gone():
+        if not still_names(self.path, self.file):
             raise QueueError("%s was removed" % shown(self.path))
 
     # -- enqueue -----------------------------------------------------------------------
@@ -1496,9 +673,9 @@ class Queue:
         """Return the fields of a job that gives none: from the settings, as of now."""
         values = self.settings()
         return dict(
-            dict.fromkeys(FIELDS), priority=0,
+            {name: default for name, (_, default, _, _) in FIELDS.items()},
             max_retries=values["max_retries"], timeout=values["timeout"],
-            cwd=checked("cwd", folder, cwd or utf8(os.getcwd())))
+            cwd=checked("cwd", folder, cwd or here()))
 
     def add(self, command, **fields):
         """Check and enqueue one job, with the fields of its JSON; return its id."""
@@ -1510,47 +687,42 @@ class Queue:
         """Add jobs as `checked_job` makes them, all or none; return first and last seq.
 
         JOBS may be a generator: it is read within the transaction. UNIQUE leaves out a
-        job whose id waits or runs, and starts one anew that has finished.
+        job whose id waits or runs, and starts one anew that has finished: the same job
+        with other fields, so that its runs stay.
         """
         now, job = self.clock(), None
 
         def rows():
             nonlocal job
             for job in jobs:
-                if unique and self._under_way(job["id"]):
-                    continue
                 job["now"] = now
                 if job["id"] is None:
+                    if unique:
+                        raise QueueError("id: missing; a unique job needs one", 2)
                     job["id"] = self._new_id()
                 if job["run_at"] is None:
                     job["run_at"] = min(now + (job["delay"] or 0), MAX_TIME)
-                yield job
+                if not unique or self._is_new(job):
+                    yield job
 
         with self.transaction():
             try:
-                added = self.db.executemany(
-                    "INSERT INTO jobs (id, command, max_retries, priority, run_at,"
-                    " ready, timeout, cwd, env, launcher, created_at, updated_at)"
-                    " VALUES (:id, :command, :max_retries, :priority, :run_at,"
-                    " :run_at <= :now, :timeout, :cwd, :env, :launcher, :now, :now)",
-                    rows()).rowcount
+                added = self.db.executemany(ADD, rows()).rowcount
             except sqlite3.IntegrityError:
                 words = "there is a job %s already"
                 raise QueueError(words % shown(job["id"])) from None
             count = "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'"
             self._change(count, added)
             last = self._value("SELECT MAX(seq) FROM jobs") or 0
-        self.wake()
+        wake_workers(self.path)
         return last - added + 1, last
 
-    def _under_way(self, id):
-        """Tell whether a job waits or runs; one that has finished makes room."""
-        if id is None:
-            raise QueueError("id: missing; a unique job needs one", 2)
-        state = self._value("SELECT state FROM jobs WHERE id = ?", id)
-        if state in ("completed", "dead"):
-            self.delete([id])
-        return state in ("pending", "failed", "processing")
+    def _is_new(self, job):
+        """Tell whether no job has this id; one that has finished is started anew."""
+        revived = self.db.execute(REVIVE, job).rowcount
+        there = self._value("SELECT 1 FROM jobs WHERE id = ?", job["id"])
+        job["left"] = there and not revived
+        return not there
 
     def _new_id(self):
         """Return a short id that no job has, without letters that look alike."""
@@ -1563,11 +735,10 @@ class Queue:
     # -- the life of a job -------------------------------------------------------------
 
     def claim(self, worker, take_lease):
-        """Give the next ready job to a worker, PENDING to PROCESSING; None without one.
+        """Give the next job to a worker, PENDING to PROCESSING; None without one.
 
-        `take_lease(path)` creates and locks the output file of the run. It is called
-        before anything is written: a claim that were committed before its lock is held
-        would be taken for a dead worker's.
+        `take_lease(run)` makes the file of the run and holds it. It is called before
+        this is committed: the run would else be taken for a dead worker's.
         """
         with self.transaction():
             now = self.clock()
@@ -1575,9 +746,7 @@ class Queue:
             row = self.db.execute(
                 "SELECT seq, id, command, timeout, cwd, env, max_retries, launcher,"
                 " attempts + 1 AS attempt, run + 1 AS run FROM jobs"
-                " WHERE state = 'pending' AND ready = 1"
-                " ORDER BY priority DESC, seq LIMIT 1"
-            ).fetchone()
+                " WHERE " + CLAIMABLE + " ORDER BY " + ORDER + " LIMIT 1").fetchone()
             if row is None:
                 return None
             values = self.settings()
@@ -1585,7 +754,7 @@ class Queue:
             run = dict(row, worker=worker, pid=None, started_at=now,
                        lease=self.lease(row), output_limit=values["output_limit"],
                        launcher=None if launcher == "none" else launcher)
-            take_lease(run["lease"])
+            take_lease(run)
             self.db.execute(
                 "UPDATE jobs SET state = 'processing', attempts = :attempt, run = :run,"
                 " updated_at = :started_at WHERE seq = :seq AND state = 'pending'", run)
@@ -1595,16 +764,26 @@ class Queue:
             return run
 
     def promote(self, now):
-        """Make jobs ready whose time has come, FAILED to PENDING; a few at a time.
+        """Let jobs be claimed whose time has come, FAILED to PENDING.
 
-        A hundred thousand that become due at once would else hold up one claim.
+        A hundred thousand that become due at once would hold up one claim for seconds:
+        what is left after some of them is for the next.
         """
-        due = self._rows(
-            "SELECT seq FROM jobs WHERE ready = 0 AND run_at <= ?"
-            " ORDER BY run_at LIMIT 100", now)
-        self.db.executemany(
-            "UPDATE jobs SET state = 'pending', ready = 1 WHERE seq = ? AND ready = 0"
-            " AND (state = 'pending' OR state = 'failed')", due)
+        until = time.monotonic() + TICK / 10
+        while self._change(
+                "UPDATE jobs SET state = 'pending', claimable = 1"
+                " WHERE (state = 'pending' OR state = 'failed') AND seq IN (SELECT seq"
+                " FROM jobs WHERE " + WAITING + " AND run_at <= ?"
+                " ORDER BY run_at LIMIT 100)", now) == 100 and time.monotonic() < until:
+            pass
+
+    def promote_overtaken(self):
+        """FAILED to PENDING, where the clock was set back behind the failure."""
+        now = self.clock()
+        self._change(
+            "UPDATE jobs SET state = 'pending', claimable = 1, run_at = ?"
+            " WHERE state = 'failed' AND " + RARE + " AND " + WAITING +
+            " AND updated_at > ?", now, now + 1)
 
     def complete(self, run, result):
         """PROCESSING to COMPLETED."""
@@ -1617,29 +796,22 @@ class Queue:
         values = self.settings()
         wait = backoff(values["backoff_base"], run["attempt"], values["backoff_max"])
         due = min(self.clock() + wait, MAX_TIME)
-        return self._leave(run, result, "failed", result["error"], ready=0, run_at=due)
+        error = result["error"]
+        return self._leave(run, result, "failed", error, claimable=0, run_at=due)
 
-    def release(self, run, result):
+    def release(self, run, result, blamed=False):
         """PROCESSING back to PENDING; the attempt, no fault of the job, is given back.
 
-        A job whose worker died too often is DEAD: it may be what kills them.
+        A job that is BLAMED too often for the death of its worker is DEAD: it may be
+        what kills them.
         """
         deaths = self._value("SELECT deaths FROM jobs WHERE seq = ?", run["seq"]) or 0
-        deaths += result["error"] == "worker died"
+        deaths += blamed
         if deaths >= MAX_DEATHS:
             error = "worker died %d times" % deaths
             return self._leave(run, result, "dead", error, deaths=deaths)
         rest = run["attempt"] - 1
         return self._leave(run, result, "pending", None, attempts=rest, deaths=deaths)
-
-    def owned(self, run):
-        """Tell whether a run still owns its job."""
-        query = "SELECT 1 FROM jobs WHERE seq = ? AND run = ? AND state = 'processing'"
-        return bool(self._value(query, run["seq"], run["run"]))
-
-    def cancelled(self, run):
-        """Tell whether a job is to be cancelled: DEAD as soon as its run has ended."""
-        return bool(self._value("SELECT cancelled FROM jobs WHERE seq = ?", run["seq"]))
 
     def _leave(self, run, result, state, error, **changes):
         """Move a job out of PROCESSING if this run still owns it; record the run."""
@@ -1658,14 +830,40 @@ class Queue:
                     " finished_at = :finished_at, exit_code = :exit_code,"
                     " error = :error, output = :output"
                     " WHERE seq = :seq AND run = :run", {**run, **result})
+                self.db.execute(
+                    "UPDATE totals SET runs = runs + 1,"
+                    " seconds = seconds + :finished_at - :started_at"
+                    " WHERE outcome = (SELECT " + OUTCOME + " FROM (SELECT :error AS error))",
+                    {**run, **result})
+            if moved and state == "dead" and error != "cancelled" and (
+                    self.settings()["on_dead"]):
+                self._change("INSERT OR IGNORE INTO untold VALUES (?)", run["seq"])
             return state if moved else None
 
-    def note_pid(self, run):
-        """Record the process of a run that has been going on for a while.
+    def tell(self, start):
+        """Hand to START a dead job that `on_dead` was not told of; False without one.
 
-        It waits for no lock: meanwhile nobody would watch the command.
+        It is forgotten once START has returned: killed in between, it is told again.
         """
-        self._at_once(
+        with self.transaction():
+            seq = self._value("SELECT seq FROM untold LIMIT 1")
+            for job in self._rows(JOB + "WHERE seq = ? AND state = 'dead'", seq):
+                start(job)
+            self._change("DELETE FROM untold WHERE seq = ?", seq)
+        return seq is not None
+
+    def owned(self, run):
+        """Tell whether a run still owns its job."""
+        query = "SELECT 1 FROM jobs WHERE seq = ? AND run = ? AND state = 'processing'"
+        return bool(self._value(query, run["seq"], run["run"]))
+
+    def cancelled(self, run):
+        """Tell whether a job is to be cancelled: DEAD as soon as its run has ended."""
+        return bool(self._value("SELECT cancelled FROM jobs WHERE seq = ?", run["seq"]))
+
+    def note_pid(self, run):
+        """Record the process of a run that has been going on for a while."""
+        self._change(
             "UPDATE runs SET pid = ?, started_at = ?"
             " WHERE seq = ? AND run = ? AND finished_at IS NULL",
             run["pid"], run["started_at"], run["seq"], run["run"])
@@ -1675,98 +873,104 @@ class Queue:
 
         Return the state of each job by its id.
         """
+        def verb(seq):
+            return self._change(
+                "UPDATE jobs SET state = 'dead', error = 'cancelled', claimable = 1,"
+                " updated_at = ?"
+                " WHERE seq = ? AND (state = 'pending' OR state = 'failed')",
+                self.clock(), seq,
+            ) or self._change(
+                "UPDATE jobs SET cancelled = 1 WHERE seq = ? AND state = 'processing'",
+                seq)
+
         with self.transaction():
-            self._each(ids, self._cancel, "job %(id)s is %(state)s already")
-            states = {id: self.job(id)["state"] for id in ids}
-        self.wake()
+            self._each(ids, verb, "job %(id)s is %(state)s already")
+            states = {job["id"]: job["state"] for job in self._named(ids)}
+        wake_workers(self.path)
         return states
 
-    def _cancel(self, job):
-        return self._change(
-            "UPDATE jobs SET state = 'dead', error = 'cancelled', ready = 1,"
-            " updated_at = ? WHERE seq = ? AND state IN ('pending', 'failed')",
-            self.clock(), job["seq"],
-        ) or self._change(
-            "UPDATE jobs SET cancelled = 1 WHERE seq = ? AND state = 'processing'",
-            job["seq"])
+    RETRY = "UPDATE jobs SET " + AGAIN + ", claimable = 1, run_at = ?, updated_at = ?"
 
     def retry(self, ids):
         """DEAD to PENDING with attempts 0, all or none."""
-        self._each(ids, self._revive, "job %(id)s is %(state)s, not dead")
-        self.wake()
+        now, where = self.clock(), " WHERE seq = ? AND state = 'dead'"
+        self._each(ids, lambda seq: self._change(self.RETRY + where, now, now, seq),
+                   "job %(id)s is %(state)s, not dead")
+        wake_workers(self.path)
 
     def retry_all(self):
-        """Retry every dead job; return how many there were."""
-        pages = self._pages("dead", what=BRIEF)
-        count = sum(self._in_slices(self._revive, page) for page in pages)
-        self.wake()
-        return count
-
-    def _revive(self, job):
-        now = self.clock()
-        return self._change(
-            "UPDATE jobs SET state = 'pending', attempts = 0, deaths = 0,"
-            " cancelled = 0, error = NULL, ready = 1, run_at = ?, updated_at = ?"
-            " WHERE seq = ? AND state = 'dead'", now, now, job["seq"])
+        """Retry every dead job; return how many, and how many were left as cancelled."""
+        now, dead = self.clock(), "state = 'dead' AND " + RARE + " AND error %s 'cancelled'"
+        count = self._in_pages(self.RETRY, dead % "IS NOT", now, now)
+        wake_workers(self.path)
+        return count, self._value("SELECT COUNT(*) FROM jobs WHERE " + dead % "=")
 
     def delete(self, ids):
         """Remove jobs and their runs, all or none; a running one is refused."""
-        self._each(ids, self._remove, "job %(id)s is running")
+        query = "DELETE FROM jobs WHERE seq = ? AND state <> 'processing'"
+        self._each(ids, lambda seq: self._change(query, seq), "job %(id)s is running")
 
     def _each(self, ids, verb, refusal):
         """Apply a verb to each of these jobs, all or none."""
         with self.transaction():
-            for job in [self.job(id) for id in dict.fromkeys(ids)]:
-                if not verb(job):
+            for job in self._named(ids):
+                if not verb(job["seq"]):
                     raise QueueError(refusal % dict(job, id=shown(job["id"])))
 
-    def delete_all(self, states, before=MAX_INTEGER, dry_run=False):
-        """Remove jobs in these states that last changed before then, or count them."""
-        count = 0
-        for state in states:
-            for page in self._pages(state, what=BRIEF):
-                old = [job for job in page if job["updated_at"] < before]
-                count += len(old) if dry_run else self._in_slices(self._remove, old)
+    def _named(self, ids):
+        if isinstance(ids, str):
+            raise QueueError("ids: a list of them, not one text")
+        return [self.job(id) for id in dict.fromkeys(ids)]
+
+    def delete_all(self, state=None, before=None, dry_run=False):
+        """Remove the jobs of a state, or all but running ones; return how many.
+
+        Of them only those that last changed before a time, if that is given.
+        """
+        where = "state <> 'processing'" + in_state(state)
+        if before is not None:
+            where += " AND updated_at < %r" % float(before)
+        if dry_run:
+            return self._value("SELECT COUNT(*) FROM jobs WHERE " + where)
+        count = self._in_pages("DELETE FROM jobs", where)
         self._give_back()
         return count
 
     def prune(self, keep, first):
-        """Remove the jobs of one page that finished more than KEEP seconds ago.
+        """Remove the jobs of one page that were completed more than KEEP seconds ago.
 
         Return how many, and where the next page begins.
         """
-        before = self.clock() - keep
-        page = next(self._pages(first=first, what=BRIEF))
-        finished = [job for job in page if job["state"] in ("completed", "dead")]
-        old = [job for job in finished if job["updated_at"] < before]
-        count = self._in_slices(self._remove, old)
+        page = self._rows(
+            "SELECT seq FROM jobs WHERE seq >= ? ORDER BY seq LIMIT ?", first, PAGE)
+        if not page:
+            return 0, 1
+        last = page[-1]["seq"]
+        count = self._change(
+            "DELETE FROM jobs WHERE seq BETWEEN ? AND ? AND updated_at < ?"
+            " AND state = 'completed'", first, last, self.clock() - keep)
         self._give_back()
-        return count, page[-1]["seq"] + 1 if page else 1
+        return count, last + 1
 
-    def _in_slices(self, verb, jobs):
-        """Apply a verb to many jobs, in many transactions; return how many it met.
+    def _in_pages(self, change, where, *values):
+        """Apply a change to all jobs that meet a condition; return how many they were.
 
-        A transaction takes some ms and no more: a million jobs, or a few with large
-        outputs, would hold up everybody for seconds.
+        In many short transactions: one for a million jobs, or for a few hundred with
+        large outputs, would hold up everybody for seconds.
         """
-        count, left = 0, list(reversed(jobs))
-        while left:
+        count, last, size = 0, 0, PAGE
+        while True:
+            page = self._rows("SELECT seq FROM jobs WHERE seq > ? AND " + where
+                              + " ORDER BY seq LIMIT ?", last, size)
+            if not page:
+                return count
+            began, first, last = time.monotonic(), page[0][0], page[-1][0]
             with self.transaction():
-                until = time.monotonic() + SLICE
-                while left:
-                    count += verb(left.pop())
-                    if time.monotonic() >= until:
-                        break
-        return count
-
-    def _remove(self, job):
-        """Delete a job that is still in the state that was read, and its runs."""
-        removed = self._change(
-            "DELETE FROM jobs WHERE seq = ? AND state = ? AND updated_at = ?"
-            " AND state <> 'processing'", job["seq"], job["state"], job["updated_at"])
-        if removed:
-            self._change("DELETE FROM runs WHERE seq = ?", job["seq"])
-        return removed
+                count += self._change(
+                    change + " WHERE seq BETWEEN ? AND ? AND " + where,
+                    *values, first, last)
+            spent = time.monotonic() - began
+            size = max(1, min(PAGE, int(len(page) * TICK / 4 / spent)))
 
     def _give_back(self):
         """Return the space of what was removed to the file system, if it is much."""
@@ -1783,10 +987,18 @@ class Queue:
             raise QueueError(NO_JOB + shown(id))
         return rows[0]
 
-    def jobs(self, state=None, limit=0, **pages):
-        """Yield jobs, oldest first; LIMIT 0 is all."""
-        pages = self._pages(state, min(limit or PAGE, PAGE), **pages)
-        return itertools.islice(itertools.chain.from_iterable(pages), limit or None)
+    def jobs(self, state=None, limit=0, first=1, last=MAX_INTEGER):
+        """Yield jobs, oldest first; LIMIT 0 is all.
+
+        Each page is a read of its own: a long one keeps the log from its reset.
+        """
+        left = limit or MAX_INTEGER
+        where = "WHERE seq BETWEEN ? AND ?" + in_state(state) + " ORDER BY seq LIMIT ?"
+        while left > 0:
+            page = self._rows(JOB + where, first, last, min(left, PAGE))
+            yield from page
+            left = left - len(page) if len(page) == PAGE else 0
+            first = page[-1]["seq"] + 1 if page else last
 
     def newest(self, state=None, text="", before="", limit=50):
         """Return jobs that came before one, newest first, with a text in id or command.
@@ -1798,16 +1010,6 @@ class Queue:
             " AND (instr(id, ?) OR instr(command, ?))"  # an empty text is in each
             + in_state(state) + " ORDER BY seq DESC LIMIT ?",
             before, MAX_INTEGER, text, text, limit)
-
-    def _pages(self, state=None, size=PAGE, first=1, last=MAX_INTEGER, what=JOB):
-        """Yield jobs a page at a time; a long read keeps the log from its reset."""
-        where = "WHERE seq BETWEEN ? AND ?" + in_state(state)
-        while True:
-            page = self._rows(what + where + " ORDER BY seq LIMIT ?", first, last, size)
-            yield page
-            if len(page) < size:
-                return
-            first = page[-1]["seq"] + 1
 
     def runs(self, job):
         """Return the runs of a job, the first one first, without their output."""
@@ -1821,9 +1023,9 @@ class Queue:
         return self._value(query, job["seq"], run or job["run"])
 
     def ahead(self, job):
-        """Return how many ready jobs are claimed before this one."""
+        """Return how many jobs are claimed before this one."""
         return self._value(
-            "SELECT COUNT(*) FROM jobs WHERE state = 'pending' AND ready = 1"
+            "SELECT COUNT(*) FROM jobs WHERE " + CLAIMABLE +
             " AND (priority > ? OR priority = ? AND seq < ?)",
             job["priority"], job["priority"], job["seq"])
 
@@ -1842,7 +1044,7 @@ class Queue:
         return [dict(row, lease=self.lease(row)) for row in rows]
 
     def lease(self, job):
-        """Return the path of the output file of a job's latest run."""
+        """Return the path of the file of a job's latest run."""
         name = "%s-%d-%d" % (self.token, job["seq"], job["run"])
         return os.path.join(beside(self.path, ".runs"), name)
 
@@ -1851,49 +1053,72 @@ class Queue:
         counts = dict(self._rows("SELECT state, jobs FROM counts"))
         return {state: counts[state] for state in STATES}
 
-    def wait(self, ids=None, timeout=None, tell=lambda counts: None):
-        """Wait until jobs, all without IDS, are completed or dead; return their counts.
+    def totals(self):
+        """Return number and seconds of all runs there ever were, by outcome."""
+        rows = self._rows("SELECT outcome, runs, seconds FROM totals")
+        return {outcome: (runs, seconds) for outcome, runs, seconds in rows}
 
-        None if that takes longer than TIMEOUT seconds. `tell` is called with the counts
-        at each look. A job that has ended is not looked at again: it may be removed.
+    def wait(self, ids=None, timeout=None, tell=lambda counts: None, but=None):
+        """Wait until jobs are completed or dead; return how many are in each state.
+
+        Without IDS, all that are unfinished now, BUT for one. None if it takes longer
+        than TIMEOUT seconds. `tell` is called at each look with how many of these jobs,
+        without IDS of all, are in each state. A job that has ended is not looked at
+        again: it may be removed.
         """
-        deadline = time.monotonic() + (MAX_SPAN if timeout is None else timeout)
-        states = dict.fromkeys(ids or ())
-        while True:
-            self.check_there()
-            for id, state in states.items():
-                if state not in ("completed", "dead"):
-                    states[id] = self.job(id)["state"]
-            known = list(states.values())
-            named = {state: known.count(state) for state in STATES}
-            counts = self.counts() if ids is None else named
-            tell(counts)
-            if not counts["pending"] + counts["processing"] + counts["failed"]:
-                return counts
-            if time.monotonic() >= deadline:
-                return None
-            time.sleep(TICK / 2)
+        ended = dict.fromkeys(STATES, 0)
+        if ids is None:
+            left = [id for id, in self._rows(
+                "SELECT id FROM jobs WHERE state = 'pending' UNION ALL SELECT id"
+                " FROM jobs WHERE " + RARE + " AND state <> 'dead'") if id != but]
+        else:
+            left = [job["id"] for job in self._named(ids)]
 
-    def oldest_ready(self):
-        """Return since when the job waits that has been ready longest, None without."""
+        def look_at_named():
+            counts = dict(ended)
+            for id in list(left):
+                state = self.job(id)["state"]
+                counts[state] += 1
+                if state in ("completed", "dead"):
+                    ended[state] += 1
+                    left.remove(id)
+            tell(counts)
+
+        def look_at_all():
+            tell(self.counts())
+            while left:  # all must end, so one at a time will do
+                state = self._value("SELECT state FROM jobs WHERE id = ?", left[-1])
+                if state not in ("completed", "dead", None):
+                    break
+                ended[state or "completed"] += 1  # such are removed by `keep`
+                left.pop()
+
+        def over():
+            self.check_there()
+            look_at_all() if ids is None else look_at_named()
+            return not left
+
+        span = MAX_SPAN if timeout is None else timeout
+        return ended if wait_until(over, span, TICK / 2) else None
+
+    def oldest_claimable(self):
+        """Return since when the job waits that could run longest, None without."""
+        first = "SELECT MAX(priority) FROM jobs WHERE " + CLAIMABLE
         return self._value(
-            "WITH RECURSIVE level (priority) AS ("
-            " SELECT MAX(priority) FROM jobs WHERE state = 'pending' AND ready = 1"
-            " UNION ALL SELECT (SELECT MAX(priority) FROM jobs WHERE state = 'pending'"
-            "  AND ready = 1 AND jobs.priority < level.priority)"
+            "WITH RECURSIVE level (priority) AS (" + first + " UNION ALL SELECT ("
+            + first + " AND jobs.priority < level.priority)"
             " FROM level WHERE priority IS NOT NULL LIMIT 100)"
-            " SELECT MIN((SELECT run_at FROM jobs WHERE state = 'pending' AND ready = 1"
+            " SELECT MIN((SELECT run_at FROM jobs WHERE " + CLAIMABLE +
             "  AND jobs.priority = level.priority ORDER BY seq LIMIT 1)) FROM level")
 
     def next_due(self):
-        """Return when the next job is due: 0 if one is ready, None if none waits."""
-        ready = "SELECT 1 FROM jobs WHERE state = 'pending' AND ready = 1 LIMIT 1"
-        if self._value(ready):
+        """Return when the next job is due: 0 if one is now, None if none waits."""
+        if self._value("SELECT 1 FROM jobs WHERE " + CLAIMABLE + " LIMIT 1"):
             return 0
-        return self._value("SELECT MIN(run_at) FROM jobs WHERE ready = 0")
+        return self._value("SELECT MIN(run_at) FROM jobs WHERE " + WAITING)
 
     def drained(self):
-        """Tell whether no job is ready, running or waiting for a retry."""
+        """Tell whether no job is due, running or waiting for a retry."""
         counts, due = self.counts(), self.next_due()
         busy = counts["processing"] or counts["failed"]
         return not busy and (due is None or due > self.clock())
@@ -1910,66 +1135,61 @@ class Queue:
     def stats(self, since):
         """Return the document of `stats` on the runs that finished since a time.
 
-        Counts are of all of them. What needs sorting is taken from the latest fifty
+        Counts are of all of them; times, commands and errors of the latest fifty
         thousand: a million would take seconds.
         """
         now = self.clock()
         period = max(now - since, 1.0)
         rows = self._rows(
             "SELECT MIN(CAST((finished_at - ?) / ? AS INTEGER), ?) AS bar,"
-            " SUM(error IS NULL) AS completed, SUM(error IS NOT NULL) AS failed,"
+            " SUM(outcome = 'completed') AS completed, SUM(outcome = 'failed') AS failed,"
+            " SUM(outcome = 'interrupted') AS interrupted,"
             " SUM(attempt > 1) AS retries, SUM(finished_at >= ?) AS latest"
-            " FROM runs WHERE finished_at >= ? GROUP BY bar",
+            " FROM (SELECT *, " + OUTCOME + " AS outcome FROM runs"
+            "  WHERE finished_at >= ?) GROUP BY bar",
             since, period / BARS, BARS - 1, now - 60, since)
         latest = sum(row["latest"] for row in rows)
         total = {key: sum(row[key] for row in rows)
-                 for key in ("completed", "failed", "retries")}
-        runs = total["completed"] + total["failed"]
+                 for key in (*OUTCOMES, "retries")}
+        judged = total["completed"] + total["failed"]
+        runs = judged + total["interrupted"]
         bars = [{"completed": 0, "failed": 0} for _ in range(BARS)]
         for row in rows:
             bars[row["bar"]] = {key: row[key] for key in ("completed", "failed")}
         return {
             "since": iso(since), "seconds": now - since, "runs": runs, **total,
-            "success_rate": total["completed"] / runs if runs else None,
+            "success_rate": total["completed"] / judged if judged else None,
             "per_second": runs / period, "per_second_now": latest / min(60, period),
             **self._sample(since), "bar_seconds": period / BARS, "throughput": bars,
         }
 
     def _sample(self, since):
         """Return what has to be sorted or grouped, from the latest runs."""
-        self.db.execute("DROP TABLE IF EXISTS temp.recent")
-        self.db.execute(
-            "CREATE TEMP TABLE recent AS SELECT command, runs.error,"
-            " finished_at - started_at AS spent,"
-            " CASE WHEN jobs.run = runs.run"
-            "  THEN MAX(started_at - run_at, 0) END AS waited"
-            " FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?"
-            " ORDER BY seq DESC LIMIT 50000", (since,))
-        slowest = self._rows(
-            "SELECT command, COUNT(*) AS runs, AVG(spent) AS mean,"
-            " MAX(spent) AS longest FROM recent"
-            " GROUP BY command ORDER BY mean DESC LIMIT 5")
-        errors = self._rows(
-            "SELECT error, COUNT(*) AS runs FROM recent WHERE error IS NOT NULL"
-            " GROUP BY error ORDER BY runs DESC LIMIT 5")
-        between = "SELECT COUNT(*) FROM recent WHERE spent >= ? AND spent < ?"
-        bins = zip([-MAX_SPAN, *BINS], [*BINS, None])
+        rows = self._rows(
+            "SELECT command, runs.error, finished_at - started_at AS spent,"
+            " CASE WHEN jobs.run = runs.run THEN MAX(started_at - run_at, 0) END"
+            " AS waited FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?"
+            " ORDER BY seq DESC LIMIT 50000", since)
+        commands, bins = collections.defaultdict(list), [0] * (len(BINS) + 1)
+        for row in rows:
+            commands[row["command"]].append(row["spent"])
+            bins[sum(row["spent"] >= top for top in BINS)] += 1
+        slowest = sorted(
+            ({"command": command, "runs": len(times), "mean": sum(times) / len(times),
+              "longest": max(times)} for command, times in commands.items()),
+            key=lambda entry: -entry["mean"])
+        errors = collections.Counter(
+            row["error"] for row in rows if row["error"] not in (None, *INTERRUPTED))
+        waited = [row["waited"] for row in rows if row["waited"] is not None]
         return {
-            "run_time": self._spread("spent"), "waiting_time": self._spread("waited"),
-            "run_times": [
-                {"below": high, "runs": self._value(between, low, high or MAX_SPAN)}
-                for low, high in bins],
-            "slowest_commands": list(map(dict, slowest)),
-            "common_errors": list(map(dict, errors)),
+            "run_time": spread(row["spent"] for row in rows),
+            "waiting_time": spread(waited),
+            "run_times": [{"below": top, "runs": count}
+                          for top, count in zip([*BINS, None], bins)],
+            "slowest_commands": slowest[:5],
+            "common_errors": [{"error": error, "runs": count}
+                              for error, count in errors.most_common(5)],
         }
-
-    def _spread(self, what):
-        """Return median, 95th percentile and maximum of a column; None without any."""
-        known = " FROM recent WHERE %s IS NOT NULL" % what
-        count = self._value("SELECT COUNT(*)" + known)
-        ordered = "SELECT " + what + known + " ORDER BY %s LIMIT 1 OFFSET ?" % what
-        return {name: self._value(ordered, min(int(count * part), count - 1))
-                for name, part in (("median", 0.5), ("p95", 0.95), ("longest", 1))}
 
     # -- settings ----------------------------------------------------------------------
 
@@ -1988,187 +1208,771 @@ class Queue:
 
 
 # ======================================================================================
+# Holds: locked files, waking, asking; what differs between systems
+# ======================================================================================
+
+# Whatever lives holds a file: it has it open and locked. The lock belongs to the open
+# file, so the kernel keeps it until the last process that inherited the descriptor is
+# gone, and frees it then, however that died. A file that nobody holds is a leftover,
+# whatever it says. On Windows a lock is not inherited: there a job object ends a run
+# with its worker.
+
+if WINDOWS:
+    import ctypes
+    import msvcrt
+    import subprocess
+    from ctypes import wintypes
+
+    import _winapi
+
+    BINARY = os.O_BINARY
+    LOCK_PLACE = 2**40  # far behind the text, which others could not read else
+    STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGBREAK)
+else:
+    import fcntl
+    import select
+
+    BINARY = 0
+    STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    WAKE_SIGNAL = signal.SIGURG  # ignored by who does not expect it
+
+REQUESTS = {"stop": 0, "now": 5}  # where in a pool's file they are written
+OLDER_LOCKS = 2**20, 1 + MAX_WORKERS  # bytes that a pool of version 1 locks in its file
+
+
+def lock(fd, shared=False):
+    """Lock an open file unless another has it; a look is SHARED, so looks can meet."""
+    try:
+        if WINDOWS:
+            os.lseek(fd, LOCK_PLACE, os.SEEK_SET)
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(fd, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
+        return True
+    except OSError as error:
+        if WINDOWS or isinstance(error, (BlockingIOError, PermissionError)):
+            return False
+        words = "the file system has no locks (%s); take a local disk"
+        raise QueueError(words % error.strerror) from None
+
+
+@contextlib.contextmanager
+def opened(path, flags=os.O_RDONLY):
+    """Open a file for a while."""
+    fd = os.open(path, flags | BINARY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def still_names(path, status):
+    """Tell whether PATH still names the file that had this status."""
+    try:
+        return os.path.samestat(os.stat(path), status)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def wait_until(condition, seconds, pause=TICK / 10):
+    """Wait until something holds or the time is over; return whether it does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+    return True
+
+
+def hold(path):
+    """Make a file, or take over a leftover, and hold it; return its descriptor.
+
+    Between opening and locking it somebody may look at it, or take it for a leftover and
+    remove it: then it is tried again. For how long is bounded, since another process
+    may have the same name for good: two containers give the same number to their pools.
+    """
+    for _ in range(50):
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | BINARY, 0o600)
+        except FileNotFoundError:  # the folder went with the last pool that stopped
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(os.path.dirname(path), 0o700)
+            continue
+        status = os.fstat(fd)
+        if lock(fd) and still_names(path, status):
+            if status.st_size:
+                os.ftruncate(fd, 0)
+            return fd
+        os.close(fd)
+        time.sleep(TICK / 100)
+    raise QueueError("%s is held by another process of that number" % shown(path))
+
+
+def held(path, missing=False):
+    """Tell whether a living process holds a file; MISSING if there is none."""
+    try:
+        with opened(path) as fd:
+            return not lock(fd, shared=True)
+    except FileNotFoundError:
+        return missing
+    except PermissionError:
+        return True  # another user's: nobody here can tell
+
+
+def foreign(path):
+    """Return what to do about a file that is another user's, nothing if it is not."""
+    with contextlib.suppress(OSError, AttributeError):
+        if os.stat(path).st_uid != os.geteuid() and not os.access(path, os.W_OK):
+            return " belongs to another user: chown it, or run this as that user"
+    return ""
+
+
+def remove_leftover(path):
+    """Remove a file that nobody holds; what others only look at is no hindrance."""
+    with contextlib.suppress(OSError):
+        if WINDOWS:
+            return os.remove(path)  # which refuses what somebody has open
+        with opened(path) as fd:
+            free = lock(fd, shared=True) and wait_until(lambda: lock(fd), TICK)
+            if free and still_names(path, os.fstat(fd)):
+                os.remove(path)
+
+
+def beside(path, ending):
+    """Return the name of one of the files that lie beside a queue's database."""
+    return (path[:-3] if path.endswith(".db") else path) + ending
+
+
+def pool_file(path, pool):
+    return beside(path, "-%d.pid" % pool)
+
+
+def worker_file(path, pool, pid):
+    return os.path.join(beside(path, ".runs"), "worker-%d-%d" % (pool, pid))
+
+
+def pools_named(path):
+    """Return the numbers of the pools that have a file, alive or not."""
+    home, stem = os.path.split(beside(path, "-"))
+    names = [name[len(stem) : -4] for name in os.listdir(home)
+             if name.startswith(stem) and name.endswith(".pid")]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def workers_named(path):
+    """Return pool and pid of the workers that have a file, alive or not."""
+    with contextlib.suppress(FileNotFoundError):
+        names = [name.split("-") for name in os.listdir(beside(path, ".runs"))]
+        return sorted((int(pool), int(pid)) for kind, pool, pid in names
+                      if kind == "worker")
+    return []
+
+
+def pools(path):
+    """Return the pools of a queue that live, each with its workers: {pool: [pid]}.
+
+    A worker outlives a supervisor that was killed, until its job has ended.
+    """
+    found = {pool: [] for pool in pools_named(path) if held(pool_file(path, pool))}
+    for pool, pid in workers_named(path):
+        if held(worker_file(path, pool, pid)):
+            found.setdefault(pool, []).append(pid)
+    return found
+
+
+def older_pools(path):
+    """Return the pools of version 1 that live: those lock bytes of their file."""
+    found, (place, length) = [], OLDER_LOCKS
+    for pool in pools_named(path):
+        try:
+            with opened(pool_file(path, pool), os.O_RDWR) as fd:
+                if WINDOWS:
+                    os.lseek(fd, place, os.SEEK_SET)
+                    msvcrt.locking(fd, msvcrt.LK_NBLCK, length)
+                else:
+                    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, length, place)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            found.append(pool)
+    return found
+
+
+def wake(pids):
+    """Let processes of pools look at once; a hint, no more, and no number is proven."""
+    for pid in () if WINDOWS else pids:
+        with contextlib.suppress(OSError):
+            os.kill(pid, WAKE_SIGNAL)
+
+
+def wake_workers(path):
+    """Let idle workers look at once instead of within a second."""
+    with contextlib.suppress(OSError):
+        wake(pid for _, pid in workers_named(path))
+
+
+def ask(path, pool, word):
+    """Ask a pool to `stop`, or to stop `now`: words in its file, which has room."""
+    with contextlib.suppress(FileNotFoundError):
+        with open(pool_file(path, pool), "r+b") as file:
+            file.seek(REQUESTS[word])
+            file.write(word.encode())
+    wake([pool])
+    wake(pid for owner, pid in workers_named(path) if owner == pool)
+
+
+def asked(path, pool):
+    """Return what a pool is asked: "now", "stop" or None.
+
+    A pool whose file was removed can never be asked: it stops.
+    """
+    try:
+        with opened(pool_file(path, pool)) as fd:
+            text = os.read(fd, 16)
+    except FileNotFoundError:
+        return "stop"
+    return "now" if b"now" in text else "stop" if b"stop" in text else None
+
+
+def abandoned(path, pool):
+    """Tell a worker whether its supervisor is gone."""
+    return not held(pool_file(path, pool)) if WINDOWS else os.getppid() != pool
+
+
+class Wake:
+    """Wait for whichever comes first: a signal, a child's end, what can be read, a time.
+
+    It tells whether it was one of the first two, so that who is woken looks at once. On Windows no signal reaches another process: who waits looks again and again.
+    """
+
+    def __init__(self):
+        if not WINDOWS:
+            self.reader, writer = os.pipe()
+            os.set_blocking(self.reader, False)
+            os.set_blocking(writer, False)
+            signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+            for number in (WAKE_SIGNAL, signal.SIGCHLD):
+                signal.signal(number, lambda *_: None)  # or it would not be noticed
+
+    def wait(self, timeout, *readers):
+        if WINDOWS:
+            return time.sleep(max(0.0, min(timeout, TICK / 4)))
+        ready = select.select([self.reader, *readers], [], [], max(0.0, timeout))[0]
+        return self.reader in ready and os.read(self.reader, 2**16)  # what a pipe holds
+
+
+def catch_signals(handler):
+    """Let HANDLER take the signals to stop, but for one that nohup has set to ignore."""
+    for number in STOP_SIGNALS:
+        ignored = signal.getsignal(number) is signal.SIG_IGN
+        if WINDOWS or number != signal.SIGHUP or not ignored:
+            signal.signal(number, handler)
+
+
+def keep_descriptors():
+    """Let no process of this one inherit what it was started with, such as a lock."""
+    if os.path.isdir("/dev/fd"):  # on Windows nothing is inherited that is not named
+        for fd in map(int, os.listdir("/dev/fd")):
+            with contextlib.suppress(OSError):  # the one that listed them
+                os.set_inheritable(fd, fd <= 2)
+
+
+def shell_words(words):
+    """Return the shell line that runs these words; a single one is a line already."""
+    if len(words) == 1:
+        return words[0]
+    if WINDOWS:
+        return subprocess.list2cmdline(words)
+    import shlex
+
+    return " ".join(map(shlex.quote, words))
+
+
+# ======================================================================================
 # Runs: one command; its lease, its output, its end
 # ======================================================================================
 
+LEASE_FD = 20  # of a lease in a command: scripts use the low numbers for themselves
+READ = 2**20  # bytes: more than a pipe can hold, so that one read empties it
+DROPPED = b"[queuectl: %d bytes of output dropped here]\n"
+DROPPED_NOTE = re.compile(re.escape(DROPPED).replace(b"%d", rb"([1-9]\d{0,18})"))
 
-class Lease:
-    """The output file of a run, locked for as long as any process of the run lives."""
+if WINDOWS:
+    KILL = signal.SIGTERM
+    KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
+    KERNEL.CreateJobObjectW.restype = wintypes.HANDLE
+    KILL_ON_CLOSE, CREATE_SUSPENDED = 0x2000, 0x4
 
-    def __init__(self, path):
-        self.path = path
-        self.cut, self.dropped = b"", 0  # what cut_back kept, and how much it did not
-        try:
-            self.fd = open_lease(path)
-        except (FileNotFoundError, FileExistsError):
-            # The folder went with the last pool that stopped; or a worker was killed in
-            # the midst of this very claim, and every other would fail on what it left.
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            remove_free(path)
-            self.fd = open_lease(path)
+    class Limits(ctypes.Structure):
+        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of which only the flags matter."""
 
-    def cut_back(self, limit):
-        """Keep the end of an output that has grown past a bound; a disk is finite."""
-        size = os.fstat(self.fd).st_size
-        if size > max(4 * limit, 2**24):
-            kept = read_at(self.fd, limit, size - limit)
-            size = os.fstat(self.fd).st_size  # it may have grown, and that is lost, too
-            os.ftruncate(self.fd, 0)  # the command appends: its next write lands at 0
-            self.dropped += len(self.cut) + size - len(kept)
-            self.cut = kept
+        _fields_ = [
+            ("times", ctypes.c_int64 * 2), ("flags", wintypes.DWORD),
+            ("sizes", ctypes.c_size_t * 2), ("active", wintypes.DWORD),
+            ("affinity", ctypes.c_size_t), ("priority", wintypes.DWORD * 2),
+            ("io", ctypes.c_uint64 * 6), ("memory", ctypes.c_size_t * 4),
+        ]
 
-    def output(self, limit):
-        """Return the last bytes of the output; what was dropped before them is said."""
-        size = os.fstat(self.fd).st_size
-        kept = self.cut + read_at(self.fd, limit, max(0, size - limit))
-        kept = kept[max(0, len(kept) - limit) :]
-        dropped = self.dropped + len(self.cut) + size - len(kept)
-        note = b"[queuectl: %d bytes of output dropped here]\n" % dropped
-        return note + kept if dropped else kept
+    def granted(value):
+        """Return what a call of the system gave, or raise."""
+        if not value:
+            raise ctypes.WinError(ctypes.get_last_error())
+        return value
 
-    def discard(self):
-        """Let go of the file; a background child may go on writing to it, unseen."""
-        with contextlib.suppress(OSError):
-            os.remove(self.path)
-        os.close(self.fd)
+    def set_limits(job, flags):
+        limits = Limits(flags=flags)
+        granted(KERNEL.SetInformationJobObject(
+            job, 9, ctypes.byref(limits), ctypes.sizeof(limits)))
+else:
+    KILL = signal.SIGKILL
+    ENVIRONMENT = dict(os.environb)  # of the pool; reading it for each run takes time
+    # A command starts with all signals as they are by default: what its pool's shell
+    # had ignored, and what Python does, passes through exec.
+    ALL_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 
-def read_tail(path, limit):
-    """Return the last bytes of a file, none if it is not there."""
-    with contextlib.suppress(FileNotFoundError), opened(path) as fd:
-        return read_at(fd, limit, max(0, os.fstat(fd).st_size - limit))
+def parts_of(output):
+    """Return how many bytes were dropped before an output, and the output."""
+    note = DROPPED_NOTE.match(output)
+    return (int(note[1]), output[note.end() :]) if note else (0, output)
+
+
+def last_of(output, limit):
+    """Return the last bytes of an output; what was dropped before them is said."""
+    dropped, output = parts_of(output)
+    cut = max(0, len(output) - limit)
+    note = DROPPED % (dropped + cut) if dropped + cut else b""
+    return note + output[cut:]
+
+
+def read_output(path):
+    """Return what a run has printed by now; nothing if its file is not there."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        return file.read()
     return b""
 
 
-def start_command(run, lease):
-    """Start the command of a run; raise OSError where the system refuses."""
-    env = json.loads(run["env"] or "{}")
-    env.update(QUEUECTL_JOB_ID=run["id"], QUEUECTL_ATTEMPT=str(run["attempt"]))
-    env["QUEUECTL_RUN"] = lease.path  # by which run_processes knows its processes
-    launcher = ()
-    if run["launcher"]:
-        import shlex
+class Lease:
+    """The file of a run: held for as long as any process of it lives, and its output.
 
-        launcher = shlex.split(run["launcher"])
-    return start_shell(run["command"], run["cwd"], env, lease, launcher=launcher)
-
-
-def watch(process, wake, timeout, look):
-    """Wait for a command; return its exit code, and its error or why it was ended.
-
-    `look()` is called again and again; it says why the command has to end now, if it
-    has. Then that gets SIGTERM and, after a grace, SIGKILL, with its whole process
-    group; only when that is gone does this return.
+    Who reads the file finds the last LIMIT bytes of the output at its end, and at its
+    beginning how many were dropped, also when the worker was killed in the midst of it.
     """
-    reason, deadline = None, time.monotonic() + (timeout or MAX_SPAN)
-    while process.poll() is None or (reason and process.group_lives()):
-        pause = TICK if reason is None else TICK / 10  # a group's end wakes nobody
-        wake.wait(min(pause, deadline - time.monotonic()))
-        if process.poll() is not None and reason is None:
-            break
-        asked, late = look(), time.monotonic() >= deadline
-        if late or (asked and reason is None):
-            process.end(KILL if reason else TERMINATE)
-            reason = reason or asked or "timeout %ss" % number(timeout)
-            deadline = time.monotonic() + GRACE
-    process.let_go()
-    code, error = how_it_ended(process.code)
-    return code, reason or error
 
+    def __init__(self, path, limit):
+        self.path, self.limit, self.size = path, limit, 0
+        self.unwritten = b""  # what a full disk did not take
+        self.fd = hold(path)
 
-class Hooks:
-    """The `on_dead` commands of a process; that one fails is logged, no more."""
-
-    def __init__(self, log):
-        self.log, self.running = log, []
-
-    def start(self, queue, id):
-        """Start the command, if one is set, with a dead job's JSON as its input.
-
-        Nobody waits for it, and it outlives its pool; what it prints is dropped.
-        """
-        import tempfile
-
+    def write(self, data):
+        """Append output, and cut the file back when it has twice what is kept."""
+        self.unwritten += data
         try:
-            line, job = queue.settings()["on_dead"], queue.job(id)
-            if not line or job["state"] != "dead" or job["error"] == "cancelled":
-                return
-            self.wait_for_room(MAX_HOOKS)
-            with tempfile.TemporaryFile() as text:
-                text.write(json.dumps(public(job)).encode())
-                text.seek(0)
-                folder = os.path.dirname(queue.path)
-                hook = start_shell(line, folder, {}, input_fd=text.fileno())
-                self.running.append(hook)
-        except (sqlite3.Error, QueueError, OSError) as error:
-            self.log.error("on_dead for %s: %s", shown(id), error)
+            os.lseek(self.fd, self.size, os.SEEK_SET)
+            written = os.write(self.fd, self.unwritten)
+            self.unwritten, self.size = self.unwritten[written:], self.size + written
+            if self.size > 2 * self.limit + 2**16:
+                self.cut_back()
+        except OSError:
+            if len(self.unwritten) > self.limit:  # nothing before it is kept
+                self.unwritten = self.output()
+                self.empty()
 
-    def reap(self):
-        for hook in self.running:
-            if hook.poll():
-                self.log.error("on_dead: %s", how_it_ended(hook.code)[1])
-        self.running = [hook for hook in self.running if hook.code is None]
-        return len(self.running)
+    def cut_back(self):
+        """Write the end of the file anew at its beginning, then drop all behind that.
 
-    def wait_for_room(self, most):
-        """Wait a while until fewer than so many run.
-
-        A command that hangs would else be started for each of a thousand dead jobs.
+        The two do not overlap: the end is there at every moment.
         """
-        wait_until(lambda: self.reap() < most, GRACE)
+        kept = self.output()
+        os.lseek(self.fd, 0, os.SEEK_SET)
+        if os.write(self.fd, kept) == len(kept):
+            os.ftruncate(self.fd, len(kept))
+            self.size, self.unwritten = len(kept), b""
+
+    def output(self):
+        """Return what is kept of the output."""
+        if not self.size and not self.unwritten:
+            return b""
+        os.lseek(self.fd, 0, os.SEEK_SET)
+        return last_of(os.read(self.fd, self.size) + self.unwritten, self.limit)
+
+    def empty(self):
+        """Give its space back: on a full disk the database needs it for the result."""
+        os.ftruncate(self.fd, 0)
+        self.size = 0
+
+    def discard(self):
+        """Let go of the file, and remove it."""
+        os.close(self.fd)
+        with contextlib.suppress(OSError):
+            os.remove(self.path)
 
 
-def how_it_ended(code):
-    """Return exit code and error of a command by what `Process.poll` says."""
-    if code < 0:
-        return None, "signal %d" % -code
-    return code, "exit %d" % code if code else None
+class Command:
+    """The command of a run, from its start until nothing of it is left."""
+
+    def __init__(self, run, lease, path):
+        """Start it, its output going to a pipe; raise OSError if the system refuses."""
+        self.lease, self.killed, self.job = lease, False, None
+        env = {"QUEUECTL_DB": path, **json.loads(run["env"] or "{}")}
+        env.update(QUEUECTL_JOB_ID=run["id"], QUEUECTL_ATTEMPT=str(run["attempt"]),
+                   QUEUECTL_RUN=lease.path)  # by which its processes are known
+        # The writing end stays open here while the command lives: with its end closed
+        # as well, each run would wake its worker twice.
+        if WINDOWS:
+            handles = _winapi.CreatePipe(None, 2**16)
+            self.reader, self.writer = (msvcrt.open_osfhandle(h, 0) for h in handles)
+        else:
+            self.reader, self.writer = os.pipe()
+            os.set_blocking(self.reader, False)
+        try:
+            start = self.start_in_job if WINDOWS else self.spawn
+            start(run["command"], run["launcher"], run["cwd"], env)
+        except BaseException:
+            self.close()
+            raise
+
+    def spawn(self, line, launcher, cwd, env):
+        """Start it as the leader of a session; it inherits the lease.
+
+        By posix_spawn: Popen takes 0.25 ms longer, and before Python 3.10 over a whole
+        one, of the two that a run costs.
+        """
+        words = ["/bin/sh", "-c", "--", line]
+        if launcher:
+            words = ["/bin/sh", "-c", 'exec %s /bin/sh -c -- "$0"' % launcher, line]
+        env = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
+        # A lease that has this number already would be closed by the exec.
+        place = LEASE_FD + (self.lease.fd == LEASE_FD)
+        start = functools.partial(
+            os.posix_spawn, words[0], words, {**ENVIRONMENT, **env},
+            setsigdef=ALL_SIGNALS, setsigmask=(), file_actions=(
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, self.writer, 1),
+                (os.POSIX_SPAWN_DUP2, self.writer, 2),
+                (os.POSIX_SPAWN_DUP2, self.lease.fd, place)))
+        os.chdir(cwd)
+        try:
+            self.pid = start(setsid=True)
+        except NotImplementedError:  # FreeBSD
+            self.pid = start(setpgroup=0)
+        finally:
+            os.chdir("/")  # an idle worker keeps no file system from being unmounted
+
+    def start_in_job(self, line, launcher, cwd, env):
+        """Start it in a job object, which ends with this worker.
+
+        It is suspended until it is in there: its children might escape.
+        """
+        if launcher:
+            line = '%s cmd /d /s /c "%s"' % (launcher, line)
+        added = {name.upper(): value for name, value in env.items()}  # as os.environ's
+        console = sys.stdin and sys.stdin.isatty()
+        self.popen = subprocess.Popen(
+            line, shell=not launcher, cwd=cwd, env={**os.environ, **added},
+            stdin=None if console else subprocess.DEVNULL, stdout=self.writer,
+            stderr=self.writer,
+            creationflags=subprocess.CREATE_NEW_PROCESS_GROUP | CREATE_SUSPENDED)
+        self.pid, process = self.popen.pid, wintypes.HANDLE(int(self.popen._handle))
+        try:
+            self.job = wintypes.HANDLE(granted(KERNEL.CreateJobObjectW(None, None)))
+            set_limits(self.job, KILL_ON_CLOSE)
+            granted(KERNEL.AssignProcessToJobObject(self.job, process))
+        except OSError:
+            self.popen.kill()
+            raise
+        ctypes.WinDLL("ntdll").NtResumeProcess(process)
+
+    def poll(self):
+        """Return its exit code once it has ended; minus the signal that ended it."""
+        if WINDOWS:
+            return self.popen.poll()
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if not pid:
+            return None
+        return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+
+    def read(self):
+        """Take over what it has printed by now: one read, or `yes` would never end."""
+        with contextlib.suppress(BlockingIOError):
+            size = READ
+            if WINDOWS:  # where reading waits
+                handle = msvcrt.get_osfhandle(self.reader)
+                size = min(_winapi.PeekNamedPipe(handle, 0)[0], READ)
+            data = size and os.read(self.reader, size)
+            if data:
+                self.lease.write(data)
+
+    def wait(self, wake, timeout):
+        """Wait for its end, its output, a signal or a time; take over its output."""
+        if WINDOWS:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.popen.wait(max(0.0, min(timeout, TICK / 20)))
+        else:
+            wake.wait(timeout, self.reader)
+        self.read()
+
+    def watch(self, wake, timeout, look):
+        """Wait for its end; return its exit code, and its error or why it was ended.
+
+        `look()`, called again and again, says why it has to end now, if it has. Raise
+        Stuck if it can't be ended.
+        """
+        deadline = time.monotonic() + (timeout or MAX_SPAN)
+        next_look, code, reason = time.monotonic() + TICK, None, None
+        while code is None and reason is None:
+            self.wait(wake, min(deadline, next_look) - time.monotonic())
+            code, now = self.poll(), time.monotonic()
+            if code is None and now >= deadline:
+                reason = "timeout %ss" % number(timeout)
+            elif code is None and now >= next_look:
+                next_look, reason = now + TICK, look()
+        if reason:
+            self.end(wake)
+            code = self.poll()
+        self.read()
+        if code is None or code < 0:
+            return None, reason or "signal %d" % -code
+        return code, reason or ("exit %d" % code if code else None)
+
+    def end(self, wake):
+        """End it from outside, with every process that belongs to it.
+
+        Its leader is not reaped before: no other gets the number of its group then.
+        """
+        ending, left = Ending(), self.processes()
+        while left:
+            ending.step(left, self.signal)
+            self.killed = ending.killed
+            if ending.stuck():
+                raise Stuck(sorted(left))
+            self.wait(wake, TICK / 4)
+            left = self.processes()
+
+    def processes(self):
+        """Return what lives of it."""
+        if WINDOWS:
+            accounts = (wintypes.DWORD * 12)()  # the eleventh: active processes
+            KERNEL.QueryInformationJobObject(
+                self.job, 1, accounts, ctypes.sizeof(accounts), None)
+            return set(range(accounts[10]))
+        return processes_of({self.lease.path: self.pid}, {os.getpid()})[self.lease.path]
+
+    def signal(self, pids, number):
+        if WINDOWS:  # there is no other way
+            KERNEL.TerminateJobObject(self.job, 1)
+        else:
+            signal_all(pids, number)
+
+    def close(self):
+        """Let be what it left in the background."""
+        os.close(self.reader)
+        os.close(self.writer)
+        if WINDOWS and self.job:
+            set_limits(self.job, 0)
+            KERNEL.CloseHandle(self.job)
 
 
-def number(value):
-    """Return a number as text, without a fraction of zero."""
-    return "%d" % value if value == int(value) else "%g" % value
+class Stuck(Exception):
+    """The processes of a run that live on after SIGKILL."""
+
+
+class Ending:
+    """How a run is ended: SIGTERM to each process of it, after a grace SIGKILL.
+
+    For a timeout, `cancel`, `stop --now`, and for an orphan, it is the same. The run
+    has ended when nothing is left of it, not when its leader has exited.
+    """
+
+    def __init__(self):
+        self.kill_at = time.monotonic() + GRACE
+        self.told, self.killed = set(), False
+
+    def step(self, pids, send):
+        """Signal what is left of a run."""
+        self.killed = time.monotonic() >= self.kill_at
+        if self.killed:
+            send(pids, KILL)
+        else:
+            send(pids - self.told, signal.SIGTERM)
+            self.told |= pids
+
+    def stuck(self):
+        """Tell whether what is left can't be ended: it is another user's, or hangs."""
+        return time.monotonic() >= self.kill_at + STUCK
+
+
+def signal_all(pids, number):
+    """Signal processes; at once those whose group's leader is among them.
+
+    A shell that outlived its child for a moment would go on with its next command.
+    """
+    groups = set()
+    for pid in sorted(pids):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            group = os.getpgid(pid)
+            if group not in pids or group == os.getpgrp():
+                os.kill(pid, number)
+            elif group not in groups:
+                groups.add(group)
+                os.killpg(group, number)
+
+
+def processes_of(runs, own):
+    """Return the living processes that belong to runs, but for OWN: {lease: {pid}}.
+
+    RUNS is {lease: pid of its command if that is our child, else None}. To a run belongs
+    who can write to its lease, or carries the path of that in QUEUECTL_RUN, or is in the
+    process group of our child. The path is whole: another queue's process, or that of a
+    copy of this queue, is a stranger. No recorded number is trusted. OWN are processes
+    of the caller's pool, which the run may have started. For a run of which nothing is
+    left there is a second look, since a process may be forked during one.
+    """
+    found = {lease: set() for lease in runs}
+    if WINDOWS or not runs:  # there a job object ends what a killed worker left
+        return found
+    owner = {str(pid): lease for lease, pid in runs.items()}
+    for lease in runs:  # the second is of a file that was removed
+        owner[lease] = owner[lease + " (deleted)"] = lease
+    linux = os.path.exists("/proc/self/fd")
+    for _ in range(2):
+        for pid, trace in (traces_in_proc() if linux else traces_by_tools(runs)):
+            if trace in owner and pid not in own:
+                found[owner[trace]].add(pid)
+        if all(found.values()):
+            break
+    return found
+
+
+def traces_in_proc():
+    """Yield for each living process its group, the files that it can write to, its mark."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            folder = "/proc/%s/" % pid
+            with open(folder + "stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+            if fields[0] in b"ZX" and fields[17] == b"1":  # other threads may live on
+                continue
+            yield int(pid), fields[2].decode()
+            with open(folder + "environ", "rb") as file:
+                for mark in re.findall(rb"(?:^|\0)QUEUECTL_RUN=([^\0]*)", file.read()):
+                    yield int(pid), os.fsdecode(mark)
+            for fd in os.listdir(folder + "fd"):
+                with contextlib.suppress(OSError):
+                    if os.lstat(folder + "fd/" + fd).st_mode & 0o200:
+                        yield int(pid), os.readlink(folder + "fd/" + fd)
+
+
+def traces_by_tools(leases):
+    """Yield the same where there is no /proc: by `ps` the groups, by `lsof` the files."""
+    import subprocess
+
+    def lines_of(*words):
+        with contextlib.suppress(OSError):
+            told = subprocess.run(
+                words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            return map(os.fsdecode, told.stdout.splitlines())
+        return ()
+
+    for line in lines_of("ps", "-A", "-o", "pid=", "-o", "pgid=", "-o", "stat="):
+        pid, group, state = line.split()[:3]
+        if state[0] not in "ZX":
+            yield int(pid), group
+    pid = access = None
+    for kind, *rest in lines_of("lsof", "-F", "pan", "--", *leases):
+        value = "".join(rest)
+        if kind == "p":
+            pid = int(value)
+        elif kind == "a":
+            access = value
+        elif kind == "n" and access in ("u", "w"):
+            yield pid, value
 
 
 # ======================================================================================
-# Worker: claim, run, record, again
+# Pool: a worker; the supervisor that starts it and puts back what is lost; the log
 # ======================================================================================
+
+
+def say(message):
+    with contextlib.suppress(OSError):  # nobody listens any more
+        print("queuectl: %s" % message, file=sys.stderr, flush=True)
+
+
+def open_log(queue_path, who):
+    """Return this process's logger: to the queue's log, or else to standard error."""
+    import logging
+    import logging.handlers
+
+    path = beside(queue_path, ".log")
+
+    def private(path, flags):
+        return os.open(path, flags, 0o600)
+
+    class Log(logging.handlers.WatchedFileHandler):
+        """A handler that goes on in a new file when the supervisor renamed a full one."""
+
+        def _open(self):
+            try:
+                return open(path, "a", encoding="utf-8", errors="backslashreplace",
+                            opener=private)
+            except OSError:  # a full disk must not stop a pool
+                return open(os.devnull, "a")
+
+    logging.raiseExceptions = False
+    # Python's logging HOWTO, "Optimization": what no line shows is not gathered.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    try:
+        os.close(private(path, os.O_WRONLY | os.O_CREAT))
+        handler = Log(path)
+    except OSError as error:
+        handler = logging.StreamHandler()
+        say("cannot write the log, logging here instead: %s" % error)
+    layout = "%%(asctime)s %%(levelname)s %s[%d] %%(message)s" % (who, os.getpid())
+    logging.basicConfig(handlers=[handler], level=logging.INFO, format=layout, force=True)
+    return logging.getLogger()
+
+
+def about(run):
+    """Return job and attempt of a run, for the log."""
+    return "%s %d/%d" % (shown(run["id"]), run["attempt"], max(1, run["max_retries"]))
+
+
+# A stopped service signals all its processes at once, and a shell exits with 128 more.
+STOP_ERRORS = ["signal %d" % number for number in (*STOP_SIGNALS, KILL)]
+STOP_ERRORS += ["exit %d" % (128 + number) for number in (*STOP_SIGNALS, KILL)]
+NO_ROOM = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE  # for a process
 
 
 class Worker:
     """One process of a pool; it runs one job at a time."""
 
-    def __init__(self, path, pool, slot, drain, log):
-        self.path, self.drain, self.log = path, drain, log
-        self.pool, self.hooks = pool, Hooks(log)
+    def __init__(self, path, pool, drain):
+        self.path, self.pool, self.drain = path, pool, drain
+        self.log = open_log(path, "worker")
         self.queue = self.lease = self.trouble = None
-        self.stopped = False
-        catch_signals(self.stop)
+        self.stopped = self.refused = False
         self.wake = Wake()
-        if not pool.hold(slot):
-            raise QueueError("worker %d is there already" % slot)
+        catch_signals(self.stop)
 
     def stop(self, number, frame):
         if number == signal.SIGTERM:  # what a terminal's mean, the supervisor says
             self.stopped = True
 
     def work(self):
-        """Run jobs until asked to stop or drained; return whether it was the latter."""
+        """Run jobs until asked to stop."""
         self.queue = self.patiently(
             lambda: Queue(self.path, "NORMAL", IDLE_WAIT, new=False))
         with self.queue:
             done = None
             while True:
                 run = self.patiently(self.turn, done)
-                if run:
-                    done = run, self.execute(run)
-                elif self.leaving():
-                    return False
-                elif self.drain and self.queue.drained():
-                    return True
-                else:
-                    done = None
-                    self.wake.wait(self.pause())
+                done = run and self.execute(run)
+                if run is None:
+                    if self.leaving():
+                        break
+                    self.wake.wait(self.patiently(self.pause))
 
     def patiently(self, action, *args):
         """Try until it works: a full disk or a lock costs time, never a result."""
@@ -2180,48 +1984,63 @@ class Worker:
                 self.trouble = None
                 return result
             except (sqlite3.Error, OSError) as error:
-                if self.trouble and self.giving_up():
+                # In trouble a result in hand is kept until the pool shall stop now.
+                if isinstance(error, sqlite3.IntegrityError) or self.gone() or (
+                        self.trouble and self.leaving() and (
+                        not self.lease or asked(self.path, self.pool) == "now")):
                     raise QueueError("leaving while there is still: %s" % error)
                 if str(error) != self.trouble:
                     self.log.error("%s; waiting until it is over", error)
                 self.trouble = str(error)
             self.wake.wait(IDLE_WAIT)
 
-    def giving_up(self):
-        """Tell whether to leave in trouble; a result in hand is kept until `now`."""
-        return self.leaving() and (not self.lease or self.pool.request() == "now")
+    def gone(self):
+        return self.queue and not still_names(self.path, self.queue.file)
+
+    def pool_stops(self):
+        return abandoned(self.path, self.pool) or asked(self.path, self.pool)
 
     def leaving(self):
-        return self.stopped or self.pool.request() or (self.queue and self.queue.gone())
+        return self.stopped or self.pool_stops() or self.gone()
 
     def pause(self):
+        """Return for how long no job is due; a pool that is drained is asked to stop."""
+        if self.drain and self.queue.drained():
+            ask(self.path, self.pool, "stop")
         due = self.queue.next_due()
         return IDLE_WAIT if due is None else min(due - self.queue.clock(), IDLE_WAIT)
 
     def turn(self, done):
-        """Record the end of one run and claim the next, in one transaction."""
+        """Record the end of one run and claim the next, in one transaction.
+
+        Killed before its commit, the run whose end is in hand is found without a worker
+        and repeated; so is one that was claimed and not yet started. The lease of the
+        first is let go of only after the commit: a supervisor would put the job back
+        that is just being recorded.
+        """
         finished, self.lease = self.lease, None
         try:
             with self.queue.transaction():
                 state = self.record(*done) if done else None
-                leaving = self.leaving()
-                run = None if leaving else self.queue.claim(os.getpid(), self.take)
+                run = None if self.leaving() else self.queue.claim(
+                    os.getpid(), self.take)
         except BaseException:
             if self.lease:
                 self.lease.discard()
             self.lease = finished
+            if finished:
+                finished.empty()  # the disk may be full, and the output is in the result
             raise
         if done:
             finished.discard()
             self.report(state, *done)
-        self.hooks.reap()
         return run
 
-    def take(self, path):
-        self.lease = Lease(path)
+    def take(self, run):
+        self.lease = Lease(run["lease"], run["output_limit"])
 
     def record(self, run, result):
-        if result["error"] == "stop --now":
+        if result["error"] in ("stop --now", "stopped", "refused"):
             return self.queue.release(run, result)
         if result["error"] is None:
             return self.queue.complete(run, result)
@@ -2229,164 +2048,147 @@ class Worker:
 
     def report(self, state, run, result):
         """Write a line to the log; a result that came too late is said and dropped."""
+        if result["error"] == "refused":  # which was said once
+            return
         words = state or "no longer ours, result dropped"
         if result["error"]:
             words += " (%s)" % result["error"]
         spent = result["finished_at"] - run["started_at"]
         self.log.info("%s %s in %.3f s", about(run), words, spent)
         if state == "dead":
-            self.hooks.start(self.queue, run["id"])
+            wake([self.pool])  # which tells `on_dead`
 
     def execute(self, run):
-        """Run a claimed job; return its result."""
+        """Run a claimed job; return it with its result, None if it can't be ended."""
         began = time.monotonic()
         try:
-            process = start_command(run, self.lease)
+            command = Command(run, self.lease, self.path)
         except (OSError, ValueError) as refusal:
             code, error = None, "cannot start: %s" % refusal
+            if getattr(refusal, "errno", None) in NO_ROOM:
+                if not self.refused:
+                    self.log.error("%s; waiting for room for a process", error)
+                error, self.refused = "refused", True
+                self.wake.wait(IDLE_WAIT)
         else:
-            # Not when it was claimed: by this moment its process is told from others.
-            run.update(pid=process.pid, started_at=self.queue.clock())
-            self.pool.note(run["pid"], run["started_at"])
-            code, error = self.attend(process, run)
-            if process.forced and run["launcher"]:
+            self.refused = False
+            run.update(pid=command.pid, started_at=self.queue.clock())
+            try:
+                code, error = command.watch(self.wake, run["timeout"], self.look(run))
+            except Stuck as stuck:
+                # As soon as they are gone, a supervisor finds a run without a worker.
+                words = "%s can't be ended: processes %s are left alone"
+                self.log.error(words, about(run), stuck)
+                os.close(self.lease.fd)
+                self.lease = None
+                return None
+            finally:
+                command.close()
+            if error in STOP_ERRORS and wait_until(self.pool_stops, OUTLIVED):
+                error = "stopped"
+            if command.killed and run["launcher"]:
                 words = "%s: the launcher was killed; what it started may live on"
                 self.log.warning(words, about(run))
-        return dict(
-            exit_code=code, error=error,
-            output=self.lease.output(run["output_limit"]),
+        return run, dict(
+            exit_code=code, error=error, output=self.lease.output(),
             finished_at=run["started_at"] + time.monotonic() - began)
 
-    def attend(self, process, run):
-        """Wait for a command, its output and the requests that concern it in view."""
+    def look(self, run):
+        """Return what tells why a run has to end, if it has; it notes that it goes on."""
         noted = False
 
         def look():
             nonlocal noted
-            self.lease.cut_back(run["output_limit"])
             with contextlib.suppress(sqlite3.Error):
                 if not noted:
                     self.queue.note_pid(run)
                     self.log.info("%s goes on, pid %d", about(run), run["pid"])
                     noted = True
-            if self.pool.request() == "now":
+            if asked(self.path, self.pool) == "now":
                 return "stop --now"
             with contextlib.suppress(sqlite3.Error):
                 return "cancelled" if self.queue.cancelled(run) else None
 
-        return watch(process, self.wake, run["timeout"], look)
+        return look
 
 
-def about(run):
-    """Return job and attempt of a run, for the log."""
-    return "%s %d/%d" % (shown(run["id"]), run["attempt"], max(1, run["max_retries"]))
-
-
-# ======================================================================================
-# Supervisor: the log, starting and stopping workers, recovery
-# ======================================================================================
-
-
-class LogFile:
-    """A stream for `logging` that processes share; a full one becomes PATH.1."""
-
-    def __init__(self, path, limit=LOG_LIMIT):
-        self.path, self.limit = os.path.abspath(path), limit
-        self.fd = create_private(path, 0)
-
-    def write(self, text):
-        if not same_file(self.fd, self.path):
-            self.reopen()  # another process renamed it, or somebody removed it
-        os.write(self.fd, text.encode("utf-8", "backslashreplace"))
-        if os.fstat(self.fd).st_size > self.limit:
-            self.rotate()
-
-    flush = nothing  # each line was written at once
-
-    def rotate(self):
-        """Rename a full log, once, however many processes see that it is full."""
-        with folder_lock(os.path.dirname(self.path)) as locked:
-            if locked and same_file(self.fd, self.path):
-                os.replace(self.path, self.path + ".1")
-        self.reopen()
-
-    def reopen(self):
-        fresh = create_private(self.path, 0)  # if this fails, the old one is still ours
-        os.close(self.fd)
-        self.fd = fresh
-
-
-def open_log(queue_path, who):
-    """Return this process's logger: to the queue's log, or else to standard error."""
-    import logging
-
-    logging.raiseExceptions = False  # a full disk must not stop a pool
-    # Python's logging HOWTO, "Optimization": what no line shows is not gathered.
-    logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+def work(path, pool, drain, pool_fd):
+    """Be a worker, in a process of its own."""
+    if not WINDOWS:
+        os.close(pool_fd)  # or the pool would seem to live as long as we do
+    worker, own = Worker(path, pool, drain), worker_file(path, pool, os.getpid())
     try:
-        stream = LogFile(beside(queue_path, ".log"))
-    except OSError as error:
-        stream = sys.stderr
-        say("cannot write the log, logging here instead: %s" % error)
-    layout = "%%(asctime)s %%(levelname)s %s[%d] %%(message)s" % (who, os.getpid())
-    logging.basicConfig(stream=stream, level=logging.INFO, format=layout, force=True)
-    return logging.getLogger()
+        fd = worker.patiently(hold, own)
+        try:
+            worker.work()
+        finally:
+            leave(path, fd, own)
+            remove_leftover(pool_file(path, pool))  # if its supervisor was killed
+    except (QueueError, OSError) as error:
+        worker.log.error("%s", error)
+        sys.exit(TROUBLE)
+    except Exception:
+        worker.log.exception("this worker failed")
+        sys.exit(1)
 
 
-def say(message):
-    with contextlib.suppress(OSError):  # nobody listens any more
-        print("queuectl: %s" % message, file=sys.stderr, flush=True)
+def leave(path, fd, own):
+    """Let go of a process's file, and remove it; the last one takes the folder along."""
+    os.close(fd)
+    remove_leftover(own)
+    with contextlib.suppress(OSError):  # not empty, others use it
+        os.rmdir(beside(path, ".runs"))
 
 
 class Supervisor:
-    """A pool: starts workers, replaces those that die, looks after what they left.
+    """A pool: starts workers, replaces those that die, puts back what nobody runs.
 
-    It holds no database open while it forks: SQLite must not cross a fork.
+    It has no database, lease or other's file open while it forks: a lock would go with
+    the fork, and SQLite must not cross one.
     """
 
     def __init__(self, path, count, drain=False, tell=None):
         self.path, self.count, self.drain = os.path.realpath(path), count, drain
         self.tell = tell  # is called with the queue twice a second
-        self.runs = beside(self.path, ".runs")
-        self.workers = {}  # slot: process
+        self.pid = os.getpid()
+        self.workers = []  # processes
         self.pids = set()  # of all workers there ever were
-        self.started = {}  # slot: when its worker was started last
-        self.drained = set()  # slots whose worker found nothing left to do
-        self.orphans = {}  # lease: when the processes of its run get SIGKILL
-        self.unseen = False  # whether a worker died and nobody looked yet what it ran
-        self.next_look = 0.0
-        self.looked = True  # whether the last look could be finished
+        self.died = {}  # pid of a worker: when it was found dead
+        self.endings = {}  # lease: how the end of an orphan is going on
+        self.hooks = {}  # an `on_dead` that runs: the job that it is told of
+        self.next_start = self.next_look = 0.0
+        self.settled = True  # what dead workers ran
         self.next_page = 1  # of the jobs that `keep` may remove
         self.signals, self.signalled = 0, -MAX_SPAN  # how many, and when the last
-        self.removed = False
+        self.cut_off = None  # why it can't go on
 
     def run(self, started):
         """Run the pool until it is asked to stop or drained; return the exit code.
 
         `started()` is called when it can be found and asked.
         """
+        self.wake = Wake()
         catch_signals(self.count_signal)
         keep_descriptors()
-        self.wake = Wake()
-        with Queue(self.path) as queue, folder_lock(os.path.dirname(self.path)):
+        with Queue(self.path) as queue:
             self.file, self.began = queue.file, queue.clock()
-        self.pool = PoolFile.create(self.path)
+        for path in (beside(self.path, ".runs"), beside(self.path, ".log")):
+            if foreign(path):
+                raise QueueError(path + foreign(path))
+        own = pool_file(self.path, self.pid)
+        self.fd = hold(own)
         try:
+            os.write(self.fd, b" " * 8 + b"\n")  # room, on a full disk, too
             self.log = open_log(self.path, "pool")
-            self.hooks = Hooks(self.log)
             self.log.info("pool of %d started", self.count)
             started()
             self.loop()
-            failed = self.patiently(self.finish) or self.removed
+            failed = self.with_queue(self.finish) or self.cut_off
             self.log.info("pool stopped")
         finally:
-            self.pool.ask("stop")  # whatever happened here, no worker goes on alone
-            for number in POOL_SIGNALS:  # at its end Python gives up its handlers
-                signal.signal(number, signal.SIG_IGN)
-            self.pool.remove()
-            with contextlib.suppress(OSError):  # not empty, other pools use it
-                os.rmdir(self.runs)
+            ask(self.path, self.pid, "stop")  # whatever happened, no worker goes on alone
+            catch_signals(signal.SIG_IGN)  # at its end Python gives up its handlers
+            leave(self.path, self.fd, own)
         return 1 if failed else 0
 
     def count_signal(self, number, frame):
@@ -2396,231 +2198,220 @@ class Supervisor:
             self.signals, self.signalled = self.signals + 1, now
 
     def loop(self):
-        self.staff()
         while True:
             if self.signals:  # the first asks to stop, a second to stop now
                 self.ask("stop" if self.signals == 1 else "now")
             self.reap()
-            if time.monotonic() >= self.next_look:
-                self.looked = self.patiently(self.keep_house)
-                pause = 0.5 if self.tell else LOOK_EVERY
-                self.next_look = time.monotonic() + (TICK if self.orphans else pause)
-            if not self.unseen:  # or a new worker's first note would replace the last
-                self.staff()
-            ended = self.pool.request() or len(self.drained) == self.count
-            if ended and not self.workers and not self.looking():
+            if self.over():
                 return
-            self.wake.wait(self.next_look - time.monotonic())
+            missing = self.staff()
+            if time.monotonic() >= self.next_look:
+                self.with_queue(self.keep_house)
+                looked = time.monotonic()
+                pause = 0.5 if self.tell else LOOK_EVERY
+                if self.endings or not self.settled:
+                    pause = TICK
+                self.next_look = looked + pause
+            due = min(self.next_look, self.next_start) if missing else self.next_look
+            if self.wake.wait(due - time.monotonic()):  # by who wants it to look
+                self.next_look = min(self.next_look, looked + TICK)
 
-    def looking(self):
-        """Tell whether orphans, or what a dead worker ran, have to be looked for.
+    def over(self):
+        """Tell whether the pool may leave: what a dead worker ran was looked after.
 
         Of a queue that was removed nobody can tell any more; and where it can't be read
         the next pool has to, if this one shall stop now.
         """
-        can_tell = self.looked or self.pool.request() != "now"
-        return (self.orphans or self.unseen) and can_tell and not self.removed
+        if not self.cut_off and not os.path.exists(pool_file(self.path, self.pid)):
+            self.cut_off = "its file %s was removed" % pool_file(self.path, self.pid)
+            self.log.error("this pool stops: %s", self.cut_off)
+            say("this pool stops: " + self.cut_off)
+        request = asked(self.path, self.pid)
+        if not request or self.workers:
+            return False
+        trouble = not self.settled and request == "now"
+        gone = not still_names(self.path, self.file)
+        return gone or trouble or (self.settled and not self.endings)
 
     def ask(self, word):
-        if self.pool.request() not in (word, "now"):
-            self.log.info("asked to %s", {"now": "stop now"}.get(word, word))
-            self.pool.ask(word)
+        if asked(self.path, self.pid) not in (word, "now"):
+            self.log.info("asked to stop" + " now" * (word == "now"))
+            ask(self.path, self.pid, word)
 
     def reap(self):
-        for slot, process in list(self.workers.items()):
-            code = process.poll()
-            if code is None:
-                continue
-            del self.workers[slot]
-            if code == DRAINED:
-                self.drained.add(slot)
-                self.pool.poke()  # the others may be waiting for what this one ran
-            elif code:
-                self.log.error("worker %d died: %s", slot, how_it_ended(code)[1])
-                self.unseen, self.next_look = True, 0.0
+        for worker in [worker for worker in self.workers if worker.exitcode is not None]:
+            self.workers.remove(worker)
+            if worker.exitcode:
+                self.log.error("worker %d died: exit code %d", worker.pid, worker.exitcode)
+                self.settled, self.next_look = False, 0.0
+                if worker.exitcode != TROUBLE:
+                    self.died[worker.pid] = time.monotonic()
+                self.next_start = time.monotonic() + RESTART_EVERY
 
     def staff(self):
-        """Start the workers that are missing; one that keeps dying not too often."""
-        now = time.monotonic()
-        for slot in range(1, self.count + 1):
-            if slot in self.workers or slot in self.drained or self.pool.request():
-                continue
-            due = self.started.get(slot, -MAX_SPAN) + RESTART_EVERY
-            if now >= due:
-                self.started[slot] = now
-                try:
-                    args = self.path, self.pool.path, slot, self.drain
-                    self.workers[slot] = start_process(work, *args)
-                    self.pids.add(self.workers[slot].pid)
-                except OSError as error:  # too many processes or files
-                    self.log.error("worker %d cannot start: %s", slot, error)
-            self.next_look = min(self.next_look, max(due, now))
+        """Start the workers that are missing; return whether some still are.
 
-    def patiently(self, action):
+        Where they keep dying, not too often.
+        """
+        import multiprocessing
+
+        context = multiprocessing.get_context("spawn" if WINDOWS else "fork")
+        while len(self.workers) < self.count and not asked(self.path, self.pid):
+            if time.monotonic() < self.next_start:
+                return True
+            worker = context.Process(
+                target=work, args=(self.path, self.pid, self.drain, self.fd))
+            try:
+                worker.start()
+            except OSError as error:  # too many processes or files
+                self.log.error("a worker cannot start: %s", error)
+                self.next_start = time.monotonic() + RESTART_EVERY
+                return True
+            self.workers.append(worker)
+            self.pids.add(worker.pid)
+            self.died.pop(worker.pid, None)
+        return False
+
+    def with_queue(self, action):
         """Do something with the database; with trouble there, the next look will."""
         try:
-            if not self.gone():
+            if still_names(self.path, self.file):
                 with Queue(self.path, "NORMAL", IDLE_WAIT, new=False) as queue:
                     return action(queue)
+            if not self.cut_off:
+                self.cut_off = "%s was removed" % shown(self.path)
+                self.ask("stop")
+                say("this pool stops: " + self.cut_off)
         except (sqlite3.Error, OSError, QueueError) as error:
+            self.settled = False
             self.log.error("%s", error)
 
-    def gone(self):
-        """Notice that the database was removed or replaced; the pool then stops."""
-        removed = not still_names(self.path, self.file)
-        if removed and not self.removed:
-            self.removed = True
-            self.ask("stop")
-            say("%s was removed; this pool stops" % shown(self.path))
-        return removed
-
     def keep_house(self, queue):
-        self.look(queue)
+        self.put_back(queue)
         self.tidy(queue)
-        self.hooks.reap()
-        keep = queue.settings()["keep"]
+        self.tell_dead(queue)
+        queue.promote_overtaken()
+        keep, count = queue.settings()["keep"], 0
         removed = keep is not None  # one page at least, and more while they are old
         until = time.monotonic() + TICK
         while removed and time.monotonic() < until:
             removed, self.next_page = queue.prune(keep, self.next_page)
+            count += removed
+        if count:
+            self.log.info("keep: removed %s", many(count, "job"))
         if self.tell:
             self.tell(queue)
-        return True
 
-    def look(self, queue):
-        """Look for jobs in PROCESSING that nobody runs."""
-        # First the runs, then the workers: one that claimed a run was there before it.
+    def put_back(self, queue):
+        """Put jobs in PROCESSING back that nobody runs, once nothing of a run lives.
+
+        A claim holds its lease before it is committed, and its worker a file before it
+        claims. So what is listed first and is not held afterwards was let go of: its
+        worker died, or recorded the end meanwhile and the job is no longer listed. What
+        lives of the run of a dead worker is ended first. The lease is looked at again
+        within the transaction that puts the job back: nothing holds it then, and who
+        could have forked is gone.
+        """
         runs = queue.processing()
-        workers, pools, notes = set(), {os.getpid()}, {}
-        for pool in PoolFile.all(self.path, self.pool):
-            workers.update(pool.workers())
-            pools.update(pool.processes())
-            notes.update(pool.notes())
-        lost = {run["lease"]: run for run in runs if not attended(run, workers)}
-        found = run_processes(lost) if lost else {}
-        for path, run in lost.items():
-            # A worker whose PID file was removed still holds its lease; in a container
-            # it calls itself by another number. A pool that the run started is let be.
-            holders = {pid for pid, holds in found[path].items() if holds}
-            if holders.isdisjoint({*workers, run["worker"]}):
-                self.identify(queue, run, *notes.get(run["worker"], (None, 0)))
-                self.rescue(queue, run, found[path].keys() - pools)
-        leases = {run["lease"] for run in runs}
-        self.orphans = {key: at for key, at in self.orphans.items() if key in leases}
-        self.unseen = False
+        own = {self.pid, *(worker.pid for worker in self.workers)}
+        living = own.union(*pools(self.path).values())
+        lost = {run["lease"]: run for run in runs if not (
+            run["worker"] in living and held(run["lease"], missing=True))}
+        found = processes_of(dict.fromkeys(lost), own)
+        self.settled = True
+        for lease, run in lost.items():
+            if run["worker"] in found[lease]:
+                continue  # it is there; somebody removed its file
+            if time.monotonic() < self.died.get(run["worker"], -MAX_SPAN) + OUTLIVED:
+                self.settled = False  # until it is seen whether this pool is killed, too
+                continue
+            # It may have ended since it was listed: its background children are let be.
+            if found[lease] and queue.owned(run):
+                self.end_orphan(run, found[lease])
+            elif not found[lease]:
+                self.release(queue, run)
+        self.endings = {lease: ending for lease, ending in self.endings.items()
+                        if lease in lost}
 
-    def identify(self, queue, run, pid, moment):
-        """Record the command of a run that was killed before its worker did so."""
-        noted = moment >= run["started_at"]  # or it is an earlier run's
-        if not run["pid"] and noted and started_with(pid, moment):
-            run.update(pid=pid, started_at=moment)
-            with queue.transaction():  # it waits for others, as note_pid alone does not
-                queue.note_pid(run)
+    def end_orphan(self, run, pids):
+        """Signal what a dead worker left running, as its worker would have done."""
+        ending = self.endings.get(run["lease"])
+        if not ending:
+            ending = self.endings[run["lease"]] = Ending()
+            self.log.warning("%s worker died, ending %s", about(run), sorted(pids))
+        killed = ending.killed
+        ending.step(pids, signal_all)
+        if ending.killed and not killed:
+            words = "%s did not end and is killed: %s"
+            self.log.warning(words, about(run), sorted(pids))
 
-    def rescue(self, queue, run, processes):
-        """Put a job back whose worker is gone, once none of its processes is left."""
-        processes |= by_number(run, not processes and queue.cancelled(run))
-        # It may have ended since it was listed; its background children are let be.
-        if processes and queue.owned(run):
-            self.end_orphan(run, processes)
-        elif not processes:
-            with queue.transaction():
-                free = lease_is_free(run["lease"])
-                state = free and queue.release(run, self.remains(queue, run))
-            if state:
-                self.log.warning("%s worker died, %s", about(run), state)
-                remove_free(run["lease"])
-                queue.wake(self.pool)
-            if state == "dead":
-                self.hooks.start(queue, run["id"])
+    def release(self, queue, run):
+        output = last_of(read_output(run["lease"]), queue.settings()["output_limit"])
+        result = dict(exit_code=None, error="worker died", output=output,
+                      finished_at=queue.clock())
+        with queue.transaction():
+            state = None if held(run["lease"]) else queue.release(
+                run, result, blamed=run["worker"] in self.died)
+        if state:
+            self.log.warning("%s worker died, %s", about(run), state)
+            remove_leftover(run["lease"])
+            wake_workers(self.path)
 
-    def end_orphan(self, run, processes):
-        """Signal what a dead worker left running: SIGTERM, after a grace SIGKILL."""
-        due, now = self.orphans.get(run["lease"]), time.monotonic()
-        if due is None or now >= due:
-            self.orphans[run["lease"]] = now + GRACE
-            words = "did not end and was killed:" if due else "worker died, ending"
-            self.log.warning("%s %s %s", about(run), words, sorted(processes))
-            signal_processes(processes, KILL if due else TERMINATE)
+    def tell_dead(self, queue):
+        """Start `on_dead` for the jobs that ended dead; return how many of them run.
 
-    def remains(self, queue, run):
-        """Return the result of a run whose worker died."""
-        output = read_tail(run["lease"], queue.settings()["output_limit"])
-        return dict(exit_code=None, error="worker died", output=output,
-                    finished_at=queue.clock())
+        Nobody waits for it, it outlives the pool, what it prints is dropped. That it
+        failed is logged. A few run at a time, or one that hangs would be started for
+        each of a thousand jobs.
+        """
+        import subprocess
+        import tempfile
+
+        def start(job):
+            with tempfile.TemporaryFile() as text:
+                text.write(json.dumps(public(job)).encode())
+                text.seek(0)
+                self.hooks[subprocess.Popen(
+                    line, shell=True, cwd=os.path.dirname(queue.path), stdin=text,
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                    start_new_session=True)] = shown(job["id"])
+
+        for hook in [hook for hook in self.hooks if hook.poll() is not None]:
+            id = self.hooks.pop(hook)
+            if hook.returncode:
+                self.log.error("on_dead for %s: exit %d", id, hook.returncode)
+        line = queue.settings()["on_dead"]
+        while line and len(self.hooks) < MAX_HOOKS and queue.tell(start):
+            pass
+        return len(self.hooks)
 
     def tidy(self, queue):
-        """Remove output files of no run, and PID files of killed pools.
-
-        Not one whose notes may be the only trace of what a lost run has started.
-        """
-        with queue.transaction():  # no claim is under way meanwhile
-            runs = queue.processing()
-            leases = {run["lease"] for run in runs}
-            workers = {run["worker"] for run in runs}
+        """Remove the files that nobody holds any more; rename a full log."""
+        folder = beside(self.path, ".runs")
+        with queue.transaction():  # no run is claimed and lost meanwhile
+            leases = {run["lease"] for run in queue.processing()}
             with contextlib.suppress(FileNotFoundError):
-                for name in os.listdir(self.runs):
-                    path = os.path.join(self.runs, name)
+                for name in os.listdir(folder):
+                    path = os.path.join(folder, name)
                     if path not in leases:
-                        remove_free(path)
-            for pool in PoolFile.all(self.path, self.pool):
-                dead = pool is not self.pool and not pool.alive()
-                if dead and workers.isdisjoint(pool.notes()):
-                    pool.remove()
+                        remove_leftover(path)
+        for pool in pools_named(self.path):
+            remove_leftover(pool_file(self.path, pool))
+        log = beside(self.path, ".log")
+        with contextlib.suppress(OSError):  # Windows refuses it while others write
+            if os.path.getsize(log) > LOG_LIMIT:
+                os.replace(log, log + ".1")
 
     def finish(self, queue):
         """Tell whether a drained pool leaves a job that ended dead."""
         self.tidy(queue)
+        wait_until(lambda: not self.tell_dead(queue), GRACE)
         return self.drain and queue.dead_since(self.began, self.pids)
-
-
-def attended(run, workers):
-    """Tell whether a run may well have its worker: its lease is held, and it is there.
-
-    Another user's lease can't be looked at: that is a matter of that user's pools.
-    """
-    free = lease_is_free(run["lease"], missing=False)
-    there = run["worker"] in workers or was_there(run["worker"], run["started_at"])
-    return free is None or (not free and there)
-
-
-def by_number(run, unproven):
-    """Return what is known of a lost run by its recorded number alone.
-
-    It is a process that started with it; or, if that is gone and something holds the
-    lease yet, its process group. The group is no proof, so that only a user's `cancel`
-    takes it for one, and only where there is no better.
-    """
-    pid = run["pid"]
-    if pid and started_with(pid, run["started_at"]):
-        return {pid}
-    held = lease_is_free(run["lease"]) is False
-    return {-pid} if pid and unproven and held and leaderless(pid) else set()
-
-
-def work(path, pool_path, slot, drain):
-    """Be a worker, in a process of its own; return its exit code."""
-    log = open_log(path, "worker-%d" % slot)
-    try:
-        worker = Worker(path, PoolFile(pool_path), slot, drain, log)
-        drained = worker.work()
-        worker.hooks.wait_for_room(1)  # or their failure would not be logged
-        return DRAINED if drained else 0
-    except (QueueError, OSError) as error:
-        log.error("%s", error)
-    except Exception:
-        log.exception("worker %d failed", slot)
-    return 1
 
 
 # ======================================================================================
 # Output: values to text
 # ======================================================================================
-
-
-def dated(row, *names):
-    """Return a row as JSON shows it, the times of these names as text."""
-    return dict(row, **{name: iso(row[name]) for name in names})
 
 
 def span(seconds):
@@ -2684,10 +2475,10 @@ def blocks(these, ascii):
 
 def stats_lines(stats, width):
     period = span(stats["seconds"])
-    yield "%s in %s: %d completed, %d failed, %s" % (
+    yield "%s in %s: %d completed, %d failed, %d interrupted, %s" % (
         many(stats["runs"], "run"), period, stats["completed"], stats["failed"],
-        many(stats["retries"], "retry"))
-    if not stats["runs"]:
+        stats["interrupted"], many(stats["retries"], "retry"))
+    if stats["success_rate"] is None:
         return
     rates = stats["per_second_now"], stats["per_second"], period
     yield "%.1f %% succeed; %.2f/s in the last minute, %.2f/s in %s" % (
@@ -2731,11 +2522,10 @@ def why_waiting(queue, job, pools):
         busy = job["id"] in [worker["job"] for worker in pools]
         if busy or not queue.owned(job):
             return None
-        free = lease_is_free(queue.lease(job), missing=False)
-        return (DIED if free else LOST) + no_pool
+        return (LOST if held(queue.lease(job), missing=True) else DIED) + no_pool
     if job["state"] not in ("pending", "failed"):
         return None
-    if not job["ready"]:
+    if not job["claimable"]:
         what = "try %d" % (job["attempts"] + 1) if job["attempts"] else "due"
         return "%s %s%s" % (what, when(job["run_at"], queue.clock()), no_pool)
     if not pools:
@@ -2795,6 +2585,8 @@ def painter():
     """Return what gives a line the colour of its state: on a terminal that wants it."""
     if terminal_width(sys.stdout) is None or os.environ.get("NO_COLOR"):
         return str
+    if WINDOWS:
+        os.system("")  # lets a console of Windows 10 take escape sequences
     state = re.compile(r"\b(%s)(?=: [1-9]| +\d+/\d+  )" % "|".join(COLOURS), re.I)
 
     def painted(match):
@@ -2831,10 +2623,10 @@ def answer(args, value, *lines):
         print(line)
 
 
-def answer_jobs(args, jobs, lines):
+def answer_jobs(args, jobs, lines_of):
     """Print an array of jobs, or else lines made of them; a million cost no memory."""
     if not args.json:
-        for line in map(painter(), lines):
+        for line in map(painter(), lines_of(jobs)):
             print(line)
         return
     print(end="[")
@@ -2844,18 +2636,93 @@ def answer_jobs(args, jobs, lines):
 
 
 # ======================================================================================
-# Commands: one function each
+# Commands: one function each; its name, meaning, example and arguments above it
 # ======================================================================================
 
+COMMANDS = {}  # name: (function, what it does, example, its arguments)
 
+
+def command(name, meaning, example, *arguments):
+    """Make a function the command of that name."""
+    def register(function):
+        COMMANDS[name] = function, meaning, example, arguments
+        return function
+
+    return register
+
+
+def arg(usage, meaning=None, convert=None, **options):
+    """Return what argparse wants to know of an argument like `--limit N`, or a flag."""
+    *names, last = usage.split()
+    if not last[0].isupper():
+        return [*names, last], dict(options, help=meaning, action="store_true")
+    return names, dict(options, help=meaning, metavar=last, type=convert)
+
+
+def state_name(text):
+    if text.lower() not in STATES:
+        raise unknown("state " + shown(text), text, STATES)
+    return text.lower()
+
+
+def count_of(name, low, high=MAX_INTEGER):
+    return lambda text: checked(name, whole(low, high), as_number(text))
+
+
+def span_of(name, low):
+    return lambda text: checked(name, duration(low, "a duration"), text)
+
+
+def variable(text):
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise QueueError("--env: %s is not NAME=VALUE" % json.dumps(text), 2)
+    return name, value
+
+
+def as_number(text):
+    """Return the number that a word of the command line is, or else the word."""
+    for convert in (int, float) if "_" not in text else ():
+        with contextlib.suppress(ValueError):
+            return convert(text)
+    return text
+
+
+def field_option(name):
+    """Return the option of `enqueue` for a field of a job."""
+    _, _, usage, meaning = FIELDS[name]
+    if name == "env":
+        return arg(usage, meaning, variable, action="append")
+    return arg(usage, meaning, as_number if usage.endswith(" N") else None)
+
+
+IDS = arg("ids ID", nargs="*")
+ID = arg("id ID")
+KEY = arg("key KEY", convert=setting_name)
+STATE = arg("--state STATE", "one of " + ", ".join(STATES), state_name)
+DRY_RUN = arg("--dry-run", "say only how many would go")
+
+
+@command(
+    "enqueue", "add jobs: a command behind --, or JSON",
+    "enqueue --id job1 --timeout 10m -- echo Hello",
+    arg("jobs JSON", "an object, an array, or - for an array or JSON Lines on standard"
+        " input: all or none", nargs="*"),
+    arg("--file F", "read the jobs from this file"),
+    arg("--unique", "leave a job of this id alone that waits or runs; start one anew"
+        " that has finished"),
+    *map(field_option, FIELDS))
 def cmd_enqueue(args, queue):
-    options, names = enqueue_options(args), []
+    options, unique = enqueue_options(args), []
+    timed = dict.fromkeys({"delay", "run_at"}) if {"delay", "run_at"} & set(options) else {}
     defaults = queue.defaults(args.cwd)  # we may be in a folder that is gone
 
     def made(given):
-        job = checked_job(overridden(given, options), defaults)
+        if type(given) is dict:  # options say more than a job's own fields
+            given = {**given, **timed, **options}
+        job = checked_job(given, defaults)
         if args.unique:
-            names.append(job["id"])
+            unique.append(job)
         return job
 
     with contextlib.ExitStack() as files:
@@ -2864,14 +2731,18 @@ def cmd_enqueue(args, queue):
         else:
             jobs = read_arguments(args.jobs or ["{}"], made)
         first, last = queue.enqueue(jobs, args.unique)
+    left = {job["id"]: job["command"] for job in unique if job["left"]}
+    jobs = queue.jobs(first=first, last=last)
     if args.unique:
-        jobs = [queue.job(name) for name in names]
-    else:
-        jobs = queue.jobs(first=first, last=last, what=JOB if args.json else BRIEF)
-    answer_jobs(args, jobs, (
-        "enqueued " + shown(job["id"]) if job["seq"] >= first
-        else "%s is there already, %s" % (shown(job["id"]), job["state"])
-        for job in jobs))
+        jobs = map(queue.job, dict.fromkeys(job["id"] for job in unique))
+
+    def line(job):
+        if job["id"] not in left:
+            return "enqueued " + shown(job["id"])
+        other = ", unchanged" if job["command"] != left[job["id"]] else ""
+        return "%s is there already, %s%s" % (shown(job["id"]), job["state"], other)
+
+    answer_jobs(args, jobs, lambda jobs: map(line, jobs))
 
 
 def enqueue_options(args):
@@ -2885,15 +2756,6 @@ def enqueue_options(args):
     if args.words:
         given["command"] = shell_words(args.words)
     return {name: given[name] for name in FIELDS if given[name] is not None}
-
-
-def overridden(given, options):
-    """Return a job with what options say in place of its own fields."""
-    if not options or type(given) is not dict:
-        return given
-    if "delay" in options or "run_at" in options:
-        given = dict(given, delay=None, run_at=None)
-    return {**given, **options}
 
 
 def read_arguments(texts, made):
@@ -2927,25 +2789,20 @@ def spooled(path):
 
     with tempfile.SpooledTemporaryFile(2**24) as spool:
         stdin = contextlib.nullcontext(sys.stdin.buffer)
-        with open(native(path), "rb") if path else stdin as source:
+        with open(path, "rb") if path else stdin as source:
             shutil.copyfileobj(source, spool)
         spool.seek(0)
         yield spool
 
 
+@command("list", "list jobs, oldest first", "list --state pending --limit 20", STATE,
+         arg("--limit N", "at most so many; 0 for all", count_of("--limit", 0), default=0))
 def cmd_list(args, queue):
-    jobs = queue.jobs(args.state, args.limit)
-    answer_jobs(args, jobs, job_table(jobs, queue.clock(), "CHANGED", "command"))
+    answer_jobs(args, queue.jobs(args.state, args.limit), lambda jobs: job_table(
+        jobs, queue.clock(), "CHANGED", "command"))
 
 
-def cmd_dlq_list(args, queue):
-    if not args.json:
-        errors = ["%(jobs)d x %(error)s" % row for row in queue.common_errors()]
-        print(shown(", ".join(errors)), end="\n" if errors else "")
-    jobs = queue.jobs("dead")
-    answer_jobs(args, jobs, job_table(jobs, queue.clock(), "DIED", "error", "command"))
-
-
+@command("show", "show a job and its runs", "show job1", ID)
 def cmd_show(args, queue):
     job, now = queue.job(args.id), queue.clock()
     fields, runs = public(job), queue.runs(job)
@@ -2960,27 +2817,33 @@ def cmd_show(args, queue):
     answer(args, job_document(job, runs), *lines)
 
 
+@command("logs", "print the output of a job's latest run", "logs -f job1", ID,
+         arg("-f --follow", "go on until the run ends; wait for the first to begin"),
+         arg("--attempt N", "of an earlier attempt, its last run",
+             count_of("--attempt", 1)),
+         arg("--run N", "of an earlier run", count_of("--run", 1)))
 def cmd_logs(args, queue):
+    chosen = {name: getattr(args, name) for name in ("run", "attempt")
+              if getattr(args, name) is not None}
+    if len(chosen) + args.follow > 1 or (args.follow and args.json):
+        words = "logs: one of --follow, --run, --attempt; --follow without --json"
+        raise QueueError(words, 2)
     if args.follow:
-        if args.json or args.attempt:
-            raise QueueError("logs: --follow goes with neither --json nor --attempt", 2)
         return follow(queue, args.id)
     job = queue.job(args.id)
-    if not job["run"]:
-        say("job %s has not run yet" % shown(job["id"]))
-    run = run_of(queue, job, args.attempt) if args.attempt else None
+    runs = queue.runs(job)
+    for name, number in chosen.items():
+        runs = [run for run in runs if run[name] == number]
+        if not runs:
+            raise QueueError("job %s has no %s %d" % (shown(args.id), name, number))
+    run = runs[-1] if runs else {"run": job["run"], "error": "has not run yet"}
+    output = output_of(queue, job, run["run"])
     if args.json:
-        print(json.dumps(output_document(queue, job, run)))
+        print(json.dumps(output_document(job, run["run"], output)))
     else:
-        write_bytes(output_of(queue, job, run))
-
-
-def run_of(queue, job, attempt):
-    """Return the number of the latest run that was a job's n-th attempt."""
-    runs = [run["run"] for run in queue.runs(job) if run["attempt"] == attempt]
-    if not runs:
-        raise QueueError("job %s has no attempt %d" % (shown(job["id"]), attempt))
-    return runs[-1]
+        write_bytes(output)
+    if not output and run["error"]:
+        say("job %s: %s" % (shown(job["id"]), shown(run["error"])))
 
 
 def write_bytes(output):
@@ -2990,42 +2853,48 @@ def write_bytes(output):
 
 
 def follow(queue, id):
-    """Print the output of a job's latest run as it comes, or of the first to come.
-
-    The open file outlives its name: what is in it when the run has ended is the rest.
-    """
-    job = queue.job(id)
+    """Print the output of a job's latest run as it comes, or of the first to come."""
+    job, printed = queue.job(id), 0
     while not job["run"] and job["state"] != "dead":
         time.sleep(TICK / 2)
         queue.check_there()
         job = queue.job(id)
-    path = queue.lease(job)
-    try:
-        file = os.fdopen(open_shared(path, os.O_RDONLY), "rb")
-    except FileNotFoundError:
-        return write_bytes(queue.output(job) or b"")
-    with file:
-        running = True
-        while running:
-            queue.check_there()
-            running = queue.owned(job)
-            if os.fstat(file.fileno()).st_size < file.tell():
-                file.seek(0)
-                say("the output was cut back here; some of it is not shown")
-            for chunk in iter(lambda: file.read(2**16), b""):
-                write_bytes(chunk)
-            if running and lease_is_free(path, missing=False) and queue.owned(job):
-                raise QueueError("the worker of job %s died; a pool puts it back" % id)
-            time.sleep(TICK / 2 if running else 0)
+    running = True
+    while running:
+        queue.check_there()
+        running = queue.owned(job)
+        dropped, output = parts_of(output_of(queue, job, job["run"]))
+        if dropped > printed:
+            say("%d bytes of output were dropped here" % (dropped - printed))
+        write_bytes(output[max(0, printed - dropped) :])
+        printed = max(printed, dropped + len(output))
+        path = queue.lease(job)
+        if running and not held(path, missing=True) and queue.owned(job):
+            raise QueueError("the worker of job %s died; a pool puts it back" % id)
+        time.sleep(TICK / 2 if running else 0)
 
 
+def output_of(queue, job, run):
+    """Return the output of a run, without one of the latest, so far."""
+    output = queue.output(job, run)
+    if output is None and (run or job["run"]) == job["run"]:
+        # A run that ended between the two looks has its output in the database now.
+        limit = queue.settings()["output_limit"]
+        output = last_of(read_output(queue.lease(job)), limit) or queue.output(job, run)
+    return output or b""
+
+
+@command("wait", "wait until jobs, or all, are completed (0) or dead (1)",
+         "wait job1 --timeout 10m", IDS,
+         arg("--timeout T", "give up with exit code 124", span_of("--timeout", 0)))
 def cmd_wait(args, queue):
-    states = [queue.job(id)["state"] for id in args.ids]
-    waiting = "pending" in states if states else queue.counts()["pending"]
-    if waiting and not worker_list(queue):
+    states = [queue.job(id)["state"] for id in args.ids] or [
+        state for state, count in queue.counts().items() if count]
+    if {"pending", "failed"} & {*states} and not pools(queue.path):
         say(NO_POOL)
+    own = os.environ.get("QUEUECTL_JOB_ID") if within_job_of(queue.path) else None
     with contextlib.closing(Live()) as live:
-        counts = queue.wait(args.ids or None, args.timeout, live.progress)
+        counts = queue.wait(args.ids or None, args.timeout, live.progress, but=own)
     if counts is None:
         say("still waiting for jobs after %s" % span(args.timeout))
         return 124
@@ -3033,6 +2902,9 @@ def cmd_wait(args, queue):
     return 1 if counts["dead"] else 0
 
 
+@command("status", "count the jobs, list the workers", "status --watch",
+         arg("--watch SECONDS", "show it again and again", span_of("--watch", 0.1),
+             nargs="?", const=1.0))
 def cmd_status(args, queue):
     terminal = args.watch and not args.json and terminal_width(sys.stdout)
     with contextlib.ExitStack() as screen:
@@ -3051,11 +2923,229 @@ def cmd_status(args, queue):
             time.sleep(args.watch)
 
 
+@command("stats", "show throughput, run times, waiting times and errors",
+         "stats --since 1d",
+         arg("--since T", "over this time (1h)", span_of("--since", 1), default=3600.0))
+def cmd_stats(args, queue):
+    stats = queue.stats(queue.clock() - args.since)
+    answer(args, stats, *stats_lines(stats, terminal_width(sys.stdout) or 80))
+
+
+@command("dashboard", "show a live page of the queue in the browser",
+         "dashboard --port 8321",
+         arg("--host HOST", "where to listen (127.0.0.1)", default="127.0.0.1"),
+         arg("--port N", "0 takes a free one (8321)", count_of("--port", 0, 65535),
+             default=8321))
+def cmd_dashboard(args):
+    serve(args.db, args.host, args.port)
+
+
+@command("cancel", "end jobs that wait or run; they become dead", "cancel job1",
+         arg("ids ID", nargs="+"))
+def cmd_cancel(args, queue):
+    states = queue.cancel(args.ids)
+    words = {"dead": "cancelled %s", "processing": "cancelling %s, which is running"}
+    lines = [words[state] % shown(id) for id, state in states.items()]
+    answer(args, {"cancelled": states}, *lines)
+
+
+@command("delete", "remove jobs that do not run",
+         "delete --state completed --older-than 7d", IDS, STATE,
+         arg("--all", "all but running ones"),
+         arg("--older-than T", "those that finished longer ago; completed ones, unless"
+             " --state dead", span_of("--older-than", 0)), DRY_RUN)
+def cmd_delete(args, queue):
+    aged = args.older_than is not None
+    chosen = args.state or args.all or aged
+    if bool(args.ids) == bool(chosen or args.dry_run) or (args.state and args.all):
+        words = "delete: name jobs and nothing else, or give --state S or --all"
+        raise QueueError(words, 2)
+    if args.ids:
+        queue.delete(args.ids)
+        lines = ["deleted " + shown(id) for id in args.ids]
+        return answer(args, {"deleted": args.ids}, *lines)
+    if not chosen:
+        raise QueueError("delete: name jobs and nothing else, or give --state S or --all", 2)
+    if aged and args.state not in (None, "completed", "dead"):
+        raise QueueError("--older-than: only jobs that have finished have an age", 2)
+    if args.state == "processing":
+        raise QueueError("delete: a running job can't be deleted; cancel it first")
+    # The dead are what people must look at: they go only by that name.
+    delete_all(args, queue, args.state or (aged and "completed"), args.older_than)
+
+
+def delete_all(args, queue, state, age=None):
+    before = None if age is None else queue.clock() - age
+    count = queue.delete_all(state, before, args.dry_run)
+    verb = "would delete" if args.dry_run else "deleted"
+    answer(args, {verb.replace(" ", "_"): count}, verb + " " + many(count, "job"))
+
+
+@command("dlq list", "list the dead jobs", "dlq list")
+def cmd_dlq_list(args, queue):
+    if not args.json:
+        errors = ["%(jobs)d x %(error)s" % row for row in queue.common_errors()]
+        print(shown(", ".join(errors)), end="\n" if errors else "")
+    answer_jobs(args, queue.jobs("dead"), lambda jobs: job_table(
+        jobs, queue.clock(), "DIED", "error", "command"))
+
+
+@command("dlq retry", "make dead jobs pending again, with attempts 0", "dlq retry job4",
+         IDS, arg("--all"))
+def cmd_dlq_retry(args, queue):
+    if bool(args.ids) == args.all:
+        raise QueueError("dlq retry: name jobs, or give --all", 2)
+    if args.ids:
+        queue.retry(args.ids)
+        lines = ["retried " + shown(id) for id in args.ids]
+        return answer(args, {"retried": args.ids}, *lines)
+    count, left = queue.retry_all()
+    words = "retried " + many(count, "job")
+    if left:
+        words += "; %d cancelled left, to be retried by name" % left
+    answer(args, {"retried": count, "cancelled": left}, words)
+
+
+@command("dlq clear", "remove all dead jobs", "dlq clear", DRY_RUN)
+def cmd_dlq_clear(args, queue):
+    delete_all(args, queue, "dead")
+
+
+@command("config show", "show all settings", "config show")
+def cmd_config_show(args, queue):
+    values = queue.settings()
+    rows = [
+        [name, setting_text(name, values[name]), setting_text(name, default), meaning]
+        for name, (_, default, meaning) in SETTINGS.items()]
+    answer(args, values, *table(["SETTING", "VALUE", "DEFAULT", "MEANING"], rows))
+
+
+@command("config get", "print the value of a setting", "config get max_retries",
+         arg("key KEY", convert=setting_name, nargs="?"))
+def cmd_config_get(args, queue):
+    if args.key is None:
+        return cmd_config_show(args, queue)
+    value = queue.settings()[args.key]
+    answer(args, value, setting_text(args.key, value))
+
+
+@command("config set", "change a setting", "config set max_retries 5", KEY,
+         arg("value VALUE"))
+def cmd_config_set(args, queue):
+    queue.set(args.key, checked(args.key, SETTINGS[args.key][0], as_number(args.value)))
+    answer_setting(args, queue)
+
+
+@command("config unset", "go back to a setting's default", "config unset max_retries",
+         KEY)
+def cmd_config_unset(args, queue):
+    queue.unset(args.key)
+    answer_setting(args, queue)
+
+
+def answer_setting(args, queue):
+    value = queue.settings()[args.key]
+    words = "%s = %s" % (args.key, setting_text(args.key, value))
+    answer(args, {args.key: value}, words)
+
+
+@command("worker start", "run jobs until stopped", "worker start --count 2",
+         arg("--count N", "how many at a time (1)", count_of("--count", 1, MAX_WORKERS),
+             default=1),
+         arg("--drain", "end when no job is left"),
+         arg("--detach", "go on in the background"))
+def cmd_worker_start(args):
+    def started():
+        answer_started(args, os.getpid(), "Ctrl-C, or ")
+
+    if args.detach:
+        return detached(args)
+    watched = args.drain and terminal_width(sys.stderr)
+    with contextlib.closing(Live()) as live:
+        tell = (lambda queue: live.progress(queue.counts())) if watched else None
+        return Supervisor(args.db, args.count, args.drain, tell).run(started)
+
+
+def answer_started(args, pid, otherwise=""):
+    words = "pool %d: %s; to stop: %squeuectl.py worker stop" % (
+        pid, many(args.count, "worker"), otherwise)
+    answer(args, {"pool": pid, "workers": args.count}, words)
+    sys.stdout.flush()
+
+
+def detached(args):
+    """Start a pool in the background; tell how it starts, and end with that."""
+    import subprocess
+
+    # It belongs to no run, though a job may have started it.
+    env = {name: value for name, value in os.environ.items() if name != "QUEUECTL_RUN"}
+    words = [sys.executable, os.path.abspath(__file__), "worker", "start", "--json",
+             "--db", args.db, "--count", str(args.count), *["--drain"] * args.drain]
+    pool = subprocess.Popen(
+        words, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+        # Not without any console: each worker would open a new one, to be seen.
+        creationflags=subprocess.CREATE_NO_WINDOW if WINDOWS else 0)
+    for line in pool.stdout:
+        if line.startswith(b"{"):
+            answer_started(args, json.loads(line)["pool"])
+            pool.returncode = 0  # it goes on, and nobody waits for it
+            return 0
+        print(line.decode("utf-8", "replace").rstrip(), file=sys.stderr)
+    return pool.wait()
+
+
+@command("worker stop", "stop all pools of the queue, when their jobs are finished",
+         "worker stop",
+         arg("--now", "end running jobs; they go back to pending"),
+         arg("--no-wait", "return at once"))
+def cmd_worker_stop(args):
+    stopped = sorted({*pools(args.db), *older_pools(args.db)})
+    for pool in stopped:
+        ask(args.db, pool, "now" if args.now else "stop")
+    if stopped:
+        say("stopping; running jobs are " + ("ended" if args.now else "finished first"))
+
+    def gone():
+        return not {*pools(args.db), *older_pools(args.db)} & {*stopped}
+
+    # A job that stops its own pool would wait for itself.
+    if not args.no_wait and not within_job_of(args.db):
+        if not wait_until(gone, 10, TICK / 4):
+            say("still waiting; if a pool was stopped by Ctrl-Z, kill -CONT lets it go on:"
+                " " + " ".join(map(str, stopped)))
+            wait_until(gone, MAX_SPAN, TICK / 4)
+    verb = "stopping " if args.no_wait else "stopped "
+    words = verb + ", ".join("pool %d" % pid for pid in stopped)
+    answer(args, {"stopped": stopped}, words if stopped else "no pool is running")
+
+
+# What commands and dashboard show alike.
+
+
+def within_job_of(path):
+    """Tell whether this command was started by a job of the queue."""
+    runs = os.path.join(beside(path, ".runs"), "")
+    return os.environ.get("QUEUECTL_RUN", "").startswith(runs)
+
+
+def worker_list(queue):
+    """Return the workers of all pools, with the job that each of them runs."""
+    busy = {run["worker"]: run for run in queue.processing()}
+    idle = {"id": None, "started_at": None}
+    return [
+        {"pid": pid, "pool": pool, "job": run["id"], "since": run["started_at"]}
+        for pool, workers in pools(queue.path).items()
+        for pid in workers
+        for run in [busy.get(pid, idle)]
+    ]
+
+
 def read_status(queue):
     """Return what `status` shows; its times are epoch seconds yet."""
     return {
         "jobs": queue.counts(), "workers": worker_list(queue),
-        "oldest_waiting": queue.oldest_ready(), "next_due": queue.next_due() or None,
+        "oldest_waiting": queue.oldest_claimable(), "next_due": queue.next_due() or None,
     }
 
 
@@ -3085,163 +3175,13 @@ def status_lines(status, now):
 
 def job_document(job, runs):
     """Return what `show --json` prints."""
-    runs = [dated(run, "started_at", "finished_at") for run in runs]
-    return dict(public(job), runs=runs)
+    return dict(public(job), runs=[dated(run, "started_at", "finished_at") for run in runs])
 
 
-def output_document(queue, job, run):
+def output_document(job, run, output):
     """Return what `logs --json` prints."""
-    text = output_of(queue, job, run).decode("utf-8", "backslashreplace")
-    return {"id": job["id"], "run": run or job["run"], "output": text}
-
-
-def output_of(queue, job, run):
-    """Return the output of a run, without one of the latest, so far."""
-    output = queue.output(job, run)
-    if output is None and (run or job["run"]) == job["run"]:
-        # A run that ended between the two looks has its output in the database now.
-        limit = queue.settings()["output_limit"]
-        output = read_tail(queue.lease(job), limit) or queue.output(job, run)
-    return output or b""
-
-
-def cmd_stats(args, queue):
-    stats = queue.stats(queue.clock() - args.since)
-    answer(args, stats, *stats_lines(stats, terminal_width(sys.stdout) or 80))
-
-
-def worker_list(queue):
-    """Return the workers of all pools, with the job that each of them runs."""
-    busy = {run["worker"]: run for run in queue.processing()}
-    idle = {"id": None, "started_at": None}
-    return [
-        {"pid": pid, "pool": pool.pid, "job": run["id"], "since": run["started_at"]}
-        for pool in PoolFile.all(queue.path)
-        for pid in pool.workers()
-        for run in [busy.get(pid, idle)]
-    ]
-
-
-def cmd_cancel(args, queue):
-    states = queue.cancel(args.ids)
-    words = {"dead": "cancelled %s", "processing": "cancelling %s, which is running"}
-    lines = [words[state] % shown(id) for id, state in states.items()]
-    answer(args, {"cancelled": states}, *lines)
-
-
-def cmd_delete(args, queue):
-    aged = args.older_than is not None
-    chosen = args.state or args.all or aged
-    if args.ids and not chosen and not args.dry_run:
-        queue.delete(args.ids)
-        lines = ["deleted " + shown(id) for id in args.ids]
-        return answer(args, {"deleted": args.ids}, *lines)
-    if args.ids or not chosen or (args.state and args.all):
-        words = "delete: name jobs and nothing else, or give --state S or --all"
-        raise QueueError(words, 2)
-    if aged and args.state not in (None, "completed", "dead"):
-        raise QueueError("--older-than: only jobs that have finished have an age", 2)
-    if args.state == "processing":
-        raise QueueError("delete: a running job can't be deleted; cancel it first")
-    states = ["completed", "dead"] if aged else set(STATES) - {"processing"}
-    states = [args.state] if args.state else states
-    delete_all(args, queue, states, args.older_than or 0)
-
-
-def delete_all(args, queue, states, age=0):
-    before = queue.clock() - age if age else MAX_INTEGER
-    count = queue.delete_all(states, before, args.dry_run)
-    if not count and not args.dry_run:
-        raise QueueError("no job to delete")
-    verb = "would delete" if args.dry_run else "deleted"
-    answer(args, {verb.replace(" ", "_"): count}, verb + " " + many(count, "job"))
-
-
-def cmd_dlq_clear(args, queue):
-    delete_all(args, queue, ["dead"])
-
-
-def cmd_dlq_retry(args, queue):
-    if bool(args.ids) == args.all:
-        raise QueueError("dlq retry: name jobs, or give --all", 2)
-    if args.ids:
-        queue.retry(args.ids)
-        lines = ["retried " + shown(id) for id in args.ids]
-        return answer(args, {"retried": args.ids}, *lines)
-    count = queue.retry_all()
-    if not count:
-        raise QueueError("no job is dead")
-    answer(args, {"retried": count}, "retried " + many(count, "job"))
-
-
-def cmd_config_show(args, queue):
-    values = queue.settings()
-    rows = [
-        [name, setting_text(name, values[name]), setting_text(name, default), meaning]
-        for name, (_, default, meaning) in SETTINGS.items()]
-    answer(args, values, *table(["SETTING", "VALUE", "DEFAULT", "MEANING"], rows))
-
-
-def cmd_config_get(args, queue):
-    if args.key is None:
-        return cmd_config_show(args, queue)
-    value = queue.settings()[args.key]
-    answer(args, value, setting_text(args.key, value))
-
-
-def cmd_config_set(args, queue):
-    value = checked(args.key, SETTINGS[args.key][0], as_number(args.value))
-    queue.set(args.key, value)
-    answer_setting(args, value)
-
-
-def cmd_config_unset(args, queue):
-    queue.unset(args.key)
-    answer_setting(args, SETTINGS[args.key][1])
-
-
-def answer_setting(args, value):
-    words = "%s = %s" % (args.key, setting_text(args.key, value))
-    answer(args, {args.key: value}, words)
-
-
-def cmd_dashboard(args):
-    serve(args.db, args.host, args.port)
-
-
-def cmd_worker_start(args):
-    let_go = background() if args.detach else None
-
-    def started():
-        words = "pool %d: %s; to stop: %squeuectl.py worker stop" % (
-            os.getpid(), many(args.count, "worker"), "" if let_go else "Ctrl-C, or ")
-        answer(args, {"pool": os.getpid(), "workers": args.count}, words)
-        sys.stdout.flush()
-        if let_go:
-            let_go()
-
-    watched = args.drain and not args.detach and terminal_width(sys.stderr)
-    with contextlib.closing(Live()) as live:
-        tell = (lambda queue: live.progress(queue.counts())) if watched else None
-        return Supervisor(args.db, args.count, args.drain, tell).run(started)
-
-
-def cmd_worker_stop(args):
-    stopped = []
-    for pool in filter(PoolFile.alive, PoolFile.all(args.db)):
-        stopped.append(pool.pid)
-        pool.ask("now" if args.now else "stop")
-    if stopped:
-        say("stopping; running jobs are " + ("ended" if args.now else "finished first"))
-    # A job that stops its own pool would wait for itself.
-    runs = os.path.join(beside(args.db, ".runs"), "")
-    within = os.environ.get("QUEUECTL_RUN", "").startswith(runs)
-    mine = [pid for pid in stopped if not within and not args.no_wait]
-    while any(pool.alive() for pool in PoolFile.all(args.db) if pool.pid in mine):
-        time.sleep(0.05)
-    verb = "stopping " if args.no_wait else "stopped "
-    words = verb + ", ".join("pool %d" % pid for pid in stopped)
-    answer(args, {"stopped": stopped}, words if stopped else "no pool is running")
+    text = output.decode("utf-8", "backslashreplace")
+    return {"id": job["id"], "run": run, "output": text}
 
 
 # ======================================================================================
@@ -3249,137 +3189,12 @@ def cmd_worker_stop(args):
 # ======================================================================================
 
 
-def arg(usage, meaning=None, convert=None, **options):
-    """Return what argparse wants to know of an argument like `--limit N`, or a flag."""
-    *names, last = usage.split()
-    if not last.isupper():
-        return [*names, last], dict(options, help=meaning, action="store_true")
-    return names, dict(options, help=meaning, metavar=last, type=convert)
-
-
-def state_name(text):
-    if text.lower() not in STATES:
-        raise unknown("state " + shown(text), text, STATES)
-    return text.lower()
-
-
-def count_of(name, low, high):
-    return lambda text: checked(name, whole(low, high), as_number(text))
-
-
-def span_of(name, low):
-    return lambda text: checked(name, duration(low, "a duration"), text)
-
-
-def variable(text):
-    name, sign, value = text.partition("=")
-    if not sign:
-        raise QueueError("--env: %s is not NAME=VALUE" % json.dumps(text), 2)
-    return name, value
-
-
-def as_number(text):
-    """Return the number that a word of the command line is, or else the word."""
-    for convert in (int, float):
-        with contextlib.suppress(ValueError):
-            return convert(text)
-    return text
-
-
-IDS = arg("ids ID", nargs="*")
-ID = arg("id ID")
-KEY = arg("key KEY", convert=setting_name)
-DRY_RUN = arg("--dry-run", "say only how many would go")
 EVERYWHERE = [arg("--json", "print one JSON document"),
               arg("--db PATH", "the queue (queuectl.db)")]
-
-# command: (function, what it does, example, its arguments)
-COMMANDS = {
-    "enqueue": (
-        cmd_enqueue, "add jobs: a command behind --, or JSON",
-        "enqueue --id job1 --timeout 10m -- echo Hello",
-        arg("jobs JSON", "an object, an array, or - for an array or JSON Lines on "
-            "standard input: all or none", nargs="*"),
-        arg("--file F", "read the jobs from this file"),
-        arg("--command LINE", "the same as -- LINE"),
-        arg("--id ID", "else a short one is made"),
-        arg("--unique", "leave a job of this id alone that waits or runs; start one "
-            "anew that has finished"),
-        arg("--priority N", "higher first (0)", as_number),
-        arg("--delay T", "like 90s, 10m, 2h, 7d"),
-        arg("--run-at TIME", "ISO 8601, or epoch seconds"),
-        arg("--timeout T", "end a run that takes longer"),
-        arg("--max-retries N", "failed attempts until it is dead", as_number),
-        arg("--cwd DIR", "where to run it (here)"),
-        arg("--launcher PREFIX", "start it through this: srun"),
-        arg("--env NAME=VALUE", "a variable for it, can be given again", variable,
-            action="append")),
-    "list": (
-        cmd_list, "list jobs, oldest first", "list --state pending --limit 20",
-        arg("--state STATE", "one of " + ", ".join(STATES), state_name),
-        arg("--limit N", "at most so many; 0 for all",
-            count_of("--limit", 0, MAX_INTEGER), default=0)),
-    "show": (cmd_show, "show a job and its runs", "show job1", ID),
-    "logs": (
-        cmd_logs, "print the output of a job's latest run", "logs -f job1", ID,
-        arg("-f --follow", "go on until the run ends; wait for the first to begin"),
-        arg("--attempt N", "of an earlier run", count_of("--attempt", 1, MAX_INTEGER))),
-    "wait": (
-        cmd_wait, "wait until jobs, or all, are completed (0) or dead (1)",
-        "wait job1 --timeout 10m", IDS,
-        arg("--timeout T", "give up with exit code 124", span_of("--timeout", 0))),
-    "status": (
-        cmd_status, "count the jobs, list the workers", "status --watch",
-        arg("--watch SECONDS", "show it again and again", span_of("--watch", 0.1),
-            nargs="?", const=1.0)),
-    "stats": (
-        cmd_stats, "show throughput, run times, waiting times and errors",
-        "stats --since 1d",
-        arg("--since T", "over this time (1h)", span_of("--since", 1), default=3600.0)),
-    "dashboard": (
-        cmd_dashboard, "show a live page of the queue in the browser",
-        "dashboard --port 8321",
-        arg("--host HOST", "where to listen (127.0.0.1)", default="127.0.0.1"),
-        arg("--port N", "0 takes a free one (8321)", count_of("--port", 0, 65535),
-            default=8321)),
-    "cancel": (
-        cmd_cancel, "end jobs that wait or run; they become dead", "cancel job1",
-        arg("ids ID", nargs="+")),
-    "delete": (
-        cmd_delete, "remove jobs that do not run",
-        "delete --state completed --older-than 7d", IDS,
-        arg("--state STATE", "all in this state", state_name),
-        arg("--all", "all but running ones"),
-        arg("--older-than T", "of them those that finished longer ago",
-            span_of("--older-than", 0)), DRY_RUN),
-    "dlq list": (cmd_dlq_list, "list the dead jobs", "dlq list"),
-    "dlq retry": (
-        cmd_dlq_retry, "make dead jobs pending again, with attempts 0",
-        "dlq retry job4", IDS, arg("--all")),
-    "dlq clear": (cmd_dlq_clear, "remove all dead jobs", "dlq clear", DRY_RUN),
-    "config show": (cmd_config_show, "show all settings", "config show"),
-    "config get": (
-        cmd_config_get, "print the value of a setting", "config get max_retries",
-        arg("key KEY", convert=setting_name, nargs="?")),
-    "config set": (
-        cmd_config_set, "change a setting", "config set max_retries 5", KEY,
-        arg("value VALUE")),
-    "config unset": (
-        cmd_config_unset, "go back to a setting's default",
-        "config unset max_retries", KEY),
-    "worker start": (
-        cmd_worker_start, "run jobs until stopped", "worker start --count 2",
-        arg("--count N", "how many at a time (1)", count_of("--count", 1, MAX_WORKERS),
-            default=1),
-        arg("--drain", "end when no job is left"),
-        arg("--detach", "go on in the background")),
-    "worker stop": (
-        cmd_worker_stop, "stop all pools of the queue, when their jobs are finished",
-        "worker stop",
-        arg("--now", "end running jobs; they go back to pending"),
-        arg("--no-wait", "return at once")),
-}
 ALIASES = {"config list": "config show", "dlq purge": "dlq clear", "metrics": "stats"}
+# Those that make a queue where there is none; `wait && deploy` in a wrong folder must not.
+MAKERS = ("enqueue", "list", "dlq list", "status", "stats", "config show", "config get",
+          "config set", "config unset")
 # SQLite must cross neither a fork nor threads, and `worker stop` makes no queue.
 WITHOUT_QUEUE = ("worker start", "worker stop", "dashboard")
 
@@ -3426,7 +3241,7 @@ def parse(name, words):
             hint = " (see: queuectl.py %s --help)" % name
             raise QueueError("%s: %s%s" % (name, shown(message), hint), 2)
 
-    function, meaning, example, *arguments = COMMANDS[name]
+    function, meaning, example, arguments = COMMANDS[name]
     parser = Parser(
         prog="queuectl.py " + name, description=meaning[0].upper() + meaning[1:] + ".",
         epilog="example: queuectl.py " + example, allow_abbrev=False,
@@ -3436,10 +3251,11 @@ def parse(name, words):
     for names, options in [*arguments, *EVERYWHERE]:
         parser.add_argument(*names, **options)
     at = words.index("--") if name == "enqueue" and "--" in words else len(words)
-    args = parser.parse_args(words[:at])
+    # The words behind a `--` are no options: only `parse_args` leaves them together.
+    mixed = "--" not in words[:at]
+    args = (parser.parse_intermixed_args if mixed else parser.parse_args)(words[:at])
     args.words = words[at + 1 :]
-    queue = args.db and native(args.db)
-    args.db = os.path.realpath(queue or os.environ.get("QUEUECTL_DB") or "queuectl.db")
+    args.db = os.path.realpath(args.db or os.environ.get("QUEUECTL_DB") or "queuectl.db")
     return function, args
 
 
@@ -3456,7 +3272,7 @@ def run_command(argv):
     try:
         if name in WITHOUT_QUEUE:
             return function(args) or 0
-        with Queue(args.db) as queue:
+        with Queue(args.db, new=name in MAKERS) as queue:
             return function(args, queue) or 0
     except sqlite3.Error as error:
         raise QueueError("%s: %s" % (shown(args.db), error)) from None
@@ -3469,20 +3285,20 @@ def main(argv=None):
             setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
-    ready_terminal()
     try:
-        code = run_command(map(utf8, sys.argv[1:]) if argv is None else argv)
+        code = run_command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         return code
     except QueueError as error:
         say(error)
         return error.code
     except OSError as error:
-        if error.errno in CLOSED_PIPE and error.filename is None:
+        closed = errno.EPIPE, errno.EINVAL if WINDOWS else errno.EPIPE
+        if error.errno in closed and error.filename is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would complain
             return 0
         where = shown(str(error.filename or "system error"))
-        say("%s: %s" % (where, error.strerror or error))
+        say(where + (foreign(where) or ": %s" % (error.strerror or error)))
         return 1
     except RecursionError:
         say("not JSON that a job is made of: nested too deeply")
@@ -3504,24 +3320,17 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CACHED = 1.0  # seconds that a document is given to others who ask for the same
-
-
-class Refusal(Exception):
-    """What is wrong with a request: an HTTP status and words."""
-
-
-def stats_since(queue, query):
-    return queue.stats(queue.clock() - span_of("since", 1)(query.get("since", "1h")))
 
 
 def newest_jobs(queue, query):
     """Return a page of jobs, newest first; `before` is the id to go on from."""
     state = state_name(query["state"]) if "state" in query else None
-    limit = count_of("limit", 0, MAX_INTEGER)(query.get("limit", "50")) or 50
+    limit = count_of("limit", 0)(query.get("limit", "50")) or 50
     text, before = query.get("q", ""), query.get("before", "")
     if not storable(text + before):
-        raise Refusal(400, "not text")
+        raise QueueError("not text", 400)
     return list(map(public, queue.newest(state, text, before, min(limit, PAGE))))
 
 
@@ -3531,78 +3340,84 @@ def one_job(queue, query):
 
 
 def job_output(queue, query):
-    job, run = queue.job(query["id"]), None
-    if "run" in query:
-        run = count_of("run", 0, MAX_INTEGER)(query["run"])
-        if not 1 <= run <= job["run"]:
-            raise Refusal(404, "no such run")
-    return output_document(queue, job, run)
+    job = queue.job(query["id"])
+    run = count_of("run", 0)(query.get("run", str(job["run"])))
+    if "run" in query and not 1 <= run <= job["run"]:
+        raise QueueError("no such run", 404)
+    return output_document(job, run, output_of(queue, job, run))
 
 
 def metrics(queue, query):
     """Return the numbers of the queue in the text format of Prometheus."""
-    status, stats = read_status(queue), queue.stats(0)
+    status, totals = read_status(queue), queue.totals()
     busy = sum(worker["job"] is not None for worker in status["workers"])
-    times = ["NaN" if t is None else "%.6f" % t for t in stats["run_time"].values()]
-    families = {
-        "jobs gauge state": status["jobs"],
-        "workers gauge state": {"busy": busy, "idle": len(status["workers"]) - busy},
-        "runs gauge outcome": {name: stats[name] for name in ("completed", "failed")},
-        "run_seconds summary quantile": dict(zip(("0.5", "0.95", "1"), times)),
-    }
+    families = [
+        ("jobs", "gauge", "jobs by state", "state", status["jobs"]),
+        ("workers", "gauge", "workers of all pools", "state",
+         {"busy": busy, "idle": len(status["workers"]) - busy}),
+        ("runs_total", "counter", "runs that ended, by outcome", "outcome",
+         {outcome: runs for outcome, (runs, _) in totals.items()}),
+        ("run_seconds_total", "counter", "seconds that runs took, by outcome", "outcome",
+         {outcome: "%.6f" % seconds for outcome, (_, seconds) in totals.items()}),
+    ]
     lines = []
-    for family, values in families.items():
-        name, kind, label = family.split()
+    for name, kind, meaning, label, values in families:
+        lines.append("# HELP queuectl_%s %s" % (name, meaning))
         lines.append("# TYPE queuectl_%s %s" % (name, kind))
-        for value, count in values.items():
-            lines.append('queuectl_%s{%s="%s"} %s' % (name, label, value, count))
-    return "\n".join([*lines, "queuectl_run_seconds_count %d\n" % stats["runs"]])
+        lines += ['queuectl_%s{%s="%s"} %s' % (name, label, *pair)
+                  for pair in values.items()]
+    return "\n".join(lines) + "\n"
 
 
-def act(verb, queue, query):
-    """Carry out a verb of the queue on one job."""
-    getattr(queue, verb)([query["id"]])
-    return {verb: query["id"]}
-
-
-# path: what a GET of it returns, made of the queue and the query; ID is in the query
-DOCUMENTS = {
-    "/metrics": metrics,
-    "/api/status": lambda queue, query: status_document(read_status(queue)),
-    "/api/stats": stats_since,
-    "/api/jobs": newest_jobs,
-    "/api/jobs/ID": one_job,
-    "/api/jobs/ID/output": job_output,
+# What is asked for: what makes it, of the queue and the query; ID is in the query. A
+# GET is a document, a POST carries out a verb.
+ROUTES = {
+    "GET /metrics": metrics,
+    "GET /api/status": lambda queue, query: status_document(read_status(queue)),
+    "GET /api/stats": lambda queue, query: queue.stats(
+        queue.clock() - span_of("since", 1)(query.get("since", "1h"))),
+    "GET /api/jobs": newest_jobs,
+    "GET /api/jobs/ID": one_job,
+    "GET /api/jobs/ID/output": job_output,
+    "POST /api/jobs/ID/retry": lambda queue, query: queue.retry([query["id"]]),
+    "POST /api/jobs/ID/cancel": lambda queue, query: queue.cancel([query["id"]]),
+    "POST /api/jobs/ID/delete": lambda queue, query: queue.delete([query["id"]]),
+    "POST /api/dlq/retry": lambda queue, query: queue.retry_all(),
 }
-# path: what a POST to it does
-ACTIONS = {"/api/jobs/ID/" + verb: functools.partial(act, verb)
-           for verb in ("retry", "cancel", "delete")}
-ACTIONS["/api/dlq/retry"] = lambda queue, query: {"retried": queue.retry_all()}
 
 
 class Site:
-    """What the dashboard answers to requests; its Handler only speaks HTTP."""
+    """What the dashboard answers to requests; `listen` only speaks HTTP."""
 
     def __init__(self, path, host):
         import secrets
+        import socket
         import threading
 
-        self.path, self.host = path, host.lower()  # as a request's name is compared
+        self.path, self.names = path, {"localhost", host.lower()}
+        if host not in LOOPBACK:  # it is reached by the names of its machine, too
+            self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
         self.token = secrets.token_hex(16)
         self.lock = threading.Lock()
         self.cached = functools.lru_cache(16)(self.document)  # outputs may be large
 
     def answer(self, method, target, headers):
-        """Return status, type and text: what `get` or `post` return, or why not."""
+        """Return status, type and text; what is wrong with a request is told so, too."""
         from urllib.parse import urlsplit
 
         try:
             self.check_host(headers)
-            return (200, *method(urlsplit(target), headers))
-        except Refusal as refusal:
-            status, words = refusal.args
+            url = urlsplit(target)
+            if method == "POST":
+                self.check_write(headers)
+                return (200, *self.document(method, url, None))
+            if url.path == "/":
+                return 200, "text/html", PAGE_HTML.replace("TOKEN", self.token)
+            with self.lock:  # what many ask for is made once
+                return (200, *self.cached(method, url, time.monotonic() // CACHED))
         except (ValueError, QueueError) as error:
-            status, words = 404 if NO_JOB in str(error) else 400, str(error)
+            code = 404 if NO_JOB in str(error) else max(400, getattr(error, "code", 0))
+            status, words = code, str(error)
         except (sqlite3.Error, OSError) as error:
             status, words = 503, str(error)
         return status, "application/json", json.dumps({"error": words})
@@ -3613,63 +3428,50 @@ class Site:
         import ipaddress
 
         name = urlsplit("//" + headers.get("Host", "")).hostname or ""
-        if name not in ("localhost", self.host):
+        if name not in self.names:
             try:
                 ipaddress.ip_address(name)
             except ValueError:
-                raise Refusal(403, "not a name of this dashboard") from None
+                raise QueueError("not a name of this dashboard", 403) from None
 
     def check_write(self, headers):
         """Refuse what does not come from the page that this dashboard gave."""
         import hmac
 
         if headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in headers:
-            raise Refusal(413, "an action has no body")
+            raise QueueError("an action has no body", 413)
         token = headers.get("X-Token", "").encode()
         if headers.get("Origin") != "http://" + headers["Host"]:
-            raise Refusal(403, "not from this page")
+            raise QueueError("not from this page", 403)
         if not hmac.compare_digest(token, self.token.encode()):
-            raise Refusal(403, "this page is an earlier dashboard's: load it anew")
+            raise QueueError("this page is an earlier dashboard's: load it anew", 403)
 
-    def get(self, url, headers):
-        if url.path == "/":
-            return "text/html", PAGE_HTML.replace("TOKEN", self.token)
-        with self.lock:  # what many ask for is made once
-            return self.cached(url, time.monotonic() // CACHED)
-
-    def document(self, url, _):
-        from urllib.parse import parse_qsl
-
-        query = dict(parse_qsl(url.query, max_num_fields=10))
-        return self.run(DOCUMENTS, url.path, query)
-
-    def post(self, url, headers):
-        self.check_write(headers)
-        answer = self.run(ACTIONS, url.path, {})
-        with self.lock:
-            self.cached.cache_clear()  # or the page would show what was
-        return answer
-
-    def run(self, routes, path, query):
+    def document(self, method, url, _):
         """Return type and text of what a path names; a job's id is quoted in it."""
-        from urllib.parse import unquote
+        from urllib.parse import parse_qsl, unquote
 
+        path, query = url.path, dict(parse_qsl(url.query, max_num_fields=10))
         job = re.fullmatch("(/api/jobs/)([^/]*)(/.+)?/?", path)
         if job:
             path = job[1] + "ID" + (job[3] or "")
             query["id"] = unquote(job[2], errors="replace")
-        if path not in routes:
-            raise Refusal(404, "no such page")
+        route = ROUTES.get(method + " " + path)
+        if not route:
+            raise QueueError("no such page", 404)
         with Queue(self.path, patience=IDLE_WAIT) as queue:
-            value = routes[path](queue, query)
+            value = route(queue, query)
+        if method == "POST":
+            with self.lock:
+                self.cached.cache_clear()  # or the page would show what was
         if isinstance(value, str):
             return "text/plain", value
         return "application/json", json.dumps(value)
 
 
-def handler(site):
-    """Return the class that handles the requests to a site."""
-    from http.server import BaseHTTPRequestHandler
+def listen(site, host, port):
+    """Return a server of HTTP for a site, each of its connections in a thread."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    import socket
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -3677,48 +3479,29 @@ def handler(site):
         server_version, sys_version = "queuectl", ""
 
         def do_GET(self):
-            self.reply(*site.answer(site.get, self.path, self.headers))
-
-        def do_POST(self):
-            self.close_connection = True  # a body, which is refused, is not read
-            self.reply(*site.answer(site.post, self.path, self.headers))
-
-        def reply(self, status, kind, text):
-            body = text.encode()
+            status, kind, text = site.answer(self.command, self.path, self.headers)
+            self.close_connection |= self.command == "POST"  # a body is not read
             self.send_response(status)
             self.send_header("Content-Type", kind + "; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(text.encode())))
             for name, value in HEADERS.items():
                 self.send_header(name, value.replace("TOKEN", site.token))
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(text.encode())
+
+        do_POST = do_GET
 
         def log_message(self, *_):
             """Keep quiet: the terminal is the user's."""
 
-    return Handler
-
-
-def listen(host, port, handler):
-    """Return a server of HTTP, each of its connections in a thread."""
-    from http.server import ThreadingHTTPServer
-    import socket
-
     class Server(ThreadingHTTPServer):
-        allow_reuse_address = REUSE_ADDRESS
+        allow_reuse_address = not WINDOWS  # or two could listen at the same one
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-
-        def get_request(self):
-            try:
-                return super().get_request()
-            except OSError:  # too many open files; it would be asked again at once
-                time.sleep(TICK)
-                raise
 
         def handle_error(self, request, client):
             """Say nothing: a client went away."""
 
-    return Server((host, port), handler)
+    return Server((host, port), Handler)
 
 
 def serve(path, host, port):
@@ -3728,17 +3511,16 @@ def serve(path, host, port):
     with Queue(path):  # whether it is a queue
         site = Site(path, host)
     try:
-        server = listen(host, port, handler(site))
+        server = listen(site, host, port)
     except (OSError, TypeError, UnicodeError) as error:  # the last two: an odd name
         words = "cannot listen on %s, port %d: %s"
         why = getattr(error, "strerror", None) or error
         raise QueueError(words % (shown(host), port, why)) from None
     with server:
-        if host not in ("127.0.0.1", "::1", "localhost"):
+        if host not in LOOPBACK:
             say("warning: whoever reaches %s can read this queue and change it" % host)
         where = "[%s]" % host if ":" in host else host
-        address = "http://%s:%d/" % (where, server.server_port)
-        print(address + " (to stop: Ctrl-C)", flush=True)
+        print("http://%s:%d/ (to stop: Ctrl-C)" % (where, server.server_port), flush=True)
         server.serve_forever()
 
 
