@@ -541,7 +541,7 @@ class Queue:
 
     def __init__(self, path, sync="FULL", patience=PATIENCE, clock=time.time, new=True):
         self.path = os.path.realpath(path)  # one queue, whatever links lead to it
-        self.clock = clock
+        self.clock, self.patience = clock, patience
         if not os.path.exists(self.path):
             if not new:  # a pool must not bring back what its user removed
                 raise QueueError("there is no queue %s" % shown(self.path))
@@ -560,7 +560,7 @@ class Queue:
         self._db = sqlite3.connect(self.path, timeout=patience, isolation_level=None)
         try:
             if self._value("PRAGMA user_version") != SCHEMA_VERSION:
-                self._prepare(patience)
+                self._prepare()
             if self._value("PRAGMA application_id") != APPLICATION_ID:
                 raise QueueError("%s is not a queue of queuectl" % shown(self.path))
             self.db.row_factory = sqlite3.Row
@@ -589,7 +589,7 @@ class Queue:
             raise QueueError("this Queue %s: open one here" % why)
         return self._db
 
-    def _prepare(self, patience):
+    def _prepare(self):
         """Make the tables of a new queue, or those that one of version 1 lacks.
 
         Sixty first commands at once may each try, so what is there is looked at within
@@ -606,7 +606,7 @@ class Queue:
 
         if not self._value("PRAGMA page_count"):
             self.db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            wait_until(switched, patience)
+            wait_until(switched, self.patience)
         with self.transaction():
             version = self._value("PRAGMA user_version")
             if version > SCHEMA_VERSION:
@@ -643,13 +643,32 @@ class Queue:
         if self.db.in_transaction:
             yield
             return
-        self.db.execute("BEGIN IMMEDIATE")
+        self._begin()
         try:
             yield
             self.db.execute("COMMIT")
         except BaseException:
             self.db.rollback()  # if SQLite has not done so
             raise
+
+    def _begin(self):
+        """Take the write lock, however often others are quicker.
+
+        SQLite's own waiting sleeps for milliseconds, several turns of other workers.
+        """
+        deadline, pause = time.monotonic() + self.patience, 0.0001
+        self.db.execute("PRAGMA busy_timeout = 0")
+        try:
+            while True:
+                try:
+                    return self.db.execute("BEGIN IMMEDIATE")
+                except sqlite3.OperationalError as error:
+                    if "locked" not in str(error) or time.monotonic() > deadline:
+                        raise
+                time.sleep(pause)
+                pause = min(1.5 * pause, 0.02)
+        finally:
+            self.db.execute("PRAGMA busy_timeout = %d" % (1000 * self.patience))
 
     def _change(self, sql, *values):
         """Execute a statement; how many rows it found to change is the answer."""
