@@ -1564,18 +1564,34 @@ def last_of(output, limit):
     return note + output[cut:]
 
 
-def read_output(path):
-    """Return what a run has printed by now; nothing if its file is not there."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        return file.read()
-    return b""
+def read_output(path, limit):
+    """Return the last bytes that a run has printed by now; none without its file.
+
+    Its worker may be cutting it back. Then it is longer than it ever is otherwise, or
+    begins with another note when it was read: it is read again.
+    """
+    output = b""
+    with contextlib.suppress(FileNotFoundError):
+        for _ in range(50):
+            with open(path, "rb", 0) as file:
+                output = file.read()
+                file.seek(0)
+                if output.startswith(file.read(min(64, len(output)))) and (
+                        len(output) <= longest(limit)):
+                    break
+    return last_of(output, limit)
+
+
+def longest(limit):
+    """Return how long the file of a run gets before it is cut back."""
+    return 2 * limit + 2**16
 
 
 class Lease:
     """The file of a run: held for as long as any process of it lives, and its output.
 
-    Who reads the file finds the last LIMIT bytes of the output at its end, and at its
-    beginning how many were dropped, also when the worker was killed in the midst of it.
+    The file ends with the last LIMIT bytes of the output at every moment, also if the
+    worker is killed in the midst of cutting it back; it begins with how many were dropped.
     """
 
     def __init__(self, path, limit):
@@ -1590,7 +1606,7 @@ class Lease:
             os.lseek(self.fd, self.size, os.SEEK_SET)
             written = os.write(self.fd, self.unwritten)
             self.unwritten, self.size = self.unwritten[written:], self.size + written
-            if self.size > 2 * self.limit + 2**16:
+            if self.size > longest(self.limit):
                 self.cut_back()
         except OSError:
             if len(self.unwritten) > self.limit:  # nothing before it is kept
@@ -1684,7 +1700,10 @@ class Command:
         It is suspended until it is in there: its children might escape.
         """
         if launcher:
-            line = '%s cmd /d /s /c "%s"' % (launcher, line)
+            import shlex
+
+            prefix = subprocess.list2cmdline(shlex.split(launcher))
+            line = '%s cmd /d /s /c "%s"' % (prefix, line)
         added = {name.upper(): value for name, value in env.items()}  # as os.environ's
         console = sys.stdin and sys.stdin.isatty()
         self.popen = subprocess.Popen(
@@ -2365,7 +2384,7 @@ class Supervisor:
             self.log.warning(words, about(run), sorted(pids))
 
     def release(self, queue, run):
-        output = last_of(read_output(run["lease"]), queue.settings()["output_limit"])
+        output = read_output(run["lease"], queue.settings()["output_limit"])
         result = dict(exit_code=None, error="worker died", output=output,
                       finished_at=queue.clock())
         with queue.transaction():
@@ -2899,7 +2918,7 @@ def output_of(queue, job, run):
     if output is None and (run or job["run"]) == job["run"]:
         # A run that ended between the two looks has its output in the database now.
         limit = queue.settings()["output_limit"]
-        output = last_of(read_output(queue.lease(job)), limit) or queue.output(job, run)
+        output = read_output(queue.lease(job), limit) or queue.output(job, run)
     return output or b""
 
 
