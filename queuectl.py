@@ -64,6 +64,7 @@ import sqlite3
 import stat
 import sys
 import time
+import weakref
 from datetime import datetime, timedelta
 
 # ======================================================================================
@@ -509,7 +510,7 @@ RARE = "state <> 'pending' AND state <> 'completed'"  # or jobs_rare would not b
 JOB = """SELECT jobs.*, exit_code, started_at, finished_at
          FROM jobs LEFT JOIN runs USING (seq, run) """
 # How a run ended that was no fault of its job, or that somebody wanted to end.
-INTERRUPTED = ("worker died", "stop --now", "stopped", "refused", "cancelled")
+INTERRUPTED = ("worker died", "stop --now", "stopped", "cancelled")
 OUTCOMES = ("completed", "failed", "interrupted")
 OUTCOME = """CASE WHEN error IS NULL THEN 'completed'
     WHEN error IN (%s) THEN 'interrupted' ELSE 'failed' END""" % (
@@ -530,6 +531,9 @@ def spread(values):
     ordered = sorted(values) or [None]
     return {name: ordered[min(int(len(ordered) * part), len(ordered) - 1)]
             for name, part in (("median", 0.5), ("p95", 0.95), ("longest", 1))}
+
+
+OPEN = weakref.WeakSet()  # the queues of this process that have a connection
 
 
 class Queue:
@@ -556,38 +560,61 @@ class Queue:
             raise QueueError(words % shown(self.path))
         if foreign(self.path):
             raise QueueError(shown(self.path) + foreign(self.path))
-        self.owner = os.getpid(), _thread.get_ident()
-        self._db = sqlite3.connect(self.path, timeout=patience, isolation_level=None)
+        self.owner, self.sync = (os.getpid(), _thread.get_ident()), sync
+        self._db = None
         try:
             if self._value("PRAGMA user_version") != SCHEMA_VERSION:
                 self._prepare()
             if self._value("PRAGMA application_id") != APPLICATION_ID:
                 raise QueueError("%s is not a queue of queuectl" % shown(self.path))
-            self.db.row_factory = sqlite3.Row
-            self.db.execute("PRAGMA synchronous = %s" % sync)
-            self.db.execute("PRAGMA fullfsync = ON")  # macOS: sync for real
-            self.db.execute("PRAGMA journal_size_limit = %d" % 2**24)
             self.token = self._value("SELECT value FROM config WHERE key = 'token'")
         except BaseException:
             self.close()
             raise
 
-    def close(self):
-        """Let go of the file; what is used after that raises QueueError."""
-        if self.owner and self.owner[0] == os.getpid():
-            self.db.close()
-        self.owner = None
-
     @property
     def db(self):
-        """The connection, for the process and the thread that opened it.
+        """The connection, for the process and the thread that opened it."""
+        self._check_owner()
+        if self._db is None:
+            self.check_there()
+            self._db = sqlite3.connect(
+                self.path, timeout=self.patience, isolation_level=None)
+            self._db.row_factory = sqlite3.Row
+            self._db.execute("PRAGMA synchronous = " + self.sync)
+            self._db.execute("PRAGMA fullfsync = ON")  # macOS: sync for real
+            self._db.execute("PRAGMA journal_size_limit = %d" % 2**24)
+            OPEN.add(self)
+        return self._db
 
-        Carried over a fork, SQLite loses what the other side has written.
-        """
+    def _check_owner(self):
         if self.owner != (os.getpid(), _thread.get_ident()):
             why = "was closed" if self.owner is None else "is another process's or thread's"
             raise QueueError("this Queue %s: open one here" % why)
-        return self._db
+
+    def close(self):
+        """Let go of the file; what is used after that raises QueueError."""
+        if self.owner and self.owner[0] == os.getpid():
+            self._check_owner()
+            self._disconnect()
+        self.owner = None
+
+    def _disconnect(self):
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+
+    @staticmethod
+    def before_fork():
+        """Leave no connection to a child; the next use here opens it anew.
+
+        SQLite would take the locks that it has here for its own there, and remove a log
+        that others write to: acknowledged jobs were lost so.
+        """
+        here = os.getpid(), _thread.get_ident()
+        for queue in list(OPEN):
+            if queue.owner == here and queue._db and not queue._db.in_transaction:
+                queue._disconnect()
 
     def _prepare(self):
         """Make the tables of a new queue, or those that one of version 1 lacks.
@@ -725,6 +752,7 @@ class Queue:
                     yield job
 
         with self.transaction():
+            self.check_there()  # a removed file takes jobs, too, and nobody finds them
             try:
                 added = self.db.executemany(ADD, rows()).rowcount
             except sqlite3.IntegrityError:
@@ -849,6 +877,10 @@ class Queue:
                     " finished_at = :finished_at, exit_code = :exit_code,"
                     " error = :error, output = :output"
                     " WHERE seq = :seq AND run = :run", {**run, **result})
+                if result["error"] == "refused":  # nothing ran, as often as it was tried
+                    self._change("DELETE FROM runs WHERE seq = ? AND run = ?",
+                                 run["seq"], run["run"])
+                    return state
                 self.db.execute(
                     "UPDATE totals SET runs = runs + 1,"
                     " seconds = seconds + :finished_at - :started_at"
@@ -944,11 +976,12 @@ class Queue:
     def delete_all(self, state=None, before=None, dry_run=False):
         """Remove the jobs of a state, or all but running ones; return how many.
 
-        Of them only those that last changed before a time, if that is given.
+        Of them only those that finished before a time, if that is given.
         """
         where = "state <> 'processing'" + in_state(state)
         if before is not None:
-            where += " AND updated_at < %r" % float(before)
+            where += " AND (state = 'completed' OR state = 'dead') AND updated_at < %r"
+            where %= float(before)
         if dry_run:
             return self._value("SELECT COUNT(*) FROM jobs WHERE " + where)
         count = self._in_pages("DELETE FROM jobs", where)
@@ -1224,6 +1257,10 @@ class Queue:
 
     def unset(self, name):
         self._change("DELETE FROM config WHERE key = ?", name)
+
+
+if not WINDOWS:
+    os.register_at_fork(before=Queue.before_fork)
 
 
 # ======================================================================================
@@ -2198,6 +2235,7 @@ class Supervisor:
         self.settled = True  # what dead workers ran
         self.next_page = 1  # of the jobs that `keep` may remove
         self.signals, self.signalled = 0, -MAX_SPAN  # how many, and when the last
+        self.untold = None  # why `on_dead` could not be started
         self.cut_off = None  # why it can't go on
 
     def run(self, started):
@@ -2419,8 +2457,13 @@ class Supervisor:
             if hook.returncode:
                 self.log.error("on_dead for %s: exit %d", id, hook.returncode)
         line = queue.settings()["on_dead"]
-        while line and len(self.hooks) < MAX_HOOKS and queue.tell(start):
-            pass
+        try:
+            while line and len(self.hooks) < MAX_HOOKS and queue.tell(start):
+                self.untold = None
+        except OSError as error:  # the next look tries again
+            if self.untold != str(error):
+                self.log.error("on_dead cannot start: %s", error)
+            self.untold = str(error)
         return len(self.hooks)
 
     def tidy(self, queue):
@@ -2990,8 +3033,8 @@ def cmd_cancel(args, queue):
 @command("delete", "remove jobs that do not run",
          "delete --state completed --older-than 7d", IDS, STATE,
          arg("--all", "all but running ones"),
-         arg("--older-than T", "those that finished longer ago; completed ones, unless"
-             " --state dead", span_of("--older-than", 0)), DRY_RUN)
+         arg("--older-than T", "those that finished longer ago; without --state dead or"
+             " --all completed ones", span_of("--older-than", 0)), DRY_RUN)
 def cmd_delete(args, queue):
     aged = args.older_than is not None
     chosen = args.state or args.all or aged
@@ -3008,8 +3051,9 @@ def cmd_delete(args, queue):
         raise QueueError("--older-than: only jobs that have finished have an age", 2)
     if args.state == "processing":
         raise QueueError("delete: a running job can't be deleted; cancel it first")
-    # The dead are what people must look at: they go only by that name.
-    delete_all(args, queue, args.state or (aged and "completed"), args.older_than)
+    # The dead are what people must look at: no bare --older-than takes them.
+    bare = "completed" if aged and not args.all else None
+    delete_all(args, queue, args.state or bare, args.older_than)
 
 
 def delete_all(args, queue, state, age=None):

@@ -2946,6 +2946,813 @@ def test_a_job_inherits_no_descriptor_but_its_streams_and_its_lease():
 
 
 # ======================================================================================
+# No blame, no loss: what the users of comparable tools have met
+# ======================================================================================
+
+
+def errors(name):
+    """Return how the runs of a job ended, the first one first."""
+    return [run["error"] for run in ok("show", name, "--json").json["runs"]]
+
+
+def attempts(name):
+    return ok("show", name, "--json").json["attempts"]
+
+
+def strike(number, *pids):
+    """Signal the commands that last, with their shells, then these processes."""
+    for pid in naps():
+        os.killpg(os.getpgid(pid), number)
+    for pid in pids:
+        os.kill(pid, number)
+
+
+TRAPPED = "trap 'kill $!; exit 143' TERM INT HUP; NAP & wait"
+
+
+@posix
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGINT"])
+@pytest.mark.parametrize("command", ["NAP", "exec NAP", TRAPPED])
+@pytest.mark.parametrize("first", ["command", "pool"])
+def test_a_job_ended_with_its_whole_service_is_not_blamed(number, command, first):
+    enqueue(command.replace("NAP", NAP), id="x", max_retries=1)
+    pool, number = start_pool(count=1), getattr(signal, number)
+    wait_until(naps)
+    if first == "pool":
+        pool.send_signal(number)
+    strike(number, *workers_of(pool.pid), *[pool.pid] * (first == "command"))
+    assert pool.wait(20) == 0
+    assert (state("x"), attempts("x"), errors("x")) == ("pending", 0, ["stopped"])
+
+
+@posix
+def test_what_a_stopped_service_ended_runs_in_the_next_one():
+    enqueue(NAP + " once", id="x", max_retries=1)
+    pool = start_pool(count=1)
+    wait_until(naps)
+    strike(signal.SIGTERM, *workers_of(pool.pid), pool.pid)
+    assert pool.wait(20) == 0 and drain(1) == 0
+    assert (state("x"), attempts("x"), errors("x")) == ("completed", 1, ["stopped", None])
+
+
+@posix
+@pytest.mark.parametrize("command, error", [
+    ("kill -TERM $$", "signal 15"), ("kill -KILL $$", "signal 9"), ("exit 143", "exit 143")])
+def test_a_job_that_ends_itself_by_a_signal_while_its_pool_goes_on_has_failed(command, error):
+    enqueue(command, id="x", max_retries=1)
+    pool = start_pool(count=1)
+    wait_until(lambda: state("x") == "dead")
+    assert errors("x") == [error] and attempts("x") == 1 and pool.poll() is None
+
+
+@posix
+def test_a_signal_to_one_worker_and_its_command_alone_is_a_failure_of_the_job():
+    enqueue(NAP, id="x", max_retries=1)
+    pool = start_pool(count=1)
+    wait_until(naps)
+    before = workers_of(pool.pid)
+    strike(signal.SIGTERM, *before)
+    wait_until(lambda: state("x") == "dead")
+    assert errors("x") == ["signal 15"]
+    wait_until(lambda: workers_of(pool.pid) not in ([], before))
+    assert pool.poll() is None
+
+
+# The system refuses to start the first commands of each worker.
+REFUSED = """
+def refuse(*args, spawn=queuectl.os.posix_spawn, left=list(range(%d)), **options):
+    if left and left.pop() is not None:
+        raise OSError(queuectl.errno.%s, "refused")
+    return spawn(*args, **options)
+queuectl.os.posix_spawn = refuse
+"""
+
+
+@forked
+@pytest.mark.parametrize("name", ["EAGAIN", "ENOMEM", "EMFILE", "ENFILE"])
+def test_a_system_that_has_no_process_to_give_costs_a_job_no_attempt(name):
+    enqueue("echo out", id="x", max_retries=1)
+    enqueue(id="next", max_retries=1)
+    start_pool(count=1, script=REFUSED % (3, name))
+    wait_until(lambda: state("next") == "completed")
+    assert (state("x"), attempts("x"), ok("logs", "x").out) == ("completed", 1, "out\n")
+    assert errors("x") == [None] and errors("next") == [None]
+    assert len(re.findall(".*refused.*", read("queuectl.log"))) == 1
+
+
+@forked
+def test_a_pool_that_gets_no_process_can_be_stopped():
+    enqueue(id="x", max_retries=1)
+    pool = start_pool(count=1, script=REFUSED % (999, "EAGAIN"))
+    wait_until(lambda: "refused" in read("queuectl.log"))
+    assert ok("worker", "stop").code == 0 and pool.wait(10) == 0
+    assert (state("x"), attempts("x")) == ("pending", 0)
+
+
+@forked
+@pytest.mark.parametrize("name", ["ENOENT", "EACCES", "E2BIG"])
+def test_a_command_that_cannot_be_started_is_a_failure_of_its_job(name):
+    enqueue(id="x", max_retries=1)
+    start_pool(count=1, script=REFUSED % (1, name))
+    wait_until(lambda: state("x") == "dead")
+    assert errors("x")[0].startswith("cannot start: ") and attempts("x") == 1
+
+
+@posix
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root may enter any")
+def test_a_folder_that_may_not_be_entered_is_a_failure(home):
+    os.mkdir("shut")
+    enqueue(id="x", cwd="shut", max_retries=1)
+    os.chmod("shut", 0)
+    assert drain(1) == 1 and "cannot start" in errors("x")[0]
+    os.chmod("shut", 0o700)
+
+
+@posix
+def test_six_power_cuts_blame_no_job():
+    enqueue(NAP, id="x", max_retries=1)
+    for n in range(7):
+        pool = start_pool(count=1)
+        wait_until(lambda: len(errors("x")) == n + 1 and naps())
+        if n < 6:
+            kill_all(pool)
+            strike(KILL)
+    assert (state("x"), attempts("x")) == ("processing", 1)
+    assert errors("x") == 6 * ["worker died"] + [None]
+    ok("worker", "stop", "--now")
+    assert (state("x"), attempts("x")) == ("pending", 0)
+
+
+def test_a_job_whose_worker_dies_five_times_alone_is_dead():
+    enqueue(NAP, id="x", max_retries=1)
+    pool = start_pool(count=1)
+    for n in range(5):
+        assert state("x") != "dead"
+        wait_until(lambda: len(errors("x")) == n + 1 and naps())
+        os.kill(workers_of(pool.pid)[0], KILL)
+    wait_until(lambda: state("x") == "dead")
+    assert ok("show", "x", "--json").json["error"] == "worker died 5 times"
+    assert errors("x") == 5 * ["worker died"] and pool.poll() is None and not naps()
+
+
+@posix
+def test_a_worker_that_dies_with_its_whole_pool_is_not_counted():
+    enqueue(NAP, id="x", max_retries=1)
+    for n in range(6):
+        # Its supervisor is killed while it waits whether it is.
+        pool = start_pool(count=1, script="queuectl.OUTLIVED = 60")
+        wait_until(lambda: len(errors("x")) == n + 1 and naps())
+        worker = workers_of(pool.pid)[0]
+        os.kill(worker, signal.SIGSTOP)
+        strike(KILL, worker)
+        wait_until(lambda: workers_of(pool.pid) not in ([], [worker]))
+        kill_all(pool)
+    start_pool(count=1)
+    wait_until(lambda: len(errors("x")) == 7)
+    assert (state("x"), attempts("x")) == ("processing", 1)
+
+
+def test_deaths_are_forgotten_when_a_job_is_retried(queue):
+    add(queue)
+    for _ in range(queuectl.MAX_DEATHS):
+        queue.release(claim(queue), result("worker died"), blamed=True)
+    assert queue.job("job")["error"] == "worker died 5 times"
+    queue.retry(["job"])
+    assert queue.release(claim(queue), result("worker died"), blamed=True) == "pending"
+
+
+def test_interrupted_runs_are_neither_completed_nor_failed(queue, dashboard):
+    for error in (None, "stop --now", "worker died", "stopped", "cancelled"):
+        add(queue, id=str(error))
+        run = claim(queue)
+        if error == "cancelled":
+            queue.cancel([error])
+        (queue.release if error else queue.complete)(run, result(error))
+        if queue.job(str(error))["state"] == "pending":
+            queue.cancel([str(error)])
+    told = queue.stats(0)
+    assert [told[name] for name in ("runs", "completed", "failed", "interrupted")] == [5, 1, 0, 4]
+    assert told["success_rate"] == 1 and told["common_errors"] == []
+    add(queue, id="bad", max_retries=1)
+    queue.fail(claim(queue), result("exit 1"))
+    assert queue.stats(0)["success_rate"] == 0.5
+    lines = dashboard.ask("/metrics").text.splitlines()
+    for outcome, count in (("completed", 1), ("failed", 1), ("interrupted", 4)):
+        assert 'queuectl_runs_total{outcome="%s"} %d' % (outcome, count) in lines
+
+
+def test_stats_say_that_what_was_stopped_did_not_fail():
+    enqueue(id="good")
+    assert drain(1) == 0
+    enqueue(NAP, id="x")
+    for how in ("stop", "stop", "cancel"):
+        pool = start_pool(count=1)
+        wait_until(naps)
+        if how == "cancel":
+            ok("cancel", "x")
+            wait_until(lambda: state("x") == "dead")
+        ok("worker", "stop", "--now")
+        assert pool.wait(20) == 0
+    told = ok("stats").out
+    assert "4 runs in " in told and ": 1 completed, 0 failed, 3 interrupted," in told
+    assert "100.0 % succeed" in told
+    assert errors("x") == ["stop --now", "stop --now", "cancelled"]
+
+
+def test_a_failed_job_is_due_at_once_when_the_clock_was_set_back(queue, clock):
+    add(queue, id="later", delay=600)
+    add(queue, id="job")
+    queue.fail(claim(queue), result())
+    queue.promote_overtaken()
+    assert queue.job("job")["state"] == "failed"
+    clock.now -= 7200
+    queue.promote_overtaken()
+    run = claim(queue)
+    assert (run["id"], run["attempt"]) == ("job", 2)
+    assert claim(queue) is None and queue.next_due() == clock.now + 7200 + 600
+    assert queue.fail(run, result()) == "failed" and queue.next_due() == clock.now + 4
+    queue.promote_overtaken()
+    assert queue.job("job")["state"] == "failed"
+
+
+@forked
+def test_a_pool_retries_at_once_what_failed_before_the_clock_was_set_back():
+    ok("config", "set", "backoff_base", "3000")
+    enqueue("exit 1", id="x", max_retries=2)
+    start_pool(count=1, script=CLOCK_PUT_BACK.replace("3600", "7200"))
+    wait_until(lambda: state("x") == "failed")
+    open("back", "w").close()
+    wait_until(lambda: state("x") == "dead")
+    assert errors("x") == ["exit 1", "exit 1"]
+
+
+# Each verb of a Queue, and what reads it.
+VERBS = {
+    "add": lambda queue: queue.add("true"),
+    "enqueue": lambda queue: queue.enqueue([]),
+    "claim": claim,
+    "cancel": lambda queue: queue.cancel(["job"]),
+    "retry": lambda queue: queue.retry(["job"]),
+    "retry_all": lambda queue: queue.retry_all(),
+    "delete": lambda queue: queue.delete(["job"]),
+    "delete_all": lambda queue: queue.delete_all(),
+    "job": lambda queue: queue.job("job"),
+    "jobs": lambda queue: list(queue.jobs()),
+    "wait": lambda queue: queue.wait(["job"], 0),
+    "counts": lambda queue: queue.counts(),
+    "stats": lambda queue: queue.stats(0),
+    "set": lambda queue: queue.set("keep", 1),
+    "settings": lambda queue: queue.settings(),
+}
+
+
+def verbs_refused(queue):
+    """Tell whether each verb, and no more than that, is refused."""
+    for verb in VERBS.values():
+        with pytest.raises(queuectl.QueueError, match="open one here"):
+            verb(queue)
+    return True
+
+
+def in_a_child(action):
+    """Do something in a forked child; return its pid, its exit code is 0 if it is true."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        code = 0 if action() else 1
+    finally:
+        os._exit(code)
+
+
+@posix
+def test_a_queue_is_of_no_use_in_a_forked_child(queue):
+    add(queue)
+    assert os.waitpid(in_a_child(lambda: verbs_refused(queue)), 0)[1] == 0
+    assert os.waitpid(in_a_child(lambda: queue.close() is None), 0)[1] == 0
+    assert queue.add("true") and len(jobs()) == 2
+
+
+def test_a_queue_is_of_no_use_in_another_thread(queue):
+    add(queue)
+    said = []
+    for action in (lambda: said.append(verbs_refused(queue)), lambda: next(pages)):
+        pages = queue.jobs()
+        thread = threading.Thread(target=lambda: said.append(refusal_of(action)))
+        thread.start()
+        thread.join(20)
+    assert said == [True, None, queuectl.QueueError]
+    assert queue.add("true")
+
+
+def refusal_of(action):
+    """Return the kind of what an action raises, None without."""
+    try:
+        action()
+    except BaseException as error:
+        return type(error)
+
+
+def test_closing_a_queue_in_another_thread_is_nothing_of_sqlites(queue):
+    kinds = []
+    thread = threading.Thread(target=lambda: kinds.append(refusal_of(queue.close)))
+    thread.start()
+    thread.join(20)
+    assert kinds[0] in (None, queuectl.QueueError)
+
+
+def test_a_closed_queue_says_so_and_can_be_closed_again():
+    queue = queuectl.Queue("queuectl.db")
+    add(queue)
+    pages = queue.jobs()
+    queue.close()
+    queue.close()
+    assert verbs_refused(queue)
+    with pytest.raises(queuectl.QueueError, match="was closed"):
+        next(pages)
+    with queue, pytest.raises(queuectl.QueueError, match="was closed"):
+        queue.job("job")
+
+
+@posix
+@pytest.mark.parametrize("closed", ["before", "meanwhile", "afterwards"])
+def test_what_parent_and_child_acknowledged_is_there_whoever_closes_first(closed):
+    parent = queuectl.Queue("queuectl.db")
+    names = [parent.add("true") for _ in range(5)]
+
+    def child():
+        wait_until(lambda: closed != "before" or os.path.exists("closed"))
+        with queuectl.Queue("queuectl.db") as own:
+            own.add("true", id="child")
+            open("opened", "w").close()
+            wait_until(lambda: closed == "afterwards" or os.path.exists("closed"))
+            return [own.add("true", id="child%d" % n) for n in range(40)]
+
+    pid = in_a_child(child)
+    wait_until(lambda: closed == "before" or os.path.exists("opened"))
+    names += [parent.add("true") for _ in range(40)]
+    if closed != "afterwards":
+        parent.close()
+        open("closed", "w").close()
+    assert os.waitpid(pid, 0)[1] == 0
+    parent.close()
+    assert set(jobs()) == {*names, "child", *("child%d" % n for n in range(40))}
+
+
+@posix
+def test_a_child_that_only_ends_takes_nothing_from_what_was_killed_meanwhile():
+    """SQLite removes the log of others when it closes what the child inherited."""
+    program = """
+import os, queuectl, signal, sys
+queue = queuectl.Queue("queuectl.db")
+queue.add("true")
+reader, writer = os.pipe()
+if not os.fork():
+    os.close(writer)
+    os.read(reader, 1)
+    sys.exit()
+queue.close()
+if not os.fork():
+    queue = queuectl.Queue("queuectl.db")
+    for n in range(40):
+        queue.add("true")
+    os.kill(os.getpid(), signal.SIGKILL)
+os.wait()
+os.close(writer)
+os.wait()
+"""
+    env = dict(os.environ, PYTHONPATH=HERE)
+    subprocess.run([sys.executable, "-c", program], env=env, check=True, timeout=30)
+    assert len(jobs()) == 41
+
+
+@posix
+def test_a_child_that_ends_long_after_its_parent_takes_nothing_back():
+    """Its end frees the connection that it inherited, with an old log."""
+    program = """
+import os, queuectl, sys
+queue = queuectl.Queue("queuectl.db")
+for n in range(20):
+    queue.add("true")
+reader, writer = os.pipe()
+if not os.fork():
+    os.close(writer)
+    os.read(reader, 1)
+    sys.exit()
+queue.close()
+for n in range(20):
+    for _ in range(2):
+        with queuectl.Queue("queuectl.db") as queue:
+            queue.add("true")
+os.close(writer)
+os.wait()
+"""
+    env = dict(os.environ, PYTHONPATH=HERE)
+    subprocess.run([sys.executable, "-c", program], env=env, check=True, timeout=30)
+    assert len(jobs()) == 60
+    with contextlib.closing(sqlite3.connect("queuectl.db")) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+@pytest.mark.parametrize("verb", ["cancel", "retry", "delete", "wait"])
+def test_a_text_is_no_list_of_ids(queue, verb):
+    for name in ("text", *"text"[:3]):
+        add(queue, id=name)
+    with pytest.raises(queuectl.QueueError, match="list"):
+        getattr(queue, verb)("text", *[0] * (verb == "wait"))  # which would not end
+    assert {job["state"] for job in jobs().values()} == {"pending"} and len(jobs()) == 4
+
+
+@posix
+@pytest.mark.parametrize("how", ["cp -a", "backup"])
+def test_a_pool_on_a_copy_leaves_an_orphan_of_the_original_alone(how, home, monkeypatch):
+    os.mkdir("a")
+    monkeypatch.setenv("QUEUECTL_DB", str(home / "a" / "queuectl.db"))
+    enqueue(NAP, id="x", cwd="/")
+    pool = start_pool(count=1)
+    wait_until(naps)
+    original, worker = naps(), workers_of(pool.pid)[0]
+    os.kill(pool.pid, signal.SIGSTOP)
+    os.kill(worker, KILL)  # nobody but a pool on the copy is there to look for it
+    copy = str(home / ("b" if how == "cp -a" else "a") / "queuectl.db")
+    if how == "cp -a":
+        subprocess.run(["cp", "-a", "a", "b"], check=True)
+    else:
+        copy = copy.replace("queuectl", "copy")
+        with contextlib.closing(sqlite3.connect("a/queuectl.db")) as source:
+            with contextlib.closing(sqlite3.connect(copy)) as target:
+                source.backup(target)
+    monkeypatch.setenv("QUEUECTL_DB", copy)
+    start_pool(count=1)
+    wait_until(lambda: len(naps()) == 2)  # it runs the job, too
+    assert set(original) < set(naps()) and "died, ending" not in read(copy[:-3] + ".log")
+    ok("worker", "stop", "--now")
+    assert naps() == original
+    monkeypatch.setenv("QUEUECTL_DB", str(home / "a" / "queuectl.db"))
+    os.kill(pool.pid, signal.SIGCONT)
+    wait_until(lambda: naps() and naps() != original)  # its own supervisor ends it
+    ok("worker", "stop", "--now")
+
+
+@posix
+def test_a_queue_with_two_names_is_refused_by_commands_and_by_a_starting_pool():
+    enqueue(id="x")
+    os.link("queuectl.db", "other.db")
+    for db in ("queuectl.db", "other.db"):
+        for argv in (["enqueue", "--", "true"], ["list"], ["status"], ["worker", "start"],
+                     ["delete", "x"], ["wait"], ["config", "show"]):
+            assert "hard link" in refused(*argv, "--db", db)
+    os.remove("other.db")
+    assert list(jobs()) == ["x"] and leftovers() == []
+
+
+@posix
+def test_a_copy_of_links_does_not_stop_a_running_pool():
+    enqueue("sleep 0.4", id="x")
+    enqueue(id="next")
+    pool = start_pool(count=1)
+    os.mkdir("snapshot")
+    os.link("queuectl.db", "snapshot/queuectl.db")
+    os.kill(workers_of_links(pool.pid)[0], KILL)  # a new worker opens the queue anew
+    with contextlib.closing(sqlite3.connect("queuectl.db")) as db:
+        done = "SELECT count(*) FROM jobs WHERE state = 'completed'"
+        deadline = time.monotonic() + 20
+        while db.execute(done).fetchone() != (2,):
+            assert time.monotonic() < deadline and pool.poll() is None
+    assert "hard link" not in read("queuectl.log")
+    os.remove("snapshot/queuectl.db")
+    assert ok("worker", "stop").code == 0 and pool.wait(10) == 0
+
+
+def workers_of_links(pid):
+    """Return the workers of a pool whose queue no command opens."""
+    return queuectl.pools(os.path.realpath("queuectl.db"))[pid]
+
+
+# While a file `broken` is there, or once, no job can be claimed or recorded.
+BROKEN = """
+def broken(queue, *args, verb=queuectl.Queue.%s):
+    mark = queuectl.os.path.dirname(queue.path) + "/broken"
+    if queuectl.os.path.exists(mark):
+        if %d:
+            queuectl.os.remove(mark)
+        raise queuectl.sqlite3.IntegrityError("UNIQUE constraint failed")
+    return verb(queue, *args)
+queuectl.Queue.%s = broken
+queuectl.RESTART_EVERY = 0.3
+"""
+
+
+@forked
+@pytest.mark.parametrize("verb", ["claim", "complete"])
+def test_an_integrity_error_sends_a_worker_away_and_a_job_goes_on(verb):
+    pool = start_pool(count=1, script=BROKEN % (verb, 1, verb))
+    worker = workers_of(pool.pid)
+    open("broken", "w").close()
+    enqueue(id="x", max_retries=1)
+    wait_until(lambda: state("x") == "completed")
+    assert workers_of(pool.pid) != worker and pool.poll() is None and attempts("x") == 1
+    assert "UNIQUE constraint failed" in read("queuectl.log")
+    assert "waiting until it is over" not in read("queuectl.log")
+
+
+@forked
+@pytest.mark.parametrize("verb", ["claim", "complete"])
+def test_an_integrity_error_that_lasts_is_no_loop(verb):
+    pool = start_pool(count=1, script=BROKEN % (verb, 0, verb))
+    open("broken", "w").close()
+    enqueue(id="x", max_retries=1)
+    lines = lambda: len(re.findall(r"worker \d+ died", read("queuectl.log")))
+    wait_until(lines)
+    begun = time.monotonic()
+    wait_until(lambda: lines() >= 4)
+    assert time.monotonic() - begun >= 3 * 0.3 - 0.1 and pool.poll() is None
+    log = read("queuectl.log")
+    assert "waiting until" not in log and log.count("UNIQUE constraint") <= 2 * lines() + 2
+    os.remove("broken")
+    wait_until(lambda: state("x") == "completed")
+    assert attempts("x") == 1
+
+
+def other_over_it():
+    """Move another database over the queue's."""
+    ok("--db", "new/queuectl.db", "enqueue", "--id", "new", "--", "true")
+    os.replace("new/queuectl.db", "queuectl.db")
+
+
+@posix
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_another_database_over_that_of_an_idle_pool_ends_it(how):
+    os.mkdir("new")
+    enqueue(id="x")
+    pool = start_pool()
+    wait_until(lambda: state("x") == "completed")
+    other_over_it()
+    assert pool.wait(10) == 1 and pool.stderr.read().count("\n") == 1
+    assert not [name for name in os.listdir(".") if name.endswith((".pid", ".runs"))]
+
+
+# What is wrong with the old file when a result is to be recorded in it.
+OLD_FILE = """
+def gives(queue, *args, verb=queuectl.Queue._leave):
+    if not queuectl.still_names(queue.path, queue.file):
+        %s
+    return verb(queue, *args)
+queuectl.Queue._leave = gives
+"""
+
+
+@forked
+@pytest.mark.parametrize("trouble", [
+    "pass", "raise queuectl.sqlite3.OperationalError('disk I/O error')",
+    "raise queuectl.sqlite3.DatabaseError('database disk image is malformed')",
+    "raise queuectl.sqlite3.OperationalError('database is locked')",
+    "raise OSError(28, 'No space left on device')"])
+@pytest.mark.parametrize("command", ["sleep 0.5", "sleep 0.5; exit 1"])
+def test_another_database_ends_a_pool_whatever_result_is_in_hand(trouble, command):
+    os.mkdir("new")
+    enqueue(command, id="x")
+    pool = start_pool(count=1, script=OLD_FILE % trouble)
+    wait_until(lambda: state("x") == "processing")
+    other_over_it()
+    assert pool.wait(10) == 1
+
+
+@posix
+def test_keep_removes_completed_jobs_alone_and_says_how_many():
+    ok("enqueue", "-", stdin=b'{"command":"true"}\n' * 30)
+    enqueue("exit 1", id="bad", max_retries=1)
+    enqueue(id="waits", delay=3600)
+    assert drain() == 1
+    ok("cancel", enqueue(id="no"))
+    ok("config", "set", "keep", "0")
+    start_pool(count=1)
+    wait_until(lambda: set(jobs()) == {"bad", "waits", "no"})
+    said = lambda: re.findall(r"keep: removed (\d+) jobs?\n", read("queuectl.log"))
+    wait_until(said)
+    enqueue(id="one")
+    wait_until(lambda: sum(map(int, said())) == 31)
+    assert len(said()) == 2 and set(jobs()) == {"bad", "waits", "no"}
+
+
+def test_dead_jobs_are_removed_by_that_name_alone(queue, clock):
+    for name in ("done", "dead", "cancelled", "young"):
+        clock.now += DAY * (name == "young")
+        add(queue, id=name, max_retries=1)
+        verb = {"dead": queue.fail, "cancelled": queue.fail}.get(name, queue.complete)
+        queue.cancel([name]) if name == "cancelled" else verb(claim(queue), result(None))
+    assert queue.prune(0.5 * DAY, 1)[0] == 1 and "done" not in jobs()
+    add(queue, id="done")
+    queue.complete(claim(queue), result(None))
+    clock.now += DAY
+    age = "%ds" % (time.time() - clock.now + 1.5 * DAY)
+    assert ok("delete", "--older-than", age, "--dry-run").out == "would delete 0 jobs\n"
+    assert ok("delete", "--older-than", "1d").out == "deleted 2 jobs\n"
+    assert set(jobs()) == {"dead", "cancelled"}
+    assert ok("delete", "--state", "dead", "--older-than", age).out == "deleted 2 jobs\n"
+    assert jobs() == {}
+
+
+@pytest.mark.parametrize("words", [["dlq", "clear"], ["delete", "--state", "dead"]])
+def test_dead_jobs_go_with_dlq_clear_or_their_state(queue, words):
+    add(queue, id="dead", max_retries=1)
+    queue.fail(claim(queue), result())
+    add(queue, id="done")
+    queue.complete(claim(queue), result(None))
+    assert ok(*words).out == "deleted 1 job\n" and list(jobs()) == ["done"]
+
+
+def test_unique_revives_a_finished_job_and_keeps_its_runs_and_their_output():
+    for code in (1, 0):
+        enqueue("echo night; exit %d" % code, id="x%d" % code, max_retries=1)
+    enqueue(id="last")
+    drain(1)
+    before = jobs()
+    for name in ("x1", "x0"):
+        ok("enqueue", "--unique", "--id", name, "--priority", "3", "--max-retries", "2",
+           "--timeout", "9", "--env", "A=1", "--", "echo again")
+        job = ok("show", name, "--json").json
+        assert job["created_at"] == before[name]["created_at"] and len(job["runs"]) == 1
+        assert (job["state"], job["attempts"], job["command"], job["priority"], job["env"],
+                job["max_retries"], job["timeout"], job["error"]) == (
+            "pending", 0, "echo again", 3, {"A": "1"}, 2, 9, None)
+        assert ok("logs", name).out == "night\n"
+    assert list(jobs()) == ["x1", "x0", "last"]
+    assert drain(1) == 0
+    assert errors("x1") == ["exit 1", None] and attempts("x1") == 1
+    assert ok("logs", "x1").out == "again\n"
+    with queuectl.Queue("queuectl.db") as queue:
+        assert queue.output(queue.job("x1"), 1) == b"night\n"
+    assert ok("stats", "--json").json["runs"] == 5
+
+
+def test_unique_revives_with_a_delay_and_counts_right(queue, clock):
+    add(queue, max_retries=1)
+    queue.fail(claim(queue), result())
+    ok("enqueue", "--unique", "--id", "job", "--delay", "1h", "--", "true")
+    assert queue.counts()["pending"] == 1 and queue.counts()["dead"] == 0
+    assert not ok("enqueue", "--unique", "--id", "job", "--", "true").out.startswith("enq")
+    assert queue.next_due() > time.time() + 3000 and claim(queue) is None
+
+
+def test_unique_says_when_a_waiting_job_has_another_command(queue):
+    unique = ["enqueue", "--unique", "--id", "x", "--"]
+    assert ok(*unique, "old").out == "enqueued x\n"
+    assert ok(*unique, "old").out == "x is there already, pending\n"
+    assert ok(*unique, "new").out == "x is there already, pending, unchanged\n"
+    run = claim(queue)
+    assert ok(*unique, "new").out == "x is there already, processing, unchanged\n"
+    assert ok(*unique, "old").out == "x is there already, processing\n"
+    queue.fail(run, result())
+    assert ok(*unique, "new").out == "x is there already, failed, unchanged\n"
+    assert queue.job("x")["command"] == "old"
+    assert ok(*unique, "new", "--json").code == 0
+
+
+def test_retry_all_leaves_what_was_cancelled_and_counts_it():
+    for name in ("a", "b"):
+        enqueue("exit 1", id=name, max_retries=1)
+    drain()
+    for name in ("c", "d"):
+        enqueue(id=name)
+        ok("cancel", name)
+    told = ok("dlq", "retry", "--all").out
+    assert told.startswith("retried 2 jobs") and "2 cancelled" in told
+    assert [job["state"] for job in jobs().values()] == ["pending"] * 2 + ["dead"] * 2
+    assert ok("dlq", "retry", "c").out == "retried c\n"
+    assert (state("c"), state("d")) == ("pending", "dead")
+    assert ok("dlq", "retry", "--all", "--json").json == {"retried": 0, "cancelled": 1}
+
+
+@pytest.mark.parametrize("words, told", [
+    (["dlq", "retry", "--all"], "retried 0 jobs\n"), (["dlq", "clear"], "deleted 0 jobs\n"),
+    (["delete", "--all"], "deleted 0 jobs\n"),
+    (["delete", "--older-than", "7d"], "deleted 0 jobs\n"),
+    *((["delete", "--state", name], "deleted 0 jobs\n")
+      for name in queuectl.STATES if name != "processing")])
+def test_a_form_for_many_that_meets_none_is_done(words, told):
+    ok("status")
+    assert ok(*words).out == told
+    enqueue(id="x", delay=99)
+    if "pending" not in words and "--all" not in words[:2]:
+        assert ok(*words).out == told and list(jobs()) == ["x"]
+
+
+@posix
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_a_command_that_the_system_can_never_start_is_refused_at_the_door(letter):
+    line = ": '" + letter * ((131071 - 5) // len(letter.encode())) + "';"
+    line += " " * (131071 - len(line.encode()))
+    assert "131071" in refused(
+        "enqueue", "-", stdin=json.dumps({"command": line + " "}).encode(), code=2)
+    assert "131071" in refused("config", "set", "on_dead", line + " ", code=2)
+    name = enqueue(line, max_retries=1)
+    assert len(jobs()) == 1 and drain(1) == 0 and state(name) == "completed"
+
+
+@posix
+def test_a_variable_that_the_system_can_never_hand_over_is_refused_at_the_door():
+    assert "env" in refused("enqueue", "-", code=2, stdin=json.dumps(
+        {"command": "true", "env": {"A": "x" * 131070}}).encode())
+    name = enqueue(env={"A": "x" * 131069}, max_retries=1)
+    assert drain(1) == 0 and state(name) == "completed"
+
+
+@posix
+def test_on_dead_is_told_of_each_death_whatever_is_killed_in_between():
+    ok("config", "set", "on_dead", "cat >> told")
+    lines = ['{"id":"d%d","command":"exit 1","max_retries":1}' % n for n in range(60)]
+    ok("enqueue", "-", stdin="\n".join(lines).encode())
+    dead = lambda: ok("status", "--json").json["jobs"]["dead"]
+    for n in range(4):
+        pool = start_pool()
+        wait_until(lambda: dead() >= 12 * (n + 1))
+        kill_all(pool)
+    start_pool()
+    told = lambda: re.findall(r'\{"id": "(d\d+)"', read("told"))
+    wait_until(lambda: len(set(told())) == 60)
+    assert dead() == 60
+    assert set(re.findall(r'"state": "(\w+)"', read("told"))) == {"dead"}
+
+
+# The supervisor is killed as soon as a hook was started, and before that is noted.
+KILLED_IN_TELL = """
+import subprocess
+def popen(*args, popen=subprocess.Popen, **options):
+    hook = popen(*args, **options)
+    if queuectl.os.path.exists("kill"):
+        queuectl.os.remove("kill")
+        queuectl.os.kill(queuectl.os.getpid(), queuectl.KILL)
+    return hook
+subprocess.Popen = popen
+"""
+
+
+@forked
+def test_a_supervisor_killed_while_it_tells_has_it_told_again_and_never_less():
+    ok("config", "set", "on_dead", "cat >> told; echo >> told")
+    open("kill", "w").close()
+    pool = start_pool(count=1, script=KILLED_IN_TELL)
+    enqueue("exit 1", id="x", max_retries=1)
+    assert pool.wait(20) == -KILL
+    start_pool(count=1)
+    wait_until(lambda: os.path.exists("told") and read("told").count('"id": "x"') == 2)
+
+
+def test_on_dead_is_told_once_of_a_death_and_not_of_one_that_was_retried(queue):
+    queue.set("on_dead", "true")
+    told = []
+    start = lambda job: told.append(job["id"])
+    for name in ("a", "b", "c", "d"):
+        add(queue, id=name, max_retries=1)
+        queue.cancel(["c"]) if name == "c" else queue.fail(claim(queue), result())
+    queue.retry(["a"])
+    ok("enqueue", "--unique", "--id", "d", "--", "true")
+    while queue.tell(start):
+        pass
+    assert told == ["b"]
+    queue.fail(claim(queue), result())
+    while queue.tell(start):
+        pass
+    assert told == ["b", "a"]
+
+
+def test_a_death_that_was_not_told_yet_is_no_hindrance_to_the_next(queue):
+    queue.set("on_dead", "true")
+    told = []
+    add(queue, max_retries=1)
+    for _ in range(2):
+        queue.fail(claim(queue), result())
+        queue.retry(["job"])
+    assert queue.fail(claim(queue), result()) == "dead"
+    while queue.tell(lambda job: told.append(job["id"])):
+        pass
+    assert told == ["job"]
+
+
+def test_on_dead_is_not_told_of_a_running_job_that_was_cancelled(queue):
+    queue.set("on_dead", "true")
+    add(queue)
+    run = claim(queue)
+    queue.cancel(["job"])
+    assert queue.release(run, result("cancelled")) == "dead" and not queue.tell(pytest.fail)
+
+
+@forked
+def test_a_drain_tells_of_its_dead_job_also_when_on_dead_cannot_be_started():
+    ok("config", "set", "on_dead", "true")
+    enqueue("exit 1", max_retries=1)
+    pool = start_pool("--drain", count=1, script="""
+import subprocess
+def popen(*args, **options):
+    raise OSError(queuectl.errno.EAGAIN, "no process")
+subprocess.Popen = popen
+""")
+    assert pool.wait(20) == 1
+
+
+# ======================================================================================
 # Chaos: everything is killed at random; then the reckoning
 #
 # A long one: CHAOS_SECONDS=60 CHAOS_SEEDS="11 12 13" python -m pytest -s -k chaos
