@@ -86,7 +86,7 @@ MAX_TIME = 253402300799.0  # 9999-12-31T23:59:59Z, the last that ISO 8601 text c
 MAX_COMMAND = 8191 if WINDOWS else 131071  # bytes: cmd.exe's, Linux' for an argument
 MAX_WORKERS = 256
 MAX_HOOKS = 8  # `on_dead` commands that a pool has running at a time
-MAX_DEATHS = 5  # of its workers, until a job is taken for what kills them
+MAX_DEATHS = 5  # of its workers: after so many a job is held to be what kills them
 
 PAGE = 500  # rows a read, or a write; a longer one would hold up others
 PATIENCE = 30.0  # seconds that a command waits for another program's lock
@@ -97,7 +97,7 @@ GRACE = 3.0  # seconds from SIGTERM to SIGKILL
 STUCK = 5.0  # seconds after SIGKILL until a process is taken for one that can't end
 OUTLIVED = 0.5  # seconds after which who lives was not killed with who died
 RESTART_EVERY = 1.0  # seconds between two starts of workers that keep dying
-TROUBLE = 2  # exit code of a worker that left since its queue can't be used
+TROUBLE = 2  # exit code of a worker that left because its queue can't be used
 LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
 
 
@@ -215,7 +215,7 @@ def here():
 def folder(value):
     if not isinstance(value, str) or not storable(value) or not os.path.isdir(value):
         raise ValueError("a directory that exists and has a name in UTF-8")
-    return os.path.normpath(os.path.join(here(), value))
+    return os.path.normpath(value if os.path.isabs(value) else os.path.join(here(), value))
 
 
 def optional(check, word):
@@ -464,8 +464,8 @@ ALTER TABLE jobs RENAME COLUMN ready TO claimable;
 """
 
 SCHEMA = """
--- The name of what only one job at a time may use; the jobs that it comes after and that
--- are not completed, by number and one by one.
+-- For `lock` and `after`, to come: the name of what one job at a time may use; how many
+-- and which jobs it comes after that are not completed.
 ALTER TABLE jobs ADD COLUMN lock TEXT;
 ALTER TABLE jobs ADD COLUMN waits INTEGER NOT NULL DEFAULT 0;
 CREATE TABLE waits (seq INTEGER NOT NULL, waits_for INTEGER NOT NULL,
@@ -523,6 +523,7 @@ NO_JOB = "there is no job "
 def in_state(state):
     """Return the end of a WHERE for jobs in a state, or for all."""
     rare = "" if state in ("pending", "completed") else " AND " + RARE
+    # Only a known state gets into the statement: `index` raises ValueError for others.
     return " AND state = '%s'" % STATES[STATES.index(state)] + rare if state else ""
 
 
@@ -563,10 +564,9 @@ class Queue:
         self.owner, self.sync = (os.getpid(), _thread.get_ident()), sync
         self._db = None
         try:
-            if self._value("PRAGMA user_version") != SCHEMA_VERSION:
+            if (self._value("PRAGMA user_version"), self._value("PRAGMA application_id")
+                    ) != (SCHEMA_VERSION, APPLICATION_ID):
                 self._prepare()
-            if self._value("PRAGMA application_id") != APPLICATION_ID:
-                raise QueueError("%s is not a queue of queuectl" % shown(self.path))
             self.token = self._value("SELECT value FROM config WHERE key = 'token'")
         except BaseException:
             self.close()
@@ -582,6 +582,7 @@ class Queue:
                 self.path, timeout=self.patience, isolation_level=None)
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA synchronous = " + self.sync)
+            self.check_there()  # or SQLite has just made it anew
             self._db.execute("PRAGMA fullfsync = ON")  # macOS: sync for real
             self._db.execute("PRAGMA journal_size_limit = %d" % 2**24)
             OPEN.add(self)
@@ -633,20 +634,23 @@ class Queue:
 
         if not self._value("PRAGMA page_count"):
             self.db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            wait_until(switched, self.patience)
+            if not wait_until(switched, self.patience):
+                raise QueueError("%s: another program has locked it" % shown(self.path))
         with self.transaction():
+            if not self._value("SELECT 1 FROM sqlite_master"):
+                return self._execute_all(TABLES + SCHEMA)
+            if self._value("PRAGMA application_id") != APPLICATION_ID:
+                raise QueueError("%s is not a queue of queuectl" % shown(self.path))
             version = self._value("PRAGMA user_version")
             if version > SCHEMA_VERSION:
                 words = "%s has version %d of the schema, and this queuectl knows version"
                 words += " %d: take a newer queuectl.py"
                 raise QueueError(words % (shown(self.path), version, SCHEMA_VERSION))
-            if version == 1 and self._value("PRAGMA application_id") == APPLICATION_ID:
+            if version == 1:
                 for pool in older_pools(self.path):
                     words = "pool %d of an older queuectl runs: stop it with kill %d,"
                     raise QueueError((words + " then try again") % (pool, pool))
                 self._execute_all(MIGRATION + SCHEMA)
-            elif not version and not self._value("SELECT 1 FROM sqlite_master"):
-                self._execute_all(TABLES + SCHEMA)
 
     def _execute_all(self, script):
         # Not by `executescript`, which commits first. Only a new statement, and no line
@@ -1021,7 +1025,7 @@ class Queue:
                 count += self._change(
                     change + " WHERE seq BETWEEN ? AND ? AND " + where,
                     *values, first, last)
-            spent = time.monotonic() - began
+            spent = max(0.001, time.monotonic() - began)  # Windows has a coarse clock
             size = max(1, min(PAGE, int(len(page) * TICK / 4 / spent)))
 
     def _give_back(self):
@@ -1118,7 +1122,9 @@ class Queue:
         without IDS of all, are in each state. A job that has ended is not looked at
         again: it may be removed.
         """
-        ended = dict.fromkeys(STATES, 0)
+        ended = dict.fromkeys((*STATES, "removed"), 0)
+        # What `keep` removed was completed; of others nobody can tell any more.
+        removed = "removed" if self.settings()["keep"] is None else "completed"
         if ids is None:
             left = [id for id, in self._rows(
                 "SELECT id FROM jobs WHERE state = 'pending' UNION ALL SELECT id"
@@ -1142,7 +1148,7 @@ class Queue:
                 state = self._value("SELECT state FROM jobs WHERE id = ?", left[-1])
                 if state not in ("completed", "dead", None):
                     break
-                ended[state or "completed"] += 1  # such are removed by `keep`
+                ended[state or removed] += 1
                 left.pop()
 
         def over():
@@ -1170,10 +1176,16 @@ class Queue:
         return self._value("SELECT MIN(run_at) FROM jobs WHERE " + WAITING)
 
     def drained(self):
-        """Tell whether no job is due, running or waiting for a retry."""
-        counts, due = self.counts(), self.next_due()
-        busy = counts["processing"] or counts["failed"]
-        return not busy and (due is None or due > self.clock())
+        """Tell whether no job is due, running or waiting for a retry.
+
+        In one statement: between two a job could go from waiting to running.
+        """
+        return not self._value(
+            "SELECT EXISTS (SELECT 1 FROM counts WHERE jobs > 0"
+            "  AND (state = 'processing' OR state = 'failed'))"
+            " OR EXISTS (SELECT 1 FROM jobs WHERE " + CLAIMABLE + ")"
+            " OR EXISTS (SELECT 1 FROM jobs WHERE " + WAITING + " AND run_at <= ?)",
+            self.clock())
 
     def dead_since(self, moment, workers):
         """Tell whether a job that one of these workers ran became dead since then."""
@@ -1323,11 +1335,13 @@ def opened(path, flags=os.O_RDONLY):
 
 
 def still_names(path, status):
-    """Tell whether PATH still names the file that had this status."""
+    """Tell whether PATH still names the file that had this status, as far as is known."""
     try:
         return os.path.samestat(os.stat(path), status)
     except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:
+        return True
 
 
 def wait_until(condition, seconds, pause=TICK / 10):
@@ -1358,19 +1372,20 @@ def hold(path):
         if lock(fd) and still_names(path, status):
             if status.st_size:
                 os.ftruncate(fd, 0)
+            os.lseek(fd, 0, os.SEEK_SET)  # locking went far behind the text on Windows
             return fd
         os.close(fd)
         time.sleep(TICK / 100)
     raise QueueError("%s is held by another process of that number" % shown(path))
 
 
-def held(path, missing=False):
-    """Tell whether a living process holds a file; MISSING if there is none."""
+def held(path):
+    """Tell whether a living process holds a file."""
     try:
         with opened(path) as fd:
             return not lock(fd, shared=True)
     except FileNotFoundError:
-        return missing
+        return False
     except PermissionError:
         return True  # another user's: nobody here can tell
 
@@ -1417,11 +1432,13 @@ def pools_named(path):
 
 def workers_named(path):
     """Return pool and pid of the workers that have a file, alive or not."""
+    found = []
     with contextlib.suppress(FileNotFoundError):
-        names = [name.split("-") for name in os.listdir(beside(path, ".runs"))]
-        return sorted((int(pool), int(pid)) for kind, pool, pid in names
-                      if kind == "worker")
-    return []
+        for name in os.listdir(beside(path, ".runs")):
+            kind, *numbers = name.split("-")
+            if kind == "worker" and len(numbers) == 2 and "".join(numbers).isdecimal():
+                found.append(tuple(map(int, numbers)))
+    return sorted(found)
 
 
 def pools(path):
@@ -1434,6 +1451,17 @@ def pools(path):
         if held(worker_file(path, pool, pid)):
             found.setdefault(pool, []).append(pid)
     return found
+
+
+def remove_pool_files(path):
+    """Remove the files of pools that are gone; of one whose workers live it has to stay.
+
+    By it they are asked to stop.
+    """
+    living = pools(path)
+    for pool in pools_named(path):
+        if pool not in living:
+            remove_leftover(pool_file(path, pool))
 
 
 def older_pools(path):
@@ -1487,18 +1515,22 @@ def asked(path, pool):
             text = os.read(fd, 16)
     except FileNotFoundError:
         return "stop"
+    except OSError:  # too many open files, say: it is asked again
+        return None
     return "now" if b"now" in text else "stop" if b"stop" in text else None
 
 
 def abandoned(path, pool):
-    """Tell a worker whether its supervisor is gone."""
+    """Tell a worker whether its supervisor is gone; where the system tells, without a look
+    at a file that others may just be looking at."""
     return not held(pool_file(path, pool)) if WINDOWS else os.getppid() != pool
 
 
 class Wake:
     """Wait for whichever comes first: a signal, a child's end, what can be read, a time.
 
-    It tells whether it was one of the first two, so that who is woken looks at once. On Windows no signal reaches another process: who waits looks again and again.
+    `wait` returns true for the first two, so that who is woken looks at once. On Windows
+    no signal reaches another process: who waits looks again and again.
     """
 
     def __init__(self):
@@ -1514,7 +1546,7 @@ class Wake:
         if WINDOWS:
             return time.sleep(max(0.0, min(timeout, TICK / 4)))
         ready = select.select([self.reader, *readers], [], [], max(0.0, timeout))[0]
-        return self.reader in ready and os.read(self.reader, 2**16)  # what a pipe holds
+        return self.reader in ready and os.read(self.reader, 2**16)  # all it holds
 
 
 def catch_signals(handler):
@@ -1559,16 +1591,6 @@ if WINDOWS:
     KERNEL.CreateJobObjectW.restype = wintypes.HANDLE
     KILL_ON_CLOSE, CREATE_SUSPENDED = 0x2000, 0x4
 
-    class Limits(ctypes.Structure):
-        """JOBOBJECT_EXTENDED_LIMIT_INFORMATION, of which only the flags matter."""
-
-        _fields_ = [
-            ("times", ctypes.c_int64 * 2), ("flags", wintypes.DWORD),
-            ("sizes", ctypes.c_size_t * 2), ("active", wintypes.DWORD),
-            ("affinity", ctypes.c_size_t), ("priority", wintypes.DWORD * 2),
-            ("io", ctypes.c_uint64 * 6), ("memory", ctypes.c_size_t * 4),
-        ]
-
     def granted(value):
         """Return what a call of the system gave, or raise."""
         if not value:
@@ -1576,9 +1598,11 @@ if WINDOWS:
         return value
 
     def set_limits(job, flags):
-        limits = Limits(flags=flags)
-        granted(KERNEL.SetInformationJobObject(
-            job, 9, ctypes.byref(limits), ctypes.sizeof(limits)))
+        # JOBOBJECT_EXTENDED_LIMIT_INFORMATION: two 64-bit times, then the flags; the rest
+        # stays 0.
+        limits = (wintypes.DWORD * (36 if sys.maxsize > 2**32 else 28))()
+        limits[4] = flags
+        granted(KERNEL.SetInformationJobObject(job, 9, limits, ctypes.sizeof(limits)))
 else:
     KILL = signal.SIGKILL
     ENVIRONMENT = dict(os.environb)  # of the pool; reading it for each run takes time
@@ -1609,7 +1633,7 @@ def read_output(path, limit):
     """
     output = b""
     with contextlib.suppress(FileNotFoundError):
-        for _ in range(50):
+        for _ in range(10):
             with open(path, "rb", 0) as file:
                 output = file.read()
                 file.seek(0)
@@ -1646,7 +1670,8 @@ class Lease:
             if self.size > longest(self.limit):
                 self.cut_back()
         except OSError:
-            if len(self.unwritten) > self.limit:  # nothing before it is kept
+            # More than is kept could not be written: then nothing in the file is needed.
+            if len(self.unwritten) > self.limit:
                 self.unwritten = self.output()
                 self.empty()
 
@@ -1674,10 +1699,15 @@ class Lease:
         self.size = 0
 
     def discard(self):
-        """Let go of the file, and remove it."""
-        os.close(self.fd)
+        """Remove the file and let go of it, in that order.
+
+        After a claim that was rolled back another worker takes a lease of this name.
+        """
         with contextlib.suppress(OSError):
             os.remove(self.path)
+        os.close(self.fd)
+        if WINDOWS:  # where what is open can't be removed
+            remove_leftover(self.path)
 
 
 class Command:
@@ -1831,7 +1861,7 @@ class Command:
             KERNEL.QueryInformationJobObject(
                 self.job, 1, accounts, ctypes.sizeof(accounts), None)
             return set(range(accounts[10]))
-        return processes_of({self.lease.path: self.pid}, {os.getpid()})[self.lease.path]
+        return processes_of({self.lease.path: self.pid})[self.lease.path] - {os.getpid()}
 
     def signal(self, pids, number):
         if WINDOWS:  # there is no other way
@@ -1893,26 +1923,25 @@ def signal_all(pids, number):
                 os.killpg(group, number)
 
 
-def processes_of(runs, own):
-    """Return the living processes that belong to runs, but for OWN: {lease: {pid}}.
+def processes_of(runs):
+    """Return the living processes that belong to runs: {lease: {pid}}.
 
     RUNS is {lease: pid of its command if that is our child, else None}. To a run belongs
     who can write to its lease, or carries the path of that in QUEUECTL_RUN, or is in the
     process group of our child. The path is whole: another queue's process, or that of a
-    copy of this queue, is a stranger. No recorded number is trusted. OWN are processes
-    of the caller's pool, which the run may have started. For a run of which nothing is
-    left there is a second look, since a process may be forked during one.
+    copy of this queue, is a stranger. No recorded number is trusted. For a run of which
+    nothing is left there is a second look, since a process may be forked during one.
     """
     found = {lease: set() for lease in runs}
     if WINDOWS or not runs:  # there a job object ends what a killed worker left
         return found
-    owner = {str(pid): lease for lease, pid in runs.items()}
+    owner = {pid: lease for lease, pid in runs.items() if pid}
     for lease in runs:  # the second is of a file that was removed
         owner[lease] = owner[lease + " (deleted)"] = lease
     linux = os.path.exists("/proc/self/fd")
     for _ in range(2):
         for pid, trace in (traces_in_proc() if linux else traces_by_tools(runs)):
-            if trace in owner and pid not in own:
+            if trace in owner:
                 found[owner[trace]].add(pid)
         if all(found.values()):
             break
@@ -1922,18 +1951,20 @@ def processes_of(runs, own):
 def traces_in_proc():
     """Yield for each living process its group, the files that it can write to, its mark."""
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+        # It may be gone meanwhile, or another user's. Any other error must be one: that
+        # nothing is left would be believed.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             folder = "/proc/%s/" % pid
             with open(folder + "stat", "rb") as file:
                 fields = file.read().rpartition(b")")[2].split()
             if fields[0] in b"ZX" and fields[17] == b"1":  # other threads may live on
                 continue
-            yield int(pid), fields[2].decode()
+            yield int(pid), int(fields[2])
             with open(folder + "environ", "rb") as file:
                 for mark in re.findall(rb"(?:^|\0)QUEUECTL_RUN=([^\0]*)", file.read()):
                     yield int(pid), os.fsdecode(mark)
             for fd in os.listdir(folder + "fd"):
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(FileNotFoundError, PermissionError):
                     if os.lstat(folder + "fd/" + fd).st_mode & 0o200:
                         yield int(pid), os.readlink(folder + "fd/" + fd)
 
@@ -1952,7 +1983,7 @@ def traces_by_tools(leases):
     for line in lines_of("ps", "-A", "-o", "pid=", "-o", "pgid=", "-o", "stat="):
         pid, group, state = line.split()[:3]
         if state[0] not in "ZX":
-            yield int(pid), group
+            yield int(pid), int(group)
     pid = access = None
     for kind, *rest in lines_of("lsof", "-F", "pan", "--", *leases):
         value = "".join(rest)
@@ -2032,7 +2063,9 @@ class Worker:
         catch_signals(self.stop)
 
     def stop(self, number, frame):
-        if number == signal.SIGTERM:  # what a terminal's mean, the supervisor says
+        # Ctrl-C and a hangup reach the whole group: the supervisor counts them, and asks
+        # through its file. A SIGTERM to this worker alone makes it leave after its job.
+        if number == signal.SIGTERM:
             self.stopped = True
 
     def work(self):
@@ -2059,10 +2092,10 @@ class Worker:
                 self.trouble = None
                 return result
             except (sqlite3.Error, OSError) as error:
-                # In trouble a result in hand is kept until the pool shall stop now.
-                if isinstance(error, sqlite3.IntegrityError) or self.gone() or (
-                        self.trouble and self.leaving() and (
-                        not self.lease or asked(self.path, self.pool) == "now")):
+                hopeless = isinstance(error, sqlite3.IntegrityError) or self.gone()
+                # A result in hand is dropped only for `stop --now`.
+                idle = not self.lease or asked(self.path, self.pool) == "now"
+                if hopeless or (self.trouble and self.leaving() and idle):
                     raise QueueError("leaving while there is still: %s" % error)
                 if str(error) != self.trouble:
                     self.log.error("%s; waiting until it is over", error)
@@ -2098,20 +2131,22 @@ class Worker:
             with self.queue.transaction():
                 state = self.record(*done) if done else None
                 run = None if self.leaving() else self.queue.claim(
-                    os.getpid(), self.take)
+                    os.getpid(), self.take_lease)
         except BaseException:
             if self.lease:
                 self.lease.discard()
             self.lease = finished
             if finished:
-                finished.empty()  # the disk may be full, and the output is in the result
+                # The disk may be full of it, and the output is in the result. Killed now,
+                # the run that is repeated has lost that output, and nothing else.
+                finished.empty()
             raise
         if done:
             finished.discard()
             self.report(state, *done)
         return run
 
-    def take(self, run):
+    def take_lease(self, run):
         self.lease = Lease(run["lease"], run["output_limit"])
 
     def record(self, run, result):
@@ -2198,7 +2233,7 @@ def work(path, pool, drain, pool_fd):
             worker.work()
         finally:
             leave(path, fd, own)
-            remove_leftover(pool_file(path, pool))  # if its supervisor was killed
+            remove_pool_files(path)  # if our supervisor was killed, and we are the last
     except (QueueError, OSError) as error:
         worker.log.error("%s", error)
         sys.exit(TROUBLE)
@@ -2219,7 +2254,8 @@ class Supervisor:
     """A pool: starts workers, replaces those that die, puts back what nobody runs.
 
     It has no database, lease or other's file open while it forks: a lock would go with
-    the fork, and SQLite must not cross one.
+    the fork, and SQLite must not cross one. (What is started to be another program, like
+    `on_dead`, closes all that.)
     """
 
     def __init__(self, path, count, drain=False, tell=None):
@@ -2236,6 +2272,7 @@ class Supervisor:
         self.next_page = 1  # of the jobs that `keep` may remove
         self.signals, self.signalled = 0, -MAX_SPAN  # how many, and when the last
         self.untold = None  # why `on_dead` could not be started
+        self.failed = drain  # until it is seen that no job ended dead
         self.cut_off = None  # why it can't go on
 
     def run(self, started):
@@ -2259,13 +2296,14 @@ class Supervisor:
             self.log.info("pool of %d started", self.count)
             started()
             self.loop()
-            failed = self.with_queue(self.finish) or self.cut_off
+            self.with_queue(self.finish)
             self.log.info("pool stopped")
         finally:
             ask(self.path, self.pid, "stop")  # whatever happened, no worker goes on alone
-            catch_signals(signal.SIG_IGN)  # at its end Python gives up its handlers
+            # At its end Python gives up its handlers: a late signal would give exit -15.
+            catch_signals(signal.SIG_IGN)
             leave(self.path, self.fd, own)
-        return 1 if failed else 0
+        return 1 if self.failed or self.cut_off else 0
 
     def count_signal(self, number, frame):
         """Count it, unless it is the same one: timeout(1) signals us and our group."""
@@ -2285,7 +2323,8 @@ class Supervisor:
                 self.with_queue(self.keep_house)
                 looked = time.monotonic()
                 pause = 0.5 if self.tell else LOOK_EVERY
-                if self.endings or not self.settled:
+                if not self.settled or not all(
+                        ending.stuck() for ending in self.endings.values()):
                     pause = TICK
                 self.next_look = looked + pause
             due = min(self.next_look, self.next_start) if missing else self.next_look
@@ -2295,8 +2334,8 @@ class Supervisor:
     def over(self):
         """Tell whether the pool may leave: what a dead worker ran was looked after.
 
-        Of a queue that was removed nobody can tell any more; and where it can't be read
-        the next pool has to, if this one shall stop now.
+        Of a queue that was removed nobody can tell any more. What can't be ended is for
+        the next pool; so is a queue that can't be read, if this one shall stop now.
         """
         if not self.cut_off and not os.path.exists(pool_file(self.path, self.pid)):
             self.cut_off = "its file %s was removed" % pool_file(self.path, self.pid)
@@ -2305,9 +2344,9 @@ class Supervisor:
         request = asked(self.path, self.pid)
         if not request or self.workers:
             return False
-        trouble = not self.settled and request == "now"
-        gone = not still_names(self.path, self.file)
-        return gone or trouble or (self.settled and not self.endings)
+        if not self.settled:
+            return request == "now" or not still_names(self.path, self.file)
+        return all(ending.stuck() for ending in self.endings.values())
 
     def ask(self, word):
         if asked(self.path, self.pid) not in (word, "now"):
@@ -2391,13 +2430,17 @@ class Supervisor:
         runs = queue.processing()
         own = {self.pid, *(worker.pid for worker in self.workers)}
         living = own.union(*pools(self.path).values())
-        lost = {run["lease"]: run for run in runs if not (
-            run["worker"] in living and held(run["lease"], missing=True))}
-        found = processes_of(dict.fromkeys(lost), own)
+        lost = {}
+        for run in runs:
+            attended = run["worker"] in living and held(run["lease"])
+            if not attended and queue.owned(run):
+                lost[run["lease"]] = run
+        found = processes_of(dict.fromkeys(lost))
         self.settled = True
         for lease, run in lost.items():
             if run["worker"] in found[lease]:
-                continue  # it is there; somebody removed its file
+                continue  # it is there; somebody removed its file, or the lease
+            found[lease] -= own  # a run may have started this very pool
             if time.monotonic() < self.died.get(run["worker"], -MAX_SPAN) + OUTLIVED:
                 self.settled = False  # until it is seen whether this pool is killed, too
                 continue
@@ -2408,6 +2451,8 @@ class Supervisor:
                 self.release(queue, run)
         self.endings = {lease: ending for lease, ending in self.endings.items()
                         if lease in lost}
+        workers = {run["worker"] for run in lost.values()}
+        self.died = {pid: at for pid, at in self.died.items() if pid in workers}
 
     def end_orphan(self, run, pids):
         """Signal what a dead worker left running, as its worker would have done."""
@@ -2476,18 +2521,17 @@ class Supervisor:
                     path = os.path.join(folder, name)
                     if path not in leases:
                         remove_leftover(path)
-        for pool in pools_named(self.path):
-            remove_leftover(pool_file(self.path, pool))
+        remove_pool_files(self.path)
         log = beside(self.path, ".log")
         with contextlib.suppress(OSError):  # Windows refuses it while others write
             if os.path.getsize(log) > LOG_LIMIT:
                 os.replace(log, log + ".1")
 
     def finish(self, queue):
-        """Tell whether a drained pool leaves a job that ended dead."""
+        """Look whether a drained pool leaves a job that ended dead; clear up."""
+        self.failed = self.drain and queue.dead_since(self.began, self.pids)
         self.tidy(queue)
         wait_until(lambda: not self.tell_dead(queue), GRACE)
-        return self.drain and queue.dead_since(self.began, self.pids)
 
 
 # ======================================================================================
@@ -2603,7 +2647,7 @@ def why_waiting(queue, job, pools):
         busy = job["id"] in [worker["job"] for worker in pools]
         if busy or not queue.owned(job):
             return None
-        return (LOST if held(queue.lease(job), missing=True) else DIED) + no_pool
+        return (LOST if held(queue.lease(job)) else DIED) + no_pool
     if job["state"] not in ("pending", "failed"):
         return None
     if not job["claimable"]:
@@ -2949,8 +2993,7 @@ def follow(queue, id):
             say("%d bytes of output were dropped here" % (dropped - printed))
         write_bytes(output[max(0, printed - dropped) :])
         printed = max(printed, dropped + len(output))
-        path = queue.lease(job)
-        if running and not held(path, missing=True) and queue.owned(job):
+        if running and not held(queue.lease(job)) and queue.owned(job):
             raise QueueError("the worker of job %s died; a pool puts it back" % id)
         time.sleep(TICK / 2 if running else 0)
 
@@ -2979,8 +3022,11 @@ def cmd_wait(args, queue):
     if counts is None:
         say("still waiting for jobs after %s" % span(args.timeout))
         return 124
-    answer(args, counts, "%(completed)d completed, %(dead)d dead" % counts)
-    return 1 if counts["dead"] else 0
+    words = "%(completed)d completed, %(dead)d dead" % counts
+    if counts["removed"]:
+        words += ", %d removed before they were seen to end" % counts["removed"]
+    answer(args, counts, words)
+    return 1 if counts["dead"] or counts["removed"] else 0
 
 
 @command("status", "count the jobs, list the workers", "status --watch",
@@ -3038,15 +3084,14 @@ def cmd_cancel(args, queue):
 def cmd_delete(args, queue):
     aged = args.older_than is not None
     chosen = args.state or args.all or aged
-    if bool(args.ids) == bool(chosen or args.dry_run) or (args.state and args.all):
+    if bool(args.ids) == bool(chosen) or (args.ids and args.dry_run) or (
+            args.state and args.all):
         words = "delete: name jobs and nothing else, or give --state S or --all"
         raise QueueError(words, 2)
     if args.ids:
         queue.delete(args.ids)
         lines = ["deleted " + shown(id) for id in args.ids]
         return answer(args, {"deleted": args.ids}, *lines)
-    if not chosen:
-        raise QueueError("delete: name jobs and nothing else, or give --state S or --all", 2)
     if aged and args.state not in (None, "completed", "dead"):
         raise QueueError("--older-than: only jobs that have finished have an age", 2)
     if args.state == "processing":
@@ -3540,7 +3585,7 @@ class Site:
         route = ROUTES.get(method + " " + path)
         if not route:
             raise QueueError("no such page", 404)
-        with Queue(self.path, patience=IDLE_WAIT) as queue:
+        with Queue(self.path, patience=IDLE_WAIT, new=False) as queue:
             value = route(queue, query)
         if method == "POST":
             with self.lock:
