@@ -1186,10 +1186,11 @@ def test_show_says_in_words_why_a_job_is_not_running(queue, clock):
     assert why("a") == "next in line" and why("b") == "1 job before it"
     assert why("b", ()).startswith("no pool is running") and why("c") == "due in 12s"
     run = claim(queue)
-    os.mkdir("queuectl.runs")
-    assert why("a") is None and why("a", [{"job": None}]) == queuectl.LOST
-    with open(run["lease"], "w"):
-        assert why("a", ()) == queuectl.DIED + "; " + queuectl.NO_POOL
+    assert why("a") is None and why("a", [{"job": None}]) == queuectl.DIED
+    lease = queuectl.Lease(run["lease"], 10)
+    assert why("a", ()) == queuectl.LOST + "; " + queuectl.NO_POOL
+    os.close(lease.fd)
+    assert why("a", ()) == queuectl.DIED + "; " + queuectl.NO_POOL
     queue.fail(run, result("exit 1"))
     assert why("a") == "try 2 in 2.0s" and why("a", ()).endswith("worker start")
     assert "waiting:     due" in ok("show", "c").out
@@ -2619,7 +2620,7 @@ def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatc
     pool = no_signals(monkeypatch, supervisor(queue))
     with leased(queue, 1) as run:  # we are the child
         listed = queue.processing()
-        assert queuectl.processes_of({run["lease"]: None}, set()) == {
+        assert queuectl.processes_of({run["lease"]: None}) == {
             run["lease"]: {os.getpid()}}
         queue.complete(run, result(None))
         monkeypatch.setattr(queue, "processing", lambda: listed)
