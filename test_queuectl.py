@@ -4024,6 +4024,39 @@ def test_the_readmes_library_example_runs():
     assert told.stdout.startswith(b"completed 0 b'hello") and pool.poll() is None
 
 
+# Where the README says that priorities stand: what goes, and what comes in its place.
+WITHOUT_PRIORITIES = [
+    (r'(?s)    "priority": .*?\),\n(?=    "run_at")', ""),
+    (r"    priority INTEGER NOT NULL DEFAULT 0,\n", ""),
+    (r'ORDER = "priority DESC, seq"', 'ORDER = "seq"'),
+    (r"(?s)\(priority > \? OR priority = \? AND seq < \?\)\",\n.*?job\[\"seq\"\]\)",
+     'seq < ?", job["seq"])'),
+    (r'(?s)(def oldest_claimable.*?\n)        first = .*?FROM level"\)\n',
+     r'\1        return self._value("SELECT run_at FROM jobs WHERE " + CLAIMABLE'
+     r' + " ORDER BY seq")\n'),
+]
+
+
+def test_priorities_can_be_taken_away_in_the_places_that_the_readme_names():
+    text = read(SCRIPT)
+    for pattern, place in WITHOUT_PRIORITIES:
+        text, count = re.subn(pattern, place, text)
+        assert count == 1, pattern
+    assert "priority" not in text.replace("PRIORITY", "").lower()
+    with open("changed.py", "w", encoding="utf-8") as file:
+        file.write(text)
+
+    def changed(*argv):
+        return subprocess.run([sys.executable, "changed.py", *argv], timeout=60,
+                              stdout=subprocess.PIPE, check=True).stdout.decode()
+
+    changed("enqueue", '[{"id":"a","command":"true"},{"id":"b","command":"true"}]')
+    assert "1 job before it" in changed("show", "b") or "no pool" in changed("show", "b")
+    assert "Oldest Waiting" in changed("status")
+    changed("worker", "start", "--drain")
+    assert "priority" not in changed("list", "--json") + changed("enqueue", "--help")
+
+
 @posix
 def test_the_readmes_first_job_runs():
     line = re.search(r"(?m)^    (python3 queuectl.py enqueue .*drain.*)$", readme())[1]
