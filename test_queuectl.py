@@ -2257,13 +2257,13 @@ def test_a_killed_pools_run_elsewhere_ends_before_it_runs_again(client):
 # Kills the worker itself, once, when it has the lease of a claim that is not committed.
 KILLED_IN_CLAIM = """
 import os
-take = queuectl.Worker.take
+take = queuectl.Worker.take_lease
 def killed(worker, name):
     take(worker, name)
     if not os.path.exists("lock"):
         open("lock", "w").close()
         os.kill(os.getpid(), queuectl.KILL)
-queuectl.Worker.take = killed
+queuectl.Worker.take_lease = killed
 """
 
 
@@ -2302,7 +2302,7 @@ lsof = pytest.mark.skipif(not shutil.which("lsof"), reason="needs lsof, or /proc
         *((kind, "") for kind in ORPHANS if kind != "plain"),
         ("ignores TERM", "queuectl.IDLE_WAIT = 60")]),  # who waits is woken
     *(pytest.param(kind, NO_PROC, marks=[posix, lsof])
-      for kind in ORPHANS if kind != "all closed")])
+      for kind in ("unmarked", "own session"))])
 def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(kind, script, victim):
     enqueue(ORPHANS[kind].replace("NAP", NAP), id="x")
     pool = start_pool(count=1, script=script)
@@ -3510,10 +3510,9 @@ queuectl.Queue._leave = gives
     "raise queuectl.sqlite3.DatabaseError('database disk image is malformed')",
     "raise queuectl.sqlite3.OperationalError('database is locked')",
     "raise OSError(28, 'No space left on device')"])
-@pytest.mark.parametrize("command", ["sleep 0.5", "sleep 0.5; exit 1"])
-def test_another_database_ends_a_pool_whatever_result_is_in_hand(trouble, command):
+def test_another_database_ends_a_pool_whatever_result_is_in_hand(trouble):
     os.mkdir("new")
-    enqueue(command, id="x")
+    enqueue("sleep 0.5; exit 1", id="x")
     pool = start_pool(count=1, script=OLD_FILE % trouble)
     wait_until(lambda: state("x") == "processing")
     other_over_it()
@@ -3955,7 +3954,7 @@ def test_chaos_loses_nothing_and_runs_nothing_twice(seed):
     ok("config", "set", "max_retries", "50")
     chaos = Chaos(int(seed))
     try:
-        chaos.rage(float(os.environ.get("CHAOS_SECONDS", 6)))
+        chaos.rage(float(os.environ.get("CHAOS_SECONDS", 3)))
         chaos.calm()
         chaos.reckon()
         chaos.report()
