@@ -2296,7 +2296,9 @@ class Supervisor:
             self.log.info("pool of %d started", self.count)
             started()
             self.loop()
-            self.with_queue(self.finish)
+            # A drain has to say how it ended, also while another program has the lock.
+            wait_until(lambda: self.with_queue(self.finish) or self.cut_off,
+                       PATIENCE if self.drain else 0, TICK)
             self.log.info("pool stopped")
         finally:
             ask(self.path, self.pid, "stop")  # whatever happened, no worker goes on alone
@@ -2528,10 +2530,11 @@ class Supervisor:
                 os.replace(log, log + ".1")
 
     def finish(self, queue):
-        """Look whether a drained pool leaves a job that ended dead; clear up."""
+        """Look whether a drained pool leaves a job that ended dead; clear up, and tell."""
         self.failed = self.drain and queue.dead_since(self.began, self.pids)
         self.tidy(queue)
         wait_until(lambda: not self.tell_dead(queue), GRACE)
+        return True
 
 
 # ======================================================================================

@@ -2129,6 +2129,20 @@ def test_an_idle_pool_picks_up_at_once():
     wait_until(lambda: state("x") == "completed", timeout=2)
 
 
+@posix
+def test_a_drain_that_ends_while_the_database_is_locked_says_how_it_ended():
+    script = """if 1:
+        def finish(self, queue, finish=queuectl.Supervisor.finish, left=[1, 1]):
+            if left:
+                raise queuectl.sqlite3.OperationalError("database is locked%d" % left.pop())
+            return finish(self, queue)
+        queuectl.Supervisor.finish = finish"""
+    enqueue()
+    assert start_pool("--drain", script=script).wait(20) == 0
+    enqueue("exit 1", max_retries=1)
+    assert start_pool("--drain", script=script).wait(20) == 1
+
+
 def test_two_pools_run_every_job_exactly_once():
     os.mkdir("out")
     line = '{"command":"mkdir %d","cwd":"out"}\n'  # a second time it fails
