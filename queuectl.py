@@ -215,7 +215,8 @@ def here():
 def folder(value):
     if not isinstance(value, str) or not storable(value) or not os.path.isdir(value):
         raise ValueError("a directory that exists and has a name in UTF-8")
-    return os.path.normpath(value if os.path.isabs(value) else os.path.join(here(), value))
+    path = value if os.path.isabs(value) else os.path.join(here(), value)
+    return os.path.normpath(path)
 
 
 def optional(check, word):
@@ -239,8 +240,9 @@ def prefix(value):
 
 def environment(value):
     def fits(name, text):
-        named = name and "=" not in name and isinstance(text, str)
-        return named and storable(name + text) and len((name + text).encode()) < MAX_COMMAND
+        if not name or "=" in name or not isinstance(text, str):
+            return False
+        return storable(name + text) and len((name + text).encode()) < MAX_COMMAND
 
     if not isinstance(value, dict) or not all(itertools.starmap(fits, value.items())):
         raise ValueError("an object of texts, with names without = and no NUL, each of"
@@ -452,8 +454,8 @@ INSERT INTO config VALUES ('token', lower(hex(randomblob(4))));
 """ % (" OR ".join(map("state = '{}'".format, STATES)),
        ", ".join(map("('{}', 0)".format, STATES)))
 
-# Of a queue of version 1. Every claim and every enqueue names the column that gets a new
-# name: an older process that has the database open fails instead of writing.
+# Of a queue of version 1. Every claim and enqueue names the column that is renamed: an
+# older process that has the database open fails instead of writing.
 MIGRATION = """
 DROP INDEX jobs_ready;
 DROP INDEX jobs_waiting;
@@ -590,7 +592,7 @@ class Queue:
 
     def _check_owner(self):
         if self.owner != (os.getpid(), _thread.get_ident()):
-            why = "was closed" if self.owner is None else "is another process's or thread's"
+            why = "is another process's or thread's" if self.owner else "was closed"
             raise QueueError("this Queue %s: open one here" % why)
 
     def close(self):
@@ -643,8 +645,8 @@ class Queue:
                 raise QueueError("%s is not a queue of queuectl" % shown(self.path))
             version = self._value("PRAGMA user_version")
             if version > SCHEMA_VERSION:
-                words = "%s has version %d of the schema, and this queuectl knows version"
-                words += " %d: take a newer queuectl.py"
+                words = "%s has version %d of the schema, and this queuectl knows"
+                words += " version %d: take a newer queuectl.py"
                 raise QueueError(words % (shown(self.path), version, SCHEMA_VERSION))
             if version == 1:
                 for pool in older_pools(self.path):
@@ -881,15 +883,15 @@ class Queue:
                     " finished_at = :finished_at, exit_code = :exit_code,"
                     " error = :error, output = :output"
                     " WHERE seq = :seq AND run = :run", {**run, **result})
-                if result["error"] == "refused":  # nothing ran, as often as it was tried
+                if result["error"] == "refused":  # nothing ran, however often
                     self._change("DELETE FROM runs WHERE seq = ? AND run = ?",
                                  run["seq"], run["run"])
                     return state
                 self.db.execute(
                     "UPDATE totals SET runs = runs + 1,"
                     " seconds = seconds + :finished_at - :started_at"
-                    " WHERE outcome = (SELECT " + OUTCOME + " FROM (SELECT :error AS error))",
-                    {**run, **result})
+                    " WHERE outcome = (SELECT " + OUTCOME +
+                    " FROM (SELECT :error AS error))", {**run, **result})
             if moved and state == "dead" and error != "cancelled" and (
                     self.settings()["on_dead"]):
                 self._change("INSERT OR IGNORE INTO untold VALUES (?)", run["seq"])
@@ -954,8 +956,9 @@ class Queue:
         wake_workers(self.path)
 
     def retry_all(self):
-        """Retry every dead job; return how many, and how many were left as cancelled."""
-        now, dead = self.clock(), "state = 'dead' AND " + RARE + " AND error %s 'cancelled'"
+        """Retry every dead job but the cancelled; return the number of each."""
+        now = self.clock()
+        dead = "state = 'dead' AND " + RARE + " AND error %s 'cancelled'"
         count = self._in_pages(self.RETRY, dead % "IS NOT", now, now)
         wake_workers(self.path)
         return count, self._value("SELECT COUNT(*) FROM jobs WHERE " + dead % "=")
@@ -1206,7 +1209,8 @@ class Queue:
         period = max(now - since, 1.0)
         rows = self._rows(
             "SELECT MIN(CAST((finished_at - ?) / ? AS INTEGER), ?) AS bar,"
-            " SUM(outcome = 'completed') AS completed, SUM(outcome = 'failed') AS failed,"
+            " SUM(outcome = 'completed') AS completed,"
+            " SUM(outcome = 'failed') AS failed,"
             " SUM(outcome = 'interrupted') AS interrupted,"
             " SUM(attempt > 1) AS retries, SUM(finished_at >= ?) AS latest"
             " FROM (SELECT *, " + OUTCOME + " AS outcome FROM runs"
@@ -1315,7 +1319,8 @@ def lock(fd, shared=False):
             os.lseek(fd, LOCK_PLACE, os.SEEK_SET)
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
         else:
-            fcntl.flock(fd, fcntl.LOCK_NB | (fcntl.LOCK_SH if shared else fcntl.LOCK_EX))
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(fd, fcntl.LOCK_NB | kind)
         return True
     except OSError as error:
         if WINDOWS or isinstance(error, (BlockingIOError, PermissionError)):
@@ -1335,7 +1340,7 @@ def opened(path, flags=os.O_RDONLY):
 
 
 def still_names(path, status):
-    """Tell whether PATH still names the file that had this status, as far as is known."""
+    """Tell whether PATH still names the file of this status, as far as is known."""
     try:
         return os.path.samestat(os.stat(path), status)
     except (FileNotFoundError, NotADirectoryError):
@@ -1357,9 +1362,9 @@ def wait_until(condition, seconds, pause=TICK / 10):
 def hold(path):
     """Make a file, or take over a leftover, and hold it; return its descriptor.
 
-    Between opening and locking it somebody may look at it, or take it for a leftover and
-    remove it: then it is tried again. For how long is bounded, since another process
-    may have the same name for good: two containers give the same number to their pools.
+    Between opening and locking it somebody may look at it, or take it for a leftover
+    and remove it: then it is tried again. For how long is bounded, since another process
+    may have that name for good: two containers give the same number to their pools.
     """
     for _ in range(50):
         try:
@@ -1454,9 +1459,9 @@ def pools(path):
 
 
 def remove_pool_files(path):
-    """Remove the files of pools that are gone; of one whose workers live it has to stay.
+    """Remove the files of pools that are gone, with all their workers.
 
-    By it they are asked to stop.
+    By it those are asked to stop whose supervisor was killed.
     """
     living = pools(path)
     for pool in pools_named(path):
@@ -1521,16 +1526,18 @@ def asked(path, pool):
 
 
 def abandoned(path, pool):
-    """Tell a worker whether its supervisor is gone; where the system tells, without a look
-    at a file that others may just be looking at."""
+    """Tell a worker whether its supervisor is gone.
+
+    Where the system says so, without a look at a file that others may be looking at.
+    """
     return not held(pool_file(path, pool)) if WINDOWS else os.getppid() != pool
 
 
 class Wake:
-    """Wait for whichever comes first: a signal, a child's end, what can be read, a time.
+    """Wait for what comes first: a signal, a child's end, something to read, a time.
 
-    `wait` returns true for the first two, so that who is woken looks at once. On Windows
-    no signal reaches another process: who waits looks again and again.
+    `wait` returns true for the first two, so that who is woken looks at once. On
+    Windows no signal reaches another process: who waits looks again and again.
     """
 
     def __init__(self):
@@ -1550,7 +1557,7 @@ class Wake:
 
 
 def catch_signals(handler):
-    """Let HANDLER take the signals to stop, but for one that nohup has set to ignore."""
+    """Let HANDLER take the signals to stop, but one that nohup has set to ignore."""
     for number in STOP_SIGNALS:
         ignored = signal.getsignal(number) is signal.SIG_IGN
         if WINDOWS or number != signal.SIGHUP or not ignored:
@@ -1598,8 +1605,7 @@ if WINDOWS:
         return value
 
     def set_limits(job, flags):
-        # JOBOBJECT_EXTENDED_LIMIT_INFORMATION: two 64-bit times, then the flags; the rest
-        # stays 0.
+        # JOBOBJECT_EXTENDED_LIMIT_INFORMATION: two 64-bit times, then the flags.
         limits = (wintypes.DWORD * (36 if sys.maxsize > 2**32 else 28))()
         limits[4] = flags
         granted(KERNEL.SetInformationJobObject(job, 9, limits, ctypes.sizeof(limits)))
@@ -1652,7 +1658,7 @@ class Lease:
     """The file of a run: held for as long as any process of it lives, and its output.
 
     The file ends with the last LIMIT bytes of the output at every moment, also if the
-    worker is killed in the midst of cutting it back; it begins with how many were dropped.
+    worker is killed while it cuts it back; it begins with how many were dropped.
     """
 
     def __init__(self, path, limit):
@@ -1670,7 +1676,7 @@ class Lease:
             if self.size > longest(self.limit):
                 self.cut_back()
         except OSError:
-            # More than is kept could not be written: then nothing in the file is needed.
+            # If more than is kept could not be written, the file is not needed.
             if len(self.unwritten) > self.limit:
                 self.unwritten = self.output()
                 self.empty()
@@ -1861,7 +1867,8 @@ class Command:
             KERNEL.QueryInformationJobObject(
                 self.job, 1, accounts, ctypes.sizeof(accounts), None)
             return set(range(accounts[10]))
-        return processes_of({self.lease.path: self.pid})[self.lease.path] - {os.getpid()}
+        found = processes_of({self.lease.path: self.pid})
+        return found[self.lease.path] - {os.getpid()}
 
     def signal(self, pids, number):
         if WINDOWS:  # there is no other way
@@ -1926,11 +1933,12 @@ def signal_all(pids, number):
 def processes_of(runs):
     """Return the living processes that belong to runs: {lease: {pid}}.
 
-    RUNS is {lease: pid of its command if that is our child, else None}. To a run belongs
-    who can write to its lease, or carries the path of that in QUEUECTL_RUN, or is in the
-    process group of our child. The path is whole: another queue's process, or that of a
-    copy of this queue, is a stranger. No recorded number is trusted. For a run of which
-    nothing is left there is a second look, since a process may be forked during one.
+    RUNS is {lease: pid of its command if that is our child, else None}. To a run
+    belongs who can write to its lease, or carries the path of that in QUEUECTL_RUN, or
+    is in the process group of our child. The path is whole: another queue's process, or
+    one of a copy of this queue, is a stranger. No recorded number is trusted. For a run
+    of which nothing is left there is a second look, since a process may be forked during
+    one.
     """
     found = {lease: set() for lease in runs}
     if WINDOWS or not runs:  # there a job object ends what a killed worker left
@@ -1948,12 +1956,15 @@ def processes_of(runs):
     return found
 
 
+# A process that is gone meanwhile, or another user's. Any other error has to be one: it
+# would be believed that nothing is left of a run.
+OUT_OF_SIGHT = FileNotFoundError, ProcessLookupError, PermissionError
+
+
 def traces_in_proc():
-    """Yield for each living process its group, the files that it can write to, its mark."""
+    """Yield pid and trace of each living process: group, files it can write, mark."""
     for pid in filter(str.isdigit, os.listdir("/proc")):
-        # It may be gone meanwhile, or another user's. Any other error must be one: that
-        # nothing is left would be believed.
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        with contextlib.suppress(*OUT_OF_SIGHT):
             folder = "/proc/%s/" % pid
             with open(folder + "stat", "rb") as file:
                 fields = file.read().rpartition(b")")[2].split()
@@ -1964,13 +1975,13 @@ def traces_in_proc():
                 for mark in re.findall(rb"(?:^|\0)QUEUECTL_RUN=([^\0]*)", file.read()):
                     yield int(pid), os.fsdecode(mark)
             for fd in os.listdir(folder + "fd"):
-                with contextlib.suppress(FileNotFoundError, PermissionError):
+                with contextlib.suppress(*OUT_OF_SIGHT):
                     if os.lstat(folder + "fd/" + fd).st_mode & 0o200:
                         yield int(pid), os.readlink(folder + "fd/" + fd)
 
 
 def traces_by_tools(leases):
-    """Yield the same where there is no /proc: by `ps` the groups, by `lsof` the files."""
+    """Yield the same where there is no /proc: groups by `ps`, files by `lsof`."""
     import subprocess
 
     def lines_of(*words):
@@ -2016,7 +2027,7 @@ def open_log(queue_path, who):
         return os.open(path, flags, 0o600)
 
     class Log(logging.handlers.WatchedFileHandler):
-        """A handler that goes on in a new file when the supervisor renamed a full one."""
+        """Go on in a new file when the supervisor has renamed a full one."""
 
         def _open(self):
             try:
@@ -2036,7 +2047,8 @@ def open_log(queue_path, who):
         handler = logging.StreamHandler()
         say("cannot write the log, logging here instead: %s" % error)
     layout = "%%(asctime)s %%(levelname)s %s[%d] %%(message)s" % (who, os.getpid())
-    logging.basicConfig(handlers=[handler], level=logging.INFO, format=layout, force=True)
+    logging.basicConfig(
+        handlers=[handler], level=logging.INFO, format=layout, force=True)
     return logging.getLogger()
 
 
@@ -2063,8 +2075,8 @@ class Worker:
         catch_signals(self.stop)
 
     def stop(self, number, frame):
-        # Ctrl-C and a hangup reach the whole group: the supervisor counts them, and asks
-        # through its file. A SIGTERM to this worker alone makes it leave after its job.
+        # Ctrl-C and a hangup reach the whole group: the supervisor counts them, and
+        # asks through its file. SIGTERM makes this worker leave after its job.
         if number == signal.SIGTERM:
             self.stopped = True
 
@@ -2112,7 +2124,7 @@ class Worker:
         return self.stopped or self.pool_stops() or self.gone()
 
     def pause(self):
-        """Return for how long no job is due; a pool that is drained is asked to stop."""
+        """Return for how long no job is due; ask a pool that is drained to stop."""
         if self.drain and self.queue.drained():
             ask(self.path, self.pool, "stop")
         due = self.queue.next_due()
@@ -2137,8 +2149,8 @@ class Worker:
                 self.lease.discard()
             self.lease = finished
             if finished:
-                # The disk may be full of it, and the output is in the result. Killed now,
-                # the run that is repeated has lost that output, and nothing else.
+                # The disk may be full of it, and the output is in the result. Killed
+                # now, the run that is repeated has lost that output, and no more.
                 finished.empty()
             raise
         if done:
@@ -2204,7 +2216,7 @@ class Worker:
             finished_at=run["started_at"] + time.monotonic() - began)
 
     def look(self, run):
-        """Return what tells why a run has to end, if it has; it notes that it goes on."""
+        """Return a function that tells why a run has to end now, None if it has not."""
         noted = False
 
         def look():
@@ -2243,7 +2255,7 @@ def work(path, pool, drain, pool_fd):
 
 
 def leave(path, fd, own):
-    """Let go of a process's file, and remove it; the last one takes the folder along."""
+    """Let go of a process's file and remove it; the last one removes the folder."""
     os.close(fd)
     remove_leftover(own)
     with contextlib.suppress(OSError):  # not empty, others use it
@@ -2254,7 +2266,7 @@ class Supervisor:
     """A pool: starts workers, replaces those that die, puts back what nobody runs.
 
     It has no database, lease or other's file open while it forks: a lock would go with
-    the fork, and SQLite must not cross one. (What is started to be another program, like
+    the fork, and SQLite must not cross one. (Another program that is started, like
     `on_dead`, closes all that.)
     """
 
@@ -2301,8 +2313,8 @@ class Supervisor:
                        PATIENCE if self.drain else 0, TICK)
             self.log.info("pool stopped")
         finally:
-            ask(self.path, self.pid, "stop")  # whatever happened, no worker goes on alone
-            # At its end Python gives up its handlers: a late signal would give exit -15.
+            ask(self.path, self.pid, "stop")  # whatever happened: no worker goes on
+            # At its end Python gives up its handlers: a late signal would be exit -15.
             catch_signals(signal.SIG_IGN)
             leave(self.path, self.fd, own)
         return 1 if self.failed or self.cut_off else 0
@@ -2356,10 +2368,11 @@ class Supervisor:
             ask(self.path, self.pid, word)
 
     def reap(self):
-        for worker in [worker for worker in self.workers if worker.exitcode is not None]:
+        for worker in [one for one in self.workers if one.exitcode is not None]:
             self.workers.remove(worker)
             if worker.exitcode:
-                self.log.error("worker %d died: exit code %d", worker.pid, worker.exitcode)
+                words = "worker %d died: exit code %d"
+                self.log.error(words, worker.pid, worker.exitcode)
                 self.settled, self.next_look = False, 0.0
                 if worker.exitcode != TROUBLE:
                     self.died[worker.pid] = time.monotonic()
@@ -2444,7 +2457,7 @@ class Supervisor:
                 continue  # it is there; somebody removed its file, or the lease
             found[lease] -= own  # a run may have started this very pool
             if time.monotonic() < self.died.get(run["worker"], -MAX_SPAN) + OUTLIVED:
-                self.settled = False  # until it is seen whether this pool is killed, too
+                self.settled = False  # is this pool going to be killed, too?
                 continue
             # It may have ended since it was listed: its background children are let be.
             if found[lease] and queue.owned(run):
@@ -2530,7 +2543,7 @@ class Supervisor:
                 os.replace(log, log + ".1")
 
     def finish(self, queue):
-        """Look whether a drained pool leaves a job that ended dead; clear up, and tell."""
+        """Look whether a drained pool leaves a job that ended dead; clear up; tell."""
         self.failed = self.drain and queue.dead_since(self.began, self.pids)
         self.tidy(queue)
         wait_until(lambda: not self.tell_dead(queue), GRACE)
@@ -2842,7 +2855,8 @@ DRY_RUN = arg("--dry-run", "say only how many would go")
     *map(field_option, FIELDS))
 def cmd_enqueue(args, queue):
     options, unique = enqueue_options(args), []
-    timed = dict.fromkeys({"delay", "run_at"}) if {"delay", "run_at"} & set(options) else {}
+    times = {"delay", "run_at"}
+    timed = dict.fromkeys(times) if times & set(options) else {}
     defaults = queue.defaults(args.cwd)  # we may be in a folder that is gone
 
     def made(given):
@@ -2924,7 +2938,8 @@ def spooled(path):
 
 
 @command("list", "list jobs, oldest first", "list --state pending --limit 20", STATE,
-         arg("--limit N", "at most so many; 0 for all", count_of("--limit", 0), default=0))
+         arg("--limit N", "at most so many; 0 for all", count_of("--limit", 0),
+             default=0))
 def cmd_list(args, queue):
     answer_jobs(args, queue.jobs(args.state, args.limit), lambda jobs: job_table(
         jobs, queue.clock(), "CHANGED", "command"))
@@ -3242,8 +3257,8 @@ def cmd_worker_stop(args):
     # A job that stops its own pool would wait for itself.
     if not args.no_wait and not within_job_of(args.db):
         if not wait_until(gone, 10, TICK / 4):
-            say("still waiting; if a pool was stopped by Ctrl-Z, kill -CONT lets it go on:"
-                " " + " ".join(map(str, stopped)))
+            say("still waiting; one that was stopped by Ctrl-Z goes on by kill -CONT "
+                + " ".join(map(str, stopped)))
             wait_until(gone, MAX_SPAN, TICK / 4)
     verb = "stopping " if args.no_wait else "stopped "
     words = verb + ", ".join("pool %d" % pid for pid in stopped)
@@ -3275,7 +3290,8 @@ def read_status(queue):
     """Return what `status` shows; its times are epoch seconds yet."""
     return {
         "jobs": queue.counts(), "workers": worker_list(queue),
-        "oldest_waiting": queue.oldest_claimable(), "next_due": queue.next_due() or None,
+        "oldest_waiting": queue.oldest_claimable(),
+        "next_due": queue.next_due() or None,
     }
 
 
@@ -3305,7 +3321,8 @@ def status_lines(status, now):
 
 def job_document(job, runs):
     """Return what `show --json` prints."""
-    return dict(public(job), runs=[dated(run, "started_at", "finished_at") for run in runs])
+    runs = [dated(run, "started_at", "finished_at") for run in runs]
+    return dict(public(job), runs=runs)
 
 
 def output_document(job, run, output):
@@ -3322,7 +3339,7 @@ def output_document(job, run, output):
 EVERYWHERE = [arg("--json", "print one JSON document"),
               arg("--db PATH", "the queue (queuectl.db)")]
 ALIASES = {"config list": "config show", "dlq purge": "dlq clear", "metrics": "stats"}
-# Those that make a queue where there is none; `wait && deploy` in a wrong folder must not.
+# They make a queue where there is none; `wait && deploy` in a wrong folder must not.
 MAKERS = ("enqueue", "list", "dlq list", "status", "stats", "config show", "config get",
           "config set", "config unset")
 # SQLite must cross neither a fork nor threads, and `worker stop` makes no queue.
@@ -3385,7 +3402,8 @@ def parse(name, words):
     mixed = "--" not in words[:at]
     args = (parser.parse_intermixed_args if mixed else parser.parse_args)(words[:at])
     args.words = words[at + 1 :]
-    args.db = os.path.realpath(args.db or os.environ.get("QUEUECTL_DB") or "queuectl.db")
+    path = args.db or os.environ.get("QUEUECTL_DB") or "queuectl.db"
+    args.db = os.path.realpath(path)
     return function, args
 
 
@@ -3487,7 +3505,7 @@ def metrics(queue, query):
          {"busy": busy, "idle": len(status["workers"]) - busy}),
         ("runs_total", "counter", "runs that ended, by outcome", "outcome",
          {outcome: runs for outcome, (runs, _) in totals.items()}),
-        ("run_seconds_total", "counter", "seconds that runs took, by outcome", "outcome",
+        ("run_seconds_total", "counter", "seconds of these runs", "outcome",
          {outcome: "%.6f" % seconds for outcome, (_, seconds) in totals.items()}),
     ]
     lines = []
@@ -3532,7 +3550,7 @@ class Site:
         self.cached = functools.lru_cache(16)(self.document)  # outputs may be large
 
     def answer(self, method, target, headers):
-        """Return status, type and text; what is wrong with a request is told so, too."""
+        """Return status, type and text; a refusal is one of these, too."""
         from urllib.parse import urlsplit
 
         try:
@@ -3650,7 +3668,8 @@ def serve(path, host, port):
         if host not in LOOPBACK:
             say("warning: whoever reaches %s can read this queue and change it" % host)
         where = "[%s]" % host if ":" in host else host
-        print("http://%s:%d/ (to stop: Ctrl-C)" % (where, server.server_port), flush=True)
+        address = "http://%s:%d/" % (where, server.server_port)
+        print(address + " (to stop: Ctrl-C)", flush=True)
         server.serve_forever()
 
 
