@@ -2281,6 +2281,7 @@ class Supervisor:
         self.hooks = {}  # an `on_dead` that runs: the job that it is told of
         self.next_start = self.next_look = 0.0
         self.settled = True  # what dead workers ran
+        self.unreadable = False  # the queue, when it was looked at last
         self.next_page = 1  # of the jobs that `keep` may remove
         self.signals, self.signalled = 0, -MAX_SPAN  # how many, and when the last
         self.untold = None  # why `on_dead` could not be started
@@ -2358,8 +2359,10 @@ class Supervisor:
         request = asked(self.path, self.pid)
         if not request or self.workers:
             return False
+        if not still_names(self.path, self.file):
+            return True
         if not self.settled:
-            return request == "now" or not still_names(self.path, self.file)
+            return request == "now" and self.unreadable
         return all(ending.stuck() for ending in self.endings.values())
 
     def ask(self, word):
@@ -2407,13 +2410,14 @@ class Supervisor:
         try:
             if still_names(self.path, self.file):
                 with Queue(self.path, "NORMAL", IDLE_WAIT, new=False) as queue:
+                    self.unreadable = False
                     return action(queue)
             if not self.cut_off:
                 self.cut_off = "%s was removed" % shown(self.path)
                 self.ask("stop")
                 say("this pool stops: " + self.cut_off)
         except (sqlite3.Error, OSError, QueueError) as error:
-            self.settled = False
+            self.settled, self.unreadable = False, True
             self.log.error("%s", error)
 
     def keep_house(self, queue):
@@ -2456,8 +2460,10 @@ class Supervisor:
             if run["worker"] in found[lease]:
                 continue  # it is there; somebody removed its file, or the lease
             found[lease] -= own  # a run may have started this very pool
-            if time.monotonic() < self.died.get(run["worker"], -MAX_SPAN) + OUTLIVED:
-                self.settled = False  # is this pool going to be killed, too?
+            died = self.died.get(run["worker"], -MAX_SPAN)
+            if run["worker"] in own or time.monotonic() < died + OUTLIVED:
+                # It has not been reaped yet; or is this pool going to be killed, too?
+                self.settled = False
                 continue
             # It may have ended since it was listed: its background children are let be.
             if found[lease] and queue.owned(run):

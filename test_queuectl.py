@@ -3579,7 +3579,7 @@ def test_dead_jobs_go_with_dlq_clear_or_their_state(queue, words):
 
 def test_unique_revives_a_finished_job_and_keeps_its_runs_and_their_output():
     for code in (1, 0):
-        enqueue("echo night; exit %d" % code, id="x%d" % code, max_retries=1)
+        enqueue("echo night&& exit %d" % code, id="x%d" % code, max_retries=1)
     enqueue(id="last")
     drain(1)
     before = jobs()
