@@ -3676,6 +3676,7 @@ def test_a_variable_that_the_system_can_never_hand_over_is_refused_at_the_door()
 @posix
 def test_on_dead_is_told_of_each_death_whatever_is_killed_in_between():
     ok("config", "set", "on_dead", "cat >> told")
+    open("told", "w").close()
     lines = ['{"id":"d%d","command":"exit 1","max_retries":1}' % n for n in range(60)]
     ok("enqueue", "-", stdin="\n".join(lines).encode())
     dead = lambda: ok("status", "--json").json["jobs"]["dead"]
