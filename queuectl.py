@@ -125,11 +125,21 @@ def backoff(base, attempts, longest):
 
 
 def seconds(value):
-    """Return a duration in seconds from a number or text like 90, 90s, 10m, 2h, 7d."""
+    """Return a duration in seconds from a number or text like 90, 90s, 10m, 1h30m, 7d."""
     if type(value) in (int, float):
         return float(value)
-    parts = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)([smhd]?)\s*", value.lower(), re.ASCII)
-    return float(parts[1]) * UNITS[parts[2] or "s"]
+    text, part = value.strip().lower(), r"(\d+\.?\d*|\.\d+)([smhd])"
+    if re.fullmatch("(%s)+" % part, text, re.ASCII):
+        return sum(float(n) * UNITS[unit] for n, unit in re.findall(part, text))
+    return float(re.fullmatch(r"\d+\.?\d*|\.\d+", text, re.ASCII)[0])
+
+
+def size(value):
+    """Return bytes from a whole number or text like 500, 64K, 1M."""
+    if type(value) is int:
+        return value
+    parts = re.fullmatch(r"\s*(\d+)([KM]?)\s*", value.upper(), re.ASCII)
+    return int(parts[1]) * {"": 1, "K": 2**10, "M": 2**20}[parts[2]]
 
 
 def epoch(value):
@@ -137,6 +147,8 @@ def epoch(value):
     if not isinstance(value, str):
         return seconds(value)
     text = value.strip().upper().replace("Z", "+00:00")
+    if text == "NOW":
+        return time.time()
     if re.fullmatch(r"\d{9,10}(\.\d*)?", text, re.ASCII):
         return float(text)
     if text.isdecimal():  # 20260131 is meant as a date, 202601311800 no less
@@ -176,7 +188,7 @@ def within(convert, low, high, allowed):
 
 
 def duration(low, allowed):
-    words = "%s, in seconds or like 90s, 10m, 2h, 7d" % allowed
+    words = "%s, in seconds or like 90s, 10m, 1h30m, 7d" % allowed
     return within(seconds, low, MAX_SPAN, words)
 
 
@@ -215,13 +227,17 @@ def here():
 def folder(value):
     if not isinstance(value, str) or not storable(value) or not os.path.isdir(value):
         raise ValueError("a directory that exists and has a name in UTF-8")
-    path = value if os.path.isabs(value) else os.path.join(here(), value)
-    return os.path.normpath(path)
+    return os.path.normpath(os.path.join(here(), value))
 
 
 def optional(check, word):
     """Return a check that also takes the word, or null, for none."""
     return lambda value: None if value in (None, word) else check(value)
+
+
+def ids(value):
+    """Check ids of other jobs; a single one may stand alone."""
+    return [identifier(id) for id in (value if isinstance(value, list) else [value])]
 
 
 def prefix(value):
@@ -258,7 +274,8 @@ SETTINGS = {
     "backoff_max": (duration(0, "a duration"), 86400, "longest such wait, in seconds"),
     "timeout": (optional(duration(0.001, "a duration over 0"), "none"), None,
                 "seconds a run may take, for jobs that give none"),
-    "output_limit": (whole(0, 2**26), 2**20, "bytes of a run's output that are kept"),
+    "output_limit": (within(size, 0, 2**26, "bytes from 0 to 64M, like 500, 64K, 1M"),
+                     2**20, "bytes of a run's output that are kept, also like 1M"),
     "launcher": (optional(prefix, "none"), None,
                  "prefix through which runs are started, like srun -Q -n1"),
     "keep": (optional(duration(0, "forever, or a duration"), "forever"), None,
@@ -267,9 +284,9 @@ SETTINGS = {
                 " job that ends dead on standard input"),
 }
 
-# name: (check, default, option of `enqueue`, its help). But for `delay`, which becomes
-# a `run_at`, each is a column of `jobs`. The default of those that have a setting is
-# taken from there.
+# name: (check, default, option of `enqueue`, its help). Each is a column of `jobs` but for
+# `delay`, which becomes a `run_at`, and `after`, which becomes rows of `waits`. The
+# default of those that have a setting is taken from there.
 FIELDS = {
     "id": (identifier, None, "--id ID", "else a short one is made"),
     "command": (shell_line, None, "--command LINE", "the same as -- LINE"),
@@ -277,8 +294,8 @@ FIELDS = {
                     "failed attempts until it is dead"),
     "priority": (whole(-MAX_INTEGER - 1, MAX_INTEGER), 0, "--priority N",
                  "higher first (0)"),
-    "run_at": (moment, None, "--run-at TIME", "ISO 8601, or epoch seconds"),
-    "delay": (duration(0, "a duration"), None, "--delay T", "like 90s, 10m, 2h, 7d"),
+    "run_at": (moment, None, "--run-at TIME", "ISO 8601, epoch seconds, or now"),
+    "delay": (duration(0, "a duration"), None, "--delay T", "like 90s, 10m, 1h30m, 7d"),
     "timeout": (SETTINGS["timeout"][0], None, "--timeout T",
                 "end a run that takes longer"),
     "cwd": (folder, None, "--cwd DIR", "where to run it (here)"),
@@ -287,12 +304,16 @@ FIELDS = {
     # Here `none` is a value: no launcher, whatever the setting is.
     "launcher": (lambda value: value if value == "none" else prefix(value), None,
                  "--launcher PREFIX", "start it through this: srun"),
+    "after": (lambda value: [] if value in ("none", ["none"]) else ids(value), None,
+              "--after ID", "only when that job is completed, can be given again"),
+    "lock": (optional(identifier, "none"), None,
+             "--lock NAME", "one at a time of those with this name"),
 }
-COLUMNS = [name for name in FIELDS if name != "delay"]
+COLUMNS = [name for name in FIELDS if name not in ("delay", "after")]
 
 # What JSON shows of a job, in this order. Those that are no field above are queuectl's
 # own: taken and ignored, so that one queue's `list --json` is another's `enqueue -`.
-PUBLIC = ("id", "command", "state", "attempts", *COLUMNS[2:], "created_at",
+PUBLIC = ("id", "command", "state", "attempts", *COLUMNS[2:], "after", "created_at",
           "updated_at", "exit_code", "error", "started_at", "finished_at")
 TIMES = ("run_at", "created_at", "updated_at", "started_at", "finished_at")
 
@@ -313,7 +334,8 @@ def dated(row, *names):
 def public(job):
     """Return a job as JSON shows it."""
     shown = {name: job[name] for name in PUBLIC}
-    return dict(dated(shown, *TIMES), env=json.loads(job["env"] or "{}"))
+    after = job["after"].split("\n") if job["after"] else []
+    return dict(dated(shown, *TIMES), env=json.loads(job["env"] or "{}"), after=after)
 
 
 def unknown(what, word, words):
@@ -335,21 +357,27 @@ def checked(name, check, value):
         raise QueueError("%s: %s is not %s" % (name, given, allowed), 2) from None
 
 
+def checked_fields(given):
+    """Return the fields of a job that are given, ready to be stored."""
+    fields = {}
+    for name, value in given.items():
+        if name in FIELDS:
+            if value is not None:
+                fields[name] = checked(name, FIELDS[name][0], value)
+        elif name not in PUBLIC and name != "runs":
+            raise unknown("field " + json.dumps(name), name, FIELDS)
+    if "delay" in fields and "run_at" in fields:
+        raise QueueError("run_at and delay: give one of them, not both", 2)
+    return fields
+
+
 def checked_job(given, defaults):
     """Return all fields of a job, ready to be stored; those not given from DEFAULTS."""
     if type(given) is not dict:
         raise QueueError('a job is a JSON object like {"command": "echo hi"}', 2)
-    job = defaults.copy()
-    for name, value in given.items():
-        if name in FIELDS:
-            if value is not None:
-                job[name] = checked(name, FIELDS[name][0], value)
-        elif name not in PUBLIC and name != "runs":
-            raise unknown("field " + json.dumps(name), name, FIELDS)
+    job = {**defaults, **checked_fields(given)}
     if job["command"] is None:
         raise QueueError("command: missing; a job needs a shell command", 2)
-    if job["delay"] is not None and job["run_at"] is not None:
-        raise QueueError("run_at and delay: give one of them, not both", 2)
     return job
 
 
@@ -421,7 +449,8 @@ CREATE TABLE jobs (
     max_retries INTEGER NOT NULL,
     priority INTEGER NOT NULL DEFAULT 0,
     run_at REAL NOT NULL,                   -- when it is, or was, due next
-    claimable INTEGER NOT NULL,             -- 0 while a waiting job waits, else 1
+    claimable INTEGER NOT NULL,             -- 0: it waits for a time, or for others; 2: for
+                                            -- its lock alone; 1: it may be claimed
     timeout REAL,
     cwd TEXT NOT NULL,
     env TEXT,
@@ -465,9 +494,18 @@ DROP TRIGGER job_removed;
 ALTER TABLE jobs RENAME COLUMN ready TO claimable;
 """
 
+ELECT = """
+    UPDATE jobs SET claimable = 2
+        WHERE lock = %(lock)s AND state = 'pending' AND claimable = 1;
+    UPDATE jobs SET claimable = 1 WHERE seq = (SELECT seq FROM jobs
+        WHERE lock = %(lock)s AND state = 'pending' AND claimable = 2 ORDER BY %(order)s LIMIT 1)
+        AND NOT EXISTS (SELECT 1 FROM jobs WHERE lock = %(lock)s AND state = 'processing'
+            AND state <> 'pending' AND state <> 'completed'); END;
+"""
+
 SCHEMA = """
--- For `lock` and `after`, to come: the name of what one job at a time may use; how many
--- and which jobs it comes after that are not completed.
+-- The name of what one job at a time may use; how many rows of `waits` a job has: one for
+-- each that it comes after, until that is completed.
 ALTER TABLE jobs ADD COLUMN lock TEXT;
 ALTER TABLE jobs ADD COLUMN waits INTEGER NOT NULL DEFAULT 0;
 CREATE TABLE waits (seq INTEGER NOT NULL, waits_for INTEGER NOT NULL,
@@ -484,7 +522,8 @@ CREATE TABLE untold (seq INTEGER PRIMARY KEY);
 -- No IN here or above: SQLite builds its list anew for each row, half an insert's time.
 CREATE INDEX jobs_claimable ON jobs (%s) WHERE state = 'pending' AND claimable = 1;
 CREATE INDEX jobs_waiting ON jobs (run_at) WHERE claimable = 0 AND waits = 0;
-CREATE INDEX jobs_locked ON jobs (lock, %s) WHERE lock NOT NULL AND claimable > 0;
+CREATE INDEX jobs_locked ON jobs (lock, claimable, %s)
+    WHERE lock NOT NULL AND state = 'pending';
 CREATE INDEX jobs_rare ON jobs (state, seq)
     WHERE state <> 'pending' AND state <> 'completed';
 
@@ -495,22 +534,47 @@ CREATE TRIGGER job_moved AFTER UPDATE OF state ON jobs WHEN OLD.state <> NEW.sta
     UPDATE counts SET jobs = jobs + 1 WHERE state = NEW.state; END;
 CREATE TRIGGER job_removed AFTER DELETE ON jobs BEGIN
     UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
+    DELETE FROM waits WHERE seq = OLD.seq;
     DELETE FROM runs WHERE seq = OLD.seq; END;
+
+-- Whatever adds or ends a wait: `waits` is their number, and with 0 the time alone counts.
+CREATE TRIGGER wait_added AFTER INSERT ON waits BEGIN
+    UPDATE jobs SET waits = waits + 1, claimable = 0 WHERE seq = NEW.seq; END;
+CREATE TRIGGER wait_ended AFTER DELETE ON waits BEGIN
+    UPDATE jobs SET waits = waits - 1 WHERE seq = OLD.seq; END;
+CREATE TRIGGER job_completed AFTER UPDATE OF state ON jobs WHEN NEW.state = 'completed'
+    BEGIN DELETE FROM waits WHERE waits_for = NEW.seq; END;
+
+-- Whatever becomes of jobs that share a lock: the first of them may be claimed, and none
+-- while one of them runs. A changed lock counts as soon as its job is claimable again.
+CREATE TRIGGER lock_asked AFTER INSERT ON jobs WHEN NEW.lock NOT NULL BEGIN %s
+CREATE TRIGGER lock_moved AFTER UPDATE OF state, claimable ON jobs WHEN OLD.lock NOT NULL
+    BEGIN %s
+CREATE TRIGGER lock_left AFTER DELETE ON jobs WHEN OLD.lock NOT NULL BEGIN %s
 PRAGMA application_id = %d;
 PRAGMA user_version = %d;
-""" % (ORDER, ORDER, APPLICATION_ID, SCHEMA_VERSION)
+""" % (ORDER, ORDER, *[ELECT % {"lock": lock, "order": ORDER} for lock in (
+    "NEW.lock", "OLD.lock", "OLD.lock")], APPLICATION_ID, SCHEMA_VERSION)
 
-ADD = "INSERT INTO jobs (%s, claimable, created_at, updated_at) VALUES (:%s," \
-    " :run_at <= :now, :now, :now)" % (", ".join(COLUMNS), ", :".join(COLUMNS))
-AGAIN = "state = 'pending', attempts = 0, deaths = 0, cancelled = 0, error = NULL"
-REVIVE = "UPDATE jobs SET %s, %s, claimable = :run_at <= :now, updated_at = :now" \
-    " WHERE id = :id AND (state = 'completed' OR state = 'dead')" % (
-        AGAIN, ", ".join("%s = :%s" % (name, name) for name in COLUMNS[1:]))
 CLAIMABLE = "state = 'pending' AND claimable = 1"
 WAITING = "claimable = 0 AND waits = 0"  # for a time, and for nothing else
+FREE = "(waits = 0) * (1 + (lock NOT NULL))"  # what `claimable` is when no time is awaited
+UNSTARTED = "(state = 'pending' OR state = 'failed')"
+FINISHED = "(state = 'completed' OR state = 'dead')"
 RARE = "state <> 'pending' AND state <> 'completed'"  # or jobs_rare would not be used
-JOB = """SELECT jobs.*, exit_code, started_at, finished_at
-         FROM jobs LEFT JOIN runs USING (seq, run) """
+WAITED_FOR = "EXISTS (SELECT 1 FROM waits WHERE waits_for = jobs.seq)"
+PAUSED = "EXISTS (SELECT 1 FROM config WHERE key = 'paused')"
+ADD = "INSERT INTO jobs (%s, claimable, created_at, updated_at) VALUES (:%s," \
+    " (:run_at <= :now) * (1 + (:lock NOT NULL)), :now, :now)" % (
+        ", ".join(COLUMNS), ", :".join(COLUMNS))
+AGAIN = "state = 'pending', attempts = 0, deaths = 0, cancelled = 0, error = NULL"
+REVIVE = "UPDATE jobs SET %s, %s, claimable = 0, updated_at = :now" \
+    " WHERE id = :id AND %s" % (
+        AGAIN, ", ".join("%s = :%s" % (name, name) for name in COLUMNS[1:]), FINISHED)
+JOB = """SELECT jobs.*, exit_code, started_at, finished_at,
+         CASE WHEN waits > 0 THEN (SELECT group_concat(front.id, char(10)) FROM waits
+             JOIN jobs AS front ON front.seq = waits_for WHERE waits.seq = jobs.seq) END
+             AS after FROM jobs LEFT JOIN runs USING (seq, run) """
 # How a run ended that was no fault of its job, or that somebody wanted to end.
 INTERRUPTED = ("worker died", "stop --now", "stopped", "cancelled")
 OUTCOMES = ("completed", "failed", "interrupted")
@@ -522,11 +586,29 @@ BINS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)  # seconds, of run t
 NO_JOB = "there is no job "
 
 
-def in_state(state):
-    """Return the end of a WHERE for jobs in a state, or for all."""
-    rare = "" if state in ("pending", "completed") else " AND " + RARE
-    # Only a known state gets into the statement: `index` raises ValueError for others.
-    return " AND state = '%s'" % STATES[STATES.index(state)] + rare if state else ""
+Condition = collections.namedtuple("Condition", "sql, values")
+
+
+def those(states=(), text="", before=None, cancelled=None, waited_for=None):
+    """Return the condition for jobs of which all that is given is true.
+
+    They are in one of these states, have a text in id or command, finished before a time,
+    were cancelled or not, have others that wait for them or not.
+    """
+    parts = []
+    if states:  # only known ones get into a statement: `index` raises ValueError
+        names = [STATES[STATES.index(state)] for state in states]
+        parts.append("(%s)" % " OR ".join(map("state = '{}'".format, names)))
+        parts += [RARE] * (not {"pending", "completed"} & {*names})
+    if text:
+        parts.append("(instr(id, :text) OR instr(command, :text))")
+    if before is not None:
+        parts.append(FINISHED + " AND updated_at < :before")
+    if cancelled is not None:
+        parts.append("jobs.error IS %s 'cancelled'" % ("" if cancelled else "NOT"))
+    if waited_for is not None:
+        parts.append(("" if waited_for else "NOT ") + WAITED_FOR)
+    return Condition(" AND ".join(parts or ["1"]), {"text": text, "before": before})
 
 
 def spread(values):
@@ -703,12 +785,12 @@ class Queue:
         finally:
             self.db.execute("PRAGMA busy_timeout = %d" % (1000 * self.patience))
 
-    def _change(self, sql, *values):
+    def _change(self, sql, *values, **named):
         """Execute a statement; how many rows it found to change is the answer."""
-        return self.db.execute(sql, values).rowcount
+        return self.db.execute(sql, named or values).rowcount
 
-    def _rows(self, sql, *values):
-        return self.db.execute(sql, values).fetchall()
+    def _rows(self, sql, *values, **named):
+        return self.db.execute(sql, named or values).fetchall()
 
     def _value(self, sql, *values):
         row = self.db.execute(sql, values).fetchone()
@@ -742,7 +824,7 @@ class Queue:
         job whose id waits or runs, and starts one anew that has finished: the same job
         with other fields, so that its runs stay.
         """
-        now, job = self.clock(), None
+        now, job, followers = self.clock(), None, []
 
         def rows():
             nonlocal job
@@ -754,7 +836,10 @@ class Queue:
                     job["id"] = self._new_id()
                 if job["run_at"] is None:
                     job["run_at"] = min(now + (job["delay"] or 0), MAX_TIME)
-                if not unique or self._is_new(job):
+                new = not unique or self._is_new(job)
+                if job["after"] and (new or not job["left"]):
+                    followers.append((job["id"], job["after"]))
+                if new:
                     yield job
 
         with self.transaction():
@@ -767,13 +852,51 @@ class Queue:
             count = "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'"
             self._change(count, added)
             last = self._value("SELECT MAX(seq) FROM jobs") or 0
+            self._wait_for(followers)  # which may name those that came later
         wake_workers(self.path)
         return last - added + 1, last
 
+    def _wait_for(self, followers):
+        """Let jobs wait for others: pairs of an id and the ids that it comes after.
+
+        A circle has a job in it that waits for one of a higher number.
+        """
+        upwards = False
+        for id, fronts in followers:
+            seq = self.job(id)["seq"]
+            for name in fronts:
+                front = self._rows("SELECT seq, state FROM jobs WHERE id = ?", name)
+                if not front:
+                    raise QueueError("after: " + NO_JOB + shown(name))
+                if front[0]["state"] != "completed":
+                    self._change("INSERT OR IGNORE INTO waits VALUES (?, ?)",
+                                 seq, front[0]["seq"])
+                    upwards |= front[0]["seq"] >= seq
+        if upwards:
+            self._refuse_circles()
+
+    def _refuse_circles(self):
+        """Raise QueueError unless all waits end when jobs are completed in some order."""
+        followers, waits = collections.defaultdict(list), collections.Counter()
+        for seq, front in self._rows("SELECT seq, waits_for FROM waits"):
+            followers[front].append(seq)
+            waits[seq] += 1
+        free = [front for front in followers if not waits[front]]
+        while free:
+            for seq in followers[free.pop()]:
+                waits[seq] -= 1
+                if not waits[seq]:
+                    free.append(seq)
+        for seq in +waits:
+            id = self._value("SELECT id FROM jobs WHERE seq = ?", seq)
+            raise QueueError("after: in a circle, so that job %s would never run" % id)
+
     def _is_new(self, job):
         """Tell whether no job has this id; one that has finished is started anew."""
-        revived = self.db.execute(REVIVE, job).rowcount
-        there = self._value("SELECT 1 FROM jobs WHERE id = ?", job["id"])
+        revived = self._change(REVIVE, **job)
+        there = self._value("SELECT seq FROM jobs WHERE id = ?", job["id"])
+        if revived:  # what it waited for is among its fields
+            self._change("DELETE FROM waits WHERE seq = ?", there)
         job["left"] = there and not revived
         return not there
 
@@ -799,7 +922,8 @@ class Queue:
             row = self.db.execute(
                 "SELECT seq, id, command, timeout, cwd, env, max_retries, launcher,"
                 " attempts + 1 AS attempt, run + 1 AS run FROM jobs"
-                " WHERE " + CLAIMABLE + " ORDER BY " + ORDER + " LIMIT 1").fetchone()
+                " WHERE " + CLAIMABLE + " AND NOT " + PAUSED +
+                " ORDER BY " + ORDER + " LIMIT 1").fetchone()
             if row is None:
                 return None
             values = self.settings()
@@ -824,17 +948,17 @@ class Queue:
         """
         until = time.monotonic() + TICK / 10
         while self._change(
-                "UPDATE jobs SET state = 'pending', claimable = 1"
-                " WHERE (state = 'pending' OR state = 'failed') AND seq IN (SELECT seq"
-                " FROM jobs WHERE " + WAITING + " AND run_at <= ?"
-                " ORDER BY run_at LIMIT 100)", now) == 100 and time.monotonic() < until:
+                "UPDATE jobs SET state = 'pending', claimable = " + FREE +
+                " WHERE " + UNSTARTED + " AND seq IN (SELECT seq FROM jobs WHERE "
+                + WAITING + " AND run_at <= ? ORDER BY run_at LIMIT 100)",
+                now) == 100 and time.monotonic() < until:
             pass
 
     def promote_overtaken(self):
         """FAILED to PENDING, where the clock was set back behind the failure."""
         now = self.clock()
         self._change(
-            "UPDATE jobs SET state = 'pending', claimable = 1, run_at = ?"
+            "UPDATE jobs SET state = 'pending', claimable = " + FREE + ", run_at = ?"
             " WHERE state = 'failed' AND " + RARE + " AND " + WAITING +
             " AND updated_at > ?", now, now + 1)
 
@@ -925,75 +1049,86 @@ class Queue:
             " WHERE seq = ? AND run = ? AND finished_at IS NULL",
             run["pid"], run["started_at"], run["seq"], run["run"])
 
-    def cancel(self, ids):
-        """PENDING or FAILED to DEAD; of a running job only a request; all or none.
+    def edit(self, id, fields):
+        """Change a job that waits, PENDING or FAILED: fields as `checked_fields` has them.
 
-        Return the state of each job by its id.
+        It goes through the gate anew: its time, its waits, its lock.
         """
-        def verb(seq):
-            return self._change(
-                "UPDATE jobs SET state = 'dead', error = 'cancelled', claimable = 1,"
-                " updated_at = ?"
-                " WHERE seq = ? AND (state = 'pending' OR state = 'failed')",
-                self.clock(), seq,
-            ) or self._change(
-                "UPDATE jobs SET cancelled = 1 WHERE seq = ? AND state = 'processing'",
-                seq)
-
-        with self.transaction():
-            self._each(ids, verb, "job %(id)s is %(state)s already")
-            states = {job["id"]: job["state"] for job in self._named(ids)}
-        wake_workers(self.path)
-        return states
-
-    RETRY = "UPDATE jobs SET " + AGAIN + ", claimable = 1, run_at = ?, updated_at = ?"
-
-    def retry(self, ids):
-        """DEAD to PENDING with attempts 0, all or none."""
-        now, where = self.clock(), " WHERE seq = ? AND state = 'dead'"
-        self._each(ids, lambda seq: self._change(self.RETRY + where, now, now, seq),
-                   "job %(id)s is %(state)s, not dead")
-        wake_workers(self.path)
-
-    def retry_all(self):
-        """Retry every dead job but the cancelled; return the number of each."""
         now = self.clock()
-        dead = "state = 'dead' AND " + RARE + " AND error %s 'cancelled'"
-        count = self._in_pages(self.RETRY, dead % "IS NOT", now, now)
-        wake_workers(self.path)
-        return count, self._value("SELECT COUNT(*) FROM jobs WHERE " + dead % "=")
-
-    def delete(self, ids):
-        """Remove jobs and their runs, all or none; a running one is refused."""
-        query = "DELETE FROM jobs WHERE seq = ? AND state <> 'processing'"
-        self._each(ids, lambda seq: self._change(query, seq), "job %(id)s is running")
-
-    def _each(self, ids, verb, refusal):
-        """Apply a verb to each of these jobs, all or none."""
+        changes = {name: fields[name] for name in COLUMNS if name in fields}
+        if "delay" in fields:
+            changes["run_at"] = min(now + fields["delay"], MAX_TIME)
+        columns = "".join("%s = :%s, " % (name, name) for name in changes)
+        query = "UPDATE jobs SET " + columns + "claimable = 0, updated_at = :now"
         with self.transaction():
-            for job in self._named(ids):
-                if not verb(job["seq"]):
-                    raise QueueError(refusal % dict(job, id=shown(job["id"])))
+            self._apply([id], [(query, UNSTARTED)],
+                        "job %(id)s is %(state)s, and only one that waits can be changed",
+                        **changes)
+            if "after" in fields:
+                seq = self.job(id)["seq"]
+                self._change("DELETE FROM waits WHERE seq = ?", seq)
+                self._wait_for([(id, fields["after"])])
+            self.promote(now)
+        wake_workers(self.path)
+
+    # The next three take ids, of which all are changed or none, or a condition.
+
+    def cancel(self, jobs):
+        """PENDING or FAILED to DEAD; of running jobs only a request; return how many."""
+        return self._apply(jobs, [
+            ("UPDATE jobs SET state = 'dead', error = 'cancelled', claimable = 1,"
+             " updated_at = :now", UNSTARTED),
+            ("UPDATE jobs SET cancelled = 1", "state = 'processing'"),
+        ], "job %(id)s is %(state)s already")
+
+    def retry(self, jobs, states=("completed", "dead")):
+        """COMPLETED or DEAD to PENDING with attempts 0; return how many."""
+        again = "UPDATE jobs SET %s, claimable = %s, run_at = :now, updated_at = :now"
+        return self._apply(jobs, [(again % (AGAIN, FREE), those(states).sql)],
+                           "job %(id)s is %(state)s, not " + " or ".join(states))
+
+    def delete(self, jobs):
+        """Remove jobs and their runs, but no running ones; return how many.
+
+        One that others wait for is removed by id only together with them.
+        """
+        query = "DELETE FROM jobs", "state <> 'processing'"
+        if isinstance(jobs, Condition):
+            count = self._apply(jobs, [query])
+            self._give_back()
+            return count
+        with self.transaction():
+            fronts = self._named(jobs)
+            self._apply(jobs, [query], "job %(id)s is running")
+            for front in fronts:
+                id = self._value("SELECT id FROM jobs JOIN waits USING (seq)"
+                                 " WHERE waits_for = ?", front["seq"])
+                if id is not None:
+                    words = "job %s is waited for by %s: name that, too"
+                    raise QueueError(words % (shown(front["id"]), shown(id)))
+        return len(fronts)
+
+    def _apply(self, jobs, changes, refusal="", **values):
+        """Apply the changes of a verb to jobs, each change to those in states it leaves."""
+        values["now"] = self.clock()
+        if isinstance(jobs, Condition):
+            count = self._in_pages(jobs, changes, values)
+        else:
+            with self.transaction():
+                named = self._named(jobs)
+                for job in named:
+                    if not any([self._change(change + " WHERE seq = :seq AND " + state,
+                                             **values, seq=job["seq"])
+                                for change, state in changes]):
+                        raise QueueError(refusal % dict(job, id=shown(job["id"])))
+            count = len(named)
+        wake_workers(self.path)
+        return count
 
     def _named(self, ids):
         if isinstance(ids, str):
             raise QueueError("ids: a list of them, not one text")
         return [self.job(id) for id in dict.fromkeys(ids)]
-
-    def delete_all(self, state=None, before=None, dry_run=False):
-        """Remove the jobs of a state, or all but running ones; return how many.
-
-        Of them only those that finished before a time, if that is given.
-        """
-        where = "state <> 'processing'" + in_state(state)
-        if before is not None:
-            where += " AND (state = 'completed' OR state = 'dead') AND updated_at < %r"
-            where %= float(before)
-        if dry_run:
-            return self._value("SELECT COUNT(*) FROM jobs WHERE " + where)
-        count = self._in_pages("DELETE FROM jobs", where)
-        self._give_back()
-        return count
 
     def prune(self, keep, first):
         """Remove the jobs of one page that were completed more than KEEP seconds ago.
@@ -1011,23 +1146,27 @@ class Queue:
         self._give_back()
         return count, last + 1
 
-    def _in_pages(self, change, where, *values):
-        """Apply a change to all jobs that meet a condition; return how many they were.
+    def _in_pages(self, jobs, changes, values):
+        """Apply changes to all jobs that meet a condition; return how many they were.
 
         In many short transactions: one for a million jobs, or for a few hundred with
         large outputs, would hold up everybody for seconds.
         """
-        count, last, size = 0, 0, PAGE
+        where = "%s AND (%s)" % (jobs.sql, " OR ".join(state for _, state in changes))
+        values = {**values, **jobs.values, "last": 0}
+        count, size = 0, PAGE
         while True:
-            page = self._rows("SELECT seq FROM jobs WHERE seq > ? AND " + where
-                              + " ORDER BY seq LIMIT ?", last, size)
+            page = self._rows("SELECT seq FROM jobs WHERE seq > :last AND " + where
+                              + " ORDER BY seq LIMIT :size", **values, size=size)
             if not page:
                 return count
-            began, first, last = time.monotonic(), page[0][0], page[-1][0]
+            began = time.monotonic()
+            values.update(first=page[0][0], last=page[-1][0])
             with self.transaction():
-                count += self._change(
-                    change + " WHERE seq BETWEEN ? AND ? AND " + where,
-                    *values, first, last)
+                for change, state in changes:
+                    count += self._change(
+                        "%s WHERE seq BETWEEN :first AND :last AND %s AND %s"
+                        % (change, jobs.sql, state), **values)
             spent = max(0.001, time.monotonic() - began)  # Windows has a coarse clock
             size = max(1, min(PAGE, int(len(page) * TICK / 4 / spent)))
 
@@ -1046,29 +1185,74 @@ class Queue:
             raise QueueError(NO_JOB + shown(id))
         return rows[0]
 
-    def jobs(self, state=None, limit=0, first=1, last=MAX_INTEGER):
-        """Yield jobs, oldest first; LIMIT 0 is all.
+    def find(self, prefix):
+        """Return the job of this id, or else the only one whose id begins so."""
+        ids = []
+        if len(prefix) >= 4 and storable(prefix):
+            ids = [id for id, in self._rows(
+                "SELECT id FROM jobs WHERE id >= ? AND id < ? LIMIT 2",
+                prefix, prefix + chr(sys.maxunicode))]
+        return self.job(ids[0] if len(ids) == 1 else prefix)
+
+    def jobs(self, condition=those(), limit=0, newest=False, first=1, last=MAX_INTEGER):
+        """Yield jobs, oldest or NEWEST first; LIMIT 0 is all.
 
         Each page is a read of its own: a long one keeps the log from its reset.
         """
         left = limit or MAX_INTEGER
-        where = "WHERE seq BETWEEN ? AND ?" + in_state(state) + " ORDER BY seq LIMIT ?"
+        where = "WHERE seq BETWEEN :first AND :last AND %s ORDER BY seq %s LIMIT :size" % (
+            condition.sql, "DESC" if newest else "")
         while left > 0:
-            page = self._rows(JOB + where, first, last, min(left, PAGE))
+            page = self._rows(JOB + where, **condition.values, first=first, last=last,
+                              size=min(left, PAGE))
             yield from page
             left = left - len(page) if len(page) == PAGE else 0
-            first = page[-1]["seq"] + 1 if page else last
+            if page and newest:
+                last = page[-1]["seq"] - 1
+            elif page:
+                first = page[-1]["seq"] + 1
 
-    def newest(self, state=None, text="", before="", limit=50):
-        """Return jobs that came before one, newest first, with a text in id or command.
+    def count(self, condition):
+        """Return how many jobs meet a condition."""
+        sql = "SELECT COUNT(*) FROM jobs WHERE " + condition.sql
+        return self._rows(sql, **condition.values)[0][0]
 
-        If that one was deleted meanwhile, the newest of all.
-        """
+    def before(self, id):
+        """Return the number that comes before that of a job, the last of all without one."""
+        return self._value("SELECT COALESCE((SELECT seq - 1 FROM jobs WHERE id = ?), ?)",
+                           id, MAX_INTEGER)
+
+    def state(self, id):
+        """Return the state of a job, None if it is gone."""
+        return self._value("SELECT state FROM jobs WHERE id = ?", id)
+
+    def blockers(self, job):
+        """Return the jobs that one waits for, dead ones first."""
         return self._rows(
-            JOB + "WHERE seq < COALESCE((SELECT seq FROM jobs WHERE id = ?), ?)"
-            " AND (instr(id, ?) OR instr(command, ?))"  # an empty text is in each
-            + in_state(state) + " ORDER BY seq DESC LIMIT ?",
-            before, MAX_INTEGER, text, text, limit)
+            "SELECT id, state FROM waits LEFT JOIN jobs ON jobs.seq = waits_for"
+            " WHERE waits.seq = ? ORDER BY state = 'dead' DESC, waits_for", job["seq"])
+
+    def blocked(self):
+        """Return how many jobs wait for a dead one, the first of them and that one."""
+        return self._rows(
+            "SELECT COUNT(DISTINCT waits.seq) AS jobs, MIN(waits.seq), job.id AS id,"
+            " front.id AS front FROM waits CROSS JOIN jobs AS front"
+            " ON front.seq = waits_for JOIN jobs AS job ON job.seq = waits.seq"
+            " WHERE front.state = 'dead' AND job.state = 'pending'")[0]
+
+    def hopeless(self, job):
+        """Tell whether a job waits, directly or not, for one that is dead or removed."""
+        return bool(self._value(
+            "WITH RECURSIVE front (seq) AS (SELECT ? UNION SELECT waits_for FROM waits"
+            " JOIN front USING (seq)) SELECT 1 FROM front LEFT JOIN jobs USING (seq)"
+            " WHERE state IS NULL OR state = 'dead'", job["seq"]))
+
+    def locked_by(self, job):
+        """Return the id of the job that has, or gets, the lock of another first."""
+        return self._value(
+            "SELECT id FROM jobs WHERE lock = ? AND state = 'processing' AND " + RARE +
+            " UNION ALL SELECT id FROM jobs WHERE lock = ? AND " + CLAIMABLE,
+            job["lock"], job["lock"])
 
     def runs(self, job):
         """Return the runs of a job, the first one first, without their output."""
@@ -1118,49 +1302,48 @@ class Queue:
         return {outcome: (runs, seconds) for outcome, runs, seconds in rows}
 
     def wait(self, ids=None, timeout=None, tell=lambda counts: None, but=None):
-        """Wait until jobs are completed or dead; return how many are in each state.
+        """Wait until jobs are completed or dead, or until what is left can't go on.
 
-        Without IDS, all that are unfinished now, BUT for one. None if it takes longer
-        than TIMEOUT seconds. `tell` is called at each look with how many of these jobs,
-        without IDS of all, are in each state. A job that has ended is not looked at
-        again: it may be removed.
+        Without IDS, all that are unfinished now, BUT for one. Return how many are in each
+        state, and the ids that are left; None if it takes longer than TIMEOUT seconds.
+        `tell` is called at each look with how many of all jobs are in each state. A job
+        that has ended is not looked at again: it may be removed.
         """
-        ended = dict.fromkeys((*STATES, "removed"), 0)
+        ended, named = dict.fromkeys((*STATES, "removed"), 0), ids is not None
         # What `keep` removed was completed; of others nobody can tell any more.
         removed = "removed" if self.settings()["keep"] is None else "completed"
         if ids is None:
-            left = [id for id, in self._rows(
+            ids = [id for id, in self._rows(
                 "SELECT id FROM jobs WHERE state = 'pending' UNION ALL SELECT id"
                 " FROM jobs WHERE " + RARE + " AND state <> 'dead'") if id != but]
         else:
-            left = [job["id"] for job in self._named(ids)]
-
-        def look_at_named():
-            counts = dict(ended)
-            for id in list(left):
-                state = self.job(id)["state"]
-                counts[state] += 1
-                if state in ("completed", "dead"):
-                    ended[state] += 1
-                    left.remove(id)
-            tell(counts)
-
-        def look_at_all():
-            tell(self.counts())
-            while left:  # all must end, so one at a time will do
-                state = self._value("SELECT state FROM jobs WHERE id = ?", left[-1])
-                if state not in ("completed", "dead", None):
-                    break
-                ended[state or removed] += 1
-                left.pop()
+            ids = [job["id"] for job in self._named(ids)]
+        left = collections.deque(ids)
 
         def over():
             self.check_there()
-            look_at_all() if ids is None else look_at_named()
-            return not left
+            counts, stuck, going = self.counts(), 0, 0
+            idle = self.paused() and not counts["processing"]
+            while stuck + going < len(left):
+                job = self._rows("SELECT seq, state FROM jobs WHERE id = ?", left[-1])
+                state = job[0]["state"] if job else removed
+                if state in ("completed", "dead", "removed"):
+                    ended[state] += 1
+                    left.pop()
+                    continue
+                if idle or self.hopeless(job[0]):
+                    stuck += 1
+                elif named:
+                    going += 1
+                else:
+                    going = len(left)  # all must end, so one that may go on will do
+                    break
+                left.rotate()
+            tell(counts)
+            return not going
 
         span = MAX_SPAN if timeout is None else timeout
-        return ended if wait_until(over, span, TICK / 2) else None
+        return dict(ended, left=[*left]) if wait_until(over, span, TICK / 2) else None
 
     def oldest_claimable(self):
         """Return since when the job waits that could run longest, None without."""
@@ -1179,23 +1362,25 @@ class Queue:
         return self._value("SELECT MIN(run_at) FROM jobs WHERE " + WAITING)
 
     def drained(self):
-        """Tell whether no job is due, running or waiting for a retry.
+        """Tell whether no job is due, running or waiting for a retry, or can be claimed.
 
         In one statement: between two a job could go from waiting to running.
         """
         return not self._value(
-            "SELECT EXISTS (SELECT 1 FROM counts WHERE jobs > 0"
-            "  AND (state = 'processing' OR state = 'failed'))"
-            " OR EXISTS (SELECT 1 FROM jobs WHERE " + CLAIMABLE + ")"
-            " OR EXISTS (SELECT 1 FROM jobs WHERE " + WAITING + " AND run_at <= ?)",
+            "SELECT EXISTS (SELECT 1 FROM counts WHERE jobs > 0 AND (state = 'processing'"
+            "   OR state = 'failed' AND NOT " + PAUSED + "))"
+            " OR NOT " + PAUSED + " AND ("
+            "  EXISTS (SELECT 1 FROM jobs WHERE " + CLAIMABLE + ")"
+            "  OR EXISTS (SELECT 1 FROM jobs WHERE " + WAITING + " AND run_at <= ?))",
             self.clock())
 
-    def dead_since(self, moment, workers):
-        """Tell whether a job that one of these workers ran became dead since then."""
+    def ended_since(self, moment, workers):
+        """Return how many jobs that one of these workers ran have ended since then."""
         rows = self.db.execute(
-            "SELECT worker FROM jobs JOIN runs USING (seq, run)"
-            " WHERE state = 'dead' AND " + RARE + " AND finished_at >= ?", (moment,))
-        return any(row["worker"] in workers for row in rows)
+            "SELECT worker, state FROM runs JOIN jobs USING (seq, run)"
+            " WHERE finished_at >= ? AND " + FINISHED, (moment,))
+        return collections.Counter(
+            row["state"] for row in rows if row["worker"] in workers)
 
     # -- statistics --------------------------------------------------------------------
 
@@ -1273,6 +1458,14 @@ class Queue:
 
     def unset(self, name):
         self._change("DELETE FROM config WHERE key = ?", name)
+
+    def pause(self, paused):
+        """Let no job be claimed from now on, or again."""
+        self.set("paused", True) if paused else self.unset("paused")
+        wake_workers(self.path)
+
+    def paused(self):
+        return bool(self._value("SELECT " + PAUSED))
 
 
 if not WINDOWS:
@@ -2046,9 +2239,15 @@ def open_log(queue_path, who):
     except OSError as error:
         handler = logging.StreamHandler()
         say("cannot write the log, logging here instead: %s" % error)
+    handlers = [handler]
+    if sys.stderr and sys.stderr.isatty():  # of the pool only what is wrong, of jobs all
+        terminal = logging.StreamHandler()
+        terminal.setLevel("INFO" if who == "worker" else "WARNING")
+        terminal.setFormatter(logging.Formatter("\r\x1b[K%(message)s"))  # over `Live`
+        handlers.append(terminal)
     layout = "%%(asctime)s %%(levelname)s %s[%d] %%(message)s" % (who, os.getpid())
     logging.basicConfig(
-        handlers=[handler], level=logging.INFO, format=layout, force=True)
+        handlers=handlers, level=logging.INFO, format=layout, force=True)
     return logging.getLogger()
 
 
@@ -2127,7 +2326,7 @@ class Worker:
         """Return for how long no job is due; ask a pool that is drained to stop."""
         if self.drain and self.queue.drained():
             ask(self.path, self.pool, "stop")
-        due = self.queue.next_due()
+        due = None if self.queue.paused() else self.queue.next_due()
         return IDLE_WAIT if due is None else min(due - self.queue.clock(), IDLE_WAIT)
 
     def turn(self, done):
@@ -2286,6 +2485,7 @@ class Supervisor:
         self.signals, self.signalled = 0, -MAX_SPAN  # how many, and when the last
         self.untold = None  # why `on_dead` could not be started
         self.failed = drain  # until it is seen that no job ended dead
+        self.result = "the queue could not be read at the end"
         self.cut_off = None  # why it can't go on
 
     def run(self, started):
@@ -2298,6 +2498,8 @@ class Supervisor:
         keep_descriptors()
         with Queue(self.path) as queue:
             self.file, self.began = queue.file, queue.clock()
+            if queue.paused():
+                say("the queue is " + RESUME)
         for path in (beside(self.path, ".runs"), beside(self.path, ".log")):
             if foreign(path):
                 raise QueueError(path + foreign(path))
@@ -2369,6 +2571,12 @@ class Supervisor:
         if asked(self.path, self.pid) not in (word, "now"):
             self.log.info("asked to stop" + " now" * (word == "now"))
             ask(self.path, self.pid, word)
+            if word == "stop" and sys.stderr.isatty():
+                running = self.with_queue(lambda queue: [
+                    run for run in queue.processing() if run["worker"] in self.pids])
+                if running:
+                    say("finishing %s; Ctrl-C again ends them now"
+                        % many(len(running), "running job"))
 
     def reap(self):
         for worker in [one for one in self.workers if one.exitcode is not None]:
@@ -2549,8 +2757,23 @@ class Supervisor:
                 os.replace(log, log + ".1")
 
     def finish(self, queue):
-        """Look whether a drained pool leaves a job that ended dead; clear up; tell."""
-        self.failed = self.drain and queue.dead_since(self.began, self.pids)
+        """Look what became of a drained pool's jobs, and why it left others; clear up."""
+        self.result = "pool %d stopped" % self.pid
+        if self.drain:
+            ended, left = queue.ended_since(self.began, self.pids), []
+            blocked, due = queue.blocked(), queue.next_due()
+            if blocked["jobs"]:
+                left.append("%(id)s waits for %(front)s, which is dead" % blocked)
+            if queue.paused():
+                left.append("the queue is " + RESUME)
+            self.failed = bool(ended["dead"] or left)
+            if due:
+                left.append("the next is due " + when(due, queue.clock()))
+            self.result = "%d completed, %d dead" % (ended["completed"], ended["dead"])
+            counts = queue.counts()
+            if left:
+                waiting = many(counts["pending"] + counts["failed"], "job")
+                self.result += "; %s left: %s" % (waiting, "; ".join(left))
         self.tidy(queue)
         wait_until(lambda: not self.tell_dead(queue), GRACE)
         return True
@@ -2659,6 +2882,7 @@ def histogram(bins, width):
 
 DIED = "its worker died; a pool puts it back"
 LOST = "no pool seen from here runs it; one puts it back when its processes have ended"
+RESUME = "paused; to go on: queuectl.py resume"
 NO_POOL = "no pool is running; to start one: queuectl.py worker start"
 
 
@@ -2672,13 +2896,29 @@ def why_waiting(queue, job, pools):
         return (LOST if held(queue.lease(job)) else DIED) + no_pool
     if job["state"] not in ("pending", "failed"):
         return None
+    if job["waits"]:
+        return waits_for(queue.blockers(job))
+    if queue.paused():
+        return "the queue is " + RESUME
     if not job["claimable"]:
         what = "try %d" % (job["attempts"] + 1) if job["attempts"] else "due"
         return "%s %s%s" % (what, when(job["run_at"], queue.clock()), no_pool)
     if not pools:
         return NO_POOL
+    first = queue.locked_by(job) if job["lock"] else job["id"]
+    if first != job["id"]:
+        return "%s comes first, which has the lock %s, too" % tuple(
+            map(shown, (first or "another", job["lock"])))
     ahead = queue.ahead(job)
     return many(ahead, "job") + " before it" if ahead else "next in line"
+
+
+def waits_for(fronts):
+    """Return in words for which jobs one waits."""
+    id, state = fronts[0]
+    what = shown(id) + ", which is " + state if id else "a job that was removed"
+    more = " and %s more" % many(len(fronts) - 1, "job") if len(fronts) > 1 else ""
+    return "waits for " + what + more
 
 
 def progress(counts, done, spent):
@@ -2712,9 +2952,16 @@ def job_table(jobs, now, changed, *fields):
     rows = (
         [shown(job["id"]), job["state"],
          "%d/%d" % (job["attempts"], max(1, job["max_retries"])),
-         when(job["updated_at"], now), *[shown(job[name]) for name in fields]]
+         changed_at(job, now), *[shown(job[name]) for name in fields]]
         for job in jobs)
     return table(titles, rows, terminal_width(sys.stdout))
+
+
+def changed_at(job, now):
+    """Return when a job changed, or when one is due that waits for that."""
+    if job["claimable"] == 0 and not job["waits"] and job["run_at"] > now:
+        return "due " + when(job["run_at"], now)
+    return when(job["updated_at"], now)
 
 
 def terminal_width(stream):
@@ -2759,9 +3006,9 @@ class Live:
             print(end="\r\x1b[K" + line, file=sys.stderr, flush=True)
 
     def close(self):
-        """Leave the last line as it is and go on below it."""
+        """Make room for the result."""
         if self.first is not None:
-            print(file=sys.stderr)
+            print(end="\r\x1b[K", file=sys.stderr, flush=True)
 
 
 def answer(args, value, *lines):
@@ -2770,10 +3017,17 @@ def answer(args, value, *lines):
         print(line)
 
 
-def answer_jobs(args, jobs, lines_of):
-    """Print an array of jobs, or else lines made of them; a million cost no memory."""
+def answer_jobs(args, jobs, lines_of, empty=None):
+    """Print an array of jobs, or else lines made of them; a million cost no memory.
+
+    Where there are none a terminal shows the words for that.
+    """
     if not args.json:
-        for line in map(painter(), lines_of(jobs)):
+        jobs = iter(jobs)
+        first = list(itertools.islice(jobs, 1))
+        if not first and empty and terminal_width(sys.stdout):
+            return print(empty)
+        for line in map(painter(), lines_of(itertools.chain(first, jobs))):
             print(line)
         return
     print(end="[")
@@ -2838,16 +3092,18 @@ def as_number(text):
 def field_option(name):
     """Return the option of `enqueue` for a field of a job."""
     _, _, usage, meaning = FIELDS[name]
-    if name == "env":
-        return arg(usage, meaning, variable, action="append")
+    if "again" in meaning:
+        return arg(usage, meaning, variable if name == "env" else None, action="append")
     return arg(usage, meaning, as_number if usage.endswith(" N") else None)
 
 
 IDS = arg("ids ID", nargs="*")
 ID = arg("id ID")
 KEY = arg("key KEY", convert=setting_name)
-STATE = arg("--state STATE", "one of " + ", ".join(STATES), state_name)
-DRY_RUN = arg("--dry-run", "say only how many would go")
+STATE = arg("--state STATE", "one of %s; can be given again" % ", ".join(STATES),
+            state_name, action="append", default=[])
+MATCH = arg("--match TEXT", "those with this text in id or command")
+DRY_RUN = arg("--dry-run", "only list what it would take")
 
 
 @command(
@@ -2858,6 +3114,8 @@ DRY_RUN = arg("--dry-run", "say only how many would go")
     arg("--file F", "read the jobs from this file"),
     arg("--unique", "leave a job of this id alone that waits or runs; start one anew"
         " that has finished"),
+    arg("--lines", "each line of the file, or of standard input, is a command"),
+    arg("--quiet", "print no ids"),
     *map(field_option, FIELDS))
 def cmd_enqueue(args, queue):
     options, unique = enqueue_options(args), []
@@ -2875,7 +3133,8 @@ def cmd_enqueue(args, queue):
 
     with contextlib.ExitStack() as files:
         if args.file or args.jobs == ["-"]:
-            jobs = read_lines(files.enter_context(spooled(args.file)), made)
+            lines = files.enter_context(spooled(args.file))
+            jobs = read_lines(lines, made, args.lines)
         else:
             jobs = read_arguments(args.jobs or ["{}"], made)
         first, last = queue.enqueue(jobs, args.unique)
@@ -2890,20 +3149,27 @@ def cmd_enqueue(args, queue):
         other = ", unchanged" if job["command"] != left[job["id"]] else ""
         return "%s is there already, %s%s" % (shown(job["id"]), job["state"], other)
 
-    answer_jobs(args, jobs, lambda jobs: map(line, jobs))
+    if not args.quiet:
+        answer_jobs(args, jobs, lambda jobs: map(line, jobs))
 
 
 def enqueue_options(args):
-    """Return the job fields that options and a command line give."""
+    if args.lines and not args.file:
+        args.jobs = args.jobs or ["-"]
     sources = [args.jobs, args.file, args.command, args.words]
     if sum(map(bool, sources)) != 1:
         words = "enqueue: %s (see: queuectl.py enqueue --help)"
         several = "give jobs, a command behind --, or --file"
         raise QueueError(words % (several if any(sources) else "no job"), 2)
+    return given_fields(args)
+
+
+def given_fields(args):
+    """Return the job fields that options and a command line give."""
     given = dict(vars(args), env=dict(args.env) if args.env else None)
     if args.words:
         given["command"] = shell_words(args.words)
-    return {name: given[name] for name in FIELDS if given[name] is not None}
+    return {name: given[name] for name in FIELDS if given.get(name) is not None}
 
 
 def read_arguments(texts, made):
@@ -2913,14 +3179,22 @@ def read_arguments(texts, made):
         yield from map(made, given if isinstance(given, list) else [given])
 
 
-def read_lines(lines, made):
-    """Yield the jobs of an array or of JSON Lines; a refusal names the line."""
+def read_lines(lines, made, plain=False):
+    """Yield the jobs of an array or of JSON Lines; a refusal names the line.
+
+    PLAIN lines are commands.
+    """
     count = 0
     try:
         for count, line in enumerate(lines, 1):
-            if line.lstrip(b"\xef\xbb\xbf \t")[:1] == b"[":
+            if line.isspace():
+                continue
+            if plain:
+                command = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
+                yield made({"command": command})
+            elif line.lstrip(b"\xef\xbb\xbf \t")[:1] == b"[":
                 yield from map(made, parsed(line + lines.read()))
-            elif not line.isspace():
+            else:
                 yield made(parsed(line))
     except QueueError as error:
         raise QueueError("line %d: %s" % (count, error), error.code) from None
@@ -2943,22 +3217,33 @@ def spooled(path):
         yield spool
 
 
-@command("list", "list jobs, oldest first", "list --state pending --limit 20", STATE,
+@command("list", "list jobs, oldest first", "list --state pending --limit 20",
+         STATE, MATCH,
          arg("--limit N", "at most so many; 0 for all", count_of("--limit", 0),
-             default=0))
+             default=0),
+         arg("--newest", "newest first"))
 def cmd_list(args, queue):
-    answer_jobs(args, queue.jobs(args.state, args.limit), lambda jobs: job_table(
-        jobs, queue.clock(), "CHANGED", "command"))
+    chosen = those(args.state, args.match)
+    list_jobs(args, queue, queue.jobs(chosen, args.limit, args.newest))
+    left = queue.count(chosen) - args.limit if args.limit and not args.json else 0
+    if left > 0:
+        say("%s more; --limit 0 lists all" % many(left, "job"))
+
+
+def list_jobs(args, queue, jobs):
+    answer_jobs(args, jobs, lambda jobs: job_table(
+        jobs, queue.clock(), "CHANGED", "command"), "no jobs")
 
 
 @command("show", "show a job and its runs", "show job1", ID)
 def cmd_show(args, queue):
-    job, now = queue.job(args.id), queue.clock()
+    job, now = found(queue, args.id), queue.clock()
     fields, runs = public(job), queue.runs(job)
     for name in TIMES:
         if job[name] is not None:
             fields[name] += ", " + when(job[name], now)
     fields["env"] = " ".join("%s=%s" % pair for pair in fields["env"].items())
+    fields["after"] = ", ".join(fields["after"])
     fields["waiting"] = why_waiting(queue, job, worker_list(queue))
     lines = ["%-12s %s" % (name + ":", shown(str(value)))
              for name, value in fields.items() if value not in (None, "")]
@@ -2966,7 +3251,16 @@ def cmd_show(args, queue):
     answer(args, job_document(job, runs), *lines)
 
 
-@command("logs", "print the output of a job's latest run", "logs -f job1", ID,
+def found(queue, id):
+    """Return the job of an id, or of the beginning of one, which is said then."""
+    job = queue.find(id)
+    if job["id"] != id:
+        say("%s is %s" % (shown(id), shown(job["id"])))
+    return job
+
+
+@command("logs", "print the output of the latest run of jobs", "logs -f job1",
+         arg("ids ID", nargs="+"),
          arg("-f --follow", "go on until the run ends; wait for the first to begin"),
          arg("--attempt N", "of an earlier attempt, its last run",
              count_of("--attempt", 1)),
@@ -2974,19 +3268,16 @@ def cmd_show(args, queue):
 def cmd_logs(args, queue):
     chosen = {name: getattr(args, name) for name in ("run", "attempt")
               if getattr(args, name) is not None}
-    if len(chosen) + args.follow > 1 or (args.follow and args.json):
-        words = "logs: one of --follow, --run, --attempt; --follow without --json"
+    alone = len(chosen) + args.follow
+    if alone > 1 or (args.follow and args.json) or (alone and len(args.ids) > 1):
+        words = "logs: of one job one of --follow, --run, --attempt; no --json with the first"
         raise QueueError(words, 2)
+    jobs = [found(queue, id) for id in args.ids]
     if args.follow:
-        return follow(queue, args.id)
-    job = queue.job(args.id)
-    runs = queue.runs(job)
-    for name, number in chosen.items():
-        runs = [run for run in runs if run[name] == number]
-        if not runs:
-            raise QueueError("job %s has no %s %d" % (shown(args.id), name, number))
-    run = runs[-1] if runs else {"run": job["run"], "error": "has not run yet"}
-    output = output_of(queue, job, run["run"])
+        return follow(queue, jobs[0])
+    if len(jobs) > 1:
+        return print_logs(args, queue, jobs)
+    job, run, output = latest_output(queue, jobs[0], chosen)
     if args.json:
         print(json.dumps(output_document(job, run["run"], output)))
     else:
@@ -2995,15 +3286,37 @@ def cmd_logs(args, queue):
         say("job %s: %s" % (shown(job["id"]), shown(run["error"])))
 
 
+def print_logs(args, queue, jobs):
+    """Print the latest output of jobs, each under a line with its id and error."""
+    latest = (latest_output(queue, job) for job in jobs)
+    if args.json:
+        return print(json.dumps(
+            [output_document(job, run["run"], output) for job, run, output in latest]))
+    for job, run, output in latest:
+        print("==> %s: %s" % (shown(job["id"]), shown(run["error"] or "no error")))
+        write_bytes(output + b"\n" * (not output.endswith(b"\n")))
+
+
+def latest_output(queue, job, chosen={}):
+    """Return a job, its latest run, or that of a number, and the output of that."""
+    runs = queue.runs(job)
+    for name, number in chosen.items():
+        runs = [run for run in runs if run[name] == number]
+        if not runs:
+            raise QueueError("job %s has no %s %d" % (shown(job["id"]), name, number))
+    run = runs[-1] if runs else {"run": job["run"], "error": "has not run yet"}
+    return job, run, output_of(queue, job, run["run"])
+
+
 def write_bytes(output):
     sys.stdout.flush()
     sys.stdout.buffer.write(output)
     sys.stdout.buffer.flush()
 
 
-def follow(queue, id):
+def follow(queue, job):
     """Print the output of a job's latest run as it comes, or of the first to come."""
-    job, printed = queue.job(id), 0
+    id, printed = job["id"], 0
     while not job["run"] and job["state"] != "dead":
         time.sleep(TICK / 2)
         queue.check_there()
@@ -3049,8 +3362,13 @@ def cmd_wait(args, queue):
     words = "%(completed)d completed, %(dead)d dead" % counts
     if counts["removed"]:
         words += ", %d removed before they were seen to end" % counts["removed"]
+    if counts["left"]:
+        job = queue.job(counts["left"][0])
+        why = why_waiting(queue, job, worker_list(queue)) or "it goes on just now"
+        words += ", %d can't go on (%s: %s)" % (
+            len(counts["left"]), shown(job["id"]), why)
     answer(args, counts, words)
-    return 1 if counts["dead"] or counts["removed"] else 0
+    return 1 if counts["dead"] or counts["removed"] or counts["left"] else 0
 
 
 @command("status", "count the jobs, list the workers", "status --watch",
@@ -3091,75 +3409,126 @@ def cmd_dashboard(args):
     serve(args.db, args.host, args.port)
 
 
+@command("edit", "change a job that waits", "edit job1 --run-at now", ID,
+         *[field_option(name) for name in FIELDS if name != "id"])
+def cmd_edit(args, queue):
+    fields = checked_fields(dict(given_fields(args), id=None))
+    if not fields:
+        raise QueueError("edit: nothing to change (see: queuectl.py edit --help)", 2)
+    queue.edit(args.id, fields)
+    answer(args, public(queue.job(args.id)), "edited " + shown(args.id))
+
+
+def check_chosen(args, everything=False):
+    """Refuse a command for jobs unless it says in one way which."""
+    if [bool(args.ids), bool(args.state or args.match), everything].count(True) != 1:
+        words = "name jobs and nothing else, or say which with --state, --match or --all"
+        raise QueueError(words + " (see --help)", 2)
+
+
+def for_jobs(args, queue, verb, done, ids, taken, left=None, why=""):
+    """Apply a verb to jobs by their ids, or to all that are TAKEN; tell what was done.
+
+    LEFT is the condition for those that a verb for many leaves, and why it does.
+    """
+    if args.dry_run:
+        jobs = map(queue.job, ids) if ids else queue.jobs(taken)
+        return list_jobs(args, queue, jobs)
+    count = verb(ids or taken)
+    if ids:
+        running = [", which is running" * (queue.state(id) == "processing") for id in ids]
+        lines = ["%s %s%s" % (done, shown(id), words) for id, words in zip(ids, running)]
+        return answer(args, {done: ids}, *lines)
+    words, rest = "%s %s" % (done, many(count, "job")), left and queue.count(left)
+    words += "; %d left: %s" % (rest, why) if rest else ""
+    answer(args, {done: count, **({"left": rest} if left else {})}, words)
+
+
+@command("pause", "let no further job start; running ones finish", "pause")
+def cmd_pause(args, queue):
+    queue.pause(True)
+    answer(args, {"paused": True}, RESUME)
+
+
+@command("resume", "let jobs start again", "resume")
+def cmd_resume(args, queue):
+    queue.pause(False)
+    answer(args, {"paused": False}, "resumed")
+
+
 @command("cancel", "end jobs that wait or run; they become dead", "cancel job1",
-         arg("ids ID", nargs="+"))
+         IDS, STATE, MATCH, DRY_RUN)
 def cmd_cancel(args, queue):
-    states = queue.cancel(args.ids)
-    words = {"dead": "cancelled %s", "processing": "cancelling %s, which is running"}
-    lines = [words[state] % shown(id) for id, state in states.items()]
-    answer(args, {"cancelled": states}, *lines)
+    check_chosen(args)
+    taken = those(args.state or ("pending", "processing", "failed"), args.match)
+    for_jobs(args, queue, queue.cancel, "cancelled", args.ids, taken)
+
+
+@command("retry", "run finished jobs again, with attempts 0", "retry job1",
+         IDS, STATE, MATCH, DRY_RUN)
+def cmd_retry(args, queue):
+    check_chosen(args)
+    retry_jobs(args, queue, ("completed", "dead"))
+
+
+def retry_jobs(args, queue, states):
+    taken, left = [those(args.state or states, args.match, cancelled=cancelled)
+                   for cancelled in (False, True)]
+    for_jobs(args, queue, functools.partial(queue.retry, states=states), "retried",
+             args.ids, taken, left, "cancelled ones are retried by name")
 
 
 @command("delete", "remove jobs that do not run",
-         "delete --state completed --older-than 7d", IDS, STATE,
+         "delete --state completed --older-than 7d", IDS, STATE, MATCH,
          arg("--all", "all but running ones"),
          arg("--older-than T", "those that finished longer ago; without --state dead or"
              " --all completed ones", span_of("--older-than", 0)), DRY_RUN)
 def cmd_delete(args, queue):
     aged = args.older_than is not None
-    chosen = args.state or args.all or aged
-    if bool(args.ids) == bool(chosen) or (args.ids and args.dry_run) or (
-            args.state and args.all):
-        words = "delete: name jobs and nothing else, or give --state S or --all"
-        raise QueueError(words, 2)
-    if args.ids:
-        queue.delete(args.ids)
-        lines = ["deleted " + shown(id) for id in args.ids]
-        return answer(args, {"deleted": args.ids}, *lines)
-    if aged and args.state not in (None, "completed", "dead"):
+    check_chosen(args, args.all or (aged and not args.state and not args.match))
+    if aged and {*args.state} - {"completed", "dead"}:
         raise QueueError("--older-than: only jobs that have finished have an age", 2)
-    if args.state == "processing":
+    if "processing" in args.state:
         raise QueueError("delete: a running job can't be deleted; cancel it first")
     # The dead are what people must look at: no bare --older-than takes them.
-    bare = "completed" if aged and not args.all else None
-    delete_all(args, queue, args.state or bare, args.older_than)
+    bare = ["completed"] if aged and not args.all else []
+    states = args.state or bare or ["pending", "completed", "failed", "dead"]
+    delete_jobs(args, queue, args.ids, states, args.all, args.older_than)
 
 
-def delete_all(args, queue, state, age=None):
+def delete_jobs(args, queue, ids, states, everything=False, age=None):
     before = None if age is None else queue.clock() - age
-    count = queue.delete_all(state, before, args.dry_run)
-    verb = "would delete" if args.dry_run else "deleted"
-    answer(args, {verb.replace(" ", "_"): count}, verb + " " + many(count, "job"))
+    taken, left = [those(states, args.match, before, waited_for=waited_for)
+                   for waited_for in (None if everything else False, True)]
+    for_jobs(args, queue, queue.delete, "deleted", ids, taken, left,
+             "other jobs wait for them")
 
 
-@command("dlq list", "list the dead jobs", "dlq list")
+@command("dlq list", "list the dead jobs", "dlq list", MATCH)
 def cmd_dlq_list(args, queue):
     if not args.json:
         errors = ["%(jobs)d x %(error)s" % row for row in queue.common_errors()]
         print(shown(", ".join(errors)), end="\n" if errors else "")
-    answer_jobs(args, queue.jobs("dead"), lambda jobs: job_table(
-        jobs, queue.clock(), "DIED", "error", "command"))
+    answer_jobs(args, queue.jobs(those(["dead"], args.match)), lambda jobs: job_table(
+        jobs, queue.clock(), "DIED", "error", "command"), "no dead jobs")
+
+
+@command("dlq logs", "print the latest output of all dead jobs", "dlq logs", MATCH)
+def cmd_dlq_logs(args, queue):
+    print_logs(args, queue, queue.jobs(those(["dead"], args.match)))
 
 
 @command("dlq retry", "make dead jobs pending again, with attempts 0", "dlq retry job4",
-         IDS, arg("--all"))
+         IDS, arg("--all", "all but those that were cancelled"), MATCH, DRY_RUN)
 def cmd_dlq_retry(args, queue):
-    if bool(args.ids) == args.all:
-        raise QueueError("dlq retry: name jobs, or give --all", 2)
-    if args.ids:
-        queue.retry(args.ids)
-        lines = ["retried " + shown(id) for id in args.ids]
-        return answer(args, {"retried": args.ids}, *lines)
-    count, left = queue.retry_all()
-    words = "retried " + many(count, "job")
-    if left:
-        words += "; %d cancelled left, to be retried by name" % left
-    answer(args, {"retried": count, "cancelled": left}, words)
+    args.state = []
+    check_chosen(args, args.all)
+    retry_jobs(args, queue, ["dead"])
 
 
-@command("dlq clear", "remove all dead jobs", "dlq clear", DRY_RUN)
+@command("dlq clear", "remove all dead jobs", "dlq clear", MATCH, DRY_RUN)
 def cmd_dlq_clear(args, queue):
-    delete_all(args, queue, "dead")
+    delete_jobs(args, queue, [], ["dead"])
 
 
 @command("config show", "show all settings", "config show")
@@ -3214,7 +3583,11 @@ def cmd_worker_start(args):
     watched = args.drain and terminal_width(sys.stderr)
     with contextlib.closing(Live()) as live:
         tell = (lambda queue: live.progress(queue.counts())) if watched else None
-        return Supervisor(args.db, args.count, args.drain, tell).run(started)
+        pool = Supervisor(args.db, args.count, args.drain, tell)
+        code = pool.run(started)
+    if not pool.cut_off:  # which was said
+        say(pool.result)
+    return code
 
 
 def answer_started(args, pid, otherwise=""):
@@ -3297,18 +3670,20 @@ def read_status(queue):
     return {
         "jobs": queue.counts(), "workers": worker_list(queue),
         "oldest_waiting": queue.oldest_claimable(),
-        "next_due": queue.next_due() or None,
+        "next_due": queue.next_due() or None, "paused": queue.paused(),
+        "blocked": queue.blocked(),
     }
 
 
 def status_document(status):
     """Return what `status --json` prints."""
     workers = [dated(worker, "since") for worker in status["workers"]]
-    return dict(dated(status, "oldest_waiting", "next_due"), workers=workers)
+    return dict(dated(status, "oldest_waiting", "next_due"), workers=workers,
+                blocked=status["blocked"]["jobs"])
 
 
 def status_lines(status, now):
-    jobs, workers, oldest, due = status.values()
+    jobs, workers, oldest, due, paused, blocked = status.values()
     for state, count in jobs.items():
         yield "%s: %d" % (state.capitalize(), count)
     yield "Active Workers: %d" % len(workers)
@@ -3321,7 +3696,13 @@ def status_lines(status, now):
         yield "Oldest Waiting: " + span(now - oldest)
     if due is not None:
         yield "Next Due: " + when(due, now)
-    if jobs["pending"] + jobs["failed"] and not workers:
+    if blocked["jobs"]:
+        words = "Blocked: %s; %s waits for %s, which is dead"
+        yield words % (many(blocked["jobs"], "job"), shown(blocked["id"]),
+                       shown(blocked["front"]))
+    if paused:
+        yield RESUME.capitalize()
+    elif jobs["pending"] + jobs["failed"] and not workers:
         yield NO_POOL.capitalize()
 
 
@@ -3347,7 +3728,7 @@ EVERYWHERE = [arg("--json", "print one JSON document"),
 ALIASES = {"config list": "config show", "dlq purge": "dlq clear", "metrics": "stats"}
 # They make a queue where there is none; `wait && deploy` in a wrong folder must not.
 MAKERS = ("enqueue", "list", "dlq list", "status", "stats", "config show", "config get",
-          "config set", "config unset")
+          "config set", "config unset", "pause", "resume")
 # SQLite must cross neither a fork nor threads, and `worker stop` makes no queue.
 WITHOUT_QUEUE = ("worker start", "worker stop", "dashboard")
 
@@ -3403,7 +3784,8 @@ def parse(name, words):
     )
     for names, options in [*arguments, *EVERYWHERE]:
         parser.add_argument(*names, **options)
-    at = words.index("--") if name == "enqueue" and "--" in words else len(words)
+    behind = name in ("enqueue", "edit") and "--" in words  # a command line
+    at = words.index("--") if behind else len(words)
     # The words behind a `--` are no options: only `parse_args` leaves them together.
     mixed = "--" not in words[:at]
     args = (parser.parse_intermixed_args if mixed else parser.parse_args)(words[:at])
@@ -3485,7 +3867,9 @@ def newest_jobs(queue, query):
     text, before = query.get("q", ""), query.get("before", "")
     if not storable(text + before):
         raise QueueError("not text", 400)
-    return list(map(public, queue.newest(state, text, before, min(limit, PAGE))))
+    return list(map(public, queue.jobs(
+        those([state] if state else [], text), min(limit, PAGE), newest=True,
+        last=queue.before(before))))
 
 
 def one_job(queue, query):
@@ -3533,10 +3917,11 @@ ROUTES = {
     "GET /api/jobs": newest_jobs,
     "GET /api/jobs/ID": one_job,
     "GET /api/jobs/ID/output": job_output,
-    "POST /api/jobs/ID/retry": lambda queue, query: queue.retry([query["id"]]),
+    "POST /api/jobs/ID/retry": lambda queue, query: queue.retry([query["id"]], ["dead"]),
     "POST /api/jobs/ID/cancel": lambda queue, query: queue.cancel([query["id"]]),
     "POST /api/jobs/ID/delete": lambda queue, query: queue.delete([query["id"]]),
-    "POST /api/dlq/retry": lambda queue, query: queue.retry_all(),
+    "POST /api/dlq/retry": lambda queue, query: queue.retry(
+        those(["dead"], cancelled=False)),
 }
 
 
@@ -3783,7 +4168,7 @@ function showStatus(s) {
   fit($("workers"), s.workers, () => make("li"), (li, w) =>
     text(li, `worker ${w.pid}: ` + (w.job === null ? "idle" : `${w.job}, begun ${ago(w.since)}`)));
   const old = s.oldest_waiting && "longest wait began " + ago(s.oldest_waiting);
-  text($("rate"), [old, s.next_due && "next due " + ago(s.next_due)].filter(Boolean).join(", "));
+  text($("rate"), [s.paused && "paused", s.blocked && s.blocked + " blocked", old, s.next_due && "next due " + ago(s.next_due)].filter(Boolean).join(", "));
   $("retryall").disabled = !s.jobs.dead; }
 function showStats(s) {
   const ran = s.throughput.flatMap((b, x) => [["ok", x, 0, b.completed], ["bad", x, b.completed, b.failed]]);

@@ -921,10 +921,11 @@ def test_a_drain_shows_its_progress_on_a_terminal_and_nowhere_else():
     ok("enqueue", "--id", "x", "--", "sleep 0.6")
     code, shown = on_terminal("worker", "start", "--drain")
     assert code == 0 and "\r\x1b[Kcompleted 0, dead 0, running 1" in shown
-    assert shown.endswith("\r\n") and max(map(len, shown.split("\r\n"))) < 300
+    assert shown.endswith("\r\x1b[Kqueuectl: 1 completed, 0 dead\r\n")
+    assert max(map(len, shown.split("\r\n"))) < 400
     ok("enqueue", "--id", "y", "--", "true")
     quiet = script("worker", "start", "--drain")
-    assert quiet.stderr == "" and "\x1b" not in quiet.stdout
+    assert quiet.stderr == "queuectl: 1 completed, 0 dead\n" and "\x1b" not in quiet.stdout
 
 
 @posix
@@ -991,11 +992,11 @@ def test_delete_by_state_and_age(queue, clock):
     clock.now += 7 * 86400
     add(queue, id="runs", priority=1)
     claim(queue)
-    assert queue.delete_all("completed", clock.now - 8.5 * 86400, dry_run=True) == 1
-    assert queue.delete_all("completed", clock.now - 8.5 * 86400) == 1
+    assert queue.delete(queuectl.those(["completed"], before=clock.now - 8.5 * 86400)) == 1
     assert set(jobs()) == {"new", "waits", "runs"}
-    assert ok("delete", "--all", "--dry-run").out == "would delete 2 jobs\n"
-    assert ok("delete", "--older-than", "1d", "--json").json == {"deleted": 1}
+    listed = ok("delete", "--all", "--dry-run", "--json").json
+    assert [job["id"] for job in listed] == ["new", "waits"] and len(jobs()) == 3
+    assert ok("delete", "--older-than", "1d", "--json").json == {"deleted": 1, "left": 0}
     assert set(jobs()) == {"waits", "runs"}  # what has not finished has no age
     assert ok("delete", "--state", "dead").out == "deleted 0 jobs\n"
     assert "running" in refused("delete", "--state", "processing")
@@ -1020,7 +1021,7 @@ def test_dlq_clear_removes_the_dead_and_dlq_list_counts_their_errors():
     enqueue(id="good")
     drain()
     assert ok("dlq", "list").out.splitlines()[0] == "3 x exit 127, 1 x exit 3"
-    assert ok("dlq", "purge", "--dry-run").out == "would delete 4 jobs\n"
+    assert ok("dlq", "purge", "--dry-run").out.count(" dead ") == 4
     assert ok("dlq", "clear").out == "deleted 4 jobs\n" and list(jobs()) == ["good"]
     assert ok("dlq", "clear").out == "deleted 0 jobs\n"
 
@@ -1158,7 +1159,7 @@ def test_much_is_removed_in_many_short_transactions(queue, monkeypatch):
         add(queue, id="j%d" % n)
     commits = []
     queue.db.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else 0)
-    assert queue.delete_all("pending") == 300
+    assert queue.delete(queuectl.those(["pending"])) == 300
     assert len(commits) > 10
 
 
@@ -1541,11 +1542,11 @@ def test_a_delayed_job_waits_and_does_not_hold_up_others(queue, clock):
 
 def test_cancel_makes_a_waiting_job_dead_at_once(queue):
     add(queue, id="pending")
-    assert queue.cancel(["pending"]) == {"pending": "dead"}
+    assert queue.cancel(["pending"]) == 1
     add(queue, id="failed")
     queue.fail(claim(queue), result())
-    assert queue.cancel(["failed"]) == {"failed": "dead"}
-    assert [job["error"] for job in queue.jobs("dead")] == ["cancelled", "cancelled"]
+    assert queue.cancel(["failed"]) == 1
+    assert [job["error"] for job in queue.jobs(queuectl.those(["dead"]))] == ["cancelled"] * 2
     queue.retry(["failed"])
     queue.complete(claim(queue), result(None))
 
@@ -1554,7 +1555,7 @@ def test_cancel_makes_a_waiting_job_dead_at_once(queue):
 def test_a_cancelled_run_ends_dead_however_it_ends(queue, verb):
     add(queue)
     run = claim(queue)
-    assert queue.cancel(["job"]) == queue.cancel(["job"]) == {"job": "processing"}
+    assert queue.cancel(["job"]) == queue.cancel(["job"]) == 1
     assert getattr(queue, verb)(run, result()) == "dead"
     assert queue.job("job")["error"] == "cancelled"
 
@@ -1583,7 +1584,7 @@ def bring(queue, state):
     ("complete", "pending completed failed dead"),
     ("fail", "pending completed failed dead"),
     ("release", "pending completed failed dead"),
-    ("retry", "pending processing completed failed"),
+    ("retry", "pending processing failed"),
     ("delete", "processing"),
     ("cancel", "completed dead"),
 ])
@@ -1770,7 +1771,7 @@ def test_a_run_that_is_ended_from_outside_ends_with_all_its_processes(how):
     pool = start_pool(count=1)
     wait_until(lambda: len(naps()) == 2)
     if how == "cancel":
-        assert ok("cancel", "x").out == "cancelling x, which is running\n"
+        assert ok("cancel", "x").out == "cancelled x, which is running\n"
     elif how == "stop --now":
         ok("worker", "stop", "--now")
     elif how == "kill":
@@ -3208,9 +3209,8 @@ VERBS = {
     "claim": claim,
     "cancel": lambda queue: queue.cancel(["job"]),
     "retry": lambda queue: queue.retry(["job"]),
-    "retry_all": lambda queue: queue.retry_all(),
     "delete": lambda queue: queue.delete(["job"]),
-    "delete_all": lambda queue: queue.delete_all(),
+    "delete many": lambda queue: queue.delete(queuectl.those()),
     "job": lambda queue: queue.job("job"),
     "jobs": lambda queue: list(queue.jobs()),
     "wait": lambda queue: queue.wait(["job"], 0),
@@ -3561,7 +3561,7 @@ def test_dead_jobs_are_removed_by_that_name_alone(queue, clock):
     queue.complete(claim(queue), result(None))
     clock.now += DAY
     age = "%ds" % (time.time() - clock.now + 1.5 * DAY)
-    assert ok("delete", "--older-than", age, "--dry-run").out == "would delete 0 jobs\n"
+    assert ok("delete", "--older-than", age, "--dry-run", "--json").json == []
     assert ok("delete", "--older-than", "1d").out == "deleted 2 jobs\n"
     assert set(jobs()) == {"dead", "cancelled"}
     assert ok("delete", "--state", "dead", "--older-than", age).out == "deleted 2 jobs\n"
@@ -3632,11 +3632,11 @@ def test_retry_all_leaves_what_was_cancelled_and_counts_it():
         enqueue(id=name)
         ok("cancel", name)
     told = ok("dlq", "retry", "--all").out
-    assert told.startswith("retried 2 jobs") and "2 cancelled" in told
+    assert told.startswith("retried 2 jobs; 2 left: cancelled")
     assert [job["state"] for job in jobs().values()] == ["pending"] * 2 + ["dead"] * 2
     assert ok("dlq", "retry", "c").out == "retried c\n"
     assert (state("c"), state("d")) == ("pending", "dead")
-    assert ok("dlq", "retry", "--all", "--json").json == {"retried": 0, "cancelled": 1}
+    assert ok("dlq", "retry", "--all", "--json").json == {"retried": 0, "left": 1}
 
 
 @pytest.mark.parametrize("words, told", [
@@ -4090,3 +4090,482 @@ def test_the_readmes_tour_works_as_it_stands_there():
     assert pool.wait(10) == 0
     assert ok("config", "get", "max_retries").out == "5\n"
     assert set(jobs()) == {"job2", "job3", "job4"}
+
+
+# ======================================================================================
+# Waiting for others, sharing a lock, pausing, editing, many at once
+# ======================================================================================
+
+
+def order_of_runs():
+    """Return the ids of the jobs that have run, in the order in which they began."""
+    rows = queuectl.Queue("queuectl.db")._rows(
+        "SELECT id FROM runs JOIN jobs USING (seq) ORDER BY started_at, runs.run")
+    return [id for id, in rows]
+
+
+def test_a_chain_a_fan_out_and_a_fan_in_run_in_their_order():
+    names = ["a", "b", "c", "d", "e"]
+    after = {"b": "a", "c": "a", "d": ["b", "c"], "e": ["d"]}
+    ok("enqueue", json.dumps([  # the later ones first
+        {"id": name, "command": "true", "after": after.get(name)} for name in names[::-1]]))
+    assert drain() == 0
+    began = order_of_runs()
+    assert (began[0], sorted(began[1:3]), began[3:]) == ("a", ["b", "c"], ["d", "e"])
+    assert all(job["after"] == [] for job in jobs().values())
+
+
+def test_a_job_behind_a_dead_one_stays_until_that_is_retried_and_completed():
+    enqueue("test -e mended", id="build", max_retries=1)
+    ok("enqueue", "--id", "test", "--after", "build", "--", "true")
+    ok("enqueue", "--id", "deploy", "--after", "test", "--after", "build", "--", "true")
+    answer = script("worker", "start", "--drain")
+    assert answer.returncode == 1 and answer.stderr == (
+        "queuectl: 0 completed, 1 dead; 2 jobs left: test waits for build, which is dead\n")
+    words = "waits for build, which is dead"
+    assert words in ok("show", "test").out
+    assert words + " and 1 job more" in ok("show", "deploy").out
+    assert "Blocked: 2 jobs; test " + words in ok("status").out
+    assert ok("status", "--json").json["blocked"] == 2
+    answer = cli("wait", "test", "deploy", "--json")
+    assert answer.code == 1 and sorted(answer.json["left"]) == ["deploy", "test"]
+    assert words in cli("wait").out and cli("wait", "--timeout", "0").code == 1
+    open("mended", "w").close()
+    ok("dlq", "retry", "build")
+    assert drain() == 0 and order_of_runs() == ["build", "build", "test", "deploy"]
+
+
+def test_wait_ends_only_when_nothing_of_what_is_left_can_go_on(queue):
+    add(queue, id="dead", max_retries=1)
+    queue.fail(claim(queue), result())
+    add(queue, id="behind", after=["dead"])
+    add(queue, id="free")
+    for ids in (None, ["behind", "free"], ["free", "behind"]):
+        assert queue.wait(ids, 0) is None
+    queue.complete(claim(queue), result(None))
+    assert queue.wait(["behind", "free"])["left"] == ["behind"]
+    queue.retry(["dead"])
+    assert queue.wait(["behind"], 0) is None
+    queue.complete(claim(queue), result(None))
+    assert claim(queue)["id"] == "behind"
+
+
+def test_a_job_after_a_delayed_one_is_left_by_a_drain_without_a_fault():
+    enqueue(id="later", delay="1h")
+    enqueue(id="last", after=["later"])
+    answer = script("worker", "start", "--drain")
+    assert answer.returncode == 0
+    assert "0 completed, 0 dead; 2 jobs left: the next is due in 59m" in answer.stderr
+    ok("edit", "later", "--run-at", "now")
+    assert drain() == 0 and order_of_runs() == ["later", "last"]
+
+
+@pytest.mark.parametrize("jobs_given, words", [
+    ([("a", ["nope"])], "no job nope"), ([("a", ["a"])], "circle"),
+    ([("a", ["b"]), ("b", ["a"])], "circle"),
+    ([("a", ["c"]), ("b", ["a"]), ("c", ["b"])], "circle"),
+    ([("a", ["first"]), ("b", ["gone"])], "no job gone"),
+    ([("a", [""])], "after: "), ([("a", [3])], "after: "), ([("a", {})], "after: ")])
+def test_unknown_ids_and_circles_are_refused_and_nothing_is_added(jobs_given, words):
+    enqueue(id="first")
+    lines = [json.dumps({"id": id, "command": "true", "after": after})
+             for id, after in jobs_given]
+    code = 2 if words == "after: " else 1
+    assert words in refused("enqueue", *lines, code=code)
+    assert list(jobs()) == ["first"]
+
+
+def test_an_edit_can_make_no_circle_and_can_take_a_wait_away(queue):
+    add(queue, id="a", after=[])
+    add(queue, id="b", after=["a"])
+    add(queue, id="c", after=["b"])
+    assert "circle" in refused("edit", "a", "--after", "c")
+    assert queue.job("a")["after"] is None and queue.job("a")["waits"] == 0
+    ok("edit", "c", "--after", "a")
+    assert ok("show", "c", "--json").json["after"] == ["a"]
+    ok("edit", "c", "--after", "none")
+    assert queue.job("c")["claimable"] == 1 and queue.job("b")["claimable"] == 0
+    queue.complete(claim(queue), result(None))
+    ok("edit", "c", "--after", "a")  # which is completed: nothing to wait for
+    assert queue.job("c")["waits"] == 0
+
+
+def test_a_job_that_others_wait_for_is_deleted_only_with_them(queue):
+    for id, after in (("a", []), ("b", ["a"]), ("c", ["b"])):
+        add(queue, id=id, after=after, max_retries=1)
+    assert "job a is waited for by b" in refused("delete", "a")
+    assert "job b is waited for by c" in refused("delete", "a", "b")
+    queue.cancel(["c"])  # a cancelled one waits, too: it may be retried
+    assert "job b is waited for by c" in refused("delete", "b")
+    ok("delete", "a", "b", "c")
+    assert jobs() == {} and queue._rows("SELECT * FROM waits") == []
+    for id, after in (("a", []), ("b", ["a"])):
+        add(queue, id=id, after=after, max_retries=1)
+    queue.fail(claim(queue), result())
+    assert ok("dlq", "clear").out == "deleted 0 jobs; 1 left: other jobs wait for them\n"
+    assert ok("delete", "--state", "pending").out == "deleted 1 job\n"
+    add(queue, id="b", after=["a"])
+    assert ok("delete", "--all").out == "deleted 2 jobs\n" and jobs() == {}
+
+
+def test_a_cancelled_follower_that_is_retried_waits_again(queue):
+    add(queue, id="a")
+    add(queue, id="b", after=["a"])
+    queue.cancel(["b"])
+    queue.retry(["b"])
+    assert queue.job("b")["claimable"] == 0
+    queue.complete(claim(queue), result(None))
+    assert claim(queue)["id"] == "b"
+
+
+def test_waits_and_locks_travel_from_queue_to_queue():
+    ok("enqueue", "--id", "a", "--lock", "db", "--", "true")
+    ok("enqueue", "--id", "b", "--after", "a", "--lock", "db", "--", "true")
+    ok("enqueue", "-", "--db", "other.db", stdin=ok("list", "--json").out.encode())
+    copied = jobs("--db", "other.db")
+    assert (copied["b"]["after"], copied["b"]["lock"]) == (["a"], "db")
+
+
+def test_a_fan_out_of_thousands_is_freed_at_once(queue):
+    add(queue, id="a")
+    rows = ({"command": "true", "after": ["a"]} for _ in range(5000))
+    queue.enqueue(queuectl.checked_job(row, queue.defaults()) for row in rows)
+    run = claim(queue)
+    assert claim(queue) is None
+    began = time.monotonic()
+    queue.complete(run, result(None))
+    assert time.monotonic() - began < 2 and queue._rows("SELECT * FROM waits") == []
+    assert claim(queue) and claim(queue)
+
+
+def test_unique_takes_the_waits_of_the_new_job(queue):
+    for name in ("a", "b"):
+        add(queue, id=name)
+    add(queue, id="x", after=["a"])
+    queue.cancel(["x"])
+    ok("enqueue", "--unique", "--id", "x", "--after", "b", "--", "true")
+    assert ok("show", "x", "--json").json["after"] == ["b"]
+
+
+def locks(queue):
+    """Return what may be claimed of each lock."""
+    return {job["lock"]: job["id"] for job in queue.jobs() if job["lock"]
+            and job["state"] == "pending" and job["claimable"] == 1}
+
+
+def test_of_the_jobs_of_a_lock_one_runs_at_a_time_the_highest_first(queue):
+    for name, priority in (("low", 0), ("mid", 1), ("mid2", 1)):
+        add(queue, id=name, lock="db", priority=priority)
+    add(queue, id="other", lock="gpu", priority=-1)
+    run = claim(queue)
+    assert run["id"] == "mid"
+    add(queue, id="high", lock="db", priority=2)
+    assert claim(queue)["id"] == "other" and claim(queue) is None
+    queue.fail(run, result())  # it has no lock while it waits for its next try
+    assert claim(queue)["id"] == "high"
+
+
+LOCK_VERBS = {
+    "complete": lambda queue, run: queue.complete(run, result(None)),
+    "fail": lambda queue, run: queue.fail(run, result()),
+    "dead": lambda queue, run: queue.fail(dict(run, attempt=9), result()),
+    "release": lambda queue, run: queue.release(run, result()),
+    "cancel": lambda queue, run: (queue.cancel([run["id"]]), queue.fail(run, result())),
+}
+
+
+@pytest.mark.parametrize("verb", LOCK_VERBS)
+def test_whatever_ends_a_run_gives_its_lock_to_the_next(queue, verb):
+    for name in ("a", "b"):
+        add(queue, id=name, lock="db")
+    run = claim(queue)
+    assert locks(queue) == {}
+    LOCK_VERBS[verb](queue, run)
+    assert locks(queue) == {"db": "a" if verb == "release" else "b"}
+
+
+def test_whatever_moves_a_waiting_job_elects_the_first_of_its_lock_anew(queue, clock):
+    for name, priority in (("a", 3), ("b", 2), ("c", 1)):
+        add(queue, id=name, lock="db", priority=priority)
+    add(queue, id="late", lock="db", priority=9, delay=60)
+    assert locks(queue) == {"db": "a"}
+    queue.cancel(["a"])
+    assert locks(queue) == {"db": "b"}
+    queue.retry(["a"])
+    assert locks(queue) == {"db": "a"}
+    queue.delete(["a"])
+    assert locks(queue) == {"db": "b"}
+    queue.edit("c", {"priority": 5})
+    assert locks(queue) == {"db": "c"}
+    queue.edit("c", {"lock": "gpu"})
+    assert locks(queue) == {"db": "b", "gpu": "c"}
+    queue.edit("c", {"lock": None})
+    assert locks(queue) == {"db": "b"} and queue.job("c")["claimable"] == 1
+    queue.edit("c", {"lock": "db"})
+    assert locks(queue) == {"db": "c"}
+    clock.now += 61
+    queue.promote(clock.now)
+    assert locks(queue) == {"db": "late"}
+    queue.complete(claim(queue), result(None))
+    ok("enqueue", "--unique", "--id", "late", "--lock", "gpu", "--", "true")
+    queue.promote(time.time())
+    assert locks(queue) == {"db": "c", "gpu": "late"}
+    queue.delete(queuectl.those(["pending"]))
+    assert locks(queue) == {}
+
+
+@posix
+def test_a_lock_holds_over_all_pools_and_whatever_is_killed():
+    command = "mkdir held || exit 9; sleep 0.05; rmdir held"
+    ok("enqueue", json.dumps([{"command": command, "lock": "l", "max_retries": 1}] * 12))
+    enqueue("test -e naps && exit 0; touch naps; " + NAP, id="killed", lock="l", priority=1)
+    pool = start_pool()
+    wait_until(lambda: os.path.exists("naps"))
+    kill_all(pool)
+    pools = [start_pool(), start_pool()]
+    wait_until(lambda: ok("status", "--json").json["jobs"]["completed"] == 13)
+    assert all(pool.poll() is None for pool in pools) and errors("killed")[0] == "worker died"
+    spans = queuectl.Queue("queuectl.db")._rows(
+        "SELECT started_at, finished_at FROM runs ORDER BY started_at")
+    assert len(spans) == 14
+    assert all(began >= ended for (_, ended), (began, _) in zip(spans, spans[1:]))
+
+
+def test_a_lock_with_many_behind_it_slows_no_claim(queue):
+    rows = ({"command": "true", "lock": "db"} for _ in range(20000))
+    queue.enqueue(queuectl.checked_job(row, queue.defaults()) for row in rows)
+    for _ in range(200):
+        add(queue, id="x%d" % _, priority=-1)
+    first, began = claim(queue), time.monotonic()
+    for _ in range(100):
+        assert claim(queue)["id"].startswith("x")
+    assert time.monotonic() - began < 1
+    began = time.monotonic()
+    queue.complete(first, result(None))
+    assert len(claim(queue)["id"]) == 6 and time.monotonic() - began < 0.2
+
+
+def test_show_says_which_job_has_the_lock():
+    enqueue(id="first", lock="db")
+    enqueue(id="second", lock="db")
+    start_pool(count=1, script="queuectl.Queue.claim = lambda *_: None")
+    assert "first comes first, which has the lock db, too" in ok("show", "second").out
+    assert "next in line" in ok("show", "first").out
+
+
+def test_a_paused_queue_starts_no_job_and_says_so_everywhere():
+    enqueue(id="x")
+    pool = start_pool()
+    wait_until(lambda: state("x") == "completed")
+    assert ok("pause").out == "paused; to go on: queuectl.py resume\n" == ok("pause").out
+    enqueue(id="y")
+    words = "paused; to go on: queuectl.py resume"
+    assert words.capitalize() in ok("status").out and words in ok("show", "y").out
+    assert ok("status", "--json").json["paused"] is True
+    answer = cli("wait")
+    assert answer.code == 1 and "1 can't go on (y: the queue is paused" in answer.out
+    answer = script("worker", "start", "--drain")
+    assert answer.returncode == 1 and answer.stderr.splitlines() == [
+        "queuectl: the queue is " + words,
+        "queuectl: 0 completed, 0 dead; 1 job left: the queue is " + words]
+    assert state("y") == "pending" and pool.poll() is None
+    assert ok("resume", "--json").json == {"paused": False}
+    wait_until(lambda: state("y") == "completed")
+    assert "aused" not in ok("status").out
+
+
+def test_a_pause_lets_the_running_job_finish_and_a_drain_end():
+    enqueue("while ! test -e go; do sleep 0.05; done", id="runs", priority=1)
+    enqueue(id="next")
+    pool = start_pool("--drain", count=1)
+    wait_until(lambda: state("runs") == "processing")
+    ok("pause")
+    assert cli("wait", "--timeout", "0").code == 124  # one runs
+    open("go", "w").close()
+    assert pool.wait(20) == 1 and "1 completed, 0 dead; 1 job left" in pool.stderr.read()
+    assert (state("runs"), state("next")) == ("completed", "pending")
+
+
+def test_an_idle_pool_of_a_paused_queue_rests(queue):
+    add(queue)
+    queue.pause(True)
+    worker = queuectl.Worker.__new__(queuectl.Worker)
+    worker.queue, worker.drain = queue, False
+    assert worker.pause() == queuectl.IDLE_WAIT and claim(queue) is None
+    assert queue.drained()
+
+
+def test_edit_changes_what_waits_with_the_options_of_enqueue(queue):
+    add(queue, id="x", run_at=time.time() + 3600)
+    ok("edit", "x", "--priority", "5", "--timeout", "1m30s", "--env", "A=1", "--", "echo", "b c")
+    job = ok("show", "x", "--json").json
+    assert (job["priority"], job["timeout"], job["env"]) == (5, 90, {"A": "1"})
+    assert job["command"].split()[0] == "echo" and claim(queue) is None
+    assert ok("edit", "x", "--run-at", "now", "--json").json["state"] == "pending"
+    run = claim(queue)
+    assert run["id"] == "x"
+    assert "job x is processing" in refused("edit", "x", "--priority", "1")
+    queue.fail(run, result())
+    ok("edit", "x", "--command", "true", "--run-at", "now")  # a failed one: tried at once
+    run = claim(queue)
+    assert (run["attempt"], run["command"]) == (2, "true")
+    queue.complete(run, result(None))
+    assert "job x is completed" in refused("edit", "x", "--priority", "1")
+    assert "nothing to change" in refused("edit", "x", code=2)
+    assert "no job y" in refused("edit", "y", "--priority", "1")
+    assert "priority" in refused("edit", "x", "--priority", "high", code=2)
+    refused("edit", "x", "--id", "y", code=2)
+    refused("edit", "x", "--run-at", "now", "--delay", "3", code=2)
+
+
+def test_retry_runs_a_finished_job_again_and_keeps_its_runs():
+    enqueue("echo $QUEUECTL_ATTEMPT", id="x") if os.name == "posix" else enqueue("echo 1", id="x")
+    enqueue("exit 3", id="y", max_retries=1)
+    drain()
+    assert ok("retry", "x", "y").out == "retried x\nretried y\n"
+    assert "job x is pending, not completed or dead" in refused("retry", "x")
+    assert drain() == 1
+    assert errors("x") == [None, None] and errors("y") == ["exit 3", "exit 3"]
+    assert attempts("x") == 1 and ok("logs", "x").out.split() == ["1"]
+
+
+def test_many_are_chosen_by_state_and_text_and_listed_by_a_dry_run():
+    for name in ("a1", "a2", "b1"):
+        enqueue(id=name)
+    drain()
+    enqueue("exit 1", id="a3", max_retries=1)
+    drain()
+    for name in ("a4", "b2"):
+        enqueue("echo a" if name == "b2" else "true", id=name)
+    assert list(jobs("--match", "a")) == ["a1", "a2", "a3", "a4", "b2"]
+    assert list(jobs("--match", "a", "--state", "dead", "--state", "completed", "--newest")) == [
+        "a3", "a2", "a1"]
+    for words in (["cancel"], ["retry"], ["delete"], ["dlq", "retry"]):
+        listed = ok(*words, "--match", "a", "--dry-run", "--json").json
+        assert [job["id"] for job in listed] == {
+            "cancel": ["a4", "b2"], "retry": ["a1", "a2", "a3"], "dlq": ["a3"],
+            "delete": ["a1", "a2", "a3", "a4", "b2"]}[words[0]]
+    assert len(jobs()) == 6 and state("a4") == "pending"
+    assert ok("cancel", "--match", "a").out == "cancelled 2 jobs\n"
+    assert ok("retry", "--state", "completed", "--match", "a").out == "retried 2 jobs\n"
+    assert ok("retry", "--state", "dead").out == (
+        "retried 1 job; 2 left: cancelled ones are retried by name\n")
+    assert ok("delete", "--match", "b", "--state", "completed").out == "deleted 1 job\n"
+    assert ok("cancel", "--match", "nothing").out == "cancelled 0 jobs\n"
+    for words in (["cancel"], ["retry"], ["delete"], ["dlq", "retry"], ["retry", "x", "--match", "a"],
+                  ["cancel", "a1", "--state", "pending"]):
+        assert "name jobs" in refused(*words, code=2)
+
+
+def test_cancelling_many_ends_the_running_ones_too(queue):
+    add(queue, id="runs")
+    run = claim(queue)
+    add(queue, id="waits")
+    assert ok("cancel", "--state", "processing", "--state", "pending").out == "cancelled 2 jobs\n"
+    assert state("waits") == "dead" and queue.complete(run, result(None)) == "completed"
+
+
+def test_list_says_when_a_job_is_due_and_how_many_more_there_are():
+    enqueue(id="later", delay="2h")
+    enqueue(id="now")
+    lines = ok("list").out.splitlines()
+    assert "due in 1h 59m" in lines[1] and "due" not in lines[2]
+    answer = ok("list", "--limit", "1")
+    assert answer.out.count("\n") == 2 and answer.err == "queuectl: 1 job more; --limit 0 lists all\n"
+    assert ok("list", "--limit", "2").err == "" == ok("list", "--limit", "1", "--json").err
+    assert ok("list", "--limit", "1", "--match", "later").err == ""
+
+
+@posix
+def test_an_empty_list_says_so_on_a_terminal():
+    assert on_terminal("list") == (0, "no jobs\r\n")
+    assert on_terminal("dlq", "list") == (0, "no dead jobs\r\n")
+    assert ok("list").out.split() == ["ID", "STATE", "TRIES", "CHANGED", "COMMAND"]
+
+
+def test_the_beginning_of_an_id_is_enough_for_show_and_logs_alone():
+    for name in ("backup-1", "backup-2", "report", "rep"):
+        enqueue("echo " + name, id=name)
+    drain(1)
+    answer = ok("logs", "repo")
+    assert answer.out.split() == ["report"] and answer.err == "queuectl: repo is report\n"
+    assert ok("show", "rep", "--json").json["id"] == "rep"  # whole, so not a beginning
+    for id in ("backup", "bac", "ort", "re", "backup-3", "%", "repo%"):
+        assert "no job" in refused("show", id)
+    for words in (["delete"], ["cancel"], ["retry"], ["wait"], ["edit", "--priority", "1"]):
+        assert "no job repo" in refused(*words, "repo")
+
+
+def test_logs_of_several_stand_each_under_a_line_with_id_and_error():
+    enqueue("echo one", id="a")
+    enqueue("echo two&& exit 3", id="b", max_retries=1)
+    enqueue("exit 4", id="c", max_retries=1)
+    drain(1)
+    assert ok("logs", "a", "b").out.split("\n") == [
+        "==> a: no error", "one", "==> b: exit 3", "two", ""]
+    assert ok("dlq", "logs").out.split("\n") == ["==> b: exit 3", "two", "==> c: exit 4", "", ""]
+    assert [log["id"] for log in ok("dlq", "logs", "--json").json] == ["b", "c"]
+    assert [log["id"] for log in ok("logs", "a", "c", "--json").json] == ["a", "c"]
+    refused("logs", "a", "b", "--run", "1", code=2)
+    refused("logs", "-f", "a", "b", code=2)
+
+
+def test_lines_are_commands_and_quiet_prints_nothing():
+    lines = b"echo one\r\n\n  \necho {two}\n[3]\n"
+    ok("enqueue", "--lines", "--priority", "2", stdin=lines)
+    assert [(job["command"], job["priority"]) for job in jobs().values()] == [
+        ("echo one", 2), ("echo {two}", 2), ("[3]", 2)]
+    with open("list", "wb") as file:
+        file.write(b"true\n\xff\n")
+    assert "line 2: command" in refused("enqueue", "--lines", "--file", "list", code=2)
+    assert ok("enqueue", "--quiet", "--", "true").out == "" and len(jobs()) == 4
+
+
+@pytest.mark.parametrize("given, expected", [
+    ("1h30m", 5400), ("1d2h", 93600), ("1.5h", 5400), ("90", 90), ("1H", 3600), (" 5 ", 5)])
+def test_durations_may_have_several_parts(given, expected):
+    assert queuectl.seconds(given) == expected
+
+
+@pytest.mark.parametrize("given", ["1h30", "h", "", "1_0", "1 h", "1h 30m", "-1h", "1e3", "1w"])
+def test_what_is_no_duration_is_refused(given):
+    assert "timeout" in refused("enqueue", "--timeout=" + given, "--", "true", code=2)
+
+
+def test_the_limit_of_output_may_be_given_in_k_and_m():
+    ok("config", "set", "output_limit", "64k")
+    assert ok("config", "get", "output_limit").out == "65536\n"
+    for value in ("65M", "1G", "-1", "1.5M", "true", ""):
+        assert "64M" in refused("config", "set", "output_limit", "--", value, code=2)
+
+
+@posix
+def test_a_pool_on_a_terminal_shows_each_job_and_elsewhere_nothing_of_them():
+    enqueue("exit 3", id="x", max_retries=1)
+    enqueue("sleep 0.4", id="y")
+    code, shown = on_terminal("worker", "start", "--drain", columns=200)
+    assert code == 1 and re.search(r"x 1/1 dead \(exit 3\) in", shown)
+    assert "y 1/3 goes on, pid " in shown and "y 1/3 completed in 0.4" in shown
+    enqueue("exit 3", id="z", max_retries=1)
+    assert script("worker", "start", "--drain").stderr == "queuectl: 0 completed, 1 dead\n"
+
+
+@posix
+def test_ctrl_c_tells_what_it_waits_for_on_a_terminal():
+    enqueue("while ! test -e go; do sleep 0.05; done", id="x")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.execv(sys.executable, [sys.executable, SCRIPT, "worker", "start"])
+    wait_until(lambda: state("x") == "processing")
+    os.write(terminal, b"\x03")
+    shown = b""
+    while b"finishing 1 running job; Ctrl-C again ends them now" not in shown:
+        shown += os.read(terminal, 4096)
+    open("go", "w").close()
+    with contextlib.suppress(OSError):
+        while True:
+            shown += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitpid(pid, 0)[1] == 0 and state("x") == "completed"
+    assert b"pool %d stopped" % pid in shown
