@@ -538,12 +538,18 @@ CREATE TRIGGER job_removed AFTER DELETE ON jobs BEGIN
     DELETE FROM runs WHERE seq = OLD.seq; END;
 
 -- Whatever adds or ends a wait: `waits` is their number, and with 0 the time alone counts.
+-- A job whose front was removed, as `delete --all` does page by page, can't go on.
 CREATE TRIGGER wait_added AFTER INSERT ON waits BEGIN
     UPDATE jobs SET waits = waits + 1, claimable = 0 WHERE seq = NEW.seq; END;
 CREATE TRIGGER wait_ended AFTER DELETE ON waits BEGIN
     UPDATE jobs SET waits = waits - 1 WHERE seq = OLD.seq; END;
 CREATE TRIGGER job_completed AFTER UPDATE OF state ON jobs WHEN NEW.state = 'completed'
     BEGIN DELETE FROM waits WHERE waits_for = NEW.seq; END;
+CREATE TRIGGER front_removed AFTER DELETE ON jobs BEGIN
+    UPDATE jobs SET state = 'dead', error = 'what it waited for was removed'
+        WHERE state = 'pending'
+        AND seq IN (SELECT seq FROM waits WHERE waits_for = OLD.seq);
+    DELETE FROM waits WHERE waits_for = OLD.seq; END;
 
 -- Whatever becomes of jobs that share a lock: the first of them may be claimed, and none
 -- while one of them runs. A changed lock counts as soon as its job is claimable again.
@@ -1101,15 +1107,15 @@ class Queue:
             self._give_back()
             return count
         with self.transaction():
-            fronts = self._named(jobs)
-            self._apply(jobs, [query], "job %(id)s is running")
-            for front in fronts:
-                id = self._value("SELECT id FROM jobs JOIN waits USING (seq)"
-                                 " WHERE waits_for = ?", front["seq"])
-                if id is not None:
-                    words = "job %s is waited for by %s: name that, too"
-                    raise QueueError(words % (shown(front["id"]), shown(id)))
-        return len(fronts)
+            named = self._named(jobs)
+            numbers = {job["seq"] for job in named}
+            for job in named:
+                for follower in self._rows("SELECT seq, id FROM jobs JOIN waits USING (seq)"
+                                           " WHERE waits_for = ?", job["seq"]):
+                    if follower["seq"] not in numbers:
+                        words = "job %s is waited for by %s: name that, too"
+                        raise QueueError(words % (shown(job["id"]), shown(follower["id"])))
+            return self._apply(jobs, [query], "job %(id)s is running")
 
     def _apply(self, jobs, changes, refusal="", **values):
         """Apply the changes of a verb to jobs, each change to those in states it leaves."""
@@ -1229,26 +1235,29 @@ class Queue:
         """Return the state of a job, None if it is gone."""
         return self._value("SELECT state FROM jobs WHERE id = ?", id)
 
-    def blockers(self, job):
+    def fronts(self, job):
         """Return the jobs that one waits for, dead ones first."""
         return self._rows(
-            "SELECT id, state FROM waits LEFT JOIN jobs ON jobs.seq = waits_for"
+            "SELECT id, state FROM waits JOIN jobs ON jobs.seq = waits_for"
             " WHERE waits.seq = ? ORDER BY state = 'dead' DESC, waits_for", job["seq"])
+
+    BLOCKED = ("SELECT waits.seq AS seq, front.id AS front FROM jobs AS front CROSS JOIN"
+               " waits ON waits_for = front.seq WHERE front.state = 'dead' AND " + RARE +
+               " AND EXISTS (SELECT 1 FROM waits)")  # or all dead ones would be looked at
 
     def blocked(self):
         """Return how many jobs wait for a dead one, the first of them and that one."""
-        return self._rows(
-            "SELECT COUNT(DISTINCT waits.seq) AS jobs, MIN(waits.seq), job.id AS id,"
-            " front.id AS front FROM waits CROSS JOIN jobs AS front"
-            " ON front.seq = waits_for JOIN jobs AS job ON job.seq = waits.seq"
-            " WHERE front.state = 'dead' AND job.state = 'pending'")[0]
+        row = self._rows(
+            "SELECT COUNT(DISTINCT seq) AS jobs, MIN(seq), id, front FROM"
+            " (" + self.BLOCKED + ") JOIN jobs USING (seq) WHERE state = 'pending'")[0]
+        return row if row["jobs"] else None
 
-    def hopeless(self, job):
-        """Tell whether a job waits, directly or not, for one that is dead or removed."""
-        return bool(self._value(
-            "WITH RECURSIVE front (seq) AS (SELECT ? UNION SELECT waits_for FROM waits"
-            " JOIN front USING (seq)) SELECT 1 FROM front LEFT JOIN jobs USING (seq)"
-            " WHERE state IS NULL OR state = 'dead'", job["seq"]))
+    def hopeless(self):
+        """Return the numbers of the jobs that wait, directly or not, for a dead one."""
+        return {seq for seq, in self._rows(
+            "WITH RECURSIVE stuck (seq) AS (SELECT seq FROM (" + self.BLOCKED + ") UNION"
+            " SELECT waits.seq FROM stuck JOIN waits ON waits_for = stuck.seq)"
+            " SELECT seq FROM stuck")}
 
     def locked_by(self, job):
         """Return the id of the job that has, or gets, the lock of another first."""
@@ -1326,15 +1335,17 @@ class Queue:
         def over():
             self.check_there()
             counts, stuck, going = self.counts(), 0, 0
-            idle = self.paused() and not counts["processing"]
+            idle, hopeless = self.paused() and not counts["processing"], None
             while stuck + going < len(left):
-                job = self._rows("SELECT seq, state FROM jobs WHERE id = ?", left[-1])
+                job = self._rows("SELECT seq, state, waits FROM jobs WHERE id = ?", left[-1])
                 state = job[0]["state"] if job else removed
                 if state in ("completed", "dead", "removed"):
                     ended[state] += 1
                     left.pop()
                     continue
-                if idle or self.hopeless(job[0]):
+                if job[0]["waits"] and hopeless is None:
+                    hopeless = self.hopeless()
+                if idle or (job[0]["waits"] and job[0]["seq"] in hopeless):
                     stuck += 1
                 elif named:
                     going += 1
@@ -2763,20 +2774,15 @@ class Supervisor:
         """Look what became of a drained pool's jobs, and why it left others; clear up."""
         self.result = "pool %d stopped" % self.pid
         if self.drain:
-            ended, left = queue.ended_since(self.began, self.pids), []
-            blocked, due = queue.blocked(), queue.next_due()
-            if blocked["jobs"]:
-                left.append("%(id)s waits for %(front)s, which is dead" % blocked)
-            if queue.paused():
-                left.append("the queue is " + RESUME)
-            self.failed = bool(ended["dead"] or left)
+            ended, why = queue.ended_since(self.began, self.pids), obstacles(queue)
+            self.failed = bool(ended["dead"] or why)
+            counts, due = queue.counts(), queue.next_due()
             if due:
-                left.append("the next is due " + when(due, queue.clock()))
+                why.append("the next is due " + when(due, queue.clock()))
             self.result = "%d completed, %d dead" % (ended["completed"], ended["dead"])
-            counts = queue.counts()
-            if left:
-                waiting = many(counts["pending"] + counts["failed"], "job")
-                self.result += "; %s left: %s" % (waiting, "; ".join(left))
+            if why:
+                left = many(counts["pending"] + counts["failed"], "job")
+                self.result += "; %s left: %s" % (left, "; ".join(why))
         self.tidy(queue)
         wait_until(lambda: not self.tell_dead(queue), GRACE)
         return True
@@ -2900,7 +2906,7 @@ def why_waiting(queue, job, pools):
     if job["state"] not in ("pending", "failed"):
         return None
     if job["waits"]:
-        return waits_for(queue.blockers(job))
+        return waits_for(queue.fronts(job))
     if queue.paused():
         return "the queue is " + RESUME
     if not job["claimable"]:
@@ -2918,10 +2924,20 @@ def why_waiting(queue, job, pools):
 
 def waits_for(fronts):
     """Return in words for which jobs one waits."""
-    id, state = fronts[0]
-    what = shown(id) + ", which is " + state if id else "a job that was removed"
     more = " and %s more" % many(len(fronts) - 1, "job") if len(fronts) > 1 else ""
-    return "waits for " + what + more
+    return "waits for %s, which is %s" % (shown(fronts[0]["id"]), fronts[0]["state"]) + more
+
+
+def obstacles(queue):
+    """Return in words what keeps jobs from going on until somebody does something."""
+    blocked = queue.blocked()
+    words = [blocked_words(blocked)] if blocked else []
+    return words + ["the queue is " + RESUME] * queue.paused()
+
+
+def blocked_words(blocked):
+    id, front = shown(blocked["id"]), shown(blocked["front"])
+    return "%s waits for %s, which is dead" % (id, front)
 
 
 def progress(counts, done, spent):
@@ -3367,10 +3383,8 @@ def cmd_wait(args, queue):
     if counts["removed"]:
         words += ", %d removed before they were seen to end" % counts["removed"]
     if counts["left"]:
-        job = queue.job(counts["left"][0])
-        why = why_waiting(queue, job, worker_list(queue)) or "it goes on just now"
-        words += ", %d can't go on (%s: %s)" % (
-            len(counts["left"]), shown(job["id"]), why)
+        why = "; ".join(obstacles(queue)) or "just now they can again"
+        words += ", %d can't go on: %s" % (len(counts["left"]), why)
     answer(args, counts, words)
     return 1 if counts["dead"] or counts["removed"] or counts["left"] else 0
 
@@ -3683,7 +3697,7 @@ def status_document(status):
     """Return what `status --json` prints."""
     workers = [dated(worker, "since") for worker in status["workers"]]
     return dict(dated(status, "oldest_waiting", "next_due"), workers=workers,
-                blocked=status["blocked"]["jobs"])
+                blocked=status["blocked"]["jobs"] if status["blocked"] else 0)
 
 
 def status_lines(status, now):
@@ -3700,10 +3714,8 @@ def status_lines(status, now):
         yield "Oldest Waiting: " + span(now - oldest)
     if due is not None:
         yield "Next Due: " + when(due, now)
-    if blocked["jobs"]:
-        words = "Blocked: %s; %s waits for %s, which is dead"
-        yield words % (many(blocked["jobs"], "job"), shown(blocked["id"]),
-                       shown(blocked["front"]))
+    if blocked:
+        yield "Blocked: %s; " % many(blocked["jobs"], "job") + blocked_words(blocked)
     if paused:
         yield RESUME.capitalize()
     elif jobs["pending"] + jobs["failed"] and not workers:

@@ -4363,7 +4363,7 @@ def test_a_paused_queue_starts_no_job_and_says_so_everywhere():
     assert words.capitalize() in ok("status").out and words in ok("show", "y").out
     assert ok("status", "--json").json["paused"] is True
     answer = cli("wait")
-    assert answer.code == 1 and "1 can't go on (y: the queue is paused" in answer.out
+    assert answer.code == 1 and "1 can't go on: the queue is paused" in answer.out
     answer = script("worker", "start", "--drain")
     assert answer.returncode == 1 and answer.stderr.splitlines() == [
         "queuectl: the queue is " + words,
@@ -4569,3 +4569,14 @@ def test_ctrl_c_tells_what_it_waits_for_on_a_terminal():
     os.close(terminal)
     assert os.waitpid(pid, 0)[1] == 0 and state("x") == "completed"
     assert b"pool %d stopped" % pid in shown
+
+
+def test_what_waits_for_a_removed_job_is_dead_and_says_why(queue):
+    add(queue, id="front")
+    add(queue, id="x", after=["front"])
+    add(queue, id="y", after=["x"])
+    queue.delete(queuectl.those(text="front"))
+    assert (state("x"), queue.job("x")["error"]) == ("dead", "what it waited for was removed")
+    assert queue.counts()["dead"] == 1 and ok("show", "y", "--json").json["after"] == ["x"]
+    queue.retry(["x"])
+    assert claim(queue)["id"] == "x"
