@@ -125,7 +125,7 @@ def backoff(base, attempts, longest):
 
 
 def seconds(value):
-    """Return a duration in seconds from a number or text like 90, 90s, 10m, 1h30m, 7d."""
+    """Return a duration in seconds from a number or text like 90, 90s, 1h30m, 7d."""
     if type(value) in (int, float):
         return float(value)
     text, part = value.strip().lower(), r"(\d+\.?\d*|\.\d+)([smhd])"
@@ -284,8 +284,8 @@ SETTINGS = {
                 " job that ends dead on standard input"),
 }
 
-# name: (check, default, option of `enqueue`, its help). Each is a column of `jobs` but for
-# `delay`, which becomes a `run_at`, and `after`, which becomes rows of `waits`. The
+# name: (check, default, option of `enqueue`, its help). Each is a column of `jobs` but
+# for `delay`, which becomes a `run_at`, and `after`, which becomes rows of `waits`. The
 # default of those that have a setting is taken from there.
 FIELDS = {
     "id": (identifier, None, "--id ID", "else a short one is made"),
@@ -435,6 +435,7 @@ def setting_name(key):
 # ======================================================================================
 
 ORDER = "priority DESC, seq"  # in which jobs are claimed
+RARE = "state <> 'pending' AND state <> 'completed'"  # or jobs_rare would not be used
 
 # What version 1 had, which people have; SCHEMA adds the rest to a new queue and to one
 # of theirs.
@@ -448,8 +449,8 @@ CREATE TABLE jobs (
     max_retries INTEGER NOT NULL,
     priority INTEGER NOT NULL DEFAULT 0,
     run_at REAL NOT NULL,                   -- when it is, or was, due next
-    claimable INTEGER NOT NULL,             -- 0: it waits for a time, or for others; 2: for
-                                            -- its lock alone; 1: it may be claimed
+    claimable INTEGER NOT NULL,             -- 1; 0: it waits for a time, or for others;
+                                            -- 2: for its lock alone
     timeout REAL,
     cwd TEXT NOT NULL,
     env TEXT,
@@ -499,13 +500,13 @@ ELECT = """
     UPDATE jobs SET claimable = 1
         WHERE seq = (SELECT seq FROM jobs WHERE lock = OLD.lock AND state = 'pending'
             AND claimable = 2 ORDER BY %s LIMIT 1)
-        AND NOT EXISTS (SELECT 1 FROM jobs WHERE lock = OLD.lock AND state = 'processing'
-            AND state <> 'pending' AND state <> 'completed'); END;
-""" % ORDER
+        AND NOT EXISTS (SELECT 1 FROM jobs
+            WHERE lock = OLD.lock AND state = 'processing' AND %s); END;
+""" % (ORDER, RARE)
 
 SCHEMA = """
--- The name of what one job at a time may use; how many rows of `waits` a job has: one for
--- each that it comes after, until that is completed.
+-- The name of what one job at a time may use; how many rows of `waits` a job has: one
+-- for each that it comes after, until that is completed.
 ALTER TABLE jobs ADD COLUMN lock TEXT;
 ALTER TABLE jobs ADD COLUMN waits INTEGER NOT NULL DEFAULT 0;
 CREATE TABLE waits (seq INTEGER NOT NULL, waits_for INTEGER NOT NULL,
@@ -524,8 +525,7 @@ CREATE INDEX jobs_claimable ON jobs (%s) WHERE state = 'pending' AND claimable =
 CREATE INDEX jobs_waiting ON jobs (run_at) WHERE claimable = 0 AND waits = 0;
 CREATE INDEX jobs_locked ON jobs (lock, claimable, %s)
     WHERE lock NOT NULL AND state = 'pending';
-CREATE INDEX jobs_rare ON jobs (state, seq)
-    WHERE state <> 'pending' AND state <> 'completed';
+CREATE INDEX jobs_rare ON jobs (state, seq) WHERE %s;
 
 -- Counting a million rows takes a third of a second: triggers keep the counts, and
 -- `enqueue`, for which one a row would cost half of its time.
@@ -537,8 +537,8 @@ CREATE TRIGGER job_removed AFTER DELETE ON jobs BEGIN
     DELETE FROM waits WHERE seq = OLD.seq;
     DELETE FROM runs WHERE seq = OLD.seq; END;
 
--- Whatever adds or ends a wait: `waits` is their number, and with 0 the time alone counts.
--- A job whose front was removed, as `delete --all` does page by page, can't go on.
+-- Whatever adds or ends a wait: `waits` is their number, and with 0 the time alone
+-- counts. A job whose front was removed, as `delete --all` does by pages, can't go on.
 CREATE TRIGGER wait_added AFTER INSERT ON waits BEGIN
     UPDATE jobs SET waits = waits + 1, claimable = 0 WHERE seq = NEW.seq; END;
 CREATE TRIGGER wait_ended AFTER DELETE ON waits BEGIN
@@ -551,22 +551,21 @@ CREATE TRIGGER front_removed AFTER DELETE ON jobs BEGIN
         AND seq IN (SELECT seq FROM waits WHERE waits_for = OLD.seq);
     DELETE FROM waits WHERE waits_for = OLD.seq; END;
 
--- Whatever becomes of jobs that share a lock: the first of them may be claimed, and none
--- while one of them runs. A changed lock counts as soon as its job is claimable again.
--- (One for INSERT would cost each job a tenth of it: `enqueue` moves one of each lock.)
-CREATE TRIGGER lock_moved AFTER UPDATE OF state, claimable ON jobs WHEN OLD.lock NOT NULL
-    BEGIN %s
+-- Whatever becomes of jobs that share a lock: the first of them may be claimed, and
+-- none while one of them runs. A changed lock counts as soon as its job is claimable
+-- again. (One for INSERT costs any job a tenth more: `enqueue` moves one of each lock.)
+CREATE TRIGGER lock_moved AFTER UPDATE OF state, claimable ON jobs
+    WHEN OLD.lock NOT NULL BEGIN %s
 CREATE TRIGGER lock_left AFTER DELETE ON jobs WHEN OLD.lock NOT NULL BEGIN %s
 PRAGMA application_id = %d;
 PRAGMA user_version = %d;
-""" % (ORDER, ORDER, ELECT, ELECT, APPLICATION_ID, SCHEMA_VERSION)
+""" % (ORDER, ORDER, RARE, ELECT, ELECT, APPLICATION_ID, SCHEMA_VERSION)
 
 CLAIMABLE = "state = 'pending' AND claimable = 1"
 WAITING = "claimable = 0 AND waits = 0"  # for a time, and for nothing else
-FREE = "(waits = 0) * (1 + (lock NOT NULL))"  # what `claimable` is when no time is awaited
+FREE = "(waits = 0) * (1 + (lock NOT NULL))"  # `claimable` of what waits for no time
 UNSTARTED = "(state = 'pending' OR state = 'failed')"
 FINISHED = "(state = 'completed' OR state = 'dead')"
-RARE = "state <> 'pending' AND state <> 'completed'"  # or jobs_rare would not be used
 WAITED_FOR = "EXISTS (SELECT 1 FROM waits WHERE waits_for = jobs.seq)"
 PAUSED = "EXISTS (SELECT 1 FROM config WHERE key = 'paused')"
 ADD = "INSERT INTO jobs (%s, claimable, created_at, updated_at) VALUES (:%s," \
@@ -599,8 +598,8 @@ Condition = collections.namedtuple("Condition", "sql, values")
 def those(states=(), text="", before=None, cancelled=None, waited_for=None):
     """Return the condition for jobs of which all that is given is true.
 
-    They are in one of these states, have a text in id or command, finished before a time,
-    were cancelled or not, have others that wait for them or not.
+    They are in one of these states, have a text in id or command, finished before a
+    time, were cancelled or not, have others that wait for them or not.
     """
     parts = []
     if states:  # only known ones get into a statement: `index` raises ValueError
@@ -885,7 +884,7 @@ class Queue:
             self._refuse_circles()
 
     def _refuse_circles(self):
-        """Raise QueueError unless all waits end when jobs are completed in some order."""
+        """Raise QueueError if there is no order in which all waits come to an end."""
         followers, waits = collections.defaultdict(list), collections.Counter()
         for seq, front in self._rows("SELECT seq, waits_for FROM waits"):
             followers[front].append(seq)
@@ -1059,9 +1058,10 @@ class Queue:
             run["pid"], run["started_at"], run["seq"], run["run"])
 
     def edit(self, id, fields):
-        """Change a job that waits, PENDING or FAILED: fields as `checked_fields` has them.
+        """Change fields of a job that waits, PENDING or FAILED.
 
-        It goes through the gate anew: its time, its waits, its lock.
+        They are as `checked_fields` makes them. The job goes through the gate anew: its
+        time, its waits, its lock.
         """
         now = self.clock()
         changes = {name: fields[name] for name in COLUMNS if name in fields}
@@ -1070,9 +1070,8 @@ class Queue:
         columns = "".join("%s = :%s, " % (name, name) for name in changes)
         query = "UPDATE jobs SET " + columns + "claimable = 0, updated_at = :now"
         with self.transaction():
-            self._apply([id], [(query, UNSTARTED)],
-                        "job %(id)s is %(state)s, and only one that waits can be changed",
-                        **changes)
+            words = "job %(id)s is %(state)s, and only one that waits can be changed"
+            self._apply([id], [(query, UNSTARTED)], words, **changes)
             if "after" in fields:
                 seq = self.job(id)["seq"]
                 self._change("DELETE FROM waits WHERE seq = ?", seq)
@@ -1083,7 +1082,7 @@ class Queue:
     # The next three take ids, of which all are changed or none, or a condition.
 
     def cancel(self, jobs):
-        """PENDING or FAILED to DEAD; of running jobs only a request; return how many."""
+        """PENDING or FAILED to DEAD, of a running one a request; return how many."""
         return self._apply(jobs, [
             ("UPDATE jobs SET state = 'dead', error = 'cancelled', claimable = 1,"
              " updated_at = :now", UNSTARTED),
@@ -1101,24 +1100,24 @@ class Queue:
 
         One that others wait for is removed by id only together with them.
         """
-        query = "DELETE FROM jobs", "state <> 'processing'"
+        change = "DELETE FROM jobs", "state <> 'processing'"
         if isinstance(jobs, Condition):
-            count = self._apply(jobs, [query])
+            count = self._apply(jobs, [change])
             self._give_back()
             return count
         with self.transaction():
             named = self._named(jobs)
             numbers = {job["seq"] for job in named}
+            query = "SELECT seq, id FROM jobs JOIN waits USING (seq)"
             for job in named:
-                for follower in self._rows("SELECT seq, id FROM jobs JOIN waits USING (seq)"
-                                           " WHERE waits_for = ?", job["seq"]):
-                    if follower["seq"] not in numbers:
+                for seq, id in self._rows(query + " WHERE waits_for = ?", job["seq"]):
+                    if seq not in numbers:
                         words = "job %s is waited for by %s: name that, too"
-                        raise QueueError(words % (shown(job["id"]), shown(follower["id"])))
-            return self._apply(jobs, [query], "job %(id)s is running")
+                        raise QueueError(words % (shown(job["id"]), shown(id)))
+            return self._apply(jobs, [change], "job %(id)s is running")
 
     def _apply(self, jobs, changes, refusal="", **values):
-        """Apply the changes of a verb to jobs, each change to those in states it leaves."""
+        """Apply changes to jobs, each to those in the states that it leaves."""
         values["now"] = self.clock()
         if isinstance(jobs, Condition):
             count = self._in_pages(jobs, changes, values)
@@ -1209,10 +1208,10 @@ class Queue:
         Each page is a read of its own: a long one keeps the log from its reset.
         """
         left = limit or MAX_INTEGER
-        where = "WHERE seq BETWEEN :first AND :last AND %s ORDER BY seq %s LIMIT :size" % (
-            condition.sql, "DESC" if newest else "")
+        query = JOB + "WHERE seq BETWEEN :first AND :last AND " + condition.sql
+        query += " ORDER BY seq %s LIMIT :size" % ("DESC" if newest else "")
         while left > 0:
-            page = self._rows(JOB + where, **condition.values, first=first, last=last,
+            page = self._rows(query, **condition.values, first=first, last=last,
                               size=min(left, PAGE))
             yield from page
             left = left - len(page) if len(page) == PAGE else 0
@@ -1227,9 +1226,9 @@ class Queue:
         return self._rows(sql, **condition.values)[0][0]
 
     def before(self, id):
-        """Return the number that comes before that of a job, the last of all without one."""
-        return self._value("SELECT COALESCE((SELECT seq - 1 FROM jobs WHERE id = ?), ?)",
-                           id, MAX_INTEGER)
+        """Return the number before that of a job; without that job, the last of all."""
+        number = self._value("SELECT seq FROM jobs WHERE id = ?", id) or MAX_INTEGER
+        return number - 1
 
     def state(self, id):
         """Return the state of a job, None if it is gone."""
@@ -1241,9 +1240,10 @@ class Queue:
             "SELECT id, state FROM waits JOIN jobs ON jobs.seq = waits_for"
             " WHERE waits.seq = ? ORDER BY state = 'dead' DESC, waits_for", job["seq"])
 
-    BLOCKED = ("SELECT waits.seq AS seq, front.id AS front FROM jobs AS front CROSS JOIN"
-               " waits ON waits_for = front.seq WHERE front.state = 'dead' AND " + RARE +
-               " AND EXISTS (SELECT 1 FROM waits)")  # or all dead ones would be looked at
+    # With EXISTS, or it would look at all dead ones where none is waited for.
+    BLOCKED = ("SELECT waits.seq AS seq, front.id AS front FROM jobs AS front"
+               " CROSS JOIN waits ON waits_for = front.seq WHERE front.state = 'dead'"
+               " AND " + RARE + " AND EXISTS (SELECT 1 FROM waits)")
 
     def blocked(self):
         """Return how many jobs wait for a dead one, the first of them and that one."""
@@ -1255,8 +1255,8 @@ class Queue:
     def hopeless(self):
         """Return the numbers of the jobs that wait, directly or not, for a dead one."""
         return {seq for seq, in self._rows(
-            "WITH RECURSIVE stuck (seq) AS (SELECT seq FROM (" + self.BLOCKED + ") UNION"
-            " SELECT waits.seq FROM stuck JOIN waits ON waits_for = stuck.seq)"
+            "WITH RECURSIVE stuck (seq) AS (SELECT seq FROM (" + self.BLOCKED + ")"
+            " UNION SELECT waits.seq FROM stuck JOIN waits ON waits_for = stuck.seq)"
             " SELECT seq FROM stuck")}
 
     def locked_by(self, job):
@@ -1316,12 +1316,12 @@ class Queue:
     def wait(self, ids=None, timeout=None, tell=lambda counts: None, but=None):
         """Wait until jobs are completed or dead, or until what is left can't go on.
 
-        Without IDS, all that are unfinished now, BUT for one. Return how many are in each
-        state, and the ids that are left; None if it takes longer than TIMEOUT seconds.
-        `tell` is called at each look with how many of all jobs are in each state. A job
-        that has ended is not looked at again: it may be removed.
+        Without IDS, all that are unfinished now, BUT for one. Return how many are in
+        each state, and the ids that are left; None if it takes longer than TIMEOUT
+        seconds. `tell` is called at each look with how many of all jobs are in each
+        state. A job that has ended is not looked at again: it may be removed.
         """
-        ended, named = dict.fromkeys((*STATES, "removed"), 0), ids is not None
+        ended = dict.fromkeys((*STATES, "removed"), 0)
         # What `keep` removed was completed; of others nobody can tell any more.
         removed = "removed" if self.settings()["keep"] is None else "completed"
         if ids is None:
@@ -1334,27 +1334,20 @@ class Queue:
 
         def over():
             self.check_there()
-            counts, stuck, going = self.counts(), 0, 0
-            idle, hopeless = self.paused() and not counts["processing"], None
-            while stuck + going < len(left):
-                job = self._rows("SELECT seq, state, waits FROM jobs WHERE id = ?", left[-1])
+            counts, hopeless = self.counts(), self.hopeless()
+            idle = self.paused() and not counts["processing"]
+            tell(counts)
+            for _ in range(len(left)):  # all must end, so one that may go on will do
+                job = self._rows("SELECT seq, state FROM jobs WHERE id = ?", left[-1])
                 state = job[0]["state"] if job else removed
                 if state in ("completed", "dead", "removed"):
                     ended[state] += 1
                     left.pop()
-                    continue
-                if job[0]["waits"] and hopeless is None:
-                    hopeless = self.hopeless()
-                if idle or (job[0]["waits"] and job[0]["seq"] in hopeless):
-                    stuck += 1
-                elif named:
-                    going += 1
+                elif idle or job[0]["seq"] in hopeless:
+                    left.rotate()
                 else:
-                    going = len(left)  # all must end, so one that may go on will do
-                    break
-                left.rotate()
-            tell(counts)
-            return not going
+                    return False
+            return True
 
         span = MAX_SPAN if timeout is None else timeout
         return dict(ended, left=[*left]) if wait_until(over, span, TICK / 2) else None
@@ -1376,13 +1369,13 @@ class Queue:
         return self._value("SELECT MIN(run_at) FROM jobs WHERE " + WAITING)
 
     def drained(self):
-        """Tell whether no job is due, running or waiting for a retry, or can be claimed.
+        """Tell whether no job is due, running or waiting for a retry.
 
         In one statement: between two a job could go from waiting to running.
         """
         return not self._value(
-            "SELECT EXISTS (SELECT 1 FROM counts WHERE jobs > 0 AND (state = 'processing'"
-            "   OR state = 'failed' AND NOT " + PAUSED + "))"
+            "SELECT EXISTS (SELECT 1 FROM counts WHERE jobs > 0 AND"
+            "  (state = 'processing' OR state = 'failed' AND NOT " + PAUSED + "))"
             " OR NOT " + PAUSED + " AND ("
             "  EXISTS (SELECT 1 FROM jobs WHERE " + CLAIMABLE + ")"
             "  OR EXISTS (SELECT 1 FROM jobs WHERE " + WAITING + " AND run_at <= ?))",
@@ -1570,8 +1563,8 @@ def hold(path):
     """Make a file, or take over a leftover, and hold it; return its descriptor.
 
     Between opening and locking it somebody may look at it, or take it for a leftover
-    and remove it: then it is tried again. For how long is bounded, since another process
-    may have that name for good: two containers give the same number to their pools.
+    and remove it: then it is tried again. For how long is bounded, since another
+    process may have that name for good: two containers give their pools one number.
     """
     for _ in range(50):
         try:
@@ -2144,8 +2137,7 @@ def processes_of(runs):
     belongs who can write to its lease, or carries the path of that in QUEUECTL_RUN, or
     is in the process group of our child. The path is whole: another queue's process, or
     one of a copy of this queue, is a stranger. No recorded number is trusted. For a run
-    of which nothing is left there is a second look, since a process may be forked during
-    one.
+    of which nothing is left there is a second look: a process may be forked during one.
     """
     found = {lease: set() for lease in runs}
     if WINDOWS or not runs:  # there a job object ends what a killed worker left
@@ -2253,12 +2245,10 @@ def open_log(queue_path, who):
     except OSError as error:
         handler = logging.StreamHandler()
         say("cannot write the log, logging here instead: %s" % error)
-    handlers = [handler]
-    if sys.stderr and sys.stderr.isatty():  # of the pool only what is wrong, of jobs all
-        terminal = logging.StreamHandler()
-        terminal.setLevel("INFO" if who == "worker" else "WARNING")
-        terminal.setFormatter(logging.Formatter("\r\x1b[K%(message)s"))  # over `Live`
-        handlers.append(terminal)
+    terminal = logging.StreamHandler()
+    terminal.setFormatter(logging.Formatter("\r\x1b[K%(message)s"))  # over `Live`
+    terminal.setLevel("INFO" if who == "worker" else "WARNING")
+    handlers = [handler, terminal] if sys.stderr.isatty() else [handler]
     layout = "%%(asctime)s %%(levelname)s %s[%d] %%(message)s" % (who, os.getpid())
     logging.basicConfig(
         handlers=handlers, level=logging.INFO, format=layout, force=True)
@@ -2771,7 +2761,7 @@ class Supervisor:
                 os.replace(log, log + ".1")
 
     def finish(self, queue):
-        """Look what became of a drained pool's jobs, and why it left others; clear up."""
+        """Tell what became of a drained pool's jobs, and why it left some; clear up."""
         self.result = "pool %d stopped" % self.pid
         if self.drain:
             ended, why = queue.ended_since(self.began, self.pids), obstacles(queue)
@@ -2924,8 +2914,9 @@ def why_waiting(queue, job, pools):
 
 def waits_for(fronts):
     """Return in words for which jobs one waits."""
-    more = " and %s more" % many(len(fronts) - 1, "job") if len(fronts) > 1 else ""
-    return "waits for %s, which is %s" % (shown(fronts[0]["id"]), fronts[0]["state"]) + more
+    first, more = fronts[0], many(len(fronts) - 1, "job")
+    words = "waits for %s, which is %s" % (shown(first["id"]), first["state"])
+    return words + (" and %s more" % more if len(fronts) > 1 else "")
 
 
 def obstacles(queue):
@@ -3290,8 +3281,8 @@ def cmd_logs(args, queue):
               if getattr(args, name) is not None}
     alone = len(chosen) + args.follow
     if alone > 1 or (args.follow and args.json) or (alone and len(args.ids) > 1):
-        words = "logs: of one job one of --follow, --run, --attempt; no --json with the first"
-        raise QueueError(words, 2)
+        words = "logs: one of --follow, --run, --attempt and for one job; --follow"
+        raise QueueError(words + " without --json", 2)
     jobs = [found(queue, id) for id in args.ids]
     if args.follow:
         return follow(queue, jobs[0])
@@ -3440,7 +3431,7 @@ def cmd_edit(args, queue):
 def check_chosen(args, everything=False):
     """Refuse a command for jobs unless it says in one way which."""
     if [bool(args.ids), bool(args.state or args.match), everything].count(True) != 1:
-        words = "name jobs and nothing else, or say which with --state, --match or --all"
+        words = "name jobs and nothing else, or say which by --state, --match, --all"
         raise QueueError(words + " (see --help)", 2)
 
 
@@ -3454,8 +3445,9 @@ def for_jobs(args, queue, verb, done, ids, taken, left=None, why=""):
         return list_jobs(args, queue, jobs)
     count = verb(ids or taken)
     if ids:
-        running = [", which is running" * (queue.state(id) == "processing") for id in ids]
-        lines = ["%s %s%s" % (done, shown(id), words) for id, words in zip(ids, running)]
+        running = [id for id in ids if queue.state(id) == "processing"]
+        lines = ["%s %s" % (done, shown(id)) + ", which is running" * (id in running)
+                 for id in ids]
         return answer(args, {done: ids}, *lines)
     words, rest = "%s %s" % (done, many(count, "job")), left and queue.count(left)
     words += "; %d left: %s" % (rest, why) if rest else ""
@@ -3933,7 +3925,7 @@ ROUTES = {
     "GET /api/jobs": newest_jobs,
     "GET /api/jobs/ID": one_job,
     "GET /api/jobs/ID/output": job_output,
-    "POST /api/jobs/ID/retry": lambda queue, query: queue.retry([query["id"]], ["dead"]),
+    "POST /api/jobs/ID/retry": lambda queue, query: queue.retry([query["id"]]),
     "POST /api/jobs/ID/cancel": lambda queue, query: queue.cancel([query["id"]]),
     "POST /api/jobs/ID/delete": lambda queue, query: queue.delete([query["id"]]),
     "POST /api/dlq/retry": lambda queue, query: queue.retry(
