@@ -2427,7 +2427,7 @@ class Worker:
             with contextlib.suppress(sqlite3.Error):
                 if not noted:
                     self.queue.note_pid(run)
-                    self.log.info("%s goes on, pid %d", about(run), run["pid"])
+                    self.log.info("%s runs, pid %d", about(run), run["pid"])
                     noted = True
             if asked(self.path, self.pool) == "now":
                 return "stop --now"

@@ -2413,7 +2413,7 @@ def test_a_pool_on_a_copy_of_a_queue_signals_nothing_of_the_original(how, monkey
     monkeypatch.setenv("QUEUECTL_DB", "a/queuectl.db")
     enqueue(NAP, id="x", cwd="/")
     pool = start_pool(count=1)
-    wait_until(lambda: naps() and "goes on" in read("a/queuectl.log"))
+    wait_until(lambda: naps() and "runs, pid" in read("a/queuectl.log"))
     original, copy = naps(), "b/queuectl.db"
     if how == "cp -a":
         subprocess.run(["cp", "-a", "a", "b"], check=True)
@@ -4546,7 +4546,7 @@ def test_a_pool_on_a_terminal_shows_each_job_and_elsewhere_nothing_of_them():
     enqueue("sleep 0.4", id="y")
     code, shown = on_terminal("worker", "start", "--drain", columns=200)
     assert code == 1 and re.search(r"x 1/1 dead \(exit 3\) in", shown)
-    assert "y 1/3 goes on, pid " in shown and "y 1/3 completed in 0.4" in shown
+    assert "y 1/3 runs, pid " in shown and "y 1/3 completed in 0.4" in shown
     enqueue("exit 3", id="z", max_retries=1)
     assert script("worker", "start", "--drain").stderr == "queuectl: 0 completed, 1 dead\n"
 
