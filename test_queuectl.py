@@ -3829,7 +3829,8 @@ class Chaos:
         """Run a command of queuectl to its end; return what its JSON says."""
         process = self.begin(*words, "--json", stdout=subprocess.PIPE)
         out = process.communicate(timeout=90)[0]
-        assert process.returncode == 0, "%s: exit code %d" % (words, process.returncode)
+        told = os.pread(self.errors.fileno(), 2**20, 0).decode().splitlines()[-3:]
+        assert process.returncode == 0, (words, process.returncode, told)
         return json.loads(out)
 
     def workers(self, pool=None):
