@@ -270,18 +270,18 @@ def environment(value):
 SETTINGS = {
     "max_retries": (whole(0, 10**6), 3, "failed attempts until a job is dead"),
     "backoff_base": (within(seconds, 0, 10**6, "a number from 0 to 1000000"), 2,
-                     "wait after the n-th failed attempt: base ** n seconds"),
+                     "the wait after n failures: base ** n seconds"),
     "backoff_max": (duration(0, "a duration"), 86400, "longest such wait, in seconds"),
     "timeout": (optional(duration(0.001, "a duration over 0"), "none"), None,
-                "seconds a run may take, for jobs that give none"),
+                "seconds a run may take, if its job has none"),
     "output_limit": (within(size, 0, 2**26, "bytes from 0 to 64M, like 500, 64K, 1M"),
-                     2**20, "bytes of a run's output that are kept, also like 1M"),
+                     2**20, "bytes of output that are kept, like 1M"),
     "launcher": (optional(prefix, "none"), None,
-                 "prefix through which runs are started, like srun -Q -n1"),
+                 "what runs are started through, like srun"),
     "keep": (optional(duration(0, "forever, or a duration"), "forever"), None,
-             "seconds that completed jobs are kept; then a pool removes them"),
-    "on_dead": (optional(shell_line, "none"), None, "command that gets the JSON of each"
-                " job that ends dead on standard input"),
+             "seconds that completed jobs are kept"),
+    "on_dead": (optional(shell_line, "none"), None,
+                "command started for each job that dies"),
 }
 
 # name: (check, default, option of `enqueue`, its help). Each is a column of `jobs` but
@@ -1193,6 +1193,14 @@ class Queue:
             raise QueueError(NO_JOB + shown(id))
         return rows[0]
 
+    def dead(self, text=""):
+        """Yield the dead jobs, with a text in id or command, the latest death first."""
+        chosen = those(["dead"], text)
+        numbers = self._rows("SELECT seq FROM jobs WHERE " + chosen.sql
+                             + " ORDER BY updated_at DESC, seq DESC", **chosen.values)
+        for seq, in numbers:
+            yield from self._rows(JOB + "WHERE seq = ? AND state = 'dead'", seq)
+
     def find(self, prefix):
         """Return the job of this id, or else the only one whose id begins so."""
         ids = []
@@ -1288,7 +1296,7 @@ class Queue:
         """Return the most common errors of dead jobs, each with its count."""
         return self._rows(
             "SELECT error, COUNT(*) AS jobs FROM jobs WHERE state = 'dead'"
-            " AND " + RARE + " GROUP BY error ORDER BY jobs DESC LIMIT 3")
+            " AND " + RARE + " GROUP BY error ORDER BY jobs DESC")
 
     def processing(self):
         """Return what is running, with the worker that runs it and the lease."""
@@ -1353,20 +1361,24 @@ class Queue:
         return dict(ended, left=[*left]) if wait_until(over, span, TICK / 2) else None
 
     def oldest_claimable(self):
-        """Return since when the job waits that could run longest, None without."""
+        """Return the job that could run and waits longest, and since when, or None."""
         first = "SELECT MAX(priority) FROM jobs WHERE " + CLAIMABLE
-        return self._value(
+        return self.db.execute(
             "WITH RECURSIVE level (priority) AS (" + first + " UNION ALL SELECT ("
             + first + " AND jobs.priority < level.priority)"
             " FROM level WHERE priority IS NOT NULL LIMIT 100)"
-            " SELECT MIN((SELECT run_at FROM jobs WHERE " + CLAIMABLE +
-            "  AND jobs.priority = level.priority ORDER BY seq LIMIT 1)) FROM level")
+            " SELECT id, run_at FROM jobs WHERE seq IN (SELECT (SELECT seq FROM jobs"
+            "  WHERE " + CLAIMABLE + " AND jobs.priority = level.priority"
+            "  ORDER BY seq LIMIT 1) FROM level) ORDER BY run_at, seq").fetchone()
 
     def next_due(self):
-        """Return when the next job is due: 0 if one is now, None if none waits."""
-        if self._value("SELECT 1 FROM jobs WHERE " + CLAIMABLE + " LIMIT 1"):
-            return 0
-        return self._value("SELECT MIN(run_at) FROM jobs WHERE " + WAITING)
+        """Return the job that waits for a time and is due next, and when, or None."""
+        return self.db.execute("SELECT id, run_at FROM jobs WHERE " + WAITING +
+                               " ORDER BY run_at, seq").fetchone()
+
+    def claimable(self):
+        """Tell whether there is a job to be claimed."""
+        return bool(self._value("SELECT 1 FROM jobs WHERE " + CLAIMABLE + " LIMIT 1"))
 
     def drained(self):
         """Tell whether no job is due, running or waiting for a retry.
@@ -2330,8 +2342,12 @@ class Worker:
         """Return for how long no job is due; ask a pool that is drained to stop."""
         if self.drain and self.queue.drained():
             ask(self.path, self.pool, "stop")
-        due = None if self.queue.paused() else self.queue.next_due()
-        return IDLE_WAIT if due is None else min(due - self.queue.clock(), IDLE_WAIT)
+        if self.queue.paused():
+            return IDLE_WAIT
+        due = self.queue.next_due()
+        if self.queue.claimable():
+            return 0
+        return min(due["run_at"] - self.queue.clock(), IDLE_WAIT) if due else IDLE_WAIT
 
     def turn(self, done):
         """Record the end of one run and claim the next, in one transaction.
@@ -2768,7 +2784,7 @@ class Supervisor:
             self.failed = bool(ended["dead"] or why)
             counts, due = queue.counts(), queue.next_due()
             if due:
-                why.append("the next is due " + when(due, queue.clock()))
+                why.append("the next is due " + when(due["run_at"], queue.clock()))
             self.result = "%d completed, %d dead" % (ended["completed"], ended["dead"])
             if why:
                 left = many(counts["pending"] + counts["failed"], "job")
@@ -2792,12 +2808,12 @@ def span(seconds):
         count, rest = divmod(rest, UNITS[unit])
         if count or parts:
             parts.append("%d%s" % (count, unit))
-    return " ".join(parts[:2])
+    return " ".join(part for part in parts[:2] if part[0] != "0")
 
 
 def fine(seconds):
-    """Return a duration that may be short: 0.043s, 2.5s, 3m 20s."""
-    return "%.2gs" % seconds if seconds < 10 else span(seconds)
+    """Return a duration that may be short: 0ms, 43ms, 2.5s, 3m 20s."""
+    return "%dms" % max(0, 1000 * seconds) if seconds < 1 else span(seconds)
 
 
 def when(moment, now):
@@ -2817,14 +2833,15 @@ def setting_text(name, value):
     return shown(value) if isinstance(value, str) else number(value)
 
 
-def run_line(run, now):
-    """Return a line on one run: its attempt, when it was, how it ended."""
-    words = "run %(run)d: attempt %(attempt)d, " % run
-    if run["finished_at"] is None:
-        return words + "running for " + span(now - run["started_at"])
-    spent = span(run["finished_at"] - run["started_at"])
-    end = shown(run["error"] or "exit 0")
-    return words + "%s, %s after %s" % (when(run["started_at"], now), end, spent)
+def run_table(runs, now):
+    """Yield the lines of a table of a job's runs."""
+    rows = []
+    for run in runs:
+        end, result = run["finished_at"] or now, shown(run["error"] or "exit 0")
+        rows.append([str(run["run"]), str(run["attempt"]), when(run["started_at"], now),
+                     fine(end - run["started_at"]),
+                     "running" if run["finished_at"] is None else result])
+    return table(["RUN", "TRY", "STARTED", "TOOK", "RESULT"], rows)
 
 
 def plot(values):
@@ -2844,9 +2861,9 @@ def blocks(these, ascii):
 
 def stats_lines(stats, width):
     period = span(stats["seconds"])
-    yield "%s in %s: %d completed, %d failed, %d interrupted, %s" % (
+    yield "%s in %s: %d completed, %d failed (%s); %d interrupted" % (
         many(stats["runs"], "run"), period, stats["completed"], stats["failed"],
-        stats["interrupted"], many(stats["retries"], "retry"))
+        many(stats["retries"], "retry"), stats["interrupted"])
     if stats["success_rate"] is None:
         return
     rates = stats["per_second_now"], stats["per_second"], period
@@ -2859,13 +2876,17 @@ def stats_lines(stats, width):
     share = -(-len(bars) // max(1, width - 12))  # bars a character
     sums = [sum(bars[at : at + share]) for at in range(0, len(bars), share)]
     yield "throughput  " + plot(sums)
+    yield " " * 12 + (period + " ago").ljust(len(sums) - 3) + "now"
     yield ""
     yield from histogram(stats["run_times"], width)
+    yield "Slowest commands:"
     for row in stats["slowest_commands"]:
         words = (fine(row["mean"]), many(row["runs"], "run"), shown(row["command"]))
-        yield ("slow: %8s on average of %s: %s" % words)[:width]
+        yield cut("%8s on average of %s of  %s" % words, width)
+    if stats["common_errors"]:
+        yield "Most common errors:"
     for row in stats["common_errors"]:
-        yield ("error: %d x %s" % (row["runs"], shown(row["error"])))[:width]
+        yield cut("%8d x %s" % (row["runs"], shown(row["error"])), width)
 
 
 def histogram(bins, width):
@@ -2942,18 +2963,39 @@ def progress(counts, done, spent):
     return line + ", %.1f/s, %s left" % (done / spent, left)
 
 
+def columns(text):
+    """Return how many columns of a terminal a text takes."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import combining, east_asian_width
+
+    return sum(2 if east_asian_width(c) in "WF" else not combining(c) for c in text)
+
+
+def cut(text, width):
+    """Return a text, or the beginning of one that takes more columns than WIDTH."""
+    if width is None or columns(text) <= width:
+        return text
+    while columns(text) >= width:
+        text = text[: max(width, len(text)) - 1]
+    return text + blocks("…", "~")
+
+
 def table(titles, rows, width=None):
-    """Yield the lines of a table, cut to a width; the last column is not padded.
+    """Yield the lines of a table, each cell cut to fit a terminal of this width.
 
     Widths come from the first page of rows, so that a million can be streamed.
     """
     rows = iter(rows)
     page = list(itertools.islice(rows, PAGE))
-    widths = [max(map(len, column)) for column in zip(titles, *page)]
-    layout = "  ".join("%%-%ds" % width for width in widths[:-1]) + "  %s"
-    first = len(layout % tuple(titles)) - len(titles[-1])  # what is never cut
+    rooms = [max(map(columns, column)) for column in zip(titles, *page)]
+    if width:  # one long id must not push all else off the screen
+        rooms = [min(room, max(12, min(40, width // 3))) for room in rooms]
+        rooms[-1] = max(8, width - sum(rooms[:-1]) - 2 * len(rooms[:-1]))
     for row in itertools.chain([titles], page, rows):
-        yield (layout % tuple(row))[: width and max(width, first + 8)]
+        cells = [cut(cell, width and room) for cell, room in zip(row, rooms)]
+        yield "  ".join(cell + " " * (room - columns(cell))
+                        for cell, room in zip(cells, rooms)).rstrip()
 
 
 def job_table(jobs, now, changed, *fields):
@@ -2991,12 +3033,18 @@ def painter():
         return str
     if WINDOWS:
         os.system("")  # lets a console of Windows 10 take escape sequences
-    state = re.compile(r"\b(%s)(?=: [1-9]| +\d+/\d+  )" % "|".join(COLOURS), re.I)
+    state = re.compile(r"\b(%s)(?=: [1-9]| +\d+/\d+  )|(?<=^state: {7})(%s)$" % (
+        ("|".join(COLOURS),) * 2), re.I)
+    heading = re.compile(r"[A-Z]+(  +[A-Z]+)+$")
 
     def painted(match):
         return "\x1b[%dm%s\x1b[0m" % (COLOURS[match.group().lower()], match.group())
 
-    return lambda line: state.sub(painted, line, 1)
+    def paint(line):
+        return "\x1b[2m%s\x1b[0m" % line if heading.match(line) else state.sub(
+            painted, line, 1)
+
+    return paint
 
 
 class Live:
@@ -3256,9 +3304,10 @@ def cmd_show(args, queue):
     fields["env"] = " ".join("%s=%s" % pair for pair in fields["env"].items())
     fields["after"] = ", ".join(fields["after"])
     fields["waiting"] = why_waiting(queue, job, worker_list(queue))
-    lines = ["%-12s %s" % (name + ":", shown(str(value)))
+    lines = ["%-12s %s" % (name + ":", ("\n" + 13 * " ").join(
+                 map(shown, str(value).split("\n"))))  # a command of several lines
              for name, value in fields.items() if value not in (None, "")]
-    lines += [run_line(run, now) for run in runs]
+    lines += ["", *run_table(runs, now)] if runs else []
     answer(args, job_document(job, runs), *lines)
 
 
@@ -3328,6 +3377,8 @@ def write_bytes(output):
 def follow(queue, job):
     """Print the output of a job's latest run as it comes, or of the first to come."""
     id, printed = job["id"], 0
+    if not job["run"]:
+        say("job %s: %s" % (shown(id), why_waiting(queue, job, worker_list(queue))))
     while not job["run"] and job["state"] != "dead":
         time.sleep(TICK / 2)
         queue.check_there()
@@ -3344,6 +3395,9 @@ def follow(queue, job):
         if running and not held(queue.lease(job)) and queue.owned(job):
             raise QueueError("the worker of job %s died; a pool puts it back" % id)
         time.sleep(TICK / 2 if running else 0)
+    error = [run["error"] for run in queue.runs(job) if run["run"] == job["run"]]
+    if any(error):
+        say("job %s: %s" % (shown(id), shown(error[0])))
 
 
 def output_of(queue, job, run):
@@ -3392,13 +3446,26 @@ def cmd_status(args, queue):
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         while True:
             queue.check_there()
-            print(end="\x1b[H\x1b[J" if terminal else "")
             now, status = queue.clock(), read_status(queue)
-            answer(args, status_document(status), *status_lines(status, now))
+            lines = list(status_lines(status, now))
+            if terminal:
+                print(end=screenful(lines))
+            else:
+                answer(args, status_document(status), *lines)
             if not args.watch:
                 return
             sys.stdout.flush()
             time.sleep(args.watch)
+
+
+def screenful(lines):
+    """Return what draws lines over those on a terminal, as many as it has room for."""
+    width, height = os.get_terminal_size(sys.stdout.fileno())
+    if len(lines) > height - 1:
+        rest = len(lines) - height + 2
+        lines = lines[: height - 2] + ["  and %d more" % rest]
+    lines = map(painter(), (cut(line, width - 1) for line in lines))
+    return "\x1b[H" + "".join(line + "\x1b[K\n" for line in lines) + "\x1b[J"
 
 
 @command("stats", "show throughput, run times, waiting times and errors",
@@ -3518,14 +3585,16 @@ def delete_jobs(args, queue, ids, states, everything=False, age=None):
 def cmd_dlq_list(args, queue):
     if not args.json:
         errors = ["%(jobs)d x %(error)s" % row for row in queue.common_errors()]
-        print(shown(", ".join(errors)), end="\n" if errors else "")
-    answer_jobs(args, queue.jobs(those(["dead"], args.match)), lambda jobs: job_table(
+        more = " and %d more" % (len(errors) - 3) if len(errors) > 3 else ""
+        if errors:
+            print("Most common errors: " + shown(", ".join(errors[:3])) + more)
+    answer_jobs(args, queue.dead(args.match), lambda jobs: job_table(
         jobs, queue.clock(), "DIED", "error", "command"), "no dead jobs")
 
 
 @command("dlq logs", "print the latest output of all dead jobs", "dlq logs", MATCH)
 def cmd_dlq_logs(args, queue):
-    print_logs(args, queue, queue.jobs(those(["dead"], args.match)))
+    print_logs(args, queue, queue.dead(args.match))
 
 
 @command("dlq retry", "make dead jobs pending again, with attempts 0", "dlq retry job4",
@@ -3547,7 +3616,8 @@ def cmd_config_show(args, queue):
     rows = [
         [name, setting_text(name, values[name]), setting_text(name, default), meaning]
         for name, (_, default, meaning) in SETTINGS.items()]
-    answer(args, values, *table(["SETTING", "VALUE", "DEFAULT", "MEANING"], rows))
+    answer(args, values, *table(["SETTING", "VALUE", "DEFAULT", "MEANING"], rows,
+                                terminal_width(sys.stdout)))
 
 
 @command("config get", "print the value of a setting", "config get max_retries",
@@ -3677,11 +3747,13 @@ def worker_list(queue):
 
 def read_status(queue):
     """Return what `status` shows; its times are epoch seconds yet."""
+    none = {"id": None, "run_at": None}
+    oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
     return {
         "jobs": queue.counts(), "workers": worker_list(queue),
-        "oldest_waiting": queue.oldest_claimable(),
-        "next_due": queue.next_due() or None, "paused": queue.paused(),
-        "blocked": queue.blocked(),
+        "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
+        "next_due": due["run_at"], "next_job": due["id"],
+        "paused": queue.paused(), "blocked": queue.blocked(),
     }
 
 
@@ -3693,25 +3765,28 @@ def status_document(status):
 
 
 def status_lines(status, now):
-    jobs, workers, oldest, due, paused, blocked = status.values()
+    jobs, workers, due = status["jobs"], status["workers"], status["next_due"]
     for state, count in jobs.items():
         yield "%s: %d" % (state.capitalize(), count)
     yield "Active Workers: %d" % len(workers)
+    if status["oldest_job"]:
+        yield "Oldest Waiting: %s, for %s" % (
+            shown(status["oldest_job"]), span(now - status["oldest_waiting"]))
+    if due is not None:
+        late = "was due %s, all workers are busy" if due < now and workers else "due %s"
+        yield "Next Due: %s, %s" % (shown(status["next_job"]), late % when(due, now))
+    if status["blocked"]:
+        yield "Blocked: %s; %s" % (
+            many(status["blocked"]["jobs"], "job"), blocked_words(status["blocked"]))
+    if status["paused"]:
+        yield RESUME.capitalize()
+    elif jobs["pending"] + jobs["failed"] and not workers:
+        yield NO_POOL.capitalize()
     for worker in workers:
         doing = "idle"
         if worker["job"]:
             doing = "%s for %s" % (shown(worker["job"]), span(now - worker["since"]))
         yield "  worker %(pid)d of pool %(pool)d: " % worker + doing
-    if oldest is not None:
-        yield "Oldest Waiting: " + span(now - oldest)
-    if due is not None:
-        yield "Next Due: " + when(due, now)
-    if blocked:
-        yield "Blocked: %s; " % many(blocked["jobs"], "job") + blocked_words(blocked)
-    if paused:
-        yield RESUME.capitalize()
-    elif jobs["pending"] + jobs["failed"] and not workers:
-        yield NO_POOL.capitalize()
 
 
 def job_document(job, runs):
@@ -3788,7 +3863,7 @@ def parse(name, words):
         prog="queuectl.py " + name, description=meaning[0].upper() + meaning[1:] + ".",
         epilog="example: queuectl.py " + example, allow_abbrev=False,
         # Asking for the terminal's width imports modules for a fifth of the whole time.
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=88),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=79),
     )
     for names, options in [*arguments, *EVERYWHERE]:
         parser.add_argument(*names, **options)

@@ -4047,9 +4047,9 @@ WITHOUT_PRIORITIES = [
     (r'ORDER = "priority DESC, seq"', 'ORDER = "seq"'),
     (r"(?s)\(priority > \? OR priority = \? AND seq < \?\)\",\n.*?job\[\"seq\"\]\)",
      'seq < ?", job["seq"])'),
-    (r'(?s)(def oldest_claimable.*?\n)        first = .*?FROM level"\)\n',
-     r'\1        return self._value("SELECT run_at FROM jobs WHERE " + CLAIMABLE'
-     r' + " ORDER BY seq")\n'),
+    (r'(?s)(def oldest_claimable.*?\n)        first = .*?fetchone\(\)\n',
+     r'\1        return self.db.execute("SELECT id, run_at FROM jobs WHERE " + CLAIMABLE'
+     r' + " ORDER BY seq").fetchone()\n'),
 ]
 
 
