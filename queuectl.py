@@ -3271,6 +3271,54 @@ def cmd_worker_stop(args):
     answer(args, {"stopped": stopped}, words if stopped else "no pool is running")
 
 
+# Without -I, Python would import a json.py of the current directory; what -S leaves out
+# costs time, and only the packages of others need it.
+IMPORTER = [
+    "-ISc", "import os, sys; home, name = os.path.split(sys.argv.pop(1));"
+    " sys.path.insert(0, home); sys.exit(__import__(name[:-3]).main())"]
+INSTALLED = "@rem" if WINDOWS else "#!/bin/sh\n#"
+INSTALLED += " written by queuectl install\n"
+
+
+@command("install", "put a command queuectl, which starts quicker, into a directory",
+         "install ~/.local/bin",
+         arg("dir DIR", "made if need be (~/.local/bin)", nargs="?",
+             default="~/.local/bin"))
+def cmd_install(args):
+    home = os.path.abspath(os.path.expanduser(args.dir))
+    path = os.path.join(home, "queuectl.cmd" if WINDOWS else "queuectl")
+    content = command_file(os.path.abspath(__file__))
+    os.makedirs(home, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as file:
+        if file.read(len(INSTALLED)) != INSTALLED:
+            raise QueueError("%s is not queuectl's: remove it first" % shown(path))
+    with open(path + ".new", "wb") as file:
+        file.write(content)
+    os.chmod(path + ".new", 0o755)
+    os.replace(path + ".new", path)
+    on_path = os.path.realpath(home) in map(os.path.realpath, os.get_exec_path())
+    lines = ["installed " + shown(path), shown(home) + " is not on PATH: add it"]
+    answer(args, {"path": path, "on_path": on_path}, *lines[: 2 - on_path])
+
+
+def command_file(own):
+    """Return the content of a file that imports this one; compile it."""
+    import py_compile
+
+    if not re.fullmatch(r"[^.]+\.py", os.path.basename(own)):
+        raise QueueError("%s: only what is called NAME.py can be imported" % shown(own))
+    with contextlib.suppress(OSError):  # root can here, and those who use it can't
+        py_compile.compile(own)
+    words = [sys.executable, *IMPORTER, own]
+    if not WINDOWS:
+        return os.fsencode(INSTALLED + 'exec %s "$@"\n' % shell_words(words))
+    words = ['"%s"' % word.replace("%", "%%") for word in words]
+    try:
+        return (INSTALLED + "@%s %%*\n" % " ".join(words)).encode("oem")
+    except UnicodeError:
+        raise QueueError("%s: not in the console's code page" % shown(own)) from None
+
+
 # What commands and dashboard show alike.
 
 
@@ -3348,8 +3396,8 @@ ALIASES = {"config list": "config show", "dlq purge": "dlq clear", "metrics": "s
 # They make a queue where there is none; `wait && deploy` in a wrong folder must not.
 MAKERS = ("enqueue", "list", "dlq list", "status", "stats", "config show", "config get",
           "config set", "config unset")
-# SQLite must cross neither a fork nor threads, and `worker stop` makes no queue.
-WITHOUT_QUEUE = ("worker start", "worker stop", "dashboard")
+# SQLite must cross neither a fork nor threads, and the others make no queue.
+WITHOUT_QUEUE = ("worker start", "worker stop", "dashboard", "install")
 
 
 def command_named(words):

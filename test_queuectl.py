@@ -4090,3 +4090,79 @@ def test_the_readmes_tour_works_as_it_stands_there():
     assert pool.wait(10) == 0
     assert ok("config", "get", "max_retries").out == "5\n"
     assert set(jobs()) == {"job2", "job3", "job4"}
+
+
+# ======================================================================================
+# install, and what shells complete
+# ======================================================================================
+
+
+INSTALLED_AS = "queuectl" if os.name == "posix" else "queuectl.cmd"
+
+
+def installed(*argv, **options):
+    """Run the command that was installed into `bin`."""
+    path = os.path.abspath(os.path.join("bin", INSTALLED_AS))
+    return subprocess.run([path, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True, timeout=60, **options)
+
+
+def test_install_puts_a_command_that_imports_this_very_file_from_anywhere(home):
+    os.makedirs("it's 100% mine")
+    own = shutil.copy(SCRIPT, os.path.join("it's 100% mine", "queue-ctl.py"))
+    for _ in range(2):
+        told = subprocess.run([sys.executable, own, "install", "bin"], check=True,
+                              stdout=subprocess.PIPE, universal_newlines=True).stdout
+    assert told.startswith("installed " + os.path.join(str(home), "bin", "queuectl"))
+    assert os.listdir("it's 100% mine/__pycache__")
+    for name in ("json.py", "sqlite3.py"):  # of the current directory: none of ours
+        with open(name, "w") as file:
+            file.write("raise SystemExit(name)")
+    assert installed("enqueue", "--id", "a b", "--", "echo  hi").stdout == "enqueued a b\n"
+    answer = installed("show", "nope")
+    assert answer.stderr == "queuectl: there is no job nope\n" and answer.returncode == 1
+    assert jobs()["a b"]["command"] == "echo  hi"
+
+
+@pytest.mark.parametrize("options", [(), ("--detach",)])
+def test_jobs_of_an_installed_command_find_their_own_python_and_environment(options):
+    ok("install", "bin")
+    look = "import os, sys; print(sys.flags.isolated, os.environ['PYTHONPATH'])"
+    enqueue(python(look), id="a")
+    env = dict(os.environ, PYTHONPATH="here")
+    assert installed("worker", "start", "--drain", *options, env=env).returncode == 0
+    ok("wait", "a")
+    assert ok("logs", "a").out == "0 here\n"
+
+
+def test_install_says_where_and_whether_that_is_on_path(home, monkeypatch):
+    path = str(home / "bin" / INSTALLED_AS)
+    assert ok("install", "bin", "--json").json == {"path": path, "on_path": False}
+    assert ok("install", "bin").out.splitlines() == [
+        "installed " + path, "%s is not on PATH: add it" % (home / "bin")]
+    monkeypatch.setenv("PATH", str(home / "bin"), prepend=os.pathsep)
+    assert ok("install", "bin").out == "installed %s\n" % path
+    assert os.listdir() == ["bin"] and os.listdir("bin") == [INSTALLED_AS]
+
+
+@posix
+def test_install_without_a_directory_takes_the_users_own(home, monkeypatch):
+    monkeypatch.setenv("HOME", str(home))
+    before = os.umask(0o077)
+    try:
+        ok("install")
+    finally:
+        os.umask(before)
+    assert os.stat(".local/bin/queuectl").st_mode & 0o777 == 0o755
+
+
+def test_install_leaves_alone_what_queuectl_did_not_write(monkeypatch):
+    os.mkdir("bin")
+    path = os.path.join("bin", INSTALLED_AS)
+    shutil.copy(SCRIPT, path)
+    assert "not queuectl's" in refused("install", "bin")
+    assert read(path) == read(SCRIPT)
+    assert "File" in refused("install", path) or os.name != "posix"
+    monkeypatch.setattr(queuectl, "__file__", path)
+    assert "only what is called NAME.py" in refused("install", "other")
+    assert os.listdir() == ["bin"]
