@@ -4166,3 +4166,121 @@ def test_install_leaves_alone_what_queuectl_did_not_write(monkeypatch):
     monkeypatch.setattr(queuectl, "__file__", path)
     assert "only what is called NAME.py" in refused("install", "other")
     assert os.listdir() == ["bin"]
+
+
+def completed(*words):
+    """Return what a shell is told of a command line, up to the word that is begun."""
+    answer = cli("completion", "--", *words)
+    assert (answer.code, answer.err) == (0, "")
+    return answer.out.split()
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("dl", "dlq"),
+    ("dlq ", "list retry clear"),
+    ("config set ma", "max_retries"),
+    ("config set max_retries ", ""),
+    ("config set --db q.db ma", "max_retries"),
+    ("config un", "unset"),
+    ("list --state ", "pending processing completed failed dead"),
+    ("list --state=p", "pending processing"),
+    ("list --state = p", "pending processing"),  # as bash tells it
+    ("--json list --state d", "dead"),
+    ("worker start --co", "--count"),
+    ("worker start --count ", ""),
+    ("metrics --si", "--since"),
+    ("enqueue -- ls -", ""),
+    ("completion ", "bash zsh fish"),
+    ("show d", "done1 died1"),
+    ("wait died1 w", "wait1"),
+    ("delete --state dead d", "done1 died1"),
+    ("--json logs -f w", "wait1"),
+    ("dlq retry ", "died1"),
+    ("cancel ", "wait1"),
+    ("show --db", "--db"),
+    ("--db ", ""),
+    ("--db other.db show ", "other1"),
+    ("show --db=other.db ", "other1"),
+    ("show --db './other.db' o", "other1"),
+    ("show --db ~/other.db o", "other1"),
+    ("nonsense ", ""),
+    ("show --db no.db ", ""),
+    ("show --db empty.db ", ""),
+    ("show --db 'open ", ""),
+    ("show --db . ", ""),
+    ("show --db notes.db ", ""),
+    ("show \udcff", ""),
+])
+def test_a_shell_is_told_what_the_last_word_can_become(
+        line, expected, queue, home, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(home))
+    for name, end in (("died1", queue.fail), ("done1", queue.complete)):
+        add(queue, id=name, max_retries=1)
+        with leased(queue, 1) as run:
+            end(run, result())
+    for name in ("wait1", "a b", "$HOME", "-x", "*", "été"):
+        add(queue, id=name)
+    ok("enqueue", "--db", "other.db", "--id", "other1", "--", "true")
+    for name, text in (("empty.db", ""), ("notes.db", "notes\n" * 999)):
+        with open(name, "w") as file:
+            file.write(text)
+    before = sorted(os.listdir())
+    assert completed(*line.split(" ")) == expected.split()
+    assert sorted(os.listdir()) == before and os.path.getsize("empty.db") == 0
+
+
+def test_every_command_and_option_is_completed_without_being_named_again(monkeypatch):
+    for name, (_, _, _, arguments) in queuectl.COMMANDS.items():
+        *group, last = name.split()
+        assert last in completed(*group, ""), name
+        options = [each for names, _ in arguments for each in names if each[0] == "-"]
+        assert {*options} <= {*completed(*name.split(), "-")}
+    new = None, "", "", [queuectl.IDS, queuectl.STATE, queuectl.arg("--after ID")]
+    monkeypatch.setitem(queuectl.COMMANDS, "new one", new)
+    enqueue(id="job1")
+    assert completed("new", "") == ["one"]
+    for words in ("", "--after ", "a --state dead "):
+        assert completed("new", "one", *(words + "jo").split()) == ["job1"]
+
+
+def test_the_newest_ids_are_completed_and_not_too_many(queue):
+    for number in range(400):
+        add(queue, id="job%d" % number)
+    told = completed("show", "")
+    assert told[:2] == ["job399", "job398"] and 200 < len(told) < 400
+    assert completed("show", "job17") == ["job17" + digit for digit in (*"9876543210", "")]
+
+
+SHELLS = {
+    "bash": "source <(queuectl completion bash); COMP_WORDS=(queuectl %s); COMP_CWORD=%d;"
+            " _queuectl; echo ${COMPREPLY[@]}",
+    "zsh": "compdef() { }; compadd() { shift; print -l $@ }; source <(queuectl completion"
+           " zsh); words=(queuectl %s); CURRENT=$((%d + 1)); _queuectl",
+    "fish": "queuectl completion fish | source; complete -C (string join -- ' ' queuectl %s)",
+}
+
+
+@posix
+@pytest.mark.parametrize("shell", queuectl.COMPLETIONS)
+def test_a_shell_completes_a_line_by_its_script(shell, monkeypatch):
+    if not shutil.which(shell):
+        pytest.skip("no " + shell)
+    ok("install", "bin")
+    monkeypatch.setenv("PATH", os.path.abspath("bin"), prepend=os.pathsep)
+    ok("enqueue", "--db", "my q.db", "--id", "job1", "--", "true")
+    for words, expected in ((["dlq", ""], {"list", "retry", "clear"}),
+                            (["--db", "'my q.db'", "show", "jo"], {"job1"})):
+        line = " ".join(map(shlex.quote, words))
+        program = SHELLS[shell].replace("%d", str(len(words))).replace("%s", line, 1)
+        told = subprocess.run([shell, "-c", program], timeout=60,
+                              stdout=subprocess.PIPE, universal_newlines=True).stdout
+        assert set(told.split()) == expected
+
+
+def test_completion_names_its_shells():
+    assert "bash, zsh, fish" in refused("completion", code=2)
+    assert "zsh" in refused("completion", "csh", code=2)
+    assert "complete -o default -F" in ok("completion", "bash").out
+    assert ok("completion", "fish", "--json").json == queuectl.COMPLETIONS["fish"]
+    assert os.listdir() == []
