@@ -1401,6 +1401,13 @@ class Queue:
         return collections.Counter(
             row["state"] for row in rows if row["worker"] in workers)
 
+    def ids(self, begun, states):
+        """Return the newest ids that begin so, of jobs in one of these states."""
+        rows = self._rows(
+            "SELECT id FROM jobs WHERE substr(id, 1, length(?)) = ? AND instr(?, state)"
+            " ORDER BY seq DESC LIMIT 300", begun, begun, " ".join(states))
+        return [id for id, in rows]
+
     # -- statistics --------------------------------------------------------------------
 
     def stats(self, since):
@@ -3724,6 +3731,141 @@ def cmd_worker_stop(args):
     answer(args, {"stopped": stopped}, words if stopped else "no pool is running")
 
 
+# Without -I, Python would import a json.py of the current directory; what -S leaves out
+# costs time, and only the packages of others need it.
+IMPORTER = [
+    "-ISc", "import os, sys; home, name = os.path.split(sys.argv.pop(1));"
+    " sys.path.insert(0, home); sys.exit(__import__(name[:-3]).main())"]
+INSTALLED = "@rem" if WINDOWS else "#!/bin/sh\n#"
+INSTALLED += " written by queuectl install\n"
+
+
+@command("install", "put a command queuectl, which starts quicker, into a directory",
+         "install ~/.local/bin",
+         arg("dir DIR", "made if need be (~/.local/bin)", nargs="?",
+             default="~/.local/bin"))
+def cmd_install(args):
+    home = os.path.abspath(os.path.expanduser(args.dir))
+    path = os.path.join(home, "queuectl.cmd" if WINDOWS else "queuectl")
+    content = command_file(os.path.abspath(__file__))
+    os.makedirs(home, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as file:
+        if file.read(len(INSTALLED)) != INSTALLED:
+            raise QueueError("%s is not queuectl's: remove it first" % shown(path))
+    with open(path + ".new", "wb") as file:
+        file.write(content)
+    os.chmod(path + ".new", 0o755)
+    os.replace(path + ".new", path)
+    on_path = os.path.realpath(home) in map(os.path.realpath, os.get_exec_path())
+    lines = ["installed " + shown(path), shown(home) + " is not on PATH: add it"]
+    answer(args, {"path": path, "on_path": on_path}, *lines[: 2 - on_path])
+
+
+def command_file(own):
+    """Return the content of a file that imports this one; compile it."""
+    import py_compile
+
+    if not re.fullmatch(r"[^.]+\.py", os.path.basename(own)):
+        raise QueueError("%s: only what is called NAME.py can be imported" % shown(own))
+    with contextlib.suppress(OSError):  # root can here, and those who use it can't
+        py_compile.compile(own)
+    words = [sys.executable, *IMPORTER, own]
+    if not WINDOWS:
+        return os.fsencode(INSTALLED + 'exec %s "$@"\n' % shell_words(words))
+    words = ['"%s"' % word.replace("%", "%%") for word in words]
+    try:
+        return (INSTALLED + "@%s %%*\n" % " ".join(words)).encode("oem")
+    except UnicodeError:
+        raise QueueError("%s: not in the console's code page" % shown(own)) from None
+
+
+# They print what the command itself says; where that is nothing, files are completed.
+COMPLETIONS = {"bash": """\
+_queuectl() {
+    COMPREPLY=($(queuectl completion -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
+}
+complete -o default -F _queuectl queuectl
+""", "zsh": """\
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+_queuectl() {
+    compadd -- $(queuectl completion -- "${(@)words[2,CURRENT]}" 2>/dev/null) || _files
+}
+compdef _queuectl queuectl
+""", "fish": """\
+function _queuectl
+    set -l words (commandline -opc | string escape)[2..-1] (commandline -ct)
+    set -l found (queuectl completion -- $words 2>/dev/null)
+    set -q found[1]; and printf '%s\\n' $found; or __fish_complete_path $words[-1]
+end
+complete -c queuectl -f -a '(_queuectl)'
+"""}
+CHOICES = {"STATE": STATES, "KEY": SETTINGS, "SHELL": COMPLETIONS}
+TAKES = {"cancel": ("pending", "processing", "failed"), "dlq retry": ("dead",)}
+
+
+@command("completion", "print a script that lets a shell complete commands and ids",
+         "completion bash",
+         arg("shell SHELL", "in .bashrc: source <(queuectl completion bash)", nargs="?",
+             choices=[*COMPLETIONS]))
+def cmd_completion(args):
+    if args.words:  # those of a command line, up to the one to be completed
+        with contextlib.suppress(QueueError, OSError, ValueError, sqlite3.Error):
+            for candidate in candidates(args.words, args.db):
+                print(candidate)
+    elif args.shell:
+        script = COMPLETIONS[args.shell]
+        answer(args, script, script.rstrip())
+    else:
+        raise QueueError("completion: name one of " + ", ".join(COMPLETIONS), 2)
+
+
+def candidates(words, path):
+    """Return what the last of these words of a command line can become."""
+    # Of --state=dead bash makes three words, others one.
+    *words, begun = [part for word in words for part in word.split("=")]
+    name, words = command_named(filter(None, words))
+    arguments = [*(COMMANDS[name][3] if name in COMMANDS else ()), *EVERYWHERE]
+    kind = kind_wanted(words, arguments)
+    if "--" in words:
+        return []
+    if begun.startswith("-"):
+        found = ["--help", *itertools.chain(*(names for names, _ in arguments))]
+    elif kind == "ID":
+        found = ids_wanted(words, begun, path, TAKES.get(name, STATES))
+    elif kind or name in COMMANDS:
+        found = CHOICES.get(kind, ())
+    else:
+        found = [known[len(name) :].split()[0] for known in COMMANDS
+                 if known.startswith(name)]
+    return [word for word in dict.fromkeys(found) if word.startswith(begun)]
+
+
+def kind_wanted(words, arguments):
+    """Return what comes behind these words, as `arg` was told: STATE, ID; or None."""
+    kinds = {name: options.get("metavar") for names, options in arguments
+             for name in names}
+    places = [kinds[name] for name in kinds if not name.startswith("-")]
+    value = None  # of an option
+    for word in words:
+        if not value and not word.startswith("-"):
+            places = places[1:] or places  # the last one may take several
+        value = kinds.get(word) if word.startswith("-") else None
+    return value or (places or [None])[0]
+
+
+def ids_wanted(words, begun, path, states):
+    """Return ids of the queue that these words name, else of the one at PATH."""
+    import shlex
+
+    given = shlex.split(dict(zip(words, words[1:])).get("--db", "")) or [path]
+    path = os.path.expanduser(given[0])
+    if not os.path.getsize(path):  # it would become a queue
+        return []
+    with Queue(path, patience=TICK, new=False) as queue:
+        ids = queue.ids(begun, states)
+    return [id for id in ids if re.fullmatch(r"(?a)\w[\w.-]*", id)]  # a word anywhere
+
+
 # What commands and dashboard show alike.
 
 
@@ -3812,8 +3954,8 @@ ALIASES = {"config list": "config show", "dlq purge": "dlq clear", "metrics": "s
 # They make a queue where there is none; `wait && deploy` in a wrong folder must not.
 MAKERS = ("enqueue", "list", "dlq list", "status", "stats", "config show", "config get",
           "config set", "config unset", "pause", "resume")
-# SQLite must cross neither a fork nor threads, and `worker stop` makes no queue.
-WITHOUT_QUEUE = ("worker start", "worker stop", "dashboard")
+# SQLite must cross neither a fork nor threads, and the others make no queue.
+WITHOUT_QUEUE = ("worker start", "worker stop", "dashboard", "install", "completion")
 
 
 def command_named(words):
@@ -3867,7 +4009,7 @@ def parse(name, words):
     )
     for names, options in [*arguments, *EVERYWHERE]:
         parser.add_argument(*names, **options)
-    behind = name in ("enqueue", "edit") and "--" in words  # a command line
+    behind = name in ("enqueue", "edit", "completion") and "--" in words
     at = words.index("--") if behind else len(words)
     # The words behind a `--` are no options: only `parse_args` leaves them together.
     mixed = "--" not in words[:at]

@@ -4096,8 +4096,7 @@ def test_the_readmes_tour_works_as_it_stands_there():
 
 # ======================================================================================
 # Waiting for others, sharing a lock, pausing, editing, many at once
-# ======================================================================================
-
+# ===============================================================================
 
 def order_of_runs():
     """Return the ids of the jobs that have run, in the order in which they began."""
@@ -4582,3 +4581,195 @@ def test_what_waits_for_a_removed_job_is_dead_and_says_why(queue):
     assert queue.counts()["dead"] == 1 and ok("show", "y", "--json").json["after"] == ["x"]
     queue.retry(["x"])
     assert claim(queue)["id"] == "x"
+=======
+# install, and what shells complete
+# ======================================================================================
+
+
+INSTALLED_AS = "queuectl" if os.name == "posix" else "queuectl.cmd"
+
+
+def installed(*argv, **options):
+    """Run the command that was installed into `bin`."""
+    path = os.path.abspath(os.path.join("bin", INSTALLED_AS))
+    return subprocess.run([path, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          universal_newlines=True, timeout=60, **options)
+
+
+def test_install_puts_a_command_that_imports_this_very_file_from_anywhere(home):
+    os.makedirs("it's 100% mine")
+    own = shutil.copy(SCRIPT, os.path.join("it's 100% mine", "queue-ctl.py"))
+    for _ in range(2):
+        told = subprocess.run([sys.executable, own, "install", "bin"], check=True,
+                              stdout=subprocess.PIPE, universal_newlines=True).stdout
+    assert told.startswith("installed " + os.path.join(str(home), "bin", "queuectl"))
+    assert os.listdir("it's 100% mine/__pycache__")
+    for name in ("json.py", "sqlite3.py"):  # of the current directory: none of ours
+        with open(name, "w") as file:
+            file.write("raise SystemExit(name)")
+    assert installed("enqueue", "--id", "a b", "--", "echo  hi").stdout == "enqueued a b\n"
+    answer = installed("show", "nope")
+    assert answer.stderr == "queuectl: there is no job nope\n" and answer.returncode == 1
+    assert jobs()["a b"]["command"] == "echo  hi"
+
+
+@pytest.mark.parametrize("options", [(), ("--detach",)])
+def test_jobs_of_an_installed_command_find_their_own_python_and_environment(options):
+    ok("install", "bin")
+    look = "import os, sys; print(sys.flags.isolated, os.environ['PYTHONPATH'])"
+    enqueue(python(look), id="a")
+    env = dict(os.environ, PYTHONPATH="here")
+    assert installed("worker", "start", "--drain", *options, env=env).returncode == 0
+    ok("wait", "a")
+    assert ok("logs", "a").out == "0 here\n"
+
+
+def test_install_says_where_and_whether_that_is_on_path(home, monkeypatch):
+    path = str(home / "bin" / INSTALLED_AS)
+    assert ok("install", "bin", "--json").json == {"path": path, "on_path": False}
+    assert ok("install", "bin").out.splitlines() == [
+        "installed " + path, "%s is not on PATH: add it" % (home / "bin")]
+    monkeypatch.setenv("PATH", str(home / "bin"), prepend=os.pathsep)
+    assert ok("install", "bin").out == "installed %s\n" % path
+    assert os.listdir() == ["bin"] and os.listdir("bin") == [INSTALLED_AS]
+
+
+@posix
+def test_install_without_a_directory_takes_the_users_own(home, monkeypatch):
+    monkeypatch.setenv("HOME", str(home))
+    before = os.umask(0o077)
+    try:
+        ok("install")
+    finally:
+        os.umask(before)
+    assert os.stat(".local/bin/queuectl").st_mode & 0o777 == 0o755
+
+
+def test_install_leaves_alone_what_queuectl_did_not_write(monkeypatch):
+    os.mkdir("bin")
+    path = os.path.join("bin", INSTALLED_AS)
+    shutil.copy(SCRIPT, path)
+    assert "not queuectl's" in refused("install", "bin")
+    assert read(path) == read(SCRIPT)
+    assert "File" in refused("install", path) or os.name != "posix"
+    monkeypatch.setattr(queuectl, "__file__", path)
+    assert "only what is called NAME.py" in refused("install", "other")
+    assert os.listdir() == ["bin"]
+
+
+def completed(*words):
+    """Return what a shell is told of a command line, up to the word that is begun."""
+    answer = cli("completion", "--", *words)
+    assert (answer.code, answer.err) == (0, "")
+    return answer.out.split()
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("dl", "dlq"),
+    ("dlq ", "list retry clear"),
+    ("config set ma", "max_retries"),
+    ("config set max_retries ", ""),
+    ("config set --db q.db ma", "max_retries"),
+    ("config un", "unset"),
+    ("list --state ", "pending processing completed failed dead"),
+    ("list --state=p", "pending processing"),
+    ("list --state = p", "pending processing"),  # as bash tells it
+    ("--json list --state d", "dead"),
+    ("worker start --co", "--count"),
+    ("worker start --count ", ""),
+    ("metrics --si", "--since"),
+    ("enqueue -- ls -", ""),
+    ("completion ", "bash zsh fish"),
+    ("show d", "done1 died1"),
+    ("wait died1 w", "wait1"),
+    ("delete --state dead d", "done1 died1"),
+    ("--json logs -f w", "wait1"),
+    ("dlq retry ", "died1"),
+    ("cancel ", "wait1"),
+    ("show --db", "--db"),
+    ("--db ", ""),
+    ("--db other.db show ", "other1"),
+    ("show --db=other.db ", "other1"),
+    ("show --db './other.db' o", "other1"),
+    ("show --db ~/other.db o", "other1"),
+    ("nonsense ", ""),
+    ("show --db no.db ", ""),
+    ("show --db empty.db ", ""),
+    ("show --db 'open ", ""),
+    ("show --db . ", ""),
+    ("show --db notes.db ", ""),
+    ("show \udcff", ""),
+])
+def test_a_shell_is_told_what_the_last_word_can_become(
+        line, expected, queue, home, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(home))
+    for name, end in (("died1", queue.fail), ("done1", queue.complete)):
+        add(queue, id=name, max_retries=1)
+        with leased(queue, 1) as run:
+            end(run, result())
+    for name in ("wait1", "a b", "$HOME", "-x", "*", "été"):
+        add(queue, id=name)
+    ok("enqueue", "--db", "other.db", "--id", "other1", "--", "true")
+    for name, text in (("empty.db", ""), ("notes.db", "notes\n" * 999)):
+        with open(name, "w") as file:
+            file.write(text)
+    before = sorted(os.listdir())
+    assert completed(*line.split(" ")) == expected.split()
+    assert sorted(os.listdir()) == before and os.path.getsize("empty.db") == 0
+
+
+def test_every_command_and_option_is_completed_without_being_named_again(monkeypatch):
+    for name, (_, _, _, arguments) in queuectl.COMMANDS.items():
+        *group, last = name.split()
+        assert last in completed(*group, ""), name
+        options = [each for names, _ in arguments for each in names if each[0] == "-"]
+        assert {*options} <= {*completed(*name.split(), "-")}
+    new = None, "", "", [queuectl.IDS, queuectl.STATE, queuectl.arg("--after ID")]
+    monkeypatch.setitem(queuectl.COMMANDS, "new one", new)
+    enqueue(id="job1")
+    assert completed("new", "") == ["one"]
+    for words in ("", "--after ", "a --state dead "):
+        assert completed("new", "one", *(words + "jo").split()) == ["job1"]
+
+
+def test_the_newest_ids_are_completed_and_not_too_many(queue):
+    for number in range(400):
+        add(queue, id="job%d" % number)
+    told = completed("show", "")
+    assert told[:2] == ["job399", "job398"] and 200 < len(told) < 400
+    assert completed("show", "job17") == ["job17" + digit for digit in (*"9876543210", "")]
+
+
+SHELLS = {
+    "bash": "source <(queuectl completion bash); COMP_WORDS=(queuectl %s); COMP_CWORD=%d;"
+            " _queuectl; echo ${COMPREPLY[@]}",
+    "zsh": "compdef() { }; compadd() { shift; print -l $@ }; source <(queuectl completion"
+           " zsh); words=(queuectl %s); CURRENT=$((%d + 1)); _queuectl",
+    "fish": "queuectl completion fish | source; complete -C (string join -- ' ' queuectl %s)",
+}
+
+
+@posix
+@pytest.mark.parametrize("shell", queuectl.COMPLETIONS)
+def test_a_shell_completes_a_line_by_its_script(shell, monkeypatch):
+    if not shutil.which(shell):
+        pytest.skip("no " + shell)
+    ok("install", "bin")
+    monkeypatch.setenv("PATH", os.path.abspath("bin"), prepend=os.pathsep)
+    ok("enqueue", "--db", "my q.db", "--id", "job1", "--", "true")
+    for words, expected in ((["dlq", ""], {"list", "retry", "clear"}),
+                            (["--db", "'my q.db'", "show", "jo"], {"job1"})):
+        line = " ".join(map(shlex.quote, words))
+        program = SHELLS[shell].replace("%d", str(len(words))).replace("%s", line, 1)
+        told = subprocess.run([shell, "-c", program], timeout=60,
+                              stdout=subprocess.PIPE, universal_newlines=True).stdout
+        assert set(told.split()) == expected
+
+
+def test_completion_names_its_shells():
+    assert "bash, zsh, fish" in refused("completion", code=2)
+    assert "zsh" in refused("completion", "csh", code=2)
+    assert "complete -o default -F" in ok("completion", "bash").out
+    assert ok("completion", "fish", "--json").json == queuectl.COMPLETIONS["fish"]
+    assert os.listdir() == []
