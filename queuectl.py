@@ -2983,8 +2983,9 @@ def cut(text, width):
     """Return a text, or the beginning of one that takes more columns than WIDTH."""
     if width is None or columns(text) <= width:
         return text
+    text = text[: 3 * width]  # of a long one only this much is looked at again and again
     while columns(text) >= width:
-        text = text[: max(width, len(text)) - 1]
+        text = text[:-1]
     return text + blocks("…", "~")
 
 
@@ -3800,7 +3801,8 @@ end
 complete -c queuectl -f -a '(_queuectl)'
 """}
 CHOICES = {"STATE": STATES, "KEY": SETTINGS, "SHELL": COMPLETIONS}
-TAKES = {"cancel": ("pending", "processing", "failed"), "dlq retry": ("dead",)}
+TAKES = {"cancel": ("pending", "processing", "failed"), "edit": ("pending", "failed"),
+         "retry": ("completed", "dead"), "dlq retry": ("dead",)}
 
 
 @command("completion", "print a script that lets a shell complete commands and ids",

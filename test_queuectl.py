@@ -936,11 +936,17 @@ def test_a_watched_status_leaves_the_terminal_as_it_was():
 
 
 @posix
-def test_long_commands_are_cut_on_a_terminal_and_ids_never():
+def test_a_table_fits_a_terminal_and_is_whole_elsewhere(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
     ok("enqueue", "--id", "i" * 80, "--", "echo " + "x" * 200)
-    _, shown = on_terminal("list", columns=60)
-    assert "i" * 80 in shown and "x" * 60 not in shown
-    assert "x" * 200 in ok("list").out
+    ok("enqueue", "--id", "日本語のジョブ", "--", "echo 日本語")
+    for columns in (60, 80, 160):
+        lines = on_terminal("list", columns=columns)[1].splitlines()
+        assert "i" * 18 + "…  pending" in lines[1]
+        starts = [queuectl.columns(line.partition("pending")[0]) for line in lines[1:]]
+        assert starts[0] == starts[1]
+        assert max(queuectl.columns(line) for line in lines[1:]) <= columns
+    assert "i" * 80 + "  pending" in ok("list").out and "x" * 200 in ok("list").out
 
 
 @posix
@@ -956,7 +962,8 @@ def test_states_have_colours_on_a_terminal_that_wants_them(monkeypatch):
     drain()
     red, green = "\x1b[31mdead\x1b[0m", "\x1b[32mcompleted\x1b[0m"
     shown = on_terminal("list", columns=0)[1]
-    assert shown.count("\x1b") == 4 and red in shown and green in shown
+    assert shown.count("\x1b") == 6 and red in shown and green in shown
+    assert shown.startswith("\x1b[2mID  ") and red in on_terminal("show", "x")[1]
     assert on_terminal("status", columns=0)[1].count("\x1b") == 4  # none of what is 0
     assert "\x1b" not in ok("list").out + ok("status").out
     monkeypatch.setenv("NO_COLOR", "1")
@@ -1020,7 +1027,8 @@ def test_dlq_clear_removes_the_dead_and_dlq_list_counts_their_errors():
     enqueue("exit 3", max_retries=1)
     enqueue(id="good")
     drain()
-    assert ok("dlq", "list").out.splitlines()[0] == "3 x exit 127, 1 x exit 3"
+    assert ok("dlq", "list").out.splitlines()[0] == (
+        "Most common errors: 3 x exit 127, 1 x exit 3")
     assert ok("dlq", "purge", "--dry-run").out.count(" dead ") == 4
     assert ok("dlq", "clear").out == "deleted 4 jobs\n" and list(jobs()) == ["good"]
     assert ok("dlq", "clear").out == "deleted 0 jobs\n"
@@ -1169,13 +1177,16 @@ def test_status_tells_what_waits_longest_and_what_is_due_next(queue, clock):
     clock.now += 60
     add(queue, id="high", priority=5)
     add(queue, id="later", delay=100)
-    assert queue.oldest_claimable() == 1e9
+    assert tuple(queue.oldest_claimable()) == ("low", 1e9)
     claim(queue)
-    assert queue.oldest_claimable() == 1e9
+    assert tuple(queue.oldest_claimable()) == ("low", 1e9)
+    assert "Oldest Waiting: low, for " in ok("status").out
     claim(queue)
-    assert queue.oldest_claimable() is None and queue.next_due() == clock.now + 100
+    assert queue.oldest_claimable() is None
+    assert tuple(queue.next_due()) == ("later", clock.now + 100)
     told = ok("status", "--json").json
     assert told["oldest_waiting"] is None and told["next_due"] == "2001-09-09T01:49:20Z"
+    assert told["next_job"] == "later" and "Next Due: later, due " in ok("status").out
 
 
 def test_show_says_in_words_why_a_job_is_not_running(queue, clock):
@@ -1262,7 +1273,8 @@ def test_stats_tell_rates_times_and_errors(queue, clock):
 def test_stats_of_nothing():
     told = ok("stats", "--json").json
     assert told["runs"] == 0 and told["success_rate"] is None
-    assert ok("metrics", "--since", "1d").out == "0 runs in 1d 0h: 0 completed, 0 failed, 0 interrupted, 0 retries\n"
+    assert ok("metrics", "--since", "1d").out == (
+        "0 runs in 1d: 0 completed, 0 failed (0 retries); 0 interrupted\n")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
@@ -3171,7 +3183,7 @@ def test_stats_say_that_what_was_stopped_did_not_fail():
         ok("worker", "stop", "--now")
         assert pool.wait(20) == 0
     told = ok("stats").out
-    assert "4 runs in " in told and ": 1 completed, 0 failed, 3 interrupted," in told
+    assert "4 runs in 1h: 1 completed, 0 failed (0 retries); 3 interrupted" in told
     assert "100.0 % succeed" in told
     assert errors("x") == ["stop --now", "stop --now", "cancelled"]
 
@@ -3186,8 +3198,9 @@ def test_a_failed_job_is_due_at_once_when_the_clock_was_set_back(queue, clock):
     queue.promote_overtaken()
     run = claim(queue)
     assert (run["id"], run["attempt"]) == ("job", 2)
-    assert claim(queue) is None and queue.next_due() == clock.now + 7200 + 600
-    assert queue.fail(run, result()) == "failed" and queue.next_due() == clock.now + 4
+    assert claim(queue) is None and queue.next_due()["run_at"] == clock.now + 7200 + 600
+    assert queue.fail(run, result()) == "failed"
+    assert queue.next_due()["run_at"] == clock.now + 4
     queue.promote_overtaken()
     assert queue.job("job")["state"] == "failed"
 
@@ -3608,7 +3621,7 @@ def test_unique_revives_with_a_delay_and_counts_right(queue, clock):
     ok("enqueue", "--unique", "--id", "job", "--delay", "1h", "--", "true")
     assert queue.counts()["pending"] == 1 and queue.counts()["dead"] == 0
     assert not ok("enqueue", "--unique", "--id", "job", "--", "true").out.startswith("enq")
-    assert queue.next_due() > time.time() + 3000 and claim(queue) is None
+    assert queue.next_due()["run_at"] > time.time() + 3000 and claim(queue) is None
 
 
 def test_unique_says_when_a_waiting_job_has_another_command(queue):
@@ -4012,19 +4025,19 @@ def shell(line):
     shutil.copy(SCRIPT, "queuectl.py")
     line = re.sub(r"\bpython3? ", lambda _: '"%s" ' % sys.executable, line)
     return subprocess.run(line, shell=True, stdout=subprocess.PIPE, timeout=60,
-                          universal_newlines=True).stdout
+                          stderr=subprocess.STDOUT, universal_newlines=True).stdout
 
 
 def test_the_readme_names_every_command_and_setting():
     for word in [*queuectl.COMMANDS, *queuectl.SETTINGS]:
-        assert "`" + word in readme(), word
+        assert re.search("`[^`]*" + word, readme()), word
 
 
 @posix
 def test_the_readmes_transcript_is_what_happens():
     text = re.search(r"\n((?:    .*\n)+)", readme())[1].replace("    ", "", 1)
     steps = re.split(r"(?m)^ *\$ ", text)[1:]
-    assert len(steps) == 5
+    assert len(steps) == 6
     for step in steps:
         line, _, expected = step.partition("\n")
         told = re.sub(r"\d+\.\ds ago|pool \d+", "…", shell(line)).split()
@@ -4075,15 +4088,14 @@ def test_priorities_can_be_taken_away_in_the_places_that_the_readme_names():
 
 @posix
 def test_the_readmes_first_job_runs():
-    line = re.search(r"(?m)^    (python3 queuectl.py enqueue .*drain.*)$", readme())[1]
-    assert "completed" in shell(line)
+    line = re.search(r"(?m)^    (python3 queuectl.py enqueue .*drain)$", readme())[1]
+    assert "1 completed, 0 dead" in shell(line)
 
 
 def test_the_readmes_tour_works_as_it_stands_there():
     ok("config", "set", "backoff_base", "0.1")  # or job3 and job4 would take 6 s to die
-    rows = re.findall(r"(?m)^\| \d+ \| (.*) \| .*\|$", readme())
     pool = None
-    for line in re.findall("`(python [^`]+)`", " ".join(rows)):
+    for line in re.findall(r"(?m)^    (python .*?)(?:  +#.*)?$", readme()):
         if "worker start" in line:
             pool = start_pool()
             wait_until(lambda: list(jobs("--state", "dead")) == ["job3", "job4"])
@@ -4096,7 +4108,7 @@ def test_the_readmes_tour_works_as_it_stands_there():
 
 # ======================================================================================
 # Waiting for others, sharing a lock, pausing, editing, many at once
-# ===============================================================================
+# ======================================================================================
 
 def order_of_runs():
     """Return the ids of the jobs that have run, in the order in which they began."""
@@ -4504,8 +4516,8 @@ def test_logs_of_several_stand_each_under_a_line_with_id_and_error():
     drain(1)
     assert ok("logs", "a", "b").out.split("\n") == [
         "==> a: no error", "one", "==> b: exit 3", "two", ""]
-    assert ok("dlq", "logs").out.split("\n") == ["==> b: exit 3", "two", "==> c: exit 4", "", ""]
-    assert [log["id"] for log in ok("dlq", "logs", "--json").json] == ["b", "c"]
+    assert ok("dlq", "logs").out.split("\n") == ["==> c: exit 4", "", "==> b: exit 3", "two", ""]
+    assert [log["id"] for log in ok("dlq", "logs", "--json").json] == ["c", "b"]
     assert [log["id"] for log in ok("logs", "a", "c", "--json").json] == ["a", "c"]
     refused("logs", "a", "b", "--run", "1", code=2)
     refused("logs", "-f", "a", "b", code=2)
@@ -4581,7 +4593,9 @@ def test_what_waits_for_a_removed_job_is_dead_and_says_why(queue):
     assert queue.counts()["dead"] == 1 and ok("show", "y", "--json").json["after"] == ["x"]
     queue.retry(["x"])
     assert claim(queue)["id"] == "x"
-=======
+
+
+# ======================================================================================
 # install, and what shells complete
 # ======================================================================================
 
@@ -4666,7 +4680,7 @@ def completed(*words):
 
 @pytest.mark.parametrize("line, expected", [
     ("dl", "dlq"),
-    ("dlq ", "list retry clear"),
+    ("dlq ", "list logs retry clear"),
     ("config set ma", "max_retries"),
     ("config set max_retries ", ""),
     ("config set --db q.db ma", "max_retries"),
@@ -4773,3 +4787,94 @@ def test_completion_names_its_shells():
     assert "complete -o default -F" in ok("completion", "bash").out
     assert ok("completion", "fish", "--json").json == queuectl.COMPLETIONS["fish"]
     assert os.listdir() == []
+
+
+# ======================================================================================
+# What terminals show
+# ======================================================================================
+
+
+def test_the_dead_are_listed_by_their_death_the_latest_first(queue, clock):
+    for name in ("first", "second", "third"):
+        add(queue, id=name, max_retries=1)
+    for name in ("second", "third", "first"):
+        clock.now += 1
+        queue.cancel([name])
+    assert [job["id"] for job in ok("dlq", "list", "--json").json] == [
+        "first", "third", "second"]
+
+
+def test_dlq_list_says_how_many_more_kinds_of_errors_there_are():
+    for code in range(1, 6):
+        enqueue("exit %d" % code, max_retries=1)
+    drain()
+    first = ok("dlq", "list").out.splitlines()[0]
+    assert first.endswith(" and 2 more") and first.count("1 x exit") == 3
+
+
+def test_status_says_when_what_is_due_waits_for_a_worker():
+    enqueue("while ! test -e go; do sleep 0.05; done" if os.name == "posix" else NAP, id="runs")
+    start_pool(count=1)
+    wait_until(lambda: state("runs") == "processing")
+    enqueue(id="next", delay=0.05)
+    wait_until(lambda: "Next Due: next, was due 0.1s ago, all workers are busy"
+               in ok("status").out)
+    open("go", "w").close()
+
+
+@posix
+def test_a_watched_status_fits_its_terminal_with_the_counts_on_top():
+    pool = start_pool(count=30)
+    code, shown = on_terminal("status", "--watch", "0.1", keys=b"\x03", columns=40)
+    screen = shown.split("\x1b[H")[1].split("\x1b[J")[0]
+    lines = screen.replace("\x1b[K", "").splitlines()
+    assert lines[0] == "Pending: 0" and lines[5] == "Active Workers: 30"
+    assert len(lines) == 23 and lines[-1] == "  and 14 more"
+    assert max(map(len, lines)) < 40 and pool.poll() is None
+
+
+def test_show_has_each_line_of_a_command_and_a_table_of_runs():
+    enqueue("echo one\nexit 3", id="x", max_retries=2)
+    ok("config", "set", "backoff_base", "0")
+    drain(1)
+    lines = ok("show", "x").out.splitlines()
+    at = lines.index("command:     echo one")
+    assert lines[at + 1] == "             exit 3"
+    assert re.match(r"RUN  TRY  STARTED +TOOK +RESULT$", lines[-3])
+    assert re.match(r"2    2    .* ago +\d+ms +exit ", lines[-1])
+
+
+def test_followed_logs_say_what_is_waited_for_and_how_the_run_ended():
+    enqueue("exit 3", id="x", max_retries=1)
+    pool = start_pool(count=1)
+    answer = script("logs", "-f", "x")
+    assert answer.returncode == 0 and answer.stderr.endswith("queuectl: job x: exit 3\n")
+    ok("pause")
+    enqueue(id="y")
+    follower = subprocess.Popen([sys.executable, SCRIPT, "logs", "-f", "y"],
+                                stderr=subprocess.PIPE, universal_newlines=True)
+    assert "job y: the queue is paused" in follower.stderr.readline()
+    ok("resume")
+    assert follower.wait(20) == 0 and follower.stderr.read() == "" and pool.poll() is None
+    follower.stderr.close()
+
+
+def test_all_that_people_read_fits_into_80_columns():
+    texts = [ok("config", "show").out, ok().out]
+    for name in queuectl.COMMANDS:
+        texts.append(ok(*name.split(), "--help").out)
+    lines = [line for text in texts for line in text.splitlines()]
+    assert max(map(len, lines)) < 80
+
+
+@pytest.mark.parametrize("text, columns", [
+    ("abc", 3), ("日本", 4), ("é", 1), ("e\u0301", 1), ("", 0)])
+def test_wide_characters_take_two_columns(text, columns):
+    assert queuectl.columns(text) == columns
+    assert queuectl.cut(text, 9) == text and queuectl.columns(queuectl.cut(text * 9, 5)) <= 5
+
+
+@pytest.mark.parametrize("seconds, words", [
+    (0, "0ms"), (0.0432, "43ms"), (2.51, "2.5s"), (200, "3m 20s"), (3600, "1h"), (86400, "1d")])
+def test_durations_read_well(seconds, words):
+    assert queuectl.fine(seconds) == words
