@@ -4772,7 +4772,7 @@ def test_a_shell_completes_a_line_by_its_script(shell, monkeypatch):
     ok("install", "bin")
     monkeypatch.setenv("PATH", os.path.abspath("bin"), prepend=os.pathsep)
     ok("enqueue", "--db", "my q.db", "--id", "job1", "--", "true")
-    for words, expected in ((["dlq", ""], {"list", "retry", "clear"}),
+    for words, expected in ((["dlq", ""], {"list", "logs", "retry", "clear"}),
                             (["--db", "'my q.db'", "show", "jo"], {"job1"})):
         line = " ".join(map(shlex.quote, words))
         program = SHELLS[shell].replace("%d", str(len(words))).replace("%s", line, 1)
