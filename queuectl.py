@@ -314,7 +314,7 @@ COLUMNS = [name for name in FIELDS if name not in ("delay", "after")]
 # What JSON shows of a job, in this order. Those that are no field above are queuectl's
 # own: taken and ignored, so that one queue's `list --json` is another's `enqueue -`.
 PUBLIC = ("id", "command", "state", "attempts", *COLUMNS[2:], "after", "created_at",
-          "updated_at", "exit_code", "error", "started_at", "finished_at")
+          "updated_at", "exit_code", "error", "started_at", "finished_at", "seconds")
 TIMES = ("run_at", "created_at", "updated_at", "started_at", "finished_at")
 
 
@@ -331,11 +331,18 @@ def dated(row, *names):
     return dict(row, **{name: iso(row[name]) for name in names})
 
 
+def spent(run):
+    """Return how many seconds a run took, None if it has not ended."""
+    ended = run["finished_at"] is not None
+    return round(run["finished_at"] - run["started_at"], 3) if ended else None
+
+
 def public(job):
     """Return a job as JSON shows it."""
-    shown = {name: job[name] for name in PUBLIC}
+    shown = {name: job[name] for name in PUBLIC if name != "seconds"}
     after = job["after"].split("\n") if job["after"] else []
-    return dict(dated(shown, *TIMES), env=json.loads(job["env"] or "{}"), after=after)
+    return dict(dated(shown, *TIMES), env=json.loads(job["env"] or "{}"), after=after,
+                seconds=spent(job))
 
 
 def unknown(what, word, words):
@@ -363,7 +370,7 @@ def checked_fields(given, fields):
         if name in FIELDS:
             if value is not None:
                 fields[name] = checked(name, FIELDS[name][0], value)
-        elif name not in PUBLIC and name != "runs":
+        elif name not in (*PUBLIC, "waiting", "runs"):
             raise unknown("field " + json.dumps(name), name, FIELDS)
     if fields.get("delay") is not None and fields.get("run_at") is not None:
         raise QueueError("run_at and delay: give one of them, not both", 2)
@@ -595,19 +602,23 @@ NO_JOB = "there is no job "
 Condition = collections.namedtuple("Condition", "sql, values")
 
 
-def those(states=(), text="", before=None, cancelled=None, waited_for=None):
+def those(states=STATES, text="", before=None, cancelled=None, waited_for=None,
+          errors=False):
     """Return the condition for jobs of which all that is given is true.
 
-    They are in one of these states, have a text in id or command, finished before a
-    time, were cancelled or not, have others that wait for them or not.
+    They are in one of these states, have a text in id or command, or in ERRORS, too,
+    finished before a time, were cancelled or not, are waited for by others or not.
     """
     parts = []
-    if states:  # only known ones get into a statement: `index` raises ValueError
+    if {*states} != {*STATES}:
+        # Only known ones get into a statement: `index` raises ValueError.
         names = [STATES[STATES.index(state)] for state in states]
-        parts.append("(%s)" % " OR ".join(map("state = '{}'".format, names)))
+        alternatives = " OR ".join(map("state = '{}'".format, names))
+        parts.append("(%s)" % (alternatives or "0"))
         parts += [RARE] * (not {"pending", "completed"} & {*names})
     if text:
-        parts.append("(instr(id, :text) OR instr(command, :text))")
+        parts.append("(instr(id, :text) OR instr(command, :text)%s)"
+                     % (" OR instr(jobs.error, :text)" * errors))
     if before is not None:
         parts.append(FINISHED + " AND updated_at < :before")
     if cancelled is not None:
@@ -2983,7 +2994,7 @@ def cut(text, width):
     """Return a text, or the beginning of one that takes more columns than WIDTH."""
     if width is None or columns(text) <= width:
         return text
-    text = text[: 3 * width]  # of a long one only this much is looked at again and again
+    text = text[: 3 * width]  # or a long one would be looked at all too often
     while columns(text) >= width:
         text = text[:-1]
     return text + blocks("…", "~")
@@ -3290,7 +3301,7 @@ def spooled(path):
              default=0),
          arg("--newest", "newest first"))
 def cmd_list(args, queue):
-    chosen = those(args.state, args.match)
+    chosen = those(args.state or STATES, args.match)
     list_jobs(args, queue, queue.jobs(chosen, args.limit, args.newest))
     left = queue.count(chosen) - args.limit if args.limit and not args.json else 0
     if left > 0:
@@ -3316,7 +3327,7 @@ def cmd_show(args, queue):
                  map(shown, str(value).split("\n"))))  # a command of several lines
              for name, value in fields.items() if value not in (None, "")]
     lines += ["", *run_table(runs, now)] if runs else []
-    answer(args, job_document(job, runs), *lines)
+    answer(args, job_document(queue, job), *lines)
 
 
 def found(queue, id):
@@ -3933,10 +3944,12 @@ def status_lines(status, now):
         yield "  worker %(pid)d of pool %(pool)d: " % worker + doing
 
 
-def job_document(job, runs):
+def job_document(queue, job):
     """Return what `show --json` prints."""
-    runs = [dated(run, "started_at", "finished_at") for run in runs]
-    return dict(public(job), runs=runs)
+    runs = [dict(dated(run, "started_at", "finished_at"), seconds=spent(run))
+            for run in queue.runs(job)]
+    waiting = why_waiting(queue, job, worker_list(queue))
+    return dict(public(job), waiting=waiting, runs=runs)
 
 
 def output_document(job, run, output):
@@ -4076,40 +4089,67 @@ def main(argv=None):
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'nonce-TOKEN'; script-src"
-    " 'nonce-TOKEN'; connect-src 'self'; base-uri 'none'; form-action 'none';"
-    " frame-ancestors 'none'",
+    " 'nonce-TOKEN'; connect-src 'self'; img-src data:; base-uri 'none';"
+    " form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-CACHED = 1.0  # seconds that a document is given to others who ask for the same
+CACHED = 5.0  # seconds that statistics are given to others who ask for the same
+
+
+def asked_for(query, states=STATES, cancelled=None, waited_for=None):
+    """Return the condition for the jobs of these states that a query asks for."""
+    if "state" in query:
+        states = [state for state in states if state == state_name(query["state"])]
+    text = query.get("q", "")
+    if not storable(text + query.get("before", "")):
+        raise QueueError("not text", 400)
+    return those(states, text, None, cancelled, waited_for, errors=True)
 
 
 def newest_jobs(queue, query):
     """Return a page of jobs, newest first; `before` is the id to go on from."""
-    state = state_name(query["state"]) if "state" in query else None
     limit = count_of("limit", 0)(query.get("limit", "50")) or 50
-    text, before = query.get("q", ""), query.get("before", "")
-    if not storable(text + before):
-        raise QueueError("not text", 400)
     return list(map(public, queue.jobs(
-        those([state] if state else [], text), min(limit, PAGE), newest=True,
-        last=queue.before(before))))
+        asked_for(query), min(limit, PAGE), newest=True,
+        last=queue.before(query.get("before", "")))))
 
 
-def one_job(queue, query):
-    job = queue.job(query["id"])
-    return job_document(job, queue.runs(job))
+def to_retry(query):
+    return asked_for(query, ["dead"], cancelled=False)
+
+
+def to_delete(query):
+    ended = ["pending", "completed", "failed", "dead"]
+    return asked_for(query, ended, waited_for=False)
+
+
+def counted(queue, query):
+    """Return how many jobs a query asks for, and what could be done with how many."""
+    asked = {"jobs": asked_for, "retry": to_retry, "delete": to_delete}
+    return {name: queue.count(asked[name](query)) for name in asked}
 
 
 def job_output(queue, query):
+    import codecs
+
     job = queue.job(query["id"])
     run = count_of("run", 0)(query.get("run", str(job["run"])))
     if "run" in query and not 1 <= run <= job["run"]:
         raise QueueError("no such run", 404)
-    return output_document(job, run, output_of(queue, job, run))
+    output = output_of(queue, job, run)
+    if "from" not in query:
+        return output_document(job, run, output)
+    dropped, output = parts_of(output)
+    start = max(dropped, count_of("from", 0)(query["from"]))
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    runs = run == job["run"] and job["state"] == "processing"
+    text = decoder.decode(output[start - dropped :], final=not runs)
+    end = dropped + len(output) - len(decoder.getstate()[0])  # half a character is left
+    return {"id": job["id"], "run": run, "output": text, "start": start, "end": end}
 
 
 def metrics(queue, query):
@@ -4134,21 +4174,24 @@ def metrics(queue, query):
     return "\n".join(lines) + "\n"
 
 
-# What is asked for: what makes it, of the queue and the query; ID is in the query. A
-# GET is a document, a POST carries out a verb.
+# What is asked for: what makes it, of the queue and the query. ID is in the query, and
+# may have been from the beginning: browsers take `.` and `..` out of a path. A GET is a
+# document, a POST carries out a verb.
 ROUTES = {
     "GET /metrics": metrics,
     "GET /api/status": lambda queue, query: status_document(read_status(queue)),
     "GET /api/stats": lambda queue, query: queue.stats(
         queue.clock() - span_of("since", 1)(query.get("since", "1h"))),
     "GET /api/jobs": newest_jobs,
-    "GET /api/jobs/ID": one_job,
+    "GET /api/jobs/ID": lambda queue, query: job_document(
+        queue, queue.job(query["id"])),
     "GET /api/jobs/ID/output": job_output,
     "POST /api/jobs/ID/retry": lambda queue, query: queue.retry([query["id"]]),
     "POST /api/jobs/ID/cancel": lambda queue, query: queue.cancel([query["id"]]),
     "POST /api/jobs/ID/delete": lambda queue, query: queue.delete([query["id"]]),
-    "POST /api/dlq/retry": lambda queue, query: queue.retry(
-        those(["dead"], cancelled=False)),
+    "GET /api/count": counted,
+    "POST /api/retry": lambda queue, query: queue.retry(to_retry(query)),
+    "POST /api/delete": lambda queue, query: queue.delete(to_delete(query)),
 }
 
 
@@ -4165,11 +4208,12 @@ class Site:
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
         self.token = secrets.token_hex(16)
         self.lock = threading.Lock()
-        self.cached = functools.lru_cache(16)(self.document)  # outputs may be large
+        self.cached = functools.lru_cache(16)(self.document)
 
     def answer(self, method, target, headers):
         """Return status, type and text; a refusal is one of these, too."""
         from urllib.parse import urlsplit
+        import html
 
         try:
             self.check_host(headers)
@@ -4178,8 +4222,11 @@ class Site:
                 self.check_write(headers)
                 return (200, *self.document(method, url, None))
             if url.path == "/":
-                return 200, "text/html", PAGE_HTML.replace("TOKEN", self.token)
-            with self.lock:  # what many ask for is made once
+                page = PAGE_HTML.replace("TOKEN", self.token)
+                return 200, "text/html", page.replace("QUEUE", html.escape(self.path))
+            if url.path != "/api/stats":
+                return (200, *self.document(method, url, None))
+            with self.lock:  # with a million runs they take a while: once for all
                 return (200, *self.cached(method, url, time.monotonic() // CACHED))
         except (ValueError, QueueError) as error:
             code = 404 if NO_JOB in str(error) else max(400, getattr(error, "code", 0))
@@ -4220,15 +4267,12 @@ class Site:
         job = re.fullmatch("(/api/jobs/)([^/]*)(/.+)?/?", path)
         if job:
             path = job[1] + "ID" + (job[3] or "")
-            query["id"] = unquote(job[2], errors="replace")
+            query.setdefault("id", unquote(job[2], errors="replace"))
         route = ROUTES.get(method + " " + path)
         if not route:
             raise QueueError("no such page", 404)
         with Queue(self.path, patience=IDLE_WAIT, new=False) as queue:
             value = route(queue, query)
-        if method == "POST":
-            with self.lock:
-                self.cached.cache_clear()  # or the page would show what was
         if isinstance(value, str):
             return "text/plain", value
         return "application/json", json.dumps(value)
@@ -4294,168 +4338,256 @@ def serve(path, host, port):
 PAGE_HTML = r"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>queuectl</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>
+<rect width='16' height='16' rx='3' fill='%231a5fd0'/><path stroke='white' stroke-width='2' d='M3 5h10M3 8h7M3 11h4'/></svg>">
 <style nonce="TOKEN">
-:root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --text: #1c2430; --dim: #5c6675;
-  --line: #dde2e9; --blue: #1f6feb; --green: #1a7f45; --red: #c62f3b; --amber: #9a6700; }
-@media (prefers-color-scheme: dark) { :root { --bg: #11151b; --card: #1a2029; --text: #e3e8ef; --dim: #97a3b4;
-  --line: #2c3542; --blue: #6cabff; --green: #57c785; --red: #ff7b81; --amber: #e3b341; } }
-.pending { --c: var(--dim); } .processing { --c: var(--blue); } .completed { --c: var(--green); }
-.failed { --c: var(--amber); } .dead { --c: var(--red); } .st { color: var(--c); font-weight: 600; }
-.ok { fill: var(--green); } .bad { fill: var(--red); } .bar { fill: var(--blue); }
+:root { color-scheme: light dark; --bg: #f5f6f8; --card: #fff; --text: #1b2330; --dim: #566070; --line: #dfe3e9;
+  --edge: #87919f; --blue: #1a5fd0; --green: #17733d; --red: #b4232f; --amber: #825600; --pink: #8b3fb0; --cyan: #0b6b7d; }
+@media (prefers-color-scheme: dark) { :root { --bg: #10141a; --card: #191f28; --text: #e4e9f0; --dim: #9aa6b6;
+  --line: #2b3441; --edge: #6c7888; --blue: #74b0ff; --green: #5ccb8a; --red: #ff8a8f; --amber: #e5b747; --pink: #d2a8ff;
+  --cyan: #5fd7e0; } }
 * { box-sizing: border-box; margin: 0; } [hidden] { display: none !important; }
+.pending { --c: var(--dim); } .processing { --c: var(--blue); } .completed { --c: var(--green); }
+.failed { --c: var(--amber); } .dead { --c: var(--red); } .state { color: var(--c); font-weight: 600; }
+.a1 { color: var(--red); } .a2 { color: var(--green); } .a3 { color: var(--amber); } .a4 { color: var(--blue); }
+.a5 { color: var(--pink); } .a6 { color: var(--cyan); }
 :focus-visible { outline: 2px solid var(--blue); outline-offset: 1px; }
-body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--bg); color: var(--text);
+body { margin: 0 auto; max-width: 88rem; padding: 1rem; background: var(--bg); color: var(--text);
   font: 15px/1.45 system-ui, sans-serif; }
-header { display: flex; gap: 1rem; align-items: baseline; margin-bottom: .8rem; }
-h1 { font-size: 1.2rem; } h2 { font-size: .95rem; margin-bottom: .6rem; } p { margin: 1em 0; }
-.dim { color: var(--dim); font-weight: 400; } .mono, pre { font-family: ui-monospace, monospace; font-size: .85rem; }
-.card, button, input { background: var(--card); border: 1px solid var(--line); }
-.card { margin-top: .6rem; border-radius: .6rem; padding: .8rem; } svg { width: 100%; height: 7rem; display: block; }
-button, input { font: inherit; color: inherit; border-radius: .4rem; padding: .3rem .7rem; }
-button { cursor: pointer; } button:disabled { opacity: .45; cursor: default; } input { flex: 1; min-width: 9rem; }
-#lost { background: var(--red); color: var(--card); padding: .5rem .8rem; border-radius: .5rem; margin-bottom: .8rem; }
-.tiles { display: grid; grid-template-columns: repeat(5, 1fr); gap: .6rem; }
-.tiles button { text-align: left; padding: .8rem; border-radius: .6rem; border-top: 3px solid var(--c); min-width: 0; }
-.tiles button[aria-pressed=true] { outline: 2px solid var(--blue); }
-.tiles b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
+header, .row { display: flex; flex-wrap: wrap; gap: .3rem .7rem; align-items: baseline; margin-bottom: .6rem; }
+h1 { font-size: 1.15rem; } h2 { font-size: .95rem; } a { color: inherit; text-underline-offset: .2em; }
+.dim { color: var(--dim); font-weight: 400; } .end { margin-left: auto; } .mono, pre { font: .84rem/1.5 ui-monospace, monospace; }
+.card, button, input { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
+.card { padding: .8rem; margin-top: .6rem; }
+button, input { font: inherit; color: inherit; padding: .25rem .7rem; border-color: var(--edge); }
+button { cursor: pointer; } button:disabled { opacity: .5; cursor: default; } button:hover:enabled { border-color: var(--blue); }
+input { flex: 1; min-width: 10rem; } ::placeholder { color: var(--dim); opacity: 1; }
+#lost { background: var(--red); color: var(--card); padding: .5rem .8rem; border-radius: .5rem; margin-bottom: .6rem; }
+#paused { color: var(--amber); font-weight: 600; }
+#tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)); gap: .5rem; }
+#tiles button { text-align: left; padding: .5rem .8rem; border: 1px solid var(--line); border-top: 3px solid var(--c); }
+#tiles button[aria-pressed=true] { box-shadow: 0 0 0 2px var(--c); }
+#tiles b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .two { display: grid; grid-template-columns: 3fr 2fr; column-gap: .6rem; }
-.bars { display: flex; gap: .6rem; flex-wrap: wrap; align-items: center; margin-bottom: .6rem; }
-ul { padding: 0; list-style: none; } li, td, th { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-table { width: 100%; border-collapse: collapse; table-layout: fixed; }
-td, th { padding: .35rem .5rem; border-bottom: 1px solid var(--line); }
-th { text-align: left; font-weight: 600; color: var(--dim); width: 7.2rem; } th:last-child { width: auto; }
-th:nth-child(1) { width: 24%; } th:nth-child(3) { width: 4.2rem; } #runs td:first-child { width: 50%; }
-#rows tr { cursor: pointer; } [aria-selected=true] { background: color-mix(in srgb, var(--blue) 14%, transparent); }
-pre { max-height: 24rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; background: var(--bg);
-  padding: .6rem; border-radius: .4rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .8rem; margin-bottom: .6rem; }
+svg { display: block; width: 100%; height: 5rem; border-bottom: 1px solid var(--edge); }
+.good { fill: var(--blue); } .bad { fill: var(--amber); } .axis { display: flex; justify-content: space-between; font-size: .8rem; }
+ul { list-style: none; padding: 0; columns: 20rem; } li, td, th { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+table { width: 100%; border-collapse: collapse; table-layout: fixed; font-variant-numeric: tabular-nums; }
+td, th { text-align: left; padding: .35rem .5rem; border-bottom: 1px solid var(--line); }
+th { color: var(--dim); font-weight: 600; width: 7rem; } th:first-child { width: 20%; } th:last-child { width: auto; }
+th.slim { width: 4.5rem; } td a { text-decoration: none; } tbody tr { cursor: pointer; }
+tbody tr:hover, tr[aria-current] { background: color-mix(in srgb, var(--blue) 8%, transparent); }
+tr[aria-current] { box-shadow: inset 3px 0 var(--blue); } #none { padding: .8rem .5rem 0; }
+#job { position: fixed; inset: 0 0 0 auto; width: min(46rem, 100%); margin: 0; border-radius: 0; overflow: auto;
+  overscroll-behavior: contain; box-shadow: 0 0 2rem #0007; } #job h2 { overflow-wrap: anywhere; outline: 0; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--bg); border-radius: .4rem; padding: .6rem; margin-bottom: .7rem; }
+#command { max-height: 10rem; overflow: auto; user-select: all; } #output { max-height: 55vh; overflow: auto; margin: .7rem 0 0; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .9rem; margin-bottom: .7rem; }
 dl div { display: contents; } dt { color: var(--dim); } dd { overflow-wrap: anywhere; }
-@media (max-width: 44rem) { .two { grid-template-columns: 1fr; } .wide { display: none; } th:nth-child(1) { width: 38%; }
-  .tiles { grid-template-columns: repeat(3, 1fr); gap: .4rem; } body, .card { padding: .6rem; } }
+@media (max-width: 45rem) { body, .card { padding: .6rem; } .two { grid-template-columns: 1fr; } .wide { display: none; }
+  #tiles { grid-template-columns: repeat(3, 1fr); } #tiles b { font-size: 1.1rem; } th:first-child { width: 38%; } }
 </style></head><body>
-<header><h1>queuectl</h1><span class="dim" id="rate"></span></header>
-<div id="lost" role="alert" hidden></div><div class="tiles" id="tiles"></div>
-<div class="two"><section class="card"><h2>Throughput, last hour <span class="dim" id="peak"></span></h2>
-<svg id="throughput" role="img" preserveAspectRatio="none"></svg></section>
-<section class="card"><h2>Run times <span class="dim" id="median"></span></h2>
-<svg id="times" role="img" preserveAspectRatio="none"></svg><div class="dim" id="range"></div></section></div>
-<section class="card"><h2 id="crew">Workers</h2><ul id="workers"></ul></section>
-<section class="card" id="detail" aria-label="job" hidden>
-<div class="bars"><h2 id="name" class="mono"></h2><span id="acts"></span> <button id="close">Close</button></div>
-<dl id="facts"></dl><table><tbody id="runs"></tbody></table><pre id="output" tabindex="0"></pre></section>
-<section class="card"><div class="bars"><h2>Jobs</h2><input id="q" type="search" placeholder="id or command"
-aria-label="search"><button id="retryall">Retry all dead</button></div>
-<table><thead><tr><th>Id<th>State<th class="wide">Tries<th class="wide">Changed<th>Command</tr></thead>
-<tbody id="rows"></tbody></table><p class="dim" id="none" hidden>No job here.</p>
-<div class="bars"><button id="newer">Newer</button><button id="older">Older</button></div></section>
+<header><h1>queuectl</h1><span class="mono dim" id="where">QUEUE</span><span id="paused" hidden>paused</span>
+<span class="dim end" id="next"></span></header><main>
+<div id="lost" role="alert" hidden></div><div id="tiles" role="group" aria-label="Jobs by state"></div>
+<div class="two"><section class="card" aria-labelledby="t1"><div class="row"><h2 id="t1">Runs a minute</h2>
+<span class="dim" id="ran"></span></div><svg id="rate" role="img" preserveAspectRatio="none"></svg>
+<div class="axis dim"><span>1 h ago</span><span id="top"></span><span>now</span></div></section>
+<section class="card" aria-labelledby="t2"><div class="row"><h2 id="t2">Run times</h2><span class="dim" id="median"></span></div>
+<svg id="times" role="img" preserveAspectRatio="none"></svg>
+<div class="axis dim"><span>&lt; 10 ms</span><span>0.1 s</span><span>1 s</span><span>10 s</span><span>100 s</span><span>&gt; 1000 s</span></div>
+</section></div>
+<section class="card" aria-labelledby="crew"><h2 id="crew">Workers</h2><ul id="workers"></ul></section>
+<section class="card" aria-labelledby="t3"><div class="row"><h2 id="t3">Jobs</h2><span class="dim" id="count"></span>
+<input id="q" type="search" placeholder="Search id, command, error" aria-label="Search">
+<button id="retry" hidden></button><button id="delete" hidden></button></div><div class="row dim" id="errors"></div>
+<table aria-labelledby="t3"><thead><tr><th>Id<th>State<th class="slim wide">Tries<th>When<th class="slim wide">Took<th class="wide">Command
+</tr></thead><tbody id="rows"></tbody></table><p class="dim" id="none" hidden></p>
+<div class="row" id="pages"><button id="newest">Newest</button><button id="older">Older</button></div></section></main>
+<aside class="card" id="job" aria-labelledby="name" hidden><div class="row"><h2 class="mono" id="name" tabindex="-1"></h2>
+<span class="state" id="state"></span><span class="row end" id="acts"></span></div><pre id="command" tabindex="0" aria-label="Command"></pre>
+<dl id="facts"></dl><table aria-label="Runs"><tbody id="runs"></tbody></table>
+<pre id="output" tabindex="0" aria-label="Output"></pre></aside>
 <script nonce="TOKEN">
 "use strict";
-const $ = id => document.getElementById(id), path = id => "/api/jobs/" + encodeURIComponent(id);
+const $ = id => document.getElementById(id), SIZE = 50, number = n => n.toLocaleString();
 const states = ["pending", "processing", "completed", "failed", "dead"];
-let filter = "", trail = [], before = "", last = "", open = null, turn = 0, timer;
-const span = s => s === null ? "–" : s < 10 ? Number(s.toPrecision(2)) + " s"
-  : s < 120 ? Math.round(s) + " s" : Math.round(s / 60) + " min";
-function ago(time) {
-  const past = Math.round((Date.now() - Date.parse(time)) / 1000), s = Math.abs(past);
-  const [unit, name] = s < 60 ? [1, " s"] : s < 3600 ? [60, " min"] : s < 86400 ? [3600, " h"] : [86400, " d"];
-  return past < 0 ? "in " + Math.floor(s / unit) + name : Math.floor(s / unit) + name + " ago"; }
+let view = new URLSearchParams(), turn = 0, timer, statsAt = 0, printed = {};
+const path = (id, what = "", more = "") => "/api/jobs/-" + what + "?id=" + encodeURIComponent(id) + more;
+
+/* Words for values. */
+const span = s => s === null ? "" : s < 1 ? Math.round(1000 * s) + " ms" : s < 10 ? s.toFixed(1) + " s" : s < 120 ? Math.round(s) + " s"
+  : s < 5400 ? Math.round(s / 60) + " min" : s < 172800 ? Math.round(s / 3600) + " h" : Math.round(s / 86400) + " d";
+const since = time => (Date.now() - Date.parse(time)) / 1000;
+const ago = time => since(time) < 0 ? "in " + span(-since(time)) : span(since(time)) + " ago";
+const moment = time => new Date(time).toLocaleString() + ", " + ago(time);
+const took = run => span(run.seconds);
+const when = job => job.state === "processing" ? "for " + span(since(job.started_at))
+  : job.state === "completed" || job.state === "dead" ? ago(job.updated_at)
+  : since(job.run_at) < 0 ? ago(job.run_at) : "waits " + span(since(job.run_at));
+
+/* What is looked at is in the address, so that it can be kept, sent, and gone back from. */
+const at = name => view.get(name) || "";
+function address(changes) {
+  const next = new URLSearchParams(view);
+  for (const [name, value] of Object.entries(changes)) value ? next.set(name, value) : next.delete(name);
+  return "#" + next; }
+const go = changes => { location.hash = address(changes); };
+const chosen = more => new URLSearchParams({state: at("state"), q: at("q"), ...more});
 async function ask(url, options) {
   const answer = await fetch(url, options), body = await answer.json();
-  if (!answer.ok) throw new Error(body.error || answer.status);
+  if (!answer.ok) throw Object.assign(new Error(body.error || answer.status), {status: answer.status});
   return body; }
-async function post(url, question, then) {
+async function post(url, question) {
   if (question && !confirm(question)) return;
-  await ask(url, {method: "POST", headers: {"X-Token": "TOKEN"}}).then(then, error => alert(error.message));
-  setTimeout(refresh, 50); }
+  await ask(url, {method: "POST", headers: {"X-Token": "TOKEN"}}).catch(error => alert(error.message));
+  refresh(); }
+
+/* Nodes are kept, and only what changed in them: nothing flickers, scrolls or loses its selection. */
 function make(tag, kind = "", ...children) {
   const node = document.createElement(tag);
   node.className = kind; node.append(...children); return node; }
-const row = (...kinds) => make("tr", "", ...kinds.map(kind => make("td", kind)));
 const text = (node, value) => { if (node.textContent !== String(value)) node.textContent = value; };
 const texts = (node, ...values) => values.forEach((value, i) => text(node.children[i], value));
-/* Nodes are kept and only their text changes: nothing flickers, scrolls or loses its selection. */
-function fit(parent, items, build, show) {
-  while (parent.children.length < items.length) parent.append(build());
-  while (parent.children.length > items.length) parent.lastChild.remove();
-  items.forEach((item, i) => show(parent.children[i], item)); }
-function bars(svg, parts, columns, label) {
-  const top = Math.max(1, ...parts.map(([kind, x, from, n]) => from + n)), unit = 98 / top;
-  svg.setAttribute("viewBox", `0 0 ${columns} 100`); svg.setAttribute("aria-label", label);
-  fit(svg, parts, () => document.createElementNS("http://www.w3.org/2000/svg", "rect"), (rect, [kind, x, from, n]) => {
-    const shape = {class: kind, x: x + .08, y: 100 - unit * (from + n), width: .84, height: unit * n};
-    Object.entries(shape).forEach(pair => rect.setAttribute(...pair)); });
+const link = (node, words, changes) => { text(node, words); node.href = address(changes); };
+const current = (node, is) => is ? node.setAttribute("aria-current", "true") : node.removeAttribute("aria-current");
+function fit(parent, items, key, build, show) { /* by key: who has the focus keeps it when its row moves */
+  const old = new Map([...parent.children].map(node => [node.dataset.key, node]));
+  items.forEach((item, i) => {
+    const name = String(key(item, i)), node = old.get(name) || build();
+    old.delete(name); node.dataset.key = name;
+    if (parent.children[i] !== node) parent.insertBefore(node, parent.children[i] || null);
+    show(node, item, i); });
+  old.forEach(node => node.remove()); }
+const index = (item, i) => i;
+function chart(picture, columns, label) { /* columns of parts, each a kind, a height and its words */
+  const svg = tag => document.createElementNS("http://www.w3.org/2000/svg", tag);
+  const top = Math.max(4, ...columns.map(parts => parts.reduce((sum, part) => sum + part[1], 0)));
+  picture.setAttribute("viewBox", `0 0 ${columns.length} ${top * 1.04}`); picture.setAttribute("aria-label", label);
+  const bars = columns.flatMap((parts, x) => { let base = top * 1.04; return parts.map(part => [...part, x, base -= part[1]]); });
+  fit(picture, bars, index, () => { const bar = svg("rect"); bar.append(svg("title")); return bar; }, (bar, [kind, height, words, x, y]) => {
+    Object.entries({class: kind, x: x + .06, y, width: .88, height}).forEach(pair => bar.setAttribute(...pair));
+    text(bar.firstChild, words); });
   return top; }
+
 function showStatus(s) {
-  fit($("tiles"), states, () => make("button", "", make("b"), make("span")), (tile, state) => {
-    texts(tile, s.jobs[state].toLocaleString(), state);
-    tile.className = state; tile.setAttribute("aria-pressed", filter === state);
-    tile.onclick = () => { filter = filter === state ? "" : state; home(); }; });
-  text($("crew"), s.workers.length ? "Workers: " + s.workers.length
+  fit($("tiles"), states, index, () => make("button", "", make("b"), make("span")), (tile, state) => {
+    texts(tile, number(s.jobs[state]), state); tile.className = state;
+    tile.setAttribute("aria-pressed", at("state") === state);
+    tile.onclick = () => go({state: at("state") === state ? "" : state, before: ""}); });
+  const busy = s.workers.filter(worker => worker.job !== null);
+  text($("crew"), s.workers.length ? `Workers: ${busy.length} busy, ${s.workers.length - busy.length} idle`
     : "No pool is running; to start one: queuectl.py worker start");
-  fit($("workers"), s.workers, () => make("li"), (li, w) =>
-    text(li, `worker ${w.pid}: ` + (w.job === null ? "idle" : `${w.job}, begun ${ago(w.since)}`)));
-  const old = s.oldest_waiting && "longest wait began " + ago(s.oldest_waiting);
-  text($("rate"), [s.paused && "paused", s.blocked && s.blocked + " blocked", old, s.next_due && "next due " + ago(s.next_due)].filter(Boolean).join(", "));
-  $("retryall").disabled = !s.jobs.dead; }
+  fit($("workers"), busy, worker => worker.pid, () => make("li", "", make("a", "mono"), make("span", "dim")), (li, worker) => {
+    link(li.firstChild, worker.job, {job: worker.job, run: ""});
+    text(li.lastChild, ` for ${span(since(worker.since))}, worker ${worker.pid}`); });
+  text($("next"), [s.blocked && number(s.blocked) + " blocked by dead ones", s.oldest_waiting && "longest wait " + span(since(s.oldest_waiting)),
+    s.next_due && "next due " + ago(s.next_due)].filter(Boolean).join(" · "));
+  $("paused").hidden = !s.paused;
+  document.title = `${s.jobs.processing} running, ${s.jobs.dead} dead – ` + $("where").textContent.split(/[\\/]/).pop(); }
 function showStats(s) {
-  const ran = s.throughput.flatMap((b, x) => [["ok", x, 0, b.completed], ["bad", x, b.completed, b.failed]]);
-  const times = s.run_times.map((bin, x) => ["bar", x, 0, bin.runs]), {median, p95, longest} = s.run_time;
-  const ended = `${s.completed} completed and ${s.failed} failed runs in the last hour`;
-  const top = bars($("throughput"), ran, s.throughput.length, ended);
-  bars($("times"), times, times.length, "histogram of run times");
-  text($("peak"), s.runs ? `${s.completed} completed, ${s.failed} failed; now ${s.per_second_now.toFixed(1)}/s; `
-    + `highest bar ${top} a minute` : "nothing ran");
-  text($("median"), s.runs ? `median ${span(median)}, 95 % within ${span(p95)}` : "");
-  text($("range"), "under 10 ms … over 1000 s, longest " + span(longest)); }
-function showJobs(jobs) {
-  fit($("rows"), jobs, () => row("mono", "st", "wide", "wide", "mono"), (tr, job) => {
-    const tries = job.attempts + "/" + Math.max(1, job.max_retries);
-    texts(tr, job.id, job.state, tries, ago(job.updated_at), job.command);
-    tr.className = job.state; tr.title = job.error || ""; tr.tabIndex = 0;
-    tr.setAttribute("aria-selected", open === job.id); tr.onclick = () => select(job.id);
-    tr.onkeydown = event => { if (event.key === "Enter") select(job.id); }; });
-  $("none").hidden = jobs.length > 0; $("older").disabled = jobs.length < 50; $("newer").disabled = !trail.length;
-  last = jobs.length ? jobs[jobs.length - 1].id : ""; }
-function showJob(job, {output}) {
-  const {id, state} = job, acts = [
-    ["Retry", state === "dead", () => post(path(id) + "/retry")],
-    ["Cancel", state !== "dead" && state !== "completed", () => post(path(id) + "/cancel", `Cancel ${id}?`)],
-    ["Delete", state !== "processing", () => post(path(id) + "/delete", `Delete ${id} and its runs?`, shut)]];
-  fit($("acts"), acts, () => make("button"), (button, [name, can, act]) => {
-    text(button, name); button.disabled = !can; button.onclick = act; });
-  const env = Object.entries(job.env).map(pair => pair.join("=")).join(" ");
-  const facts = Object.entries({...job, id: "", runs: "", env}).filter(([, v]) => v !== null && v !== "");
-  fit($("facts"), facts, () => make("div", "", make("dt"), make("dd")), (fact, [name, value]) =>
-    texts(fact, name.replace("_", " "), value));
-  fit($("runs"), job.runs, () => row("", "", ""), (tr, r) => texts(tr, `run ${r.run}, attempt ${r.attempt}`,
-    ago(r.started_at), r.finished_at ? r.error || "exit 0" : "running"));
-  text($("name"), id); $("detail").hidden = false;
-  const box = $("output"), atEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 5;
-  text(box, output || "no output"); if (atEnd) box.scrollTop = box.scrollHeight; }
+  const minute = (bar, i) => `${number(bar.completed)} completed, ${number(bar.failed)} failed, ${60 - i} min ago`;
+  const top = chart($("rate"), s.throughput.map((bar, i) => [["good", bar.completed, minute(bar, i)], ["bad", bar.failed, minute(bar, i)]]),
+    `${s.completed} completed and ${s.failed} failed runs in the last hour`);
+  chart($("times"), s.run_times.map(bin => [["good", bin.runs, number(bin.runs) + (bin.below ? " took less than " + span(bin.below) : " took longer")]]),
+    "How many runs took how long");
+  text($("top"), "top: " + number(top));
+  text($("ran"), s.runs ? `${number(s.completed)} completed, ${number(s.failed)} failed; now ${s.per_second_now.toFixed(1)}/s` : "nothing ran in the last hour");
+  text($("median"), s.runs ? `median ${span(s.run_time.median)}, 95 % within ${span(s.run_time.p95)}, longest ${span(s.run_time.longest)}` : "");
+  fit($("errors"), s.common_errors, entry => entry.error, () => make("a"), (a, entry) =>
+    link(a, `${number(entry.runs)} × ${entry.error}`, {q: entry.error, state: "", before: ""})); }
+function showJobs(jobs, count) {
+  const page = jobs.slice(0, SIZE), narrowed = at("q") || at("state");
+  fit($("rows"), page, job => job.id, () => make("tr", "", make("td", "mono", make("a")), ...["state", "wide", "", "wide"].map(kind => make("td", kind)),
+    make("td", "mono wide", make("span", "state"), make("span"))), (tr, job) => {
+    const [id, state, tries, time, length, command] = tr.children, error = job.state === "completed" ? "" : job.error;
+    link(id.firstChild, job.id, {job: job.id, run: ""}); text(state, job.state);
+    text(tries, job.attempts + "/" + Math.max(1, job.max_retries)); text(time, when(job)); text(length, took(job));
+    texts(command, error ? error + "  " : "", job.command.replaceAll("\n", " ⏎ "));
+    tr.className = job.state; tr.title = job.command; current(tr, at("job") === job.id);
+    tr.onclick = event => { if (event.target.tagName !== "A") go({job: job.id, run: ""}); }; });
+  text($("count"), number(count.jobs) + (narrowed ? " found" : "") + ", newest first");
+  $("none").hidden = page.length > 0; text($("none"), narrowed || at("before") ? "No job is like that." : "No jobs yet: queuectl.py enqueue -- echo hello");
+  for (const [verb, n] of [["retry", count.retry], ["delete", narrowed ? count.delete : 0]]) {
+    const word = verb[0].toUpperCase() + verb.slice(1), what = (at("q") ? "found " : "") + (verb === "retry" ? "dead " : at("state") + " ");
+    $(verb).hidden = !n; text($(verb), `${word} ${number(n)}`);
+    $(verb).onclick = () => post(`/api/${verb}?` + chosen(), `${word} ${number(n)} ${what}${n === 1 ? "job" : "jobs"}?`); }
+  $("pages").hidden = jobs.length <= SIZE && !at("before"); $("newest").disabled = !at("before"); $("older").disabled = jobs.length <= SIZE;
+  $("older").onclick = () => { go({before: page[SIZE - 1].id}); $("t3").scrollIntoView(); }; }
+function showJob(job) {
+  const {id, state} = job, ended = state === "completed" || state === "dead", acts = [
+    ["Retry", ended, () => post(path(id, "/retry"))], ["Cancel", !ended, () => post(path(id, "/cancel"), `Cancel ${id}?`)],
+    ["Delete", state !== "processing", () => post(path(id, "/delete"), `Delete ${id} and its runs?`)],
+    ["Copy", true, () => navigator.clipboard.writeText(job.command)], ["Close", true, () => go({job: "", run: ""})]];
+  fit($("acts"), acts.filter(act => act[1]), act => act[0], () => make("button"), (button, [name, , act]) => { text(button, name); button.onclick = act; });
+  const facts = {waiting: job.waiting, error: state === "completed" ? "" : job.error, tries: `${job.attempts} of ${Math.max(1, job.max_retries)}`,
+    due: since(job.run_at) < 0 && !ended ? moment(job.run_at) : "", enqueued: moment(job.created_at), priority: job.priority || "",
+    timeout: job.timeout && span(job.timeout), lock: job.lock, after: job.after.join(", "), cwd: job.cwd, launcher: job.launcher,
+    env: Object.entries(job.env).map(pair => pair.join("=")).join(" ")};
+  fit($("facts"), Object.entries(facts).filter(fact => fact[1]), fact => fact[0], () => make("div", "", make("dt"), make("dd")), (div, fact) => texts(div, ...fact));
+  const last = job.runs.length && job.runs[job.runs.length - 1].run, run = +at("run") || last;
+  fit($("runs"), job.runs.slice().reverse(), entry => entry.run, () => make("tr", "", make("td", "", make("a")), make("td"), make("td"), make("td")), (tr, entry) => {
+    const [name, time, length, end] = tr.children;
+    link(name.firstChild, "run " + entry.run, {run: entry.run}); text(time, ago(entry.started_at)); text(length, took(entry) || "running");
+    text(end, entry.finished_at ? entry.error || "exit 0" : ""); tr.title = moment(entry.started_at); current(tr, entry.run === run);
+    tr.onclick = () => go({run: entry.run}); });
+  text($("name"), id); text($("state"), state); $("state").className = "state " + state; text($("command"), job.command);
+  return run; }
+
+/* Output is appended as it comes. Colours are shown; of lines that were written over by \r the last. */
+function print(box, output) {
+  const end = box.scrollTop + box.clientHeight >= box.scrollHeight - 5;
+  const plain = /\x1b(?:\[[0-?]*[ -\/]*[@-ln-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[^[\]])/g;
+  const lines = (printed.line + output).replace(plain, "").replace(/\r+\n/g, "\n").split("\n").map(line => line.replace(/[^]*\r(?=.)/, ""));
+  if (printed.node) printed.node.remove();
+  const colour = line => line.split(/\x1b\[([\d;]*)m/).map((part, i) => {
+    if (i % 2 === 0) return part && make("span", printed.kind, part);
+    for (const n of part.split(";")) printed.kind = +n === 0 ? "" : /^[39][0-6]$/.test(n) ? "a" + n[1] : printed.kind;
+    return ""; });
+  printed.line = lines.pop();
+  if (lines.length) box.append(...colour(lines.join("\n") + "\n"));
+  const kind = printed.kind; printed.node = make("span", "", ...colour(printed.line)); printed.kind = kind;
+  box.append(printed.node);
+  if (end) box.scrollTop = box.scrollHeight; }
 async function showOpen(id) {
-  try { const both = await Promise.all([ask(path(id)), ask(path(id) + "/output")]); if (open === id) showJob(...both); }
-  catch (error) { if (open === id) text($("output"), error.message); } }
-function home() { trail = []; before = ""; refresh(); }
-function select(id) { open = id; refresh().then(() => $("detail").scrollIntoView({block: "nearest"})); }
-function shut() { open = null; $("detail").hidden = true; refresh(); }
+  const job = await ask(path(id)), first = $("job").hidden;
+  if (at("job") !== id) return;
+  const run = showJob(job), key = `${id} ${run}`, box = $("output");
+  $("job").hidden = false; if (first) $("name").focus({preventScroll: true});
+  if (printed.key !== key) { box.replaceChildren(); printed = {key, from: 0, line: "", kind: "", over: false}; }
+  if (!run) return text(box, "It has not run yet.");
+  if (printed.over) return;
+  const running = job.state === "processing" && run === job.runs[job.runs.length - 1].run, mine = printed;
+  const {output, start, end} = await ask(path(id, "/output", `&run=${run}&from=${mine.from}`));
+  if (mine !== printed || at("job") !== id) return;
+  if (start > mine.from) print(box, `[${number(start - mine.from)} bytes of output were dropped here]\n`);
+  if (output) print(box, output);
+  mine.from = end; mine.over = !running;
+  if (mine.over && !box.textContent) text(box, "It has printed nothing."); }
 async function refresh() {
-  clearTimeout(timer);
-  const mine = ++turn, query = new URLSearchParams({state: filter, q: $("q").value, before});
+  clearTimeout(timer); view = new URLSearchParams(location.hash.slice(1));
+  const mine = ++turn, id = at("job");
+  if (document.activeElement !== $("q")) $("q").value = at("q");
+  if (!id && !$("job").hidden) { $("job").hidden = true; printed = {};
+    const row = $("rows").querySelector("[aria-current] a"); if (row) row.focus({preventScroll: true}); }
   try {
-    const [status, jobs, stats] = await Promise.all([
-      ask("/api/status"), ask("/api/jobs?" + query), mine % 5 === 1 ? ask("/api/stats") : null]);
+    const [status, jobs, count] = await Promise.all([ask("/api/status"), ask("/api/jobs?" + chosen({before: at("before"), limit: SIZE + 1})),
+      ask("/api/count?" + chosen())]);
     if (mine !== turn) return;
-    showStatus(status); showJobs(jobs); if (stats) showStats(stats);
-    if (open !== null) await showOpen(open);
-    $("lost").hidden = true; document.title = `queuectl: ${status.jobs.processing} running, ${status.jobs.dead} dead`;
-  } catch (error) {
-    $("lost").hidden = false; text($("lost"), `The queue can't be reached: ${error.message}. What is shown is old.`); }
+    showStatus(status); showJobs(jobs, count);
+    if (id) await showOpen(id).catch(error => { if (error.status !== 404) throw error; go({job: "", run: ""}); });
+    if (mine === turn && Date.now() > statsAt) { statsAt = Date.now() + 10000; showStats(await ask("/api/stats")); }
+    $("lost").hidden = true;
+  } catch (error) { $("lost").hidden = false; text($("lost"), error.message + ". What is shown may be old."); }
   if (mine === turn) timer = setTimeout(refresh, document.hidden ? 15000 : 2000); }
-$("q").oninput = home; $("close").onclick = shut; document.onvisibilitychange = refresh;
-$("retryall").onclick = () => post("/api/dlq/retry", "Retry all dead jobs?");
-$("older").onclick = () => { trail.push(before); before = last; refresh(); };
-$("newer").onclick = () => { before = trail.pop(); refresh(); };
-document.onkeydown = event => { if (event.key === "Escape" && open !== null) shut(); }; refresh();
+$("q").oninput = () => {
+  history.replaceState(null, "", address({q: $("q").value, before: ""})); clearTimeout(timer); timer = setTimeout(refresh, 200); };
+$("newest").onclick = () => go({before: ""});
+window.onhashchange = document.onvisibilitychange = refresh;
+document.onkeydown = event => {
+  if (event.key === "Escape" && event.target !== $("q") && at("job")) go({job: "", run: ""});
+  if (event.key === "/" && event.target === document.body) { event.preventDefault(); $("q").focus(); } };
+refresh();
 </script></body></html>
 """
 

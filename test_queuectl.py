@@ -1402,11 +1402,6 @@ def test_the_page_can_cancel_retry_and_delete(dashboard):
     assert dashboard.json("/api/jobs/x")["state"] == "dead"  # not what was a moment ago
     assert dashboard.post("/api/jobs/x/retry").status == 200 and state("x") == "pending"
     assert dashboard.post("/api/jobs/x/retry").status == 400  # it is not dead
-    enqueue("exit 1", id="y", max_retries=1)
-    drain()
-    dashboard.post("/api/jobs/x/cancel")
-    assert dashboard.post("/api/dlq/retry").status == 200 and state("y") == "pending"
-    ok("delete", "y")
     assert dashboard.post("/api/jobs/x/delete").status == 200 and jobs() == {}
     assert dashboard.post("/api/jobs/x/delete").status == 404
     assert dashboard.post("/api/jobs/x/explode").status == 404
@@ -1434,7 +1429,7 @@ def test_only_runs_that_were_have_an_output(dashboard, queue):
 
 def test_a_body_and_another_method_are_refused(dashboard):
     own = {"Origin": "http://" + dashboard.own, "X-Token": dashboard.token()}
-    assert dashboard.ask("/api/dlq/retry", "POST", "x" * 10, **own).status == 413
+    assert dashboard.ask("/api/retry", "POST", "x" * 10, **own).status == 413
     assert dashboard.ask("/api/jobs", "DELETE").status == 501
 
 
@@ -4878,3 +4873,106 @@ def test_wide_characters_take_two_columns(text, columns):
     (0, "0ms"), (0.0432, "43ms"), (2.51, "2.5s"), (200, "3m 20s"), (3600, "1h"), (86400, "1d")])
 def test_durations_read_well(seconds, words):
     assert queuectl.fine(seconds) == words
+
+
+# ======================================================================================
+# The page
+# ======================================================================================
+
+
+def test_what_the_page_does_to_many_is_what_it_counted(dashboard):
+    for name in ("a1", "a2", "b1"):
+        enqueue("exit 1", id=name, max_retries=1)
+    enqueue("exit 2", id="c", max_retries=1)
+    drain()
+    enqueue(id="cut", delay=3600)
+    ok("cancel", "cut")
+    enqueue(id="waits", after=["b1"])
+    enqueue(id="a3", delay=3600)
+    assert dashboard.json("/api/count") == {"jobs": 7, "retry": 4, "delete": 6}
+    assert dashboard.json("/api/count?q=a") == {"jobs": 5, "retry": 2, "delete": 5}
+    assert dashboard.json("/api/count?q=exit+2")["jobs"] == 1  # an error, too
+    assert dashboard.json("/api/count?state=pending") == {"jobs": 2, "retry": 0, "delete": 2}
+    for path in ("retry?state=pending", "retry?state=processing", "delete?state=processing"):
+        dashboard.post("/api/" + path)
+    assert len(jobs()) == 7 and len(jobs("--state", "dead")) == 5
+    dashboard.post("/api/retry?q=a")
+    assert sorted(jobs("--state", "dead")) == ["b1", "c", "cut"]
+    dashboard.post("/api/delete?state=dead")
+    assert sorted(jobs()) == ["a1", "a2", "a3", "b1", "waits"]  # b1 is waited for
+    for path in ("retry?state=x", "delete?q=%00"):
+        assert dashboard.post("/api/" + path).status == 400
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/b", "%2e", "?"])
+def test_odd_ids_can_be_asked_for_in_the_query(dashboard, name):
+    enqueue(id=name)
+    query = urllib.parse.urlencode({"id": name})
+    assert dashboard.json("/api/jobs/-?" + query)["id"] == name
+    assert dashboard.json("/api/jobs/-/output?" + query)["output"] == ""
+    assert dashboard.post("/api/jobs/-/cancel?" + query).status == 200
+
+
+def test_an_output_can_be_asked_for_from_where_it_was_read(dashboard, queue):
+    ok("config", "set", "output_limit", "10")
+    add(queue, id="x")
+    with leased(queue, os.getpid()) as run:
+        run["file"].write("0123é".encode()[:-1])
+        part = dashboard.json("/api/jobs/x/output?from=1")
+        assert (part["output"], part["start"], part["end"]) == ("123", 1, 4)
+        run["file"].write("é".encode()[-1:] + b"6789abcdef")
+        part = dashboard.json("/api/jobs/x/output?from=4")
+        assert (part["output"], part["start"], part["end"]) == ("6789abcdef", 6, 16)
+        assert dashboard.json("/api/jobs/x/output?from=16")["output"] == ""
+        assert dashboard.ask("/api/jobs/x/output?from=-1").status == 400
+
+
+def test_a_dashboard_never_makes_a_queue_that_was_removed(dashboard):
+    ok("status")
+    for name in os.listdir("."):
+        if name.startswith("queuectl.db"):
+            os.remove(name)
+    for path in ("/api/status", "/api/jobs", "/api/stats", "/metrics"):
+        answer = dashboard.ask(path)
+        assert answer.status == 400 and "there is no queue" in answer.text
+    assert not os.path.exists("queuectl.db") and dashboard.ask("/").status == 200
+
+
+def test_the_page_names_its_queue_and_nothing_of_it_is_markup(monkeypatch):
+    os.mkdir("a<b>'&")
+    monkeypatch.chdir("a<b>'&")
+    site = queuectl.Site(os.path.abspath("queuectl.db"), "localhost")
+    _, kind, page = site.answer("GET", "/", {"Host": "localhost"})
+    assert kind == "text/html" and "a&lt;b&gt;&#x27;&amp;" in page and "a<b>" not in page
+
+
+def test_slow_statistics_hold_up_nothing_else(queue, monkeypatch):
+    site, asked = queuectl.Site(queue.path, "localhost"), threading.Event()
+    go_on = threading.Event()
+
+    def stats(self, since):
+        asked.set()
+        go_on.wait(20)
+        return {}
+
+    monkeypatch.setattr(queuectl.Queue, "stats", stats)
+    answers = []
+    ask = lambda: answers.append(site.answer("GET", "/api/stats", {"Host": "localhost"}))
+    asking = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in asking:
+        thread.start()
+    assert asked.wait(20)
+    assert site.answer("GET", "/api/status", {"Host": "localhost"})[0] == 200
+    go_on.set()
+    for thread in asking:
+        thread.join(20)
+    assert [answer[0] for answer in answers] == [200] * 3
+
+
+def test_durations_of_runs_are_exact_in_json():
+    enqueue("sleep 0.05" if os.name == "posix" else "true", id="x")
+    enqueue(id="y", delay=60)
+    drain()
+    job = ok("show", "x", "--json").json
+    assert 0 < job["seconds"] < 5 and job["runs"][0]["seconds"] == job["seconds"]
+    assert jobs()["y"]["seconds"] is None and jobs()["x"]["seconds"] == job["seconds"]
