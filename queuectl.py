@@ -4400,7 +4400,7 @@ dl div { display: contents; } dt { color: var(--dim); } dd { overflow-wrap: anyw
 <section class="card" aria-labelledby="crew"><h2 id="crew">Workers</h2><ul id="workers"></ul></section>
 <section class="card" aria-labelledby="t3"><div class="row"><h2 id="t3">Jobs</h2><span class="dim" id="count"></span>
 <input id="q" type="search" placeholder="Search id, command, error" aria-label="Search">
-<button id="retry" hidden></button><button id="delete" hidden></button></div><div class="row dim" id="errors"></div>
+<button id="retry" hidden></button><button id="delete" hidden>Delete these…</button></div><div class="row dim" id="errors"></div>
 <table aria-labelledby="t3"><thead><tr><th>Id<th>State<th class="slim wide">Tries<th>When<th class="slim wide">Took<th class="wide">Command
 </tr></thead><tbody id="rows"></tbody></table><p class="dim" id="none" hidden></p>
 <div class="row" id="pages"><button id="newest">Newest</button><button id="older">Older</button></div></section></main>
@@ -4496,7 +4496,12 @@ function showStats(s) {
   text($("median"), s.runs ? `median ${span(s.run_time.median)}, 95 % within ${span(s.run_time.p95)}, longest ${span(s.run_time.longest)}` : "");
   fit($("errors"), s.common_errors, entry => entry.error, () => make("a"), (a, entry) =>
     link(a, `${number(entry.runs)} × ${entry.error}`, {q: entry.error, state: "", before: ""})); }
-function showJobs(jobs, count) {
+async function bulk(verb) { /* counted when it is asked: with a million jobs that takes a while */
+  const query = chosen(), count = (await ask("/api/count?" + query))[verb];
+  const which = [at("state") || (verb === "retry" ? "dead" : ""), count === 1 ? "job" : "jobs", at("q") && `with “${at("q")}”`];
+  if (!count) alert("There is none to " + verb + ".");
+  else await post(`/api/${verb}?` + query, `${verb[0].toUpperCase() + verb.slice(1)} ${number(count)} ${which.filter(Boolean).join(" ")}?`); }
+function showJobs(jobs, counts) {
   const page = jobs.slice(0, SIZE), narrowed = at("q") || at("state");
   fit($("rows"), page, job => job.id, () => make("tr", "", make("td", "mono", make("a")), ...["state", "wide", "", "wide"].map(kind => make("td", kind)),
     make("td", "mono wide", make("span", "state"), make("span"))), (tr, job) => {
@@ -4506,12 +4511,11 @@ function showJobs(jobs, count) {
     texts(command, error ? error + "  " : "", job.command.replaceAll("\n", " ⏎ "));
     tr.className = job.state; tr.title = job.command; current(tr, at("job") === job.id);
     tr.onclick = event => { if (event.target.tagName !== "A") go({job: job.id, run: ""}); }; });
-  text($("count"), number(count.jobs) + (narrowed ? " found" : "") + ", newest first");
+  const all = states.filter(state => !at("state") || at("state") === state).reduce((sum, state) => sum + counts[state], 0);
+  text($("count"), (at("q") ? "" : number(all) + ", ") + "newest first");
   $("none").hidden = page.length > 0; text($("none"), narrowed || at("before") ? "No job is like that." : "No jobs yet: queuectl.py enqueue -- echo hello");
-  for (const [verb, n] of [["retry", count.retry], ["delete", narrowed ? count.delete : 0]]) {
-    const word = verb[0].toUpperCase() + verb.slice(1), what = (at("q") ? "found " : "") + (verb === "retry" ? "dead " : at("state") + " ");
-    $(verb).hidden = !n; text($(verb), `${word} ${number(n)}`);
-    $(verb).onclick = () => post(`/api/${verb}?` + chosen(), `${word} ${number(n)} ${what}${n === 1 ? "job" : "jobs"}?`); }
+  $("retry").hidden = !counts.dead || !["", "dead"].includes(at("state")); text($("retry"), narrowed ? "Retry these…" : "Retry dead…");
+  $("delete").hidden = !narrowed || !page.length || at("state") === "processing";
   $("pages").hidden = jobs.length <= SIZE && !at("before"); $("newest").disabled = !at("before"); $("older").disabled = jobs.length <= SIZE;
   $("older").onclick = () => { go({before: page[SIZE - 1].id}); $("t3").scrollIntoView(); }; }
 function showJob(job) {
@@ -4571,10 +4575,9 @@ async function refresh() {
   if (!id && !$("job").hidden) { $("job").hidden = true; printed = {};
     const row = $("rows").querySelector("[aria-current] a"); if (row) row.focus({preventScroll: true}); }
   try {
-    const [status, jobs, count] = await Promise.all([ask("/api/status"), ask("/api/jobs?" + chosen({before: at("before"), limit: SIZE + 1})),
-      ask("/api/count?" + chosen())]);
+    const [status, jobs] = await Promise.all([ask("/api/status"), ask("/api/jobs?" + chosen({before: at("before"), limit: SIZE + 1}))]);
     if (mine !== turn) return;
-    showStatus(status); showJobs(jobs, count);
+    showStatus(status); showJobs(jobs, status.jobs);
     if (id) await showOpen(id).catch(error => { if (error.status !== 404) throw error; go({job: "", run: ""}); });
     if (mine === turn && Date.now() > statsAt) { statsAt = Date.now() + 10000; showStats(await ask("/api/stats")); }
     $("lost").hidden = true;
@@ -4582,6 +4585,7 @@ async function refresh() {
   if (mine === turn) timer = setTimeout(refresh, document.hidden ? 15000 : 2000); }
 $("q").oninput = () => {
   history.replaceState(null, "", address({q: $("q").value, before: ""})); clearTimeout(timer); timer = setTimeout(refresh, 200); };
+for (const verb of ["retry", "delete"]) $(verb).onclick = () => bulk(verb).catch(error => alert(error.message));
 $("newest").onclick = () => go({before: ""});
 window.onhashchange = document.onvisibilitychange = refresh;
 document.onkeydown = event => {
