@@ -7,11 +7,13 @@ import ast
 import atexit
 import contextlib
 import ctypes
+import functools
 import http.client
 import inspect
 import io
 import json
 import os
+import py_compile
 import random
 import re
 import shlex
@@ -116,6 +118,10 @@ atexit.register(shutil.rmtree, TOOLS, ignore_errors=True)
 with open(os.path.join(TOOLS, "nap.py"), "w") as file:
     file.write(NAPPER)
 NAP = queuectl.shell_words([sys.executable, file.name])
+# Python compiles a script anew each time that it is run, which takes longer than most of
+# what is tested here. So it is done once; processes run, or import, what came of it.
+COMPILED = py_compile.compile(
+    SCRIPT, os.path.join(TOOLS, "queuectl.pyc"), doraise=True)
 if os.name != "posix":
     sleep = '"%s" -c "import time as t; t.sleep(%%1)"' % sys.executable
     for name, line in (("true", "exit /b 0"), ("sleep", sleep)):
@@ -206,7 +212,7 @@ def state(name):
 def script(*argv, **options):
     """Run a command as a process of its own."""
     return subprocess.run(
-        [sys.executable, SCRIPT, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, COMPILED, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         encoding="utf-8", timeout=60, **options
     )
 
@@ -226,7 +232,7 @@ def start_pool(*options, count=2, script=""):
         [sys.executable, *program, "worker", "start", "--count", str(count), *options],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         universal_newlines=True,
-        env=dict(os.environ, PYTHONPATH=HERE),
+        env=dict(os.environ, PYTHONPATH=TOOLS),
     )
     POOLS.append(pool)
     wait_until(lambda: len(workers_of(pool.pid)) == count or pool.poll() is not None)
@@ -540,7 +546,7 @@ def test_the_locale_c_and_an_ascii_terminal_break_no_output():
     assert script("worker", "start", "--drain", env=env).returncode == 0
     for words in ("list", "status", "list --json", "show Zoë\xa0✓", "logs Zoë\xa0✓"):
         words = [word.replace("\xa0", " ") for word in words.split(" ")]
-        answer = subprocess.run([sys.executable, SCRIPT, *words], env=env, timeout=30,
+        answer = subprocess.run([sys.executable, COMPILED, *words], env=env, timeout=30,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert (answer.returncode, answer.stderr) == (0, b""), words
         assert answer.stdout
@@ -722,7 +728,7 @@ def test_a_queue_of_version_1_is_taken_over_with_all_that_is_in_it(older):
 
 
 def test_commands_at_once_take_over_a_queue_of_version_1(older):
-    first = [subprocess.Popen([sys.executable, SCRIPT, "enqueue", "--", "true"],
+    first = [subprocess.Popen([sys.executable, COMPILED, "enqueue", "--", "true"],
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
              for n in range(8)]
     errors = [process.communicate(timeout=60)[1] for process in first]
@@ -762,7 +768,7 @@ def test_a_pool_of_version_1_is_in_the_way_until_it_was_stopped(older, byte):
         told = ok("worker", "stop", "--no-wait").out
         assert told == "stopping pool %d\n" % pool.pid and version() == 1
         assert "stop" in read("queuectl-%d.pid" % pool.pid)[:32]
-        with subprocess.Popen([sys.executable, SCRIPT, "worker", "stop"],
+        with subprocess.Popen([sys.executable, COMPILED, "worker", "stop"],
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) as stop, pool.stdin:
             assert stop.stderr.readline().startswith(b"queuectl: stopping")
             assert stop.poll() is None  # it waits
@@ -775,7 +781,7 @@ def test_a_pool_of_version_1_is_in_the_way_until_it_was_stopped(older, byte):
 
 def test_a_closed_pipe_is_silent():
     ok("enqueue", "-", stdin=b'{"command":"true"}\n' * 5000)
-    with subprocess.Popen([sys.executable, SCRIPT, "list"], stdout=subprocess.PIPE,
+    with subprocess.Popen([sys.executable, COMPILED, "list"], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as listing:
         assert listing.stdout.readline().startswith(b"ID")
         listing.stdout.close()
@@ -783,16 +789,18 @@ def test_a_closed_pipe_is_silent():
 
 
 def test_the_file_is_a_program():
-    answer = script("--version")
+    run = functools.partial(subprocess.run, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            encoding="utf-8", timeout=60)
+    answer = run([sys.executable, SCRIPT, "--version"])
     assert (answer.returncode, answer.stdout) == (0, "queuectl %s\n" % queuectl.__version__)
     enqueue()
-    answer = script("show", "nope")
+    answer = run([sys.executable, SCRIPT, "show", "nope"])
     assert (answer.returncode, answer.stderr) == (1, "queuectl: there is no job nope\n")
 
 
 def test_sixty_first_commands_at_once():
     line = '{"id":"job%d","command":"true"}'
-    first = [subprocess.Popen([sys.executable, SCRIPT, "enqueue", line % n],
+    first = [subprocess.Popen([sys.executable, COMPILED, "enqueue", line % n],
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
              for n in range(60)]
     errors = [process.communicate(timeout=60)[1] for process in first]
@@ -902,7 +910,7 @@ def on_terminal(*argv, keys=b"", columns=60):
     pid, terminal = pty.fork()
     if pid == 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a script's background ignores it
-        os.execv(sys.executable, [sys.executable, SCRIPT, *argv])
+        os.execv(sys.executable, [sys.executable, COMPILED, *argv])
     size = struct.pack("hhhh", 24, columns, 0, 0)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
     shown = b""
@@ -1129,7 +1137,7 @@ def test_follow_ends_when_the_worker_died_and_no_pool_is_there(queue):
 @pytest.mark.parametrize("words", [["wait"], ["logs", "-f", "x"], ["status", "--watch"]])
 def test_what_waits_for_a_queue_ends_when_that_is_removed(words):
     enqueue(id="x", delay=3600)
-    with subprocess.Popen([sys.executable, SCRIPT, *words], stdout=subprocess.DEVNULL,
+    with subprocess.Popen([sys.executable, COMPILED, *words], stdout=subprocess.DEVNULL,
                           stderr=subprocess.PIPE, universal_newlines=True) as waiting:
         wait_until(lambda: waiting.pid in ours("queuectl.db-shm"))
         os.remove("queuectl.db")
@@ -1212,7 +1220,7 @@ def test_a_detached_pool_goes_on_and_its_start_is_told():
 
 @posix
 def test_a_detached_pool_lets_go_of_its_callers_lock():
-    line = "exec 9>lock; flock 9; %s %s worker start --detach" % (sys.executable, SCRIPT)
+    line = "exec 9>lock; flock 9; %s %s worker start --detach" % (sys.executable, COMPILED)
     subprocess.run(line, shell=True, check=True, stdout=subprocess.DEVNULL)
     assert subprocess.run(["flock", "-n", "lock", "true"]).returncode == 0
     ok("worker", "stop")
@@ -1276,7 +1284,7 @@ class Dashboard:
 
     def __init__(self, *options):
         self.process = subprocess.Popen(
-            [sys.executable, SCRIPT, "dashboard", "--port", "0", *options],
+            [sys.executable, COMPILED, "dashboard", "--port", "0", *options],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
         POOLS.append(self.process)
         self.port = int(re.search(r":(\d+)/", self.process.stdout.readline())[1])
@@ -1737,7 +1745,7 @@ def test_a_job_that_enqueues_reaches_its_own_queue(home):
     told = python("import os; print(os.environ['QUEUECTL_DB'])")
     ok("--db", "sub/q.db", "enqueue", "--id", "x", "--cwd", "/", "--", told)
     ok("--db", "sub/q.db", "enqueue", "--id", "own", "--env", "QUEUECTL_DB=other", "--", told)
-    line = queuectl.shell_words([sys.executable, SCRIPT, "enqueue", "--id", "next", "--", "true"])
+    line = queuectl.shell_words([sys.executable, COMPILED, "enqueue", "--id", "next", "--", "true"])
     ok("--db", "sub/q.db", "enqueue", "--id", "z", "--cwd", "/", "--", line)
     assert script("--db", "sub/q.db", "worker", "start", "--drain").returncode == 0
     assert ok("--db", "sub/q.db", "logs", "x").out.rstrip() == str(home / "sub" / "q.db")
@@ -1951,7 +1959,7 @@ def test_follow_shows_each_byte_over_cut_backs_and_tells_what_it_missed():
     enqueue(python(TEN + "[(ten(n * 90000, n * 90000 + 90000), sys.stdout.flush(),"
                    " open('go').read()) for n in range(10)]; ten(900000, 2000000)"), id="x")
     start_pool(count=1)
-    with subprocess.Popen([sys.executable, SCRIPT, "logs", "-f", "x"],
+    with subprocess.Popen([sys.executable, COMPILED, "logs", "-f", "x"],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as follow:
         patience = threading.Timer(20, follow.kill)
         patience.start()
@@ -2109,7 +2117,7 @@ def test_a_worker_that_is_asked_to_leave_is_replaced_even_in_a_drain():
 
 
 def test_a_job_can_stop_its_own_pool():
-    line = queuectl.shell_words([sys.executable, SCRIPT, "worker", "stop"])
+    line = queuectl.shell_words([sys.executable, COMPILED, "worker", "stop"])
     enqueue(line, id="x", timeout=30)
     assert start_pool(count=1).wait(20) == 0
     assert state("x") == "completed"
@@ -2684,7 +2692,7 @@ def test_another_users_run_is_left_alone(queue, monkeypatch):
         pass
     program = "import os, queuectl; os.setuid(65534); print(queuectl.held(%r))"
     told = subprocess.run([sys.executable, "-c", program % run["lease"]], cwd="/",
-                          stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=HERE))
+                          stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=TOOLS))
     assert told.stdout == b"True\n" and not queuectl.held(run["lease"])
     monkeypatch.setattr(queuectl, "held", lambda path, missing=False: True)
     supervisor(queue).put_back(queue)
@@ -2693,7 +2701,7 @@ def test_another_users_run_is_left_alone(queue, monkeypatch):
 
 @posix
 def test_a_pool_that_a_lost_run_started_is_let_be():
-    line = queuectl.shell_words([sys.executable, SCRIPT, "worker", "start", "--detach"])
+    line = queuectl.shell_words([sys.executable, COMPILED, "worker", "start", "--detach"])
     enqueue("[ -e out ] || %s; exec %s once" % (line, NAP), id="x")
     pool = start_pool(count=1)
     wait_until(lambda: naps() and len(ok("status", "--json").json["workers"]) == 2)
@@ -2872,7 +2880,7 @@ def locked():
 def test_a_command_waits_for_a_lock_but_not_for_ever(monkeypatch):
     enqueue(id="x")
     with locked():
-        waiting = subprocess.Popen([sys.executable, SCRIPT, "delete", "x"],
+        waiting = subprocess.Popen([sys.executable, COMPILED, "delete", "x"],
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         with pytest.raises(subprocess.TimeoutExpired):
             waiting.wait(1.5)
@@ -3337,7 +3345,7 @@ os.wait()
 os.close(writer)
 os.wait()
 """
-    env = dict(os.environ, PYTHONPATH=HERE)
+    env = dict(os.environ, PYTHONPATH=TOOLS)
     subprocess.run([sys.executable, "-c", program], env=env, check=True, timeout=30)
     assert len(jobs()) == 41
 
@@ -3363,7 +3371,7 @@ for n in range(20):
 os.close(writer)
 os.wait()
 """
-    env = dict(os.environ, PYTHONPATH=HERE)
+    env = dict(os.environ, PYTHONPATH=TOOLS)
     subprocess.run([sys.executable, "-c", program], env=env, check=True, timeout=30)
     assert len(jobs()) == 60
     with contextlib.closing(sqlite3.connect("queuectl.db")) as db:
@@ -3820,7 +3828,7 @@ class Chaos:
             batch.out.close()
 
     def begin(self, *words, **options):
-        command = [sys.executable, SCRIPT, *words]
+        command = [sys.executable, COMPILED, *words]
         options = dict({"stdout": self.null, "stderr": self.errors}, **options)
         return subprocess.Popen(command, start_new_session=True, **options)
 
@@ -3990,7 +3998,7 @@ def test_the_source_is_python_3_8():
 def test_a_command_imports_nothing_that_only_pools_need():
     code = "import sys, queuectl; queuectl.main(['status']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE,
-                            env=dict(os.environ, PYTHONPATH=HERE)).stdout.decode().split()
+                            env=dict(os.environ, PYTHONPATH=TOOLS)).stdout.decode().split()
     needless = {"logging", "multiprocessing", "http.server", "secrets"}
     needless |= {"subprocess"} if os.name == "posix" else set()
     assert not needless & set(loaded)
@@ -4034,7 +4042,7 @@ def test_the_readmes_library_example_runs():
     program = "\n".join(line[4:] for line in text.splitlines())
     pool = start_pool(count=1)
     told = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE,
-                          env=dict(os.environ, PYTHONPATH=HERE))
+                          env=dict(os.environ, PYTHONPATH=TOOLS))
     assert told.stdout.startswith(b"completed 0 b'hello") and pool.poll() is None
 
 
