@@ -220,7 +220,7 @@ def script(*argv, **options):
 # Makes a pool less patient than it is by default, so that the tests are quick.
 QUICK = """
 queuectl.GRACE, queuectl.LOOK_EVERY, queuectl.RESTART_EVERY = 0.5, 0.2, 0.1
-queuectl.IDLE_WAIT = 0.3
+queuectl.IDLE_WAIT, queuectl.TICK, queuectl.OUTLIVED = 0.3, 0.05, 0.1
 """
 
 
@@ -2084,7 +2084,7 @@ def test_worker_stop_with_no_pool_says_so_and_stops_no_later_one():
 @posix
 def test_two_signals_at_once_are_one():
     """As timeout(1) sends them: to the pool, and to its whole group."""
-    pool = start_pool(count=1)
+    pool = start_pool(count=1, script="queuectl.TICK = 0.2")
     enqueue("sleep 0.4", id="x")
     wait_until(lambda: state("x") == "processing")
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -2990,6 +2990,7 @@ def strike(number, *pids):
         os.kill(pid, number)
 
 
+AS_BY_DEFAULT = "queuectl.OUTLIVED = 0.5"  # the pool is struck after its workers
 TRAPPED = "trap 'kill $!; exit 143' TERM INT HUP; NAP & wait"
 
 
@@ -2999,7 +3000,7 @@ TRAPPED = "trap 'kill $!; exit 143' TERM INT HUP; NAP & wait"
 @pytest.mark.parametrize("first", ["command", "pool"])
 def test_a_job_ended_with_its_whole_service_is_not_blamed(number, command, first):
     enqueue(command.replace("NAP", NAP), id="x", max_retries=1)
-    pool, number = start_pool(count=1), getattr(signal, number)
+    pool, number = start_pool(count=1, script=AS_BY_DEFAULT), getattr(signal, number)
     wait_until(naps)
     if first == "pool":
         pool.send_signal(number)
@@ -3011,7 +3012,7 @@ def test_a_job_ended_with_its_whole_service_is_not_blamed(number, command, first
 @posix
 def test_what_a_stopped_service_ended_runs_in_the_next_one():
     enqueue(NAP + " once", id="x", max_retries=1)
-    pool = start_pool(count=1)
+    pool = start_pool(count=1, script=AS_BY_DEFAULT)
     wait_until(naps)
     strike(signal.SIGTERM, *workers_of(pool.pid), pool.pid)
     assert pool.wait(20) == 0 and drain(1) == 0
