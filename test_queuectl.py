@@ -1134,7 +1134,7 @@ def test_follow_ends_when_the_worker_died_and_no_pool_is_there(queue):
 
 
 @posix
-@pytest.mark.parametrize("words", [["wait"], ["logs", "-f", "x"], ["status", "--watch"]])
+@pytest.mark.parametrize("words", [["wait"], ["logs", "-f", "x"], ["status", "--watch", "0.2"]])
 def test_what_waits_for_a_queue_ends_when_that_is_removed(words):
     enqueue(id="x", delay=3600)
     with subprocess.Popen([sys.executable, COMPILED, *words], stdout=subprocess.DEVNULL,
@@ -1312,14 +1312,26 @@ class Dashboard:
         return self.ask(path, "POST", **{**own, **headers})
 
 
+    def close(self):
+        self.process.kill()
+        self.process.wait(10)
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+
 @pytest.fixture
 def dashboard():
-    dashboard = Dashboard()
-    yield dashboard
-    dashboard.process.kill()
-    dashboard.process.wait(10)
-    dashboard.process.stdout.close()
-    dashboard.process.stderr.close()
+    with contextlib.closing(Dashboard()) as dashboard:
+        yield dashboard
+
+
+@pytest.fixture(scope="module")
+def empty_dashboard(tmp_path_factory):
+    """One for all tests whose requests change nothing, of a queue without jobs."""
+    db = tmp_path_factory.mktemp("empty") / "queuectl.db"
+    with contextlib.closing(Dashboard("--db", str(db))) as dashboard:
+        POOLS.remove(dashboard.process)  # it outlives a test
+        yield dashboard
 
 
 NASTY = "<script>alert(1)</script>/../ \"'&é"
@@ -1365,8 +1377,8 @@ def test_the_page_needs_nothing_from_elsewhere():
     ("evil.example", 403), ("evil.example:8321", 403), ("localhost.evil.example", 403),
     ("localhost:1", 200), ("127.0.0.1", 200), ("[::1]:8321", 200), ("", 403), ("[", 400),
 ])
-def test_other_sites_names_are_refused(dashboard, host, status):
-    assert dashboard.ask("/api/status", Host=host).status == status
+def test_other_sites_names_are_refused(empty_dashboard, host, status):
+    assert empty_dashboard.ask("/api/status", Host=host).status == status
 
 
 def test_a_dashboard_knows_its_own_name_however_it_is_spelt():
@@ -1413,9 +1425,9 @@ def test_the_page_can_cancel_retry_and_delete(dashboard):
     ("/api/jobs?" + "a=1&" * 20, 400), ("/api/jobs?limit=" + "9" * 30, 400),
     pytest.param("/" + "a" * 70000, 414, id="long"), ("/api/status?%", 200),
 ])
-def test_odd_requests_get_an_answer_and_nothing_else(dashboard, path, status):
-    assert dashboard.ask(path).status == status
-    assert dashboard.ask("/api/status").status == 200
+def test_odd_requests_get_an_answer_and_nothing_else(empty_dashboard, path, status):
+    assert empty_dashboard.ask(path).status == status
+    assert empty_dashboard.ask("/api/status").status == 200
 
 
 def test_only_runs_that_were_have_an_output(dashboard, queue):
@@ -1774,7 +1786,7 @@ def test_a_folder_that_vanished_is_a_failure(home):
 
 @pytest.mark.parametrize("how", ["timeout", "cancel", "stop --now", "kill"])
 def test_a_run_that_is_ended_from_outside_ends_with_all_its_processes(how):
-    enqueue(NAP + " tree", id="x", timeout=1.5 if how == "timeout" else None, max_retries=1)
+    enqueue(NAP + " tree", id="x", timeout=0.8 if how == "timeout" else None, max_retries=1)
     pool = start_pool(count=1)
     wait_until(lambda: len(naps()) == 2)
     if how == "cancel":
@@ -1786,7 +1798,7 @@ def test_a_run_that_is_ended_from_outside_ends_with_all_its_processes(how):
         ok("cancel", "x")
     wait_until(lambda: state("x") != "processing")
     assert not naps()
-    error = {"timeout": "timeout 1.5s", "stop --now": None}.get(how, "cancelled")
+    error = {"timeout": "timeout 0.8s", "stop --now": None}.get(how, "cancelled")
     job = ok("show", "x", "--json").json
     assert (job["state"], job["error"]) == ("dead" if error else "pending", error)
     assert job["attempts"] == 0 if how == "stop --now" else job["attempts"]
@@ -1819,7 +1831,7 @@ def test_a_job_cancelled_while_no_pool_runs_is_ended_by_the_next():
     ok("cancel", "x")
     assert state("x") == "processing"
     assert naps() or os.name != "posix"  # there it ends with its worker
-    start_pool(count=1)
+    start_pool(count=1, script="queuectl.GRACE = 0.2")
     wait_until(lambda: state("x") == "dead")
     assert not naps()
     assert jobs()["x"]["error"] == "cancelled"
@@ -1856,7 +1868,7 @@ def test_400_megabytes_of_output_cost_no_memory_and_leave_the_end():
 
 
 def test_a_job_that_prints_for_ever_keeps_its_folder_under_a_bound():
-    enqueue(python("while 1: print('y' * 999, end='')"), id="x", timeout=1.5, max_retries=1)
+    enqueue(python("while 1: print('y' * 999, end='')"), id="x", timeout=0.8, max_retries=1)
     start_pool(count=1)
     sizes = []
     wait_until(lambda: sizes.append(size_of_runs()) or state("x") == "dead")
@@ -2052,10 +2064,12 @@ def leftovers():
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_lets_the_running_job_finish(number):
     pool = start_pool(count=1)
-    enqueue("sleep 0.4; touch out", id="x")
+    enqueue("until [ -e lock ]; do sleep 0.02; done; touch out", id="x")
     enqueue(id="next")
     wait_until(lambda: state("x") == "processing")
     pool.send_signal(getattr(signal, number))
+    wait_until(lambda: "asked to stop" in read("queuectl.log"))
+    open("lock", "w").close()
     assert pool.wait(10) == 0
     assert (state("x"), state("next")) == ("completed", "pending")
     assert leftovers() == []
@@ -2095,7 +2109,7 @@ def test_two_signals_at_once_are_one():
 @posix
 def test_a_second_signal_gives_running_jobs_back():
     enqueue("trap '' TERM; %s & wait; %s" % (NAP, NAP), id="x")
-    pool = start_pool(count=1)
+    pool = start_pool(count=1, script="queuectl.GRACE = 0.2")
     wait_until(naps)
     pool.send_signal(signal.SIGTERM)
     wait_until(lambda: "asked to stop" in read("queuectl.log"))
@@ -2109,7 +2123,7 @@ def test_a_second_signal_gives_running_jobs_back():
 
 @posix
 def test_a_worker_that_is_asked_to_leave_is_replaced_even_in_a_drain():
-    ok("enqueue", "-", stdin=b'{"command":"sleep 0.4"}\n' * 5)
+    ok("enqueue", "-", stdin=b'{"command":"sleep 0.15"}\n' * 5)
     pool = start_pool("--drain", count=1)
     os.kill(workers_of(pool.pid)[0], signal.SIGTERM)
     assert pool.wait(20) == 0
@@ -2253,7 +2267,7 @@ def test_a_launcher_that_had_to_be_killed_is_logged(client):
         file.write("#!/bin/sh\ntrap '' TERM; while :; do sleep 0.1; done\n")
     ok("enqueue", "--id", "x", "--max-retries", "1", "--timeout", "0.2", "--launcher",
        client, "--", "true")
-    start_pool()
+    start_pool(script="queuectl.GRACE = 0.2")
     wait_until(lambda: state("x") == "dead")
     wait_until(lambda: "launcher was killed" in read("queuectl.log"))
 
@@ -2327,6 +2341,7 @@ lsof = pytest.mark.skipif(not shutil.which("lsof"), reason="needs lsof, or /proc
       for kind in ("unmarked", "own session"))])
 def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(kind, script, victim):
     enqueue(ORPHANS[kind].replace("NAP", NAP), id="x")
+    script += "\nqueuectl.GRACE = 0.2" * (kind == "ignores TERM")
     pool = start_pool(count=1, script=script)
     wait_until(lambda: naps() and runs() == 1)
     if victim == "worker":
@@ -2363,7 +2378,7 @@ FAMILIES = {
 @pytest.mark.skipif(not shutil.which("setsid"), reason="needs setsid(1)")
 @pytest.mark.parametrize("how", ["timeout", "cancel", "stop --now", "worker", "pool"])
 def test_no_process_of_a_run_lives_when_its_job_has_left_processing(how):
-    words = ["--timeout", "3"] if how == "timeout" else []
+    words = ["--timeout", "2"] if how == "timeout" else []
     for name, line in FAMILIES.items():
         os.mkdir(name)
         ok("enqueue", "--id", name, "--cwd", name, "--max-retries", "1", *words, "--",
@@ -2701,8 +2716,10 @@ def test_another_users_run_is_left_alone(queue, monkeypatch):
 
 @posix
 def test_a_pool_that_a_lost_run_started_is_let_be():
-    line = queuectl.shell_words([sys.executable, COMPILED, "worker", "start", "--detach"])
-    enqueue("[ -e out ] || %s; exec %s once" % (line, NAP), id="x")
+    with open("quick.py", "w") as file:  # the pool that it starts runs this again
+        file.write("import queuectl\n%squeuectl.__file__ = __file__\nqueuectl.main()" % QUICK)
+    line = queuectl.shell_words([sys.executable, "quick.py", "worker", "start", "--detach"])
+    enqueue("[ -e out ] || %s; exec %s once" % (line, NAP), id="x", env={"PYTHONPATH": TOOLS})
     pool = start_pool(count=1)
     wait_until(lambda: naps() and len(ok("status", "--json").json["workers"]) == 2)
     kill_all(pool)
@@ -2830,7 +2847,7 @@ def test_a_full_disk_refuses_a_batch_whole(small_disk):
 
 @posix
 def test_a_pool_waits_until_a_full_disk_has_room_again(small_disk):
-    ok("enqueue", "-", stdin=b'{"command":"sleep 0.05"}\n' * 60)
+    ok("enqueue", "-", stdin=b'{"command":"sleep 0.05"}\n' * 30)
     pool = start_pool()
     wait_until(lambda: jobs("--state", "completed"))
     fill_the_disk()
@@ -2838,7 +2855,7 @@ def test_a_pool_waits_until_a_full_disk_has_room_again(small_disk):
                "disk is full" in cli("enqueue", '{"command":"true"}').err)
     assert pool.poll() is None
     os.remove("fill")
-    wait_until(lambda: len(jobs("--state", "completed")) >= 60)
+    wait_until(lambda: len(jobs("--state", "completed")) >= 30)
     assert pool.poll() is None
 
 
@@ -2847,7 +2864,7 @@ def test_a_job_that_fills_the_disk_with_its_output_completes(small_disk):
     ok("config", "set", "output_limit", "4000000")  # twice that is more than there is
     with open("fill", "wb") as file:
         file.write(b"x" * 5 * 2**20)
-    enqueue(python(TEN + "ten(0, 30000000)"), id="x")
+    enqueue(python(TEN + "ten(0, 20000000)"), id="x")
     enqueue("echo next", id="next")
     full = []
     pool = start_pool(count=1)
@@ -2856,7 +2873,7 @@ def test_a_job_that_fills_the_disk_with_its_output_completes(small_disk):
     assert any(full) and state("x") == "completed" and pool.poll() is None
     with queuectl.Queue("queuectl.db") as queue:
         dropped, output = queuectl.parts_of(queue.output(queue.job("x")))
-    assert output == ten(26000000, 30000000) and dropped == 26000000
+    assert output == ten(16000000, 20000000) and dropped == 16000000
 
 
 @posix
@@ -2903,20 +2920,20 @@ def test_a_pool_outlives_a_long_lock():
 
 
 def test_a_stop_while_the_database_is_locked_keeps_the_result_in_hand():
-    pool = start_pool(count=1)
+    pool = start_pool(count=1, script="queuectl.IDLE_WAIT = 0.1")
     enqueue("sleep 0.3", id="x")
     wait_until(lambda: state("x") == "processing")
     with locked():
         ok("worker", "stop", "--no-wait")
         wait_until(lambda: re.search(r"worker\[.*waiting until", read("queuectl.log")))
         with pytest.raises(subprocess.TimeoutExpired):
-            pool.wait(1)
+            pool.wait(0.5)
     assert pool.wait(20) == 0
     assert state("x") == "completed"
 
 
 def test_a_timeout_counts_while_the_database_is_locked():
-    enqueue(NAP, id="x", timeout=2, max_retries=1)
+    enqueue(NAP, id="x", timeout=1, max_retries=1)
     start_pool(count=1)
     wait_until(naps)
     with locked():
@@ -2934,15 +2951,15 @@ def test_the_log_can_be_unwritable():
 @posix
 def test_a_full_log_is_renamed_and_no_line_is_lost():
     # The workers write on, while it is renamed once, some hundred lines.
-    names = [enqueue("sleep 0.01") for _ in range(200)]
+    line = b'{"command":"sleep 0.01"}\n'
+    names = [job["id"] for job in ok("enqueue", "-", "--json", stdin=line * 200).json]
     start_pool(count=3, script="queuectl.LOG_LIMIT = 10000")
     wait_until(lambda: len(jobs("--state", "completed")) == len(names))
     ok("worker", "stop")
     assert 10000 < os.path.getsize("queuectl.log.1")
+    logs = read("queuectl.log"), read("queuectl.log.1")
     for name in names:
-        lines = [read(log).count(" %s 1/3 completed" % name)
-                 for log in ("queuectl.log", "queuectl.log.1")]
-        assert sum(lines) == 1
+        assert sum(log.count(" %s 1/3 completed" % name) for log in logs) == 1
 
 
 @posix
@@ -3057,7 +3074,7 @@ queuectl.os.posix_spawn = refuse
 def test_a_system_that_has_no_process_to_give_costs_a_job_no_attempt(name):
     enqueue("echo out", id="x", max_retries=1)
     enqueue(id="next", max_retries=1)
-    start_pool(count=1, script=REFUSED % (3, name))
+    start_pool(count=1, script=REFUSED % (3, name) + "queuectl.IDLE_WAIT = 0.1")
     wait_until(lambda: state("next") == "completed")
     assert (state("x"), attempts("x"), ok("logs", "x").out) == ("completed", 1, "out\n")
     assert errors("x") == [None] and errors("next") == [None]
@@ -3464,7 +3481,7 @@ def broken(queue, *args, verb=queuectl.Queue.%s):
         raise queuectl.sqlite3.IntegrityError("UNIQUE constraint failed")
     return verb(queue, *args)
 queuectl.Queue.%s = broken
-queuectl.RESTART_EVERY = 0.3
+queuectl.RESTART_EVERY = 0.15
 """
 
 
@@ -3491,7 +3508,7 @@ def test_an_integrity_error_that_lasts_is_no_loop(verb):
     wait_until(lines)
     begun = time.monotonic()
     wait_until(lambda: lines() >= 4)
-    assert time.monotonic() - begun >= 3 * 0.3 - 0.1 and pool.poll() is None
+    assert time.monotonic() - begun >= 3 * 0.15 - 0.1 and pool.poll() is None
     log = read("queuectl.log")
     assert "waiting until" not in log and log.count("UNIQUE constraint") <= 2 * lines() + 2
     os.remove("broken")
@@ -3535,10 +3552,12 @@ queuectl.Queue._leave = gives
     "raise OSError(28, 'No space left on device')"])
 def test_another_database_ends_a_pool_whatever_result_is_in_hand(trouble):
     os.mkdir("new")
-    enqueue("sleep 0.5; exit 1", id="x")
+    enqueue("until [ -e go ]; do sleep 0.02; done; exit 1", id="x")
     pool = start_pool(count=1, script=OLD_FILE % trouble)
     wait_until(lambda: state("x") == "processing")
     other_over_it()
+    wait_until(lambda: "asked to stop" in read("queuectl.log"))
+    open("go", "w").close()
     assert pool.wait(10) == 1
 
 
@@ -4032,6 +4051,7 @@ def test_the_readmes_transcript_is_what_happens():
     text = re.search(r"\n((?:    .*\n)+)", readme())[1].replace("    ", "", 1)
     steps = re.split(r"(?m)^ *\$ ", text)[1:]
     assert len(steps) == 5
+    ok("config", "set", "backoff_base", "0.1")  # or what is broken would wait for 2 s
     for step in steps:
         line, _, expected = step.partition("\n")
         told = re.sub(r"\d+\.\ds ago|pool \d+", "…", shell(line)).split()
