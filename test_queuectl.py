@@ -7,11 +7,13 @@ import ast
 import atexit
 import contextlib
 import ctypes
+import functools
 import http.client
 import inspect
 import io
 import json
 import os
+import py_compile
 import random
 import re
 import shlex
@@ -88,7 +90,7 @@ def taken(file):
 # that is taken `once` lasts only the first time, and never beside another: `out` gets a
 # line a run, and `overlaps` is there if two ran at a time.
 NAPPER = """
-import os, subprocess, sys, time
+import os, sys, time
 if os.name == "posix":
     import fcntl
 else:
@@ -97,6 +99,7 @@ else:
 if "closed" in sys.argv:
     os.closerange(0, 200)
 if "tree" in sys.argv:
+    import subprocess
     subprocess.Popen([sys.executable, __file__])
 if "once" in sys.argv:
     alone = open("lock", "a")
@@ -116,6 +119,10 @@ atexit.register(shutil.rmtree, TOOLS, ignore_errors=True)
 with open(os.path.join(TOOLS, "nap.py"), "w") as file:
     file.write(NAPPER)
 NAP = queuectl.shell_words([sys.executable, file.name])
+# Python compiles a script anew each time that it is run, which takes longer than most of
+# what is tested here. So it is done once; processes run, or import, what came of it.
+COMPILED = py_compile.compile(
+    SCRIPT, os.path.join(TOOLS, "queuectl.pyc"), doraise=True)
 if os.name != "posix":
     sleep = '"%s" -c "import time as t; t.sleep(%%1)"' % sys.executable
     for name, line in (("true", "exit /b 0"), ("sleep", sleep)):
@@ -206,7 +213,7 @@ def state(name):
 def script(*argv, **options):
     """Run a command as a process of its own."""
     return subprocess.run(
-        [sys.executable, SCRIPT, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, COMPILED, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         encoding="utf-8", timeout=60, **options
     )
 
@@ -214,7 +221,7 @@ def script(*argv, **options):
 # Makes a pool less patient than it is by default, so that the tests are quick.
 QUICK = """
 queuectl.GRACE, queuectl.LOOK_EVERY, queuectl.RESTART_EVERY = 0.5, 0.2, 0.1
-queuectl.IDLE_WAIT = 0.3
+queuectl.IDLE_WAIT, queuectl.TICK, queuectl.OUTLIVED = 0.3, 0.05, 0.1
 """
 
 
@@ -226,10 +233,12 @@ def start_pool(*options, count=2, script=""):
         [sys.executable, *program, "worker", "start", "--count", str(count), *options],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         universal_newlines=True,
-        env=dict(os.environ, PYTHONPATH=HERE),
+        env=dict(os.environ, PYTHONPATH=TOOLS),
     )
     POOLS.append(pool)
-    wait_until(lambda: len(workers_of(pool.pid)) == count or pool.poll() is not None)
+    path = os.path.realpath(os.environ.get("QUEUECTL_DB", "queuectl.db"))
+    wait_until(lambda: len(queuectl.pools(path).get(pool.pid, ())) == count
+               or pool.poll() is not None)
     return pool
 
 
@@ -540,7 +549,7 @@ def test_the_locale_c_and_an_ascii_terminal_break_no_output():
     assert script("worker", "start", "--drain", env=env).returncode == 0
     for words in ("list", "status", "list --json", "show Zoë\xa0✓", "logs Zoë\xa0✓"):
         words = [word.replace("\xa0", " ") for word in words.split(" ")]
-        answer = subprocess.run([sys.executable, SCRIPT, *words], env=env, timeout=30,
+        answer = subprocess.run([sys.executable, COMPILED, *words], env=env, timeout=30,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert (answer.returncode, answer.stderr) == (0, b""), words
         assert answer.stdout
@@ -722,7 +731,7 @@ def test_a_queue_of_version_1_is_taken_over_with_all_that_is_in_it(older):
 
 
 def test_commands_at_once_take_over_a_queue_of_version_1(older):
-    first = [subprocess.Popen([sys.executable, SCRIPT, "enqueue", "--", "true"],
+    first = [subprocess.Popen([sys.executable, COMPILED, "enqueue", "--", "true"],
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
              for n in range(8)]
     errors = [process.communicate(timeout=60)[1] for process in first]
@@ -762,7 +771,7 @@ def test_a_pool_of_version_1_is_in_the_way_until_it_was_stopped(older, byte):
         told = ok("worker", "stop", "--no-wait").out
         assert told == "stopping pool %d\n" % pool.pid and version() == 1
         assert "stop" in read("queuectl-%d.pid" % pool.pid)[:32]
-        with subprocess.Popen([sys.executable, SCRIPT, "worker", "stop"],
+        with subprocess.Popen([sys.executable, COMPILED, "worker", "stop"],
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) as stop, pool.stdin:
             assert stop.stderr.readline().startswith(b"queuectl: stopping")
             assert stop.poll() is None  # it waits
@@ -775,7 +784,7 @@ def test_a_pool_of_version_1_is_in_the_way_until_it_was_stopped(older, byte):
 
 def test_a_closed_pipe_is_silent():
     ok("enqueue", "-", stdin=b'{"command":"true"}\n' * 5000)
-    with subprocess.Popen([sys.executable, SCRIPT, "list"], stdout=subprocess.PIPE,
+    with subprocess.Popen([sys.executable, COMPILED, "list"], stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE) as listing:
         assert listing.stdout.readline().startswith(b"ID")
         listing.stdout.close()
@@ -783,16 +792,18 @@ def test_a_closed_pipe_is_silent():
 
 
 def test_the_file_is_a_program():
-    answer = script("--version")
+    run = functools.partial(subprocess.run, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            encoding="utf-8", timeout=60)
+    answer = run([sys.executable, SCRIPT, "--version"])
     assert (answer.returncode, answer.stdout) == (0, "queuectl %s\n" % queuectl.__version__)
     enqueue()
-    answer = script("show", "nope")
+    answer = run([sys.executable, SCRIPT, "show", "nope"])
     assert (answer.returncode, answer.stderr) == (1, "queuectl: there is no job nope\n")
 
 
 def test_sixty_first_commands_at_once():
     line = '{"id":"job%d","command":"true"}'
-    first = [subprocess.Popen([sys.executable, SCRIPT, "enqueue", line % n],
+    first = [subprocess.Popen([sys.executable, COMPILED, "enqueue", line % n],
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
              for n in range(60)]
     errors = [process.communicate(timeout=60)[1] for process in first]
@@ -902,7 +913,7 @@ def on_terminal(*argv, keys=b"", columns=60):
     pid, terminal = pty.fork()
     if pid == 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a script's background ignores it
-        os.execv(sys.executable, [sys.executable, SCRIPT, *argv])
+        os.execv(sys.executable, [sys.executable, COMPILED, *argv])
     size = struct.pack("hhhh", 24, columns, 0, 0)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
     shown = b""
@@ -1135,10 +1146,10 @@ def test_follow_ends_when_the_worker_died_and_no_pool_is_there(queue):
 
 
 @posix
-@pytest.mark.parametrize("words", [["wait"], ["logs", "-f", "x"], ["status", "--watch"]])
+@pytest.mark.parametrize("words", [["wait"], ["logs", "-f", "x"], ["status", "--watch", "0.2"]])
 def test_what_waits_for_a_queue_ends_when_that_is_removed(words):
     enqueue(id="x", delay=3600)
-    with subprocess.Popen([sys.executable, SCRIPT, *words], stdout=subprocess.DEVNULL,
+    with subprocess.Popen([sys.executable, COMPILED, *words], stdout=subprocess.DEVNULL,
                           stderr=subprocess.PIPE, universal_newlines=True) as waiting:
         wait_until(lambda: waiting.pid in ours("queuectl.db-shm"))
         os.remove("queuectl.db")
@@ -1225,7 +1236,7 @@ def test_a_detached_pool_goes_on_and_its_start_is_told():
 
 @posix
 def test_a_detached_pool_lets_go_of_its_callers_lock():
-    line = "exec 9>lock; flock 9; %s %s worker start --detach" % (sys.executable, SCRIPT)
+    line = "exec 9>lock; flock 9; %s %s worker start --detach" % (sys.executable, COMPILED)
     subprocess.run(line, shell=True, check=True, stdout=subprocess.DEVNULL)
     assert subprocess.run(["flock", "-n", "lock", "true"]).returncode == 0
     ok("worker", "stop")
@@ -1290,7 +1301,7 @@ class Dashboard:
 
     def __init__(self, *options):
         self.process = subprocess.Popen(
-            [sys.executable, SCRIPT, "dashboard", "--port", "0", *options],
+            [sys.executable, COMPILED, "dashboard", "--port", "0", *options],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
         POOLS.append(self.process)
         self.port = int(re.search(r":(\d+)/", self.process.stdout.readline())[1])
@@ -1318,14 +1329,26 @@ class Dashboard:
         return self.ask(path, "POST", **{**own, **headers})
 
 
+    def close(self):
+        self.process.kill()
+        self.process.wait(10)
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+
 @pytest.fixture
 def dashboard():
-    dashboard = Dashboard()
-    yield dashboard
-    dashboard.process.kill()
-    dashboard.process.wait(10)
-    dashboard.process.stdout.close()
-    dashboard.process.stderr.close()
+    with contextlib.closing(Dashboard()) as dashboard:
+        yield dashboard
+
+
+@pytest.fixture(scope="module")
+def empty_dashboard(tmp_path_factory):
+    """One for all tests whose requests change nothing, of a queue without jobs."""
+    db = tmp_path_factory.mktemp("empty") / "queuectl.db"
+    with contextlib.closing(Dashboard("--db", str(db))) as dashboard:
+        POOLS.remove(dashboard.process)  # it outlives a test
+        yield dashboard
 
 
 NASTY = "<script>alert(1)</script>/../ \"'&é"
@@ -1371,8 +1394,8 @@ def test_the_page_needs_nothing_from_elsewhere():
     ("evil.example", 403), ("evil.example:8321", 403), ("localhost.evil.example", 403),
     ("localhost:1", 200), ("127.0.0.1", 200), ("[::1]:8321", 200), ("", 403), ("[", 400),
 ])
-def test_other_sites_names_are_refused(dashboard, host, status):
-    assert dashboard.ask("/api/status", Host=host).status == status
+def test_other_sites_names_are_refused(empty_dashboard, host, status):
+    assert empty_dashboard.ask("/api/status", Host=host).status == status
 
 
 def test_a_dashboard_knows_its_own_name_however_it_is_spelt():
@@ -1414,9 +1437,9 @@ def test_the_page_can_cancel_retry_and_delete(dashboard):
     ("/api/jobs?" + "a=1&" * 20, 400), ("/api/jobs?limit=" + "9" * 30, 400),
     pytest.param("/" + "a" * 70000, 414, id="long"), ("/api/status?%", 200),
 ])
-def test_odd_requests_get_an_answer_and_nothing_else(dashboard, path, status):
-    assert dashboard.ask(path).status == status
-    assert dashboard.ask("/api/status").status == 200
+def test_odd_requests_get_an_answer_and_nothing_else(empty_dashboard, path, status):
+    assert empty_dashboard.ask(path).status == status
+    assert empty_dashboard.ask("/api/status").status == 200
 
 
 def test_only_runs_that_were_have_an_output(dashboard, queue):
@@ -1746,7 +1769,7 @@ def test_a_job_that_enqueues_reaches_its_own_queue(home):
     told = python("import os; print(os.environ['QUEUECTL_DB'])")
     ok("--db", "sub/q.db", "enqueue", "--id", "x", "--cwd", "/", "--", told)
     ok("--db", "sub/q.db", "enqueue", "--id", "own", "--env", "QUEUECTL_DB=other", "--", told)
-    line = queuectl.shell_words([sys.executable, SCRIPT, "enqueue", "--id", "next", "--", "true"])
+    line = queuectl.shell_words([sys.executable, COMPILED, "enqueue", "--id", "next", "--", "true"])
     ok("--db", "sub/q.db", "enqueue", "--id", "z", "--cwd", "/", "--", line)
     assert script("--db", "sub/q.db", "worker", "start", "--drain").returncode == 0
     assert ok("--db", "sub/q.db", "logs", "x").out.rstrip() == str(home / "sub" / "q.db")
@@ -1775,7 +1798,7 @@ def test_a_folder_that_vanished_is_a_failure(home):
 
 @pytest.mark.parametrize("how", ["timeout", "cancel", "stop --now", "kill"])
 def test_a_run_that_is_ended_from_outside_ends_with_all_its_processes(how):
-    enqueue(NAP + " tree", id="x", timeout=1.5 if how == "timeout" else None, max_retries=1)
+    enqueue(NAP + " tree", id="x", timeout=0.8 if how == "timeout" else None, max_retries=1)
     pool = start_pool(count=1)
     wait_until(lambda: len(naps()) == 2)
     if how == "cancel":
@@ -1787,7 +1810,7 @@ def test_a_run_that_is_ended_from_outside_ends_with_all_its_processes(how):
         ok("cancel", "x")
     wait_until(lambda: state("x") != "processing")
     assert not naps()
-    error = {"timeout": "timeout 1.5s", "stop --now": None}.get(how, "cancelled")
+    error = {"timeout": "timeout 0.8s", "stop --now": None}.get(how, "cancelled")
     job = ok("show", "x", "--json").json
     assert (job["state"], job["error"]) == ("dead" if error else "pending", error)
     assert job["attempts"] == 0 if how == "stop --now" else job["attempts"]
@@ -1820,7 +1843,7 @@ def test_a_job_cancelled_while_no_pool_runs_is_ended_by_the_next():
     ok("cancel", "x")
     assert state("x") == "processing"
     assert naps() or os.name != "posix"  # there it ends with its worker
-    start_pool(count=1)
+    start_pool(count=1, script="queuectl.GRACE = 0.2")
     wait_until(lambda: state("x") == "dead")
     assert not naps()
     assert jobs()["x"]["error"] == "cancelled"
@@ -1844,8 +1867,8 @@ def size_of_runs():
 
 
 @posix
-def test_400_megabytes_of_output_cost_no_memory_and_leave_the_end():
-    enqueue("head -c 400000000 /dev/zero; echo end", id="x")
+def test_200_megabytes_of_output_cost_no_memory_and_leave_the_end():
+    enqueue("head -c 200000000 /dev/zero; echo end", id="x")
     pool = start_pool(count=1)
     worker = workers_of(pool.pid)[0]
     wait_until(lambda: state("x") == "completed")
@@ -1857,7 +1880,7 @@ def test_400_megabytes_of_output_cost_no_memory_and_leave_the_end():
 
 
 def test_a_job_that_prints_for_ever_keeps_its_folder_under_a_bound():
-    enqueue(python("while 1: print('y' * 999, end='')"), id="x", timeout=1.5, max_retries=1)
+    enqueue(python("while 1: print('y' * 999, end='')"), id="x", timeout=0.8, max_retries=1)
     start_pool(count=1)
     sizes = []
     wait_until(lambda: sizes.append(size_of_runs()) or state("x") == "dead")
@@ -1960,7 +1983,7 @@ def test_follow_shows_each_byte_over_cut_backs_and_tells_what_it_missed():
     enqueue(python(TEN + "[(ten(n * 90000, n * 90000 + 90000), sys.stdout.flush(),"
                    " open('go').read()) for n in range(10)]; ten(900000, 2000000)"), id="x")
     start_pool(count=1)
-    with subprocess.Popen([sys.executable, SCRIPT, "logs", "-f", "x"],
+    with subprocess.Popen([sys.executable, COMPILED, "logs", "-f", "x"],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE) as follow:
         patience = threading.Timer(20, follow.kill)
         patience.start()
@@ -2053,10 +2076,12 @@ def leftovers():
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_lets_the_running_job_finish(number):
     pool = start_pool(count=1)
-    enqueue("sleep 0.4; touch out", id="x")
+    enqueue("until [ -e lock ]; do sleep 0.02; done; touch out", id="x")
     enqueue(id="next")
     wait_until(lambda: state("x") == "processing")
     pool.send_signal(getattr(signal, number))
+    wait_until(lambda: "asked to stop" in read("queuectl.log"))
+    open("lock", "w").close()
     assert pool.wait(10) == 0
     assert (state("x"), state("next")) == ("completed", "pending")
     assert leftovers() == []
@@ -2085,7 +2110,7 @@ def test_worker_stop_with_no_pool_says_so_and_stops_no_later_one():
 @posix
 def test_two_signals_at_once_are_one():
     """As timeout(1) sends them: to the pool, and to its whole group."""
-    pool = start_pool(count=1)
+    pool = start_pool(count=1, script="queuectl.TICK = 0.2")
     enqueue("sleep 0.4", id="x")
     wait_until(lambda: state("x") == "processing")
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -2096,7 +2121,7 @@ def test_two_signals_at_once_are_one():
 @posix
 def test_a_second_signal_gives_running_jobs_back():
     enqueue("trap '' TERM; %s & wait; %s" % (NAP, NAP), id="x")
-    pool = start_pool(count=1)
+    pool = start_pool(count=1, script="queuectl.GRACE = 0.2")
     wait_until(naps)
     pool.send_signal(signal.SIGTERM)
     wait_until(lambda: "asked to stop" in read("queuectl.log"))
@@ -2110,7 +2135,7 @@ def test_a_second_signal_gives_running_jobs_back():
 
 @posix
 def test_a_worker_that_is_asked_to_leave_is_replaced_even_in_a_drain():
-    ok("enqueue", "-", stdin=b'{"command":"sleep 0.4"}\n' * 5)
+    ok("enqueue", "-", stdin=b'{"command":"sleep 0.15"}\n' * 5)
     pool = start_pool("--drain", count=1)
     os.kill(workers_of(pool.pid)[0], signal.SIGTERM)
     assert pool.wait(20) == 0
@@ -2118,7 +2143,7 @@ def test_a_worker_that_is_asked_to_leave_is_replaced_even_in_a_drain():
 
 
 def test_a_job_can_stop_its_own_pool():
-    line = queuectl.shell_words([sys.executable, SCRIPT, "worker", "stop"])
+    line = queuectl.shell_words([sys.executable, COMPILED, "worker", "stop"])
     enqueue(line, id="x", timeout=30)
     assert start_pool(count=1).wait(20) == 0
     assert state("x") == "completed"
@@ -2254,7 +2279,7 @@ def test_a_launcher_that_had_to_be_killed_is_logged(client):
         file.write("#!/bin/sh\ntrap '' TERM; while :; do sleep 0.1; done\n")
     ok("enqueue", "--id", "x", "--max-retries", "1", "--timeout", "0.2", "--launcher",
        client, "--", "true")
-    start_pool()
+    start_pool(script="queuectl.GRACE = 0.2")
     wait_until(lambda: state("x") == "dead")
     wait_until(lambda: "launcher was killed" in read("queuectl.log"))
 
@@ -2328,6 +2353,7 @@ lsof = pytest.mark.skipif(not shutil.which("lsof"), reason="needs lsof, or /proc
       for kind in ("unmarked", "own session"))])
 def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(kind, script, victim):
     enqueue(ORPHANS[kind].replace("NAP", NAP), id="x")
+    script += "\nqueuectl.GRACE = 0.2" * (kind == "ignores TERM")
     pool = start_pool(count=1, script=script)
     wait_until(lambda: naps() and runs() == 1)
     if victim == "worker":
@@ -2364,7 +2390,7 @@ FAMILIES = {
 @pytest.mark.skipif(not shutil.which("setsid"), reason="needs setsid(1)")
 @pytest.mark.parametrize("how", ["timeout", "cancel", "stop --now", "worker", "pool"])
 def test_no_process_of_a_run_lives_when_its_job_has_left_processing(how):
-    words = ["--timeout", "3"] if how == "timeout" else []
+    words = ["--timeout", "2"] if how == "timeout" else []
     for name, line in FAMILIES.items():
         os.mkdir(name)
         ok("enqueue", "--id", name, "--cwd", name, "--max-retries", "1", *words, "--",
@@ -2693,7 +2719,7 @@ def test_another_users_run_is_left_alone(queue, monkeypatch):
         pass
     program = "import os, queuectl; os.setuid(65534); print(queuectl.held(%r))"
     told = subprocess.run([sys.executable, "-c", program % run["lease"]], cwd="/",
-                          stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=HERE))
+                          stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=TOOLS))
     assert told.stdout == b"True\n" and not queuectl.held(run["lease"])
     monkeypatch.setattr(queuectl, "held", lambda path, missing=False: True)
     supervisor(queue).put_back(queue)
@@ -2702,8 +2728,10 @@ def test_another_users_run_is_left_alone(queue, monkeypatch):
 
 @posix
 def test_a_pool_that_a_lost_run_started_is_let_be():
-    line = queuectl.shell_words([sys.executable, SCRIPT, "worker", "start", "--detach"])
-    enqueue("[ -e out ] || %s; exec %s once" % (line, NAP), id="x")
+    with open("quick.py", "w") as file:  # the pool that it starts runs this again
+        file.write("import queuectl\n%squeuectl.__file__ = __file__\nqueuectl.main()" % QUICK)
+    line = queuectl.shell_words([sys.executable, "quick.py", "worker", "start", "--detach"])
+    enqueue("[ -e out ] || %s; exec %s once" % (line, NAP), id="x", env={"PYTHONPATH": TOOLS})
     pool = start_pool(count=1)
     wait_until(lambda: naps() and len(ok("status", "--json").json["workers"]) == 2)
     kill_all(pool)
@@ -2831,7 +2859,7 @@ def test_a_full_disk_refuses_a_batch_whole(small_disk):
 
 @posix
 def test_a_pool_waits_until_a_full_disk_has_room_again(small_disk):
-    ok("enqueue", "-", stdin=b'{"command":"sleep 0.05"}\n' * 60)
+    ok("enqueue", "-", stdin=b'{"command":"sleep 0.05"}\n' * 30)
     pool = start_pool()
     wait_until(lambda: jobs("--state", "completed"))
     fill_the_disk()
@@ -2839,7 +2867,7 @@ def test_a_pool_waits_until_a_full_disk_has_room_again(small_disk):
                "disk is full" in cli("enqueue", '{"command":"true"}').err)
     assert pool.poll() is None
     os.remove("fill")
-    wait_until(lambda: len(jobs("--state", "completed")) >= 60)
+    wait_until(lambda: len(jobs("--state", "completed")) >= 30)
     assert pool.poll() is None
 
 
@@ -2848,7 +2876,7 @@ def test_a_job_that_fills_the_disk_with_its_output_completes(small_disk):
     ok("config", "set", "output_limit", "4000000")  # twice that is more than there is
     with open("fill", "wb") as file:
         file.write(b"x" * 5 * 2**20)
-    enqueue(python(TEN + "ten(0, 30000000)"), id="x")
+    enqueue(python(TEN + "ten(0, 20000000)"), id="x")
     enqueue("echo next", id="next")
     full = []
     pool = start_pool(count=1)
@@ -2857,7 +2885,7 @@ def test_a_job_that_fills_the_disk_with_its_output_completes(small_disk):
     assert any(full) and state("x") == "completed" and pool.poll() is None
     with queuectl.Queue("queuectl.db") as queue:
         dropped, output = queuectl.parts_of(queue.output(queue.job("x")))
-    assert output == ten(26000000, 30000000) and dropped == 26000000
+    assert output == ten(16000000, 20000000) and dropped == 16000000
 
 
 @posix
@@ -2881,10 +2909,10 @@ def locked():
 def test_a_command_waits_for_a_lock_but_not_for_ever(monkeypatch):
     enqueue(id="x")
     with locked():
-        waiting = subprocess.Popen([sys.executable, SCRIPT, "delete", "x"],
+        waiting = subprocess.Popen([sys.executable, COMPILED, "delete", "x"],
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         with pytest.raises(subprocess.TimeoutExpired):
-            waiting.wait(1.5)
+            waiting.wait(0.8)
     out, err = waiting.communicate(timeout=20)
     assert out.split() == [b"deleted", b"x"] and err == b""
     monkeypatch.setattr(queuectl.Queue.__init__, "__defaults__", ("FULL", 0.1, time.time, True))
@@ -2904,20 +2932,20 @@ def test_a_pool_outlives_a_long_lock():
 
 
 def test_a_stop_while_the_database_is_locked_keeps_the_result_in_hand():
-    pool = start_pool(count=1)
+    pool = start_pool(count=1, script="queuectl.IDLE_WAIT = 0.1")
     enqueue("sleep 0.3", id="x")
     wait_until(lambda: state("x") == "processing")
     with locked():
         ok("worker", "stop", "--no-wait")
         wait_until(lambda: re.search(r"worker\[.*waiting until", read("queuectl.log")))
         with pytest.raises(subprocess.TimeoutExpired):
-            pool.wait(1)
+            pool.wait(0.5)
     assert pool.wait(20) == 0
     assert state("x") == "completed"
 
 
 def test_a_timeout_counts_while_the_database_is_locked():
-    enqueue(NAP, id="x", timeout=2, max_retries=1)
+    enqueue(NAP, id="x", timeout=1, max_retries=1)
     start_pool(count=1)
     wait_until(naps)
     with locked():
@@ -2935,15 +2963,15 @@ def test_the_log_can_be_unwritable():
 @posix
 def test_a_full_log_is_renamed_and_no_line_is_lost():
     # The workers write on, while it is renamed once, some hundred lines.
-    names = [enqueue("sleep 0.01") for _ in range(200)]
+    line = b'{"command":"sleep 0.01"}\n'
+    names = [job["id"] for job in ok("enqueue", "-", "--json", stdin=line * 200).json]
     start_pool(count=3, script="queuectl.LOG_LIMIT = 10000")
     wait_until(lambda: len(jobs("--state", "completed")) == len(names))
     ok("worker", "stop")
     assert 10000 < os.path.getsize("queuectl.log.1")
+    logs = read("queuectl.log"), read("queuectl.log.1")
     for name in names:
-        lines = [read(log).count(" %s 1/3 completed" % name)
-                 for log in ("queuectl.log", "queuectl.log.1")]
-        assert sum(lines) == 1
+        assert sum(log.count(" %s 1/3 completed" % name) for log in logs) == 1
 
 
 @posix
@@ -2991,6 +3019,7 @@ def strike(number, *pids):
         os.kill(pid, number)
 
 
+AS_BY_DEFAULT = "queuectl.OUTLIVED = 0.5"  # the pool is struck after its workers
 TRAPPED = "trap 'kill $!; exit 143' TERM INT HUP; NAP & wait"
 
 
@@ -3000,7 +3029,7 @@ TRAPPED = "trap 'kill $!; exit 143' TERM INT HUP; NAP & wait"
 @pytest.mark.parametrize("first", ["command", "pool"])
 def test_a_job_ended_with_its_whole_service_is_not_blamed(number, command, first):
     enqueue(command.replace("NAP", NAP), id="x", max_retries=1)
-    pool, number = start_pool(count=1), getattr(signal, number)
+    pool, number = start_pool(count=1, script=AS_BY_DEFAULT), getattr(signal, number)
     wait_until(naps)
     if first == "pool":
         pool.send_signal(number)
@@ -3012,7 +3041,7 @@ def test_a_job_ended_with_its_whole_service_is_not_blamed(number, command, first
 @posix
 def test_what_a_stopped_service_ended_runs_in_the_next_one():
     enqueue(NAP + " once", id="x", max_retries=1)
-    pool = start_pool(count=1)
+    pool = start_pool(count=1, script=AS_BY_DEFAULT)
     wait_until(naps)
     strike(signal.SIGTERM, *workers_of(pool.pid), pool.pid)
     assert pool.wait(20) == 0 and drain(1) == 0
@@ -3057,7 +3086,7 @@ queuectl.os.posix_spawn = refuse
 def test_a_system_that_has_no_process_to_give_costs_a_job_no_attempt(name):
     enqueue("echo out", id="x", max_retries=1)
     enqueue(id="next", max_retries=1)
-    start_pool(count=1, script=REFUSED % (3, name))
+    start_pool(count=1, script=REFUSED % (3, name) + "queuectl.IDLE_WAIT = 0.1")
     wait_until(lambda: state("next") == "completed")
     assert (state("x"), attempts("x"), ok("logs", "x").out) == ("completed", 1, "out\n")
     assert errors("x") == [None] and errors("next") == [None]
@@ -3346,7 +3375,7 @@ os.wait()
 os.close(writer)
 os.wait()
 """
-    env = dict(os.environ, PYTHONPATH=HERE)
+    env = dict(os.environ, PYTHONPATH=TOOLS)
     subprocess.run([sys.executable, "-c", program], env=env, check=True, timeout=30)
     assert len(jobs()) == 41
 
@@ -3372,7 +3401,7 @@ for n in range(20):
 os.close(writer)
 os.wait()
 """
-    env = dict(os.environ, PYTHONPATH=HERE)
+    env = dict(os.environ, PYTHONPATH=TOOLS)
     subprocess.run([sys.executable, "-c", program], env=env, check=True, timeout=30)
     assert len(jobs()) == 60
     with contextlib.closing(sqlite3.connect("queuectl.db")) as db:
@@ -3464,7 +3493,7 @@ def broken(queue, *args, verb=queuectl.Queue.%s):
         raise queuectl.sqlite3.IntegrityError("UNIQUE constraint failed")
     return verb(queue, *args)
 queuectl.Queue.%s = broken
-queuectl.RESTART_EVERY = 0.3
+queuectl.RESTART_EVERY = 0.15
 """
 
 
@@ -3491,7 +3520,7 @@ def test_an_integrity_error_that_lasts_is_no_loop(verb):
     wait_until(lines)
     begun = time.monotonic()
     wait_until(lambda: lines() >= 4)
-    assert time.monotonic() - begun >= 3 * 0.3 - 0.1 and pool.poll() is None
+    assert time.monotonic() - begun >= 3 * 0.15 - 0.1 and pool.poll() is None
     log = read("queuectl.log")
     assert "waiting until" not in log and log.count("UNIQUE constraint") <= 2 * lines() + 2
     os.remove("broken")
@@ -3535,10 +3564,12 @@ queuectl.Queue._leave = gives
     "raise OSError(28, 'No space left on device')"])
 def test_another_database_ends_a_pool_whatever_result_is_in_hand(trouble):
     os.mkdir("new")
-    enqueue("sleep 0.5; exit 1", id="x")
+    enqueue("until [ -e go ]; do sleep 0.02; done; exit 1", id="x")
     pool = start_pool(count=1, script=OLD_FILE % trouble)
     wait_until(lambda: state("x") == "processing")
     other_over_it()
+    wait_until(lambda: "asked to stop" in read("queuectl.log"))
+    open("go", "w").close()
     assert pool.wait(10) == 1
 
 
@@ -3829,7 +3860,7 @@ class Chaos:
             batch.out.close()
 
     def begin(self, *words, **options):
-        command = [sys.executable, SCRIPT, *words]
+        command = [sys.executable, COMPILED, *words]
         options = dict({"stdout": self.null, "stderr": self.errors}, **options)
         return subprocess.Popen(command, start_new_session=True, **options)
 
@@ -4000,7 +4031,7 @@ def test_the_source_is_python_3_8():
 def test_a_command_imports_nothing_that_only_pools_need():
     code = "import sys, queuectl; queuectl.main(['status']); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE,
-                            env=dict(os.environ, PYTHONPATH=HERE)).stdout.decode().split()
+                            env=dict(os.environ, PYTHONPATH=TOOLS)).stdout.decode().split()
     needless = {"logging", "multiprocessing", "http.server", "secrets"}
     needless |= {"subprocess"} if os.name == "posix" else set()
     assert not needless & set(loaded)
@@ -4033,6 +4064,7 @@ def test_the_readmes_transcript_is_what_happens():
     text = re.search(r"\n((?:    .*\n)+)", readme())[1].replace("    ", "", 1)
     steps = re.split(r"(?m)^ *\$ ", text)[1:]
     assert len(steps) == 6
+    ok("config", "set", "backoff_base", "0.1")  # or what is broken would wait for 2 s
     for step in steps:
         line, _, expected = step.partition("\n")
         told = re.sub(r"\d+\.\ds ago|pool \d+", "…", shell(line)).split()
@@ -4044,7 +4076,7 @@ def test_the_readmes_library_example_runs():
     program = "\n".join(line[4:] for line in text.splitlines())
     pool = start_pool(count=1)
     told = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE,
-                          env=dict(os.environ, PYTHONPATH=HERE))
+                          env=dict(os.environ, PYTHONPATH=TOOLS))
     assert told.stdout.startswith(b"completed 0 b'hello") and pool.poll() is None
 
 
