@@ -1864,18 +1864,21 @@ def last_of(output, limit):
 def read_output(path, limit):
     """Return the last bytes that a run has printed by now; none without its file.
 
-    Its worker may be cutting it back. Then it is longer than it ever is otherwise, or
-    begins with another note when it was read: it is read again.
+    Its worker may be cutting it back. While it does, the file is longer than it ever is
+    otherwise, and afterwards it begins with another note: then it is read again.
     """
     output = b""
     with contextlib.suppress(FileNotFoundError):
         for _ in range(10):
             with open(path, "rb", 0) as file:
+                note = file.read(64)
+                settled = os.fstat(file.fileno()).st_size <= longest(limit)
+                file.seek(0)
                 output = file.read()
                 file.seek(0)
-                if output.startswith(file.read(min(64, len(output)))) and (
-                        len(output) <= longest(limit)):
+                if settled and file.read(64).startswith(note):
                     break
+            time.sleep(TICK / 100)
     return last_of(output, limit)
 
 
@@ -4519,23 +4522,23 @@ function showJobs(jobs, counts) {
   $("pages").hidden = jobs.length <= SIZE && !at("before"); $("newest").disabled = !at("before"); $("older").disabled = jobs.length <= SIZE;
   $("older").onclick = () => { go({before: page[SIZE - 1].id}); $("t3").scrollIntoView(); }; }
 function showJob(job) {
-  const {id, state} = job, ended = state === "completed" || state === "dead", acts = [
+  const {id, state, command, attempts, max_retries, run_at, created_at, updated_at, started_at, finished_at, seconds, exit_code,
+    error, waiting, after, env, runs, ...others} = job, ended = state === "completed" || state === "dead", acts = [
     ["Retry", ended, () => post(path(id, "/retry"))], ["Cancel", !ended, () => post(path(id, "/cancel"), `Cancel ${id}?`)],
     ["Delete", state !== "processing", () => post(path(id, "/delete"), `Delete ${id} and its runs?`)],
-    ["Copy", true, () => navigator.clipboard.writeText(job.command)], ["Close", true, () => go({job: "", run: ""})]];
+    ["Copy", true, () => navigator.clipboard.writeText(command)], ["Close", true, () => go({job: "", run: ""})]];
   fit($("acts"), acts.filter(act => act[1]), act => act[0], () => make("button"), (button, [name, , act]) => { text(button, name); button.onclick = act; });
-  const facts = {waiting: job.waiting, error: state === "completed" ? "" : job.error, tries: `${job.attempts} of ${Math.max(1, job.max_retries)}`,
-    due: since(job.run_at) < 0 && !ended ? moment(job.run_at) : "", enqueued: moment(job.created_at), priority: job.priority || "",
-    timeout: job.timeout && span(job.timeout), lock: job.lock, after: job.after.join(", "), cwd: job.cwd, launcher: job.launcher,
-    env: Object.entries(job.env).map(pair => pair.join("=")).join(" ")};
+  const facts = {waiting, error: state === "completed" ? "" : error, tries: `${attempts} of ${Math.max(1, max_retries)}`,
+    due: since(run_at) < 0 && !ended ? moment(run_at) : "", enqueued: moment(created_at), after: after.join(", "), ...others,
+    env: Object.entries(env).map(pair => pair.join("=")).join(" ")};
   fit($("facts"), Object.entries(facts).filter(fact => fact[1]), fact => fact[0], () => make("div", "", make("dt"), make("dd")), (div, fact) => texts(div, ...fact));
-  const last = job.runs.length && job.runs[job.runs.length - 1].run, run = +at("run") || last;
-  fit($("runs"), job.runs.slice().reverse(), entry => entry.run, () => make("tr", "", make("td", "", make("a")), make("td"), make("td"), make("td")), (tr, entry) => {
+  const run = +at("run") || (runs.length && runs[runs.length - 1].run);
+  fit($("runs"), runs.slice().reverse(), entry => entry.run, () => make("tr", "", make("td", "", make("a")), make("td"), make("td"), make("td")), (tr, entry) => {
     const [name, time, length, end] = tr.children;
     link(name.firstChild, "run " + entry.run, {run: entry.run}); text(time, ago(entry.started_at)); text(length, took(entry) || "running");
     text(end, entry.finished_at ? entry.error || "exit 0" : ""); tr.title = moment(entry.started_at); current(tr, entry.run === run);
     tr.onclick = () => go({run: entry.run}); });
-  text($("name"), id); text($("state"), state); $("state").className = "state " + state; text($("command"), job.command);
+  text($("name"), id); text($("state"), state); $("state").className = "state " + state; text($("command"), command);
   return run; }
 
 /* Output is appended as it comes. Colours are shown; of lines that were written over by \r the last. */

@@ -354,7 +354,8 @@ def test_a_job_runs_and_its_output_is_kept():
         "completed", 1, 0, None)
     assert [run["attempt"] for run in job["runs"]] == [1]
     assert set(job["runs"][0]) == {
-        "attempt", "worker", "pid", "started_at", "finished_at", "exit_code", "error", "run"}
+        "attempt", "worker", "pid", "started_at", "finished_at", "exit_code", "error", "run",
+        "seconds"}
 
 
 def test_list_prints_a_line_a_job():
