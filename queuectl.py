@@ -349,7 +349,8 @@ def unknown(what, word, words):
     """Return the refusal of a word, with the likeliest of WORDS, or all of them."""
     from difflib import get_close_matches
 
-    close = get_close_matches(word.lower(), words, 1, 0.5)
+    close = [known for known in words if known.endswith(" " + word.lower())] or (
+        get_close_matches(word.lower(), words, 1, 0.65))
     hint = "did you mean %s?" % close[0] if close else "there are: " + ", ".join(words)
     return QueueError("unknown %s; %s" % (what, hint), 2)
 
@@ -398,6 +399,7 @@ def without_twins(pairs):
 
 
 ESCAPED = r"{\"id\":\"job1\",\"command\":\"echo hi\"}"
+NOT_JSON = "not JSON: %s; to run a command: queuectl.py enqueue -- %s"
 QUOTED = "in cmd \"%s\", in PowerShell '%s'" % (ESCAPED, ESCAPED)
 
 
@@ -412,8 +414,9 @@ def parsed(text):
         if re.match(r"\s*\{\s*\w", text) and '"' not in text:
             words = "not JSON, the shell took the quotes: %s; write %s"
             raise QueueError(words % (start, QUOTED), 2) from None
-        hint = "" if start[:1] in ("{", "[") else "; a command goes behind --"
-        hint = "; a job is an object on one line" if start == "{" else hint
+        if start[:1] not in ("{", "["):
+            raise QueueError(NOT_JSON % (start, start), 2) from None
+        hint = "; a job is an object on one line" if start == "{" else ""
         raise QueueError("not JSON: %s: %s%s" % (error, start, hint), 2) from None
 
 
@@ -2283,8 +2286,9 @@ def open_log(queue_path, who):
     terminal.setLevel("INFO" if who == "worker" else "WARNING")
     handlers = [handler, terminal] if sys.stderr.isatty() else [handler]
     layout = "%%(asctime)s %%(levelname)s %s[%d] %%(message)s" % (who, os.getpid())
-    logging.basicConfig(
-        handlers=handlers, level=logging.INFO, format=layout, force=True)
+    logging.Formatter.converter = time.gmtime  # as JSON has it
+    logging.basicConfig(handlers=handlers, level=logging.INFO, format=layout,
+                        datefmt="%Y-%m-%dT%H:%M:%SZ", force=True)
     return logging.getLogger()
 
 
@@ -3177,9 +3181,9 @@ def field_option(name):
     return arg(usage, meaning, as_number if usage.endswith(" N") else None)
 
 
-IDS = arg("ids ID", nargs="*")
-ID = arg("id ID")
-KEY = arg("key KEY", convert=setting_name)
+IDS = arg("ids ID", "ids of jobs", nargs="*")
+ID = arg("id ID", "id of a job, or the only one that begins so")
+KEY = arg("key KEY", "name of a setting", setting_name)
 STATE = arg("--state STATE", "one of %s; can be given again" % ", ".join(STATES),
             state_name, action="append", default=[])
 MATCH = arg("--match TEXT", "those with this text in id or command")
@@ -3198,12 +3202,16 @@ DRY_RUN = arg("--dry-run", "only list what it would take")
     arg("--quiet", "print no ids"),
     *map(field_option, FIELDS))
 def cmd_enqueue(args, queue):
-    options, unique = enqueue_options(args), []
+    options, unique, count = enqueue_options(args), [], 0
     times = {"delay", "run_at"}
     timed = dict.fromkeys(times) if times & set(options) else {}
     defaults = queue.defaults(args.cwd)  # we may be in a folder that is gone
 
     def made(given):
+        nonlocal count
+        count += 1
+        if args.id and count > 1:
+            raise QueueError("--id: one id can't serve several jobs", 2)
         if type(given) is dict:  # options say more than a job's own fields
             given = {**given, **timed, **options}
         job = checked_job(given, defaults)
@@ -3241,6 +3249,8 @@ def enqueue_options(args):
         words = "enqueue: %s (see: queuectl.py enqueue --help)"
         several = "give jobs, a command behind --, or --file"
         raise QueueError(words % (several if any(sources) else "no job"), 2)
+    if args.jobs and args.jobs != ["-"] and args.jobs[0].lstrip()[:1] not in ("{", "["):
+        raise QueueError(NOT_JSON % (shown(args.jobs[0]), shown(" ".join(args.jobs))), 2)
     return given_fields(args)
 
 
@@ -3342,7 +3352,7 @@ def found(queue, id):
 
 
 @command("logs", "print the output of the latest run of jobs", "logs -f job1",
-         arg("ids ID", nargs="+"),
+         arg("ids ID", "ids of jobs, or how only one begins", nargs="+"),
          arg("-f --follow", "go on until the run ends; wait for the first to begin"),
          arg("--attempt N", "of an earlier attempt, its last run",
              count_of("--attempt", 1)),
@@ -3507,7 +3517,8 @@ def cmd_dashboard(args):
     serve(args.db, args.host, args.port)
 
 
-@command("edit", "change a job that waits", "edit job1 --run-at now", arg("job ID"),
+@command("edit", "change a job that waits", "edit job1 --run-at now",
+         arg("job ID", "id of a job"),
          *[field_option(name) for name in FIELDS if name != "id"])
 def cmd_edit(args, queue):
     fields = checked_fields(given_fields(args), {})
@@ -3643,7 +3654,7 @@ def cmd_config_show(args, queue):
 
 
 @command("config get", "print the value of a setting", "config get max_retries",
-         arg("key KEY", convert=setting_name, nargs="?"))
+         arg("key KEY", "all without it", setting_name, nargs="?"))
 def cmd_config_get(args, queue):
     if args.key is None:
         return cmd_config_show(args, queue)
@@ -3652,7 +3663,7 @@ def cmd_config_get(args, queue):
 
 
 @command("config set", "change a setting", "config set max_retries 5", KEY,
-         arg("value VALUE"))
+         arg("value VALUE", "its new value"))
 def cmd_config_set(args, queue):
     queue.set(args.key, checked(args.key, SETTINGS[args.key][0], as_number(args.value)))
     answer_setting(args, queue)
@@ -3967,7 +3978,12 @@ def output_document(job, run, output):
 
 
 EVERYWHERE = [arg("--json", "print one JSON document"),
-              arg("--db PATH", "the queue (queuectl.db)")]
+              arg("--db PATH", "the queue (QUEUECTL_DB, or else queuectl.db)")]
+USAGES = {
+    "enqueue": "queuectl.py enqueue [OPTION]... -- COMMAND...\n"
+    "       queuectl.py enqueue [OPTION]... JSON... | - | --file F | --lines",
+    "edit": "queuectl.py edit ID [OPTION]... [-- COMMAND...]",
+}
 ALIASES = {"config list": "config show", "dlq purge": "dlq clear", "metrics": "stats"}
 # They make a queue where there is none; `wait && deploy` in a wrong folder must not.
 MAKERS = ("enqueue", "list", "dlq list", "status", "stats", "config show", "config get",
@@ -3993,9 +4009,7 @@ def command_named(words):
             break
     name = ALIASES.get(name, name)
     if name and name not in COMMANDS and name not in groups:
-        group = name.split(" ")[0] + " "
-        known = [command for command in COMMANDS if command.startswith(group)]
-        raise unknown("command " + shown(name), name, known or firsts)
+        raise unknown("command " + shown(name), name, [*COMMANDS, *ALIASES])
     return name, [*options, *words]
 
 
@@ -4006,7 +4020,9 @@ def overview(group):
     lines += ["  %-14s %s" % (name, entry[1]) for name, entry in chosen.items()]
     lines += ["", "examples:"]
     lines += ["  queuectl.py " + entry[2] for entry in list(chosen.values())[:5]]
-    return "\n".join(lines + ["", "More on each: queuectl.py COMMAND --help"])
+    lines += ["", "with each: --help, --json for one JSON document,",
+              "           --db PATH for another queue than queuectl.db"]
+    return "\n".join(lines)
 
 
 def parse(name, words):
@@ -4016,11 +4032,14 @@ def parse(name, words):
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             hint = " (see: queuectl.py %s --help)" % name
-            raise QueueError("%s: %s%s" % (name, shown(message), hint), 2)
+            if name == "enqueue" and words[0][0] not in "{[-":
+                hint = "; to run a command: queuectl.py enqueue -- " + " ".join(words)
+            raise QueueError("%s: %s" % (name, shown(message + hint)), 2)
 
     function, meaning, example, arguments = COMMANDS[name]
     parser = Parser(
-        prog="queuectl.py " + name, description=meaning[0].upper() + meaning[1:] + ".",
+        prog="queuectl.py " + name, usage=USAGES.get(name),
+        description=meaning[0].upper() + meaning[1:] + ".",
         epilog="example: queuectl.py " + example, allow_abbrev=False,
         # Asking for the terminal's width imports modules for a fifth of the whole time.
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=79),
@@ -4048,6 +4067,9 @@ def run_command(argv):
         print("queuectl " + __version__ if "--version" in words else overview(name))
         return 0
     function, args = parse(name, words)
+    if sys.stderr.isatty() and not os.path.exists(args.db) and (
+            name in (*MAKERS, "worker start", "dashboard")):
+        say("made queue " + shown(args.db))
     try:
         if name in WITHOUT_QUEUE:
             return function(args) or 0

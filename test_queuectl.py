@@ -853,7 +853,7 @@ def test_options_come_before_the_fields_of_a_job():
     (["--max-retries", "1.5", "--", "x"], "max_retries"), (["--", " "], "command"),
     (["--command", "a", "--", "b"], "give jobs"), (['{"command":"a"}', "--", "b"], "give"),
     (["--id", "x"], "no job"), (["--unique", "--", "x"], "id: missing"),
-    (["--delay", "1", "--run-at", "1000000000", "--", "x"], "not both"), (["echo hi"], "behind --"),
+    (["--delay", "1", "--run-at", "1000000000", "--", "x"], "not both"), (["echo hi"], "enqueue -- echo hi"),
 ])
 def test_bad_options_are_refused_by_name(words, told):
     assert told in refused("enqueue", *words, code=2)
@@ -942,6 +942,7 @@ def test_a_drain_shows_its_progress_on_a_terminal_and_nowhere_else():
 
 @posix
 def test_a_watched_status_leaves_the_terminal_as_it_was():
+    ok("status")
     code, shown = on_terminal("status", "--watch", "0.1", keys=b"\x03")
     assert code == 130 and shown.startswith("\x1b[?1049h") and shown.count("\x1b[H") >= 1
     assert shown.rstrip().endswith("\x1b[?1049l") and "Traceback" not in shown
@@ -4519,6 +4520,8 @@ def test_list_says_when_a_job_is_due_and_how_many_more_there_are():
 
 @posix
 def test_an_empty_list_says_so_on_a_terminal():
+    told = "queuectl: made queue %s\r\nno jobs\r\n" % os.path.abspath("queuectl.db")
+    assert on_terminal("list", columns=300) == (0, told)
     assert on_terminal("list") == (0, "no jobs\r\n")
     assert on_terminal("dlq", "list") == (0, "no dead jobs\r\n")
     assert ok("list").out.split() == ["ID", "STATE", "TRIES", "CHANGED", "COMMAND"]
@@ -5009,3 +5012,31 @@ def test_durations_of_runs_are_exact_in_json():
     job = ok("show", "x", "--json").json
     assert 0 < job["seconds"] < 5 and job["runs"][0]["seconds"] == job["seconds"]
     assert jobs()["y"]["seconds"] is None and jobs()["x"]["seconds"] == job["seconds"]
+
+
+@pytest.mark.parametrize("words, told", [
+    (["stop"], "did you mean worker stop?"), (["start"], "did you mean worker start?"),
+    (["clear"], "did you mean dlq clear?"), (["retyr"], "did you mean retry?"),
+    (["run"], "there are: enqueue, "), (["dlq", "rety"], "did you mean dlq retry?"),
+    (["enqueue", "echo", "hello"], "to run a command: queuectl.py enqueue -- echo hello"),
+    (["enqueue", "ls", "-la"], "to run a command: queuectl.py enqueue -- ls -la"),
+    (["enqueue", "--id", "x", '{"command":"a"}', '{"command":"b"}'], "one id can't serve"),
+])
+def test_a_refusal_says_what_is_meant(words, told):
+    assert told in refused(*words, code=2) and not jobs()
+
+
+def test_every_argument_has_its_help_and_the_usage_begins_with_a_command():
+    for name, (_, _, _, arguments) in queuectl.COMMANDS.items():
+        for names, options in arguments:
+            assert options["help"], (name, names)
+    assert ok("enqueue", "--help").out.splitlines()[0].endswith("-- COMMAND...")
+    assert "--db PATH" in ok().out and "--json" in ok().out
+
+
+def test_the_log_has_the_time_base_of_json():
+    drain()
+    for line in read("queuectl.log").splitlines():
+        assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (INFO|ERROR|WARNING) \w+\[\d+\] ", line)
+    stamp = read("queuectl.log")[:20]
+    assert abs(queuectl.epoch(stamp) - time.time()) < 60
