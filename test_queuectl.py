@@ -1882,12 +1882,14 @@ def test_200_megabytes_of_output_cost_no_memory_and_leave_the_end():
 
 
 def test_a_job_that_prints_for_ever_keeps_its_folder_under_a_bound():
-    enqueue(python("while 1: print('y' * 999, end='')"), id="x", timeout=0.8, max_retries=1)
+    enqueue(python("while 1: print('y' * 999, end='')"), id="x", max_retries=1)
     start_pool(count=1)
-    sizes = []
-    wait_until(lambda: sizes.append(size_of_runs()) or state("x") == "dead")
+    sizes = [0]
+    wait_until(lambda: sizes.append(size_of_runs()) or max(sizes) > 2**21 > sizes[-1] > 0)
     # Twice the limit, a pipe and a bit; and it was cut back only when it was over that.
-    assert 2**21 < max(sizes) <= 2**21 + 2**16 + 2**20
+    assert max(sizes) <= 2**21 + 2**16 + 2**20
+    ok("cancel", "x")
+    wait_until(lambda: state("x") == "dead")
     told = ok("logs", "x").out
     assert told.startswith("[queuectl: ") and 2**20 < len(told) < 2**20 + 100
 
@@ -4157,6 +4159,7 @@ def test_a_chain_a_fan_out_and_a_fan_in_run_in_their_order():
     assert all(job["after"] == [] for job in jobs().values())
 
 
+@posix
 def test_a_job_behind_a_dead_one_stays_until_that_is_retried_and_completed():
     enqueue("test -e mended", id="build", max_retries=1)
     ok("enqueue", "--id", "test", "--after", "build", "--", "true")
@@ -4387,6 +4390,7 @@ def test_a_lock_with_many_behind_it_slows_no_claim(queue):
     assert len(claim(queue)["id"]) == 6 and time.monotonic() - began < 0.2
 
 
+@forked
 def test_show_says_which_job_has_the_lock():
     enqueue(id="first", lock="db")
     enqueue(id="second", lock="db")
@@ -4416,6 +4420,7 @@ def test_a_paused_queue_starts_no_job_and_says_so_everywhere():
     assert "aused" not in ok("status").out
 
 
+@posix
 def test_a_pause_lets_the_running_job_finish_and_a_drain_end():
     enqueue("while ! test -e go; do sleep 0.05; done", id="runs", priority=1)
     enqueue(id="next")
@@ -4864,6 +4869,7 @@ def test_a_watched_status_fits_its_terminal_with_the_counts_on_top():
     assert max(map(len, lines)) < 40 and pool.poll() is None
 
 
+@posix
 def test_show_has_each_line_of_a_command_and_a_table_of_runs():
     enqueue("echo one\nexit 3", id="x", max_retries=2)
     ok("config", "set", "backoff_base", "0")
@@ -4974,6 +4980,7 @@ def test_a_dashboard_never_makes_a_queue_that_was_removed(dashboard):
     assert not os.path.exists("queuectl.db") and dashboard.ask("/").status == 200
 
 
+@posix
 def test_the_page_names_its_queue_and_nothing_of_it_is_markup(monkeypatch):
     os.mkdir("a<b>'&")
     monkeypatch.chdir("a<b>'&")
