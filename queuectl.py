@@ -156,9 +156,12 @@ def epoch(value):
     return datetime.fromisoformat(text).timestamp()
 
 
+UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+
+
 def storable(text):
     """Tell whether TEXT can be handed to a system call: no NUL, no lone surrogate."""
-    return not re.search("[\0\ud800-\udfff]", text)
+    return not UNSTORABLE.search(text)
 
 
 # A check takes a value from outside and returns what is stored, or raises ValueError
@@ -403,11 +406,14 @@ NOT_JSON = "not JSON: %s; to run a command: queuectl.py enqueue -- %s"
 QUOTED = "in cmd \"%s\", in PowerShell '%s'" % (ESCAPED, ESCAPED)
 
 
+DECODER = json.JSONDecoder(object_pairs_hook=without_twins)  # one for many lines
+
+
 def parsed(text):
     """Return what a JSON text says, or raise QueueError with why it is none."""
     try:
         text = text if isinstance(text, str) else text.decode().lstrip("\ufeff")
-        return json.loads(text, object_pairs_hook=without_twins)
+        return DECODER.decode(text)
     except ValueError as error:
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
         start = shown(text.strip()[:60])
@@ -1224,13 +1230,15 @@ class Queue:
                 prefix, prefix + chr(sys.maxunicode))]
         return self.job(ids[0] if len(ids) == 1 else prefix)
 
-    def jobs(self, condition=those(), limit=0, newest=False, first=1, last=MAX_INTEGER):
-        """Yield jobs, oldest or NEWEST first; LIMIT 0 is all.
+    def jobs(self, condition=those(), limit=0, newest=False, first=1, last=MAX_INTEGER,
+             brief=False):
+        """Yield jobs, oldest or NEWEST first; LIMIT 0 is all; BRIEF ones are quicker.
 
         Each page is a read of its own: a long one keeps the log from its reset.
         """
         left = limit or MAX_INTEGER
-        query = JOB + "WHERE seq BETWEEN :first AND :last AND " + condition.sql
+        query = "SELECT seq, id, state, command FROM jobs " if brief else JOB
+        query += "WHERE seq BETWEEN :first AND :last AND " + condition.sql
         query += " ORDER BY seq %s LIMIT :size" % ("DESC" if newest else "")
         while left > 0:
             page = self._rows(query, **condition.values, first=first, last=last,
@@ -3227,7 +3235,7 @@ def cmd_enqueue(args, queue):
             jobs = read_arguments(args.jobs or ["{}"], made)
         first, last = queue.enqueue(jobs, args.unique)
     left = {job["id"]: job["command"] for job in unique if job["left"]}
-    jobs = queue.jobs(first=first, last=last)
+    jobs = queue.jobs(first=first, last=last, brief=not args.json)
     if args.unique:
         jobs = map(queue.job, dict.fromkeys(job["id"] for job in unique))
 
