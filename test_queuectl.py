@@ -5047,3 +5047,178 @@ def test_the_log_has_the_time_base_of_json():
         assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (INFO|ERROR|WARNING) \w+\[\d+\] ", line)
     stamp = read("queuectl.log")[:20]
     assert abs(queuectl.epoch(stamp) - time.time()) < 60
+
+
+# ======================================================================================
+# Nothing misleads
+# ======================================================================================
+
+
+@pytest.mark.parametrize("words", [
+    "wait", "wait x", "show x", "logs x", "logs -f x", "cancel x", "retry x", "delete x",
+    "delete --all", "delete --state dead", "dlq clear", "dlq logs", "dlq retry --all",
+    "edit x --priority 1", "retry --state dead", "cancel --match x"])
+def test_in_a_wrong_folder_a_command_fails_and_makes_no_queue(words):
+    assert "there is no queue " in refused(*words.split())
+    assert os.listdir() == []
+
+
+def test_a_stop_in_a_wrong_folder_is_done_and_makes_no_queue():
+    assert ok("worker", "stop").out == "no pool is running\n" and os.listdir() == []
+
+
+def test_wait_without_ids_is_about_what_is_unfinished_when_it_begins():
+    enqueue("exit 1", id="before", max_retries=1)
+    drain()
+    enqueue(id="now")
+    drain()
+    assert ok("wait").out == "0 completed, 0 dead\n"
+    enqueue(id="next")
+    start_pool(count=1)
+    assert ok("wait", "--json").json["completed"] in (0, 1)  # it may have ended already
+
+
+@posix
+def test_a_job_that_waits_for_all_does_not_wait_for_itself():
+    command = queuectl.shell_words([sys.executable, SCRIPT, "wait", "--timeout", "20"])
+    enqueue(command, id="waits", timeout=30)
+    enqueue(id="other")
+    start_pool()
+    wait_until(lambda: state("waits") == "completed")
+
+
+@pytest.mark.parametrize("text", [
+    '{"command":"a","command":"b"}', '[{"id":"x","command":"a","id":"y"}]',
+    '{"command":"a","env":{"A":"1","A":"2"}}'])
+def test_a_key_that_is_given_twice_is_refused(text):
+    assert "given twice" in refused("enqueue", text, code=2)
+    assert "line 1: " in refused("enqueue", "-", stdin=text.encode(), code=2) and not jobs()
+
+
+@posix
+def test_a_symlinked_folder_is_kept_by_its_name(monkeypatch):
+    os.mkdir("release1")
+    os.symlink("release1", "current")
+    here = os.path.join(os.environ.get("PWD", os.getcwd()))
+    for told, expected in ((os.path.abspath("current"), "current"),
+                           (os.path.abspath("elsewhere"), "release1"), ("current", "release1")):
+        monkeypatch.chdir("release1")
+        monkeypatch.setenv("PWD", told)
+        ok("enqueue", "--db", "../q.db", "--id", told, "--", "true")
+        monkeypatch.chdir("..")
+        cwd = ok("show", told, "--db", "q.db", "--json").json["cwd"]
+        assert os.path.basename(cwd) == expected, (told, here)
+
+
+def test_of_thousands_due_at_once_the_urgent_one_is_claimed_first(queue, clock):
+    rows = [{"command": "true", "delay": 60} for _ in range(3000)]
+    rows.append({"command": "true", "delay": 60, "priority": 9, "id": "urgent"})
+    queue.enqueue(queuectl.checked_job(row, queue.defaults()) for row in rows)
+    clock.now += 61
+    first = [claim(queue)["id"] for _ in range(5)]
+    assert "urgent" in first
+
+
+def test_words_and_options_may_be_mixed():
+    for name in ("a", "b"):
+        enqueue(id=name)
+    drain()
+    assert ok("wait", "a", "--timeout", "5", "b").out == "2 completed, 0 dead\n"
+    ok("enqueue", '{"id":"c","command":"true"}', "--priority", "3", '{"id":"d","command":"true"}')
+    assert [jobs()[name]["priority"] for name in "cd"] == [3, 3]
+    assert ok("logs", "a", "--json", "--run", "1").json["id"] == "a"
+
+
+@posix
+def test_a_pool_whose_pid_file_was_removed_says_why_and_ends_with_1():
+    pool = start_pool(count=1)
+    os.remove("queuectl-%d.pid" % pool.pid)
+    assert pool.wait(10) == 1
+    told = pool.stderr.read()
+    assert "its file " in told and "was removed" in told and told.count("\n") == 1
+
+
+@posix
+def test_stopping_a_pool_that_was_stopped_by_ctrl_z_gives_a_hint(monkeypatch, capsys):
+    pool = start_pool(count=1)
+    os.kill(pool.pid, signal.SIGSTOP)
+    waits = []
+
+    def wait_briefly(condition, seconds, pause=0.01):
+        waits.append(seconds)
+        if len(waits) > 1:
+            os.kill(pool.pid, signal.SIGCONT)
+            wait_until(condition)
+        return condition()
+
+    monkeypatch.setattr(queuectl, "wait_until", wait_briefly)
+    answer = ok("worker", "stop")
+    assert "kill -CONT %d" % pool.pid in answer.err and answer.out.startswith("stopped pool")
+    assert waits[0] == 10 and pool.wait(10) == 0
+
+
+def test_logs_of_what_printed_nothing_say_why():
+    os.mkdir("gone")
+    enqueue(id="x", cwd="gone", max_retries=1)
+    enqueue(id="waits", delay=60)
+    os.rmdir("gone")
+    drain()
+    answer = ok("logs", "x")
+    assert answer.out == "" and "job x: cannot start: " in answer.err
+    assert ok("logs", "waits").err == "queuectl: job waits: has not run yet\n"
+
+
+def test_waiting_for_a_retry_without_a_pool_says_so():
+    ok("config", "set", "backoff_base", "100")
+    enqueue("exit 1", id="x")
+    pool = start_pool(count=1)
+    wait_until(lambda: state("x") == "failed")
+    ok("worker", "stop")
+    assert pool.wait(10) == 0
+    answer = cli("wait", "x", "--timeout", "0")
+    assert answer.code == 124 and "no pool is running" in answer.err
+
+
+def test_logs_can_be_those_of_a_run():
+    ok("config", "set", "backoff_base", "0")
+    enqueue("echo $QUEUECTL_RUN" if os.name == "posix" else "echo %QUEUECTL_RUN%", id="x")
+    for _ in range(2):
+        drain(1)
+        ok("retry", "x")
+    drain(1)
+    for run in (1, 2, 3):
+        assert ok("logs", "x", "--run", str(run)).out.strip().endswith("-%d" % run)
+    assert "job x has no run 4" in refused("logs", "x", "--run", "4")
+    refused("logs", "x", "--run", "0", code=2)
+    refused("logs", "x", "--run", "1", "--attempt", "1", code=2)
+
+
+# A pool as another user, who may not do what root may.
+AS_ANOTHER = """
+queuectl.os.geteuid = lambda: 65534
+queuectl.os.access = lambda path, mode: queuectl.os.stat(path).st_uid == 65534
+"""
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="makes files of others")
+@pytest.mark.parametrize("name", ["queuectl.db", "queuectl.log", "queuectl.runs"])
+def test_a_file_of_another_user_is_named_with_what_to_do(name):
+    enqueue(id="x")
+    os.mkdir("queuectl.runs")
+    open("queuectl.log", "w").close()
+    for other in set(os.listdir()) - {name}:
+        os.chown(other, 65534, 65534)
+    pool = start_pool(script=AS_ANOTHER)
+    assert pool.wait(10) == 1
+    told = pool.stderr.read()
+    assert name + " belongs to another user: chown it, or run this as that user" in told
+    assert told.count("\n") == 1
+
+
+def test_the_write_ahead_log_gives_its_space_back(queue):
+    blob = {"command": "true " + "x" * 100000}
+    queue.enqueue(queuectl.checked_job(blob, queue.defaults()) for _ in range(400))
+    assert os.path.getsize("queuectl.db-wal") > 2**25
+    queue.db.execute("PRAGMA wal_checkpoint(RESTART)")
+    add(queue, id="next")
+    assert os.path.getsize("queuectl.db-wal") <= 2**24
