@@ -3065,8 +3065,6 @@ def painter():
     """Return what gives a line the colour of its state: on a terminal that wants it."""
     if terminal_width(sys.stdout) is None or os.environ.get("NO_COLOR"):
         return str
-    if WINDOWS:
-        os.system("")  # lets a console of Windows 10 take escape sequences
     state = re.compile(r"\b(%s)(?=: [1-9]| +\d+/\d+  )|(?<=^state: {7})(%s)$" % (
         ("|".join(COLOURS),) * 2), re.I)
     heading = re.compile(r"[A-Z]+(  +[A-Z]+)+$")
@@ -4094,6 +4092,8 @@ def main(argv=None):
             setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
+    if WINDOWS and sys.stderr.isatty():
+        os.system("")  # lets a console of Windows 10 take escape sequences
     try:
         code = run_command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
