@@ -536,7 +536,7 @@ CREATE TABLE untold (seq INTEGER PRIMARY KEY);
 
 -- Jobs in the order in which they are claimed, those that wait for a time, and the few
 -- that are neither waiting nor completed: a claim costs the same with a million others.
--- No IN here or above: SQLite builds its list anew for each row, half an insert's time.
+-- No IN here or above: SQLite builds its list for each row, half an insert's time.
 CREATE INDEX jobs_claimable ON jobs (%s) WHERE state = 'pending' AND claimable = 1;
 CREATE INDEX jobs_waiting ON jobs (run_at) WHERE claimable = 0 AND waits = 0;
 CREATE INDEX jobs_locked ON jobs (lock, claimable, %s)
@@ -663,7 +663,7 @@ class Queue:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
         self.file = os.stat(self.path)
         if not stat.S_ISREG(self.file.st_mode):
-            raise QueueError("%s is no file, so not a queue" % shown(self.path))
+            raise QueueError("%s is not a regular file" % shown(self.path))
         # SQLite finds the log by the path. A running pool does not ask again, or
         # `cp -al` would end it.
         if sync == "FULL" and self.file.st_nlink > 1:
@@ -692,7 +692,7 @@ class Queue:
                 self.path, timeout=self.patience, isolation_level=None)
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA synchronous = " + self.sync)
-            self.check_there()  # or SQLite has just made it anew
+            self.check_there()  # or SQLite has just created it again
             self._db.execute("PRAGMA fullfsync = ON")  # macOS: sync for real
             self._db.execute("PRAGMA journal_size_limit = %d" % 2**24)
             OPEN.add(self)
@@ -717,7 +717,7 @@ class Queue:
 
     @staticmethod
     def before_fork():
-        """Leave no connection to a child; the next use here opens it anew.
+        """Leave no connection to a child; the next use here opens another.
 
         SQLite would take the locks that it has here for its own there, and remove a log
         that others write to: acknowledged jobs were lost so.
@@ -847,8 +847,8 @@ class Queue:
         """Add jobs as `checked_job` makes them, all or none; return first and last seq.
 
         JOBS may be a generator: it is read within the transaction. UNIQUE leaves out a
-        job whose id waits or runs, and starts one anew that has finished: the same job
-        with other fields, so that its runs stay.
+        job whose id waits or runs, and starts a finished one again: the same job with
+        other fields, so that its runs stay.
         """
         now, job, followers, locks = self.clock(), None, [], set()
 
@@ -920,7 +920,7 @@ class Queue:
             raise QueueError("after: in a circle, so that job %s would never run" % id)
 
     def _is_new(self, job):
-        """Tell whether no job has this id; one that has finished is started anew."""
+        """Tell whether no job has this id; a finished one is started again."""
         revived = self._change(REVIVE, **job)
         there = self._value("SELECT seq FROM jobs WHERE id = ?", job["id"])
         if revived:  # what it waited for is among its fields
@@ -942,7 +942,7 @@ class Queue:
         """Give the next job to a worker, PENDING to PROCESSING; None without one.
 
         `take_lease(run)` makes the file of the run and holds it. It is called before
-        this is committed: the run would else be taken for a dead worker's.
+        this is committed, or the run would look like that of a dead worker.
         """
         with self.transaction():
             now = self.clock()
@@ -1080,7 +1080,7 @@ class Queue:
     def edit(self, id, fields):
         """Change fields of a job that waits, PENDING or FAILED.
 
-        They are as `checked_fields` makes them. The job goes through the gate anew: its
+        They are as `checked_fields` makes them. The job passes the gate again: its
         time, its waits, its lock.
         """
         now = self.clock()
@@ -1645,7 +1645,7 @@ def foreign(path):
 
 
 def remove_leftover(path):
-    """Remove a file that nobody holds; what others only look at is no hindrance."""
+    """Remove a file that nobody holds, also while others look at it."""
     with contextlib.suppress(OSError):
         if WINDOWS:
             return os.remove(path)  # which refuses what somebody has open
@@ -1926,7 +1926,7 @@ class Lease:
                 self.empty()
 
     def cut_back(self):
-        """Write the end of the file anew at its beginning, then drop all behind that.
+        """Write the end of the file to its beginning, then drop all behind that.
 
         The two do not overlap: the end is there at every moment.
         """
@@ -2121,7 +2121,7 @@ class Command:
             signal_all(pids, number)
 
     def close(self):
-        """Let be what it left in the background."""
+        """Let go of it; what it left running in the background is left running."""
         os.close(self.reader)
         os.close(self.writer)
         if WINDOWS and self.job:
@@ -2726,7 +2726,7 @@ class Supervisor:
                 # It has not been reaped yet; or is this pool going to be killed, too?
                 self.settled = False
                 continue
-            # It may have ended since it was listed: its background children are let be.
+            # It may have ended since it was listed; then its background children go on.
             if found[lease] and queue.owned(run):
                 self.end_orphan(run, found[lease])
             elif not found[lease]:
@@ -2940,7 +2940,7 @@ NO_POOL = "no pool is running; to start one: queuectl.py worker start"
 
 
 def why_waiting(queue, job, pools):
-    """Return in words why a job is not running, None if that is no question."""
+    """Return in words why a job is not running; None if it runs or has finished."""
     no_pool = "" if pools else "; " + NO_POOL
     if job["state"] == "processing":
         busy = job["id"] in [worker["job"] for worker in pools]
@@ -3051,7 +3051,7 @@ def changed_at(job, now):
 
 
 def terminal_width(stream):
-    """Return how many columns there are, None if the stream is no terminal."""
+    """Return how many columns a terminal has, None if the stream is not one."""
     try:  # one that nobody told its size says 0
         return os.get_terminal_size(stream.fileno()).columns or 80
     except (OSError, ValueError):
@@ -3202,8 +3202,8 @@ DRY_RUN = arg("--dry-run", "only list what it would take")
     arg("jobs JSON", "an object, an array, or - for an array or JSON Lines on standard"
         " input: all or none", nargs="*"),
     arg("--file F", "read the jobs from this file"),
-    arg("--unique", "leave a job of this id alone that waits or runs; start one anew"
-        " that has finished"),
+    arg("--unique", "leave an unfinished job of this id alone; start a finished one"
+        " again"),
     arg("--lines", "each line of the file, or of standard input, is a command"),
     arg("--quiet", "print no ids"),
     *map(field_option, FIELDS))
@@ -3256,7 +3256,8 @@ def enqueue_options(args):
         several = "give jobs, a command behind --, or --file"
         raise QueueError(words % (several if any(sources) else "no job"), 2)
     if args.jobs and args.jobs != ["-"] and args.jobs[0].lstrip()[:1] not in ("{", "["):
-        raise QueueError(NOT_JSON % (shown(args.jobs[0]), shown(" ".join(args.jobs))), 2)
+        words = shown(args.jobs[0]), shown(" ".join(args.jobs))
+        raise QueueError(NOT_JSON % words, 2)
     return given_fields(args)
 
 
@@ -3301,7 +3302,7 @@ def read_lines(lines, made, plain=False):
 def spooled(path):
     """Open a file of jobs, or standard input, read to its end.
 
-    A slow producer at the other end of a pipe would else keep the database locked.
+    Otherwise a slow producer at the other end of a pipe would keep the database locked.
     """
     import shutil
     import tempfile
@@ -4290,7 +4291,7 @@ class Site:
         if headers.get("Origin") != "http://" + headers["Host"]:
             raise QueueError("not from this page", 403)
         if not hmac.compare_digest(token, self.token.encode()):
-            raise QueueError("this page is an earlier dashboard's: load it anew", 403)
+            raise QueueError("this page is an earlier dashboard's: reload it", 403)
 
     def document(self, method, url, _):
         """Return type and text of what a path names; a job's id is quoted in it."""

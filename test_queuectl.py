@@ -521,8 +521,8 @@ def test_a_link_to_a_queue_is_that_queue():
 @posix
 def test_what_is_no_regular_file_is_no_queue():
     os.mkfifo("fifo")
-    assert "is no file" in refused("list", "--db", "fifo")
-    assert "is no file" in refused("list", "--db", os.devnull)
+    assert "is not a regular file" in refused("list", "--db", "fifo")
+    assert "is not a regular file" in refused("list", "--db", os.devnull)
 
 
 def test_times_and_output_are_json_too():
@@ -618,7 +618,7 @@ def test_unusable_queues_are_refused_in_words(home):
     ok("list", "--db", "newer.db")
     with contextlib.closing(sqlite3.connect("newer.db")) as db:
         db.execute("PRAGMA user_version = 99")
-    words = {"folder.db": "is no file", "text.db": "not a database",
+    words = {"folder.db": "is not a regular file", "text.db": "not a database",
              "foreign.db": "not a queue of queuectl", "newer.db": "version 99",
              "no/where.db": "No such file or directory" if os.name == "posix" else "where"}
     for name, word in words.items():
