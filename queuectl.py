@@ -556,14 +556,15 @@ CREATE TRIGGER job_removed AFTER DELETE ON jobs BEGIN
 -- Whatever adds or ends a wait: `waits` is their number, and with 0 the time alone
 -- counts. A job whose front was removed, as `delete --all` does by pages, can't go on.
 CREATE TRIGGER wait_added AFTER INSERT ON waits BEGIN
-    UPDATE jobs SET waits = waits + 1, claimable = 0 WHERE seq = NEW.seq; END;
+    UPDATE jobs SET waits = waits + 1, claimable = 0, state = 'pending'
+        WHERE seq = NEW.seq; END;
 CREATE TRIGGER wait_ended AFTER DELETE ON waits BEGIN
     UPDATE jobs SET waits = waits - 1 WHERE seq = OLD.seq; END;
 CREATE TRIGGER job_completed AFTER UPDATE OF state ON jobs WHEN NEW.state = 'completed'
     BEGIN DELETE FROM waits WHERE waits_for = NEW.seq; END;
 CREATE TRIGGER front_removed AFTER DELETE ON jobs BEGIN
-    UPDATE jobs SET state = 'dead', error = 'what it waited for was removed'
-        WHERE state = 'pending'
+    UPDATE jobs SET state = 'dead', claimable = 1,
+        error = 'what it waited for was removed' WHERE state = 'pending'
         AND seq IN (SELECT seq FROM waits WHERE waits_for = OLD.seq);
     DELETE FROM waits WHERE waits_for = OLD.seq; END;
 
@@ -879,17 +880,17 @@ class Queue:
             count = "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'"
             self._change(count, added)
             last = self._value("SELECT MAX(seq) FROM jobs") or 0
-            self._wait_for(followers)  # which may name those that came later
+            self._wait_for(followers, new=not unique)  # later ones are there now, too
             self.db.executemany(MOVE_ONE, [(lock,) for lock in locks])
         wake_workers(self.path)
         return last - added + 1, last
 
-    def _wait_for(self, followers):
+    def _wait_for(self, followers, new=False):
         """Let jobs wait for others: pairs of an id and the ids that it comes after.
 
-        A circle has a job in it that waits for one of a higher number.
+        NEW jobs are in a circle only if one of them waits for one of a higher number.
         """
-        upwards = False
+        suspect = not new
         for id, fronts in followers:
             seq = self.job(id)["seq"]
             for name in fronts:
@@ -899,8 +900,8 @@ class Queue:
                 if front[0]["state"] != "completed":
                     self._change("INSERT OR IGNORE INTO waits VALUES (?, ?)",
                                  seq, front[0]["seq"])
-                    upwards |= front[0]["seq"] >= seq
-        if upwards:
+                    suspect |= front[0]["seq"] >= seq
+        if suspect:
             self._refuse_circles()
 
     def _refuse_circles(self):
@@ -1081,7 +1082,7 @@ class Queue:
         """Change fields of a job that waits, PENDING or FAILED.
 
         They are as `checked_fields` makes them. The job passes the gate again: its
-        time, its waits, its lock.
+        time, its waits, its lock. One that has to wait for others is no longer FAILED.
         """
         now = self.clock()
         changes = {name: fields[name] for name in COLUMNS if name in fields}

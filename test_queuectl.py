@@ -4390,6 +4390,82 @@ def test_a_lock_with_many_behind_it_slows_no_claim(queue):
     assert len(claim(queue)["id"]) == 6 and time.monotonic() - began < 0.2
 
 
+GATE = """
+SELECT 'two of a lock', lock FROM jobs WHERE lock NOT NULL AND (state = 'processing'
+    OR state = 'pending' AND claimable = 1) GROUP BY lock HAVING COUNT(*) > 1
+UNION ALL SELECT 'none of a lock', lock FROM jobs WHERE lock NOT NULL AND (state = 'processing'
+    OR state = 'pending' AND claimable > 0) GROUP BY lock
+    HAVING SUM(state = 'processing' OR claimable = 1) = 0
+UNION ALL SELECT 'not the first of a lock', a.id FROM jobs a JOIN jobs b ON a.lock = b.lock
+    WHERE a.state = 'pending' AND a.claimable = 1 AND b.state = 'pending' AND b.claimable = 2
+    AND (b.priority > a.priority OR b.priority = a.priority AND b.seq < a.seq)
+UNION ALL SELECT 'waits miscounted', id FROM jobs
+    WHERE waits <> (SELECT COUNT(*) FROM waits WHERE waits.seq = jobs.seq)
+UNION ALL SELECT 'behind a lock without one', id FROM jobs WHERE claimable = 2 AND lock IS NULL
+UNION ALL SELECT 'claimable, but waits', id FROM jobs
+    WHERE waits > 0 AND state = 'pending' AND claimable > 0
+UNION ALL SELECT 'not claimable, but waits for nothing', id FROM jobs
+    WHERE waits = 0 AND claimable = 0 AND (state NOT IN ('pending', 'failed') OR run_at <= ?)
+UNION ALL SELECT 'waits for what is completed', id FROM jobs JOIN waits ON waits_for = jobs.seq
+    WHERE state = 'completed'
+UNION ALL SELECT 'waits for nobody', seq FROM waits WHERE waits_for NOT IN (SELECT seq FROM jobs)
+UNION ALL SELECT 'counts are wrong', state FROM counts
+    WHERE jobs <> (SELECT COUNT(*) FROM jobs WHERE jobs.state = counts.state)
+"""
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("GATE_SEEDS", 6))))
+def test_whatever_is_done_in_whatever_order_the_gate_is_right(queue, clock, seed):
+    rnd, runs, names = random.Random(seed), [], ["j%d" % n for n in range(12)]
+
+    def some(fields):
+        return {name: value() for name, value in fields.items() if rnd.random() < 0.4}
+
+    fields = {"after": lambda: rnd.sample(names, rnd.randint(1, 2)), "max_retries": lambda: 1,
+              "lock": lambda: rnd.choice("abc"), "priority": lambda: rnd.randint(-1, 1),
+              "delay": lambda: rnd.choice([0, 5, 50])}
+
+    def enqueue_one():
+        job = dict(some(fields), id=rnd.choice(names), command="true")
+        queue.enqueue([queuectl.checked_job(job, queue.defaults())], unique=rnd.random() < 0.5)
+
+    def claim_one():
+        run = claim(queue)
+        if run:
+            runs.append(run)
+
+    def end_one():
+        if runs:
+            run = runs.pop(rnd.randrange(len(runs)))
+            rnd.choice([lambda: queue.complete(run, result(None)), lambda: queue.release(
+                run, result()), lambda: queue.fail(run, result())])()
+
+    def some_states():
+        return queuectl.those(rnd.sample(queuectl.STATES, 2), text=rnd.choice(["", "1"]),
+                              waited_for=rnd.choice([None, False]))
+
+    verbs = [enqueue_one, enqueue_one, enqueue_one, claim_one, claim_one, end_one, end_one,
+             lambda: queue.edit(rnd.choice(names), queuectl.checked_fields(some(fields), {})),
+             lambda: queue.cancel([rnd.choice(names)]), lambda: queue.retry([rnd.choice(names)]),
+             lambda: queue.delete(rnd.sample(names, rnd.randint(1, 3)))] + [
+             lambda verb=verb: rnd.random() < 0.1 and verb(some_states())
+             for verb in (queue.cancel, queue.retry, queue.delete)]
+    for _ in range(400):
+        clock.now += rnd.choice([0, 0, 1, 10])
+        with contextlib.suppress(queuectl.QueueError):
+            rnd.choice(verbs)()
+        queue.promote(clock.now)
+        assert [tuple(row) for row in queue._rows(GATE, clock.now)] == []
+    while runs or queue.next_due() or queue.claimable():  # nothing is stuck
+        clock.now += 10**6
+        claim_one()
+        if runs:
+            queue.complete(runs.pop(), result(None))
+    left = [job for job in queue.jobs() if job["state"] not in ("completed", "dead")]
+    assert {job["state"] for job in left} <= {"pending"} and queue.drained()
+    assert {job["seq"] for job in left} <= queue.hopeless()
+
+
 @forked
 def test_show_says_which_job_has_the_lock():
     enqueue(id="first", lock="db")
@@ -4627,6 +4703,7 @@ def test_what_waits_for_a_removed_job_is_dead_and_says_why(queue):
     queue.delete(queuectl.those(text="front"))
     assert (state("x"), queue.job("x")["error"]) == ("dead", "what it waited for was removed")
     assert queue.counts()["dead"] == 1 and ok("show", "y", "--json").json["after"] == ["x"]
+    assert queue.next_due() is None  # it is not among those that wait for a time
     queue.retry(["x"])
     assert claim(queue)["id"] == "x"
 
