@@ -4143,9 +4143,8 @@ def test_the_readmes_tour_works_as_it_stands_there():
 
 def order_of_runs():
     """Return the ids of the jobs that have run, in the order in which they began."""
-    rows = queuectl.Queue("queuectl.db")._rows(
-        "SELECT id FROM runs JOIN jobs USING (seq) ORDER BY started_at, runs.run")
-    return [id for id, in rows]
+    return [id for id, in sql(
+        "SELECT id FROM runs JOIN jobs USING (seq) ORDER BY started_at, runs.run")]
 
 
 def test_a_chain_a_fan_out_and_a_fan_in_run_in_their_order():
@@ -4370,10 +4369,8 @@ def test_a_lock_holds_over_all_pools_and_whatever_is_killed():
     pools = [start_pool(), start_pool()]
     wait_until(lambda: ok("status", "--json").json["jobs"]["completed"] == 13)
     assert all(pool.poll() is None for pool in pools) and errors("killed")[0] == "worker died"
-    orphan, *others = queuectl.Queue("queuectl.db")._rows(
-        "SELECT started_at, finished_at FROM runs ORDER BY started_at")
-    assert len(others) == 13
-    assert all(run["started_at"] >= orphan["finished_at"] for run in others)
+    (_, ended), *others = sql("SELECT started_at, finished_at FROM runs ORDER BY started_at")
+    assert len(others) == 13 and all(began >= ended for began, _ in others)
 
 
 def test_a_lock_with_many_behind_it_slows_no_claim(queue):
