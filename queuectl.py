@@ -1366,7 +1366,7 @@ class Queue:
         def over():
             self.check_there()
             counts, hopeless = self.counts(), self.hopeless()
-            idle = self.paused() and not counts["processing"]
+            idle = self.paused() and counts["processing"] <= (but is not None)
             tell(counts)
             for _ in range(len(left)):  # all must end, so one that may go on will do
                 job = self._rows("SELECT seq, state FROM jobs WHERE id = ?", left[-1])

@@ -5296,3 +5296,12 @@ def test_the_write_ahead_log_gives_its_space_back(queue):
     queue.db.execute("PRAGMA wal_checkpoint(RESTART)")
     add(queue, id="next")
     assert os.path.getsize("queuectl.db-wal") <= 2**24
+
+
+def test_a_job_that_waits_in_a_paused_queue_is_all_that_runs_in_it(queue):
+    for name in ("waits", "other"):
+        add(queue, id=name)
+    claim(queue)
+    queue.pause(True)
+    assert queue.wait(timeout=0) is None  # for whoever is no job, one still runs
+    assert queue.wait(timeout=0, but="waits")["left"] == ["other"]
