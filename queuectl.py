@@ -1214,11 +1214,11 @@ class Queue:
             raise QueueError(NO_JOB + shown(id))
         return rows[0]
 
-    def dead(self, text=""):
-        """Yield the dead jobs, with a text in id or command, the latest death first."""
-        chosen = those(["dead"], text)
-        numbers = self._rows("SELECT seq FROM jobs WHERE " + chosen.sql
-                             + " ORDER BY updated_at DESC, seq DESC", **chosen.values)
+    def dead(self, condition):
+        """Yield the dead jobs that meet a condition, the latest death first."""
+        query = "SELECT seq FROM jobs WHERE " + condition.sql
+        numbers = self._rows(query + " ORDER BY updated_at DESC, seq DESC",
+                             **condition.values)
         for seq, in numbers:
             yield from self._rows(JOB + "WHERE seq = ? AND state = 'dead'", seq)
 
@@ -1441,6 +1441,7 @@ class Queue:
         """
         now = self.clock()
         period = max(now - since, 1.0)
+        width = -(-period // BARS)  # whole seconds
         rows = self._rows(
             "SELECT MIN(CAST((finished_at - ?) / ? AS INTEGER), ?) AS bar,"
             " SUM(outcome = 'completed') AS completed,"
@@ -1449,7 +1450,7 @@ class Queue:
             " SUM(attempt > 1) AS retries, SUM(finished_at >= ?) AS latest"
             " FROM (SELECT *, " + OUTCOME + " AS outcome FROM runs"
             "  WHERE finished_at >= ?) GROUP BY bar",
-            since, period / BARS, BARS - 1, now - 60, since)
+            since, width, BARS - 1, now - 60, since)
         latest = sum(row["latest"] for row in rows)
         total = {key: sum(row[key] for row in rows)
                  for key in (*OUTCOMES, "retries")}
@@ -1462,7 +1463,7 @@ class Queue:
             "since": iso(since), "seconds": now - since, "runs": runs, **total,
             "success_rate": total["completed"] / judged if judged else None,
             "per_second": runs / period, "per_second_now": latest / min(60, period),
-            **self._sample(since), "bar_seconds": period / BARS, "throughput": bars,
+            **self._sample(since), "bar_seconds": width, "throughput": bars,
         }
 
     def _sample(self, since):
@@ -3629,13 +3630,14 @@ def cmd_dlq_list(args, queue):
         more = " and %d more" % (len(errors) - 3) if len(errors) > 3 else ""
         if errors:
             print("Most common errors: " + shown(", ".join(errors[:3])) + more)
-    answer_jobs(args, queue.dead(args.match), lambda jobs: job_table(
+    dead = queue.dead(those(["dead"], args.match))
+    answer_jobs(args, dead, lambda jobs: job_table(
         jobs, queue.clock(), "DIED", "error", "command"), "no dead jobs")
 
 
 @command("dlq logs", "print the latest output of all dead jobs", "dlq logs", MATCH)
 def cmd_dlq_logs(args, queue):
-    print_logs(args, queue, queue.dead(args.match))
+    print_logs(args, queue, queue.dead(those(["dead"], args.match)))
 
 
 @command("dlq retry", "make dead jobs pending again, with attempts 0", "dlq retry job4",
@@ -4146,11 +4148,24 @@ def asked_for(query, states=STATES, cancelled=None, waited_for=None):
 
 
 def newest_jobs(queue, query):
-    """Return a page of jobs, newest first; `before` is the id to go on from."""
-    limit = count_of("limit", 0)(query.get("limit", "50")) or 50
-    return list(map(public, queue.jobs(
-        asked_for(query), min(limit, PAGE), newest=True,
-        last=queue.before(query.get("before", "")))))
+    """Return a page of jobs, newest first; `before` is the id to go on from.
+
+    Dead ones stand in the order of their deaths, the latest first.
+    """
+    limit = min(count_of("limit", 0)(query.get("limit", "50")) or 50, PAGE)
+    chosen, before = asked_for(query), query.get("before", "")
+    if query.get("state", "").lower() != "dead":
+        last = queue.before(before)
+        return list(map(public, queue.jobs(chosen, limit, newest=True, last=last)))
+    dead = queue.dead(chosen)
+    if before and queue.state(before) == "dead":
+        any(job["id"] == before for job in dead)  # what comes after that is left
+    return list(map(public, itertools.islice(dead, limit)))
+
+
+def stats_by_the_minute(queue, query):
+    since = queue.clock() - span_of("since", 1)(query.get("since", "1h"))
+    return queue.stats(since // 60 * 60 + 60 if "since" not in query else since)
 
 
 def to_retry(query):
@@ -4215,8 +4230,7 @@ def metrics(queue, query):
 ROUTES = {
     "GET /metrics": metrics,
     "GET /api/status": lambda queue, query: status_document(read_status(queue)),
-    "GET /api/stats": lambda queue, query: queue.stats(
-        queue.clock() - span_of("since", 1)(query.get("since", "1h"))),
+    "GET /api/stats": stats_by_the_minute,
     "GET /api/jobs": newest_jobs,
     "GET /api/jobs/ID": lambda queue, query: job_document(
         queue, queue.job(query["id"])),
@@ -4420,7 +4434,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--bg); bor
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .9rem; margin-bottom: .7rem; }
 dl div { display: contents; } dt { color: var(--dim); } dd { overflow-wrap: anywhere; }
 @media (max-width: 45rem) { body, .card { padding: .6rem; } .two { grid-template-columns: 1fr; } .wide { display: none; }
-  #tiles { grid-template-columns: repeat(3, 1fr); } #tiles b { font-size: 1.1rem; } th:first-child { width: 38%; } }
+  #tiles { grid-template-columns: repeat(3, 1fr); } #tiles b { font-size: 1rem; }
+  #tiles button { padding: .4rem .5rem; } th:first-child { width: 38%; } }
 </style></head><body>
 <header><h1>queuectl</h1><span class="mono dim" id="where">QUEUE</span><span id="paused" hidden>paused</span>
 <span class="dim end" id="next"></span></header><main>
@@ -4521,7 +4536,7 @@ function showStatus(s) {
   $("paused").hidden = !s.paused;
   document.title = `${s.jobs.processing} running, ${s.jobs.dead} dead – ` + $("where").textContent.split(/[\\/]/).pop(); }
 function showStats(s) {
-  const minute = (bar, i) => `${number(bar.completed)} completed, ${number(bar.failed)} failed, ${60 - i} min ago`;
+  const minute = (bar, i) => `${number(bar.completed)} completed, ${number(bar.failed)} failed, ${i === 59 ? "this minute" : 59 - i + " min ago"}`;
   const top = chart($("rate"), s.throughput.map((bar, i) => [["good", bar.completed, minute(bar, i)], ["bad", bar.failed, minute(bar, i)]]),
     `${s.completed} completed and ${s.failed} failed runs in the last hour`);
   chart($("times"), s.run_times.map(bin => [["good", bin.runs, number(bin.runs) + (bin.below ? " took less than " + span(bin.below) : " took longer")]]),

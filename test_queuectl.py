@@ -5305,3 +5305,24 @@ def test_a_job_that_waits_in_a_paused_queue_is_all_that_runs_in_it(queue):
     queue.pause(True)
     assert queue.wait(timeout=0) is None  # for whoever is no job, one still runs
     assert queue.wait(timeout=0, but="waits")["left"] == ["other"]
+
+
+def test_the_page_lists_the_dead_by_their_deaths_page_by_page(dashboard, queue):
+    for name in ("a", "b", "c", "d"):
+        add(queue, id=name, max_retries=1)
+    for name in ("b", "d", "a"):
+        queue.clock.now += 1
+        queue.cancel([name])
+    ids = lambda query: [job["id"] for job in dashboard.json("/api/jobs?state=dead" + query)]
+    assert ids("") == ["a", "d", "b"] and ids("&limit=2") == ["a", "d"]
+    assert ids("&before=d") == ["b"] and ids("&before=b") == []
+    assert ids("&before=c") == ids("&before=gone") == ["a", "d", "b"]
+
+
+def test_the_bars_of_the_page_are_whole_minutes(queue, clock):
+    clock.now = 1e9 // 60 * 60 + 90  # half a minute after one began
+    add(queue, id="x")
+    queue.complete(claim(queue), result(None, finished_at=clock.now - 45))
+    stats = queuectl.stats_by_the_minute(queue, {})
+    assert stats["bar_seconds"] == 60 and len(stats["throughput"]) == 60
+    assert [bar["completed"] for bar in stats["throughput"]][-2:] == [1, 0]
