@@ -2511,7 +2511,8 @@ def work(path, pool, drain, pool_fd):
 def leave(path, fd, own):
     """Let go of a process's file and remove it; the last one removes the folder."""
     os.close(fd)
-    remove_leftover(own)
+    # On Windows it can't be removed while somebody looks at it.
+    wait_until(lambda: remove_leftover(own) or not os.path.exists(own), TICK)
     with contextlib.suppress(OSError):  # not empty, others use it
         os.rmdir(beside(path, ".runs"))
 

@@ -5290,8 +5290,8 @@ def test_a_file_of_another_user_is_named_with_what_to_do(name):
 
 
 def test_the_write_ahead_log_gives_its_space_back(queue):
-    blob = {"command": "true " + "x" * 100000}
-    queue.enqueue(queuectl.checked_job(blob, queue.defaults()) for _ in range(400))
+    blob = {"command": "true " + "x" * 8000}
+    queue.enqueue(queuectl.checked_job(blob, queue.defaults()) for _ in range(5000))
     assert os.path.getsize("queuectl.db-wal") > 2**25
     queue.db.execute("PRAGMA wal_checkpoint(RESTART)")
     add(queue, id="next")
