@@ -3545,6 +3545,15 @@ def check_chosen(args, everything=False):
         raise QueueError(words + " (see --help)", 2)
 
 
+def chosen_states(args, states):
+    """Return the states that are asked for, of those in which a verb can take jobs."""
+    for state in args.state:
+        if state not in states:
+            words = "--state %s: this is for jobs that are %s"
+            raise QueueError(words % (state, " or ".join(states)), 2)
+    return args.state or states
+
+
 def for_jobs(args, queue, verb, done, ids, taken, left=None, why=""):
     """Apply a verb to jobs by their ids, or to all that are TAKEN; tell what was done.
 
@@ -3580,7 +3589,8 @@ def cmd_resume(args, queue):
          IDS, STATE, MATCH, DRY_RUN)
 def cmd_cancel(args, queue):
     check_chosen(args)
-    taken = those(args.state or ("pending", "processing", "failed"), args.match)
+    states = chosen_states(args, ("pending", "processing", "failed"))
+    taken = those(states, args.match)
     for_jobs(args, queue, queue.cancel, "cancelled", args.ids, taken)
 
 
@@ -3592,7 +3602,8 @@ def cmd_retry(args, queue):
 
 
 def retry_jobs(args, queue, states):
-    taken, left = [those(args.state or states, args.match, cancelled=cancelled)
+    chosen = chosen_states(args, states)
+    taken, left = [those(chosen, args.match, cancelled=cancelled)
                    for cancelled in (False, True)]
     for_jobs(args, queue, functools.partial(queue.retry, states=states), "retried",
              args.ids, taken, left, "cancelled ones are retried by name")

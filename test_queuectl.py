@@ -4572,6 +4572,8 @@ def test_many_are_chosen_by_state_and_text_and_listed_by_a_dry_run():
         "retried 1 job; 2 left: cancelled ones are retried by name\n")
     assert ok("delete", "--match", "b", "--state", "completed").out == "deleted 1 job\n"
     assert ok("cancel", "--match", "nothing").out == "cancelled 0 jobs\n"
+    for words in (["retry", "--state", "pending"], ["cancel", "--state", "dead", "--dry-run"]):
+        assert "this is for jobs that are" in refused(*words, code=2)
     for words in (["cancel"], ["retry"], ["delete"], ["dlq", "retry"], ["retry", "x", "--match", "a"],
                   ["cancel", "a1", "--state", "pending"]):
         assert "name jobs" in refused(*words, code=2)
