@@ -2285,16 +2285,16 @@ def open_log(queue_path, who):
     # Python's logging HOWTO, "Optimization": what no line shows is not gathered.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    terminal = logging.StreamHandler()
     try:
         os.close(private(path, os.O_WRONLY | os.O_CREAT))
-        handler = Log(path)
+        handlers = [Log(path)]
+        if who == "worker" and sys.stderr.isatty():  # over the line of `Live`
+            terminal.setFormatter(logging.Formatter("\r\x1b[K%(message)s"))
+            handlers.append(terminal)
     except OSError as error:
-        handler = logging.StreamHandler()
+        handlers = [terminal]
         say("cannot write the log, logging here instead: %s" % error)
-    terminal = logging.StreamHandler()
-    terminal.setFormatter(logging.Formatter("\r\x1b[K%(message)s"))  # over `Live`
-    terminal.setLevel("INFO" if who == "worker" else "WARNING")
-    handlers = [handler, terminal] if sys.stderr.isatty() else [handler]
     layout = "%%(asctime)s %%(levelname)s %s[%d] %%(message)s" % (who, os.getpid())
     logging.Formatter.converter = time.gmtime  # as JSON has it
     logging.basicConfig(handlers=handlers, level=logging.INFO, format=layout,
