@@ -2289,8 +2289,9 @@ def open_log(queue_path, who):
     try:
         os.close(private(path, os.O_WRONLY | os.O_CREAT))
         handlers = [Log(path)]
-        if who == "worker" and sys.stderr.isatty():  # over the line of `Live`
+        if sys.stderr.isatty():  # over the line of `Live`; of the pool what went wrong
             terminal.setFormatter(logging.Formatter("\r\x1b[K%(message)s"))
+            terminal.setLevel("INFO" if who == "worker" else "WARNING")
             handlers.append(terminal)
     except OSError as error:
         handlers = [terminal]
@@ -2612,7 +2613,7 @@ class Supervisor:
         """
         if not self.cut_off and not os.path.exists(pool_file(self.path, self.pid)):
             self.cut_off = "its file %s was removed" % pool_file(self.path, self.pid)
-            self.log.error("this pool stops: %s", self.cut_off)
+            self.log.info("this pool stops: %s", self.cut_off)
             say("this pool stops: " + self.cut_off)
         request = asked(self.path, self.pid)
         if not request or self.workers:
