@@ -820,7 +820,7 @@ def test_sixty_first_commands_at_once():
 
 def test_every_field_of_a_job_has_its_option(home):
     ok("enqueue", "--id", "x", "--priority", "-3", "--delay", "1h", "--timeout", "90s",
-       "--max-retries", "7", "--cwd", "/", "--env", "A=1", "--env", "B=x=y", "--", "a", "b")
+       "--max-retries", "7", "--cwd", os.path.abspath("/"), "--env", "A=1", "--env", "B=x=y", "--", "a", "b")
     job = jobs()["x"]
     assert job["command"] == "a b" and job["cwd"] == os.path.abspath("/") and job["priority"] == -3
     assert job["timeout"] == 90 and job["max_retries"] == 7
