@@ -307,7 +307,7 @@ FIELDS = {
     # Here `none` is a value: no launcher, whatever the setting is.
     "launcher": (lambda value: value if value == "none" else prefix(value), None,
                  "--launcher PREFIX", "start it through this: srun"),
-    "after": (lambda value: [] if value in ("none", ["none"]) else ids(value), None,
+    "after": (lambda value: [] if value == "none" else ids(value), None,
               "--after ID", "only when that job is completed, can be given again"),
     "lock": (optional(identifier, "none"), None,
              "--lock NAME", "one at a time of those with this name"),
@@ -1229,6 +1229,9 @@ class Queue:
             ids = [id for id, in self._rows(
                 "SELECT id FROM jobs WHERE id >= ? AND id < ? LIMIT 2",
                 prefix, prefix + chr(sys.maxunicode))]
+        if len(ids) == 2 and prefix not in ids:
+            raise QueueError("several jobs begin with %s: %s, %s" % (
+                shown(prefix), *map(shown, ids)))
         return self.job(ids[0] if len(ids) == 1 else prefix)
 
     def jobs(self, condition=those(), limit=0, newest=False, first=1, last=MAX_INTEGER,
@@ -1276,19 +1279,21 @@ class Queue:
                " CROSS JOIN waits ON waits_for = front.seq WHERE front.state = 'dead'"
                " AND " + RARE + " AND EXISTS (SELECT 1 FROM waits)")
 
-    def blocked(self):
-        """Return how many jobs wait for a dead one, the first of them and that one."""
-        row = self._rows(
-            "SELECT COUNT(DISTINCT seq) AS jobs, MIN(seq), id, front FROM"
-            " (" + self.BLOCKED + ") JOIN jobs USING (seq) WHERE state = 'pending'")[0]
-        return row if row["jobs"] else None
+    STUCK = ("WITH RECURSIVE stuck (seq) AS (SELECT seq FROM (" + BLOCKED + ") UNION"
+             " SELECT waits.seq FROM stuck JOIN waits ON waits_for = stuck.seq) ")
 
     def hopeless(self):
         """Return the numbers of the jobs that wait, directly or not, for a dead one."""
-        return {seq for seq, in self._rows(
-            "WITH RECURSIVE stuck (seq) AS (SELECT seq FROM (" + self.BLOCKED + ")"
-            " UNION SELECT waits.seq FROM stuck JOIN waits ON waits_for = stuck.seq)"
-            " SELECT seq FROM stuck")}
+        return {seq for seq, in self._rows(self.STUCK + "SELECT seq FROM stuck")}
+
+    def blocked(self):
+        """Return how many jobs are hopeless, the first of them and the dead one."""
+        row = self.db.execute(
+            "SELECT id, front FROM (" + self.BLOCKED + ") JOIN jobs USING (seq)"
+            " WHERE state = 'pending' ORDER BY seq").fetchone()
+        return row and dict(row, jobs=self._value(
+            self.STUCK + "SELECT COUNT(*) FROM stuck JOIN jobs USING (seq)"
+            " WHERE state = 'pending'"))
 
     def locked_by(self, job):
         """Return the id of the job that has, or gets, the lock of another first."""
@@ -2820,6 +2825,8 @@ class Supervisor:
             ended, why = queue.ended_since(self.began, self.pids), obstacles(queue)
             self.failed = bool(ended["dead"] or why)
             counts, due = queue.counts(), queue.next_due()
+            if queue.claimable() and not queue.paused():
+                why.append("the pool was stopped before")
             if due:
                 why.append("the next is due " + when(due["run_at"], queue.clock()))
             self.result = "%d completed, %d dead" % (ended["completed"], ended["dead"])
@@ -2954,7 +2961,9 @@ def why_waiting(queue, job, pools):
     if job["state"] not in ("pending", "failed"):
         return None
     if job["waits"]:
-        return waits_for(queue.fronts(job))
+        fronts = queue.fronts(job)
+        behind = fronts[0]["state"] != "dead" and job["seq"] in queue.hopeless()
+        return waits_for(fronts) + ", behind a dead one" * behind
     if queue.paused():
         return "the queue is " + RESUME
     if not job["claimable"]:
@@ -3160,6 +3169,12 @@ def state_name(text):
     return text.lower()
 
 
+def some_text(text):
+    if not text:  # as an unset variable gives it: it would be in each job
+        raise QueueError("--match: a text that is not empty", 2)
+    return text
+
+
 def count_of(name, low, high=MAX_INTEGER):
     return lambda text: checked(name, whole(low, high), as_number(text))
 
@@ -3196,7 +3211,7 @@ ID = arg("id ID", "id of a job, or the only one that begins so")
 KEY = arg("key KEY", "name of a setting", setting_name)
 STATE = arg("--state STATE", "one of %s; can be given again" % ", ".join(STATES),
             state_name, action="append", default=[])
-MATCH = arg("--match TEXT", "those with this text in id or command")
+MATCH = arg("--match TEXT", "those with this text in id or command", some_text)
 DRY_RUN = arg("--dry-run", "only list what it would take")
 
 
@@ -3269,6 +3284,7 @@ def given_fields(args):
     """Return the job fields that options and a command line give."""
     given = dict(vars(args), env=dict(args.env) if args.env else None)
     given.setdefault("id")  # which `edit` can't change
+    given["after"] = "none" if args.after == ["none"] else args.after
     if args.words:
         given["command"] = shell_words(args.words)
     return {name: given[name] for name in FIELDS if given[name] is not None}
@@ -3426,6 +3442,9 @@ def follow(queue, job):
         time.sleep(TICK / 2)
         queue.check_there()
         job = queue.job(id)
+        if job["waits"] and job["seq"] in queue.hopeless():
+            raise QueueError("job %s can't go on: %s" % (
+                shown(id), why_waiting(queue, job, worker_list(queue))))
     running = True
     while running:
         queue.check_there()
@@ -3541,9 +3560,12 @@ def cmd_edit(args, queue):
 
 def check_chosen(args, everything=False):
     """Refuse a command for jobs unless it says in one way which."""
-    if [bool(args.ids), bool(args.state or args.match), everything].count(True) != 1:
-        words = "name jobs and nothing else, or say which by --state, --match, --all"
-        raise QueueError(words + " (see --help)", 2)
+    ways = [bool(args.ids), bool(args.state or args.match), everything]
+    if ways.count(True) != 1:
+        words = "name jobs and nothing else, or say which by an option (see --help)"
+        raise QueueError(words, 2)
+    if args.ids and args.dry_run:
+        raise QueueError("--dry-run: is not for jobs that are named", 2)
 
 
 def chosen_states(args, states):
@@ -3561,8 +3583,7 @@ def for_jobs(args, queue, verb, done, ids, taken, left=None, why=""):
     LEFT is the condition for those that a verb for many leaves, and why it does.
     """
     if args.dry_run:
-        jobs = map(queue.job, ids) if ids else queue.jobs(taken)
-        return list_jobs(args, queue, jobs)
+        return list_jobs(args, queue, queue.jobs(taken))
     count = verb(ids or taken)
     if ids:
         running = [id for id in ids if queue.state(id) == "processing"]
@@ -3708,7 +3729,7 @@ def answer_setting(args, queue):
 @command("worker start", "run jobs until stopped", "worker start --count 2",
          arg("--count N", "how many at a time (1)", count_of("--count", 1, MAX_WORKERS),
              default=1),
-         arg("--drain", "end when no job is left"),
+         arg("--drain", "end when none can run without a later time or help"),
          arg("--detach", "go on in the background"))
 def cmd_worker_start(args):
     def started():
@@ -3783,8 +3804,9 @@ def cmd_worker_stop(args):
 # Without -I, Python would import a json.py of the current directory; what -S leaves out
 # costs time, and only the packages of others need it.
 IMPORTER = [
-    "-ISc", "import os, sys; home, name = os.path.split(sys.argv.pop(1));"
-    " sys.path.insert(0, home); sys.exit(__import__(name[:-3]).main())"]
+    "-ISc", "import os, sys; file = sys.argv.pop(1); home, name = os.path.split(file);"
+    " sys.path.insert(0, home); os.path.exists(file) or sys.exit('queuectl: ' + file +"
+    " ' is gone: install it again'); sys.exit(__import__(name[:-3]).main())"]
 INSTALLED = "@rem" if WINDOWS else "#!/bin/sh\n#"
 INSTALLED += " written by queuectl install\n"
 
@@ -4007,7 +4029,8 @@ USAGES = {
     "       queuectl.py enqueue [OPTION]... JSON... | - | --file F | --lines",
     "edit": "queuectl.py edit ID [OPTION]... [-- COMMAND...]",
 }
-ALIASES = {"config list": "config show", "dlq purge": "dlq clear", "metrics": "stats"}
+ALIASES = {"config list": "config show", "dlq purge": "dlq clear", "metrics": "stats",
+           "ls": "list", "rm": "delete"}
 # They make a queue where there is none; `wait && deploy` in a wrong folder must not.
 MAKERS = ("enqueue", "list", "dlq list", "status", "stats", "config show", "config get",
           "config set", "config unset", "pause", "resume")

@@ -4614,7 +4614,8 @@ def test_the_beginning_of_an_id_is_enough_for_show_and_logs_alone():
     answer = ok("logs", "repo")
     assert answer.out.split() == ["report"] and answer.err == "queuectl: repo is report\n"
     assert ok("show", "rep", "--json").json["id"] == "rep"  # whole, so not a beginning
-    for id in ("backup", "bac", "ort", "re", "backup-3", "%", "repo%"):
+    assert "several jobs begin with backup" in refused("show", "backup")
+    for id in ("bac", "ort", "re", "backup-3", "%", "repo%"):
         assert "no job" in refused("show", id)
     for words in (["delete"], ["cancel"], ["retry"], ["wait"], ["edit", "--priority", "1"]):
         assert "no job repo" in refused(*words, "repo")
@@ -5328,3 +5329,51 @@ def test_the_bars_of_the_page_are_whole_minutes(queue, clock):
     stats = queuectl.stats_by_the_minute(queue, {})
     assert stats["bar_seconds"] == 60 and len(stats["throughput"]) == 60
     assert [bar["completed"] for bar in stats["throughput"]][-2:] == [1, 0]
+
+
+def test_each_job_of_a_chain_says_that_it_is_behind_a_dead_one():
+    enqueue("exit 1", id="a", max_retries=1)
+    for name, front in (("b", "a"), ("c", "b"), ("d", "c")):
+        enqueue(id=name, after=[front])
+    assert "behind" not in ok("show", "d").out
+    drain()
+    assert "waits for a, which is dead\n" in ok("show", "b").out
+    assert "waits for c, which is pending, behind a dead one" in ok("show", "d").out
+    assert "Blocked: 3 jobs; b waits for a, which is dead" in ok("status").out
+    answer = cli("logs", "-f", "d")
+    assert answer.code == 1 and "job d can't go on: waits for c" in answer.err
+
+
+def test_edits_make_no_circle_over_waits_of_before():
+    for name in ("a", "b", "c"):
+        enqueue(id=name)
+    ok("edit", "a", "--after", "b")
+    ok("edit", "b", "--after", "c")
+    for words in (["b", "--after", "a"], ["c", "--after", "a"], ["c", "--after", "c"]):
+        assert "circle" in refused("edit", *words)
+    assert drain() == 0 and order_of_runs() == ["c", "b", "a"]
+
+
+def test_what_is_empty_or_could_mean_several_is_refused():
+    for words in (["dlq", "clear"], ["delete"], ["dlq", "list"], ["list"]):
+        assert "--match" in refused(*words, "--match", "", code=2)
+    for name in ("abcd1", "abcd2"):
+        enqueue(id=name)
+    assert "several jobs begin with abcd: abcd1, abcd2" in refused("show", "abcd")
+    assert "--dry-run" in refused("delete", "abcd1", "--dry-run", code=2)
+    enqueue(id="none")
+    enqueue(id="x", after=["none"])
+    assert ok("show", "x", "--json").json["after"] == ["none"]
+
+
+def test_a_drain_that_is_stopped_says_what_it_leaves():
+    enqueue("while ! test -e go; do sleep 0.05; done" if os.name == "posix" else NAP, id="x")
+    enqueue(id="y")
+    pool = start_pool("--drain", count=1)
+    wait_until(lambda: state("x") == "processing")
+    ok("worker", "stop", "--no-wait")
+    open("go", "w").close()
+    if os.name != "posix":
+        ok("worker", "stop", "--now", "--no-wait")
+    assert pool.wait(20) == 0
+    assert "left: the pool was stopped before" in pool.stderr.read()
