@@ -3097,15 +3097,16 @@ class Live:
 
     def __init__(self):
         self.began = time.monotonic()
-        self.first = None  # how many jobs were done when it began
+        self.first = None  # the counts when it began: only what is done since is shown
 
     def progress(self, counts):
         width = terminal_width(sys.stderr)
         if width:
-            done = counts["completed"] + counts["dead"]
-            self.first = done if self.first is None else self.first
+            self.first = self.first or counts
+            done = {state: max(0, counts[state] - self.first[state])
+                    for state in ("completed", "dead")}
             spent = time.monotonic() - self.began
-            line = progress(counts, done - self.first, spent)[: width - 1]
+            line = progress({**counts, **done}, sum(done.values()), spent)[: width - 1]
             print(end="\r\x1b[K" + line, file=sys.stderr, flush=True)
 
     def close(self):

@@ -930,6 +930,8 @@ def on_terminal(*argv, keys=b"", columns=60):
 
 @posix
 def test_a_drain_shows_its_progress_on_a_terminal_and_nowhere_else():
+    enqueue(id="before")
+    drain()
     ok("enqueue", "--id", "x", "--", "sleep 0.6")
     code, shown = on_terminal("worker", "start", "--drain")
     assert code == 0 and "\r\x1b[Kcompleted 0, dead 0, running 1" in shown
