@@ -1123,7 +1123,11 @@ class Queue:
         """
         change = "DELETE FROM jobs", "state <> 'processing'"
         if isinstance(jobs, Condition):
-            count = self._apply(jobs, [change])
+            count, removed, chained = 0, True, True
+            while removed and chained:  # a chain goes from its end
+                chained = self._value("SELECT 1 FROM waits LIMIT 1")
+                removed = self._apply(jobs, [change])
+                count += removed
             self._give_back()
             return count
         with self.transaction():

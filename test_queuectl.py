@@ -5379,3 +5379,14 @@ def test_a_drain_that_is_stopped_says_what_it_leaves():
         ok("worker", "stop", "--now", "--no-wait")
     assert pool.wait(20) == 0
     assert "left: the pool was stopped before" in pool.stderr.read()
+
+
+def test_a_chain_goes_as_a_whole_with_a_form_for_many(queue):
+    for name, after in (("a", []), ("b", ["a"]), ("c", ["b"])):
+        add(queue, id=name, after=after)
+    add(queue, id="other", after=["a"])
+    queue.cancel(["a", "b", "c"])
+    assert ok("dlq", "clear").out == "deleted 2 jobs; 1 left: other jobs wait for them\n"
+    assert set(jobs()) == {"a", "other"}
+    queue.cancel(["other"])
+    assert ok("dlq", "clear").out == "deleted 2 jobs\n" and jobs() == {}
