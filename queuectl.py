@@ -645,6 +645,13 @@ def spread(values):
             for name, part in (("median", 0.5), ("p95", 0.95), ("longest", 1))}
 
 
+def uri(path):
+    """Return the name of a database that SQLite does not create if it is gone."""
+    name = re.sub("[%?#]", lambda match: "%%%x" % ord(match[0]), path)
+    name = name.replace(os.sep, "/")
+    return "file://" + "/" * (name[0] != "/") + name + "?mode=rw"
+
+
 OPEN = weakref.WeakSet()  # the queues of this process that have a connection
 
 
@@ -690,10 +697,10 @@ class Queue:
         if self._db is None:
             self.check_there()
             self._db = sqlite3.connect(
-                self.path, timeout=self.patience, isolation_level=None)
+                uri(self.path), uri=True, timeout=self.patience, isolation_level=None)
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA synchronous = " + self.sync)
-            self.check_there()  # or SQLite has just created it again
+            self.check_there()  # or this is another one, just put in its place
             self._db.execute("PRAGMA fullfsync = ON")  # macOS: sync for real
             self._db.execute("PRAGMA journal_size_limit = %d" % 2**24)
             OPEN.add(self)

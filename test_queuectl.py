@@ -2809,6 +2809,27 @@ def test_a_removed_database_ends_the_pool():
 
 
 @posix
+def test_no_database_is_made_again_whenever_it_is_removed(queue, monkeypatch):
+    def connect(*args, **options):
+        os.remove("queuectl.db")
+        return real(*args, **options)
+
+    queue.before_fork()  # it is opened again at its next use
+    real = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    with pytest.raises(sqlite3.OperationalError, match="unable to open"):
+        queue.counts()
+    assert not os.path.exists("queuectl.db")
+
+
+@pytest.mark.parametrize("name", ["a b", "a%41?b#c.db", "ä", "../x.db"])
+def test_a_database_may_have_any_name(name):
+    if os.name != "posix":
+        name = name.replace("?", "")
+    ok("enqueue", "--id", "a", "--db", name, "--", "true")
+    assert os.path.getsize(name) and jobs("--db", name)
+
+
 def test_a_pool_that_nobody_hears_notices_a_removed_database_and_makes_no_new_one():
     pool = start_pool()
     pool.stderr.close()  # what it says breaks a pipe
