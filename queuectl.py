@@ -2152,24 +2152,25 @@ class Stuck(Exception):
 
 
 class Ending:
-    """How a run is ended: SIGTERM to each process of it, after a grace SIGKILL.
+    """How a run is ended: one SIGTERM to all of it, after a grace SIGKILL.
 
     For a timeout, `cancel`, `stop --now`, and for an orphan, it is the same. The run
-    has ended when nothing is left of it, not when its leader has exited.
+    has ended when nothing is left of it, not when its leader has exited. What a trap
+    starts to clean up gets no SIGTERM of its own.
     """
 
     def __init__(self):
         self.kill_at = time.monotonic() + GRACE
-        self.told, self.killed = set(), False
+        self.told = self.killed = False
 
     def step(self, pids, send):
         """Signal what is left of a run."""
         self.killed = time.monotonic() >= self.kill_at
         if self.killed:
             send(pids, KILL)
-        else:
-            send(pids - self.told, signal.SIGTERM)
-            self.told |= pids
+        elif not self.told:
+            send(pids, signal.SIGTERM)
+            self.told = True
 
     def stuck(self):
         """Tell whether what is left can't be ended: it is another user's, or hangs."""

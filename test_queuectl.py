@@ -2809,6 +2809,18 @@ def test_a_removed_database_ends_the_pool():
 
 
 @posix
+@posix
+@pytest.mark.parametrize("way", ["timeout", "orphan"])
+def test_a_run_that_is_ended_can_clean_up_by_commands(way):
+    line = "trap 'sleep 0.2 && echo cleaned > up; exit 1' TERM; touch on; " + NAP
+    enqueue(line + " & wait", id="x", **({"timeout": 0.2} if way == "timeout" else {}))
+    pool = start_pool(count=1, script="queuectl.GRACE = 9")
+    wait_until(lambda: os.path.exists("on"))
+    if way == "orphan":
+        os.kill(workers_of(pool.pid)[0], KILL)
+    wait_until(lambda: os.path.exists("up") and read("up"))
+
+
 def test_no_database_is_made_again_whenever_it_is_removed(queue, monkeypatch):
     def connect(*args, **options):
         os.remove("queuectl.db")
