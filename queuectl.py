@@ -1331,11 +1331,11 @@ class Queue:
             " AND (priority > ? OR priority = ? AND seq < ?)",
             job["priority"], job["priority"], job["seq"])
 
-    def common_errors(self):
-        """Return the most common errors of dead jobs, each with its count."""
-        return self._rows(
-            "SELECT error, COUNT(*) AS jobs FROM jobs WHERE state = 'dead'"
-            " AND " + RARE + " GROUP BY error ORDER BY jobs DESC")
+    def common_errors(self, condition):
+        """Return the errors of jobs, each with its count, the most common first."""
+        sql = "SELECT error, COUNT(*) AS jobs FROM jobs WHERE " + condition.sql
+        sql += " GROUP BY error ORDER BY jobs DESC"
+        return self._rows(sql, **condition.values)
 
     def processing(self):
         """Return what is running, with the worker that runs it and the lease."""
@@ -2793,7 +2793,7 @@ class Supervisor:
 
         def start(job):
             with tempfile.TemporaryFile() as text:
-                text.write(json.dumps(public(job)).encode())
+                text.write(json.dumps(public(job)).encode() + b"\n")
                 text.seek(0)
                 self.hooks[subprocess.Popen(
                     line, shell=True, cwd=os.path.dirname(queue.path), stdin=text,
@@ -2993,9 +2993,9 @@ def why_waiting(queue, job, pools):
 
 def waits_for(fronts):
     """Return in words for which jobs one waits."""
-    first, more = fronts[0], many(len(fronts) - 1, "job")
+    first, more = fronts[0], many(len(fronts) - 1, "more job")
     words = "waits for %s, which is %s" % (shown(first["id"]), first["state"])
-    return words + (" and %s more" % more if len(fronts) > 1 else "")
+    return words + (", and for " + more if len(fronts) > 1 else "")
 
 
 def obstacles(queue):
@@ -3193,7 +3193,8 @@ def count_of(name, low, high=MAX_INTEGER):
 
 
 def span_of(name, low):
-    return lambda text: checked(name, duration(low, "a duration"), text)
+    allowed = "a duration" + " of %gs or more" % low * (low > 0)
+    return lambda text: checked(name, duration(low, allowed), text)
 
 
 def variable(text):
@@ -3276,7 +3277,7 @@ def cmd_enqueue(args, queue):
         return "%s is there already, %s%s" % (shown(job["id"]), job["state"], other)
 
     if not args.quiet:
-        answer_jobs(args, jobs, lambda jobs: map(line, jobs))
+        answer_jobs(args, jobs, lambda jobs: map(line, jobs), "no jobs were given")
 
 
 def enqueue_options(args):
@@ -3358,7 +3359,7 @@ def cmd_list(args, queue):
     list_jobs(args, queue, queue.jobs(chosen, args.limit, args.newest))
     left = queue.count(chosen) - args.limit if args.limit and not args.json else 0
     if left > 0:
-        say("%s more; --limit 0 lists all" % many(left, "job"))
+        say(many(left, "more job") + "; --limit 0 lists all")
 
 
 def list_jobs(args, queue, jobs):
@@ -3402,8 +3403,8 @@ def cmd_logs(args, queue):
               if getattr(args, name) is not None}
     alone = len(chosen) + args.follow
     if alone > 1 or (args.follow and args.json) or (alone and len(args.ids) > 1):
-        words = "logs: one of --follow, --run, --attempt and for one job; --follow"
-        raise QueueError(words + " without --json", 2)
+        words = "logs: give one of --follow, --run and --attempt, and one job; --follow"
+        raise QueueError(words + " can't be had as JSON", 2)
     jobs = [found(queue, id) for id in args.ids]
     if args.follow:
         return follow(queue, jobs[0])
@@ -3425,7 +3426,8 @@ def print_logs(args, queue, jobs):
         return print(json.dumps(
             [output_document(job, run["run"], output) for job, run, output in latest]))
     for job, run, output in latest:
-        print("==> %s: %s" % (shown(job["id"]), shown(run["error"] or "no error")))
+        ended = run["error"] or ("completed" if run["finished_at"] else "is running")
+        print("==> %s: %s" % (shown(job["id"]), shown(ended)))
         write_bytes(output + b"\n" * (not output.endswith(b"\n")))
 
 
@@ -3436,7 +3438,8 @@ def latest_output(queue, job, chosen={}):
         runs = [run for run in runs if run[name] == number]
         if not runs:
             raise QueueError("job %s has no %s %d" % (shown(job["id"]), name, number))
-    run = runs[-1] if runs else {"run": job["run"], "error": "has not run yet"}
+    none = {"run": job["run"], "error": "has not run yet"}
+    run = runs[-1] if runs else none
     return job, run, output_of(queue, job, run["run"])
 
 
@@ -3672,13 +3675,13 @@ def delete_jobs(args, queue, ids, states, everything=False, age=None):
 
 @command("dlq list", "list the dead jobs", "dlq list", MATCH)
 def cmd_dlq_list(args, queue):
+    chosen = those(["dead"], args.match)
     if not args.json:
-        errors = ["%(jobs)d x %(error)s" % row for row in queue.common_errors()]
+        errors = ["%(jobs)d x %(error)s" % row for row in queue.common_errors(chosen)]
         more = " and %d more" % (len(errors) - 3) if len(errors) > 3 else ""
         if errors:
             print("Most common errors: " + shown(", ".join(errors[:3])) + more)
-    dead = queue.dead(those(["dead"], args.match))
-    answer_jobs(args, dead, lambda jobs: job_table(
+    answer_jobs(args, queue.dead(chosen), lambda jobs: job_table(
         jobs, queue.clock(), "DIED", "error", "command"), "no dead jobs")
 
 
@@ -4118,6 +4121,8 @@ def parse(name, words):
 
 def run_command(argv):
     """Run what a command line says; return the exit code."""
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
     name, words = command_named(argv)
     if name not in COMMANDS:
         if words and not {"-h", "--help", "--version"} & set(words):

@@ -1044,6 +1044,8 @@ def test_dlq_clear_removes_the_dead_and_dlq_list_counts_their_errors():
     drain()
     assert ok("dlq", "list").out.splitlines()[0] == (
         "Most common errors: 3 x exit 127, 1 x exit 3")
+    assert ok("dlq", "list", "--match", "127").out.splitlines()[0] == (
+        "Most common errors: 3 x exit 127")
     assert ok("dlq", "purge", "--dry-run").out.count(" dead ") == 4
     assert ok("dlq", "clear").out == "deleted 4 jobs\n" and list(jobs()) == ["good"]
     assert ok("dlq", "clear").out == "deleted 0 jobs\n"
@@ -1085,7 +1087,9 @@ def test_on_dead_gets_the_job_and_its_own_failure_hurts_nothing():
         "import sys; open('dead.json', 'w').write(sys.stdin.read()); sys.exit(5)"))
     enqueue("exit 3", id="x", max_retries=1)
     assert drain() == 1
-    told = json.loads(read("dead.json"))
+    told = read("dead.json")
+    assert told.endswith("}\n")  # or a shell's `read` would say that there is no line
+    told = json.loads(told)
     assert (told["id"], told["state"], told["error"]) == ("x", "dead", "exit 3")
     assert "on_dead for x: exit 5" in read("queuectl.log")
     enqueue("exit 3", id="y", max_retries=1, cwd=os.getcwd())
@@ -2821,6 +2825,13 @@ def test_a_run_that_is_ended_can_clean_up_by_commands(way):
     wait_until(lambda: os.path.exists("up") and read("up"))
 
 
+def test_help_is_a_command_too():
+    assert ok("help").out == ok("--help").out
+    assert ok("help", "dlq").out == ok("dlq").out
+    assert ok("help", "enqueue").out == ok("enqueue", "--help").out
+    assert "unknown command foo" in refused("help", "foo", code=2)
+
+
 def test_no_database_is_made_again_whenever_it_is_removed(queue, monkeypatch):
     def connect(*args, **options):
         os.remove("queuectl.db")
@@ -4203,7 +4214,7 @@ def test_a_job_behind_a_dead_one_stays_until_that_is_retried_and_completed():
         "queuectl: 0 completed, 1 dead; 2 jobs left: test waits for build, which is dead\n")
     words = "waits for build, which is dead"
     assert words in ok("show", "test").out
-    assert words + " and 1 job more" in ok("show", "deploy").out
+    assert words + ", and for 1 more job" in ok("show", "deploy").out
     assert "Blocked: 2 jobs; test " + words in ok("status").out
     assert ok("status", "--json").json["blocked"] == 2
     answer = cli("wait", "test", "deploy", "--json")
@@ -4628,7 +4639,7 @@ def test_list_says_when_a_job_is_due_and_how_many_more_there_are():
     lines = ok("list").out.splitlines()
     assert "due in 1h 59m" in lines[1] and "due" not in lines[2]
     answer = ok("list", "--limit", "1")
-    assert answer.out.count("\n") == 2 and answer.err == "queuectl: 1 job more; --limit 0 lists all\n"
+    assert answer.out.count("\n") == 2 and answer.err == "queuectl: 1 more job; --limit 0 lists all\n"
     assert ok("list", "--limit", "2").err == "" == ok("list", "--limit", "1", "--json").err
     assert ok("list", "--limit", "1", "--match", "later").err == ""
 
@@ -4662,7 +4673,7 @@ def test_logs_of_several_stand_each_under_a_line_with_id_and_error():
     enqueue("exit 4", id="c", max_retries=1)
     drain(1)
     assert ok("logs", "a", "b").out.split("\n") == [
-        "==> a: no error", "one", "==> b: exit 3", "two", ""]
+        "==> a: completed", "one", "==> b: exit 3", "two", ""]
     assert ok("dlq", "logs").out.split("\n") == ["==> c: exit 4", "", "==> b: exit 3", "two", ""]
     assert [log["id"] for log in ok("dlq", "logs", "--json").json] == ["c", "b"]
     assert [log["id"] for log in ok("logs", "a", "c", "--json").json] == ["a", "c"]
