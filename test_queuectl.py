@@ -4113,7 +4113,7 @@ def test_the_readme_names_every_command_and_setting():
 def test_the_readmes_transcript_is_what_happens():
     text = re.search(r"\n((?:    .*\n)+)", readme())[1].replace("    ", "", 1)
     steps = re.split(r"(?m)^ *\$ ", text)[1:]
-    assert len(steps) == 6
+    assert len(steps) == 5
     ok("config", "set", "backoff_base", "0.1")  # or what is broken would wait for 2 s
     for step in steps:
         line, _, expected = step.partition("\n")
