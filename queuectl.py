@@ -24,6 +24,8 @@ The life of a job; each arrow is one verb of `Queue`, one guarded UPDATE:
              FAILED ◀── failed ────┘                                      │
                   └────────────────────────── dlq retry ──────────────────┘
 
+Not drawn: `cancel` makes any unfinished job DEAD; `retry` takes a COMPLETED one, too.
+
 What is promised, and by what:
 
   - An acknowledged job is on the disk: `enqueue` commits with a synced write.
@@ -37,15 +39,15 @@ What is promised, and by what:
     job runs again: commands should be idempotent.
   - A run that is ended from outside ends with every process that belongs to it.
 
-The map, each section using those above it, and the queue three functions of `holds`:
+The map. A section uses those above it; the queue uses a few functions of `holds`, too.
 
     settings     names, limits, defaults; the one exception
-    policy       checking jobs, durations, backoff: pure functions
+    policy       checking what comes from outside; durations, backoff
     queue        the database: the only SQL
     holds        locked files, waking, asking; what differs between systems
     runs         one command: its lease, its output, its end
-    pool         a worker; the supervisor; recovery; the log
     output       values to text
+    pool         a worker; the supervisor; recovery; the log
     commands     one function a command, its name and its arguments above it
     main         the parser and the exit code
     dashboard    the same documents by HTTP, and the page
@@ -86,16 +88,16 @@ MAX_TIME = 253402300799.0  # 9999-12-31T23:59:59Z, the last that ISO 8601 text c
 MAX_COMMAND = 8191 if WINDOWS else 131071  # bytes: cmd.exe's, Linux' for an argument
 MAX_WORKERS = 256
 MAX_HOOKS = 8  # `on_dead` commands that a pool has running at a time
-MAX_DEATHS = 5  # of its workers: after so many a job is held to be what kills them
+MAX_DEATHS = 5  # of its workers: after so many a job is taken for the cause
 
 PAGE = 500  # rows a read, or a write; a longer one would hold up others
 PATIENCE = 30.0  # seconds that a command waits for another program's lock
 LOOK_EVERY = 2.0  # seconds between two looks of a supervisor for jobs that nobody runs
 IDLE_WAIT = 1.0  # seconds after which an idle worker looks even if nobody woke it
-TICK = 0.2  # seconds between two looks of a worker at the command that it runs
+TICK = 0.2  # seconds between two looks at what is waited for; some look more often
 GRACE = 3.0  # seconds from SIGTERM to SIGKILL
 STUCK = 5.0  # seconds after SIGKILL until a process is taken for one that can't end
-OUTLIVED = 0.5  # seconds after which who lives was not killed with who died
+OUTLIVED = 0.5  # seconds: who lives so long after a death was not killed with it
 RESTART_EVERY = 1.0  # seconds between two starts of workers that keep dying
 TROUBLE = 2  # exit code of a worker that left because its queue can't be used
 LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
@@ -110,7 +112,7 @@ class QueueError(Exception):
 
 
 # ======================================================================================
-# Policy: checking jobs, durations, backoff; pure functions
+# Policy: checking what comes from outside; durations, backoff
 # ======================================================================================
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -342,14 +344,14 @@ def spent(run):
 
 def public(job):
     """Return a job as JSON shows it."""
-    shown = {name: job[name] for name in PUBLIC if name != "seconds"}
+    fields = {name: job[name] for name in PUBLIC if name != "seconds"}
     after = job["after"].split("\n") if job["after"] else []
-    return dict(dated(shown, *TIMES), env=json.loads(job["env"] or "{}"), after=after,
+    return dict(dated(fields, *TIMES), env=json.loads(job["env"] or "{}"), after=after,
                 seconds=spent(job))
 
 
 def unknown(what, word, words):
-    """Return the refusal of a word, with the likeliest of WORDS, or all of them."""
+    """Return the QueueError for a word, with the likeliest of WORDS, or all of them."""
     from difflib import get_close_matches
 
     close = [known for known in words if known.endswith(" " + word.lower())] or (
@@ -369,7 +371,7 @@ def checked(name, check, value):
 
 
 def checked_fields(given, fields):
-    """Return FIELDS with those of a job that are given, ready to be stored."""
+    """Add the fields of a job that are given to others, ready to be stored."""
     for name, value in given.items():
         if name in FIELDS:
             if value is not None:
@@ -451,10 +453,12 @@ def setting_name(key):
 # ======================================================================================
 
 ORDER = "priority DESC, seq"  # in which jobs are claimed
-RARE = "state <> 'pending' AND state <> 'completed'"  # or jobs_rare would not be used
+# True of every rare state. SQLite uses the index of those, jobs_rare, only in a query
+# that says it word by word.
+RARE = "state <> 'pending' AND state <> 'completed'"
 
-# What version 1 had, which people have; SCHEMA adds the rest to a new queue and to one
-# of theirs.
+# The tables of version 1, which people have, as they are after MIGRATION; SCHEMA adds
+# the rest to a new queue and to one of theirs.
 TABLES = """
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- a deleted job's is never given to another
@@ -465,8 +469,9 @@ CREATE TABLE jobs (
     max_retries INTEGER NOT NULL,
     priority INTEGER NOT NULL DEFAULT 0,
     run_at REAL NOT NULL,                   -- when it is, or was, due next
-    claimable INTEGER NOT NULL,             -- 1; 0: it waits for a time, or for others;
-                                            -- 2: for its lock alone
+    claimable INTEGER NOT NULL,             -- 0: it waits for a time, or for others;
+                                            -- 2: for its lock alone; else 1, and so if
+                                            -- it is not pending or failed
     timeout REAL,
     cwd TEXT NOT NULL,
     env TEXT,
@@ -528,7 +533,8 @@ ALTER TABLE jobs ADD COLUMN waits INTEGER NOT NULL DEFAULT 0;
 CREATE TABLE waits (seq INTEGER NOT NULL, waits_for INTEGER NOT NULL,
     PRIMARY KEY (seq, waits_for)) WITHOUT ROWID;
 CREATE INDEX waits_for ON waits (waits_for);
--- Of all runs there ever were, by outcome; and the dead that `on_dead` was not told of.
+-- Of all runs there ever were, by outcome; and the deaths that are to be announced by
+-- `on_dead` yet.
 CREATE TABLE totals (outcome TEXT PRIMARY KEY, runs INTEGER NOT NULL,
     seconds REAL NOT NULL) WITHOUT ROWID;
 INSERT INTO totals VALUES ('completed', 0, 0), ('failed', 0, 0), ('interrupted', 0, 0);
@@ -554,7 +560,8 @@ CREATE TRIGGER job_removed AFTER DELETE ON jobs BEGIN
     DELETE FROM runs WHERE seq = OLD.seq; END;
 
 -- Whatever adds or ends a wait: `waits` is their number, and with 0 the time alone
--- counts. A job whose front was removed, as `delete --all` does by pages, can't go on.
+-- counts. The job that another waits for is its front; one whose front was removed, as
+-- `delete --all` does by pages, can't go on.
 CREATE TRIGGER wait_added AFTER INSERT ON waits BEGIN
     UPDATE jobs SET waits = waits + 1, claimable = 0, state = 'pending'
         WHERE seq = NEW.seq; END;
@@ -564,6 +571,7 @@ CREATE TRIGGER job_completed AFTER UPDATE OF state ON jobs WHEN NEW.state = 'com
     BEGIN DELETE FROM waits WHERE waits_for = NEW.seq; END;
 CREATE TRIGGER front_removed AFTER DELETE ON jobs BEGIN
     UPDATE jobs SET state = 'dead', claimable = 1,
+        updated_at = (julianday('now') - 2440587.5) * 86400.0,
         error = 'what it waited for was removed' WHERE state = 'pending'
         AND seq IN (SELECT seq FROM waits WHERE waits_for = OLD.seq);
     DELETE FROM waits WHERE waits_for = OLD.seq; END;
@@ -579,8 +587,9 @@ PRAGMA user_version = %d;
 """ % (ORDER, ORDER, RARE, ELECT, ELECT, APPLICATION_ID, SCHEMA_VERSION)
 
 CLAIMABLE = "state = 'pending' AND claimable = 1"
-WAITING = "claimable = 0 AND waits = 0"  # for a time, and for nothing else
-FREE = "(waits = 0) * (1 + (lock NOT NULL))"  # `claimable` of what waits for no time
+FOR_A_TIME = "claimable = 0 AND waits = 0"  # it waits for nothing else
+# `claimable` of what waits for no time: with a lock 2, and `lock_moved` elects one.
+FREE = "(waits = 0) * (1 + (lock NOT NULL))"
 UNSTARTED = "(state = 'pending' OR state = 'failed')"
 FINISHED = "(state = 'completed' OR state = 'dead')"
 WAITED_FOR = "EXISTS (SELECT 1 FROM waits WHERE waits_for = jobs.seq)"
@@ -870,11 +879,12 @@ class Queue:
                     job["id"] = self._new_id()
                 if job["run_at"] is None:
                     job["run_at"] = min(now + (job["delay"] or 0), MAX_TIME)
-                new = not unique or self._is_new(job)
+                new = not unique or self._start_again(job) is None
                 if job["after"] and (new or not job["left"]):
                     followers.append((job["id"], job["after"]))
                 if new:
-                    locks.add(job["lock"])
+                    if job["lock"]:
+                        locks.add(job["lock"])
                     yield job
 
         with self.transaction():
@@ -927,14 +937,17 @@ class Queue:
             id = self._value("SELECT id FROM jobs WHERE seq = ?", seq)
             raise QueueError("after: in a circle, so that job %s would never run" % id)
 
-    def _is_new(self, job):
-        """Tell whether no job has this id; a finished one is started again."""
-        revived = self._change(REVIVE, **job)
-        there = self._value("SELECT seq FROM jobs WHERE id = ?", job["id"])
-        if revived:  # what it waited for is among its fields
-            self._change("DELETE FROM waits WHERE seq = ?", there)
-        job["left"] = there and not revived
-        return not there
+    def _start_again(self, job):
+        """Let a finished job of this id start again; return its seq, None without one.
+
+        An unfinished one is left alone, which is noted in JOB.
+        """
+        again = self._change(REVIVE, **job)
+        seq = self._value("SELECT seq FROM jobs WHERE id = ?", job["id"])
+        if again:  # what it waited for is among its fields
+            self._change("DELETE FROM waits WHERE seq = ?", seq)
+        job["left"] = seq is not None and not again
+        return seq
 
     def _new_id(self):
         """Return a short id that no job has, without letters that look alike."""
@@ -986,7 +999,7 @@ class Queue:
         while self._change(
                 "UPDATE jobs SET state = 'pending', claimable = " + FREE +
                 " WHERE " + UNSTARTED + " AND seq IN (SELECT seq FROM jobs WHERE "
-                + WAITING + " AND run_at <= ? ORDER BY run_at LIMIT 100)",
+                + FOR_A_TIME + " AND run_at <= ? ORDER BY run_at LIMIT 100)",
                 now) == 100 and time.monotonic() < until:
             pass
 
@@ -995,7 +1008,7 @@ class Queue:
         now = self.clock()
         self._change(
             "UPDATE jobs SET state = 'pending', claimable = " + FREE + ", run_at = ?"
-            " WHERE state = 'failed' AND " + RARE + " AND " + WAITING +
+            " WHERE state = 'failed' AND " + RARE + " AND " + FOR_A_TIME +
             " AND updated_at > ?", now, now + 1)
 
     def complete(self, run, result):
@@ -1037,37 +1050,42 @@ class Queue:
                 "UPDATE jobs SET " + columns +
                 " WHERE seq = ? AND state = 'processing' AND run = ?",
                 *changes.values(), run["seq"], run["run"])
-            if moved:
-                self.db.execute(
-                    "UPDATE runs SET pid = :pid, started_at = :started_at,"
-                    " finished_at = :finished_at, exit_code = :exit_code,"
-                    " error = :error, output = :output"
-                    " WHERE seq = :seq AND run = :run", {**run, **result})
-                if result["error"] == "refused":  # nothing ran, however often
-                    self._change("DELETE FROM runs WHERE seq = ? AND run = ?",
-                                 run["seq"], run["run"])
-                    return state
-                self.db.execute(
-                    "UPDATE totals SET runs = runs + 1,"
-                    " seconds = seconds + :finished_at - :started_at"
-                    " WHERE outcome = (SELECT " + OUTCOME +
-                    " FROM (SELECT :error AS error))", {**run, **result})
-            if moved and state == "dead" and error != "cancelled" and (
-                    self.settings()["on_dead"]):
+            if not moved:
+                return None
+            if result["error"] == "refused":  # nothing ran, however often
+                self._change("DELETE FROM runs WHERE seq = ? AND run = ?",
+                             run["seq"], run["run"])
+                return state
+            ended = {**run, **result}
+            self.db.execute(
+                "UPDATE runs SET pid = :pid, started_at = :started_at,"
+                " finished_at = :finished_at, exit_code = :exit_code,"
+                " error = :error, output = :output"
+                " WHERE seq = :seq AND run = :run", ended)
+            self.db.execute(
+                "UPDATE totals SET runs = runs + 1,"
+                " seconds = seconds + :finished_at - :started_at"
+                " WHERE outcome = (SELECT " + OUTCOME +
+                " FROM (SELECT :error AS error))", ended)
+            if state == "dead" and error != "cancelled":
                 self._change("INSERT OR IGNORE INTO untold VALUES (?)", run["seq"])
-            return state if moved else None
+            return state
 
-    def tell(self, start):
-        """Hand to START a dead job that `on_dead` was not told of; False without one.
+    def announce(self, start):
+        """Hand to START a death that was not announced yet; False without one.
 
-        It is forgotten once START has returned: killed in between, it is told again.
+        It is forgotten once START has returned: killed in between, it is announced
+        again. START may use Popen within the transaction: its child runs nothing of
+        Python, and exec closes the database. A plain fork here would be wrong.
         """
+        if self._value("SELECT 1 FROM untold LIMIT 1") is None:
+            return False
         with self.transaction():
             seq = self._value("SELECT seq FROM untold LIMIT 1")
             for job in self._rows(JOB + "WHERE seq = ? AND state = 'dead'", seq):
                 start(job)
             self._change("DELETE FROM untold WHERE seq = ?", seq)
-        return seq is not None
+        return True
 
     def owned(self, run):
         """Tell whether a run still owns its job."""
@@ -1146,7 +1164,10 @@ class Queue:
                     if seq not in numbers:
                         words = "job %s is waited for by %s: name that, too"
                         raise QueueError(words % (shown(job["id"]), shown(id)))
-            return self._apply(jobs, [change], "job %(id)s is running")
+            count = self._apply(jobs, [change], "job %(id)s is running")
+        self._give_back()
+        wake_workers(self.path)
+        return count
 
     def _apply(self, jobs, changes, refusal="", **values):
         """Apply changes to jobs, each to those in the states that it leaves."""
@@ -1162,7 +1183,8 @@ class Queue:
                                 for change, state in changes]):
                         raise QueueError(refusal % dict(job, id=shown(job["id"])))
             count = len(named)
-        wake_workers(self.path)
+        if not self.db.in_transaction:  # or they would see nothing of it yet
+            wake_workers(self.path)
         return count
 
     def _named(self, ids):
@@ -1194,10 +1216,10 @@ class Queue:
         """
         where = "%s AND (%s)" % (jobs.sql, " OR ".join(state for _, state in changes))
         values = {**values, **jobs.values, "last": 0}
-        count, size = 0, PAGE
+        count, length = 0, PAGE
         while True:
             page = self._rows("SELECT seq FROM jobs WHERE seq > :last AND " + where
-                              + " ORDER BY seq LIMIT :size", **values, size=size)
+                              + " ORDER BY seq LIMIT :length", **values, length=length)
             if not page:
                 return count
             began = time.monotonic()
@@ -1207,8 +1229,8 @@ class Queue:
                     count += self._change(
                         "%s WHERE seq BETWEEN :first AND :last AND %s AND %s"
                         % (change, jobs.sql, state), **values)
-            spent = max(0.001, time.monotonic() - began)  # Windows has a coarse clock
-            size = max(1, min(PAGE, int(len(page) * TICK / 4 / spent)))
+            took = max(0.001, time.monotonic() - began)  # Windows has a coarse clock
+            length = max(1, min(PAGE, int(len(page) * TICK / 4 / took)))
 
     def _give_back(self):
         """Return the space of what was removed to the file system, if it is much."""
@@ -1225,11 +1247,17 @@ class Queue:
             raise QueueError(NO_JOB + shown(id))
         return rows[0]
 
-    def dead(self, condition):
-        """Yield the dead jobs that meet a condition, the latest death first."""
-        query = "SELECT seq FROM jobs WHERE " + condition.sql
-        numbers = self._rows(query + " ORDER BY updated_at DESC, seq DESC",
-                             **condition.values)
+    def dead(self, condition, below=None):
+        """Yield the dead jobs that meet a condition, the latest death first.
+
+        Those below a job in this order, if its id is given and it is still dead.
+        """
+        place = self._rows(
+            "SELECT updated_at, seq FROM jobs WHERE id = ? AND state = 'dead'", below)
+        at, number = place[0] if place else (MAX_TIME, MAX_INTEGER)
+        query = "SELECT seq FROM jobs WHERE (updated_at, seq) < (:at, :number) AND "
+        query += condition.sql + " ORDER BY updated_at DESC, seq DESC"
+        numbers = self._rows(query, **condition.values, at=at, number=number)
         for seq, in numbers:
             yield from self._rows(JOB + "WHERE seq = ? AND state = 'dead'", seq)
 
@@ -1270,8 +1298,8 @@ class Queue:
         sql = "SELECT COUNT(*) FROM jobs WHERE " + condition.sql
         return self._rows(sql, **condition.values)[0][0]
 
-    def before(self, id):
-        """Return the number before that of a job; without that job, the last of all."""
+    def number_below(self, id):
+        """Return the seq before that of a job; if it is gone, one above all."""
         number = self._value("SELECT seq FROM jobs WHERE id = ?", id) or MAX_INTEGER
         return number - 1
 
@@ -1285,29 +1313,31 @@ class Queue:
             "SELECT id, state FROM waits JOIN jobs ON jobs.seq = waits_for"
             " WHERE waits.seq = ? ORDER BY state = 'dead' DESC, waits_for", job["seq"])
 
+    # The jobs that wait for a dead one, and those with all that wait for them in turn.
     # With EXISTS, or it would look at all dead ones where none is waited for.
-    BLOCKED = ("SELECT waits.seq AS seq, front.id AS front FROM jobs AS front"
+    BEHIND_DEAD = ("SELECT waits.seq AS seq, front.id AS front FROM jobs AS front"
                " CROSS JOIN waits ON waits_for = front.seq WHERE front.state = 'dead'"
                " AND " + RARE + " AND EXISTS (SELECT 1 FROM waits)")
 
-    STUCK = ("WITH RECURSIVE stuck (seq) AS (SELECT seq FROM (" + BLOCKED + ") UNION"
-             " SELECT waits.seq FROM stuck JOIN waits ON waits_for = stuck.seq) ")
-
-    def hopeless(self):
-        """Return the numbers of the jobs that wait, directly or not, for a dead one."""
-        return {seq for seq, in self._rows(self.STUCK + "SELECT seq FROM stuck")}
+    BLOCKED = ("WITH RECURSIVE blocked (seq) AS (SELECT seq FROM (" + BEHIND_DEAD + ")"
+               " UNION SELECT waits.seq FROM blocked"
+               " JOIN waits ON waits_for = blocked.seq) ")
 
     def blocked(self):
-        """Return how many jobs are hopeless, the first of them and the dead one."""
+        """Return the numbers of the jobs that wait, directly or not, for a dead one."""
+        return {seq for seq, in self._rows(self.BLOCKED + "SELECT seq FROM blocked")}
+
+    def first_blocked(self):
+        """Return the first that waits for a dead job, that one, and how many wait."""
         row = self.db.execute(
-            "SELECT id, front FROM (" + self.BLOCKED + ") JOIN jobs USING (seq)"
+            "SELECT id, front FROM (" + self.BEHIND_DEAD + ") JOIN jobs USING (seq)"
             " WHERE state = 'pending' ORDER BY seq").fetchone()
         return row and dict(row, jobs=self._value(
-            self.STUCK + "SELECT COUNT(*) FROM stuck JOIN jobs USING (seq)"
+            self.BLOCKED + "SELECT COUNT(*) FROM blocked JOIN jobs USING (seq)"
             " WHERE state = 'pending'"))
 
     def locked_by(self, job):
-        """Return the id of the job that has, or gets, the lock of another first."""
+        """Return the id of the job that has the lock of this one, or gets it next."""
         return self._value(
             "SELECT id FROM jobs WHERE lock = ? AND state = 'processing' AND " + RARE +
             " UNION ALL SELECT id FROM jobs WHERE lock = ? AND " + CLAIMABLE,
@@ -1360,12 +1390,12 @@ class Queue:
         rows = self._rows("SELECT outcome, runs, seconds FROM totals")
         return {outcome: (runs, seconds) for outcome, runs, seconds in rows}
 
-    def wait(self, ids=None, timeout=None, tell=lambda counts: None, but=None):
+    def wait(self, ids=None, timeout=None, on_look=lambda counts: None, but=None):
         """Wait until jobs are completed or dead, or until what is left can't go on.
 
         Without IDS, all that are unfinished now, BUT for one. Return how many are in
         each state, and the ids that are left; None if it takes longer than TIMEOUT
-        seconds. `tell` is called at each look with how many of all jobs are in each
+        seconds. `on_look` is called each time with how many of all jobs are in each
         state. A job that has ended is not looked at again: it may be removed.
         """
         ended = dict.fromkeys((*STATES, "removed"), 0)
@@ -1381,16 +1411,16 @@ class Queue:
 
         def over():
             self.check_there()
-            counts, hopeless = self.counts(), self.hopeless()
+            counts, blocked = self.counts(), self.blocked()
             idle = self.paused() and counts["processing"] <= (but is not None)
-            tell(counts)
+            on_look(counts)
             for _ in range(len(left)):  # all must end, so one that may go on will do
                 job = self._rows("SELECT seq, state FROM jobs WHERE id = ?", left[-1])
                 state = job[0]["state"] if job else removed
                 if state in ("completed", "dead", "removed"):
                     ended[state] += 1
                     left.pop()
-                elif idle or job[0]["seq"] in hopeless:
+                elif idle or job[0]["seq"] in blocked:
                     left.rotate()
                 else:
                     return False
@@ -1400,19 +1430,22 @@ class Queue:
         return dict(ended, left=[*left]) if wait_until(over, span, TICK / 2) else None
 
     def oldest_claimable(self):
-        """Return the job that could run and waits longest, and since when, or None."""
+        """Return the job that could run and waits longest, and since when, or None.
+
+        Of the first hundred of each priority: retried ones stand before older ones.
+        """
         first = "SELECT MAX(priority) FROM jobs WHERE " + CLAIMABLE
         return self.db.execute(
             "WITH RECURSIVE level (priority) AS (" + first + " UNION ALL SELECT ("
             + first + " AND jobs.priority < level.priority)"
             " FROM level WHERE priority IS NOT NULL LIMIT 100)"
-            " SELECT id, run_at FROM jobs WHERE seq IN (SELECT (SELECT seq FROM jobs"
-            "  WHERE " + CLAIMABLE + " AND jobs.priority = level.priority"
-            "  ORDER BY seq LIMIT 1) FROM level) ORDER BY run_at, seq").fetchone()
+            " SELECT id, run_at FROM level CROSS JOIN jobs ON seq IN (SELECT seq"
+            "  FROM jobs WHERE " + CLAIMABLE + " AND jobs.priority = level.priority"
+            "  ORDER BY seq LIMIT 100) ORDER BY run_at, seq").fetchone()
 
     def next_due(self):
         """Return the job that waits for a time and is due next, and when, or None."""
-        return self.db.execute("SELECT id, run_at FROM jobs WHERE " + WAITING +
+        return self.db.execute("SELECT id, run_at FROM jobs WHERE " + FOR_A_TIME +
                                " ORDER BY run_at, seq").fetchone()
 
     def claimable(self):
@@ -1429,8 +1462,8 @@ class Queue:
             "  (state = 'processing' OR state = 'failed' AND NOT " + PAUSED + "))"
             " OR NOT " + PAUSED + " AND ("
             "  EXISTS (SELECT 1 FROM jobs WHERE " + CLAIMABLE + ")"
-            "  OR EXISTS (SELECT 1 FROM jobs WHERE " + WAITING + " AND run_at <= ?))",
-            self.clock())
+            "  OR EXISTS (SELECT 1 FROM jobs WHERE " + FOR_A_TIME +
+            "   AND run_at <= ?))", self.clock())
 
     def ended_since(self, moment, workers):
         """Return how many jobs that one of these workers ran have ended since then."""
@@ -1442,18 +1475,17 @@ class Queue:
 
     def ids(self, begun, states):
         """Return the newest ids that begin so, of jobs in one of these states."""
-        rows = self._rows(
-            "SELECT id FROM jobs WHERE substr(id, 1, length(?)) = ? AND instr(?, state)"
-            " ORDER BY seq DESC LIMIT 300", begun, begun, " ".join(states))
-        return [id for id, in rows]
+        query = "SELECT id FROM jobs WHERE substr(id, 1, length(?)) = ? AND "
+        query += those(states).sql + " ORDER BY seq DESC LIMIT 300"
+        return [id for id, in self._rows(query, begun, begun)]
 
     # -- statistics --------------------------------------------------------------------
 
     def stats(self, since):
         """Return the document of `stats` on the runs that finished since a time.
 
-        Counts are of all of them; times, commands and errors of the latest fifty
-        thousand: a million would take seconds.
+        Counts are of all of them; times, commands and errors of fifty thousand, those
+        of the jobs that were enqueued last: a million would take seconds.
         """
         now = self.clock()
         period = max(now - since, 1.0)
@@ -1483,11 +1515,13 @@ class Queue:
         }
 
     def _sample(self, since):
-        """Return what has to be sorted or grouped, from the latest runs."""
+        """Return what has to be sorted or grouped, from a part of the runs."""
         rows = self._rows(
             "SELECT command, runs.error, finished_at - started_at AS spent,"
-            " CASE WHEN jobs.run = runs.run THEN MAX(started_at - run_at, 0) END"
-            " AS waited FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?"
+            # `run_at` is a later time if the job was put back into the queue since.
+            " CASE WHEN jobs.run = runs.run AND started_at >= run_at"
+            "  THEN started_at - run_at END AS waited"
+            " FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?"
             " ORDER BY seq DESC LIMIT 50000", since)
         commands, bins = collections.defaultdict(list), [0] * (len(BINS) + 1)
         for row in rows:
@@ -1526,7 +1560,7 @@ class Queue:
         self._change("DELETE FROM config WHERE key = ?", name)
 
     def pause(self, paused):
-        """Let no job be claimed from now on, or again."""
+        """Let no job be claimed while PAUSED is the last word."""
         self.set("paused", True) if paused else self.unset("paused")
         wake_workers(self.path)
 
@@ -1571,7 +1605,7 @@ REQUESTS = {"stop": 0, "now": 5}  # where in a pool's file they are written
 OLDER_LOCKS = 2**20, 1 + MAX_WORKERS  # bytes that a pool of version 1 locks in its file
 
 
-def lock(fd, shared=False):
+def flock(fd, shared=False):
     """Lock an open file unless another has it; a look is SHARED, so looks can meet."""
     try:
         if WINDOWS:
@@ -1633,7 +1667,7 @@ def hold(path):
                 os.mkdir(os.path.dirname(path), 0o700)
             continue
         status = os.fstat(fd)
-        if lock(fd) and still_names(path, status):
+        if flock(fd) and still_names(path, status):
             if status.st_size:
                 os.ftruncate(fd, 0)
             os.lseek(fd, 0, os.SEEK_SET)  # locking went far behind the text on Windows
@@ -1647,7 +1681,7 @@ def held(path):
     """Tell whether a living process holds a file."""
     try:
         with opened(path) as fd:
-            return not lock(fd, shared=True)
+            return not flock(fd, shared=True)
     except FileNotFoundError:
         return False
     except PermissionError:
@@ -1668,7 +1702,7 @@ def remove_leftover(path):
         if WINDOWS:
             return os.remove(path)  # which refuses what somebody has open
         with opened(path) as fd:
-            free = lock(fd, shared=True) and wait_until(lambda: lock(fd), TICK)
+            free = flock(fd, shared=True) and wait_until(lambda: flock(fd), TICK)
             if free and still_names(path, os.fstat(fd)):
                 os.remove(path)
 
@@ -1720,7 +1754,7 @@ def pools(path):
 def remove_pool_files(path):
     """Remove the files of pools that are gone, with all their workers.
 
-    By it those are asked to stop whose supervisor was killed.
+    While a worker lives, it can be asked by it to stop, even if its supervisor is gone.
     """
     living = pools(path)
     for pool in pools_named(path):
@@ -1760,7 +1794,7 @@ def wake_workers(path):
 
 
 def ask(path, pool, word):
-    """Ask a pool to `stop`, or to stop `now`: words in its file, which has room."""
+    """Ask a pool to `stop`, or to stop `now`; each word has its place in its file."""
     with contextlib.suppress(FileNotFoundError):
         with open(pool_file(path, pool), "r+b") as file:
             file.seek(REQUESTS[word])
@@ -1823,8 +1857,8 @@ def catch_signals(handler):
             signal.signal(number, handler)
 
 
-def keep_descriptors():
-    """Let no process of this one inherit what it was started with, such as a lock."""
+def close_on_exec():
+    """Let no command inherit what this process was started with, such as a lock."""
     if os.path.isdir("/dev/fd"):  # on Windows nothing is inherited that is not named
         for fd in map(int, os.listdir("/dev/fd")):
             with contextlib.suppress(OSError):  # the one that listed them
@@ -1983,7 +2017,8 @@ class Command:
 
     def __init__(self, run, lease, path):
         """Start it, its output going to a pipe; raise OSError if the system refuses."""
-        self.lease, self.killed, self.job = lease, False, None
+        self.lease, self.killed, self.job_object = lease, False, None
+        # A job may name another queue, but not say that it is another run.
         env = {"QUEUECTL_DB": path, **json.loads(run["env"] or "{}")}
         env.update(QUEUECTL_JOB_ID=run["id"], QUEUECTL_ATTEMPT=str(run["attempt"]),
                    QUEUECTL_RUN=lease.path)  # by which its processes are known
@@ -2009,7 +2044,7 @@ class Command:
         one, of the two that a run costs.
         """
         words = ["/bin/sh", "-c", "--", line]
-        if launcher:
+        if launcher:  # which the shell splits; the line is its $0, and not split again
             words = ["/bin/sh", "-c", 'exec %s /bin/sh -c -- "$0"' % launcher, line]
         env = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
         # A lease that has this number already would be closed by the exec.
@@ -2048,9 +2083,10 @@ class Command:
             creationflags=subprocess.CREATE_NEW_PROCESS_GROUP | CREATE_SUSPENDED)
         self.pid, process = self.popen.pid, wintypes.HANDLE(int(self.popen._handle))
         try:
-            self.job = wintypes.HANDLE(granted(KERNEL.CreateJobObjectW(None, None)))
-            set_limits(self.job, KILL_ON_CLOSE)
-            granted(KERNEL.AssignProcessToJobObject(self.job, process))
+            handle = granted(KERNEL.CreateJobObjectW(None, None))
+            self.job_object = wintypes.HANDLE(handle)
+            set_limits(self.job_object, KILL_ON_CLOSE)
+            granted(KERNEL.AssignProcessToJobObject(self.job_object, process))
         except OSError:
             self.popen.kill()
             raise
@@ -2127,14 +2163,14 @@ class Command:
         if WINDOWS:
             accounts = (wintypes.DWORD * 12)()  # the eleventh: active processes
             KERNEL.QueryInformationJobObject(
-                self.job, 1, accounts, ctypes.sizeof(accounts), None)
+                self.job_object, 1, accounts, ctypes.sizeof(accounts), None)
             return set(range(accounts[10]))
         found = processes_of({self.lease.path: self.pid})
         return found[self.lease.path] - {os.getpid()}
 
     def signal(self, pids, number):
         if WINDOWS:  # there is no other way
-            KERNEL.TerminateJobObject(self.job, 1)
+            KERNEL.TerminateJobObject(self.job_object, 1)
         else:
             signal_all(pids, number)
 
@@ -2142,9 +2178,9 @@ class Command:
         """Let go of it; what it left running in the background is left running."""
         os.close(self.reader)
         os.close(self.writer)
-        if WINDOWS and self.job:
-            set_limits(self.job, 0)
-            KERNEL.CloseHandle(self.job)
+        if WINDOWS and self.job_object:
+            set_limits(self.job_object, 0)
+            KERNEL.CloseHandle(self.job_object)
 
 
 class Stuck(Exception):
@@ -2269,590 +2305,13 @@ def traces_by_tools(leases):
 
 
 # ======================================================================================
-# Pool: a worker; the supervisor that starts it and puts back what is lost; the log
+# Output: values to text
 # ======================================================================================
 
 
 def say(message):
     with contextlib.suppress(OSError):  # nobody listens any more
         print("queuectl: %s" % message, file=sys.stderr, flush=True)
-
-
-def open_log(queue_path, who):
-    """Return this process's logger: to the queue's log, or else to standard error."""
-    import logging
-    import logging.handlers
-
-    path = beside(queue_path, ".log")
-
-    def private(path, flags):
-        return os.open(path, flags, 0o600)
-
-    class Log(logging.handlers.WatchedFileHandler):
-        """Go on in a new file when the supervisor has renamed a full one."""
-
-        def _open(self):
-            try:
-                return open(path, "a", encoding="utf-8", errors="backslashreplace",
-                            opener=private)
-            except OSError:  # a full disk must not stop a pool
-                return open(os.devnull, "a")
-
-    logging.raiseExceptions = False
-    # Python's logging HOWTO, "Optimization": what no line shows is not gathered.
-    logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    terminal = logging.StreamHandler()
-    try:
-        os.close(private(path, os.O_WRONLY | os.O_CREAT))
-        handlers = [Log(path)]
-        if sys.stderr.isatty():  # over the line of `Live`; of the pool what went wrong
-            terminal.setFormatter(logging.Formatter("\r\x1b[K%(message)s"))
-            terminal.setLevel("INFO" if who == "worker" else "WARNING")
-            handlers.append(terminal)
-    except OSError as error:
-        handlers = [terminal]
-        say("cannot write the log, logging here instead: %s" % error)
-    layout = "%%(asctime)s %%(levelname)s %s[%d] %%(message)s" % (who, os.getpid())
-    logging.Formatter.converter = time.gmtime  # as JSON has it
-    logging.basicConfig(handlers=handlers, level=logging.INFO, format=layout,
-                        datefmt="%Y-%m-%dT%H:%M:%SZ", force=True)
-    return logging.getLogger()
-
-
-def about(run):
-    """Return job and attempt of a run, for the log."""
-    return "%s %d/%d" % (shown(run["id"]), run["attempt"], max(1, run["max_retries"]))
-
-
-# A stopped service signals all its processes at once, and a shell exits with 128 more.
-STOP_ERRORS = ["signal %d" % number for number in (*STOP_SIGNALS, KILL)]
-STOP_ERRORS += ["exit %d" % (128 + number) for number in (*STOP_SIGNALS, KILL)]
-NO_ROOM = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE  # for a process
-
-
-class Worker:
-    """One process of a pool; it runs one job at a time."""
-
-    def __init__(self, path, pool, drain):
-        self.path, self.pool, self.drain = path, pool, drain
-        self.log = open_log(path, "worker")
-        self.queue = self.lease = self.trouble = None
-        self.stopped = self.refused = False
-        self.wake = Wake()
-        catch_signals(self.stop)
-
-    def stop(self, number, frame):
-        # Ctrl-C and a hangup reach the whole group: the supervisor counts them, and
-        # asks through its file. SIGTERM makes this worker leave after its job.
-        if number == signal.SIGTERM:
-            self.stopped = True
-
-    def work(self):
-        """Run jobs until asked to stop."""
-        self.queue = self.patiently(
-            lambda: Queue(self.path, "NORMAL", IDLE_WAIT, new=False))
-        with self.queue:
-            done = None
-            while True:
-                run = self.patiently(self.turn, done)
-                done = run and self.execute(run)
-                if run is None:
-                    if self.leaving():
-                        break
-                    self.wake.wait(self.patiently(self.pause))
-
-    def patiently(self, action, *args):
-        """Try until it works: a full disk or a lock costs time, never a result."""
-        while True:
-            try:
-                result = action(*args)
-                if self.trouble:
-                    self.log.info("going on")
-                self.trouble = None
-                return result
-            except (sqlite3.Error, OSError) as error:
-                hopeless = isinstance(error, sqlite3.IntegrityError) or self.gone()
-                # A result in hand is dropped only for `stop --now`.
-                idle = not self.lease or asked(self.path, self.pool) == "now"
-                if hopeless or (self.trouble and self.leaving() and idle):
-                    raise QueueError("leaving while there is still: %s" % error)
-                if str(error) != self.trouble:
-                    self.log.error("%s; waiting until it is over", error)
-                self.trouble = str(error)
-            self.wake.wait(IDLE_WAIT)
-
-    def gone(self):
-        return self.queue and not still_names(self.path, self.queue.file)
-
-    def pool_stops(self):
-        return abandoned(self.path, self.pool) or asked(self.path, self.pool)
-
-    def leaving(self):
-        return self.stopped or self.pool_stops() or self.gone()
-
-    def pause(self):
-        """Return for how long no job is due; ask a pool that is drained to stop."""
-        if self.drain and self.queue.drained():
-            ask(self.path, self.pool, "stop")
-        if self.queue.paused():
-            return IDLE_WAIT
-        due = self.queue.next_due()
-        if self.queue.claimable():
-            return 0
-        return min(due["run_at"] - self.queue.clock(), IDLE_WAIT) if due else IDLE_WAIT
-
-    def turn(self, done):
-        """Record the end of one run and claim the next, in one transaction.
-
-        Killed before its commit, the run whose end is in hand is found without a worker
-        and repeated; so is one that was claimed and not yet started. The lease of the
-        first is let go of only after the commit: a supervisor would put the job back
-        that is just being recorded.
-        """
-        finished, self.lease = self.lease, None
-        try:
-            with self.queue.transaction():
-                state = self.record(*done) if done else None
-                run = None if self.leaving() else self.queue.claim(
-                    os.getpid(), self.take_lease)
-        except BaseException:
-            if self.lease:
-                self.lease.discard()
-            self.lease = finished
-            if finished:
-                # The disk may be full of it, and the output is in the result. Killed
-                # now, the run that is repeated has lost that output, and no more.
-                finished.empty()
-            raise
-        if done:
-            finished.discard()
-            self.report(state, *done)
-        return run
-
-    def take_lease(self, run):
-        self.lease = Lease(run["lease"], run["output_limit"])
-
-    def record(self, run, result):
-        if result["error"] in ("stop --now", "stopped", "refused"):
-            return self.queue.release(run, result)
-        if result["error"] is None:
-            return self.queue.complete(run, result)
-        return self.queue.fail(run, result)
-
-    def report(self, state, run, result):
-        """Write a line to the log; a result that came too late is said and dropped."""
-        if result["error"] == "refused":  # which was said once
-            return
-        words = state or "no longer ours, result dropped"
-        if result["error"]:
-            words += " (%s)" % result["error"]
-        spent = result["finished_at"] - run["started_at"]
-        self.log.info("%s %s in %.3f s", about(run), words, spent)
-        if state == "dead":
-            wake([self.pool])  # which tells `on_dead`
-
-    def execute(self, run):
-        """Run a claimed job; return it with its result, None if it can't be ended."""
-        began = time.monotonic()
-        try:
-            command = Command(run, self.lease, self.path)
-        except (OSError, ValueError) as refusal:
-            code, error = None, "cannot start: %s" % refusal
-            if getattr(refusal, "errno", None) in NO_ROOM:
-                if not self.refused:
-                    self.log.error("%s; waiting for room for a process", error)
-                error, self.refused = "refused", True
-                self.wake.wait(IDLE_WAIT)
-        else:
-            self.refused = False
-            run.update(pid=command.pid, started_at=self.queue.clock())
-            try:
-                code, error = command.watch(self.wake, run["timeout"], self.look(run))
-            except Stuck as stuck:
-                # As soon as they are gone, a supervisor finds a run without a worker.
-                words = "%s can't be ended: processes %s are left alone"
-                self.log.error(words, about(run), stuck)
-                os.close(self.lease.fd)
-                self.lease = None
-                return None
-            finally:
-                command.close()
-            if error in STOP_ERRORS and wait_until(self.pool_stops, OUTLIVED):
-                error = "stopped"
-            if command.killed and run["launcher"]:
-                words = "%s: the launcher was killed; what it started may live on"
-                self.log.warning(words, about(run))
-        return run, dict(
-            exit_code=code, error=error, output=self.lease.output(),
-            finished_at=run["started_at"] + time.monotonic() - began)
-
-    def look(self, run):
-        """Return a function that tells why a run has to end now, None if it has not."""
-        noted = False
-
-        def look():
-            nonlocal noted
-            with contextlib.suppress(sqlite3.Error):
-                if not noted:
-                    self.queue.note_pid(run)
-                    self.log.info("%s runs, pid %d", about(run), run["pid"])
-                    noted = True
-            if asked(self.path, self.pool) == "now":
-                return "stop --now"
-            with contextlib.suppress(sqlite3.Error):
-                return "cancelled" if self.queue.cancelled(run) else None
-
-        return look
-
-
-def work(path, pool, drain, pool_fd):
-    """Be a worker, in a process of its own."""
-    if not WINDOWS:
-        os.close(pool_fd)  # or the pool would seem to live as long as we do
-    worker, own = Worker(path, pool, drain), worker_file(path, pool, os.getpid())
-    try:
-        fd = worker.patiently(hold, own)
-        try:
-            worker.work()
-        finally:
-            leave(path, fd, own)
-            remove_pool_files(path)  # if our supervisor was killed, and we are the last
-    except (QueueError, OSError) as error:
-        worker.log.error("%s", error)
-        sys.exit(TROUBLE)
-    except Exception:
-        worker.log.exception("this worker failed")
-        sys.exit(1)
-
-
-def leave(path, fd, own):
-    """Let go of a process's file and remove it; the last one removes the folder."""
-    os.close(fd)
-    # On Windows it can't be removed while somebody looks at it.
-    wait_until(lambda: remove_leftover(own) or not os.path.exists(own), TICK)
-    with contextlib.suppress(OSError):  # not empty, others use it
-        os.rmdir(beside(path, ".runs"))
-
-
-class Supervisor:
-    """A pool: starts workers, replaces those that die, puts back what nobody runs.
-
-    It has no database, lease or other's file open while it forks: a lock would go with
-    the fork, and SQLite must not cross one. (Another program that is started, like
-    `on_dead`, closes all that.)
-    """
-
-    def __init__(self, path, count, drain=False, tell=None):
-        self.path, self.count, self.drain = os.path.realpath(path), count, drain
-        self.tell = tell  # is called with the queue twice a second
-        self.pid = os.getpid()
-        self.workers = []  # processes
-        self.pids = set()  # of all workers there ever were
-        self.died = {}  # pid of a worker: when it was found dead
-        self.endings = {}  # lease: how the end of an orphan is going on
-        self.hooks = {}  # an `on_dead` that runs: the job that it is told of
-        self.next_start = self.next_look = 0.0
-        self.settled = True  # what dead workers ran
-        self.unreadable = False  # the queue, when it was looked at last
-        self.next_page = 1  # of the jobs that `keep` may remove
-        self.signals, self.signalled = 0, -MAX_SPAN  # how many, and when the last
-        self.untold = None  # why `on_dead` could not be started
-        self.failed = drain  # until it is seen that no job ended dead
-        self.result = "the queue could not be read at the end"
-        self.cut_off = None  # why it can't go on
-
-    def run(self, started):
-        """Run the pool until it is asked to stop or drained; return the exit code.
-
-        `started()` is called when it can be found and asked.
-        """
-        self.wake = Wake()
-        catch_signals(self.count_signal)
-        keep_descriptors()
-        with Queue(self.path) as queue:
-            self.file, self.began = queue.file, queue.clock()
-            if queue.paused():
-                say("the queue is " + RESUME)
-        for path in (beside(self.path, ".runs"), beside(self.path, ".log")):
-            if foreign(path):
-                raise QueueError(path + foreign(path))
-        own = pool_file(self.path, self.pid)
-        self.fd = hold(own)
-        try:
-            os.write(self.fd, b" " * 8 + b"\n")  # room, on a full disk, too
-            self.log = open_log(self.path, "pool")
-            self.log.info("pool of %d started", self.count)
-            started()
-            self.loop()
-            # A drain has to say how it ended, also while another program has the lock.
-            wait_until(lambda: self.with_queue(self.finish) or self.cut_off,
-                       PATIENCE if self.drain else 0, TICK)
-            self.log.info("pool stopped")
-        finally:
-            ask(self.path, self.pid, "stop")  # whatever happened: no worker goes on
-            # At its end Python gives up its handlers: a late signal would be exit -15.
-            catch_signals(signal.SIG_IGN)
-            leave(self.path, self.fd, own)
-        return 1 if self.failed or self.cut_off else 0
-
-    def count_signal(self, number, frame):
-        """Count it, unless it is the same one: timeout(1) signals us and our group."""
-        now = time.monotonic()
-        if now - self.signalled > TICK:
-            self.signals, self.signalled = self.signals + 1, now
-
-    def loop(self):
-        while True:
-            if self.signals:  # the first asks to stop, a second to stop now
-                self.ask("stop" if self.signals == 1 else "now")
-            self.reap()
-            if self.over():
-                return
-            missing = self.staff()
-            if time.monotonic() >= self.next_look:
-                self.with_queue(self.keep_house)
-                looked = time.monotonic()
-                pause = 0.5 if self.tell else LOOK_EVERY
-                if not self.settled or not all(
-                        ending.stuck() for ending in self.endings.values()):
-                    pause = TICK
-                self.next_look = looked + pause
-            due = min(self.next_look, self.next_start) if missing else self.next_look
-            if self.wake.wait(due - time.monotonic()):  # by who wants it to look
-                self.next_look = min(self.next_look, looked + TICK)
-
-    def over(self):
-        """Tell whether the pool may leave: what a dead worker ran was looked after.
-
-        Of a queue that was removed nobody can tell any more. What can't be ended is for
-        the next pool; so is a queue that can't be read, if this one shall stop now.
-        """
-        if not self.cut_off and not os.path.exists(pool_file(self.path, self.pid)):
-            self.cut_off = "its file %s was removed" % pool_file(self.path, self.pid)
-            self.log.info("this pool stops: %s", self.cut_off)
-            say("this pool stops: " + self.cut_off)
-        request = asked(self.path, self.pid)
-        if not request or self.workers:
-            return False
-        if not still_names(self.path, self.file):
-            return True
-        if not self.settled:
-            return request == "now" and self.unreadable
-        return all(ending.stuck() for ending in self.endings.values())
-
-    def ask(self, word):
-        if asked(self.path, self.pid) not in (word, "now"):
-            self.log.info("asked to stop" + " now" * (word == "now"))
-            ask(self.path, self.pid, word)
-            if word == "stop" and sys.stderr.isatty():
-                running = self.with_queue(lambda queue: [
-                    run for run in queue.processing() if run["worker"] in self.pids])
-                if running:
-                    say("finishing %s; Ctrl-C again ends them now"
-                        % many(len(running), "running job"))
-
-    def reap(self):
-        for worker in [one for one in self.workers if one.exitcode is not None]:
-            self.workers.remove(worker)
-            if worker.exitcode:
-                words = "worker %d died: exit code %d"
-                self.log.error(words, worker.pid, worker.exitcode)
-                self.settled, self.next_look = False, 0.0
-                if worker.exitcode != TROUBLE:
-                    self.died[worker.pid] = time.monotonic()
-                self.next_start = time.monotonic() + RESTART_EVERY
-
-    def staff(self):
-        """Start the workers that are missing; return whether some still are.
-
-        Where they keep dying, not too often.
-        """
-        import multiprocessing
-
-        context = multiprocessing.get_context("spawn" if WINDOWS else "fork")
-        while len(self.workers) < self.count and not asked(self.path, self.pid):
-            if time.monotonic() < self.next_start:
-                return True
-            worker = context.Process(
-                target=work, args=(self.path, self.pid, self.drain, self.fd))
-            try:
-                worker.start()
-            except OSError as error:  # too many processes or files
-                self.log.error("a worker cannot start: %s", error)
-                self.next_start = time.monotonic() + RESTART_EVERY
-                return True
-            self.workers.append(worker)
-            self.pids.add(worker.pid)
-            self.died.pop(worker.pid, None)
-        return False
-
-    def with_queue(self, action):
-        """Do something with the database; with trouble there, the next look will."""
-        try:
-            if still_names(self.path, self.file):
-                with Queue(self.path, "NORMAL", IDLE_WAIT, new=False) as queue:
-                    self.unreadable = False
-                    return action(queue)
-            if not self.cut_off:
-                self.cut_off = "%s was removed" % shown(self.path)
-                self.ask("stop")
-                say("this pool stops: " + self.cut_off)
-        except (sqlite3.Error, OSError, QueueError) as error:
-            self.settled, self.unreadable = False, True
-            self.log.error("%s", error)
-
-    def keep_house(self, queue):
-        self.put_back(queue)
-        self.tidy(queue)
-        self.tell_dead(queue)
-        queue.promote_overtaken()
-        keep, count = queue.settings()["keep"], 0
-        removed = keep is not None  # one page at least, and more while they are old
-        until = time.monotonic() + TICK
-        while removed and time.monotonic() < until:
-            removed, self.next_page = queue.prune(keep, self.next_page)
-            count += removed
-        if count:
-            self.log.info("keep: removed %s", many(count, "job"))
-        if self.tell:
-            self.tell(queue)
-
-    def put_back(self, queue):
-        """Put jobs in PROCESSING back that nobody runs, once nothing of a run lives.
-
-        A claim holds its lease before it is committed, and its worker a file before it
-        claims. So what is listed first and is not held afterwards was let go of: its
-        worker died, or recorded the end meanwhile and the job is no longer listed. What
-        lives of the run of a dead worker is ended first. The lease is looked at again
-        within the transaction that puts the job back: nothing holds it then, and who
-        could have forked is gone.
-        """
-        runs = queue.processing()
-        own = {self.pid, *(worker.pid for worker in self.workers)}
-        living = own.union(*pools(self.path).values())
-        lost = {}
-        for run in runs:
-            attended = run["worker"] in living and held(run["lease"])
-            if not attended and queue.owned(run):
-                lost[run["lease"]] = run
-        found = processes_of(dict.fromkeys(lost))
-        self.settled = True
-        for lease, run in lost.items():
-            if run["worker"] in found[lease]:
-                continue  # it is there; somebody removed its file, or the lease
-            found[lease] -= own  # a run may have started this very pool
-            died = self.died.get(run["worker"], -MAX_SPAN)
-            if run["worker"] in own or time.monotonic() < died + OUTLIVED:
-                # It has not been reaped yet; or is this pool going to be killed, too?
-                self.settled = False
-                continue
-            # It may have ended since it was listed; then its background children go on.
-            if found[lease] and queue.owned(run):
-                self.end_orphan(run, found[lease])
-            elif not found[lease]:
-                self.release(queue, run)
-        self.endings = {lease: ending for lease, ending in self.endings.items()
-                        if lease in lost}
-        workers = {run["worker"] for run in lost.values()}
-        self.died = {pid: at for pid, at in self.died.items() if pid in workers}
-
-    def end_orphan(self, run, pids):
-        """Signal what a dead worker left running, as its worker would have done."""
-        ending = self.endings.get(run["lease"])
-        if not ending:
-            ending = self.endings[run["lease"]] = Ending()
-            self.log.warning("%s worker died, ending %s", about(run), sorted(pids))
-        killed = ending.killed
-        ending.step(pids, signal_all)
-        if ending.killed and not killed:
-            words = "%s did not end and is killed: %s"
-            self.log.warning(words, about(run), sorted(pids))
-
-    def release(self, queue, run):
-        output = read_output(run["lease"], queue.settings()["output_limit"])
-        result = dict(exit_code=None, error="worker died", output=output,
-                      finished_at=queue.clock())
-        with queue.transaction():
-            state = None if held(run["lease"]) else queue.release(
-                run, result, blamed=run["worker"] in self.died)
-        if state:
-            self.log.warning("%s worker died, %s", about(run), state)
-            remove_leftover(run["lease"])
-            wake_workers(self.path)
-
-    def tell_dead(self, queue):
-        """Start `on_dead` for the jobs that ended dead; return how many of them run.
-
-        Nobody waits for it, it outlives the pool, what it prints is dropped. That it
-        failed is logged. A few run at a time, or one that hangs would be started for
-        each of a thousand jobs.
-        """
-        import subprocess
-        import tempfile
-
-        def start(job):
-            with tempfile.TemporaryFile() as text:
-                text.write(json.dumps(public(job)).encode() + b"\n")
-                text.seek(0)
-                self.hooks[subprocess.Popen(
-                    line, shell=True, cwd=os.path.dirname(queue.path), stdin=text,
-                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                    start_new_session=True)] = shown(job["id"])
-
-        for hook in [hook for hook in self.hooks if hook.poll() is not None]:
-            id = self.hooks.pop(hook)
-            if hook.returncode:
-                self.log.error("on_dead for %s: exit %d", id, hook.returncode)
-        line = queue.settings()["on_dead"]
-        try:
-            while line and len(self.hooks) < MAX_HOOKS and queue.tell(start):
-                self.untold = None
-        except OSError as error:  # the next look tries again
-            if self.untold != str(error):
-                self.log.error("on_dead cannot start: %s", error)
-            self.untold = str(error)
-        return len(self.hooks)
-
-    def tidy(self, queue):
-        """Remove the files that nobody holds any more; rename a full log."""
-        folder = beside(self.path, ".runs")
-        with queue.transaction():  # no run is claimed and lost meanwhile
-            leases = {run["lease"] for run in queue.processing()}
-            with contextlib.suppress(FileNotFoundError):
-                for name in os.listdir(folder):
-                    path = os.path.join(folder, name)
-                    if path not in leases:
-                        remove_leftover(path)
-        remove_pool_files(self.path)
-        log = beside(self.path, ".log")
-        with contextlib.suppress(OSError):  # Windows refuses it while others write
-            if os.path.getsize(log) > LOG_LIMIT:
-                os.replace(log, log + ".1")
-
-    def finish(self, queue):
-        """Tell what became of a drained pool's jobs, and why it left some; clear up."""
-        self.result = "pool %d stopped" % self.pid
-        if self.drain:
-            ended, why = queue.ended_since(self.began, self.pids), obstacles(queue)
-            self.failed = bool(ended["dead"] or why)
-            counts, due = queue.counts(), queue.next_due()
-            if queue.claimable() and not queue.paused():
-                why.append("the pool was stopped before")
-            if due:
-                why.append("the next is due " + when(due["run_at"], queue.clock()))
-            self.result = "%d completed, %d dead" % (ended["completed"], ended["dead"])
-            if why:
-                left = many(counts["pending"] + counts["failed"], "job")
-                self.result += "; %s left: %s" % (left, "; ".join(why))
-        self.tidy(queue)
-        wait_until(lambda: not self.tell_dead(queue), GRACE)
-        return True
-
-
-# ======================================================================================
-# Output: values to text
-# ======================================================================================
 
 
 def span(seconds):
@@ -2974,7 +2433,7 @@ def why_waiting(queue, job, pools):
         return None
     if job["waits"]:
         fronts = queue.fronts(job)
-        behind = fronts[0]["state"] != "dead" and job["seq"] in queue.hopeless()
+        behind = fronts[0]["state"] != "dead" and job["seq"] in queue.blocked()
         return waits_for(fronts) + ", behind a dead one" * behind
     if queue.paused():
         return "the queue is " + RESUME
@@ -3000,7 +2459,7 @@ def waits_for(fronts):
 
 def obstacles(queue):
     """Return in words what keeps jobs from going on until somebody does something."""
-    blocked = queue.blocked()
+    blocked = queue.first_blocked()
     words = [blocked_words(blocked)] if blocked else []
     return words + ["the queue is " + RESUME] * queue.paused()
 
@@ -3153,6 +2612,587 @@ def answer_jobs(args, jobs, lines_of, empty=None):
 
 
 # ======================================================================================
+# Pool: a worker; the supervisor that starts it and puts back what is lost; the log
+# ======================================================================================
+
+
+def open_log(queue_path, who):
+    """Return this process's logger: to the queue's log, or else to standard error."""
+    import logging
+    import logging.handlers
+
+    path = beside(queue_path, ".log")
+
+    def private(path, flags):
+        return os.open(path, flags, 0o600)
+
+    class Log(logging.handlers.WatchedFileHandler):
+        """Go on in a new file when the supervisor has renamed a full one."""
+
+        def _open(self):
+            try:
+                return open(path, "a", encoding="utf-8", errors="backslashreplace",
+                            opener=private)
+            except OSError:  # a full disk must not stop a pool
+                return open(os.devnull, "a")
+
+    logging.raiseExceptions = False
+    # Python's logging HOWTO, "Optimization": what no line shows is not gathered.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    terminal = logging.StreamHandler()
+    try:
+        os.close(private(path, os.O_WRONLY | os.O_CREAT))
+        handlers = [Log(path)]
+        if sys.stderr.isatty():  # over the line of `Live`; of the pool what went wrong
+            terminal.setFormatter(logging.Formatter("\r\x1b[K%(message)s"))
+            terminal.setLevel("INFO" if who == "worker" else "WARNING")
+            handlers.append(terminal)
+    except OSError as error:
+        handlers = [terminal]
+        say("cannot write the log, logging here instead: %s" % error)
+    layout = "%%(asctime)s %%(levelname)s %s[%d] %%(message)s" % (who, os.getpid())
+    logging.Formatter.converter = time.gmtime  # as JSON has it
+    logging.basicConfig(handlers=handlers, level=logging.INFO, format=layout,
+                        datefmt="%Y-%m-%dT%H:%M:%SZ", force=True)
+    return logging.getLogger()
+
+
+def about(run):
+    """Return job and attempt of a run, for the log."""
+    return "%s %d/%d" % (shown(run["id"]), run["attempt"], max(1, run["max_retries"]))
+
+
+# A stopped service signals all its processes at once, and a shell exits with 128 more.
+STOP_ERRORS = ["signal %d" % number for number in (*STOP_SIGNALS, KILL)]
+STOP_ERRORS += ["exit %d" % (128 + number) for number in (*STOP_SIGNALS, KILL)]
+NO_ROOM = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE  # for a process
+
+
+class Worker:
+    """One process of a pool; it runs one job at a time."""
+
+    def __init__(self, path, pool, drain):
+        self.path, self.pool, self.drain = path, pool, drain
+        self.log = open_log(path, "worker")
+        self.queue = self.lease = self.trouble = None
+        self.stopped = self.refused = False
+        self.wake = Wake()
+        catch_signals(self.stop)
+
+    def stop(self, number, frame):
+        # Ctrl-C and a hangup reach the whole group: the supervisor counts them, and
+        # asks through its file. SIGTERM makes this worker leave after its job.
+        if number == signal.SIGTERM:
+            self.stopped = True
+
+    def work(self):
+        """Run jobs until asked to stop."""
+        self.queue = self.patiently(
+            lambda: Queue(self.path, "NORMAL", IDLE_WAIT, new=False))
+        with self.queue:
+            done = None
+            while True:
+                run = self.patiently(self.turn, done)
+                done = run and self.execute(run)
+                if run is None:
+                    if self.leaving():
+                        break
+                    if self.drain and self.patiently(self.queue.drained):
+                        ask(self.path, self.pool, "stop")
+                    self.wake.wait(self.patiently(self.pause))
+
+    def patiently(self, action, *args):
+        """Try until it works: a full disk or a lock costs time, never a result."""
+        while True:
+            try:
+                result = action(*args)
+                if self.trouble:
+                    self.log.info("going on")
+                self.trouble = None
+                return result
+            except (sqlite3.Error, OSError) as error:
+                hopeless = isinstance(error, sqlite3.IntegrityError) or self.gone()
+                # A result in hand is dropped only for `stop --now`.
+                idle = not self.lease or asked(self.path, self.pool) == "now"
+                if hopeless or (self.trouble and self.leaving() and idle):
+                    raise QueueError("leaving while there is still: %s" % error)
+                if str(error) != self.trouble:
+                    self.log.error("%s; waiting until it is over", error)
+                self.trouble = str(error)
+            self.wake.wait(IDLE_WAIT)
+
+    def gone(self):
+        return self.queue and not still_names(self.path, self.queue.file)
+
+    def pool_stops(self):
+        return abandoned(self.path, self.pool) or asked(self.path, self.pool)
+
+    def leaving(self):
+        return self.stopped or self.pool_stops() or self.gone()
+
+    def pause(self):
+        """Return for how long no job is due."""
+        if self.queue.paused():
+            return IDLE_WAIT
+        due = self.queue.next_due()  # first: what gets due meanwhile is claimable then
+        if self.queue.claimable():
+            return 0
+        return min(due["run_at"] - self.queue.clock(), IDLE_WAIT) if due else IDLE_WAIT
+
+    def turn(self, done):
+        """Record the end of one run and claim the next, in one transaction.
+
+        Killed before its commit, the run whose end is in hand is found without a worker
+        and repeated; so is one that was claimed and not yet started. The lease of the
+        first is let go of only after the commit: a supervisor would put the job back
+        that is just being recorded.
+        """
+        finished, self.lease = self.lease, None
+        try:
+            with self.queue.transaction():
+                state = self.record(*done) if done else None
+                run = None if self.leaving() else self.queue.claim(
+                    os.getpid(), self.take_lease)
+        except BaseException:
+            if self.lease:
+                self.lease.discard()
+            self.lease = finished
+            if finished:
+                # The disk may be full of it, and the output is in the result. Killed
+                # now, the run that is repeated has lost that output, and no more.
+                finished.empty()
+            raise
+        if done:
+            finished.discard()
+            self.report(state, *done)
+        return run
+
+    def take_lease(self, run):
+        self.lease = Lease(run["lease"], run["output_limit"])
+
+    def record(self, run, result):
+        if result["error"] in ("stop --now", "stopped", "refused"):
+            return self.queue.release(run, result)
+        if result["error"] is None:
+            return self.queue.complete(run, result)
+        return self.queue.fail(run, result)
+
+    def report(self, state, run, result):
+        """Write a line to the log; a result that came too late is said and dropped."""
+        if result["error"] == "refused":  # which was said once
+            return
+        words = state or "no longer ours, result dropped"
+        if result["error"]:
+            words += " (%s)" % result["error"]
+        spent = result["finished_at"] - run["started_at"]
+        self.log.info("%s %s in %.3f s", about(run), words, spent)
+        if state == "dead":
+            wake([self.pool])  # which starts `on_dead`
+
+    def execute(self, run):
+        """Run a claimed job; return it with its result."""
+        began, finished_at = time.monotonic(), run["started_at"]
+        try:
+            command = Command(run, self.lease, self.path)
+        except (OSError, ValueError) as refusal:
+            code, error = None, "cannot start: %s" % refusal
+            if getattr(refusal, "errno", None) in NO_ROOM:
+                if not self.refused:
+                    self.log.error("%s; waiting for room for a process", error)
+                error, self.refused = "refused", True
+                self.wake.wait(IDLE_WAIT)
+        else:
+            self.refused = False
+            run.update(pid=command.pid, started_at=self.queue.clock())
+            try:
+                code, error = command.watch(self.wake, run["timeout"], self.look(run))
+            except Stuck as stuck:
+                # This worker leaves, so that a supervisor finds a run without a worker
+                # as soon as they are gone.
+                words = "%s can't be ended: processes %s are left alone"
+                raise QueueError(words % (about(run), stuck)) from None
+            finally:
+                command.close()
+            finished_at = run["started_at"] + time.monotonic() - began
+            if error in STOP_ERRORS and wait_until(self.pool_stops, OUTLIVED):
+                error = "stopped"
+            if command.killed and run["launcher"]:
+                words = "%s: the launcher was killed; what it started may live on"
+                self.log.warning(words, about(run))
+        return run, dict(exit_code=code, error=error, output=self.lease.output(),
+                         finished_at=finished_at)
+
+    def look(self, run):
+        """Return a function that tells why a run has to end now, None if it has not."""
+        noted = False
+
+        def look():
+            nonlocal noted
+            with contextlib.suppress(sqlite3.Error):
+                if not noted:
+                    self.queue.note_pid(run)
+                    self.log.info("%s runs, pid %d", about(run), run["pid"])
+                    noted = True
+            if asked(self.path, self.pool) == "now":
+                return "stop --now"
+            with contextlib.suppress(sqlite3.Error):
+                return "cancelled" if self.queue.cancelled(run) else None
+
+        return look
+
+
+def work(path, pool, drain, pool_fd):
+    """Be a worker, in a process of its own."""
+    if not WINDOWS:
+        os.close(pool_fd)  # or the pool would seem to live as long as we do
+    worker, own = Worker(path, pool, drain), worker_file(path, pool, os.getpid())
+    try:
+        fd = worker.patiently(hold, own)
+        try:
+            worker.work()
+        finally:
+            leave(path, fd, own)
+            remove_pool_files(path)  # if our supervisor was killed, and we are the last
+    except (QueueError, OSError) as error:
+        worker.log.error("%s", error)
+        sys.exit(TROUBLE)
+    except Exception:
+        worker.log.exception("this worker failed")
+        sys.exit(1)
+
+
+def leave(path, fd, own):
+    """Let go of a process's file and remove it; the last one removes the folder."""
+    os.close(fd)
+    # On Windows it can't be removed while somebody looks at it.
+    wait_until(lambda: remove_leftover(own) or not os.path.exists(own), TICK)
+    with contextlib.suppress(OSError):  # not empty, others use it
+        os.rmdir(beside(path, ".runs"))
+
+
+class Supervisor:
+    """A pool: starts workers, replaces those that die, puts back what nobody runs.
+
+    It has no database, lease or other's file open while it forks: a lock would go with
+    the fork, and SQLite must not cross one. (Another program that is started, like
+    `on_dead`, closes all that.)
+    """
+
+    def __init__(self, path, count, drain=False, on_look=None):
+        self.path, self.count, self.drain = os.path.realpath(path), count, drain
+        self.on_look = on_look  # is called with the queue, twice a second
+        self.pid = os.getpid()
+        self.workers = []  # processes
+        self.pids = set()  # of all workers there ever were
+        self.died = {}  # pid of a worker: when it was found dead
+        self.endings = {}  # lease: how the end of an orphan is going on
+        self.hooks = {}  # an `on_dead` that runs: the job that died
+        self.next_start = self.next_look = 0.0
+        self.settled = True  # what dead workers ran
+        self.unreadable = False  # the queue, when it was looked at last
+        self.next_page = 1  # of the jobs that `keep` may remove
+        self.signals, self.signalled = 0, -MAX_SPAN  # how many, and when the last
+        self.hook_error = None  # why `on_dead` could not be started
+        self.failed = drain  # until `finish` has seen that no job ended dead
+        self.result = "the queue could not be read at the end"
+        self.cut_off = None  # why it can't go on
+
+    def run(self, started):
+        """Run the pool until it is asked to stop or drained; return the exit code.
+
+        `started()` is called when it can be found and asked.
+        """
+        self.wake = Wake()
+        catch_signals(self.count_signal)
+        close_on_exec()
+        with Queue(self.path) as queue:
+            self.file, self.began = queue.file, queue.clock()
+            if queue.paused():
+                say("the queue is " + RESUME)
+        for path in (beside(self.path, ".runs"), beside(self.path, ".log")):
+            if foreign(path):
+                raise QueueError(shown(path) + foreign(path))
+        own = pool_file(self.path, self.pid)
+        self.fd = hold(own)
+        try:
+            os.write(self.fd, b" " * 8 + b"\n")  # room, on a full disk, too
+            self.log = open_log(self.path, "pool")
+            self.log.info("pool of %d started", self.count)
+            started()
+            self.loop()
+            # A drain has to say how it ended, also while another program has the lock.
+            wait_until(lambda: self.with_queue(self.finish) or self.cut_off,
+                       PATIENCE if self.drain else 0, TICK)
+            self.log.info("pool stopped")
+        finally:
+            ask(self.path, self.pid, "stop")  # whatever happened: no worker goes on
+            # At its end Python gives up its handlers: a late signal would be exit -15.
+            catch_signals(signal.SIG_IGN)
+            leave(self.path, self.fd, own)
+        return 1 if self.failed or self.cut_off else 0
+
+    def count_signal(self, number, frame):
+        """Count it, unless it is the same one: timeout(1) signals us and our group."""
+        now = time.monotonic()
+        if now - self.signalled > TICK:
+            self.signals, self.signalled = self.signals + 1, now
+
+    def loop(self):
+        while True:
+            if self.signals:  # the first asks to stop, a second to stop now
+                self.ask("stop" if self.signals == 1 else "now")
+            self.reap()
+            if self.over():
+                return
+            missing = self.staff()
+            if time.monotonic() >= self.next_look:
+                self.with_queue(self.keep_house)
+                looked = time.monotonic()
+                pause = 0.5 if self.on_look else LOOK_EVERY
+                if not self.settled or not all(
+                        ending.stuck() for ending in self.endings.values()):
+                    pause = TICK
+                self.next_look = looked + pause
+            due = min(self.next_look, self.next_start) if missing else self.next_look
+            if self.wake.wait(due - time.monotonic()):  # by who wants it to look
+                self.next_look = min(self.next_look, looked + TICK)
+
+    def over(self):
+        """Tell whether the pool may leave: what a dead worker ran was looked after.
+
+        Of a queue that was removed nobody can tell any more. What can't be ended is for
+        the next pool; so is a queue that can't be read, if this one shall stop now.
+        """
+        if not self.cut_off and not os.path.exists(pool_file(self.path, self.pid)):
+            self.cut_off = "its file %s was removed" % pool_file(self.path, self.pid)
+            self.log.info("this pool stops: %s", self.cut_off)
+            say("this pool stops: " + self.cut_off)
+        request = asked(self.path, self.pid)
+        if not request or self.workers:
+            return False
+        if not still_names(self.path, self.file):
+            return True
+        if not self.settled:
+            return request == "now" and self.unreadable
+        return all(ending.stuck() for ending in self.endings.values())
+
+    def ask(self, word):
+        if asked(self.path, self.pid) not in (word, "now"):
+            self.log.info("asked to stop" + " now" * (word == "now"))
+            ask(self.path, self.pid, word)
+            if word == "stop" and sys.stderr.isatty():
+                running = self.with_queue(lambda queue: [
+                    run for run in queue.processing() if run["worker"] in self.pids])
+                if running:
+                    say("finishing %s; Ctrl-C again ends them now"
+                        % many(len(running), "running job"))
+
+    def reap(self):
+        for worker in [one for one in self.workers if one.exitcode is not None]:
+            self.workers.remove(worker)
+            if worker.exitcode:
+                words = "worker %d died: exit code %d"
+                self.log.error(words, worker.pid, worker.exitcode)
+                self.settled, self.next_look = False, 0.0
+                if worker.exitcode != TROUBLE:
+                    self.died[worker.pid] = time.monotonic()
+                self.next_start = time.monotonic() + RESTART_EVERY
+
+    def staff(self):
+        """Start the workers that are missing; return whether some still are.
+
+        Where they keep dying, not too often.
+        """
+        import multiprocessing
+
+        context = multiprocessing.get_context("spawn" if WINDOWS else "fork")
+        while len(self.workers) < self.count and not asked(self.path, self.pid):
+            if time.monotonic() < self.next_start:
+                return True
+            worker = context.Process(
+                target=work, args=(self.path, self.pid, self.drain, self.fd))
+            try:
+                worker.start()
+            except OSError as error:  # too many processes or files
+                self.log.error("a worker cannot start: %s", error)
+                self.next_start = time.monotonic() + RESTART_EVERY
+                return True
+            self.workers.append(worker)
+            self.pids.add(worker.pid)
+            self.died.pop(worker.pid, None)
+        return False
+
+    def with_queue(self, action):
+        """Do something with the database; with trouble there, the next look will."""
+        try:
+            if still_names(self.path, self.file):
+                with Queue(self.path, "NORMAL", IDLE_WAIT, new=False) as queue:
+                    self.unreadable = False
+                    return action(queue)
+            if not self.cut_off:
+                self.cut_off = "%s was removed" % shown(self.path)
+                self.ask("stop")
+                say("this pool stops: " + self.cut_off)
+        except (sqlite3.Error, OSError, QueueError) as error:
+            self.settled, self.unreadable = False, True
+            self.log.error("%s", error)
+
+    def keep_house(self, queue):
+        self.put_back(queue)
+        self.tidy(queue)
+        self.announce_deaths(queue)
+        queue.promote_overtaken()
+        if queue.settings()["keep"] is not None:
+            self.prune(queue, queue.settings()["keep"])
+        if self.on_look:
+            self.on_look(queue)
+
+    def prune(self, queue, keep):
+        """Remove old jobs, a page of all jobs a look, and more while there are some."""
+        total, count, until = 0, 1, time.monotonic() + TICK
+        while count and time.monotonic() < until:
+            count, self.next_page = queue.prune(keep, self.next_page)
+            total += count
+        if total:
+            self.log.info("keep: removed %s", many(total, "job"))
+
+    def put_back(self, queue):
+        """Put jobs in PROCESSING back that nobody runs, once nothing of a run lives.
+
+        A claim holds its lease before it is committed, and its worker a file before it
+        claims. So what is listed first and is not held afterwards was let go of: its
+        worker died, or recorded the end meanwhile and the job is no longer listed. What
+        lives of the run of a dead worker is ended first. The lease is looked at again
+        within the transaction that puts the job back: nothing holds it then, and who
+        could have forked is gone.
+        """
+        runs = queue.processing()
+        own = {self.pid, *(worker.pid for worker in self.workers)}
+        living = own.union(*pools(self.path).values())
+        lost = {}
+        for run in runs:
+            attended = run["worker"] in living and held(run["lease"])
+            if not attended and queue.owned(run):
+                lost[run["lease"]] = run
+        found = processes_of(dict.fromkeys(lost))
+        self.settled = True
+        for lease, run in lost.items():
+            if run["worker"] in found[lease]:
+                continue  # it is there; somebody removed its file, or the lease
+            found[lease] -= own  # a run may have started this very pool
+            died = self.died.get(run["worker"], -MAX_SPAN)
+            if run["worker"] in own or time.monotonic() < died + OUTLIVED:
+                # It has not been reaped yet; or is this pool going to be killed, too?
+                self.settled = False
+                continue
+            # It may have ended since it was listed; then its background children go on.
+            if found[lease] and queue.owned(run):
+                self.end_orphan(run, found[lease])
+            elif not found[lease]:
+                self.release(queue, run)
+        self.endings = {lease: ending for lease, ending in self.endings.items()
+                        if lease in lost}
+        workers = {run["worker"] for run in lost.values()}
+        self.died = {pid: at for pid, at in self.died.items() if pid in workers}
+
+    def end_orphan(self, run, pids):
+        """Signal what a dead worker left running, as its worker would have done."""
+        ending = self.endings.get(run["lease"])
+        if not ending:
+            ending = self.endings[run["lease"]] = Ending()
+            self.log.warning("%s worker died, ending %s", about(run), sorted(pids))
+        killed = ending.killed
+        ending.step(pids, signal_all)
+        if ending.killed and not killed:
+            words = "%s did not end and is killed: %s"
+            self.log.warning(words, about(run), sorted(pids))
+
+    def release(self, queue, run):
+        output = read_output(run["lease"], queue.settings()["output_limit"])
+        result = dict(exit_code=None, error="worker died", output=output,
+                      finished_at=queue.clock())
+        with queue.transaction():
+            state = None if held(run["lease"]) else queue.release(
+                run, result, blamed=run["worker"] in self.died)
+        if state:
+            self.log.warning("%s worker died, %s", about(run), state)
+            remove_leftover(run["lease"])
+            wake_workers(self.path)
+
+    def announce_deaths(self, queue):
+        """Start `on_dead` for the jobs that ended dead; return how many of them run.
+
+        Nobody waits for it, it outlives the pool, what it prints is dropped. That it
+        failed is logged. A few run at a time, or one that hangs would be started for
+        each of a thousand jobs.
+        """
+        import subprocess
+        import tempfile
+
+        def start(job):
+            if not line:
+                return
+            with tempfile.TemporaryFile() as text:
+                text.write(json.dumps(public(job)).encode() + b"\n")
+                text.seek(0)
+                self.hooks[subprocess.Popen(
+                    line, shell=True, cwd=os.path.dirname(queue.path), stdin=text,
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                    start_new_session=True)] = shown(job["id"])
+
+        for hook in [hook for hook in self.hooks if hook.poll() is not None]:
+            id = self.hooks.pop(hook)
+            if hook.returncode:
+                self.log.error("on_dead for %s: exit %d", id, hook.returncode)
+        line = queue.settings()["on_dead"]
+        try:
+            while len(self.hooks) < MAX_HOOKS and queue.announce(start):
+                self.hook_error = None
+        except OSError as error:  # the next look tries again
+            if self.hook_error != str(error):
+                self.log.error("on_dead cannot start: %s", error)
+            self.hook_error = str(error)
+        return len(self.hooks)
+
+    def tidy(self, queue):
+        """Remove the files that nobody holds any more; rename a full log."""
+        folder = beside(self.path, ".runs")
+        with queue.transaction():  # no run is claimed and lost meanwhile
+            leases = {run["lease"] for run in queue.processing()}
+            with contextlib.suppress(FileNotFoundError):
+                for name in os.listdir(folder):
+                    path = os.path.join(folder, name)
+                    if path not in leases:
+                        remove_leftover(path)
+        remove_pool_files(self.path)
+        log = beside(self.path, ".log")
+        with contextlib.suppress(OSError):  # Windows refuses it while others write
+            if os.path.getsize(log) > LOG_LIMIT:
+                os.replace(log, log + ".1")
+
+    def finish(self, queue):
+        """Tell what became of a drained pool's jobs, and why it left some; clear up."""
+        self.result = "pool %d stopped" % self.pid
+        if self.drain:
+            ended, why = queue.ended_since(self.began, self.pids), obstacles(queue)
+            self.failed = bool(ended["dead"] or why)
+            # What follows leaves jobs, too, but is no failure.
+            counts, due = queue.counts(), queue.next_due()
+            if queue.claimable() and not queue.paused():
+                why.append("the pool was stopped before")
+            if due:
+                why.append("the next is due " + when(due["run_at"], queue.clock()))
+            self.result = "%d completed, %d dead" % (ended["completed"], ended["dead"])
+            if why:
+                left = many(counts["pending"] + counts["failed"], "job")
+                self.result += "; %s left: %s" % (left, "; ".join(why))
+        self.tidy(queue)
+        wait_until(lambda: not self.announce_deaths(queue), GRACE)
+        return True
+
+
+# ======================================================================================
 # Commands: one function each; its name, meaning, example and arguments above it
 # ======================================================================================
 
@@ -3251,8 +3291,8 @@ def cmd_enqueue(args, queue):
         count += 1
         if args.id and count > 1:
             raise QueueError("--id: one id can't serve several jobs", 2)
-        if type(given) is dict:  # options say more than a job's own fields
-            given = {**given, **timed, **options}
+        if type(given) is dict:  # an option wins over the job's own field, or the two
+            given = {**given, **timed, **options}  # times of it that exclude each other
         job = checked_job(given, defaults)
         if args.unique:
             unique.append(job)
@@ -3458,7 +3498,7 @@ def follow(queue, job):
         time.sleep(TICK / 2)
         queue.check_there()
         job = queue.job(id)
-        if job["waits"] and job["seq"] in queue.hopeless():
+        if job["waits"] and job["seq"] in queue.blocked():
             raise QueueError("job %s can't go on: %s" % (
                 shown(id), why_waiting(queue, job, worker_list(queue))))
     running = True
@@ -3479,9 +3519,9 @@ def follow(queue, job):
 
 
 def output_of(queue, job, run):
-    """Return the output of a run, without one of the latest, so far."""
+    """Return the output of a run, of one that goes on that so far."""
     output = queue.output(job, run)
-    if output is None and (run or job["run"]) == job["run"]:
+    if output is None and run == job["run"]:
         # A run that ended between the two looks has its output in the database now.
         limit = queue.settings()["output_limit"]
         output = read_output(queue.lease(job), limit) or queue.output(job, run)
@@ -3506,7 +3546,7 @@ def cmd_wait(args, queue):
     if counts["removed"]:
         words += ", %d removed before they were seen to end" % counts["removed"]
     if counts["left"]:
-        why = "; ".join(obstacles(queue)) or "just now they can again"
+        why = "; ".join(obstacles(queue)) or "a moment later they could again"
         words += ", %d can't go on: %s" % (len(counts["left"]), why)
     answer(args, counts, words)
     return 1 if counts["dead"] or counts["removed"] or counts["left"] else 0
@@ -3574,6 +3614,11 @@ def cmd_edit(args, queue):
     answer(args, public(queue.job(args.job)), "edited " + shown(args.job))
 
 
+# The states in which a command can take jobs; as the verb of `Queue` has it.
+TAKES = {"cancel": ("pending", "processing", "failed"), "edit": ("pending", "failed"),
+         "retry": ("completed", "dead"), "dlq retry": ("dead",)}
+
+
 def check_chosen(args, everything=False):
     """Refuse a command for jobs unless it says in one way which."""
     ways = [bool(args.ids), bool(args.state or args.match), everything]
@@ -3596,13 +3641,15 @@ def chosen_states(args, states):
 def for_jobs(args, queue, verb, done, ids, taken, left=None, why=""):
     """Apply a verb to jobs by their ids, or to all that are TAKEN; tell what was done.
 
-    LEFT is the condition for those that a verb for many leaves, and why it does.
+    LEFT is the condition for those that a verb for many leaves, and why it does. Only
+    `cancel` is not done with a running one when it returns.
     """
     if args.dry_run:
         return list_jobs(args, queue, queue.jobs(taken))
     count = verb(ids or taken)
     if ids:
         running = [id for id in ids if queue.state(id) == "processing"]
+        running = running if done == "cancelled" else []
         lines = ["%s %s" % (done, shown(id)) + ", which is running" * (id in running)
                  for id in ids]
         return answer(args, {done: ids}, *lines)
@@ -3627,8 +3674,7 @@ def cmd_resume(args, queue):
          IDS, STATE, MATCH, DRY_RUN)
 def cmd_cancel(args, queue):
     check_chosen(args)
-    states = chosen_states(args, ("pending", "processing", "failed"))
-    taken = those(states, args.match)
+    taken = those(chosen_states(args, TAKES["cancel"]), args.match)
     for_jobs(args, queue, queue.cancel, "cancelled", args.ids, taken)
 
 
@@ -3636,7 +3682,7 @@ def cmd_cancel(args, queue):
          IDS, STATE, MATCH, DRY_RUN)
 def cmd_retry(args, queue):
     check_chosen(args)
-    retry_jobs(args, queue, ("completed", "dead"))
+    retry_jobs(args, queue, TAKES["retry"])
 
 
 def retry_jobs(args, queue, states):
@@ -3662,7 +3708,8 @@ def cmd_delete(args, queue):
     # The dead are what people must look at: no bare --older-than takes them.
     bare = ["completed"] if aged and not args.all else []
     states = args.state or bare or ["pending", "completed", "failed", "dead"]
-    delete_jobs(args, queue, args.ids, states, args.all, args.older_than)
+    # What waits for others goes along with --all, but not where only finished ones go.
+    delete_jobs(args, queue, args.ids, states, args.all and not aged, args.older_than)
 
 
 def delete_jobs(args, queue, ids, states, everything=False, age=None):
@@ -3695,7 +3742,7 @@ def cmd_dlq_logs(args, queue):
 def cmd_dlq_retry(args, queue):
     args.state = []
     check_chosen(args, args.all)
-    retry_jobs(args, queue, ["dead"])
+    retry_jobs(args, queue, TAKES["dlq retry"])
 
 
 @command("dlq clear", "remove all dead jobs", "dlq clear", MATCH, DRY_RUN)
@@ -3807,13 +3854,14 @@ def cmd_worker_stop(args):
         return not {*pools(args.db), *older_pools(args.db)} & {*stopped}
 
     # A job that stops its own pool would wait for itself.
-    if not args.no_wait and not within_job_of(args.db):
+    waits = not args.no_wait and not within_job_of(args.db)
+    if waits:
         if not wait_until(gone, 10, TICK / 4):
             say("still waiting; one that was stopped by Ctrl-Z goes on by kill -CONT "
                 + " ".join(map(str, stopped)))
             wait_until(gone, MAX_SPAN, TICK / 4)
-    verb = "stopping " if args.no_wait else "stopped "
-    words = verb + ", ".join("pool %d" % pid for pid in stopped)
+    names = ", ".join("pool %d" % pid for pid in stopped)
+    words = ("stopped " if waits else "stopping ") + names
     answer(args, {"stopped": stopped}, words if stopped else "no pool is running")
 
 
@@ -3887,8 +3935,6 @@ end
 complete -c queuectl -f -a '(_queuectl)'
 """}
 CHOICES = {"STATE": STATES, "KEY": SETTINGS, "SHELL": COMPLETIONS}
-TAKES = {"cancel": ("pending", "processing", "failed"), "edit": ("pending", "failed"),
-         "retry": ("completed", "dead"), "dlq retry": ("dead",)}
 
 
 @command("completion", "print a script that lets a shell complete commands and ids",
@@ -3983,7 +4029,7 @@ def read_status(queue):
         "jobs": queue.counts(), "workers": worker_list(queue),
         "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
         "next_due": due["run_at"], "next_job": due["id"],
-        "paused": queue.paused(), "blocked": queue.blocked(),
+        "paused": queue.paused(), "blocked": queue.first_blocked(),
     }
 
 
@@ -4049,8 +4095,8 @@ ALIASES = {"config list": "config show", "dlq purge": "dlq clear", "metrics": "s
            "ls": "list", "rm": "delete"}
 # They make a queue where there is none; `wait && deploy` in a wrong folder must not.
 MAKERS = ("enqueue", "list", "dlq list", "status", "stats", "config show", "config get",
-          "config set", "config unset", "pause", "resume")
-# SQLite must cross neither a fork nor threads, and the others make no queue.
+          "config set", "config unset", "pause", "resume", "worker start", "dashboard")
+# They open it themselves, or need none: SQLite must cross neither a fork nor threads.
 WITHOUT_QUEUE = ("worker start", "worker stop", "dashboard", "install", "completion")
 
 
@@ -4094,7 +4140,7 @@ def parse(name, words):
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             hint = " (see: queuectl.py %s --help)" % name
-            if name == "enqueue" and words[0][0] not in "{[-":
+            if name == "enqueue" and words[0][:1] not in ("{", "[", "-"):
                 hint = "; to run a command: queuectl.py enqueue -- " + " ".join(words)
             raise QueueError("%s: %s" % (name, shown(message + hint)), 2)
 
@@ -4131,10 +4177,10 @@ def run_command(argv):
         print("queuectl " + __version__ if "--version" in words else overview(name))
         return 0
     function, args = parse(name, words)
-    if sys.stderr.isatty() and not os.path.exists(args.db) and (
-            name in (*MAKERS, "worker start", "dashboard")):
-        say("made queue " + shown(args.db))
     try:
+        if name in MAKERS and sys.stderr.isatty() and not os.path.exists(args.db):
+            with Queue(args.db):
+                say("made queue " + shown(args.db))
         if name in WITHOUT_QUEUE:
             return function(args) or 0
         with Queue(args.db, new=name in MAKERS) as queue:
@@ -4209,15 +4255,17 @@ def newest_jobs(queue, query):
     limit = min(count_of("limit", 0)(query.get("limit", "50")) or 50, PAGE)
     chosen, before = asked_for(query), query.get("before", "")
     if query.get("state", "").lower() != "dead":
-        last = queue.before(before)
+        last = queue.number_below(before)
         return list(map(public, queue.jobs(chosen, limit, newest=True, last=last)))
-    dead = queue.dead(chosen)
-    if before and queue.state(before) == "dead":
-        any(job["id"] == before for job in dead)  # what comes after that is left
+    dead = queue.dead(chosen, below=before)
     return list(map(public, itertools.islice(dead, limit)))
 
 
 def stats_by_the_minute(queue, query):
+    """Return `stats`; those of the last hour begin with a full minute.
+
+    So the bars on the page stay where they are from one look to the next.
+    """
     since = queue.clock() - span_of("since", 1)(query.get("since", "1h"))
     return queue.stats(since // 60 * 60 + 60 if "since" not in query else since)
 
@@ -4332,8 +4380,8 @@ class Site:
             with self.lock:  # with a million runs they take a while: once for all
                 return (200, *self.cached(method, url, time.monotonic() // CACHED))
         except (ValueError, QueueError) as error:
-            code = 404 if NO_JOB in str(error) else max(400, getattr(error, "code", 0))
-            status, words = code, str(error)
+            words, code = str(error), getattr(error, "code", 0)
+            status = 404 if words.startswith(NO_JOB) else max(400, code)
         except (sqlite3.Error, OSError) as error:
             status, words = 503, str(error)
         return status, "application/json", json.dumps({"error": words})
@@ -4362,8 +4410,11 @@ class Site:
         if not hmac.compare_digest(token, self.token.encode()):
             raise QueueError("this page is an earlier dashboard's: reload it", 403)
 
-    def document(self, method, url, _):
-        """Return type and text of what a path names; a job's id is quoted in it."""
+    def document(self, method, url, turn):
+        """Return type and text of what a path names; a job's id is quoted in it.
+
+        What is cached is made anew in the next TURN.
+        """
         from urllib.parse import parse_qsl, unquote
 
         path, query = url.path, dict(parse_qsl(url.query, max_num_fields=10))

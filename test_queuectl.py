@@ -1114,12 +1114,12 @@ def test_on_dead_is_for_jobs_whose_folder_is_gone_but_not_for_cancelled_ones(que
     assert drain() == 1 and '"id": "x"' in read("told")
     add(queue, id="y")
     queue.cancel(["y"])
-    assert not queue.tell(lambda job: pytest.fail("told"))
+    assert not queue.announce(lambda job: pytest.fail("told"))
     add(queue, id="z")
     run = claim(queue)
     queue.cancel(["z"])
     queue.fail(run, result())
-    assert not queue.tell(lambda job: pytest.fail("told"))
+    assert not queue.announce(lambda job: pytest.fail("told"))
 
 
 @posix
@@ -1129,11 +1129,11 @@ def test_few_on_dead_commands_run_at_a_time(queue):
         add(queue, id="x%d" % n, max_retries=1)
         queue.fail(claim(queue), result())
     pool = supervisor(queue)
-    assert pool.tell_dead(queue) == pool.tell_dead(queue) == queuectl.MAX_HOOKS
+    assert pool.announce_deaths(queue) == pool.announce_deaths(queue) == queuectl.MAX_HOOKS
     for hook in pool.hooks:
         os.killpg(hook.pid, signal.SIGKILL)
         hook.wait(10)
-    assert pool.tell_dead(queue) == 3 and not queue.tell(print)
+    assert pool.announce_deaths(queue) == 3 and not queue.announce(print)
     for hook in pool.hooks:
         os.killpg(hook.pid, signal.SIGKILL)
         hook.wait(10)
@@ -1177,7 +1177,7 @@ def test_wait_does_not_look_again_at_a_job_that_has_ended(queue):
             queue.complete(run, result(None))
         looks.append(counts)
 
-    assert queue.wait(["a", "b"], tell=tell)["completed"] == 2 == len(looks)
+    assert queue.wait(["a", "b"], on_look=tell)["completed"] == 2 == len(looks)
 
 
 def test_much_is_removed_in_many_short_transactions(queue, monkeypatch):
@@ -1955,7 +1955,7 @@ def test_logs_show_the_end_at_every_moment():
     with queuectl.Queue("queuectl.db") as queue:
         job = queue.job("x")
         while len(seen) < 300 and queue.owned(job):
-            dropped, output = queuectl.parts_of(queuectl.output_of(queue, job, None))
+            dropped, output = queuectl.parts_of(queuectl.output_of(queue, job, job["run"]))
             assert len(output) == 100000 or not dropped and len(output) < 100000
             second = output.index(b"\n") + 1  # a whole line: it tells where we are
             assert dropped == int(output[second : second + 10]) * 10 - second
@@ -2529,6 +2529,15 @@ def test_a_stopping_pool_looks_first_what_its_dead_worker_ran():
     assert pool.wait(10) == 0
 
 
+@posix
+def test_a_run_that_could_not_be_ended_is_put_back_when_it_has_ended():
+    enqueue("[ -e out ] && exit; touch out; exec sleep 1", id="x", timeout=0.1)
+    pool = start_pool("--drain", count=1, script="queuectl.STUCK = queuectl.GRACE = 0.1\n"
+                      "queuectl.signal_all = lambda pids, number: None")
+    assert pool.wait(10) == 0 and state("x") == "completed"
+    assert "x 1/3 can't be ended: processes [" in read("queuectl.log")
+
+
 def no_signals(monkeypatch, pool):
     """Let nothing be signalled by a supervisor."""
     monkeypatch.setattr(pool, "end_orphan", lambda run, pids: pytest.fail("signalled"))
@@ -2823,6 +2832,69 @@ def test_a_run_that_is_ended_can_clean_up_by_commands(way):
     if way == "orphan":
         os.kill(workers_of(pool.pid)[0], KILL)
     wait_until(lambda: os.path.exists("up") and read("up"))
+
+
+def test_what_never_finished_has_no_age_and_stays(queue):
+    add(queue, id="old", max_retries=1)
+    queue.enqueue([queuectl.checked_job({"id": "new", "command": "x", "after": "old"},
+                                        queue.defaults())])
+    queue.fail(claim(queue), result())
+    assert ok("delete", "--all", "--older-than", "1d").out == (
+        "deleted 0 jobs; 1 left: other jobs wait for them\n")
+    assert ok("delete", "--all").out == "deleted 2 jobs\n"
+
+
+def test_a_job_behind_a_removed_one_died_when_that_was_removed(queue):
+    add(queue, id="front")
+    add(queue, id="behind", after=["front"])
+    before = time.time() - 1
+    queue.delete(queuectl.those(["pending"], "front"))
+    job = queue.job("behind")
+    assert job["state"] == "dead" and before < job["updated_at"] < time.time() + 1
+
+
+def test_the_oldest_waiting_job_is_no_retried_one(queue, clock):
+    add(queue, id="retried", max_retries=1)
+    queue.fail(claim(queue), result())
+    clock.now += 1
+    add(queue, id="waits")
+    clock.now += 1
+    queue.retry(["retried"])
+    assert tuple(queue.oldest_claimable()) == ("waits", clock.now - 1)
+    assert claim(queue)["id"] == "retried"  # it keeps its place
+
+
+def test_a_job_waited_until_its_run_not_until_the_next(queue, clock):
+    add(queue)
+    clock.now += 3
+    run = claim(queue)
+    queue.fail(run, result())
+    assert queue.stats(clock.now - 60)["waiting_time"]["longest"] is None
+    clock.now += 9
+    queue.complete(claim(queue), dict(result(), error=None))
+    assert queue.stats(clock.now - 60)["waiting_time"]["longest"] == 7
+
+
+def test_a_run_takes_no_longer_because_it_ended_as_stopped_services_do():
+    enqueue("kill -9 $$" if os.name == "posix" else "exit 137", id="x", max_retries=1)
+    pool = start_pool(count=1, script="queuectl.OUTLIVED = 0.8")
+    wait_until(lambda: state("x") == "dead")
+    assert pool.poll() is None and ok("show", "x", "--json").json["seconds"] < 0.7
+
+
+def test_a_job_that_stops_its_own_pool_is_told_that_it_is_stopping():
+    enqueue(queuectl.shell_words([sys.executable, COMPILED, "worker", "stop"]), id="x")
+    pool = start_pool(count=1)
+    assert pool.wait(10) == 0
+    assert "stopping pool %d\n" % pool.pid in ok("logs", "x").out
+
+
+def test_deaths_while_nobody_wants_to_know_are_not_announced_later(queue):
+    add(queue, max_retries=1)
+    queue.fail(claim(queue), result())
+    supervisor(queue).announce_deaths(queue)
+    queue.set("on_dead", "true")
+    assert not queue.announce(pytest.fail)
 
 
 def test_help_is_a_command_too():
@@ -3814,11 +3886,11 @@ def test_on_dead_is_told_once_of_a_death_and_not_of_one_that_was_retried(queue):
         queue.cancel(["c"]) if name == "c" else queue.fail(claim(queue), result())
     queue.retry(["a"])
     ok("enqueue", "--unique", "--id", "d", "--", "true")
-    while queue.tell(start):
+    while queue.announce(start):
         pass
     assert told == ["b"]
     queue.fail(claim(queue), result())
-    while queue.tell(start):
+    while queue.announce(start):
         pass
     assert told == ["b", "a"]
 
@@ -3831,7 +3903,7 @@ def test_a_death_that_was_not_told_yet_is_no_hindrance_to_the_next(queue):
         queue.fail(claim(queue), result())
         queue.retry(["job"])
     assert queue.fail(claim(queue), result()) == "dead"
-    while queue.tell(lambda job: told.append(job["id"])):
+    while queue.announce(lambda job: told.append(job["id"])):
         pass
     assert told == ["job"]
 
@@ -3841,7 +3913,7 @@ def test_on_dead_is_not_told_of_a_running_job_that_was_cancelled(queue):
     add(queue)
     run = claim(queue)
     queue.cancel(["job"])
-    assert queue.release(run, result("cancelled")) == "dead" and not queue.tell(pytest.fail)
+    assert queue.release(run, result("cancelled")) == "dead" and not queue.announce(pytest.fail)
 
 
 @forked
@@ -4137,7 +4209,7 @@ WITHOUT_PRIORITIES = [
     (r'ORDER = "priority DESC, seq"', 'ORDER = "seq"'),
     (r"(?s)\(priority > \? OR priority = \? AND seq < \?\)\",\n.*?job\[\"seq\"\]\)",
      'seq < ?", job["seq"])'),
-    (r'(?s)(def oldest_claimable.*?\n)        first = .*?fetchone\(\)\n',
+    (r'(?s)(def oldest_claimable.*?\n).*?fetchone\(\)\n',
      r'\1        return self.db.execute("SELECT id, run_at FROM jobs WHERE " + CLAIMABLE'
      r' + " ORDER BY seq").fetchone()\n'),
 ]
@@ -4506,7 +4578,7 @@ def test_whatever_is_done_in_whatever_order_the_gate_is_right(queue, clock, seed
             queue.complete(runs.pop(), result(None))
     left = [job for job in queue.jobs() if job["state"] not in ("completed", "dead")]
     assert {job["state"] for job in left} <= {"pending"} and queue.drained()
-    assert {job["seq"] for job in left} <= queue.hopeless()
+    assert {job["seq"] for job in left} <= queue.blocked()
 
 
 @forked
