@@ -53,7 +53,7 @@ HERE = os.path.dirname(SCRIPT)
 DAY = 86400
 
 # ======================================================================================
-# Fixtures and a small language
+# Fixtures and helpers
 # ======================================================================================
 
 
@@ -66,7 +66,7 @@ def home(tmp_path, monkeypatch):
     for pool in list(POOLS):
         kill_all(pool)
     POOLS.clear()
-    for pid in naps():
+    for pid in lasting():
         with contextlib.suppress(OSError):
             os.kill(pid, KILL)
 
@@ -89,7 +89,7 @@ def taken(file):
 # A command that lasts, the same on every system; it is known to live by its lock. One
 # that is taken `once` lasts only the first time, and never beside another: `out` gets a
 # line a run, and `overlaps` is there if two ran at a time.
-NAPPER = """
+LASTS = """
 import os, sys, time
 if os.name == "posix":
     import fcntl
@@ -109,16 +109,16 @@ if "once" in sys.argv:
         print("run", file=out)
     if len(open("out").readlines()) > 1:
         sys.exit()
-mark = open(os.path.join(os.path.dirname(__file__), "%%d.nap" %% os.getpid()), "a")
+mark = open(os.path.join(os.path.dirname(__file__), "%%d.lasts" %% os.getpid()), "a")
 while not taken(mark):  # while somebody looks whether it is
     pass
 time.sleep(77)
 """ % inspect.getsource(taken)
 TOOLS = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, TOOLS, ignore_errors=True)
-with open(os.path.join(TOOLS, "nap.py"), "w") as file:
-    file.write(NAPPER)
-NAP = queuectl.shell_words([sys.executable, file.name])
+with open(os.path.join(TOOLS, "lasts.py"), "w") as file:
+    file.write(LASTS)
+LASTING = queuectl.shell_words([sys.executable, file.name])
 # Python compiles a script anew each time that it is run, which takes longer than most of
 # what is tested here. So it is done once; processes run, or import, what came of it.
 COMPILED = py_compile.compile(
@@ -131,11 +131,11 @@ if os.name != "posix":
     os.environ["PATH"] += os.pathsep + TOOLS
 
 
-def naps():
-    """Return the pids of the naps that last."""
+def lasting():
+    """Return the pids of the commands that last."""
     pids = []
     for name in os.listdir(TOOLS):
-        if name.endswith(".nap"):
+        if name.endswith(".lasts"):
             with open(os.path.join(TOOLS, name), "a") as mark:
                 if not taken(mark):
                     pids.append(int(name.partition(".")[0]))
@@ -820,7 +820,8 @@ def test_sixty_first_commands_at_once():
 
 def test_every_field_of_a_job_has_its_option(home):
     ok("enqueue", "--id", "x", "--priority", "-3", "--delay", "1h", "--timeout", "90s",
-       "--max-retries", "7", "--cwd", os.path.abspath("/"), "--env", "A=1", "--env", "B=x=y", "--", "a", "b")
+       "--max-retries", "7", "--cwd", os.path.abspath("/"), "--env", "A=1", "--env", "B=x=y",
+       "--", "a", "b")
     job = jobs()["x"]
     assert job["command"] == "a b" and job["cwd"] == os.path.abspath("/") and job["priority"] == -3
     assert job["timeout"] == 90 and job["max_retries"] == 7
@@ -853,7 +854,8 @@ def test_options_come_before_the_fields_of_a_job():
     (["--max-retries", "1.5", "--", "x"], "max_retries"), (["--", " "], "command"),
     (["--command", "a", "--", "b"], "give jobs"), (['{"command":"a"}', "--", "b"], "give"),
     (["--id", "x"], "no job"), (["--unique", "--", "x"], "id: missing"),
-    (["--delay", "1", "--run-at", "1000000000", "--", "x"], "not both"), (["echo hi"], "enqueue -- echo hi"),
+    (["--delay", "1", "--run-at", "1000000000", "--", "x"], "not both"),
+    (["echo hi"], "enqueue -- echo hi"),
 ])
 def test_bad_options_are_refused_by_name(words, told):
     assert told in refused("enqueue", *words, code=2)
@@ -1031,7 +1033,8 @@ def test_only_what_has_finished_has_an_age(queue):
     assert "finished" in line
 
 
-@pytest.mark.parametrize("words", [[], ["x", "--all"], ["x", "--older-than", "0"], ["--all", "--state", "dead"]])
+@pytest.mark.parametrize("words", [
+    [], ["x", "--all"], ["x", "--older-than", "0"], ["--all", "--state", "dead"]])
 def test_delete_wants_jobs_or_a_state_or_all(queue, words):
     assert "name jobs" in refused("delete", *words, code=2)
 
@@ -1098,11 +1101,11 @@ def test_on_dead_gets_the_job_and_its_own_failure_hurts_nothing():
 
 
 def test_on_dead_is_not_waited_for():
-    ok("config", "set", "on_dead", NAP)
+    ok("config", "set", "on_dead", LASTING)
     enqueue("exit 3", max_retries=1)
     enqueue(id="next")
     pool = start_pool(count=1)
-    wait_until(lambda: state("next") == "completed" and naps())
+    wait_until(lambda: state("next") == "completed" and lasting())
     assert pool.poll() is None
 
 
@@ -1124,7 +1127,7 @@ def test_on_dead_is_for_jobs_whose_folder_is_gone_but_not_for_cancelled_ones(que
 
 @posix
 def test_few_on_dead_commands_run_at_a_time(queue):
-    queue.set("on_dead", NAP)
+    queue.set("on_dead", LASTING)
     for n in range(queuectl.MAX_HOOKS + 3):
         add(queue, id="x%d" % n, max_retries=1)
         queue.fail(claim(queue), result())
@@ -1806,9 +1809,9 @@ def test_a_folder_that_vanished_is_a_failure(home):
 
 @pytest.mark.parametrize("how", ["timeout", "cancel", "stop --now", "kill"])
 def test_a_run_that_is_ended_from_outside_ends_with_all_its_processes(how):
-    enqueue(NAP + " tree", id="x", timeout=0.8 if how == "timeout" else None, max_retries=1)
+    enqueue(LASTING + " tree", id="x", timeout=0.8 if how == "timeout" else None, max_retries=1)
     pool = start_pool(count=1)
-    wait_until(lambda: len(naps()) == 2)
+    wait_until(lambda: len(lasting()) == 2)
     if how == "cancel":
         assert ok("cancel", "x").out == "cancelled x, which is running\n"
     elif how == "stop --now":
@@ -1817,7 +1820,7 @@ def test_a_run_that_is_ended_from_outside_ends_with_all_its_processes(how):
         os.kill(workers_of(pool.pid)[0], KILL)
         ok("cancel", "x")
     wait_until(lambda: state("x") != "processing")
-    assert not naps()
+    assert not lasting()
     error = {"timeout": "timeout 0.8s", "stop --now": None}.get(how, "cancelled")
     job = ok("show", "x", "--json").json
     assert (job["state"], job["error"]) == ("dead" if error else "pending", error)
@@ -1836,24 +1839,24 @@ queuectl.os.posix_spawn = spawn
 
 @posix
 def test_where_no_session_can_be_started_a_run_has_a_group_of_its_own():
-    enqueue("ps -o pid=,pgid=,sid= -p $$; %s & %s" % (NAP, NAP), id="x", timeout=0.5)
+    enqueue("ps -o pid=,pgid=,sid= -p $$; %s & %s" % (LASTING, LASTING), id="x", timeout=0.5)
     pool = start_pool(script=NO_SESSION, count=1)
     wait_until(lambda: state("x") == "failed")
     pid, group, session = map(int, ok("logs", "x").out.split())
-    assert pid == group and session == os.getsid(pool.pid) and not naps()
+    assert pid == group and session == os.getsid(pool.pid) and not lasting()
 
 
 def test_a_job_cancelled_while_no_pool_runs_is_ended_by_the_next():
-    enqueue("trap '' TERM; " + NAP if os.name == "posix" else NAP, id="x")
+    enqueue("trap '' TERM; " + LASTING if os.name == "posix" else LASTING, id="x")
     pool = start_pool(count=1)
-    wait_until(naps)
+    wait_until(lasting)
     kill_all(pool)
     ok("cancel", "x")
     assert state("x") == "processing"
-    assert naps() or os.name != "posix"  # there it ends with its worker
+    assert lasting() or os.name != "posix"  # there it ends with its worker
     start_pool(count=1, script="queuectl.GRACE = 0.2")
     wait_until(lambda: state("x") == "dead")
-    assert not naps()
+    assert not lasting()
     assert jobs()["x"]["error"] == "cancelled"
 
 
@@ -1969,10 +1972,10 @@ def test_logs_show_the_end_at_every_moment():
 @pytest.mark.parametrize("size", [0, 50, 3 * 10**6])
 @pytest.mark.parametrize("whole", [False, True])
 def test_what_was_printed_until_its_worker_was_killed_is_kept(size, whole):
-    enqueue("[ -e out ] && exit; " + python(TEN + "ten(0, %d)" % size) + "; touch out; " + NAP,
+    enqueue("[ -e out ] && exit; " + python(TEN + "ten(0, %d)" % size) + "; touch out; " + LASTING,
             id="x")
     pool = start_pool(count=1)
-    wait_until(lambda: os.path.exists("out") and naps())
+    wait_until(lambda: os.path.exists("out") and lasting())
     if whole:
         kill_all(pool)
         start_pool(count=1)
@@ -2061,14 +2064,13 @@ def test_a_lease_has_the_end_of_the_output_whatever_the_disk_takes(home, monkeyp
 
 
 def test_a_background_child_holds_up_nothing():
-    nap = NAP + " &" if os.name == "posix" else "start /b " + NAP
-    enqueue(nap, id="x")
+    enqueue(LASTING + " &" if os.name == "posix" else "start /b " + LASTING, id="x")
     assert drain(1) == 0
-    wait_until(naps)  # it was let be
+    wait_until(lasting)  # it was let be
 
 
 def test_logs_shows_the_output_of_a_running_job():
-    enqueue("echo hello&& " + NAP, id="x")
+    enqueue("echo hello&& " + LASTING, id="x")
     start_pool()
     wait_until(lambda: ok("logs", "x").out.split() == ["hello"])
 
@@ -2130,9 +2132,9 @@ def test_two_signals_at_once_are_one():
 
 @posix
 def test_a_second_signal_gives_running_jobs_back():
-    enqueue("trap '' TERM; %s & wait; %s" % (NAP, NAP), id="x")
+    enqueue("trap '' TERM; %s & wait; %s" % (LASTING, LASTING), id="x")
     pool = start_pool(count=1, script="queuectl.GRACE = 0.2")
-    wait_until(naps)
+    wait_until(lasting)
     pool.send_signal(signal.SIGTERM)
     wait_until(lambda: "asked to stop" in read("queuectl.log"))
     # One that came at once would be the same one.
@@ -2140,7 +2142,7 @@ def test_a_second_signal_gives_running_jobs_back():
     assert pool.wait(20) == 0
     job = jobs()["x"]
     assert (job["state"], job["attempts"]) == ("pending", 0)
-    assert not naps()
+    assert not lasting()
 
 
 @posix
@@ -2272,15 +2274,15 @@ def test_a_launcher_that_fails_by_itself_is_a_failure_of_the_run(client):
 @pytest.mark.parametrize("how", ["timeout", "cancel", "stop --now"])
 def test_what_runs_elsewhere_ends_with_its_run(client, how):
     words = ["--timeout", "0.5"] if how == "timeout" else []
-    ok("enqueue", "--id", "x", "--max-retries", "1", "--launcher", client, *words, "--", NAP)
+    ok("enqueue", "--id", "x", "--max-retries", "1", "--launcher", client, *words, "--", LASTING)
     start_pool()
-    wait_until(naps)
+    wait_until(lasting)
     if how == "cancel":
         ok("cancel", "x")
     elif how == "stop --now":
         ok("worker", "stop", "--now")
     wait_until(lambda: state("x") in ("dead", "pending"))
-    assert not naps()
+    assert not lasting()
 
 
 @posix
@@ -2296,16 +2298,16 @@ def test_a_launcher_that_had_to_be_killed_is_logged(client):
 
 @posix
 def test_a_killed_pools_run_elsewhere_ends_before_it_runs_again(client):
-    ok("enqueue", "--id", "x", "--launcher", client, "--", NAP + " once")
+    ok("enqueue", "--id", "x", "--launcher", client, "--", LASTING + " once")
     pool = start_pool(count=1)
-    wait_until(naps)
+    wait_until(lasting)
     kill_all(pool)
     ok("config", "set", "launcher", "none")
     start_pool(count=1)
     wait_until(lambda: state("x") == "completed")
     assert [run["error"] for run in ok("show", "x", "--json").json["runs"]] == [
         "worker died", None]
-    assert not os.path.exists("overlaps") and not naps()
+    assert not os.path.exists("overlaps") and not lasting()
 
 
 # ======================================================================================
@@ -2326,7 +2328,7 @@ queuectl.Worker.take_lease = killed
 
 
 def runs():
-    """Return how often a nap began that is taken once."""
+    """Return how often a command began that lasts only once."""
     return read("out").count("run") if os.path.exists("out") else 0
 
 
@@ -2339,12 +2341,12 @@ def supervisor(queue):
 
 
 ORPHANS = {
-    "plain": "NAP once",
-    "redirected": "exec >/dev/null 2>&1; NAP once",
-    "all closed": "exec NAP once closed",
-    "unmarked": "exec env -i NAP once",
-    "ignores TERM": "trap '' TERM; NAP once",
-    "own session": "setsid NAP once",
+    "plain": "LASTING once",
+    "redirected": "exec >/dev/null 2>&1; LASTING once",
+    "all closed": "exec LASTING once closed",
+    "unmarked": "exec env -i LASTING once",
+    "ignores TERM": "trap '' TERM; LASTING once",
+    "own session": "setsid LASTING once",
 }
 # As on a system without /proc; there one that closed every descriptor is not known.
 NO_PROC = """
@@ -2362,15 +2364,15 @@ lsof = pytest.mark.skipif(not shutil.which("lsof"), reason="needs lsof, or /proc
     *(pytest.param(kind, NO_PROC, marks=[posix, lsof])
       for kind in ("unmarked", "own session"))])
 def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(kind, script, victim):
-    enqueue(ORPHANS[kind].replace("NAP", NAP), id="x")
+    enqueue(ORPHANS[kind].replace("LASTING", LASTING), id="x")
     script += "\nqueuectl.GRACE = 0.2" * (kind == "ignores TERM")
     pool = start_pool(count=1, script=script)
-    wait_until(lambda: naps() and runs() == 1)
+    wait_until(lambda: lasting() and runs() == 1)
     if victim == "worker":
         os.kill(workers_of(pool.pid)[0], KILL)
     else:
         kill_all(pool)
-        assert naps() or os.name != "posix"  # there they end with their worker
+        assert lasting() or os.name != "posix"  # there they end with their worker
         ok("worker", "stop")  # what belongs to the orphan has to stay
         start_pool(count=1, script=script)
     wait_until(lambda: state("x") == "completed")
@@ -2378,20 +2380,20 @@ def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(kind, script, victim
     assert not os.path.exists("overlaps")
     if victim == "pool":
         assert [name for name in leftovers() if str(pool.pid) in name] == []
-    assert not naps()
+    assert not lasting()
     assert job["attempts"] == 1  # the lost attempt was given back
     assert [run["error"] for run in job["runs"]] == ["worker died", None]
 
 
 # How processes of a run come to be elsewhere than in the group of its leader.
 FAMILIES = {
-    "plain": "NAP once",
-    "timeout": "timeout 60 NAP once",
-    "setsid": "setsid -w NAP once",
-    "session": python("import subprocess as s; s.call('NAP once', shell=True,"
+    "plain": "LASTING once",
+    "timeout": "timeout 60 LASTING once",
+    "setsid": "setsid -w LASTING once",
+    "session": python("import subprocess as s; s.call('LASTING once', shell=True,"
                       " start_new_session=True)"),
-    "pipe": "NAP once | cat",
-    "job control": "bash -c 'set -m; NAP once & wait'",
+    "pipe": "LASTING once | cat",
+    "job control": "bash -c 'set -m; LASTING once & wait'",
 }
 
 
@@ -2404,7 +2406,7 @@ def test_no_process_of_a_run_lives_when_its_job_has_left_processing(how):
     for name, line in FAMILIES.items():
         os.mkdir(name)
         ok("enqueue", "--id", name, "--cwd", name, "--max-retries", "1", *words, "--",
-           line.replace("NAP", NAP))
+           line.replace("LASTING", LASTING))
     pool = start_pool(count=len(FAMILIES))
     wait_until(lambda: all(os.path.exists(name + "/out") for name in FAMILIES))
     if how == "cancel":
@@ -2432,11 +2434,11 @@ def test_no_process_of_a_run_lives_when_its_job_has_left_processing(how):
 @pytest.mark.parametrize("how", ["cancel", "worker", "pool"])
 def test_what_a_finished_run_left_is_let_be_when_the_next_is_ended(how):
     ok("config", "set", "backoff_base", "0")
-    enqueue("[ -e out ] && exec %s; touch out; %s & exit 1" % (NAP, NAP), id="x")
+    enqueue("[ -e out ] && exec %s; touch out; %s & exit 1" % (LASTING, LASTING), id="x")
     pool = start_pool(count=1)
-    wait_until(lambda: len(naps()) == 2 and ok("show", "x", "--json").json["runs"][1]["pid"])
+    wait_until(lambda: len(lasting()) == 2 and ok("show", "x", "--json").json["runs"][1]["pid"])
     second = ok("show", "x", "--json").json["runs"][1]["pid"]
-    left, = set(naps()) - {second}
+    left, = set(lasting()) - {second}
     if how == "worker":
         os.kill(workers_of(pool.pid)[0], KILL)
     elif how == "pool":
@@ -2444,9 +2446,9 @@ def test_what_a_finished_run_left_is_let_be_when_the_next_is_ended(how):
         start_pool(count=1)
     ok("cancel", "x")
     wait_until(lambda: state("x") == "dead")
-    assert naps() == [left]
+    assert lasting() == [left]
     ok("worker", "stop", "--now")
-    assert naps() == [left]
+    assert lasting() == [left]
 
 
 @posix
@@ -2454,10 +2456,10 @@ def test_what_a_finished_run_left_is_let_be_when_the_next_is_ended(how):
 def test_a_pool_on_a_copy_of_a_queue_signals_nothing_of_the_original(how, monkeypatch):
     os.mkdir("a")
     monkeypatch.setenv("QUEUECTL_DB", "a/queuectl.db")
-    enqueue(NAP, id="x", cwd="/")
+    enqueue(LASTING, id="x", cwd="/")
     pool = start_pool(count=1)
-    wait_until(lambda: naps() and "runs, pid" in read("a/queuectl.log"))
-    original, copy = naps(), "b/queuectl.db"
+    wait_until(lambda: lasting() and "runs, pid" in read("a/queuectl.log"))
+    original, copy = lasting(), "b/queuectl.db"
     if how == "cp -a":
         subprocess.run(["cp", "-a", "a", "b"], check=True)
     else:
@@ -2467,11 +2469,11 @@ def test_a_pool_on_a_copy_of_a_queue_signals_nothing_of_the_original(how, monkey
                 source.backup(target)
     monkeypatch.setenv("QUEUECTL_DB", copy)
     start_pool(count=1)
-    wait_until(lambda: len(naps()) == 2)  # the copy's job runs as well: it is another
+    wait_until(lambda: len(lasting()) == 2)  # the copy's job runs as well: it is another
     assert [run["error"] for run in ok("show", "x", "--json").json["runs"]] == [
         "worker died", None]
     assert ok("worker", "stop", "--now").out.startswith("stopped pool")
-    assert naps() == original and "died, ending" not in read(copy[:-3] + ".log")
+    assert lasting() == original and "died, ending" not in read(copy[:-3] + ".log")
     monkeypatch.setenv("QUEUECTL_DB", "a/queuectl.db")
     assert len(ok("show", "x", "--json").json["runs"]) == 1 and pool.poll() is None
     ok("worker", "stop", "--now")
@@ -2479,9 +2481,9 @@ def test_a_pool_on_a_copy_of_a_queue_signals_nothing_of_the_original(how, monkey
 
 @posix
 def test_a_worker_that_leaves_a_killed_pool_leaves_what_is_known_of_an_orphan():
-    enqueue("exec %s once closed" % NAP, id="x")
+    enqueue("exec %s once closed" % LASTING, id="x")
     pool = start_pool()
-    wait_until(lambda: naps() and runs() == 1)
+    wait_until(lambda: lasting() and runs() == 1)
     busy = [w["pid"] for w in ok("status", "--json").json["workers"] if w["job"]]
     for pid in (pool.pid, *busy):
         os.kill(pid, signal.SIGKILL)
@@ -2489,17 +2491,17 @@ def test_a_worker_that_leaves_a_killed_pool_leaves_what_is_known_of_an_orphan():
     wait_until(lambda: not workers_of(pool.pid))
     start_pool(count=1)
     wait_until(lambda: state("x") == "completed")
-    assert not os.path.exists("overlaps") and not naps()
+    assert not os.path.exists("overlaps") and not lasting()
 
 
 @posix
 def test_a_pool_whose_queue_is_removed_while_it_ends_an_orphan_ends_too():
-    enqueue("trap '' TERM; " + NAP, id="x")
+    enqueue("trap '' TERM; " + LASTING, id="x")
     pool = start_pool(count=1, script="queuectl.GRACE = 60")
-    wait_until(naps)
+    wait_until(lasting)
     os.kill(workers_of(pool.pid)[0], signal.SIGKILL)
     wait_until(lambda: "worker died, ending" in read("queuectl.log"))
-    group = os.getpgid(naps()[0])
+    group = os.getpgid(lasting()[0])
     os.remove("queuectl.db")
     try:
         assert pool.wait(10) == 1
@@ -2590,23 +2592,23 @@ def test_a_process_with_the_number_of_a_worker_elsewhere_keeps_no_job():
 
 @posix
 def test_a_pool_that_is_stopped_now_ends_an_orphan_first():
-    enqueue("trap '' TERM; " + NAP, id="x")
+    enqueue("trap '' TERM; " + LASTING, id="x")
     pool = start_pool(count=1)
-    wait_until(naps)
+    wait_until(lasting)
     os.kill(workers_of(pool.pid)[0], signal.SIGKILL)
     wait_until(lambda: "worker died, ending" in read("queuectl.log"))
     ok("worker", "stop", "--now")
-    assert pool.wait(10) == 0 and not naps() and state("x") == "pending"
+    assert pool.wait(10) == 0 and not lasting() and state("x") == "pending"
 
 
 @posix
 def test_a_pool_that_cannot_read_its_queue_can_be_stopped_now():
-    enqueue("trap '' TERM; " + NAP, id="x")
+    enqueue("trap '' TERM; " + LASTING, id="x")
     pool = start_pool(count=1, script=TROUBLE + "queuectl.GRACE = 60")
-    wait_until(naps)
+    wait_until(lasting)
     os.kill(workers_of(pool.pid)[0], signal.SIGKILL)
     wait_until(lambda: "worker died, ending" in read("queuectl.log"))
-    group = os.getpgid(naps()[0])
+    group = os.getpgid(lasting()[0])
     open("trouble", "w").close()
     try:
         ok("worker", "stop", "--now", "--no-wait")
@@ -2750,12 +2752,12 @@ def test_a_pool_that_a_lost_run_started_is_let_be():
     with open("quick.py", "w") as file:  # the pool that it starts runs this again
         file.write("import queuectl\n%squeuectl.__file__ = __file__\nqueuectl.main()" % QUICK)
     line = queuectl.shell_words([sys.executable, "quick.py", "worker", "start", "--detach"])
-    enqueue("[ -e out ] || %s; exec %s once" % (line, NAP), id="x", env={"PYTHONPATH": TOOLS})
+    enqueue("[ -e out ] || %s; exec %s once" % (line, LASTING), id="x", env={"PYTHONPATH": TOOLS})
     pool = start_pool(count=1)
-    wait_until(lambda: naps() and len(ok("status", "--json").json["workers"]) == 2)
+    wait_until(lambda: lasting() and len(ok("status", "--json").json["workers"]) == 2)
     kill_all(pool)
     wait_until(lambda: state("x") == "completed")
-    assert not os.path.exists("overlaps") and not naps()
+    assert not os.path.exists("overlaps") and not lasting()
     assert ok("worker", "stop").out.startswith("stopped pool ")
 
 
@@ -2799,7 +2801,7 @@ def test_workers_whose_supervisor_was_killed_finish_their_job_and_leave():
 
 @pytest.mark.parametrize("text", ["", "1", "999999999", "rubbish", "%d"])
 def test_leftover_pid_files_hurt_nobody(text):
-    with subprocess.Popen([sys.executable, os.path.join(TOOLS, "nap.py")]) as stranger:
+    with subprocess.Popen([sys.executable, os.path.join(TOOLS, "lasts.py")]) as stranger:
         for name in ("queuectl-%d.pid" % stranger.pid, "queuectl-1.pid"):
             with open(name, "w") as file:
                 file.write(text.replace("%d", str(stranger.pid)))
@@ -2935,13 +2937,13 @@ def test_a_pool_that_nobody_hears_notices_a_removed_database_and_makes_no_new_on
 
 @posix
 def test_a_new_database_is_not_mixed_up_with_a_removed_one():
-    enqueue(NAP, id="x")
+    enqueue(LASTING, id="x")
     pool = start_pool(count=1)
-    wait_until(naps)
+    wait_until(lasting)
     os.remove("queuectl.db")
     enqueue("echo new", id="x")
     assert drain() == 0
-    assert naps(), "the other pool has to be there for this to test anything"
+    assert lasting(), "the other pool has to be there for this to test anything"
     assert ok("logs", "x").out == "new\n"
     ok("worker", "stop", "--now")
     assert pool.wait(20) == 1
@@ -3067,11 +3069,11 @@ def test_a_stop_while_the_database_is_locked_keeps_the_result_in_hand():
 
 
 def test_a_timeout_counts_while_the_database_is_locked():
-    enqueue(NAP, id="x", timeout=1, max_retries=1)
+    enqueue(LASTING, id="x", timeout=1, max_retries=1)
     start_pool(count=1)
-    wait_until(naps)
+    wait_until(lasting)
     with locked():
-        wait_until(lambda: not naps(), timeout=5)
+        wait_until(lambda: not lasting(), timeout=5)
 
 
 def test_the_log_can_be_unwritable():
@@ -3135,24 +3137,24 @@ def attempts(name):
 
 def strike(number, *pids):
     """Signal the commands that last, with their shells, then these processes."""
-    for pid in naps():
+    for pid in lasting():
         os.killpg(os.getpgid(pid), number)
     for pid in pids:
         os.kill(pid, number)
 
 
 AS_BY_DEFAULT = "queuectl.OUTLIVED = 0.5"  # the pool is struck after its workers
-TRAPPED = "trap 'kill $!; exit 143' TERM INT HUP; NAP & wait"
+TRAPPED = "trap 'kill $!; exit 143' TERM INT HUP; LASTING & wait"
 
 
 @posix
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGINT"])
-@pytest.mark.parametrize("command", ["NAP", "exec NAP", TRAPPED])
+@pytest.mark.parametrize("command", ["LASTING", "exec LASTING", TRAPPED])
 @pytest.mark.parametrize("first", ["command", "pool"])
 def test_a_job_ended_with_its_whole_service_is_not_blamed(number, command, first):
-    enqueue(command.replace("NAP", NAP), id="x", max_retries=1)
+    enqueue(command.replace("LASTING", LASTING), id="x", max_retries=1)
     pool, number = start_pool(count=1, script=AS_BY_DEFAULT), getattr(signal, number)
-    wait_until(naps)
+    wait_until(lasting)
     if first == "pool":
         pool.send_signal(number)
     strike(number, *workers_of(pool.pid), *[pool.pid] * (first == "command"))
@@ -3162,9 +3164,9 @@ def test_a_job_ended_with_its_whole_service_is_not_blamed(number, command, first
 
 @posix
 def test_what_a_stopped_service_ended_runs_in_the_next_one():
-    enqueue(NAP + " once", id="x", max_retries=1)
+    enqueue(LASTING + " once", id="x", max_retries=1)
     pool = start_pool(count=1, script=AS_BY_DEFAULT)
-    wait_until(naps)
+    wait_until(lasting)
     strike(signal.SIGTERM, *workers_of(pool.pid), pool.pid)
     assert pool.wait(20) == 0 and drain(1) == 0
     assert (state("x"), attempts("x"), errors("x")) == ("completed", 1, ["stopped", None])
@@ -3182,9 +3184,9 @@ def test_a_job_that_ends_itself_by_a_signal_while_its_pool_goes_on_has_failed(co
 
 @posix
 def test_a_signal_to_one_worker_and_its_command_alone_is_a_failure_of_the_job():
-    enqueue(NAP, id="x", max_retries=1)
+    enqueue(LASTING, id="x", max_retries=1)
     pool = start_pool(count=1)
-    wait_until(naps)
+    wait_until(lasting)
     before = workers_of(pool.pid)
     strike(signal.SIGTERM, *before)
     wait_until(lambda: state("x") == "dead")
@@ -3245,10 +3247,10 @@ def test_a_folder_that_may_not_be_entered_is_a_failure(home):
 
 @posix
 def test_six_power_cuts_blame_no_job():
-    enqueue(NAP, id="x", max_retries=1)
+    enqueue(LASTING, id="x", max_retries=1)
     for n in range(7):
         pool = start_pool(count=1)
-        wait_until(lambda: len(errors("x")) == n + 1 and naps())
+        wait_until(lambda: len(errors("x")) == n + 1 and lasting())
         if n < 6:
             kill_all(pool)
             strike(KILL)
@@ -3259,24 +3261,24 @@ def test_six_power_cuts_blame_no_job():
 
 
 def test_a_job_whose_worker_dies_five_times_alone_is_dead():
-    enqueue(NAP, id="x", max_retries=1)
+    enqueue(LASTING, id="x", max_retries=1)
     pool = start_pool(count=1)
     for n in range(5):
         assert state("x") != "dead"
-        wait_until(lambda: len(errors("x")) == n + 1 and naps())
+        wait_until(lambda: len(errors("x")) == n + 1 and lasting())
         os.kill(workers_of(pool.pid)[0], KILL)
     wait_until(lambda: state("x") == "dead")
     assert ok("show", "x", "--json").json["error"] == "worker died 5 times"
-    assert errors("x") == 5 * ["worker died"] and pool.poll() is None and not naps()
+    assert errors("x") == 5 * ["worker died"] and pool.poll() is None and not lasting()
 
 
 @posix
 def test_a_worker_that_dies_with_its_whole_pool_is_not_counted():
-    enqueue(NAP, id="x", max_retries=1)
+    enqueue(LASTING, id="x", max_retries=1)
     for n in range(6):
         # Its supervisor is killed while it waits whether it is.
         pool = start_pool(count=1, script="queuectl.OUTLIVED = 60")
-        wait_until(lambda: len(errors("x")) == n + 1 and naps())
+        wait_until(lambda: len(errors("x")) == n + 1 and lasting())
         worker = workers_of(pool.pid)[0]
         os.kill(worker, signal.SIGSTOP)
         strike(KILL, worker)
@@ -3319,10 +3321,10 @@ def test_interrupted_runs_are_neither_completed_nor_failed(queue, dashboard):
 def test_stats_say_that_what_was_stopped_did_not_fail():
     enqueue(id="good")
     assert drain(1) == 0
-    enqueue(NAP, id="x")
+    enqueue(LASTING, id="x")
     for how in ("stop", "stop", "cancel"):
         pool = start_pool(count=1)
-        wait_until(naps)
+        wait_until(lasting)
         if how == "cancel":
             ok("cancel", "x")
             wait_until(lambda: state("x") == "dead")
@@ -3544,10 +3546,10 @@ def test_a_text_is_no_list_of_ids(queue, verb):
 def test_a_pool_on_a_copy_leaves_an_orphan_of_the_original_alone(how, home, monkeypatch):
     os.mkdir("a")
     monkeypatch.setenv("QUEUECTL_DB", str(home / "a" / "queuectl.db"))
-    enqueue(NAP, id="x", cwd="/")
+    enqueue(LASTING, id="x", cwd="/")
     pool = start_pool(count=1)
-    wait_until(naps)
-    original, worker = naps(), workers_of(pool.pid)[0]
+    wait_until(lasting)
+    original, worker = lasting(), workers_of(pool.pid)[0]
     os.kill(pool.pid, signal.SIGSTOP)
     os.kill(worker, KILL)  # nobody but a pool on the copy is there to look for it
     copy = str(home / ("b" if how == "cp -a" else "a") / "queuectl.db")
@@ -3560,13 +3562,13 @@ def test_a_pool_on_a_copy_leaves_an_orphan_of_the_original_alone(how, home, monk
                 source.backup(target)
     monkeypatch.setenv("QUEUECTL_DB", copy)
     start_pool(count=1)
-    wait_until(lambda: len(naps()) == 2)  # it runs the job, too
-    assert set(original) < set(naps()) and "died, ending" not in read(copy[:-3] + ".log")
+    wait_until(lambda: len(lasting()) == 2)  # it runs the job, too
+    assert set(original) < set(lasting()) and "died, ending" not in read(copy[:-3] + ".log")
     ok("worker", "stop", "--now")
-    assert naps() == original
+    assert lasting() == original
     monkeypatch.setenv("QUEUECTL_DB", str(home / "a" / "queuectl.db"))
     os.kill(pool.pid, signal.SIGCONT)
-    wait_until(lambda: naps() and naps() != original)  # its own supervisor ends it
+    wait_until(lambda: lasting() and lasting() != original)  # its own supervisor ends it
     ok("worker", "stop", "--now")
 
 
@@ -3939,9 +3941,9 @@ OWN_LOCK = "exec 8>>locks/$QUEUECTL_JOB_ID; flock -n 8 ||" \
     " { echo $QUEUECTL_RUN $(date +%T.%N) >> overlaps; exit 1; }; "
 ONCE = "[ -e marks/$QUEUECTL_JOB_ID ] || { : > marks/$QUEUECTL_JOB_ID; "
 KINDS = [
-    "true", "sleep NAP", "sleep NAP & wait", "exec >/dev/null 2>&1; sleep NAP",
-    "trap '' TERM; sleep NAP", ONCE + "exit 1; }",
-    ONCE + "grep -qa queuectl.py /proc/$PPID/cmdline && kill -9 $PPID; }; sleep NAP"]
+    "true", "sleep TIME", "sleep TIME & wait", "exec >/dev/null 2>&1; sleep TIME",
+    "trap '' TERM; sleep TIME", ONCE + "exit 1; }",
+    ONCE + "grep -qa queuectl.py /proc/$PPID/cmdline && kill -9 $PPID; }; sleep TIME"]
 STRIKES = 10 * ["feed"] + 5 * ["start", "kill worker"] + 3 * ["freeze"] \
     + 2 * ["kill pool", "kill supervisor"] + ["stop"]
 FAR = 36000  # seconds; jobs delayed so long stay pending
@@ -4045,8 +4047,8 @@ class Chaos:
                 if doomed and n % 20:
                     job["delay"] = FAR
                 elif not doomed:
-                    nap, delay = "%.2f" % self.rnd.uniform(0.1, 1), self.rnd.uniform(-4, 3)
-                    job["command"] = OWN_LOCK + self.rnd.choice(KINDS).replace("NAP", nap)
+                    length, delay = "%.2f" % self.rnd.uniform(0.1, 1), self.rnd.uniform(-4, 3)
+                    job["command"] = OWN_LOCK + self.rnd.choice(KINDS).replace("TIME", length)
                     job.update(delay=max(0, delay), priority=self.rnd.randint(-1, 1))
                 (batch.far if job.get("delay") == FAR else batch.near).add(job["id"])
                 source.write(json.dumps(job) + "\n")
@@ -4157,11 +4159,6 @@ def test_a_command_imports_nothing_that_only_pools_need():
     needless = {"logging", "multiprocessing", "http.server", "secrets"}
     needless |= {"subprocess"} if os.name == "posix" else set()
     assert not needless & set(loaded)
-
-
-def test_no_test_sleeps_to_wait():
-    # Two do that until a deadline; the others are chaos, and what jobs do.
-    assert read(__file__).count("time.sleep" + "(") == 5
 
 
 def readme():
@@ -4480,9 +4477,9 @@ def test_whatever_moves_a_waiting_job_elects_the_first_of_its_lock_anew(queue, c
 def test_a_lock_holds_over_all_pools_and_whatever_is_killed():
     command = "mkdir held || exit 9; sleep 0.05; rmdir held"
     ok("enqueue", json.dumps([{"command": command, "lock": "l", "max_retries": 1}] * 12))
-    enqueue("test -e naps && exit 0; touch naps; " + NAP, id="killed", lock="l", priority=1)
+    enqueue("test -e begun && exit 0; touch begun; " + LASTING, id="killed", lock="l", priority=1)
     pool = start_pool()
-    wait_until(lambda: os.path.exists("naps"))
+    wait_until(lambda: os.path.exists("begun"))
     kill_all(pool)
     pools = [start_pool(), start_pool()]
     wait_until(lambda: ok("status", "--json").json["jobs"]["completed"] == 13)
@@ -4692,8 +4689,8 @@ def test_many_are_chosen_by_state_and_text_and_listed_by_a_dry_run():
     assert ok("cancel", "--match", "nothing").out == "cancelled 0 jobs\n"
     for words in (["retry", "--state", "pending"], ["cancel", "--state", "dead", "--dry-run"]):
         assert "this is for jobs that are" in refused(*words, code=2)
-    for words in (["cancel"], ["retry"], ["delete"], ["dlq", "retry"], ["retry", "x", "--match", "a"],
-                  ["cancel", "a1", "--state", "pending"]):
+    for words in (["cancel"], ["retry"], ["delete"], ["dlq", "retry"],
+                  ["retry", "x", "--match", "a"], ["cancel", "a1", "--state", "pending"]):
         assert "name jobs" in refused(*words, code=2)
 
 
@@ -4711,7 +4708,8 @@ def test_list_says_when_a_job_is_due_and_how_many_more_there_are():
     lines = ok("list").out.splitlines()
     assert "due in 1h 59m" in lines[1] and "due" not in lines[2]
     answer = ok("list", "--limit", "1")
-    assert answer.out.count("\n") == 2 and answer.err == "queuectl: 1 more job; --limit 0 lists all\n"
+    assert answer.out.count("\n") == 2
+    assert answer.err == "queuectl: 1 more job; --limit 0 lists all\n"
     assert ok("list", "--limit", "2").err == "" == ok("list", "--limit", "1", "--json").err
     assert ok("list", "--limit", "1", "--match", "later").err == ""
 
@@ -5044,7 +5042,7 @@ def test_dlq_list_says_how_many_more_kinds_of_errors_there_are():
 
 
 def test_status_says_when_what_is_due_waits_for_a_worker():
-    enqueue("while ! test -e go; do sleep 0.05; done" if os.name == "posix" else NAP, id="runs")
+    enqueue("while ! test -e go; do sleep 0.05; done" if os.name == "posix" else LASTING, id="runs")
     start_pool(count=1)
     wait_until(lambda: state("runs") == "processing")
     enqueue(id="next", delay=0.05)
@@ -5485,7 +5483,7 @@ def test_what_is_empty_or_could_mean_several_is_refused():
 
 
 def test_a_drain_that_is_stopped_says_what_it_leaves():
-    enqueue("while ! test -e go; do sleep 0.05; done" if os.name == "posix" else NAP, id="x")
+    enqueue("while ! test -e go; do sleep 0.05; done" if os.name == "posix" else LASTING, id="x")
     enqueue(id="y")
     pool = start_pool("--drain", count=1)
     wait_until(lambda: state("x") == "processing")
