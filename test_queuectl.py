@@ -12,6 +12,7 @@ import http.client
 import inspect
 import io
 import json
+import logging.handlers
 import os
 import py_compile
 import random
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import urllib.parse
 from collections import Counter
@@ -37,6 +39,7 @@ import queuectl
 
 if os.name == "posix":
     import fcntl
+    import multiprocessing.popen_fork  # as a pool does: here once for all of them
     import pty
     import termios
 else:
@@ -63,15 +66,14 @@ def home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("QUEUECTL_DB", raising=False)
     yield tmp_path
-    for pool in list(POOLS):
-        kill_all(pool)
-    POOLS.clear()
+    for process in list(STARTED):
+        kill_all(process)
     for pid in lasting():
         with contextlib.suppress(OSError):
             os.kill(pid, KILL)
 
 
-POOLS = []
+STARTED = []  # processes
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # as os.kill does it on Windows
 
 def taken(file):
@@ -218,6 +220,95 @@ def script(*argv, **options):
     )
 
 
+def become(words, program=""):
+    """Be a process of queuectl as if it had just been started; for the child of a fork."""
+    code = 1
+    try:
+        # It inherits nothing; and what still closes a file of the parent's closes no other.
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in map(int, os.listdir("/dev/fd")):
+            if fd not in (0, 1, 2, null):
+                os.dup2(null, fd, inheritable=False)
+        signal.set_wakeup_fd(-1)
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                interrupt = number == signal.SIGINT
+                signal.signal(number, signal.default_int_handler if interrupt else signal.SIG_DFL)
+        sys.unraisablehook = sys.__unraisablehook__
+        sys.stdin, sys.stdout, sys.stderr = (
+            open(fd, mode, encoding="utf-8") for fd, mode in enumerate("rww"))
+        queuectl.ENVIRONMENT = dict(os.environb)
+        exec(program, {"queuectl": queuectl})
+        code = queuectl.main(words)
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+class Forked:
+    """A process of queuectl, with what is used here of a Popen.
+
+    It is a fork of this one, which has imported everything: that is ten times as quick.
+    """
+
+    def __init__(self, words, program):
+        (out, stdout), (err, stderr) = os.pipe(), os.pipe()
+        self.pid, self.returncode = os.fork(), None
+        if self.pid == 0:
+            for number, fd in enumerate((os.open(os.devnull, os.O_RDONLY), stdout, stderr)):
+                os.dup2(fd, number)
+            become(words, program)
+        os.close(stdout)
+        os.close(stderr)
+        self.stdout, self.stderr = open(out, encoding="utf-8"), open(err, encoding="utf-8")
+
+    def poll(self):
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                ended = os.WIFEXITED(status)
+                self.returncode = os.WEXITSTATUS(status) if ended else -os.WTERMSIG(status)
+        return self.returncode
+
+    def wait(self, timeout=20):
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("queuectl", timeout)
+            time.sleep(0.002)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def begin(*words, program="", fresh=os.name != "posix"):
+    """Start a process of queuectl, by a program that breaks something in it first."""
+    if not fresh:
+        process = Forked(words, program)
+    else:
+        lines = ["import queuectl, sys", program, "sys.exit(queuectl.main())"]
+        process = subprocess.Popen(
+            [sys.executable, "-c", "\n".join(lines), *words], stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+            env=dict(os.environ, PYTHONPATH=TOOLS))
+    STARTED.append(process)
+    return process
+
+
+def end(process):
+    """Kill a process, if it lives, and let go of it."""
+    if process.poll() is None:
+        process.send_signal(KILL)
+    process.wait(10)
+    process.stdout.close()
+    process.stderr.close()
+    STARTED.remove(process)
+
+
 # Makes a pool less patient than it is by default, so that the tests are quick.
 QUICK = """
 queuectl.GRACE, queuectl.LOOK_EVERY, queuectl.RESTART_EVERY = 0.5, 0.2, 0.1
@@ -225,21 +316,26 @@ queuectl.IDLE_WAIT, queuectl.TICK, queuectl.OUTLIVED = 0.3, 0.05, 0.1
 """
 
 
-def start_pool(*options, count=2, script=""):
+def start_pool(*options, count=2, script="", **how):
     """Start a pool and wait for its workers; SCRIPT breaks something in it first."""
-    lines = ["import queuectl, sys", QUICK, script, "sys.exit(queuectl.main())"]
-    program = ["-c", "\n".join(lines)]
-    pool = subprocess.Popen(
-        [sys.executable, *program, "worker", "start", "--count", str(count), *options],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        universal_newlines=True,
-        env=dict(os.environ, PYTHONPATH=TOOLS),
-    )
-    POOLS.append(pool)
+    words = ["worker", "start", "--count", str(count), *options]
+    pool = begin(*words, program=QUICK + script, **how)
     path = os.path.realpath(os.environ.get("QUEUECTL_DB", "queuectl.db"))
     wait_until(lambda: len(queuectl.pools(path).get(pool.pid, ())) == count
                or pool.poll() is not None)
     return pool
+
+
+def drained(count=1):
+    """Let a pool run what can run; return how it ended, and what it said."""
+    pool = start_pool("--drain", count=count)
+    return Answer(pool.wait(60), pool.stdout.read(), pool.stderr.read())
+
+
+def drain(count=2):
+    answer = drained(count)
+    assert answer.code in (0, 1), answer.err
+    return answer.code
 
 
 def workers_of(pid):
@@ -254,8 +350,7 @@ def kill_all(pool):
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-    pool.wait(10)
-    pool.stderr.close()
+    end(pool)
 
 
 def wait_until(condition, timeout=20):
@@ -265,12 +360,6 @@ def wait_until(condition, timeout=20):
             with open("queuectl.log") as log:
                 pytest.fail("never happened:\n" + cli("list").out + log.read())
         time.sleep(0.01)
-
-
-def drain(count=2):
-    answer = script("worker", "start", "--drain", "--count", str(count))
-    assert answer.returncode in (0, 1), answer.stderr
-    return answer.returncode
 
 
 def read(path):
@@ -732,11 +821,8 @@ def test_a_queue_of_version_1_is_taken_over_with_all_that_is_in_it(older):
 
 
 def test_commands_at_once_take_over_a_queue_of_version_1(older):
-    first = [subprocess.Popen([sys.executable, COMPILED, "enqueue", "--", "true"],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-             for n in range(8)]
-    errors = [process.communicate(timeout=60)[1] for process in first]
-    assert errors == [b""] * 8 and len(jobs()) == 12
+    first = [begin("enqueue", "--", "true") for n in range(8)]
+    assert [process.stderr.read() for process in first] == [""] * 8 and len(jobs()) == 12
 
 
 def test_a_process_of_version_1_that_has_the_database_open_fails_instead_of_writing(older):
@@ -772,12 +858,11 @@ def test_a_pool_of_version_1_is_in_the_way_until_it_was_stopped(older, byte):
         told = ok("worker", "stop", "--no-wait").out
         assert told == "stopping pool %d\n" % pool.pid and version() == 1
         assert "stop" in read("queuectl-%d.pid" % pool.pid)[:32]
-        with subprocess.Popen([sys.executable, COMPILED, "worker", "stop"],
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) as stop, pool.stdin:
-            assert stop.stderr.readline().startswith(b"queuectl: stopping")
-            assert stop.poll() is None  # it waits
-            pool.stdin.close()
-            assert stop.stdout.read() == b"stopped pool %d\n" % pool.pid
+        stop = begin("worker", "stop")
+        assert stop.stderr.readline().startswith("queuectl: stopping")
+        assert stop.poll() is None  # it waits
+        pool.stdin.close()
+        assert stop.stdout.read() == "stopped pool %d\n" % pool.pid
     assert version() == 1 and len(jobs()) == 4 and version() == 2
     ok("dlq", "clear")
     assert drain() == 0 and leftovers() == []
@@ -804,11 +889,9 @@ def test_the_file_is_a_program():
 
 def test_sixty_first_commands_at_once():
     line = '{"id":"job%d","command":"true"}'
-    first = [subprocess.Popen([sys.executable, COMPILED, "enqueue", line % n],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-             for n in range(60)]
-    errors = [process.communicate(timeout=60)[1] for process in first]
-    assert [process.returncode for process in first] == [0] * 60, errors
+    first = [begin("enqueue", line % n) for n in range(60)]
+    errors = [process.stderr.read() for process in first]
+    assert [process.wait(60) for process in first] == [0] * 60, errors
     assert len(jobs()) == 60
     assert os.listdir(".") == ["queuectl.db"]
 
@@ -900,7 +983,7 @@ def test_wait_tells_by_its_exit_code_what_became_of_jobs():
 def test_wait_ends_as_soon_as_the_job_does():
     pool = start_pool(count=1)
     ok("enqueue", "--id", "x", "--", "sleep 0.3")
-    assert script("wait", "x", "--timeout", "10").returncode == 0
+    ok("wait", "x", "--timeout", "10")
     assert state("x") == "completed" and pool.poll() is None
 
 
@@ -915,8 +998,8 @@ def on_terminal(*argv, keys=b"", columns=60):
     """Run a command with a terminal of its own; return exit code and what it shows."""
     pid, terminal = pty.fork()
     if pid == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a script's background ignores it
-        os.execv(sys.executable, [sys.executable, COMPILED, *argv])
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background ignores it
+        become(argv)
     size = struct.pack("hhhh", 24, columns, 0, 0)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
     shown = b""
@@ -940,8 +1023,8 @@ def test_a_drain_shows_its_progress_on_a_terminal_and_nowhere_else():
     assert shown.endswith("\r\x1b[Kqueuectl: 1 completed, 0 dead\r\n")
     assert max(map(len, shown.split("\r\n"))) < 400
     ok("enqueue", "--id", "y", "--", "true")
-    quiet = script("worker", "start", "--drain")
-    assert quiet.stderr == "queuectl: 1 completed, 0 dead\n" and "\x1b" not in quiet.stdout
+    quiet = drained()
+    assert quiet.err == "queuectl: 1 completed, 0 dead\n" and "\x1b" not in quiet.out
 
 
 @posix
@@ -953,8 +1036,7 @@ def test_a_watched_status_leaves_the_terminal_as_it_was():
 
 
 @posix
-def test_a_table_fits_a_terminal_and_is_whole_elsewhere(monkeypatch):
-    monkeypatch.setenv("PYTHONIOENCODING", "utf-8")
+def test_a_table_fits_a_terminal_and_is_whole_elsewhere():
     ok("enqueue", "--id", "i" * 80, "--", "echo " + "x" * 200)
     ok("enqueue", "--id", "日本語のジョブ", "--", "echo 日本語")
     for columns in (60, 80, 160):
@@ -992,9 +1074,9 @@ def test_follow_shows_a_run_from_its_beginning_to_its_end_byte_for_byte():
     line = python("import time; print(*range(2000), sep='.', flush=True); time.sleep(0.3);"
                   " print('end')")
     ok("enqueue", "--id", "x", "--delay", "0.3", "--", line)
-    told = script("logs", "-f", "x")
-    assert told.stdout == ".".join(map(str, range(2000))) + "\nend\n"
-    assert script("logs", "-f", "x").stdout == told.stdout == ok("logs", "x").out
+    told = ok("logs", "-f", "x").out
+    assert told == ".".join(map(str, range(2000))) + "\nend\n"
+    assert ok("logs", "-f", "x").out == told == ok("logs", "x").out
     assert pool.poll() is None
 
 
@@ -1160,12 +1242,11 @@ def test_follow_ends_when_the_worker_died_and_no_pool_is_there(queue):
 @pytest.mark.parametrize("words", [["wait"], ["logs", "-f", "x"], ["status", "--watch", "0.2"]])
 def test_what_waits_for_a_queue_ends_when_that_is_removed(words):
     enqueue(id="x", delay=3600)
-    with subprocess.Popen([sys.executable, COMPILED, *words], stdout=subprocess.DEVNULL,
-                          stderr=subprocess.PIPE, universal_newlines=True) as waiting:
-        wait_until(lambda: waiting.pid in ours("queuectl.db-shm"))
-        os.remove("queuectl.db")
-        assert waiting.wait(10) == 1
-        assert waiting.stderr.read().endswith("queuectl.db was removed\n")
+    waiting = begin(*words)
+    wait_until(lambda: waiting.pid in ours("queuectl.db-shm"))
+    os.remove("queuectl.db")
+    assert waiting.wait(10) == 1
+    assert waiting.stderr.read().endswith("queuectl.db was removed\n")
 
 
 def test_wait_does_not_look_again_at_a_job_that_has_ended(queue):
@@ -1237,7 +1318,7 @@ def test_a_detached_pool_goes_on_and_its_start_is_told():
     workers = ok("status", "--json").json["workers"]
     assert len(workers) <= 2
     enqueue(id="x")
-    assert script("wait", "x", "--timeout", "10").returncode == 0
+    ok("wait", "x", "--timeout", "10")
     assert ok("worker", "stop", "--no-wait").out.startswith("stopping pool ")
     ok("worker", "stop")
     assert ok("status", "--json").json["workers"] == []
@@ -1311,10 +1392,7 @@ class Dashboard:
     """A dashboard in a process of its own, and a browser that is none."""
 
     def __init__(self, *options):
-        self.process = subprocess.Popen(
-            [sys.executable, COMPILED, "dashboard", "--port", "0", *options],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
-        POOLS.append(self.process)
+        self.process = begin("dashboard", "--port", "0", *options)
         self.port = int(re.search(r":(\d+)/", self.process.stdout.readline())[1])
         self.own = "127.0.0.1:%d" % self.port
 
@@ -1340,26 +1418,20 @@ class Dashboard:
         return self.ask(path, "POST", **{**own, **headers})
 
 
-    def close(self):
-        self.process.kill()
-        self.process.wait(10)
-        self.process.stdout.close()
-        self.process.stderr.close()
-
-
 @pytest.fixture
 def dashboard():
-    with contextlib.closing(Dashboard()) as dashboard:
-        yield dashboard
+    return Dashboard()
 
 
 @pytest.fixture(scope="module")
 def empty_dashboard(tmp_path_factory):
     """One for all tests whose requests change nothing, of a queue without jobs."""
     db = tmp_path_factory.mktemp("empty") / "queuectl.db"
-    with contextlib.closing(Dashboard("--db", str(db))) as dashboard:
-        POOLS.remove(dashboard.process)  # it outlives a test
-        yield dashboard
+    dashboard = Dashboard("--db", str(db))
+    STARTED.remove(dashboard.process)  # it outlives a test
+    yield dashboard
+    STARTED.append(dashboard.process)
+    end(dashboard.process)
 
 
 NASTY = "<script>alert(1)</script>/../ \"'&é"
@@ -1496,12 +1568,9 @@ def test_a_queue_that_is_gone_is_an_error_of_the_server(dashboard):
 
 
 def test_another_host_warns():
-    open_to_all = Dashboard("--host", "0.0.0.0")
-    open_to_all.process.kill()
-    assert "warning" in open_to_all.process.stderr.read()
-    open_to_all.process.wait(10)
-    open_to_all.process.stdout.close()
-    open_to_all.process.stderr.close()
+    open_to_all = Dashboard("--host", "0.0.0.0").process
+    open_to_all.send_signal(KILL)
+    assert "warning" in open_to_all.stderr.read()
     assert "cannot listen" in refused("dashboard", "--host", "no.such.host.example")
 
 
@@ -1782,7 +1851,7 @@ def test_a_job_that_enqueues_reaches_its_own_queue(home):
     ok("--db", "sub/q.db", "enqueue", "--id", "own", "--env", "QUEUECTL_DB=other", "--", told)
     line = queuectl.shell_words([sys.executable, COMPILED, "enqueue", "--id", "next", "--", "true"])
     ok("--db", "sub/q.db", "enqueue", "--id", "z", "--cwd", "/", "--", line)
-    assert script("--db", "sub/q.db", "worker", "start", "--drain").returncode == 0
+    assert start_pool("--db", "sub/q.db", "--drain").wait(20) == 0
     assert ok("--db", "sub/q.db", "logs", "x").out.rstrip() == str(home / "sub" / "q.db")
     assert ok("--db", "sub/q.db", "logs", "own").out.rstrip() == "other"
     assert jobs("--db", "sub/q.db")["next"]["state"] == "completed"
@@ -1880,7 +1949,7 @@ def size_of_runs():
 @posix
 def test_200_megabytes_of_output_cost_no_memory_and_leave_the_end():
     enqueue("head -c 200000000 /dev/zero; echo end", id="x")
-    pool = start_pool(count=1)
+    pool = start_pool(count=1, fresh=True)  # as small as it really is
     worker = workers_of(pool.pid)[0]
     wait_until(lambda: state("x") == "completed")
     assert int(re.search(r"VmHWM:\s+(\d+)", read("/proc/%d/status" % worker))[1]) < 60000
@@ -2959,9 +3028,8 @@ def small_disk(home, monkeypatch):
         pytest.skip("mounting a small disk needs root")
     monkeypatch.chdir("disk")
     yield
-    for pool in list(POOLS):
+    for pool in list(STARTED):
         kill_all(pool)
-        POOLS.remove(pool)
     os.chdir(str(home))
     subprocess.run(["umount", "-l", "disk"], check=True)
 
@@ -3033,12 +3101,12 @@ def locked():
 def test_a_command_waits_for_a_lock_but_not_for_ever(monkeypatch):
     enqueue(id="x")
     with locked():
-        waiting = subprocess.Popen([sys.executable, COMPILED, "delete", "x"],
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        # Not a fork: SQLite would think there that it is who has the lock.
+        waiting = begin("delete", "x", fresh=True)
         with pytest.raises(subprocess.TimeoutExpired):
-            waiting.wait(0.8)
-    out, err = waiting.communicate(timeout=20)
-    assert out.split() == [b"deleted", b"x"] and err == b""
+            waiting.wait(0.4)
+    assert waiting.wait(20) == 0
+    assert waiting.stdout.read() == "deleted x\n" and waiting.stderr.read() == ""
     monkeypatch.setattr(queuectl.Queue.__init__, "__defaults__", ("FULL", 0.1, time.time, True))
     with locked():
         assert "database is locked" in refused("enqueue", '{"command":"true"}')
@@ -3079,9 +3147,9 @@ def test_a_timeout_counts_while_the_database_is_locked():
 def test_the_log_can_be_unwritable():
     os.mkdir("queuectl.log")
     enqueue(id="x")
-    answer = script("worker", "start", "--drain")
-    assert answer.returncode == 0
-    assert "cannot write the log" in answer.stderr and "x 1/3 completed" in answer.stderr
+    answer = drained()
+    assert answer.code == 0
+    assert "cannot write the log" in answer.err and "x 1/3 completed" in answer.err
 
 
 @posix
@@ -4167,8 +4235,8 @@ def readme():
 
 def shell(line):
     """Run a command of the README as it stands there, with this Python."""
-    shutil.copy(SCRIPT, "queuectl.py")
-    line = re.sub(r"\bpython3? ", lambda _: '"%s" ' % sys.executable, line)
+    own = '"%s" "%s"' % (sys.executable, COMPILED)
+    line = re.sub(r"\bpython3? queuectl\.py", lambda _: own, line)
     return subprocess.run(line, shell=True, stdout=subprocess.PIPE, timeout=60,
                           stderr=subprocess.STDOUT, universal_newlines=True).stdout
 
@@ -4278,8 +4346,8 @@ def test_a_job_behind_a_dead_one_stays_until_that_is_retried_and_completed():
     enqueue("test -e mended", id="build", max_retries=1)
     ok("enqueue", "--id", "test", "--after", "build", "--", "true")
     ok("enqueue", "--id", "deploy", "--after", "test", "--after", "build", "--", "true")
-    answer = script("worker", "start", "--drain")
-    assert answer.returncode == 1 and answer.stderr == (
+    answer = drained()
+    assert answer.code == 1 and answer.err == (
         "queuectl: 0 completed, 1 dead; 2 jobs left: test waits for build, which is dead\n")
     words = "waits for build, which is dead"
     assert words in ok("show", "test").out
@@ -4312,9 +4380,9 @@ def test_wait_ends_only_when_nothing_of_what_is_left_can_go_on(queue):
 def test_a_job_after_a_delayed_one_is_left_by_a_drain_without_a_fault():
     enqueue(id="later", delay="1h")
     enqueue(id="last", after=["later"])
-    answer = script("worker", "start", "--drain")
-    assert answer.returncode == 0
-    assert "0 completed, 0 dead; 2 jobs left: the next is due in 59m" in answer.stderr
+    answer = drained()
+    assert answer.code == 0
+    assert "0 completed, 0 dead; 2 jobs left: the next is due in 59m" in answer.err
     ok("edit", "later", "--run-at", "now")
     assert drain() == 0 and order_of_runs() == ["later", "last"]
 
@@ -4598,8 +4666,8 @@ def test_a_paused_queue_starts_no_job_and_says_so_everywhere():
     assert ok("status", "--json").json["paused"] is True
     answer = cli("wait")
     assert answer.code == 1 and "1 can't go on: the queue is paused" in answer.out
-    answer = script("worker", "start", "--drain")
-    assert answer.returncode == 1 and answer.stderr.splitlines() == [
+    answer = drained()
+    assert answer.code == 1 and answer.err.splitlines() == [
         "queuectl: the queue is " + words,
         "queuectl: 0 completed, 0 dead; 1 job left: the queue is " + words]
     assert state("y") == "pending" and pool.poll() is None
@@ -4788,7 +4856,7 @@ def test_a_pool_on_a_terminal_shows_each_job_and_elsewhere_nothing_of_them():
     assert code == 1 and re.search(r"x 1/1 dead \(exit 3\) in", shown)
     assert "y 1/3 runs, pid " in shown and "y 1/3 completed in 0.4" in shown
     enqueue("exit 3", id="z", max_retries=1)
-    assert script("worker", "start", "--drain").stderr == "queuectl: 0 completed, 1 dead\n"
+    assert drained().err == "queuectl: 0 completed, 1 dead\n"
 
 
 @posix
@@ -4796,8 +4864,8 @@ def test_ctrl_c_tells_what_it_waits_for_on_a_terminal():
     enqueue("while ! test -e go; do sleep 0.05; done", id="x")
     pid, terminal = pty.fork()
     if pid == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.execv(sys.executable, [sys.executable, SCRIPT, "worker", "start"])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        become(["worker", "start"])
     wait_until(lambda: state("x") == "processing")
     os.write(terminal, b"\x03")
     shown = b""
@@ -5077,16 +5145,13 @@ def test_show_has_each_line_of_a_command_and_a_table_of_runs():
 def test_followed_logs_say_what_is_waited_for_and_how_the_run_ended():
     enqueue("exit 3", id="x", max_retries=1)
     pool = start_pool(count=1)
-    answer = script("logs", "-f", "x")
-    assert answer.returncode == 0 and answer.stderr.endswith("queuectl: job x: exit 3\n")
+    assert ok("logs", "-f", "x").err.endswith("queuectl: job x: exit 3\n")
     ok("pause")
     enqueue(id="y")
-    follower = subprocess.Popen([sys.executable, SCRIPT, "logs", "-f", "y"],
-                                stderr=subprocess.PIPE, universal_newlines=True)
+    follower = begin("logs", "-f", "y")
     assert "job y: the queue is paused" in follower.stderr.readline()
     ok("resume")
     assert follower.wait(20) == 0 and follower.stderr.read() == "" and pool.poll() is None
-    follower.stderr.close()
 
 
 def test_all_that_people_read_fits_into_80_columns():
