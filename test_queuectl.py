@@ -71,8 +71,18 @@ def home(tmp_path, monkeypatch):
     for pid in lasting():
         with contextlib.suppress(OSError):
             os.kill(pid, KILL)
+    for name in os.listdir(TOOLS):  # or there would be more and more to look at
+        if name.endswith(".lasts"):
+            with contextlib.suppress(OSError):  # on Windows one is held for a moment
+                os.remove(os.path.join(TOOLS, name))
 
 
+# Makes all less patient than it is by default, so that the tests are quick.
+QUICK = """
+queuectl.GRACE, queuectl.LOOK_EVERY, queuectl.RESTART_EVERY = 0.2, 0.1, 0.05
+queuectl.IDLE_WAIT, queuectl.TICK, queuectl.OUTLIVED = 0.2, 0.04, 0.06
+"""
+exec(QUICK)  # what is run here waits for pools, too
 STARTED = []  # processes
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # as os.kill does it on Windows
 
@@ -208,8 +218,19 @@ def jobs(*options):
     return {job["id"]: job for job in ok("list", "--json", *options).json}
 
 
+def database():
+    return os.path.realpath(os.environ.get("QUEUECTL_DB", "queuectl.db"))
+
+
+def sql(query, *values):
+    """Read what is asked for again and again without the whole command line."""
+    with contextlib.closing(sqlite3.connect(database(), timeout=60)) as db:
+        return db.execute(query, values).fetchall()
+
+
 def state(name):
-    return ok("show", name, "--json").json["state"]
+    (found,), = sql("SELECT state FROM jobs WHERE id = ?", name)
+    return found
 
 
 def script(*argv, **options):
@@ -309,20 +330,11 @@ def end(process):
     STARTED.remove(process)
 
 
-# Makes a pool less patient than it is by default, so that the tests are quick.
-QUICK = """
-queuectl.GRACE, queuectl.LOOK_EVERY, queuectl.RESTART_EVERY = 0.5, 0.2, 0.1
-queuectl.IDLE_WAIT, queuectl.TICK, queuectl.OUTLIVED = 0.3, 0.05, 0.1
-"""
-
-
 def start_pool(*options, count=2, script="", **how):
     """Start a pool and wait for its workers; SCRIPT breaks something in it first."""
     words = ["worker", "start", "--count", str(count), *options]
     pool = begin(*words, program=QUICK + script, **how)
-    path = os.path.realpath(os.environ.get("QUEUECTL_DB", "queuectl.db"))
-    wait_until(lambda: len(queuectl.pools(path).get(pool.pid, ())) == count
-               or pool.poll() is not None)
+    wait_until(lambda: len(workers_of(pool.pid)) == count or pool.poll() is not None)
     return pool
 
 
@@ -339,12 +351,12 @@ def drain(count=2):
 
 
 def workers_of(pid):
-    return [w["pid"] for w in ok("status", "--json").json["workers"] if w["pool"] == pid]
+    return queuectl.pools(database()).get(pid, [])
 
 
 def kill_all(pool):
     """Kill a pool and its workers at once; stopped first, so that none sees another die."""
-    with contextlib.suppress(queuectl.QueueError, OSError, AssertionError):
+    with contextlib.suppress(OSError):
         pids = [pool.pid, *workers_of(pool.pid)] if pool.poll() is None else []
         for number in (signal.SIGSTOP, KILL) if os.name == "posix" else (KILL,):
             for pid in pids:
@@ -359,7 +371,7 @@ def wait_until(condition, timeout=20):
         if time.monotonic() > deadline:
             with open("queuectl.log") as log:
                 pytest.fail("never happened:\n" + cli("list").out + log.read())
-        time.sleep(0.01)
+        time.sleep(0.003)
 
 
 def read(path):
@@ -3196,11 +3208,13 @@ def test_a_job_inherits_no_descriptor_but_its_streams_and_its_lease():
 
 def errors(name):
     """Return how the runs of a job ended, the first one first."""
-    return [run["error"] for run in ok("show", name, "--json").json["runs"]]
+    return [error for error, in sql("SELECT runs.error FROM runs JOIN jobs USING (seq)"
+                                    " WHERE id = ? ORDER BY runs.run", name)]
 
 
 def attempts(name):
-    return ok("show", name, "--json").json["attempts"]
+    (count,), = sql("SELECT attempts FROM jobs WHERE id = ?", name)
+    return count
 
 
 def strike(number, *pids):
@@ -3659,7 +3673,7 @@ def test_a_copy_of_links_does_not_stop_a_running_pool():
     pool = start_pool(count=1)
     os.mkdir("snapshot")
     os.link("queuectl.db", "snapshot/queuectl.db")
-    os.kill(workers_of_links(pool.pid)[0], KILL)  # a new worker opens the queue anew
+    os.kill(workers_of(pool.pid)[0], KILL)  # a new worker opens the queue anew
     with contextlib.closing(sqlite3.connect("queuectl.db")) as db:
         done = "SELECT count(*) FROM jobs WHERE state = 'completed'"
         deadline = time.monotonic() + 20
@@ -3668,11 +3682,6 @@ def test_a_copy_of_links_does_not_stop_a_running_pool():
     assert "hard link" not in read("queuectl.log")
     os.remove("snapshot/queuectl.db")
     assert ok("worker", "stop").code == 0 and pool.wait(10) == 0
-
-
-def workers_of_links(pid):
-    """Return the workers of a pool whose queue no command opens."""
-    return queuectl.pools(os.path.realpath("queuectl.db"))[pid]
 
 
 # While a file `broken` is there, or once, no job can be claimed or recorded.
@@ -4018,11 +4027,6 @@ FAR = 36000  # seconds; jobs delayed so long stay pending
 MINE = {"queuectl.db", "queuectl.log", "queuectl.log.1", "locks", "marks", "overlaps"}
 READY = "SELECT count(*) FROM jobs WHERE state = 'pending' AND claimable"
 SOON = "SELECT count(*) FROM jobs WHERE state = 'pending' AND run_at BETWEEN ? AND ?"
-
-
-def sql(query, *values):
-    with contextlib.closing(sqlite3.connect("queuectl.db", timeout=60)) as db:
-        return db.execute(query, values).fetchall()
 
 
 class Chaos:
