@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import gc
 import http.client
 import inspect
 import io
@@ -79,8 +80,8 @@ def home(tmp_path, monkeypatch):
 
 # Makes all less patient than it is by default, so that the tests are quick.
 QUICK = """
-queuectl.GRACE, queuectl.LOOK_EVERY, queuectl.RESTART_EVERY = 0.2, 0.1, 0.05
-queuectl.IDLE_WAIT, queuectl.TICK, queuectl.OUTLIVED = 0.2, 0.04, 0.06
+queuectl.GRACE, queuectl.LOOK_EVERY, queuectl.RESTART_EVERY = 0.2, 0.05, 0.03
+queuectl.IDLE_WAIT, queuectl.TICK, queuectl.OUTLIVED = 0.1, 0.02, 0.04
 """
 exec(QUICK)  # what is run here waits for pools, too
 STARTED = []  # processes
@@ -130,7 +131,7 @@ TOOLS = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, TOOLS, ignore_errors=True)
 with open(os.path.join(TOOLS, "lasts.py"), "w") as file:
     file.write(LASTS)
-LASTING = queuectl.shell_words([sys.executable, file.name])
+LASTING = queuectl.shell_words([sys.executable, "-S", file.name])  # -S starts sooner
 # Python compiles a script anew each time that it is run, which takes longer than most of
 # what is tested here. So it is done once; processes run, or import, what came of it.
 COMPILED = py_compile.compile(
@@ -244,6 +245,7 @@ def script(*argv, **options):
 def become(words, program=""):
     """Be a process of queuectl as if it had just been started; for the child of a fork."""
     code = 1
+    gc.freeze()  # or a collection copies all the memory of this process
     try:
         # It inherits nothing; and what still closes a file of the parent's closes no other.
         null = os.open(os.devnull, os.O_RDWR)
@@ -2910,7 +2912,7 @@ def test_a_removed_database_ends_the_pool():
 @posix
 @pytest.mark.parametrize("way", ["timeout", "orphan"])
 def test_a_run_that_is_ended_can_clean_up_by_commands(way):
-    line = "trap 'sleep 0.2 && echo cleaned > up; exit 1' TERM; touch on; " + NAP
+    line = "trap 'sleep 0.2 && echo cleaned > up; exit 1' TERM; touch on; " + LASTING
     enqueue(line + " & wait", id="x", **({"timeout": 0.2} if way == "timeout" else {}))
     pool = start_pool(count=1, script="queuectl.GRACE = 9")
     wait_until(lambda: os.path.exists("on"))
@@ -4087,7 +4089,7 @@ class Chaos:
         while not condition():
             if time.monotonic() > deadline:
                 return self.wrong.append("after %d s still: %s" % (timeout, what))
-            time.sleep(0.05)
+            time.sleep(0.01)
 
     def strike(self, what):
         pids = self.rnd.sample(self.workers() or [0], 1)
@@ -4123,7 +4125,7 @@ class Chaos:
                 if doomed and n % 20:
                     job["delay"] = FAR
                 elif not doomed:
-                    length, delay = "%.2f" % self.rnd.uniform(0.1, 0.6), self.rnd.uniform(-4, 2)
+                    length, delay = "%.2f" % self.rnd.uniform(0.05, 0.4), self.rnd.uniform(-2, 1)
                     job["command"] = OWN_LOCK + self.rnd.choice(KINDS).replace("TIME", length)
                     job.update(delay=max(0, delay), priority=self.rnd.randint(-1, 1))
                 (batch.far if job.get("delay") == FAR else batch.near).add(job["id"])
@@ -4153,7 +4155,7 @@ class Chaos:
         last, dead = time.time() + FAR / 2, True
         while dead and not self.wrong:
             self.until(lambda: sql(SOON, time.time(), last) == [(0,)], 30, "delayed jobs")
-            drain = self.begin("worker", "start", "--count", "4", "--drain")
+            drain = self.begin("worker", "start", "--count", "8", "--drain")
             self.until(lambda: drain.poll() is not None, 90, "the drain runs")
             dead = sql("SELECT id, error FROM jobs WHERE state = 'dead'")
             self.wrong += ["%s died: %s" % job for job in dead if "5 times" not in job[1]]
@@ -4206,7 +4208,7 @@ def test_chaos_loses_nothing_and_runs_nothing_twice(seed):
     print("seed", seed)
     os.mkdir("locks")
     os.mkdir("marks")
-    ok("config", "set", "backoff_base", "1")
+    ok("config", "set", "backoff_base", "0.9")
     ok("config", "set", "max_retries", "50")
     chaos = Chaos(int(seed))
     try:
@@ -5377,7 +5379,8 @@ def test_a_symlinked_folder_is_kept_by_its_name(monkeypatch):
         assert os.path.basename(cwd) == expected, (told, here)
 
 
-def test_of_thousands_due_at_once_the_urgent_one_is_claimed_first(queue, clock):
+def test_of_thousands_due_at_once_the_urgent_one_is_claimed_first(queue, clock, monkeypatch):
+    monkeypatch.setattr(queuectl, "TICK", 0.2)  # a claim has a part of it for those due
     rows = [{"command": "true", "delay": 60} for _ in range(3000)]
     rows.append({"command": "true", "delay": 60, "priority": 9, "id": "urgent"})
     queue.enqueue(queuectl.checked_job(row, queue.defaults()) for row in rows)
