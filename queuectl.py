@@ -59,6 +59,7 @@ import errno
 import functools
 import itertools
 import json
+import operator
 import os
 import re
 import signal
@@ -594,9 +595,13 @@ UNSTARTED = "(state = 'pending' OR state = 'failed')"
 FINISHED = "(state = 'completed' OR state = 'dead')"
 WAITED_FOR = "EXISTS (SELECT 1 FROM waits WHERE waits_for = jobs.seq)"
 PAUSED = "EXISTS (SELECT 1 FROM config WHERE key = 'paused')"
-ADD = "INSERT INTO jobs (%s, claimable, created_at, updated_at) VALUES (:%s," \
+# By number, since SQLite takes a tuple in half the time of a dict.
+ADDED = (*COLUMNS, "now")
+ADD = re.sub(
+    r":(\w+)", lambda name: "?%d" % (1 + ADDED.index(name[1])),
+    "INSERT INTO jobs (%s, claimable, created_at, updated_at) VALUES (:%s,"
     " (:run_at <= :now) * (1 + (:lock NOT NULL)), :now, :now)" % (
-        ", ".join(COLUMNS), ", :".join(COLUMNS))
+        ", ".join(COLUMNS), ", :".join(COLUMNS)))
 MOVE_ONE = "UPDATE jobs SET claimable = 2 WHERE seq = (SELECT seq FROM jobs WHERE" \
     " lock = ? AND state = 'pending' AND claimable = 2 LIMIT 1)"
 AGAIN = "state = 'pending', attempts = 0, deaths = 0, cancelled = 0, error = NULL"
@@ -868,6 +873,7 @@ class Queue:
         other fields, so that its runs stay.
         """
         now, job, followers, locks = self.clock(), None, [], set()
+        values = operator.itemgetter(*ADDED)
 
         def rows():
             nonlocal job
@@ -885,7 +891,7 @@ class Queue:
                 if new:
                     if job["lock"]:
                         locks.add(job["lock"])
-                    yield job
+                    yield values(job)
 
         with self.transaction():
             self.check_there()  # a removed file takes jobs, too, and nobody finds them
@@ -2602,9 +2608,8 @@ def answer_jobs(args, jobs, lines_of, empty=None):
         first = list(itertools.islice(jobs, 1))
         if not first and empty and terminal_width(sys.stdout):
             return print(empty)
-        for line in map(painter(), lines_of(itertools.chain(first, jobs))):
-            print(line)
-        return
+        lines = map(painter(), lines_of(itertools.chain(first, jobs)))
+        return sys.stdout.writelines(line + "\n" for line in lines)
     print(end="[")
     for index, job in enumerate(jobs):
         print(end=(", " if index else "") + json.dumps(public(job)))
@@ -3282,8 +3287,8 @@ DRY_RUN = arg("--dry-run", "only list what it would take")
     *map(field_option, FIELDS))
 def cmd_enqueue(args, queue):
     options, unique, count = enqueue_options(args), [], 0
-    times = {"delay", "run_at"}
-    timed = dict.fromkeys(times) if times & set(options) else {}
+    if options.keys() & {"delay", "run_at"}:  # the one excludes the other of a job
+        options = {"delay": None, "run_at": None, **options}
     defaults = queue.defaults(args.cwd)  # we may be in a folder that is gone
 
     def made(given):
@@ -3291,8 +3296,8 @@ def cmd_enqueue(args, queue):
         count += 1
         if args.id and count > 1:
             raise QueueError("--id: one id can't serve several jobs", 2)
-        if type(given) is dict:  # an option wins over the job's own field, or the two
-            given = {**given, **timed, **options}  # times of it that exclude each other
+        if options and type(given) is dict:  # an option wins over the job's own field
+            given = {**given, **options}
         job = checked_job(given, defaults)
         if args.unique:
             unique.append(job)
@@ -3358,18 +3363,40 @@ def read_lines(lines, made, plain=False):
     """
     count = 0
     try:
-        for count, line in enumerate(lines, 1):
-            if line.isspace():
-                continue
-            if plain:
-                command = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
-                yield made({"command": command})
-            elif line.lstrip(b"\xef\xbb\xbf \t")[:1] == b"[":
-                yield from map(made, parsed(line + lines.read()))
-            else:
-                yield made(parsed(line))
+        for page in iter(lambda: list(itertools.islice(lines, PAGE)), []):
+            found = [] if plain else parsed_at_once(page)
+            for index, line in enumerate(page):
+                count += 1
+                if found:
+                    yield made(found[index])
+                elif line.isspace():
+                    continue
+                elif plain:
+                    command = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
+                    yield made({"command": command})
+                elif line.lstrip(b"\xef\xbb\xbf \t")[:1] == b"[":
+                    rest = b"".join(page[index:]) + lines.read()
+                    return (yield from map(made, parsed(rest)))
+                else:
+                    yield made(parsed(line))
     except QueueError as error:
         raise QueueError("line %d: %s" % (count, error), error.code) from None
+
+
+def parsed_at_once(lines):
+    """Return the objects that lines are, or none if one of them is anything else.
+
+    That takes a third of the time of one by one. No line can guess the number between
+    them, so that each is where a line ends.
+    """
+    mark = int.from_bytes(os.urandom(7), "big")
+    try:
+        found = parsed(b"[" + (b",%d," % mark).join(lines) + b"]")
+    except QueueError:
+        return []
+    objects, marks = found[::2], found[1::2]
+    sound = marks == [mark] * (len(lines) - 1) and set(map(type, objects)) == {dict}
+    return objects if sound else []
 
 
 @contextlib.contextmanager

@@ -518,6 +518,28 @@ def test_enqueue_is_all_or_nothing_and_names_the_line():
     assert jobs() == {}
 
 
+@pytest.mark.parametrize("line, words", [
+    ('{"command":"true"},', "Extra data"),
+    ('{"command":"true"}{"command":"true"}', "Extra data"),
+    ('{"command":"true"},0,{"command":"true"}', "Extra data"),
+    ('{"command":"true"', "Expecting ',' delimiter"),
+    ('"true"', "a job is a JSON object"),
+    ("[", "Expecting ',' delimiter")])
+@pytest.mark.parametrize("good", [0, 507])
+def test_each_line_is_a_text_by_itself_on_whatever_page(line, words, good):
+    given = '{"command":"true"}\n' * good + line + "\n" + '{"command":"true"}\n' * 3
+    message = refused("enqueue", "-", stdin=given.encode(), code=2)
+    assert "line %d: " % (good + 1) in message and words in message and not jobs()
+
+
+def test_an_array_may_follow_lines_and_blank_lines_count():
+    lines = '{"command":"true"}\n\n' * 300 + '[{"command":"true"},\n\n{"command":"true"}]\n\n'
+    ok("enqueue", "-", stdin=lines.encode())
+    assert len(jobs()) == 302
+    lines = '{"command":"true"}\n\n' * 300 + '{"command":"true"\n,"id":"b"}'
+    assert "line 601: " in refused("enqueue", "-", stdin=lines.encode(), code=2)
+
+
 def test_a_list_can_be_piped_into_another_queue():
     enqueue("exit 1", id="a", env={"X": "1"}, timeout=5, priority=-3, max_retries=1)
     drain()
