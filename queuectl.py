@@ -324,6 +324,7 @@ PUBLIC = ("id", "command", "state", "attempts", *COLUMNS[2:], "after", "created_
 TIMES = ("run_at", "created_at", "updated_at", "started_at", "finished_at")
 
 
+@functools.lru_cache(PAGE)
 def iso(moment):
     """Return epoch seconds as ISO 8601 text in UTC, None as None."""
     if moment is None:
@@ -345,10 +346,11 @@ def spent(run):
 
 def public(job):
     """Return a job as JSON shows it."""
-    fields = {name: job[name] for name in PUBLIC if name != "seconds"}
-    after = job["after"].split("\n") if job["after"] else []
-    return dict(dated(fields, *TIMES), env=json.loads(job["env"] or "{}"), after=after,
-                seconds=spent(job))
+    found = dict(zip(job.keys(), job))  # a row looks for each name among all of them
+    found.update({name: iso(found[name]) for name in TIMES}, seconds=spent(job),
+                 env=json.loads(found["env"]) if found["env"] else {},
+                 after=found["after"].split("\n") if found["after"] else [])
+    return {name: found[name] for name in PUBLIC}
 
 
 def unknown(what, word, words):
@@ -2611,8 +2613,10 @@ def answer_jobs(args, jobs, lines_of, empty=None):
         lines = map(painter(), lines_of(itertools.chain(first, jobs)))
         return sys.stdout.writelines(line + "\n" for line in lines)
     print(end="[")
-    for index, job in enumerate(jobs):
-        print(end=(", " if index else "") + json.dumps(public(job)))
+    jobs, comma = map(public, jobs), ""
+    for page in iter(lambda: list(itertools.islice(jobs, PAGE)), []):
+        print(end=comma + json.dumps(page)[1:-1])
+        comma = ", "
     print("]")
 
 
