@@ -53,6 +53,7 @@ The map. A section uses those above it; the queue uses a few functions of `holds
     dashboard    the same documents by HTTP, and the page
 """
 import _thread
+import bisect
 import collections
 import contextlib
 import errno
@@ -1534,7 +1535,7 @@ class Queue:
         commands, bins = collections.defaultdict(list), [0] * (len(BINS) + 1)
         for row in rows:
             commands[row["command"]].append(row["spent"])
-            bins[sum(row["spent"] >= top for top in BINS)] += 1
+            bins[bisect.bisect(BINS, row["spent"])] += 1
         slowest = sorted(
             ({"command": command, "runs": len(times), "mean": sum(times) / len(times),
               "longest": max(times)} for command, times in commands.items()),
