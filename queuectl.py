@@ -2254,8 +2254,10 @@ def processes_of(runs):
     for lease in runs:  # the second is of a file that was removed
         owner[lease] = owner[lease + " (deleted)"] = lease
     linux = os.path.exists("/proc/self/fd")
+    # What a child of ours started is younger than we are: most others need no look.
+    since = int(stat_of("self")[19]) if linux and all(runs.values()) else 0
     for _ in range(2):
-        for pid, trace in (traces_in_proc() if linux else traces_by_tools(runs)):
+        for pid, trace in (traces_in_proc(since) if linux else traces_by_tools(runs)):
             if trace in owner:
                 found[owner[trace]].add(pid)
         if all(found.values()):
@@ -2268,23 +2270,34 @@ def processes_of(runs):
 OUT_OF_SIGHT = FileNotFoundError, ProcessLookupError, PermissionError
 
 
-def traces_in_proc():
-    """Yield pid and trace of each living process: group, files it can write, mark."""
+def stat_of(pid):
+    """Return the fields that /proc tells of a process, from its state on."""
+    with open("/proc/%s/stat" % pid, "rb", 0) as file:
+        return file.read().rpartition(b")")[2].split()
+
+
+def traces_in_proc(since):
+    """Yield pid and trace of each living process: group, files it can write, mark.
+
+    Of those that started before SINCE, in ticks after the boot, there are none.
+    """
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(*OUT_OF_SIGHT):
-            folder = "/proc/%s/" % pid
-            with open(folder + "stat", "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()
-            if fields[0] in b"ZX" and fields[17] == b"1":  # other threads may live on
+            state, group, threads, started = operator.itemgetter(0, 2, 17, 19)(
+                stat_of(pid))
+            zombie = state in b"ZX" and threads == b"1"  # other threads may live on
+            if zombie or int(started) < since:
                 continue
-            yield int(pid), int(fields[2])
-            with open(folder + "environ", "rb") as file:
-                for mark in re.findall(rb"(?:^|\0)QUEUECTL_RUN=([^\0]*)", file.read()):
-                    yield int(pid), os.fsdecode(mark)
-            for fd in os.listdir(folder + "fd"):
+            yield int(pid), int(group)
+            with open("/proc/%s/environ" % pid, "rb", 0) as file:
+                marked = (b"\0" + file.read()).split(b"\0QUEUECTL_RUN=")
+            for mark in marked[1:]:
+                yield int(pid), os.fsdecode(mark.partition(b"\0")[0])
+            folder = "/proc/%s/fd/" % pid
+            for fd in os.listdir(folder):
                 with contextlib.suppress(*OUT_OF_SIGHT):
-                    if os.lstat(folder + "fd/" + fd).st_mode & 0o200:
-                        yield int(pid), os.readlink(folder + "fd/" + fd)
+                    if os.lstat(folder + fd).st_mode & 0o200:
+                        yield int(pid), os.readlink(folder + fd)
 
 
 def traces_by_tools(leases):

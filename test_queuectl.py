@@ -2805,6 +2805,13 @@ def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatc
     assert queue.job("job")["state"] == "completed"
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+def test_a_scan_leaves_out_what_is_older_than_the_one_that_asks():
+    began = int(queuectl.stat_of("self")[19])
+    assert os.getpid() in dict(queuectl.traces_in_proc(began))
+    assert os.getpid() not in dict(queuectl.traces_in_proc(began + 1))
+
+
 @posix
 @pytest.mark.parametrize("what, script", [
     ("pid file", ""), ("output", ""), ("pid file", NO_PROC)])
