@@ -1602,6 +1602,7 @@ if WINDOWS:
     BINARY = os.O_BINARY
     LOCK_PLACE = 2**40  # far behind the text, which others could not read else
     STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGBREAK)
+    NO_FOLDER = FileNotFoundError, PermissionError  # one that is just being removed
 else:
     import fcntl
     import select
@@ -1609,6 +1610,7 @@ else:
     BINARY = 0
     STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     WAKE_SIGNAL = signal.SIGURG  # ignored by who does not expect it
+    NO_FOLDER = (FileNotFoundError,)
 
 REQUESTS = {"stop": 0, "now": 5}  # where in a pool's file they are written
 OLDER_LOCKS = 2**20, 1 + MAX_WORKERS  # bytes that a pool of version 1 locks in its file
@@ -1740,7 +1742,7 @@ def pools_named(path):
 def workers_named(path):
     """Return pool and pid of the workers that have a file, alive or not."""
     found = []
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(*NO_FOLDER):
         for name in os.listdir(beside(path, ".runs")):
             kind, *numbers = name.split("-")
             if kind == "worker" and len(numbers) == 2 and "".join(numbers).isdecimal():
