@@ -1602,7 +1602,7 @@ if WINDOWS:
     BINARY = os.O_BINARY
     LOCK_PLACE = 2**40  # far behind the text, which others could not read else
     STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGBREAK)
-    NO_FOLDER = FileNotFoundError, PermissionError  # one that is just being removed
+    NO_FOLDER = (OSError,)  # or one that is just being removed
 else:
     import fcntl
     import select
