@@ -2176,8 +2176,7 @@ class Command:
             KERNEL.QueryInformationJobObject(
                 self.job_object, 1, accounts, ctypes.sizeof(accounts), None)
             return set(range(accounts[10]))
-        found = processes_of({self.lease.path: self.pid})
-        return found[self.lease.path] - {os.getpid()}
+        return processes_of({self.lease.path: self.pid})[self.lease.path]
 
     def signal(self, pids, number):
         if WINDOWS:  # there is no other way
@@ -2256,11 +2255,13 @@ def processes_of(runs):
     for lease in runs:  # the second is of a file that was removed
         owner[lease] = owner[lease + " (deleted)"] = lease
     linux = os.path.exists("/proc/self/fd")
-    # What a child of ours started is younger than we are: most others need no look.
-    since = int(stat_of("self")[19]) if linux and all(runs.values()) else 0
+    # Of the run of a child of ours all is younger than we are: most others need no look.
+    # We hold its lease, too, and counted, there would never be a second look.
+    own = os.getpid() if all(runs.values()) else None
+    since = int(stat_of("self")[19]) if linux and own else 0
     for _ in range(2):
         for pid, trace in (traces_in_proc(since) if linux else traces_by_tools(runs)):
-            if trace in owner:
+            if trace in owner and pid != own:
                 found[owner[trace]].add(pid)
         if all(found.values()):
             break

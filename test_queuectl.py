@@ -2807,6 +2807,15 @@ def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatc
 
 
 @posix
+def test_what_is_forked_during_the_first_look_at_a_run_is_found_by_a_second(monkeypatch):
+    ours = (os.getpid(), "lease")  # a worker holds the lease of its run
+    looks = iter([[ours], [ours, (77, "lease")]])
+    for name in "traces_in_proc", "traces_by_tools":
+        monkeypatch.setattr(queuectl, name, lambda how: next(looks))
+    assert queuectl.processes_of({"lease": 1}) == {"lease": {77}}
+
+
+@posix
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
 def test_a_scan_leaves_out_what_is_older_than_the_one_that_asks():
     began = int(queuectl.stat_of("self")[19])
