@@ -2288,19 +2288,20 @@ def traces_in_proc(since):
         with contextlib.suppress(*OUT_OF_SIGHT):
             state, group, threads, started = operator.itemgetter(0, 2, 17, 19)(
                 stat_of(pid))
-            zombie = state in b"ZX" and threads == b"1"  # other threads may live on
-            if zombie or int(started) < since:
+            folder, ended = "/proc/%s/" % pid, state in b"ZX"
+            if ended and threads == b"1" or int(started) < since:
                 continue
+            if ended:  # its main thread; another, which is listed last, lives on
+                folder += "task/%s/" % os.listdir(folder + "task")[-1]
             yield int(pid), int(group)
-            with open("/proc/%s/environ" % pid, "rb", 0) as file:
+            with open(folder + "environ", "rb", 0) as file:
                 marked = (b"\0" + file.read()).split(b"\0QUEUECTL_RUN=")
             for mark in marked[1:]:
                 yield int(pid), os.fsdecode(mark.partition(b"\0")[0])
-            folder = "/proc/%s/fd/" % pid
-            for fd in os.listdir(folder):
+            for fd in os.listdir(folder + "fd"):
                 with contextlib.suppress(*OUT_OF_SIGHT):
-                    if os.lstat(folder + fd).st_mode & 0o200:
-                        yield int(pid), os.readlink(folder + fd)
+                    if os.lstat(folder + "fd/" + fd).st_mode & 0o200:
+                        yield int(pid), os.readlink(folder + "fd/" + fd)
 
 
 def traces_by_tools(leases):

@@ -125,6 +125,10 @@ if "once" in sys.argv:
 mark = open(os.path.join(os.path.dirname(__file__), "%%d.lasts" %% os.getpid()), "a")
 while not taken(mark):  # while somebody looks whether it is
     pass
+if "thread" in sys.argv:  # goes on without its main one
+    import ctypes, threading
+    threading.Thread(target=time.sleep, args=(77,)).start()
+    ctypes.CDLL(None).pthread_exit(None)
 time.sleep(77)
 """ % inspect.getsource(taken)
 TOOLS = tempfile.mkdtemp()
@@ -1933,6 +1937,19 @@ def test_a_run_that_is_ended_from_outside_ends_with_all_its_processes(how):
     job = ok("show", "x", "--json").json
     assert (job["state"], job["error"]) == ("dead" if error else "pending", error)
     assert job["attempts"] == 0 if how == "stop --now" else job["attempts"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc")
+@posix
+def test_what_goes_on_without_its_main_thread_is_ended_with_its_run():
+    enqueue("setsid %s thread & exec sleep 77" % LASTING, id="x", max_retries=1)
+    pool = start_pool(count=1)
+    wait_until(lasting)
+    [pid] = lasting()
+    wait_until(lambda: queuectl.stat_of(pid)[0] == b"Z")
+    ok("cancel", "x")
+    wait_until(lambda: state("x") == "dead")
+    assert not lasting()
 
 
 # As on FreeBSD, whose posix_spawn can't start a session.
