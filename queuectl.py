@@ -2110,6 +2110,7 @@ class Command:
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if not pid:
             return None
+        self.pid = None  # from now on the number can be another's
         return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
 
     def read(self):
@@ -2156,9 +2157,10 @@ class Command:
         return code, reason or ("exit %d" % code if code else None)
 
     def end(self, wake):
-        """End it from outside, with every process that belongs to it.
+        """End it from outside, or what it left, with every process that belongs to it.
 
-        Its leader is not reaped before: no other gets the number of its group then.
+        Its leader, if it lives, is not reaped before: no other gets the number of its
+        group then.
         """
         ending, left = Ending(), self.processes()
         while left:
@@ -2256,9 +2258,8 @@ def processes_of(runs):
         owner[lease] = owner[lease + " (deleted)"] = lease
     linux = os.path.exists("/proc/self/fd")
     # Of the run of a child of ours all is younger than we are: most others need no look.
-    # We hold its lease, too, and counted, there would never be a second look.
-    own = os.getpid() if all(runs.values()) else None
-    since = int(stat_of("self")[19]) if linux and own else 0
+    since = int(stat_of("self")[19]) if linux and all(runs.values()) else 0
+    own = os.getpid()  # holds the lease of its run; counted, there were no second look
     for _ in range(2):
         for pid, trace in (traces_in_proc(since) if linux else traces_by_tools(runs)):
             if trace in owner and pid != own:
@@ -2834,6 +2835,10 @@ class Worker:
             run.update(pid=command.pid, started_at=self.queue.clock())
             try:
                 code, error = command.watch(self.wake, run["timeout"], self.look(run))
+                finished_at = run["started_at"] + time.monotonic() - began
+                if error in STOP_ERRORS and wait_until(self.pool_stops, OUTLIVED):
+                    error = "stopped"
+                    command.end(self.wake)  # what is left would meet the job's next run
             except Stuck as stuck:
                 # This worker leaves, so that a supervisor finds a run without a worker
                 # as soon as they are gone.
@@ -2841,9 +2846,6 @@ class Worker:
                 raise QueueError(words % (about(run), stuck)) from None
             finally:
                 command.close()
-            finished_at = run["started_at"] + time.monotonic() - began
-            if error in STOP_ERRORS and wait_until(self.pool_stops, OUTLIVED):
-                error = "stopped"
             if command.killed and run["launcher"]:
                 words = "%s: the launcher was killed; what it started may live on"
                 self.log.warning(words, about(run))

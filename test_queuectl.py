@@ -2813,13 +2813,15 @@ def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatc
     """The supervisor lists a run, and it completes before it is looked at."""
     add(queue)
     pool = no_signals(monkeypatch, supervisor(queue))
-    with leased(queue, 1) as run:  # we are the child
+    with leased(queue, 1) as run:
+        child = subprocess.Popen(["sleep", "77"], pass_fds=[run["file"].fd])
         listed = queue.processing()
-        assert queuectl.processes_of({run["lease"]: None}) == {
-            run["lease"]: {os.getpid()}}
+        assert queuectl.processes_of({run["lease"]: None}) == {run["lease"]: {child.pid}}
         queue.complete(run, result(None))
         monkeypatch.setattr(queue, "processing", lambda: listed)
         pool.put_back(queue)
+        child.kill()
+        child.wait()
     assert queue.job("job")["state"] == "completed"
 
 
@@ -3315,6 +3317,17 @@ def test_what_a_stopped_service_ended_runs_in_the_next_one():
     strike(signal.SIGTERM, *workers_of(pool.pid), pool.pid)
     assert pool.wait(20) == 0 and drain(1) == 0
     assert (state("x"), attempts("x"), errors("x")) == ("completed", 1, ["stopped", None])
+
+
+@posix
+def test_what_a_stopped_job_left_in_the_background_is_ended_before_the_next_run():
+    enqueue("echo $$ > pid; %s & wait" % LASTING, id="x")
+    pool = start_pool(count=1, script=AS_BY_DEFAULT)
+    wait_until(lasting)
+    os.kill(int(read("pid")), KILL)
+    pool.send_signal(signal.SIGTERM)
+    assert pool.wait(20) == 0 and errors("x") == ["stopped"]
+    assert not lasting()
 
 
 @posix
