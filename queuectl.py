@@ -418,8 +418,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=without_twins)  # one for many line
 def parsed(text):
     """Return what a JSON text says, or raise QueueError with why it is none."""
     try:
-        text = text if isinstance(text, str) else text.decode().lstrip("\ufeff")
-        return DECODER.decode(text)
+        return DECODER.decode(text if isinstance(text, str) else text.decode())
     except ValueError as error:
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
         start = shown(text.strip()[:60])
@@ -2443,7 +2442,7 @@ def histogram(bins, width):
 
 
 DIED = "its worker died; a pool puts it back"
-LOST = "no pool seen from here runs it; one puts it back when its processes have ended"
+LOST = "its worker died, its processes go on; a pool ends them and puts it back"
 RESUME = "paused; to go on: queuectl.py resume"
 NO_POOL = "no pool is running; to start one: queuectl.py worker start"
 
@@ -3290,7 +3289,7 @@ def field_option(name):
 
 
 IDS = arg("ids ID", "ids of jobs", nargs="*")
-ID = arg("id ID", "id of a job, or the only one that begins so")
+ID = arg("id ID", "id of a job, or its beginning, of four characters or more")
 KEY = arg("key KEY", "name of a setting", setting_name)
 STATE = arg("--state STATE", "one of %s; can be given again" % ", ".join(STATES),
             state_name, action="append", default=[])
@@ -3352,7 +3351,7 @@ def cmd_enqueue(args, queue):
 def enqueue_options(args):
     if args.lines and not args.file:
         args.jobs = args.jobs or ["-"]
-    sources = [args.jobs, args.file, args.command, args.words]
+    sources = ["".join(args.jobs), args.file, args.command, args.words]
     if sum(map(bool, sources)) != 1:
         words = "enqueue: %s (see: queuectl.py enqueue --help)"
         several = "give jobs, a command behind --, or --file"
@@ -3398,7 +3397,7 @@ def read_lines(lines, made, plain=False):
                 elif plain:
                     command = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
                     yield made({"command": command})
-                elif line.lstrip(b"\xef\xbb\xbf \t")[:1] == b"[":
+                elif line.lstrip()[:1] == b"[":
                     rest = b"".join(page[index:]) + lines.read()
                     return (yield from map(made, parsed(rest)))
                 else:
@@ -3437,6 +3436,8 @@ def spooled(path):
         with open(path, "rb") if path else stdin as source:
             shutil.copyfileobj(source, spool)
         spool.seek(0)
+        if spool.read(3) != b"\xef\xbb\xbf":  # which editors on Windows put before UTF-8
+            spool.seek(0)
         yield spool
 
 
@@ -3484,7 +3485,8 @@ def found(queue, id):
 
 
 @command("logs", "print the output of the latest run of jobs", "logs -f job1",
-         arg("ids ID", "ids of jobs, or how only one begins", nargs="+"),
+         arg("ids ID", "ids of jobs, or their beginnings, of four characters or more",
+             nargs="+"),
          arg("-f --follow", "go on until the run ends; wait for the first to begin"),
          arg("--attempt N", "of an earlier attempt, its last run",
              count_of("--attempt", 1)),
@@ -3585,7 +3587,7 @@ def output_of(queue, job, run):
 def cmd_wait(args, queue):
     states = [queue.job(id)["state"] for id in args.ids] or [
         state for state, count in queue.counts().items() if count]
-    if {"pending", "failed"} & {*states} and not pools(queue.path):
+    if {"pending", "processing", "failed"} & {*states} and not pools(queue.path):
         say(NO_POOL)
     own = os.environ.get("QUEUECTL_JOB_ID") if within_job_of(queue.path) else None
     with contextlib.closing(Live()) as live:
@@ -3674,7 +3676,7 @@ def check_chosen(args, everything=False):
     """Refuse a command for jobs unless it says in one way which."""
     ways = [bool(args.ids), bool(args.state or args.match), everything]
     if ways.count(True) != 1:
-        words = "name jobs and nothing else, or say which by an option (see --help)"
+        words = "name jobs, or select them by an option, not both (see --help)"
         raise QueueError(words, 2)
     if args.ids and args.dry_run:
         raise QueueError("--dry-run: is not for jobs that are named", 2)
@@ -3741,14 +3743,14 @@ def retry_jobs(args, queue, states):
     taken, left = [those(chosen, args.match, cancelled=cancelled)
                    for cancelled in (False, True)]
     for_jobs(args, queue, functools.partial(queue.retry, states=states), "retried",
-             args.ids, taken, left, "cancelled ones are retried by name")
+             args.ids, taken, left, "cancelled ones are retried by id")
 
 
 @command("delete", "remove jobs that do not run",
          "delete --state completed --older-than 7d", IDS, STATE, MATCH,
          arg("--all", "all but running ones"),
-         arg("--older-than T", "those that finished longer ago; without --state dead or"
-             " --all completed ones", span_of("--older-than", 0)), DRY_RUN)
+         arg("--older-than T", "those that finished longer ago: completed ones, or what"
+             " --state or --all names", span_of("--older-than", 0)), DRY_RUN)
 def cmd_delete(args, queue):
     aged = args.older_than is not None
     check_chosen(args, args.all or (aged and not args.state and not args.match))
@@ -4107,7 +4109,7 @@ def status_lines(status, now):
             many(status["blocked"]["jobs"], "job"), blocked_words(status["blocked"]))
     if status["paused"]:
         yield RESUME.capitalize()
-    elif jobs["pending"] + jobs["failed"] and not workers:
+    elif jobs["pending"] + jobs["processing"] + jobs["failed"] and not workers:
         yield NO_POOL.capitalize()
     for worker in workers:
         doing = "idle"

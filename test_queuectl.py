@@ -512,7 +512,10 @@ def test_enqueue_takes_arguments_arrays_lines_and_files():
     with open("jobs.jsonl", "w") as file:
         file.write('{"id":"f","command":"true"}\r\n')
     ok("enqueue", "--file", "jobs.jsonl")
-    assert list(jobs()) == list("abcdef")
+    ok("enqueue", "--lines", stdin=b"\xef\xbb\xbfecho g\r\n")
+    ok("enqueue", "-", stdin=b"\xef\xbb\xbf\r\n")
+    assert list(jobs())[:6] == list("abcdef")
+    assert [job["command"] for job in jobs().values()][6:] == ["echo g"]
 
 
 def test_enqueue_is_all_or_nothing_and_names_the_line():
@@ -979,7 +982,7 @@ def test_options_come_before_the_fields_of_a_job():
     (["--delay", "soon", "--", "x"], "delay"), (["--cwd", "no/where", "--", "x"], "cwd"),
     (["--max-retries", "1.5", "--", "x"], "max_retries"), (["--", " "], "command"),
     (["--command", "a", "--", "b"], "give jobs"), (['{"command":"a"}', "--", "b"], "give"),
-    (["--id", "x"], "no job"), (["--unique", "--", "x"], "id: missing"),
+    (["--id", "x"], "no job"), ([""], "no job"), (["--unique", "--", "x"], "id: missing"),
     (["--delay", "1", "--run-at", "1000000000", "--", "x"], "not both"),
     (["echo hi"], "enqueue -- echo hi"),
 ])
@@ -1977,7 +1980,8 @@ def test_a_job_cancelled_while_no_pool_runs_is_ended_by_the_next():
     wait_until(lasting)
     kill_all(pool)
     ok("cancel", "x")
-    assert state("x") == "processing"
+    assert state("x") == "processing" and "No pool is running" in ok("status").out
+    assert "no pool is running" in cli("wait", "--timeout", "0").err
     assert lasting() or os.name != "posix"  # there it ends with its worker
     start_pool(count=1, script="queuectl.GRACE = 0.2")
     wait_until(lambda: state("x") == "dead")
@@ -4834,7 +4838,7 @@ def test_many_are_chosen_by_state_and_text_and_listed_by_a_dry_run():
     assert ok("cancel", "--match", "a").out == "cancelled 2 jobs\n"
     assert ok("retry", "--state", "completed", "--match", "a").out == "retried 2 jobs\n"
     assert ok("retry", "--state", "dead").out == (
-        "retried 1 job; 2 left: cancelled ones are retried by name\n")
+        "retried 1 job; 2 left: cancelled ones are retried by id\n")
     assert ok("delete", "--match", "b", "--state", "completed").out == "deleted 1 job\n"
     assert ok("cancel", "--match", "nothing").out == "cancelled 0 jobs\n"
     for words in (["retry", "--state", "pending"], ["cancel", "--state", "dead", "--dry-run"]):
