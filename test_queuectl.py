@@ -2669,6 +2669,16 @@ def test_a_run_that_could_not_be_ended_is_put_back_when_it_has_ended():
     assert "x 1/3 can't be ended: processes [" in read("queuectl.log")
 
 
+@contextlib.contextmanager
+def heir(run):
+    """A process that has inherited a lease; its pid."""
+    with subprocess.Popen(["sleep", "77"], pass_fds=[run["file"].fd]) as process:
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
 def no_signals(monkeypatch, pool):
     """Let nothing be signalled by a supervisor."""
     monkeypatch.setattr(pool, "end_orphan", lambda run, pids: pytest.fail("signalled"))
@@ -2683,11 +2693,13 @@ def test_a_worker_that_holds_its_lease_is_no_orphan(queue, monkeypatch, removed,
     """Also if its own file and its lease were removed, whosever worker it is."""
     add(queue)
     pool = no_signals(monkeypatch, supervisor(queue))
-    pool.workers = [types.SimpleNamespace(pid=os.getpid(), exitcode=None)] * own
-    with leased(queue, os.getpid()) as run:
-        if removed:
-            os.remove(run["lease"])
-        pool.put_back(queue)
+    with leased(queue, 1) as run:
+        with heir(run) as pid:
+            queue.db.execute("UPDATE runs SET worker = ?", (pid,))
+            pool.workers = [types.SimpleNamespace(pid=pid, exitcode=None)] * own
+            if removed:
+                os.remove(run["lease"])
+            pool.put_back(queue)
         assert queue.job("job")["state"] == "processing"
 
 
@@ -2817,15 +2829,12 @@ def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatc
     """The supervisor lists a run, and it completes before it is looked at."""
     add(queue)
     pool = no_signals(monkeypatch, supervisor(queue))
-    with leased(queue, 1) as run:
-        child = subprocess.Popen(["sleep", "77"], pass_fds=[run["file"].fd])
+    with leased(queue, 1) as run, heir(run) as pid:
         listed = queue.processing()
-        assert queuectl.processes_of({run["lease"]: None}) == {run["lease"]: {child.pid}}
+        assert queuectl.processes_of({run["lease"]: None}) == {run["lease"]: {pid}}
         queue.complete(run, result(None))
         monkeypatch.setattr(queue, "processing", lambda: listed)
         pool.put_back(queue)
-        child.kill()
-        child.wait()
     assert queue.job("job")["state"] == "completed"
 
 
