@@ -2663,7 +2663,7 @@ def test_a_stopping_pool_looks_first_what_its_dead_worker_ran():
 
 @posix
 def test_a_run_that_could_not_be_ended_is_put_back_when_it_has_ended():
-    enqueue("[ -e out ] && exit; touch out; exec sleep 1", id="x", timeout=0.1)
+    enqueue("[ -e out ] && exit; touch out; exec sleep 0.7", id="x", timeout=0.1)
     pool = start_pool("--drain", count=1, script="queuectl.STUCK = queuectl.GRACE = 0.1\n"
                       "queuectl.signal_all = lambda pids, number: None")
     assert pool.wait(10) == 0 and state("x") == "completed"
@@ -3037,9 +3037,9 @@ def test_a_job_waited_until_its_run_not_until_the_next(queue, clock):
 
 def test_a_run_takes_no_longer_because_it_ended_as_stopped_services_do():
     enqueue("kill -9 $$" if os.name == "posix" else "exit 137", id="x", max_retries=1)
-    pool = start_pool(count=1, script="queuectl.OUTLIVED = 0.8")
+    pool = start_pool(count=1, script="queuectl.OUTLIVED = 0.5")
     wait_until(lambda: state("x") == "dead")
-    assert pool.poll() is None and ok("show", "x", "--json").json["seconds"] < 0.7
+    assert pool.poll() is None and ok("show", "x", "--json").json["seconds"] < 0.45
 
 
 def test_a_job_that_stops_its_own_pool_is_told_that_it_is_stopping():
@@ -3194,7 +3194,7 @@ def test_a_command_waits_for_a_lock_but_not_for_ever(monkeypatch):
         # Not a fork: SQLite would think there that it is who has the lock.
         waiting = begin("delete", "x", fresh=True)
         with pytest.raises(subprocess.TimeoutExpired):
-            waiting.wait(0.4)
+            waiting.wait(0.2)
     assert waiting.wait(20) == 0
     assert waiting.stdout.read() == "deleted x\n" and waiting.stderr.read() == ""
     monkeypatch.setattr(queuectl.Queue.__init__, "__defaults__", ("FULL", 0.1, time.time, True))
@@ -3221,7 +3221,7 @@ def test_a_stop_while_the_database_is_locked_keeps_the_result_in_hand():
         ok("worker", "stop", "--no-wait")
         wait_until(lambda: re.search(r"worker\[.*waiting until", read("queuectl.log")))
         with pytest.raises(subprocess.TimeoutExpired):
-            pool.wait(0.3)
+            pool.wait(0.2)
     assert pool.wait(20) == 0
     assert state("x") == "completed"
 
