@@ -2993,9 +2993,7 @@ class Supervisor:
         the next pool; so is a queue that can't be read, if this one shall stop now.
         """
         if not self.cut_off and not os.path.exists(pool_file(self.path, self.pid)):
-            self.cut_off = "its file %s was removed" % pool_file(self.path, self.pid)
-            self.log.info("this pool stops: %s", self.cut_off)
-            say("this pool stops: " + self.cut_off)
+            self.give_up("its file %s was removed" % pool_file(self.path, self.pid))
         request = asked(self.path, self.pid)
         if not request or self.workers:
             return False
@@ -3004,6 +3002,11 @@ class Supervisor:
         if not self.settled:
             return request == "now" and self.unreadable
         return all(ending.stuck() for ending in self.endings.values())
+
+    def give_up(self, why):
+        self.cut_off = why
+        self.log.info("this pool stops: %s", why)
+        say("this pool stops: " + why)
 
     def ask(self, word):
         if asked(self.path, self.pid) not in (word, "now"):
@@ -3059,9 +3062,8 @@ class Supervisor:
                     self.unreadable = False
                     return action(queue)
             if not self.cut_off:
-                self.cut_off = "%s was removed" % shown(self.path)
+                self.give_up("%s was removed" % shown(self.path))
                 self.ask("stop")
-                say("this pool stops: " + self.cut_off)
         except (sqlite3.Error, OSError, QueueError) as error:
             self.settled, self.unreadable = False, True
             self.log.error("%s", error)

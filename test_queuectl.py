@@ -2977,7 +2977,7 @@ def test_a_removed_database_ends_the_pool():
     wait_until(lambda: state("x") == "completed")
     os.remove("queuectl.db")
     assert pool.wait(10) == 1
-    assert "was removed" in pool.stderr.read()
+    assert "was removed" in pool.stderr.read() and "stops: " in read("queuectl.log")
     assert jobs() == {}
 
 
