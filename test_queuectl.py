@@ -4112,7 +4112,7 @@ KINDS = [
     "trap '' TERM; sleep TIME", ONCE + "exit 1; }",
     ONCE + "grep -qa queuectl /proc/$PPID/cmdline && kill -9 $PPID; }; sleep TIME"]
 STRIKES = 10 * ["feed"] + 5 * ["start", "kill worker"] + 3 * ["freeze"] \
-    + 2 * ["kill pool", "kill supervisor"] + ["stop"]
+    + 2 * ["kill pool", "kill supervisor", "stop service"] + ["stop"]
 FAR = 36000  # seconds; jobs delayed so long stay pending
 MINE = {"queuectl.db", "queuectl.log", "queuectl.log.1", "locks", "marks", "overlaps"}
 READY = "SELECT count(*) FROM jobs WHERE state = 'pending' AND claimable"
@@ -4197,6 +4197,11 @@ class Chaos:
             self.hit(signal.SIGSTOP, "pools killed whole", pool)
             for number, word in ((signal.SIGSTOP, "stopped"), (signal.SIGKILL, "killed")):
                 self.hit(number, word + " with their pool", pool, *self.workers(pool))
+        elif what == "stop service" and len(alive) == 1:  # as systemd does: all at once
+            others = self.pools + self.stops + [batch.process for batch in self.batches]
+            runs = set(ours()) - {process.pid for process in others} - set(self.workers())
+            self.hit(signal.SIGTERM, "stopped as services are", pool)
+            self.hit(signal.SIGTERM, "told so", *self.workers(pool), *runs)
         elif what == "stop":
             how = self.rnd.choice(["", ["--now"]])
             self.stops.append(self.begin("worker", "stop", *how))
