@@ -3157,10 +3157,10 @@ class Supervisor:
         failed is logged. A few run at a time, or one that hangs would be started for
         each of a thousand jobs.
         """
-        import subprocess
-        import tempfile
-
         def start(job):
+            import subprocess
+            import tempfile
+
             if not line:
                 return
             with tempfile.TemporaryFile() as text:
