@@ -3253,8 +3253,8 @@ def state_name(text):
 
 
 def some_text(text):
-    if not text:  # as an unset variable gives it: it would be in each job
-        raise QueueError("--match: a text that is not empty", 2)
+    if not text or not storable(text):  # an unset variable's would be in each job
+        raise QueueError("--match: a text in UTF-8 that is not empty", 2)
     return text
 
 

@@ -5639,7 +5639,8 @@ def test_edits_make_no_circle_over_waits_of_before():
 
 def test_what_is_empty_or_could_mean_several_is_refused():
     for words in (["dlq", "clear"], ["delete"], ["dlq", "list"], ["list"]):
-        assert "--match" in refused(*words, "--match", "", code=2)
+        for text in ("", "\udcff"):
+            assert "--match" in refused(*words, "--match", text, code=2)
     for name in ("abcd1", "abcd2"):
         enqueue(id=name)
     assert "several jobs begin with abcd: abcd1, abcd2" in refused("show", "abcd")
