@@ -2135,8 +2135,9 @@ class Command:
     def watch(self, wake, timeout, look):
         """Wait for its end; return its exit code, and its error or why it was ended.
 
-        `look()`, called again and again, says why it has to end now, if it has. Raise
-        Stuck if it can't be ended.
+        `look()`, called again and again, says why it has to end now, if it has. If a
+        signal killed its leader, all of it ends: what is left would meet the next run.
+        Raise Stuck if it can't be ended.
         """
         deadline = time.monotonic() + (timeout or MAX_SPAN)
         next_look, code, reason = time.monotonic() + TICK, None, None
@@ -2147,8 +2148,9 @@ class Command:
                 reason = "timeout %ss" % number(timeout)
             elif code is None and now >= next_look:
                 next_look, reason = now + TICK, look()
-        if reason:
+        if reason or code < 0:
             self.end(wake)
+        if reason:
             code = self.poll()
         self.read()
         if code is None or code < 0:
@@ -2837,7 +2839,7 @@ class Worker:
                 finished_at = run["started_at"] + time.monotonic() - began
                 if error in STOP_ERRORS and wait_until(self.pool_stops, OUTLIVED):
                     error = "stopped"
-                    command.end(self.wake)  # what is left would meet the job's next run
+                    command.end(self.wake)  # of a shell that told of a signal
             except Stuck as stuck:
                 # This worker leaves, so that a supervisor finds a run without a worker
                 # as soon as they are gone.

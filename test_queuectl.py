@@ -3334,14 +3334,21 @@ def test_what_a_stopped_service_ended_runs_in_the_next_one():
 
 
 @posix
-def test_what_a_stopped_job_left_in_the_background_is_ended_before_the_next_run():
-    enqueue("echo $$ > pid; %s & wait" % LASTING, id="x")
+@pytest.mark.parametrize("killed, stop, error", [
+    (True, False, "signal 9"), (True, True, "stopped"), (False, True, "stopped")])
+def test_what_a_killed_command_left_is_ended_before_its_next_run(killed, stop, error):
+    go = "while ! test -e go; do sleep 0.02; done; exit 137"  # as if a child was killed
+    enqueue("echo $$ > pid; %s & %s" % (LASTING, go), id="x", max_retries=1)
     pool = start_pool(count=1, script=AS_BY_DEFAULT)
     wait_until(lasting)
-    os.kill(int(read("pid")), KILL)
-    pool.send_signal(signal.SIGTERM)
-    assert pool.wait(20) == 0 and errors("x") == ["stopped"]
-    assert not lasting()
+    if killed:
+        os.kill(int(read("pid")), KILL)
+    else:
+        open("go", "w").close()
+    if stop:
+        pool.send_signal(signal.SIGTERM)
+    wait_until(lambda: state("x") != "processing")
+    assert errors("x") == [error] and not lasting()
 
 
 @posix
