@@ -821,7 +821,7 @@ class Queue:
 
         SQLite's own waiting sleeps for milliseconds, several turns of other workers.
         """
-        deadline, pause = time.monotonic() + self.patience, 0.0001
+        deadline, pause = time.monotonic() + self.patience, 0.00003
         self.db.execute("PRAGMA busy_timeout = 0")
         try:
             while True:
@@ -2778,10 +2778,11 @@ class Worker:
         that is just being recorded.
         """
         finished, self.lease = self.lease, None
+        leaving = self.leaving()  # not within: others would wait for that, too
         try:
             with self.queue.transaction():
                 state = self.record(*done) if done else None
-                run = None if self.leaving() else self.queue.claim(
+                run = None if leaving else self.queue.claim(
                     os.getpid(), self.take_lease)
         except BaseException:
             if self.lease:
