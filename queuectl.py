@@ -325,13 +325,15 @@ PUBLIC = ("id", "command", "state", "attempts", *COLUMNS[2:], "after", "created_
 TIMES = ("run_at", "created_at", "updated_at", "started_at", "finished_at")
 
 
-@functools.lru_cache(PAGE)
 def iso(moment):
     """Return epoch seconds as ISO 8601 text in UTC, None as None."""
-    if moment is None:
-        return None
+    return None if moment is None else iso_second(int(moment))
+
+
+@functools.lru_cache(PAGE)
+def iso_second(second):
     # Not by time.gmtime: on Windows that ends with the year 3000.
-    return (EPOCH + timedelta(seconds=int(moment))).isoformat() + "Z"
+    return (EPOCH + timedelta(seconds=second)).isoformat() + "Z"
 
 
 def dated(row, *names):
@@ -339,19 +341,14 @@ def dated(row, *names):
     return dict(row, **{name: iso(row[name]) for name in names})
 
 
-def spent(run):
-    """Return how many seconds a run took, None if it has not ended."""
-    ended = run["finished_at"] is not None
-    return round(run["finished_at"] - run["started_at"], 3) if ended else None
-
-
 def public(job):
-    """Return a job as JSON shows it."""
-    found = dict(zip(job.keys(), job))  # a row looks for each name among all of them
-    found.update({name: iso(found[name]) for name in TIMES}, seconds=spent(job),
-                 env=json.loads(found["env"]) if found["env"] else {},
-                 after=found["after"].split("\n") if found["after"] else [])
-    return {name: found[name] for name in PUBLIC}
+    """Return a job as JSON shows it; the row begins with just that, in that order."""
+    found = dict(zip(PUBLIC, job))
+    for name in TIMES:
+        found[name] = iso(found[name])
+    found["env"] = json.loads(found["env"]) if found["env"] else {}
+    found["after"] = found["after"].split("\n") if found["after"] else []
+    return found
 
 
 def unknown(what, word, words):
@@ -610,10 +607,14 @@ AGAIN = "state = 'pending', attempts = 0, deaths = 0, cancelled = 0, error = NUL
 REVIVE = "UPDATE jobs SET %s, %s, claimable = 0, updated_at = :now" \
     " WHERE id = :id AND %s" % (
         AGAIN, ", ".join("%s = :%s" % (name, name) for name in COLUMNS[1:]), FINISHED)
-JOB = """SELECT jobs.*, exit_code, started_at, finished_at,
-         CASE WHEN waits > 0 THEN (SELECT group_concat(front.id, char(10)) FROM waits
-             JOIN jobs AS front ON front.seq = waits_for WHERE waits.seq = jobs.seq) END
-             AS after FROM jobs LEFT JOIN runs USING (seq, run) """
+SECONDS = "round(finished_at - started_at, 3)"  # that a run took, NULL until its end
+COLUMN_OF = {
+    "error": "jobs.error", "seconds": SECONDS,
+    "after": "CASE WHEN waits > 0 THEN (SELECT group_concat(front.id, char(10))"
+    " FROM waits JOIN jobs AS front ON front.seq = waits_for"
+    " WHERE waits.seq = jobs.seq) END"}
+JOB = "SELECT %s, seq, run, claimable, waits FROM jobs LEFT JOIN runs USING (seq, run) " \
+    % ", ".join("%s AS %s" % (COLUMN_OF.get(name, name), name) for name in PUBLIC)
 # How a run ended that was no fault of its job, or that somebody wanted to end.
 INTERRUPTED = ("worker died", "stop --now", "stopped", "cancelled")
 OUTCOMES = ("completed", "failed", "interrupted")
@@ -1355,7 +1356,8 @@ class Queue:
         """Return the runs of a job, the first one first, without their output."""
         return self._rows(
             "SELECT run, attempt, worker, pid, started_at, finished_at, exit_code,"
-            " error FROM runs WHERE seq = ? ORDER BY run", job["seq"])
+            " error, " + SECONDS + " AS seconds FROM runs WHERE seq = ? ORDER BY run",
+            job["seq"])
 
     def output(self, job, run=None):
         """Return the kept output of a run, the latest one; None while it runs."""
@@ -2261,8 +2263,10 @@ def processes_of(runs):
     # Of the run of a child of ours all is younger than we are: most others need no look.
     since = int(stat_of("self")[19]) if linux and all(runs.values()) else 0
     own = os.getpid()  # holds the lease of its run; counted, there were no second look
+    seen = set()
     for _ in range(2):
-        for pid, trace in (traces_in_proc(since) if linux else traces_by_tools(runs)):
+        for pid, trace in (
+                traces_in_proc(since, seen) if linux else traces_by_tools(runs)):
             if trace in owner and pid != own:
                 found[owner[trace]].add(pid)
         if all(found.values()):
@@ -2277,21 +2281,24 @@ OUT_OF_SIGHT = FileNotFoundError, ProcessLookupError, PermissionError
 
 def stat_of(pid):
     """Return the fields that /proc tells of a process, from its state on."""
-    with open("/proc/%s/stat" % pid, "rb", 0) as file:
-        return file.read().rpartition(b")")[2].split()
+    with opened("/proc/%s/stat" % pid) as fd:
+        return os.read(fd, 4096).rpartition(b")")[2].split()
 
 
-def traces_in_proc(since):
+def traces_in_proc(since, seen):
     """Yield pid and trace of each living process: group, files it can write, mark.
 
-    Of those that started before SINCE, in ticks after the boot, there are none.
+    Of those that started before SINCE, in ticks after the boot, there are none. Those
+    that were looked at are added to SEEN and left out from then on: the system gives no
+    number again so soon.
     """
-    for pid in filter(str.isdigit, os.listdir("/proc")):
+    for pid in {*filter(str.isdigit, os.listdir("/proc"))} - seen:
         with contextlib.suppress(*OUT_OF_SIGHT):
             state, group, threads, started = operator.itemgetter(0, 2, 17, 19)(
                 stat_of(pid))
             folder, ended = "/proc/%s/" % pid, state in b"ZX"
             if ended and threads == b"1" or int(started) < since:
+                seen.add(pid)
                 continue
             if ended:  # its main thread; another, which is listed last, lives on
                 folder += "task/%s/" % os.listdir(folder + "task")[-1]
@@ -2304,6 +2311,7 @@ def traces_in_proc(since):
                 with contextlib.suppress(*OUT_OF_SIGHT):
                     if os.lstat(folder + "fd/" + fd).st_mode & 0o200:
                         yield int(pid), os.readlink(folder + "fd/" + fd)
+            seen.add(pid)
 
 
 def traces_by_tools(leases):
@@ -4125,8 +4133,7 @@ def status_lines(status, now):
 
 def job_document(queue, job):
     """Return what `show --json` prints."""
-    runs = [dict(dated(run, "started_at", "finished_at"), seconds=spent(run))
-            for run in queue.runs(job)]
+    runs = [dated(run, "started_at", "finished_at") for run in queue.runs(job)]
     waiting = why_waiting(queue, job, worker_list(queue))
     return dict(public(job), waiting=waiting, runs=runs)
 

@@ -2844,7 +2844,7 @@ def test_what_is_forked_during_the_first_look_at_a_run_is_found_by_a_second(monk
     ours = (os.getpid(), "lease")  # a worker holds the lease of its run
     looks = iter([[ours], [ours, (77, "lease")]])
     for name in "traces_in_proc", "traces_by_tools":
-        monkeypatch.setattr(queuectl, name, lambda how: next(looks))
+        monkeypatch.setattr(queuectl, name, lambda *_: next(looks))
     assert queuectl.processes_of({"lease": 1}) == {"lease": {77}}
 
 
@@ -2852,8 +2852,19 @@ def test_what_is_forked_during_the_first_look_at_a_run_is_found_by_a_second(monk
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
 def test_a_scan_leaves_out_what_is_older_than_the_one_that_asks():
     began = int(queuectl.stat_of("self")[19])
-    assert os.getpid() in dict(queuectl.traces_in_proc(began))
-    assert os.getpid() not in dict(queuectl.traces_in_proc(began + 1))
+    assert os.getpid() in dict(queuectl.traces_in_proc(began, set()))
+    assert os.getpid() not in dict(queuectl.traces_in_proc(began + 1, set()))
+
+
+@posix
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
+def test_the_second_look_of_a_scan_is_for_what_came_since_the_first():
+    seen = set()
+    assert os.getpid() in dict(queuectl.traces_in_proc(0, seen))
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert {child.pid} <= {*dict(queuectl.traces_in_proc(0, seen))}
+    assert {os.getpid(), child.pid}.isdisjoint(dict(queuectl.traces_in_proc(0, seen)))
+    child.communicate()
 
 
 @posix
