@@ -1613,7 +1613,7 @@ else:
     WAKE_SIGNAL = signal.SIGURG  # ignored by who does not expect it
     NO_FOLDER = (FileNotFoundError,)
 
-REQUESTS = {"stop": 0, "now": 5}  # where in a pool's file they are written
+REQUESTS = {"stop": 0, "now": 5, "over": 9}  # where in a pool's file each is written
 OLDER_LOCKS = 2**20, 1 + MAX_WORKERS  # bytes that a pool of version 1 locks in its file
 
 
@@ -1806,7 +1806,7 @@ def wake_workers(path):
 
 
 def ask(path, pool, word):
-    """Ask a pool to `stop`, or to stop `now`; each word has its place in its file."""
+    """Ask a pool to `stop`, or to stop `now`; or, by its worker: its drain is `over`."""
     with contextlib.suppress(FileNotFoundError):
         with open(pool_file(path, pool), "r+b") as file:
             file.seek(REQUESTS[word])
@@ -1816,7 +1816,7 @@ def ask(path, pool, word):
 
 
 def asked(path, pool):
-    """Return what a pool is asked: "now", "stop" or None.
+    """Return what a pool is asked: "now", "over", "stop" or None.
 
     A pool whose file was removed can never be asked: it stops.
     """
@@ -1827,7 +1827,8 @@ def asked(path, pool):
         return "stop"
     except OSError:  # too many open files, say: it is asked again
         return None
-    return "now" if b"now" in text else "stop" if b"stop" in text else None
+    words = [word for word in ("now", "over", "stop") if word.encode() in text]
+    return words[0] if words else None
 
 
 def abandoned(path, pool):
@@ -2736,7 +2737,7 @@ class Worker:
                     if self.leaving():
                         break
                     if self.drain and self.patiently(self.queue.drained):
-                        ask(self.path, self.pool, "stop")
+                        ask(self.path, self.pool, "over")
                     self.wake.wait(self.patiently(self.pause))
 
     def patiently(self, action, *args):
@@ -2955,7 +2956,7 @@ class Supervisor:
         own = pool_file(self.path, self.pid)
         self.fd = hold(own)
         try:
-            os.write(self.fd, b" " * 8 + b"\n")  # room, on a full disk, too
+            os.write(self.fd, b" " * 15 + b"\n")  # room, on a full disk, too
             self.log = open_log(self.path, "pool")
             self.log.info("pool of %d started", self.count)
             started()
@@ -3217,12 +3218,11 @@ class Supervisor:
         self.result = "pool %d stopped" % self.pid
         if self.drain:
             ended, why = queue.ended_since(self.began, self.pids), obstacles(queue)
-            self.failed = bool(ended["dead"] or why)
-            # What follows leaves jobs, too, but is no failure.
-            counts, due = queue.counts(), queue.next_due()
-            if queue.claimable() and not queue.paused():
+            if asked(self.path, self.pid) != "over" and not queue.drained():
                 why.append("the pool was stopped before")
-            if due:
+            self.failed = bool(ended["dead"] or why)
+            counts, due = queue.counts(), queue.next_due()
+            if due:  # which is left, too, but is no failure
                 why.append("the next is due " + when(due["run_at"], queue.clock()))
             self.result = "%d completed, %d dead" % (ended["completed"], ended["dead"])
             if why:
