@@ -2365,7 +2365,7 @@ def span(seconds):
 
 def fine(seconds):
     """Return a duration that may be short: 0ms, 43ms, 2.5s, 3m 20s."""
-    return "%dms" % max(0, 1000 * seconds) if seconds < 1 else span(seconds)
+    return "%.0fms" % max(0, 1000 * seconds) if seconds < 0.9995 else span(seconds)
 
 
 def when(moment, now):
@@ -2389,10 +2389,10 @@ def run_table(runs, now):
     """Yield the lines of a table of a job's runs."""
     rows = []
     for run in runs:
-        end, result = run["finished_at"] or now, shown(run["error"] or "exit 0")
+        goes_on = run["finished_at"] is None
         rows.append([str(run["run"]), str(run["attempt"]), when(run["started_at"], now),
-                     fine(end - run["started_at"]),
-                     "running" if run["finished_at"] is None else result])
+                     fine(now - run["started_at"] if goes_on else run["seconds"]),
+                     "running" if goes_on else shown(run["error"] or "exit 0")])
     return table(["RUN", "TRY", "STARTED", "TOOK", "RESULT"], rows)
 
 
