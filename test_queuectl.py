@@ -5289,7 +5289,8 @@ def test_wide_characters_take_two_columns(text, columns):
 
 
 @pytest.mark.parametrize("seconds, words", [
-    (0, "0ms"), (-1, "0ms"), (0.029, "29ms"), (0.9996, "1.0s"), (2.51, "2.5s"), (200, "3m 20s"), (3600, "1h"), (86400, "1d")])
+    (0, "0ms"), (-1, "0ms"), (0.029, "29ms"), (0.9996, "1.0s"), (2.51, "2.5s"),
+    (200, "3m 20s"), (3600, "1h"), (86400, "1d")])
 def test_durations_read_well(seconds, words):
     assert queuectl.fine(seconds) == words
 
