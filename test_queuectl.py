@@ -2403,7 +2403,7 @@ def test_a_launcher_that_fails_by_itself_is_a_failure_of_the_run(client):
 @posix
 @pytest.mark.parametrize("how", ["timeout", "cancel", "stop --now"])
 def test_what_runs_elsewhere_ends_with_its_run(client, how):
-    words = ["--timeout", "0.4"] if how == "timeout" else []
+    words = ["--timeout", "1"] if how == "timeout" else []
     ok("enqueue", "--id", "x", "--max-retries", "1", "--launcher", client, *words, "--", LASTING)
     start_pool()
     wait_until(lasting)
