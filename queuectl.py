@@ -1442,7 +1442,8 @@ class Queue:
     def oldest_claimable(self):
         """Return the job that could run and waits longest, and since when, or None.
 
-        Of the first hundred of each priority: retried ones stand before older ones.
+        Of each priority the first hundred are looked at, not one: a retried job stands
+        before others that wait longer.
         """
         first = "SELECT MAX(priority) FROM jobs WHERE " + CLAIMABLE
         return self.db.execute(
@@ -1806,7 +1807,7 @@ def wake_workers(path):
 
 
 def ask(path, pool, word):
-    """Ask a pool to `stop`, or to stop `now`; or, by its worker: its drain is `over`."""
+    """Write into a pool's file: `stop`, stop `now`, or that its drain is `over`."""
     with contextlib.suppress(FileNotFoundError):
         with open(pool_file(path, pool), "r+b") as file:
             file.seek(REQUESTS[word])
