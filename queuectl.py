@@ -2894,7 +2894,8 @@ def work(path, pool, drain, pool_fd):
             worker.work()
         finally:
             leave(path, fd, own)
-            remove_pool_files(path)  # if our supervisor was killed, and we are the last
+            if abandoned(path, pool):  # nobody else does it, if we are the last
+                remove_pool_files(path)
     except (QueueError, OSError) as error:
         worker.log.error("%s", error)
         sys.exit(TROUBLE)

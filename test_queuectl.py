@@ -4215,7 +4215,9 @@ class Chaos:
             self.hit(signal.SIGSTOP, "pools killed whole", pool)
             for number, word in ((signal.SIGSTOP, "stopped"), (signal.SIGKILL, "killed")):
                 self.hit(number, word + " with their pool", pool, *self.workers(pool))
-        elif what == "stop service" and len(alive) == 1:  # as systemd does: all at once
+        # As systemd does: all at once. One that has no file yet can catch no signal yet.
+        elif what == "stop service" and len(alive) == 1 and pool in (
+                queuectl.pools(database())):
             others = self.pools + self.stops + [batch.process for batch in self.batches]
             runs = set(ours()) - {process.pid for process in others} - set(self.workers())
             self.hit(signal.SIGTERM, "stopped as services are", pool)
