@@ -228,9 +228,9 @@ def database():
     return os.path.realpath(os.environ.get("QUEUECTL_DB", "queuectl.db"))
 
 
-def sql(query, *values):
+def sql(query, *values, timeout=60):
     """Read what is asked for again and again without the whole command line."""
-    with contextlib.closing(sqlite3.connect(database(), timeout=60)) as db:
+    with contextlib.closing(sqlite3.connect(database(), timeout=timeout)) as db:
         return db.execute(query, values).fetchall()
 
 
@@ -4162,6 +4162,8 @@ class Chaos:
         self.errors.close()
         for batch in self.batches:
             batch.out.close()
+        for process in self.pools + self.stops + [batch.process for batch in self.batches]:
+            process.wait(10)
 
     def begin(self, *words, **options):
         command = [sys.executable, "-c", PROGRAM % QUICK, *words]
@@ -4198,7 +4200,7 @@ class Chaos:
         pids = self.rnd.sample(self.workers() or [0], 1)
         alive = [pool.pid for pool in self.pools if pool.poll() is None]
         pool = self.rnd.choice(alive or [0])
-        if what == "feed" and sql(READY)[0][0] < 250:  # or the calm would take too long
+        if what == "feed" and self.few_are_ready():
             self.feed(self.rnd.random() < 0.3)
         elif what == "start" and len(alive) < 3:
             count = str(self.rnd.randint(1, 4))
@@ -4225,6 +4227,11 @@ class Chaos:
         elif what == "stop":
             how = self.rnd.choice(["", ["--now"]])
             self.stops.append(self.begin("worker", "stop", *how))
+
+    def few_are_ready(self):
+        """Whether the calm will not take too long; not known while a frozen one locks the file."""
+        with contextlib.suppress(sqlite3.OperationalError):
+            return sql(READY, timeout=0.5)[0][0] < 250
 
     def feed(self, doomed):
         """Enqueue jobs of every kind; or thousands, and kill that at some moment."""
