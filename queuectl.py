@@ -3023,7 +3023,8 @@ class Supervisor:
         say("this pool stops: " + why)
 
     def ask(self, word):
-        if asked(self.path, self.pid) not in (word, "now"):
+        request = asked(self.path, self.pid)
+        if not request or (word == "now" and request != "now"):
             self.log.info("asked to stop" + " now" * (word == "now"))
             ask(self.path, self.pid, word)
             if word == "stop" and sys.stderr.isatty():

@@ -5698,6 +5698,23 @@ def test_a_drain_that_is_stopped_says_what_it_leaves(left):
     assert said == (left != "later" or again)
 
 
+def test_a_pool_is_asked_for_what_is_more_than_before_and_only_once(queue, monkeypatch):
+    monkeypatch.setattr(queuectl, "wake", lambda pids: None)
+    pool, file = supervisor(queue), queuectl.pool_file(queue.path, 0)
+    for before, words, after in (("", "stop", "stop"), ("stop", "now", "now"),
+                                 ("over", "stop", "over"), ("over", "now", "now"),
+                                 ("now", "stop", "now"), ("now", "now", "now")):
+        with open(file, "wb") as room:
+            room.write(b" " * 16)
+        before and queuectl.ask(queue.path, 0, before)
+        for _ in range(3):  # as `loop` does, for as long as it goes on
+            pool.ask(words)
+        assert queuectl.asked(queue.path, 0) == after
+        lines = read("queuectl.log").count("asked to stop")
+        assert lines == (before != after), (before, words)
+        open("queuectl.log", "w").close()
+
+
 def test_a_chain_goes_as_a_whole_with_a_form_for_many(queue):
     for name, after in (("a", []), ("b", ["a"]), ("c", ["b"])):
         add(queue, id=name, after=after)
