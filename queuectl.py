@@ -194,13 +194,14 @@ def within(convert, low, high, allowed):
     return check
 
 
-def duration(low, allowed):
-    words = "%s, in seconds or like 90s, 10m, 1h30m, 7d" % allowed
-    return within(seconds, low, MAX_SPAN, words)
+def duration(low):
+    words = "a duration: from %g to %d seconds, also like 90s, 10m, 1h30m, 7d"
+    return within(seconds, low, MAX_SPAN, words % (low, MAX_SPAN))
 
 
 moment = within(epoch, 0, MAX_TIME,
-                "a time: ISO 8601 like 2026-01-31T18:00:00Z, or epoch seconds")
+                "a time before the year 10000: ISO 8601 like 2026-01-31T18:00:00Z, or"
+                " epoch seconds")
 
 
 def identifier(value):
@@ -239,7 +240,13 @@ def folder(value):
 
 def optional(check, word):
     """Return a check that also takes the word, or null, for none."""
-    return lambda value: None if value in (None, word) else check(value)
+    def either(value):
+        try:
+            return None if value in (None, word) else check(value)
+        except ValueError as allowed:
+            raise ValueError("%s, or %s" % (word, allowed)) from None
+
+    return either
 
 
 def ids(value):
@@ -278,14 +285,14 @@ SETTINGS = {
     "max_retries": (whole(0, 10**6), 3, "failed attempts until a job is dead"),
     "backoff_base": (within(seconds, 0, 10**6, "a number from 0 to 1000000"), 2,
                      "the wait after n failures: base ** n seconds"),
-    "backoff_max": (duration(0, "a duration"), 86400, "longest such wait, in seconds"),
-    "timeout": (optional(duration(0.001, "a duration over 0"), "none"), None,
+    "backoff_max": (duration(0), 86400, "longest such wait, in seconds"),
+    "timeout": (optional(duration(0.001), "none"), None,
                 "seconds a run may take, if its job has none"),
     "output_limit": (within(size, 0, 2**26, "bytes from 0 to 64M, like 500, 64K, 1M"),
                      2**20, "bytes of output that are kept, like 1M"),
     "launcher": (optional(prefix, "none"), None,
                  "what runs are started through, like srun"),
-    "keep": (optional(duration(0, "forever, or a duration"), "forever"), None,
+    "keep": (optional(duration(0), "forever"), None,
              "seconds that completed jobs are kept"),
     "on_dead": (optional(shell_line, "none"), None,
                 "command started for each job that dies"),
@@ -302,7 +309,7 @@ FIELDS = {
     "priority": (whole(-MAX_INTEGER - 1, MAX_INTEGER), 0, "--priority N",
                  "higher first (0)"),
     "run_at": (moment, None, "--run-at TIME", "ISO 8601, epoch seconds, or now"),
-    "delay": (duration(0, "a duration"), None, "--delay T", "like 90s, 10m, 1h30m, 7d"),
+    "delay": (duration(0), None, "--delay T", "like 90s, 10m, 1h30m, 7d"),
     "timeout": (SETTINGS["timeout"][0], None, "--timeout T",
                 "end a run that takes longer"),
     "cwd": (folder, None, "--cwd DIR", "where to run it (here)"),
@@ -3277,8 +3284,7 @@ def count_of(name, low, high=MAX_INTEGER):
 
 
 def span_of(name, low):
-    allowed = "a duration" + " of %gs or more" % low * (low > 0)
-    return lambda text: checked(name, duration(low, allowed), text)
+    return lambda text: checked(name, duration(low), text)
 
 
 def variable(text):
