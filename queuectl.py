@@ -262,7 +262,7 @@ def prefix(value):
     try:
         program = shlex.split(shell_line(value))[0]
         if not shutil.which(program):
-            raise ValueError("no program " + program)
+            raise ValueError("no program " + shown(program))
     except ValueError as error:
         raise ValueError("the beginning of a command: %s" % error) from None
     return value
@@ -4245,9 +4245,12 @@ def run_command(argv):
         argv = [*argv[1:], "--help"]
     name, words = command_named(argv)
     if name not in COMMANDS:
-        if words and not {"-h", "--help", "--version"} & set(words):
+        # Where a group is named, its queue may be, too: `--db PATH worker`.
+        stray = [word for word in words
+                 if not name or not re.match("--db$|--db=|--json$|[^-]", word)]
+        if stray and not {"-h", "--help", "--version"} & set(words):
             hint = "no command in: %s (see: queuectl.py --help)"
-            raise QueueError(hint % shown(" ".join(words)), 2)
+            raise QueueError(hint % shown(" ".join([*name.split(), *words])), 2)
         print("queuectl " + __version__ if "--version" in words else overview(name))
         return 0
     function, args = parse(name, words)

@@ -729,6 +729,7 @@ def test_help_at_every_level():
     assert "examples:" in ok().out and "examples:" in ok("--help").out
     for group in ("worker", "dlq", "config"):
         assert "examples:" in ok(group).out and "examples:" in ok(group, "--help").out
+        assert ok("--db", "x", group).out == ok(group, "--json").out == ok(group).out
     for name in queuectl.COMMANDS:
         assert "example: " in ok(*name.split(), "--help").out
 
@@ -738,7 +739,8 @@ def test_help_at_every_level():
     ["worker", "start", "--count", "0"], ["worker", "start", "--count", "-1"],
     ["worker", "start", "--count", "two"], ["worker", "start", "--count", "257"],
     ["config", "set", "max_retries"], ["dlq", "retry"], ["dlq", "retry", "a", "--all"],
-    ["worker", "begin"], ["--db"], ["list", "--db"], ["--db", "list"],
+    ["worker", "begin"], ["worker", "--drain"], ["--json"],
+    ["--db"], ["list", "--db"], ["--db", "list"],
     ["enqueue", "--file", "f", '{"command":"true"}'],
 ], ids=" ".join)
 def test_wrong_usage_is_one_line_and_code_2(queue, argv):
