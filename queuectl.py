@@ -1839,12 +1839,13 @@ def asked(path, pool):
     return words[0] if words else None
 
 
-def abandoned(path, pool):
-    """Tell a worker whether its supervisor is gone.
+def abandoned(pool):
+    """Tell a worker whether its supervisor is gone."""
+    if not WINDOWS:
+        return os.getppid() != pool
+    import multiprocessing
 
-    Where the system says so, without a look at a file that others may be looking at.
-    """
-    return not held(pool_file(path, pool)) if WINDOWS else os.getppid() != pool
+    return not multiprocessing.parent_process().is_alive()
 
 
 class Wake:
@@ -2772,7 +2773,7 @@ class Worker:
         return self.queue and not still_names(self.path, self.queue.file)
 
     def pool_stops(self):
-        return abandoned(self.path, self.pool) or asked(self.path, self.pool)
+        return abandoned(self.pool) or asked(self.path, self.pool)
 
     def leaving(self):
         return self.stopped or self.pool_stops() or self.gone()
@@ -2901,8 +2902,10 @@ def work(path, pool, drain, pool_fd):
             worker.work()
         finally:
             leave(path, fd, own)
-            if abandoned(path, pool):  # nobody else does it, if we are the last
-                remove_pool_files(path)
+            if abandoned(pool):  # nobody else does it, if we are the last
+                its = pool_file(path, pool)
+                wait_until(lambda: remove_pool_files(path) or not os.path.exists(its),
+                           TICK)  # on Windows while somebody looks at it, too
     except (QueueError, OSError) as error:
         worker.log.error("%s", error)
         sys.exit(TROUBLE)
@@ -2913,11 +2916,19 @@ def work(path, pool, drain, pool_fd):
 
 def leave(path, fd, own):
     """Let go of a process's file and remove it; the last one removes the folder."""
+    folder = beside(path, ".runs")
     os.close(fd)
-    # On Windows it can't be removed while somebody looks at it.
-    wait_until(lambda: remove_leftover(own) or not os.path.exists(own), TICK)
-    with contextlib.suppress(OSError):  # not empty, others use it
-        os.rmdir(beside(path, ".runs"))
+
+    def left():
+        remove_leftover(own)
+        with contextlib.suppress(OSError):  # not empty, others use it
+            os.rmdir(folder)
+        with contextlib.suppress(*NO_FOLDER):
+            if {*os.listdir(folder)} <= {os.path.basename(own)}:
+                return False
+        return not os.path.exists(own)
+
+    wait_until(left, TICK)  # on Windows nothing goes while somebody looks at it
 
 
 class Supervisor:
