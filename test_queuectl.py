@@ -2327,7 +2327,7 @@ def test_two_pools_run_every_job_exactly_once():
     pools = [start_pool("--drain", count=4) for _ in range(2)]
     assert [pool.wait(50) for pool in pools] == [0, 0]
     assert len(os.listdir("out")) == 300
-    assert sql("SELECT * FROM runs WHERE error NOT NULL") == []
+    assert sql("SELECT error FROM runs WHERE error NOT NULL") == []
     assert {(job["state"], job["attempts"]) for job in jobs().values()} == {("completed", 1)}
     assert leftovers() == []
 
