@@ -706,8 +706,7 @@ class Queue:
         self.owner, self.sync = (os.getpid(), _thread.get_ident()), sync
         self._db = None
         try:
-            if (self._value("PRAGMA user_version"), self._value("PRAGMA application_id")
-                    ) != (SCHEMA_VERSION, APPLICATION_ID):
+            if not self._prepared():
                 self._prepare()
             self.token = self._value("SELECT value FROM config WHERE key = 'token'")
         except BaseException:
@@ -719,16 +718,23 @@ class Queue:
         """The connection, for the process and the thread that opened it."""
         self._check_owner()
         if self._db is None:
-            self.check_there()
-            self._db = sqlite3.connect(
-                uri(self.path), uri=True, timeout=self.patience, isolation_level=None)
-            self._db.row_factory = sqlite3.Row
-            self._db.execute("PRAGMA synchronous = " + self.sync)
-            self.check_there()  # or this is another one, just put in its place
-            self._db.execute("PRAGMA fullfsync = ON")  # macOS: sync for real
-            self._db.execute("PRAGMA journal_size_limit = %d" % 2**24)
-            OPEN.add(self)
+            try:
+                self._connect()
+            except BaseException:
+                self._disconnect()  # the next use would find it half set up
+                raise
         return self._db
+
+    def _connect(self):
+        self.check_there()
+        self._db = sqlite3.connect(
+            uri(self.path), uri=True, timeout=self.patience, isolation_level=None)
+        self._db.row_factory = sqlite3.Row
+        self._db.execute("PRAGMA synchronous = " + self.sync)
+        self.check_there()  # or this is another one, just put in its place
+        self._db.execute("PRAGMA fullfsync = ON")  # macOS: sync for real
+        self._db.execute("PRAGMA journal_size_limit = %d" % 2**24)
+        OPEN.add(self)
 
     def _check_owner(self):
         if self.owner != (os.getpid(), _thread.get_ident()):
@@ -759,6 +765,18 @@ class Queue:
             if queue.owner == here and queue._db and not queue._db.in_transaction:
                 queue._disconnect()
 
+    def _prepared(self):
+        """Tell whether its header says that there is nothing to prepare."""
+        try:
+            return (self._value("PRAGMA user_version"), self._value(
+                "PRAGMA application_id")) == (SCHEMA_VERSION, APPLICATION_ID)
+        except sqlite3.OperationalError as error:
+            # SQLite drops a log that lies beside an empty database. Of two first
+            # commands that do so at once one fails, and may try again.
+            if "disk I/O" in str(error):
+                return False
+            raise
+
     def _prepare(self):
         """Make the tables of a new queue, or those that one of version 1 lacks.
 
@@ -767,17 +785,9 @@ class Queue:
         tried until it holds, and before there is any table, or a kill in between would
         leave a queue without it.
         """
-        def switched():
-            try:
-                return self.db.execute("PRAGMA journal_mode = WAL")
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error):
-                    raise
-
-        if not self._value("PRAGMA page_count"):
-            self.db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            if not wait_until(switched, self.patience):
-                raise QueueError("%s: another program has locked it" % shown(self.path))
+        if not self._value("SELECT 1 FROM sqlite_master") and not wait_until(
+                self._use_wal, self.patience):
+            raise QueueError("%s: another program has locked it" % shown(self.path))
         with self.transaction():
             if not self._value("SELECT 1 FROM sqlite_master"):
                 return self._execute_all(TABLES + SCHEMA)
@@ -793,6 +803,25 @@ class Queue:
                     words = "pool %d of an older queuectl runs: stop it with kill %d,"
                     raise QueueError((words + " then try again") % (pool, pool))
                 self._execute_all(MIGRATION + SCHEMA)
+
+    def _use_wal(self):
+        """Switch to the write-ahead log; false while another program has a lock.
+
+        A pool may still have the index (-shm) of a log whose database was removed. Who
+        took it over would fail, or write a log that the next process can't read:
+        acknowledged jobs were lost so. SQLite drops such a log, but not its index.
+        """
+        try:
+            self.db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            self.db.execute("BEGIN EXCLUSIVE")
+            if self._value("PRAGMA journal_mode") != "wal":  # or it is in use already
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.path + "-shm")
+            self.db.execute("ROLLBACK")
+            return self.db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):
+                raise
 
     def _execute_all(self, script):
         # Not by `executescript`, which commits first. Only a new statement, and no line

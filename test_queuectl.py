@@ -3122,7 +3122,39 @@ def test_a_new_database_is_not_mixed_up_with_a_removed_one():
     assert ok("logs", "x").out == "new\n"
     ok("worker", "stop", "--now")
     assert pool.wait(20) == 1
-    assert leftovers() == []
+    assert leftovers() == [] and state("x") == "completed"
+
+
+@posix
+def test_a_new_database_does_not_take_over_the_index_of_a_removed_one(queue):
+    add(queue, id="old")  # by a connection that stays, as a pool has one
+    os.remove("queuectl.db")
+    program = "import os; queuectl.wake_workers = lambda path: os.kill(os.getpid(), 9)"
+    process = begin("enqueue", "--id", "new", "--", "true", program=program, fresh=True)
+    assert process.wait() == -signal.SIGKILL  # after its commit, before it could tidy up
+    queue.close()
+    assert list(jobs()) == ["new"]
+
+
+@pytest.mark.parametrize("failures, code", [(1, 0), (9, 1)])
+def test_a_first_command_may_meet_another_one_that_drops_an_old_log(monkeypatch, failures, code):
+    def connect(queue, real=queuectl.Queue._connect):
+        real(queue)
+        if errors:
+            raise errors.pop()
+
+    errors = [sqlite3.OperationalError("disk I/O error")] * failures
+    monkeypatch.setattr(queuectl.Queue, "_connect", connect)
+    answer = cli("enqueue", "--", "true")
+    assert answer.code == code and ("disk I/O error" in answer.err) == bool(code)
+    assert len(errors) == max(0, failures - 2)
+
+
+def test_a_queue_has_a_write_ahead_log_also_if_its_making_was_cut_off():
+    with contextlib.closing(sqlite3.connect("queuectl.db")) as db:
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # writes the first page
+    enqueue()
+    assert sql("PRAGMA journal_mode") == [("wal",)] and sql("PRAGMA auto_vacuum") == [(2,)]
 
 
 @pytest.fixture
