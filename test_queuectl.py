@@ -1054,7 +1054,7 @@ def on_terminal(*argv, keys=b"", columns=60):
     with contextlib.suppress(OSError):  # the other end was closed
         while True:
             shown += os.read(terminal, 4096)
-            if keys and b"Active Workers" in shown:
+            if keys and b"\x1b[J" in shown:  # a whole screen: Ctrl-C drops what is not read yet
                 os.write(terminal, keys)
                 keys = b""
     os.close(terminal)
@@ -2480,7 +2480,7 @@ ORPHANS = {
     "all closed": "exec LASTING once closed",
     "unmarked": "exec env -i LASTING once",
     "ignores TERM": "trap '' TERM; LASTING once",
-    "own session": "setsid LASTING once",
+    "own session": "setsid LASTING once; exit $?",  # or it would be the leader, and fork
 }
 # As on a system without /proc; there one that closed every descriptor is not known.
 NO_PROC = """
