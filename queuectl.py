@@ -730,10 +730,10 @@ class Queue:
         self._db = sqlite3.connect(
             uri(self.path), uri=True, timeout=self.patience, isolation_level=None)
         self._db.row_factory = sqlite3.Row
-        self._db.execute("PRAGMA synchronous = " + self.sync)
+        self._rows("PRAGMA synchronous = " + self.sync)
         self.check_there()  # or this is another one, just put in its place
-        self._db.execute("PRAGMA fullfsync = ON")  # macOS: sync for real
-        self._db.execute("PRAGMA journal_size_limit = %d" % 2**24)
+        self._rows("PRAGMA fullfsync = ON")  # macOS: sync for real
+        self._rows("PRAGMA journal_size_limit = %d" % 2**24)
         OPEN.add(self)
 
     def _check_owner(self):
@@ -818,7 +818,7 @@ class Queue:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.path + "-shm")
             self.db.execute("ROLLBACK")
-            return self.db.execute("PRAGMA journal_mode = WAL")
+            return self._rows("PRAGMA journal_mode = WAL")
         except sqlite3.OperationalError as error:
             if "locked" not in str(error):
                 raise
@@ -859,7 +859,7 @@ class Queue:
         SQLite's own waiting sleeps for milliseconds, several turns of other workers.
         """
         deadline, pause = time.monotonic() + self.patience, 0.00003
-        self.db.execute("PRAGMA busy_timeout = 0")
+        self._rows("PRAGMA busy_timeout = 0")
         try:
             while True:
                 try:
@@ -870,7 +870,7 @@ class Queue:
                 time.sleep(pause)
                 pause = min(1.5 * pause, 0.02)
         finally:
-            self.db.execute("PRAGMA busy_timeout = %d" % (1000 * self.patience))
+            self._rows("PRAGMA busy_timeout = %d" % (1000 * self.patience))
 
     def _change(self, sql, *values, **named):
         """Execute a statement; how many rows it found to change is the answer."""
@@ -879,8 +879,16 @@ class Queue:
     def _rows(self, sql, *values, **named):
         return self.db.execute(sql, named or values).fetchall()
 
+    def _row(self, sql, *values):
+        """Return the first row, None without one. A statement with many has a LIMIT.
+
+        All are read: one that is not read to its end would go on within a transaction.
+        """
+        rows = self._rows(sql, *values)
+        return rows[0] if rows else None
+
     def _value(self, sql, *values):
-        row = self.db.execute(sql, values).fetchone()
+        row = self._row(sql, *values)
         return row[0] if row else None
 
     def check_there(self):
@@ -1013,11 +1021,11 @@ class Queue:
         with self.transaction():
             now = self.clock()
             self.promote(now)
-            row = self.db.execute(
+            row = self._row(
                 "SELECT seq, id, command, timeout, cwd, env, max_retries, launcher,"
                 " attempts + 1 AS attempt, run + 1 AS run FROM jobs"
                 " WHERE " + CLAIMABLE + " AND NOT " + PAUSED +
-                " ORDER BY " + ORDER + " LIMIT 1").fetchone()
+                " ORDER BY " + ORDER + " LIMIT 1")
             if row is None:
                 return None
             values = self.settings()
@@ -1374,9 +1382,9 @@ class Queue:
 
     def first_blocked(self):
         """Return the first that waits for a dead job, that one, and how many wait."""
-        row = self.db.execute(
+        row = self._row(
             "SELECT id, front FROM (" + self.BEHIND_DEAD + ") JOIN jobs USING (seq)"
-            " WHERE state = 'pending' ORDER BY seq").fetchone()
+            " WHERE state = 'pending' ORDER BY seq LIMIT 1")
         return row and dict(row, jobs=self._value(
             self.BLOCKED + "SELECT COUNT(*) FROM blocked JOIN jobs USING (seq)"
             " WHERE state = 'pending'"))
@@ -1482,18 +1490,18 @@ class Queue:
         before others that wait longer.
         """
         first = "SELECT MAX(priority) FROM jobs WHERE " + CLAIMABLE
-        return self.db.execute(
+        return self._row(
             "WITH RECURSIVE level (priority) AS (" + first + " UNION ALL SELECT ("
             + first + " AND jobs.priority < level.priority)"
             " FROM level WHERE priority IS NOT NULL LIMIT 100)"
             " SELECT id, run_at FROM level CROSS JOIN jobs ON seq IN (SELECT seq"
             "  FROM jobs WHERE " + CLAIMABLE + " AND jobs.priority = level.priority"
-            "  ORDER BY seq LIMIT 100) ORDER BY run_at, seq").fetchone()
+            "  ORDER BY seq LIMIT 100) ORDER BY run_at, seq LIMIT 1")
 
     def next_due(self):
         """Return the job that waits for a time and is due next, and when, or None."""
-        return self.db.execute("SELECT id, run_at FROM jobs WHERE " + FOR_A_TIME +
-                               " ORDER BY run_at, seq").fetchone()
+        return self._row("SELECT id, run_at FROM jobs WHERE " + FOR_A_TIME +
+                         " ORDER BY run_at, seq LIMIT 1")
 
     def claimable(self):
         """Tell whether there is a job to be claimed."""
@@ -1514,9 +1522,9 @@ class Queue:
 
     def ended_since(self, moment, workers):
         """Return how many jobs that one of these workers ran have ended since then."""
-        rows = self.db.execute(
+        rows = self._rows(
             "SELECT worker, state FROM runs JOIN jobs USING (seq, run)"
-            " WHERE finished_at >= ? AND " + FINISHED, (moment,))
+            " WHERE finished_at >= ? AND " + FINISHED, moment)
         return collections.Counter(
             row["state"] for row in rows if row["worker"] in workers)
 

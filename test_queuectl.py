@@ -4438,9 +4438,9 @@ WITHOUT_PRIORITIES = [
     (r'ORDER = "priority DESC, seq"', 'ORDER = "seq"'),
     (r"(?s)\(priority > \? OR priority = \? AND seq < \?\)\",\n.*?job\[\"seq\"\]\)",
      'seq < ?", job["seq"])'),
-    (r'(?s)(def oldest_claimable.*?\n).*?fetchone\(\)\n',
-     r'\1        return self.db.execute("SELECT id, run_at FROM jobs WHERE " + CLAIMABLE'
-     r' + " ORDER BY seq").fetchone()\n'),
+    (r'(?s)(def oldest_claimable.*?\n).*?LIMIT 1"\)\n',
+     r'\1        return self._row("SELECT id, run_at FROM jobs WHERE " + CLAIMABLE'
+     r' + " ORDER BY seq LIMIT 1")\n'),
 ]
 
 
