@@ -692,7 +692,9 @@ class Queue:
         if not os.path.exists(self.path):
             if not new:  # a pool must not bring back what its user removed
                 raise QueueError("there is no queue %s" % shown(self.path))
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            # Only a new one: to close another's would drop what this process has locked.
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL, 0o600))
         self.file = os.stat(self.path)
         if not stat.S_ISREG(self.file.st_mode):
             raise QueueError("%s is not a regular file" % shown(self.path))

@@ -3136,6 +3136,18 @@ def test_a_new_database_does_not_take_over_the_index_of_a_removed_one(queue):
     assert list(jobs()) == ["new"]
 
 
+@posix
+def test_two_first_queues_of_a_process_keep_its_locks(queue, monkeypatch):
+    real = os.path.exists
+    with monkeypatch.context() as patch:  # the other one is made just now
+        patch.setattr(os.path, "exists", lambda path: path != queue.path and real(path))
+        queuectl.Queue("queuectl.db").close()
+    begin("list", fresh=True).wait()  # removes the log if nobody uses it
+    add(queue)
+    with contextlib.closing(begin("list", "--json", fresh=True).stdout) as listed:
+        assert json.loads(listed.read())[0]["id"] == "job"
+
+
 @pytest.mark.parametrize("failures, code", [(1, 0), (9, 1)])
 def test_a_first_command_may_meet_another_one_that_drops_an_old_log(monkeypatch, failures, code):
     def connect(queue, real=queuectl.Queue._connect):
