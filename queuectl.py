@@ -464,14 +464,25 @@ ORDER = "priority DESC, seq"  # in which jobs are claimed
 # that says it word by word.
 RARE = "state <> 'pending' AND state <> 'completed'"
 
-# The tables of version 1, which people have, as they are after MIGRATION; SCHEMA adds
-# the rest to a new queue and to one of theirs.
-TABLES = """
-CREATE TABLE jobs (
+# Moves the lock of a job that leaves: of those that wait for it alone, the first one
+# becomes claimable, unless one of them runs.
+ELECT = """
+    UPDATE jobs SET claimable = 2
+        WHERE lock = OLD.lock AND state = 'pending' AND claimable = 1;
+    UPDATE jobs SET claimable = 1
+        WHERE seq = (SELECT seq FROM jobs WHERE lock = OLD.lock AND state = 'pending'
+            AND claimable = 2 ORDER BY {order} LIMIT 1)
+        AND NOT EXISTS (SELECT 1 FROM jobs
+            WHERE lock = OLD.lock AND state = 'processing' AND {rare});"""
+
+# A new queue is made by this alone. A queue of an older version goes through MIGRATIONS
+# first. Then this adds what it still lacks, all indexes and triggers among it.
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- a deleted job's is never given to another
     id TEXT NOT NULL UNIQUE,
     command TEXT NOT NULL,
-    state TEXT NOT NULL DEFAULT 'pending' CHECK (%s),
+    state TEXT NOT NULL DEFAULT 'pending' CHECK ({states}),
     attempts INTEGER NOT NULL DEFAULT 0,    -- claims that count against max_retries
     max_retries INTEGER NOT NULL,
     priority INTEGER NOT NULL DEFAULT 0,
@@ -483,6 +494,8 @@ CREATE TABLE jobs (
     cwd TEXT NOT NULL,
     env TEXT,
     launcher TEXT,                          -- in place of the setting
+    lock TEXT,                              -- name of what one job at a time may use
+    waits INTEGER NOT NULL DEFAULT 0,       -- how many rows of `waits` it has
     created_at REAL NOT NULL,
     updated_at REAL NOT NULL,
     run INTEGER NOT NULL DEFAULT 0,         -- number of its latest run; only ever grows
@@ -490,7 +503,7 @@ CREATE TABLE jobs (
     cancelled INTEGER NOT NULL DEFAULT 0,   -- a request, carried out by whoever runs it
     error TEXT                              -- why it is failed or dead
 );
-CREATE TABLE runs (
+CREATE TABLE IF NOT EXISTS runs (
     seq INTEGER NOT NULL,
     run INTEGER NOT NULL,
     attempt INTEGER NOT NULL,
@@ -503,58 +516,43 @@ CREATE TABLE runs (
     output BLOB,
     PRIMARY KEY (seq, run)
 ) WITHOUT ROWID;
-CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE counts (state TEXT PRIMARY KEY, jobs INTEGER NOT NULL) WITHOUT ROWID;
-INSERT INTO counts VALUES %s;
+CREATE TABLE IF NOT EXISTS waits (          -- one for each job that a job comes after,
+    seq INTEGER NOT NULL,                   -- until that is completed
+    waits_for INTEGER NOT NULL,
+    PRIMARY KEY (seq, waits_for)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS config (
+    key TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS counts (         -- of all jobs, by state
+    state TEXT PRIMARY KEY,
+    jobs INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS totals (         -- of all runs there ever were, by outcome
+    outcome TEXT PRIMARY KEY,
+    runs INTEGER NOT NULL,
+    seconds REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS untold (         -- deaths that `on_dead` is to announce yet
+    seq INTEGER PRIMARY KEY
+);
+INSERT OR IGNORE INTO counts VALUES {counts};
+INSERT OR IGNORE INTO totals VALUES
+    ('completed', 0, 0), ('failed', 0, 0), ('interrupted', 0, 0);
 -- It names the runs' files: those of a queue that was removed are never ours.
-INSERT INTO config VALUES ('token', lower(hex(randomblob(4))));
-""" % (" OR ".join(map("state = '{}'".format, STATES)),
-       ", ".join(map("('{}', 0)".format, STATES)))
-
-# Of a queue of version 1. Every claim and enqueue names the column that is renamed: an
-# older process that has the database open fails instead of writing.
-MIGRATION = """
-DROP INDEX jobs_ready;
-DROP INDEX jobs_waiting;
-DROP INDEX jobs_rare;
-DROP TRIGGER job_moved;
-DROP TRIGGER job_removed;
-ALTER TABLE jobs RENAME COLUMN ready TO claimable;
-"""
-
-ELECT = """
-    UPDATE jobs SET claimable = 2
-        WHERE lock = OLD.lock AND state = 'pending' AND claimable = 1;
-    UPDATE jobs SET claimable = 1
-        WHERE seq = (SELECT seq FROM jobs WHERE lock = OLD.lock AND state = 'pending'
-            AND claimable = 2 ORDER BY %s LIMIT 1)
-        AND NOT EXISTS (SELECT 1 FROM jobs
-            WHERE lock = OLD.lock AND state = 'processing' AND %s); END;
-""" % (ORDER, RARE)
-
-SCHEMA = """
--- The name of what one job at a time may use; how many rows of `waits` a job has: one
--- for each that it comes after, until that is completed.
-ALTER TABLE jobs ADD COLUMN lock TEXT;
-ALTER TABLE jobs ADD COLUMN waits INTEGER NOT NULL DEFAULT 0;
-CREATE TABLE waits (seq INTEGER NOT NULL, waits_for INTEGER NOT NULL,
-    PRIMARY KEY (seq, waits_for)) WITHOUT ROWID;
-CREATE INDEX waits_for ON waits (waits_for);
--- Of all runs there ever were, by outcome; and the deaths that are to be announced by
--- `on_dead` yet.
-CREATE TABLE totals (outcome TEXT PRIMARY KEY, runs INTEGER NOT NULL,
-    seconds REAL NOT NULL) WITHOUT ROWID;
-INSERT INTO totals VALUES ('completed', 0, 0), ('failed', 0, 0), ('interrupted', 0, 0);
-CREATE TABLE untold (seq INTEGER PRIMARY KEY);
+INSERT OR IGNORE INTO config VALUES ('token', lower(hex(randomblob(4))));
 
 -- Jobs in the order in which they are claimed, those that wait for a time, and the few
 -- that are neither waiting nor completed: a claim costs the same with a million others.
 -- No IN here or above: SQLite builds its list for each row, half an insert's time.
-CREATE INDEX jobs_claimable ON jobs (%s) WHERE state = 'pending' AND claimable = 1;
+CREATE INDEX jobs_claimable ON jobs ({order})
+    WHERE state = 'pending' AND claimable = 1;
 CREATE INDEX jobs_waiting ON jobs (run_at) WHERE claimable = 0 AND waits = 0;
-CREATE INDEX jobs_locked ON jobs (lock, claimable, %s)
+CREATE INDEX jobs_locked ON jobs (lock, claimable, {order})
     WHERE lock NOT NULL AND state = 'pending';
-CREATE INDEX jobs_rare ON jobs (state, seq) WHERE %s;
+CREATE INDEX jobs_rare ON jobs (state, seq) WHERE {rare};
+CREATE INDEX waits_for ON waits (waits_for);
 
 -- Counting a million rows takes a third of a second: triggers keep the counts, and
 -- `enqueue`, for which one a row would cost half of its time.
@@ -587,11 +585,19 @@ CREATE TRIGGER front_removed AFTER DELETE ON jobs BEGIN
 -- none while one of them runs. A changed lock counts as soon as its job is claimable
 -- again. (One for INSERT costs any job a tenth more: `enqueue` moves one of each lock.)
 CREATE TRIGGER lock_moved AFTER UPDATE OF state, claimable ON jobs
-    WHEN OLD.lock NOT NULL BEGIN %s
-CREATE TRIGGER lock_left AFTER DELETE ON jobs WHEN OLD.lock NOT NULL BEGIN %s
-PRAGMA application_id = %d;
-PRAGMA user_version = %d;
-""" % (ORDER, ORDER, RARE, ELECT, ELECT, APPLICATION_ID, SCHEMA_VERSION)
+    WHEN OLD.lock NOT NULL BEGIN {elect} END;
+CREATE TRIGGER lock_left AFTER DELETE ON jobs WHEN OLD.lock NOT NULL BEGIN {elect} END;
+PRAGMA application_id = {application};
+PRAGMA user_version = {version};
+""".format(
+    order=ORDER, rare=RARE, elect=ELECT.format(order=ORDER, rare=RARE),
+    states=" OR ".join(map("state = '{}'".format, STATES)),
+    counts=", ".join(map("('{}', 0)".format, STATES)),
+    application=APPLICATION_ID, version=SCHEMA_VERSION)
+
+# The steps from an older version of the schema to the next one: {version: SQL}. A step
+# has no index and no trigger: those are dropped before the steps and made anew by SCHEMA.
+MIGRATIONS = {}
 
 CLAIMABLE = "state = 'pending' AND claimable = 1"
 FOR_A_TIME = "claimable = 0 AND waits = 0"  # it waits for nothing else
@@ -780,31 +786,43 @@ class Queue:
             raise
 
     def _prepare(self):
-        """Make the tables of a new queue, or those that one of version 1 lacks.
+        """Create the tables of a new queue, or convert a queue of an older version.
 
-        Sixty first commands at once may each try, so what is there is looked at within
-        the transaction. The switch to the write-ahead log waits for no lock: it is
-        tried until it holds, and before there is any table, or a kill in between would
-        leave a queue without it.
+        Sixty first commands may get here at once, so the version is read again within
+        the transaction. The switch to the write-ahead log waits for no lock, so it is
+        tried until it holds. It comes before any table is made: a kill in between would
+        leave a queue without that log.
         """
-        if not self._value("SELECT 1 FROM sqlite_master") and not wait_until(
-                self._use_wal, self.patience):
+        if self._is_empty() and not wait_until(self._use_wal, self.patience):
             raise QueueError("%s: another program has locked it" % shown(self.path))
         with self.transaction():
-            if not self._value("SELECT 1 FROM sqlite_master"):
-                return self._execute_all(TABLES + SCHEMA)
-            if self._value("PRAGMA application_id") != APPLICATION_ID:
-                raise QueueError("%s is not a queue of queuectl" % shown(self.path))
-            version = self._value("PRAGMA user_version")
-            if version > SCHEMA_VERSION:
-                words = "%s has version %d of the schema, and this queuectl knows"
-                words += " version %d: take a newer queuectl.py"
-                raise QueueError(words % (shown(self.path), version, SCHEMA_VERSION))
-            if version == 1:
-                for pool in older_pools(self.path):
-                    words = "pool %d of an older queuectl runs: stop it with kill %d,"
-                    raise QueueError((words + " then try again") % (pool, pool))
-                self._execute_all(MIGRATION + SCHEMA)
+            if self._prepared():  # by another process, in the meantime
+                return
+            if not self._is_empty():
+                self._migrate()
+            self._execute_all(SCHEMA)
+
+    def _is_empty(self):
+        return not self._value("SELECT 1 FROM sqlite_master")
+
+    def _migrate(self):
+        """Bring an older version up to what SCHEMA expects, or refuse the database."""
+        name, version = shown(self.path), self._value("PRAGMA user_version")
+        if self._value("PRAGMA application_id") != APPLICATION_ID:
+            raise QueueError("%s is not a queue of queuectl" % name)
+        if version < 2:
+            words = "%s was made by queuectl 1.0: convert it with queuectl 1.1 first"
+            raise QueueError(words % name)
+        if version > SCHEMA_VERSION:
+            words = "%s has version %d of the schema, and this queuectl knows version"
+            words += " %d: take a newer queuectl.py"
+            raise QueueError(words % (name, version, SCHEMA_VERSION))
+        for kind, made in self._rows(
+                "SELECT type, name FROM sqlite_master"
+                " WHERE type IN ('index', 'trigger') AND sql NOT NULL"):
+            self.db.execute("DROP %s %s" % (kind, made))
+        for step in range(version, SCHEMA_VERSION):
+            self._execute_all(MIGRATIONS[step])
 
     def _use_wal(self):
         """Switch to the write-ahead log; false while another program has a lock.
@@ -826,10 +844,13 @@ class Queue:
                 raise
 
     def _execute_all(self, script):
-        # Not by `executescript`, which commits first. Only a new statement, and no line
-        # within one, begins at the margin.
-        for statement in re.split(r";\n+(?=\S)", script):
-            self.db.execute(statement)
+        """Execute statements within a transaction; `executescript` commits first."""
+        statement = ""
+        for line in script.splitlines(True):
+            statement += line
+            if sqlite3.complete_statement(statement):
+                self.db.execute(statement)
+                statement = ""
 
     def __enter__(self):
         return self
@@ -1661,7 +1682,6 @@ else:
     NO_FOLDER = (FileNotFoundError,)
 
 REQUESTS = {"stop": 0, "now": 5, "over": 9}  # where in a pool's file each is written
-OLDER_LOCKS = 2**20, 1 + MAX_WORKERS  # bytes that a pool of version 1 locks in its file
 
 
 def flock(fd, shared=False):
@@ -1819,24 +1839,6 @@ def remove_pool_files(path):
     for pool in pools_named(path):
         if pool not in living:
             remove_leftover(pool_file(path, pool))
-
-
-def older_pools(path):
-    """Return the pools of version 1 that live: those lock bytes of their file."""
-    found, (place, length) = [], OLDER_LOCKS
-    for pool in pools_named(path):
-        try:
-            with opened(pool_file(path, pool), os.O_RDWR) as fd:
-                if WINDOWS:
-                    os.lseek(fd, place, os.SEEK_SET)
-                    msvcrt.locking(fd, msvcrt.LK_NBLCK, length)
-                else:
-                    fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, length, place)
-        except FileNotFoundError:
-            pass
-        except OSError:
-            found.append(pool)
-    return found
 
 
 def wake(pids):
@@ -3969,14 +3971,14 @@ def detached(args):
          arg("--now", "end running jobs; they go back to pending"),
          arg("--no-wait", "return at once"))
 def cmd_worker_stop(args):
-    stopped = sorted({*pools(args.db), *older_pools(args.db)})
+    stopped = sorted(pools(args.db))
     for pool in stopped:
         ask(args.db, pool, "now" if args.now else "stop")
     if stopped:
         say("stopping; running jobs are " + ("ended" if args.now else "finished first"))
 
     def gone():
-        return not {*pools(args.db), *older_pools(args.db)} & {*stopped}
+        return not {*pools(args.db)} & {*stopped}
 
     # A job that stops its own pool would wait for itself.
     waits = not args.no_wait and not within_job_of(args.db)

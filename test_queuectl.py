@@ -763,157 +763,44 @@ def test_unusable_queues_are_refused_in_words(home):
         assert word in message and name.split("/")[0] in message
 
 
-SCHEMA_1 = """
-CREATE TABLE jobs (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
-    command TEXT NOT NULL,
-    state TEXT NOT NULL DEFAULT 'pending'
-        CHECK (state = 'pending' OR state = 'processing' OR state = 'completed'
-            OR state = 'failed' OR state = 'dead'),
-    attempts INTEGER NOT NULL DEFAULT 0,
-    max_retries INTEGER NOT NULL,
-    priority INTEGER NOT NULL DEFAULT 0,
-    run_at REAL NOT NULL,
-    ready INTEGER NOT NULL,
-    timeout REAL,
-    cwd TEXT NOT NULL,
-    env TEXT,
-    launcher TEXT,
-    created_at REAL NOT NULL,
-    updated_at REAL NOT NULL,
-    run INTEGER NOT NULL DEFAULT 0,
-    deaths INTEGER NOT NULL DEFAULT 0,
-    cancelled INTEGER NOT NULL DEFAULT 0,
-    error TEXT
-);
-CREATE TABLE runs (
-    seq INTEGER NOT NULL,
-    run INTEGER NOT NULL,
-    attempt INTEGER NOT NULL,
-    worker INTEGER NOT NULL,
-    pid INTEGER,
-    started_at REAL NOT NULL,
-    finished_at REAL,
-    exit_code INTEGER,
-    error TEXT,
-    output BLOB,
-    PRIMARY KEY (seq, run)
-) WITHOUT ROWID;
-CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE INDEX jobs_ready ON jobs (priority DESC, seq)
-    WHERE state = 'pending' AND ready = 1;
-CREATE INDEX jobs_waiting ON jobs (run_at) WHERE ready = 0;
-CREATE INDEX jobs_rare ON jobs (state, seq)
-    WHERE state <> 'pending' AND state <> 'completed';
-CREATE TABLE counts (state TEXT PRIMARY KEY, jobs INTEGER NOT NULL) WITHOUT ROWID;
-INSERT INTO counts VALUES
-    ('pending', 0), ('processing', 0), ('completed', 0), ('failed', 0), ('dead', 0);
-CREATE TRIGGER job_moved AFTER UPDATE OF state ON jobs WHEN OLD.state <> NEW.state BEGIN
-    UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
-    UPDATE counts SET jobs = jobs + 1 WHERE state = NEW.state;
-END;
-CREATE TRIGGER job_removed AFTER DELETE ON jobs BEGIN
-    UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
-END;
-INSERT INTO config VALUES ('token', '00c0ffee'), ('backoff_base', '5');
-PRAGMA application_id = 1902343217;
-PRAGMA user_version = 1;
-PRAGMA journal_mode = WAL;
-"""
-ADD_1 = "INSERT INTO jobs (id, command, state, max_retries, run_at, ready, cwd, created_at," \
-    " updated_at, run) VALUES (:id, :command, :state, 3, 1e9, :ready, :cwd, 1e9, 1e9, :run)"
-ADD_RUN_1 = "INSERT INTO runs SELECT seq, 1, 1, 77, 78, 1e9, 1e9 + 2, :code, error, X'FF'" \
-    " FROM jobs WHERE id = :id AND run"
-
-
-@pytest.fixture
-def older():
-    """A queue as the first release made it: jobs in four states, three of which ran."""
-    code = {"completed": 0, "failed": 3, "dead": 3}
-    with contextlib.closing(sqlite3.connect("queuectl.db", isolation_level=None)) as db:
-        db.executescript(SCHEMA_1)
-        for state in ("pending", *code):
-            job = dict(id=state, command="echo new", state=state, cwd=os.getcwd(),
-                       run=int(state in code), ready=int(state != "failed"), code=code.get(state))
-            db.execute(ADD_1, job)
-            db.execute(ADD_RUN_1, job)
-            db.execute("UPDATE counts SET jobs = 1 WHERE state = ?", (state,))
-
-
 def version():
     with contextlib.closing(sqlite3.connect("queuectl.db")) as db:
         return db.execute("PRAGMA user_version").fetchone()[0]
 
 
-def test_a_queue_of_version_1_is_taken_over_with_all_that_is_in_it(older):
-    assert {id: job["state"] for id, job in jobs().items()} == {
-        name: name for name in ("pending", "completed", "failed", "dead")}
-    assert version() == 2
-    assert ok("config", "get", "backoff_base").out == "5\n"
-    job = ok("show", "dead", "--json").json
-    assert (job["exit_code"], job["created_at"]) == (3, "2001-09-09T01:46:40Z")
-    assert [(run["worker"], run["exit_code"]) for run in job["runs"]] == [(77, 3)]
-    assert ok("logs", "completed", "--json").json["output"] == "\\xff"
-    ok("dlq", "retry", "dead")
-    ok("enqueue", "--id", "new", "--", "echo new")
-    assert drain() == 0
-    assert {job["state"] for job in jobs().values()} == {"completed"} and len(jobs()) == 5
-    assert ok("logs", "dead").out.split() == ["new"]
-    assert len(ok("show", "failed", "--json").json["runs"]) == 2
-    ok("delete", "dead")
-    told = ok("status", "--json").json["jobs"]
-    assert (told["completed"], told["dead"]) == (4, 0)
+def test_a_queue_of_version_1_is_refused(queue):
     with contextlib.closing(sqlite3.connect("queuectl.db")) as db:
-        assert db.execute("SELECT count(*) FROM runs").fetchone()[0] == 5
+        db.execute("PRAGMA user_version = 1")
+    words = "queuectl.db was made by queuectl 1.0: convert it with queuectl 1.1 first"
+    for argv in (["list"], ["enqueue", "--", "true"], ["worker", "start"]):
+        assert words in refused(*argv)
+    assert version() == 1
 
 
-def test_commands_at_once_take_over_a_queue_of_version_1(older):
-    first = [begin("enqueue", "--", "true") for n in range(8)]
-    assert [process.stderr.read() for process in first] == [""] * 8 and len(jobs()) == 12
+def test_a_migration_makes_indexes_and_triggers_anew(monkeypatch):
+    ok("enqueue", "--id", "old", "--lock", "one", "--", "true")
+    version_2, before = queuectl.SCHEMA_VERSION, schema()
+    monkeypatch.setattr(queuectl, "SCHEMA_VERSION", version_2 + 1)
+    monkeypatch.setattr(queuectl, "MIGRATIONS", {
+        version_2: "ALTER TABLE jobs ADD COLUMN tag TEXT;\n"
+                   "ALTER TABLE runs ADD COLUMN tag TEXT;\n"})
+    monkeypatch.setattr(queuectl, "SCHEMA", queuectl.SCHEMA.replace(
+        "user_version = %d" % version_2, "user_version = %d" % (version_2 + 1)).replace(
+        "ON jobs (state, seq)", "ON jobs (state, tag, seq)"))
+    with queuectl.Queue("queuectl.db") as queue:
+        assert version() == version_2 + 1
+        assert queue.job("old")["state"] == "pending"
+    after = schema()
+    assert {name for name, sql in after.items() if sql != before[name]} == {
+        "jobs", "runs", "jobs_rare"}
+    assert "tag" in after["jobs"] and "tag, seq" in after["jobs_rare"]
+    ok("delete", "old")
+    assert ok("status", "--json").json["jobs"]["pending"] == 0  # its trigger is there
 
 
-def test_a_process_of_version_1_that_has_the_database_open_fails_instead_of_writing(older):
-    with contextlib.closing(sqlite3.connect("queuectl.db")) as db:
-        job = dict(id="late", command="true", state="pending", cwd=".", run=0, ready=1)
-        assert jobs()
-        for sql in (ADD_1, "UPDATE jobs SET state = 'processing' WHERE ready = 1"):
-            with pytest.raises(sqlite3.OperationalError, match="ready"):
-                db.execute(sql, job)
-
-
-# A pool of version 1, as others see it: it locks bytes of its file.
-POOL_1 = """
-import fcntl, os, sys
-file = open("queuectl-%d.pid" % os.getpid(), "w+")
-file.write("%-15d\\n%32s" % (os.getpid(), ""))
-file.flush()
-fcntl.lockf(file, fcntl.LOCK_EX, 1, 2**20 + int(sys.argv[1]))
-print("ready", flush=True)
-sys.stdin.read()
-"""
-
-
-@posix
-@pytest.mark.parametrize("byte", ["0", "256"])  # of its supervisor, of its last worker
-def test_a_pool_of_version_1_is_in_the_way_until_it_was_stopped(older, byte):
-    with subprocess.Popen([sys.executable, "-c", POOL_1, byte], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as pool:
-        assert pool.stdout.readline() == b"ready\n"
-        words = "pool %d of an older queuectl runs: stop it with kill %d, then try again"
-        for argv in (["list"], ["enqueue", "--", "true"], ["worker", "start"]):
-            assert words % (pool.pid, pool.pid) in refused(*argv)
-        told = ok("worker", "stop", "--no-wait").out
-        assert told == "stopping pool %d\n" % pool.pid and version() == 1
-        assert "stop" in read("queuectl-%d.pid" % pool.pid)[:32]
-        stop = begin("worker", "stop")
-        assert stop.stderr.readline().startswith("queuectl: stopping")
-        assert stop.poll() is None  # it waits
-        pool.stdin.close()
-        assert stop.stdout.read() == "stopped pool %d\n" % pool.pid
-    assert version() == 1 and len(jobs()) == 4 and version() == 2
-    ok("dlq", "clear")
-    assert drain() == 0 and leftovers() == []
+def schema():
+    """Return the SQL of all that a queue's database holds, by its name."""
+    return dict(sql("SELECT name, sql FROM sqlite_master WHERE sql NOT NULL"))
 
 
 def test_a_closed_pipe_is_silent():
