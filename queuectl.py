@@ -39,12 +39,12 @@ What is promised, and by what:
     job runs again: commands should be idempotent.
   - A run that is ended from outside ends with every process that belongs to it.
 
-The map. A section uses those above it; the queue uses a few functions of `holds`, too.
+The map. A section uses those above it.
 
     settings     names, limits, defaults; the one exception
     policy       checking what comes from outside; durations, backoff
-    queue        the database: the only SQL
     holds        locked files, waking, asking; what differs between systems
+    queue        the database: the only SQL
     runs         one command: its lease, its output, its end
     output       values to text
     pool         a worker; the supervisor; recovery; the log
@@ -80,6 +80,13 @@ __version__ = "1.1.0"
 WINDOWS = os.name == "nt"
 
 STATES = ("pending", "processing", "completed", "failed", "dead")
+WAITING = ("pending", "failed")
+FINISHED = ("completed", "dead")
+# The states that a verb leaves. SQL, commands, completion and page take them from here.
+TAKES = {
+    "cancel": (*WAITING, "processing"), "edit": WAITING, "retry": FINISHED,
+    "delete": (*WAITING, *FINISHED), "dlq retry": ("dead",),
+}
 SCHEMA_VERSION = 2
 APPLICATION_ID = 0x71637431  # "qct1", in the header of the database
 
@@ -456,1201 +463,6 @@ def setting_name(key):
 
 
 # ======================================================================================
-# Queue: the database; the only SQL
-# ======================================================================================
-
-ORDER = "priority DESC, seq"  # in which jobs are claimed
-# True of every rare state. SQLite uses the index of those, jobs_rare, only in a query
-# that says it word by word.
-RARE = "state <> 'pending' AND state <> 'completed'"
-
-# Moves the lock of a job that leaves: of those that wait for it alone, the first one
-# becomes claimable, unless one of them runs.
-ELECT = """
-    UPDATE jobs SET claimable = 2
-        WHERE lock = OLD.lock AND state = 'pending' AND claimable = 1;
-    UPDATE jobs SET claimable = 1
-        WHERE seq = (SELECT seq FROM jobs WHERE lock = OLD.lock AND state = 'pending'
-            AND claimable = 2 ORDER BY {order} LIMIT 1)
-        AND NOT EXISTS (SELECT 1 FROM jobs
-            WHERE lock = OLD.lock AND state = 'processing' AND {rare});"""
-
-# A new queue is made by this alone. A queue of an older version goes through MIGRATIONS
-# first. Then this adds what it still lacks, all indexes and triggers among it.
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- a deleted job's is never given to another
-    id TEXT NOT NULL UNIQUE,
-    command TEXT NOT NULL,
-    state TEXT NOT NULL DEFAULT 'pending' CHECK ({states}),
-    attempts INTEGER NOT NULL DEFAULT 0,    -- claims that count against max_retries
-    max_retries INTEGER NOT NULL,
-    priority INTEGER NOT NULL DEFAULT 0,
-    run_at REAL NOT NULL,                   -- when it is, or was, due next
-    claimable INTEGER NOT NULL,             -- 0: it waits for a time, or for others;
-                                            -- 2: for its lock alone; else 1, and so if
-                                            -- it is not pending or failed
-    timeout REAL,
-    cwd TEXT NOT NULL,
-    env TEXT,
-    launcher TEXT,                          -- in place of the setting
-    lock TEXT,                              -- name of what one job at a time may use
-    waits INTEGER NOT NULL DEFAULT 0,       -- how many rows of `waits` it has
-    created_at REAL NOT NULL,
-    updated_at REAL NOT NULL,
-    run INTEGER NOT NULL DEFAULT 0,         -- number of its latest run; only ever grows
-    deaths INTEGER NOT NULL DEFAULT 0,      -- of workers that ran it
-    cancelled INTEGER NOT NULL DEFAULT 0,   -- a request, carried out by whoever runs it
-    error TEXT                              -- why it is failed or dead
-);
-CREATE TABLE IF NOT EXISTS runs (
-    seq INTEGER NOT NULL,
-    run INTEGER NOT NULL,
-    attempt INTEGER NOT NULL,
-    worker INTEGER NOT NULL,                -- pid of the worker
-    pid INTEGER,                            -- pid and process group of the command
-    started_at REAL NOT NULL,
-    finished_at REAL,
-    exit_code INTEGER,
-    error TEXT,
-    output BLOB,
-    PRIMARY KEY (seq, run)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS waits (          -- one for each job that a job comes after,
-    seq INTEGER NOT NULL,                   -- until that is completed
-    waits_for INTEGER NOT NULL,
-    PRIMARY KEY (seq, waits_for)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS config (
-    key TEXT PRIMARY KEY,
-    value TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS counts (         -- of all jobs, by state
-    state TEXT PRIMARY KEY,
-    jobs INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS totals (         -- of all runs there ever were, by outcome
-    outcome TEXT PRIMARY KEY,
-    runs INTEGER NOT NULL,
-    seconds REAL NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS untold (         -- deaths that `on_dead` is to announce yet
-    seq INTEGER PRIMARY KEY
-);
-INSERT OR IGNORE INTO counts VALUES {counts};
-INSERT OR IGNORE INTO totals VALUES
-    ('completed', 0, 0), ('failed', 0, 0), ('interrupted', 0, 0);
--- It names the runs' files: those of a queue that was removed are never ours.
-INSERT OR IGNORE INTO config VALUES ('token', lower(hex(randomblob(4))));
-
--- Jobs in the order in which they are claimed, those that wait for a time, and the few
--- that are neither waiting nor completed: a claim costs the same with a million others.
--- No IN here or above: SQLite builds its list for each row, half an insert's time.
-CREATE INDEX jobs_claimable ON jobs ({order})
-    WHERE state = 'pending' AND claimable = 1;
-CREATE INDEX jobs_waiting ON jobs (run_at) WHERE claimable = 0 AND waits = 0;
-CREATE INDEX jobs_locked ON jobs (lock, claimable, {order})
-    WHERE lock NOT NULL AND state = 'pending';
-CREATE INDEX jobs_rare ON jobs (state, seq) WHERE {rare};
-CREATE INDEX waits_for ON waits (waits_for);
-
--- Counting a million rows takes a third of a second: triggers keep the counts, and
--- `enqueue`, for which one a row would cost half of its time.
-CREATE TRIGGER job_moved AFTER UPDATE OF state ON jobs WHEN OLD.state <> NEW.state BEGIN
-    UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
-    UPDATE counts SET jobs = jobs + 1 WHERE state = NEW.state; END;
-CREATE TRIGGER job_removed AFTER DELETE ON jobs BEGIN
-    UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
-    DELETE FROM waits WHERE seq = OLD.seq;
-    DELETE FROM runs WHERE seq = OLD.seq; END;
-
--- Whatever adds or ends a wait: `waits` is their number, and with 0 the time alone
--- counts. The job that another waits for is its front; one whose front was removed, as
--- `delete --all` does by pages, can't go on.
-CREATE TRIGGER wait_added AFTER INSERT ON waits BEGIN
-    UPDATE jobs SET waits = waits + 1, claimable = 0, state = 'pending'
-        WHERE seq = NEW.seq; END;
-CREATE TRIGGER wait_ended AFTER DELETE ON waits BEGIN
-    UPDATE jobs SET waits = waits - 1 WHERE seq = OLD.seq; END;
-CREATE TRIGGER job_completed AFTER UPDATE OF state ON jobs WHEN NEW.state = 'completed'
-    BEGIN DELETE FROM waits WHERE waits_for = NEW.seq; END;
-CREATE TRIGGER front_removed AFTER DELETE ON jobs BEGIN
-    UPDATE jobs SET state = 'dead', claimable = 1,
-        updated_at = (julianday('now') - 2440587.5) * 86400.0,
-        error = 'what it waited for was removed' WHERE state = 'pending'
-        AND seq IN (SELECT seq FROM waits WHERE waits_for = OLD.seq);
-    DELETE FROM waits WHERE waits_for = OLD.seq; END;
-
--- Whatever becomes of jobs that share a lock: the first of them may be claimed, and
--- none while one of them runs. A changed lock counts as soon as its job is claimable
--- again. (One for INSERT costs any job a tenth more: `enqueue` moves one of each lock.)
-CREATE TRIGGER lock_moved AFTER UPDATE OF state, claimable ON jobs
-    WHEN OLD.lock NOT NULL BEGIN {elect} END;
-CREATE TRIGGER lock_left AFTER DELETE ON jobs WHEN OLD.lock NOT NULL BEGIN {elect} END;
-PRAGMA application_id = {application};
-PRAGMA user_version = {version};
-""".format(
-    order=ORDER, rare=RARE, elect=ELECT.format(order=ORDER, rare=RARE),
-    states=" OR ".join(map("state = '{}'".format, STATES)),
-    counts=", ".join(map("('{}', 0)".format, STATES)),
-    application=APPLICATION_ID, version=SCHEMA_VERSION)
-
-# The steps from an older version of the schema to the next one: {version: SQL}. A step
-# has no index and no trigger: those are dropped before the steps and made anew by SCHEMA.
-MIGRATIONS = {}
-
-CLAIMABLE = "state = 'pending' AND claimable = 1"
-FOR_A_TIME = "claimable = 0 AND waits = 0"  # it waits for nothing else
-# `claimable` of what waits for no time: with a lock 2, and `lock_moved` elects one.
-FREE = "(waits = 0) * (1 + (lock NOT NULL))"
-UNSTARTED = "(state = 'pending' OR state = 'failed')"
-FINISHED = "(state = 'completed' OR state = 'dead')"
-WAITED_FOR = "EXISTS (SELECT 1 FROM waits WHERE waits_for = jobs.seq)"
-PAUSED = "EXISTS (SELECT 1 FROM config WHERE key = 'paused')"
-# By number, since SQLite takes a tuple in half the time of a dict.
-ADDED = (*COLUMNS, "now")
-ADD = re.sub(
-    r":(\w+)", lambda name: "?%d" % (1 + ADDED.index(name[1])),
-    "INSERT INTO jobs (%s, claimable, created_at, updated_at) VALUES (:%s,"
-    " (:run_at <= :now) * (1 + (:lock NOT NULL)), :now, :now)" % (
-        ", ".join(COLUMNS), ", :".join(COLUMNS)))
-MOVE_ONE = "UPDATE jobs SET claimable = 2 WHERE seq = (SELECT seq FROM jobs WHERE" \
-    " lock = ? AND state = 'pending' AND claimable = 2 LIMIT 1)"
-AGAIN = "state = 'pending', attempts = 0, deaths = 0, cancelled = 0, error = NULL"
-REVIVE = "UPDATE jobs SET %s, %s, claimable = 0, updated_at = :now" \
-    " WHERE id = :id AND %s" % (
-        AGAIN, ", ".join("%s = :%s" % (name, name) for name in COLUMNS[1:]), FINISHED)
-SECONDS = "round(finished_at - started_at, 3)"  # that a run took, NULL until its end
-COLUMN_OF = {
-    "error": "jobs.error", "seconds": SECONDS,
-    "after": "CASE WHEN waits > 0 THEN (SELECT group_concat(front.id, char(10))"
-    " FROM waits JOIN jobs AS front ON front.seq = waits_for"
-    " WHERE waits.seq = jobs.seq) END"}
-JOB = "SELECT %s, seq, run, claimable, waits FROM jobs LEFT JOIN runs USING (seq, run) " \
-    % ", ".join("%s AS %s" % (COLUMN_OF.get(name, name), name) for name in PUBLIC)
-# How a run ended that was no fault of its job, or that somebody wanted to end.
-INTERRUPTED = ("worker died", "stop --now", "stopped", "cancelled")
-OUTCOMES = ("completed", "failed", "interrupted")
-OUTCOME = """CASE WHEN error IS NULL THEN 'completed'
-    WHEN error IN (%s) THEN 'interrupted' ELSE 'failed' END""" % (
-    ", ".join(map("'{}'".format, INTERRUPTED)))
-BARS = 60  # of the picture of throughput
-BINS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)  # seconds, of run times
-NO_JOB = "there is no job "
-
-
-Condition = collections.namedtuple("Condition", "sql, values")
-
-
-def those(states=STATES, text="", before=None, cancelled=None, waited_for=None,
-          errors=False):
-    """Return the condition for jobs of which all that is given is true.
-
-    They are in one of these states, have a text in id or command, or in ERRORS, too,
-    finished before a time, were cancelled or not, are waited for by others or not.
-    """
-    parts = []
-    if {*states} != {*STATES}:
-        # Only known ones get into a statement: `index` raises ValueError.
-        names = [STATES[STATES.index(state)] for state in states]
-        alternatives = " OR ".join(map("state = '{}'".format, names))
-        parts.append("(%s)" % (alternatives or "0"))
-        parts += [RARE] * (not {"pending", "completed"} & {*names})
-    if text:
-        parts.append("(instr(id, :text) OR instr(command, :text)%s)"
-                     % (" OR instr(jobs.error, :text)" * errors))
-    if before is not None:
-        parts.append(FINISHED + " AND updated_at < :before")
-    if cancelled is not None:
-        parts.append("jobs.error IS %s 'cancelled'" % ("" if cancelled else "NOT"))
-    if waited_for is not None:
-        parts.append(("" if waited_for else "NOT ") + WAITED_FOR)
-    return Condition(" AND ".join(parts or ["1"]), {"text": text, "before": before})
-
-
-def spread(values):
-    """Return median, 95th percentile and maximum; None without any."""
-    ordered = sorted(values) or [None]
-    return {name: ordered[min(int(len(ordered) * part), len(ordered) - 1)]
-            for name, part in (("median", 0.5), ("p95", 0.95), ("longest", 1))}
-
-
-def uri(path):
-    """Return the name of a database that SQLite does not create if it is gone."""
-    name = re.sub("[%?#]", lambda match: "%%%x" % ord(match[0]), path)
-    name = name.replace(os.sep, "/")
-    return "file://" + "/" * (name[0] != "/") + name + "?mode=rw"
-
-
-OPEN = weakref.WeakSet()  # the queues of this process that have a connection
-
-
-class Queue:
-    """The jobs, their runs and the settings in one SQLite file.
-
-    Every verb that changes a job names the state that it leaves; what it could not move
-    was somebody else's, and nothing happens. `clock` returns epoch seconds.
-    """
-
-    def __init__(self, path, sync="FULL", patience=PATIENCE, clock=time.time, new=True):
-        self.path = os.path.realpath(path)  # one queue, whatever links lead to it
-        self.clock, self.patience = clock, patience
-        if not os.path.exists(self.path):
-            if not new:  # a pool must not bring back what its user removed
-                raise QueueError("there is no queue %s" % shown(self.path))
-            # Only a new one: to close another's would drop what this process has locked.
-            with contextlib.suppress(FileExistsError):
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL, 0o600))
-        self.file = os.stat(self.path)
-        if not stat.S_ISREG(self.file.st_mode):
-            raise QueueError("%s is not a regular file" % shown(self.path))
-        # SQLite finds the log by the path. A running pool does not ask again, or
-        # `cp -al` would end it.
-        if sync == "FULL" and self.file.st_nlink > 1:
-            words = "%s has another name (a hard link), by which jobs would get lost"
-            raise QueueError(words % shown(self.path))
-        if foreign(self.path):
-            raise QueueError(shown(self.path) + foreign(self.path))
-        self.owner, self.sync = (os.getpid(), _thread.get_ident()), sync
-        self._db = None
-        try:
-            if not self._prepared():
-                self._prepare()
-            self.token = self._value("SELECT value FROM config WHERE key = 'token'")
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def db(self):
-        """The connection, for the process and the thread that opened it."""
-        self._check_owner()
-        if self._db is None:
-            try:
-                self._connect()
-            except BaseException:
-                self._disconnect()  # the next use would find it half set up
-                raise
-        return self._db
-
-    def _connect(self):
-        self.check_there()
-        self._db = sqlite3.connect(
-            uri(self.path), uri=True, timeout=self.patience, isolation_level=None)
-        self._db.row_factory = sqlite3.Row
-        self._rows("PRAGMA synchronous = " + self.sync)
-        self.check_there()  # or this is another one, just put in its place
-        self._rows("PRAGMA fullfsync = ON")  # macOS: sync for real
-        self._rows("PRAGMA journal_size_limit = %d" % 2**24)
-        OPEN.add(self)
-
-    def _check_owner(self):
-        if self.owner != (os.getpid(), _thread.get_ident()):
-            why = "is another process's or thread's" if self.owner else "was closed"
-            raise QueueError("this Queue %s: open one here" % why)
-
-    def close(self):
-        """Let go of the file; what is used after that raises QueueError."""
-        if self.owner and self.owner[0] == os.getpid():
-            self._check_owner()
-            self._disconnect()
-        self.owner = None
-
-    def _disconnect(self):
-        if self._db is not None:
-            self._db.close()
-            self._db = None
-
-    @staticmethod
-    def before_fork():
-        """Leave no connection to a child; the next use here opens another.
-
-        SQLite would take the locks that it has here for its own there, and remove a log
-        that others write to: acknowledged jobs were lost so.
-        """
-        here = os.getpid(), _thread.get_ident()
-        for queue in list(OPEN):
-            if queue.owner == here and queue._db and not queue._db.in_transaction:
-                queue._disconnect()
-
-    def _prepared(self):
-        """Tell whether its header says that there is nothing to prepare."""
-        try:
-            return (self._value("PRAGMA user_version"), self._value(
-                "PRAGMA application_id")) == (SCHEMA_VERSION, APPLICATION_ID)
-        except sqlite3.OperationalError as error:
-            # SQLite drops a log that lies beside an empty database. Of two first
-            # commands that do so at once one fails, and may try again.
-            if "disk I/O" in str(error):
-                return False
-            raise
-
-    def _prepare(self):
-        """Create the tables of a new queue, or convert a queue of an older version.
-
-        Sixty first commands may get here at once, so the version is read again within
-        the transaction. The switch to the write-ahead log waits for no lock, so it is
-        tried until it holds. It comes before any table is made: a kill in between would
-        leave a queue without that log.
-        """
-        if self._is_empty() and not wait_until(self._use_wal, self.patience):
-            raise QueueError("%s: another program has locked it" % shown(self.path))
-        with self.transaction():
-            if self._prepared():  # by another process, in the meantime
-                return
-            if not self._is_empty():
-                self._migrate()
-            self._execute_all(SCHEMA)
-
-    def _is_empty(self):
-        return not self._value("SELECT 1 FROM sqlite_master")
-
-    def _migrate(self):
-        """Bring an older version up to what SCHEMA expects, or refuse the database."""
-        name, version = shown(self.path), self._value("PRAGMA user_version")
-        if self._value("PRAGMA application_id") != APPLICATION_ID:
-            raise QueueError("%s is not a queue of queuectl" % name)
-        if version < 2:
-            words = "%s was made by queuectl 1.0: convert it with queuectl 1.1 first"
-            raise QueueError(words % name)
-        if version > SCHEMA_VERSION:
-            words = "%s has version %d of the schema, and this queuectl knows version"
-            words += " %d: take a newer queuectl.py"
-            raise QueueError(words % (name, version, SCHEMA_VERSION))
-        for kind, made in self._rows(
-                "SELECT type, name FROM sqlite_master"
-                " WHERE type IN ('index', 'trigger') AND sql NOT NULL"):
-            self.db.execute("DROP %s %s" % (kind, made))
-        for step in range(version, SCHEMA_VERSION):
-            self._execute_all(MIGRATIONS[step])
-
-    def _use_wal(self):
-        """Switch to the write-ahead log; false while another program has a lock.
-
-        A pool may still have the index (-shm) of a log whose database was removed. Who
-        took it over would fail, or write a log that the next process can't read:
-        acknowledged jobs were lost so. SQLite drops such a log, but not its index.
-        """
-        try:
-            self.db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            self.db.execute("BEGIN EXCLUSIVE")
-            if self._value("PRAGMA journal_mode") != "wal":  # or it is in use already
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(self.path + "-shm")
-            self.db.execute("ROLLBACK")
-            return self._rows("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error):
-                raise
-
-    def _execute_all(self, script):
-        """Execute statements within a transaction; `executescript` commits first."""
-        statement = ""
-        for line in script.splitlines(True):
-            statement += line
-            if sqlite3.complete_statement(statement):
-                self.db.execute(statement)
-                statement = ""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    @contextlib.contextmanager
-    def transaction(self):
-        """Begin, commit, or roll back; a verb used within another's joins it.
-
-        IMMEDIATE takes the write lock before anything is read, so that what a verb has
-        read is still true when it writes.
-        """
-        if self.db.in_transaction:
-            yield
-            return
-        self._begin()
-        try:
-            yield
-            self.db.execute("COMMIT")
-        except BaseException:
-            self.db.rollback()  # if SQLite has not done so
-            raise
-
-    def _begin(self):
-        """Take the write lock, however often others are quicker.
-
-        SQLite's own waiting sleeps for milliseconds, several turns of other workers.
-        """
-        deadline, pause = time.monotonic() + self.patience, 0.00003
-        self._rows("PRAGMA busy_timeout = 0")
-        try:
-            while True:
-                try:
-                    return self.db.execute("BEGIN IMMEDIATE")
-                except sqlite3.OperationalError as error:
-                    if "locked" not in str(error) or time.monotonic() > deadline:
-                        raise
-                time.sleep(pause)
-                pause = min(1.5 * pause, 0.02)
-        finally:
-            self._rows("PRAGMA busy_timeout = %d" % (1000 * self.patience))
-
-    def _change(self, sql, *values, **named):
-        """Execute a statement; how many rows it found to change is the answer."""
-        return self.db.execute(sql, named or values).rowcount
-
-    def _rows(self, sql, *values, **named):
-        return self.db.execute(sql, named or values).fetchall()
-
-    def _row(self, sql, *values):
-        """Return the first row, None without one. A statement with many has a LIMIT.
-
-        All are read: one that is not read to its end would go on within a transaction.
-        """
-        rows = self._rows(sql, *values)
-        return rows[0] if rows else None
-
-    def _value(self, sql, *values):
-        row = self._row(sql, *values)
-        return row[0] if row else None
-
-    def check_there(self):
-        """Raise QueueError if it is gone: what waits for it would wait for ever."""
-        if not still_names(self.path, self.file):
-            raise QueueError("%s was removed" % shown(self.path))
-
-    # -- enqueue -----------------------------------------------------------------------
-
-    def defaults(self, cwd=None):
-        """Return the fields of a job that gives none: from the settings, as of now."""
-        values = self.settings()
-        return dict(
-            {name: default for name, (_, default, _, _) in FIELDS.items()},
-            max_retries=values["max_retries"], timeout=values["timeout"],
-            cwd=checked("cwd", folder, cwd or here()))
-
-    def add(self, command, **fields):
-        """Check and enqueue one job, with the fields of its JSON; return its id."""
-        job = checked_job(dict(fields, command=command), self.defaults())
-        self.enqueue([job])
-        return job["id"]
-
-    def enqueue(self, jobs, unique=False):
-        """Add jobs as `checked_job` makes them, all or none; return first and last seq.
-
-        JOBS may be a generator: it is read within the transaction. UNIQUE leaves out a
-        job whose id waits or runs, and starts a finished one again: the same job with
-        other fields, so that its runs stay.
-        """
-        now, job, followers, locks = self.clock(), None, [], set()
-        values = operator.itemgetter(*ADDED)
-
-        def rows():
-            nonlocal job
-            for job in jobs:
-                job["now"] = now
-                if job["id"] is None:
-                    if unique:
-                        raise QueueError("id: missing; a unique job needs one", 2)
-                    job["id"] = self._new_id()
-                if job["run_at"] is None:
-                    job["run_at"] = min(now + (job["delay"] or 0), MAX_TIME)
-                new = not unique or self._start_again(job) is None
-                if job["after"] and (new or not job["left"]):
-                    followers.append((job["id"], job["after"]))
-                if new:
-                    if job["lock"]:
-                        locks.add(job["lock"])
-                    yield values(job)
-
-        with self.transaction():
-            self.check_there()  # a removed file takes jobs, too, and nobody finds them
-            try:
-                added = self.db.executemany(ADD, rows()).rowcount
-            except sqlite3.IntegrityError:
-                words = "there is a job %s already"
-                raise QueueError(words % shown(job["id"])) from None
-            count = "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'"
-            self._change(count, added)
-            last = self._value("SELECT MAX(seq) FROM jobs") or 0
-            self._wait_for(followers, new=not unique)  # later ones are there now, too
-            self.db.executemany(MOVE_ONE, [(lock,) for lock in locks])
-        wake_workers(self.path)
-        return last - added + 1, last
-
-    def _wait_for(self, followers, new=False):
-        """Let jobs wait for others: pairs of an id and the ids that it comes after.
-
-        NEW jobs are in a circle only if one of them waits for one of a higher number.
-        """
-        suspect = not new
-        for id, fronts in followers:
-            seq = self.job(id)["seq"]
-            for name in fronts:
-                front = self._rows("SELECT seq, state FROM jobs WHERE id = ?", name)
-                if not front:
-                    raise QueueError("after: " + NO_JOB + shown(name))
-                if front[0]["state"] != "completed":
-                    self._change("INSERT OR IGNORE INTO waits VALUES (?, ?)",
-                                 seq, front[0]["seq"])
-                    suspect |= front[0]["seq"] >= seq
-        if suspect:
-            self._refuse_circles()
-
-    def _refuse_circles(self):
-        """Raise QueueError if there is no order in which all waits come to an end."""
-        followers, waits = collections.defaultdict(list), collections.Counter()
-        for seq, front in self._rows("SELECT seq, waits_for FROM waits"):
-            followers[front].append(seq)
-            waits[seq] += 1
-        free = [front for front in followers if not waits[front]]
-        while free:
-            for seq in followers[free.pop()]:
-                waits[seq] -= 1
-                if not waits[seq]:
-                    free.append(seq)
-        for seq in +waits:
-            id = self._value("SELECT id FROM jobs WHERE seq = ?", seq)
-            raise QueueError("after: in a circle, so that job %s would never run" % id)
-
-    def _start_again(self, job):
-        """Let a finished job of this id start again; return its seq, None without one.
-
-        An unfinished one is left alone, which is noted in JOB.
-        """
-        again = self._change(REVIVE, **job)
-        seq = self._value("SELECT seq FROM jobs WHERE id = ?", job["id"])
-        if again:  # what it waited for is among its fields
-            self._change("DELETE FROM waits WHERE seq = ?", seq)
-        job["left"] = seq is not None and not again
-        return seq
-
-    def _new_id(self):
-        """Return a short id that no job has, without letters that look alike."""
-        while True:
-            digits = os.urandom(6)
-            name = "".join("23456789bcdfghjkmnpqrstvwxyz"[d % 28] for d in digits)
-            if self._value("SELECT 1 FROM jobs WHERE id = ?", name) is None:
-                return name
-
-    # -- the life of a job -------------------------------------------------------------
-
-    def claim(self, worker, take_lease):
-        """Give the next job to a worker, PENDING to PROCESSING; None without one.
-
-        `take_lease(run)` makes the file of the run and holds it. It is called before
-        this is committed, or the run would look like that of a dead worker.
-        """
-        with self.transaction():
-            now = self.clock()
-            self.promote(now)
-            row = self._row(
-                "SELECT seq, id, command, timeout, cwd, env, max_retries, launcher,"
-                " attempts + 1 AS attempt, run + 1 AS run FROM jobs"
-                " WHERE " + CLAIMABLE + " AND NOT " + PAUSED +
-                " ORDER BY " + ORDER + " LIMIT 1")
-            if row is None:
-                return None
-            values = self.settings()
-            launcher = row["launcher"] or values["launcher"]
-            run = dict(row, worker=worker, pid=None, started_at=now,
-                       lease=self.lease(row), output_limit=values["output_limit"],
-                       launcher=None if launcher == "none" else launcher)
-            take_lease(run)
-            self.db.execute(
-                "UPDATE jobs SET state = 'processing', attempts = :attempt, run = :run,"
-                " updated_at = :started_at WHERE seq = :seq AND state = 'pending'", run)
-            self.db.execute(
-                "INSERT INTO runs (seq, run, attempt, worker, started_at)"
-                " VALUES (:seq, :run, :attempt, :worker, :started_at)", run)
-            return run
-
-    def promote(self, now):
-        """Let jobs be claimed whose time has come, FAILED to PENDING.
-
-        A hundred thousand that become due at once would hold up one claim for seconds:
-        what is left after some of them is for the next.
-        """
-        until = time.monotonic() + TICK / 10
-        while self._change(
-                "UPDATE jobs SET state = 'pending', claimable = " + FREE +
-                " WHERE " + UNSTARTED + " AND seq IN (SELECT seq FROM jobs WHERE "
-                + FOR_A_TIME + " AND run_at <= ? ORDER BY run_at LIMIT 100)",
-                now) == 100 and time.monotonic() < until:
-            pass
-
-    def promote_overtaken(self):
-        """FAILED to PENDING, where the clock was set back behind the failure."""
-        now = self.clock()
-        self._change(
-            "UPDATE jobs SET state = 'pending', claimable = " + FREE + ", run_at = ?"
-            " WHERE state = 'failed' AND " + RARE + " AND " + FOR_A_TIME +
-            " AND updated_at > ?", now, now + 1)
-
-    def complete(self, run, result):
-        """PROCESSING to COMPLETED."""
-        return self._leave(run, result, "completed", None)
-
-    def fail(self, run, result):
-        """PROCESSING to FAILED, to be tried again after the backoff, or to DEAD."""
-        if run["attempt"] >= max(1, run["max_retries"]):
-            return self._leave(run, result, "dead", result["error"])
-        values = self.settings()
-        wait = backoff(values["backoff_base"], run["attempt"], values["backoff_max"])
-        due = min(self.clock() + wait, MAX_TIME)
-        error = result["error"]
-        return self._leave(run, result, "failed", error, claimable=0, run_at=due)
-
-    def release(self, run, result, blamed=False):
-        """PROCESSING back to PENDING; the attempt, no fault of the job, is given back.
-
-        A job that is BLAMED too often for the death of its worker is DEAD: it may be
-        what kills them.
-        """
-        deaths = self._value("SELECT deaths FROM jobs WHERE seq = ?", run["seq"]) or 0
-        deaths += blamed
-        if deaths >= MAX_DEATHS:
-            error = "worker died %d times" % deaths
-            return self._leave(run, result, "dead", error, deaths=deaths)
-        rest = run["attempt"] - 1
-        return self._leave(run, result, "pending", None, attempts=rest, deaths=deaths)
-
-    def _leave(self, run, result, state, error, **changes):
-        """Move a job out of PROCESSING if this run still owns it; record the run."""
-        with self.transaction():
-            if state != "completed" and self.cancelled(run):
-                state, error, changes = "dead", "cancelled", {}
-            changes.update(state=state, error=error, updated_at=self.clock())
-            columns = ", ".join(name + " = ?" for name in changes)
-            moved = self._change(
-                "UPDATE jobs SET " + columns +
-                " WHERE seq = ? AND state = 'processing' AND run = ?",
-                *changes.values(), run["seq"], run["run"])
-            if not moved:
-                return None
-            if result["error"] == "refused":  # nothing ran, however often
-                self._change("DELETE FROM runs WHERE seq = ? AND run = ?",
-                             run["seq"], run["run"])
-                return state
-            ended = {**run, **result}
-            self.db.execute(
-                "UPDATE runs SET pid = :pid, started_at = :started_at,"
-                " finished_at = :finished_at, exit_code = :exit_code,"
-                " error = :error, output = :output"
-                " WHERE seq = :seq AND run = :run", ended)
-            self.db.execute(
-                "UPDATE totals SET runs = runs + 1,"
-                " seconds = seconds + :finished_at - :started_at"
-                " WHERE outcome = (SELECT " + OUTCOME +
-                " FROM (SELECT :error AS error))", ended)
-            if state == "dead" and error != "cancelled":
-                self._change("INSERT OR IGNORE INTO untold VALUES (?)", run["seq"])
-            return state
-
-    def announce(self, start):
-        """Hand to START a death that was not announced yet; False without one.
-
-        It is forgotten once START has returned: killed in between, it is announced
-        again. START may use Popen within the transaction: its child runs nothing of
-        Python, and exec closes the database. A plain fork here would be wrong.
-        """
-        if self._value("SELECT 1 FROM untold LIMIT 1") is None:
-            return False
-        with self.transaction():
-            seq = self._value("SELECT seq FROM untold LIMIT 1")
-            for job in self._rows(JOB + "WHERE seq = ? AND state = 'dead'", seq):
-                start(job)
-            self._change("DELETE FROM untold WHERE seq = ?", seq)
-        return True
-
-    def owned(self, run):
-        """Tell whether a run still owns its job."""
-        query = "SELECT 1 FROM jobs WHERE seq = ? AND run = ? AND state = 'processing'"
-        return bool(self._value(query, run["seq"], run["run"]))
-
-    def cancelled(self, run):
-        """Tell whether a job is to be cancelled: DEAD as soon as its run has ended."""
-        return bool(self._value("SELECT cancelled FROM jobs WHERE seq = ?", run["seq"]))
-
-    def note_pid(self, run):
-        """Record the process of a run that has been going on for a while."""
-        self._change(
-            "UPDATE runs SET pid = ?, started_at = ?"
-            " WHERE seq = ? AND run = ? AND finished_at IS NULL",
-            run["pid"], run["started_at"], run["seq"], run["run"])
-
-    def edit(self, id, fields):
-        """Change fields of a job that waits, PENDING or FAILED.
-
-        They are as `checked_fields` makes them. The job passes the gate again: its
-        time, its waits, its lock. One that has to wait for others is no longer FAILED.
-        """
-        now = self.clock()
-        changes = {name: fields[name] for name in COLUMNS if name in fields}
-        if "delay" in fields:
-            changes["run_at"] = min(now + fields["delay"], MAX_TIME)
-        columns = "".join("%s = :%s, " % (name, name) for name in changes)
-        query = "UPDATE jobs SET " + columns + "claimable = 0, updated_at = :now"
-        with self.transaction():
-            words = "job %(id)s is %(state)s, and only one that waits can be changed"
-            self._apply([id], [(query, UNSTARTED)], words, **changes)
-            if "after" in fields:
-                seq = self.job(id)["seq"]
-                self._change("DELETE FROM waits WHERE seq = ?", seq)
-                self._wait_for([(id, fields["after"])])
-            self.promote(now)
-        wake_workers(self.path)
-
-    # The next three take ids, of which all are changed or none, or a condition.
-
-    def cancel(self, jobs):
-        """PENDING or FAILED to DEAD, of a running one a request; return how many."""
-        return self._apply(jobs, [
-            ("UPDATE jobs SET state = 'dead', error = 'cancelled', claimable = 1,"
-             " updated_at = :now", UNSTARTED),
-            ("UPDATE jobs SET cancelled = 1", "state = 'processing'"),
-        ], "job %(id)s is %(state)s already")
-
-    def retry(self, jobs, states=("completed", "dead")):
-        """COMPLETED or DEAD to PENDING with attempts 0; return how many."""
-        again = "UPDATE jobs SET %s, claimable = %s, run_at = :now, updated_at = :now"
-        return self._apply(jobs, [(again % (AGAIN, FREE), those(states).sql)],
-                           "job %(id)s is %(state)s, not " + " or ".join(states))
-
-    def delete(self, jobs):
-        """Remove jobs and their runs, but no running ones; return how many.
-
-        One that others wait for is removed by id only together with them.
-        """
-        change = "DELETE FROM jobs", "state <> 'processing'"
-        if isinstance(jobs, Condition):
-            count, removed, chained = 0, True, True
-            while removed and chained:  # a chain goes from its end
-                chained = self._value("SELECT 1 FROM waits LIMIT 1")
-                removed = self._apply(jobs, [change])
-                count += removed
-            self._give_back()
-            return count
-        with self.transaction():
-            named = self._named(jobs)
-            numbers = {job["seq"] for job in named}
-            query = "SELECT seq, id FROM jobs JOIN waits USING (seq)"
-            for job in named:
-                for seq, id in self._rows(query + " WHERE waits_for = ?", job["seq"]):
-                    if seq not in numbers:
-                        words = "job %s is waited for by %s: name that, too"
-                        raise QueueError(words % (shown(job["id"]), shown(id)))
-            count = self._apply(jobs, [change], "job %(id)s is running")
-        self._give_back()
-        wake_workers(self.path)
-        return count
-
-    def _apply(self, jobs, changes, refusal="", **values):
-        """Apply changes to jobs, each to those in the states that it leaves."""
-        values["now"] = self.clock()
-        if isinstance(jobs, Condition):
-            count = self._in_pages(jobs, changes, values)
-        else:
-            with self.transaction():
-                named = self._named(jobs)
-                for job in named:
-                    if not any([self._change(change + " WHERE seq = :seq AND " + state,
-                                             **values, seq=job["seq"])
-                                for change, state in changes]):
-                        raise QueueError(refusal % dict(job, id=shown(job["id"])))
-            count = len(named)
-        if not self.db.in_transaction:  # or they would see nothing of it yet
-            wake_workers(self.path)
-        return count
-
-    def _named(self, ids):
-        if isinstance(ids, str):
-            raise QueueError("ids: a list of them, not one text")
-        return [self.job(id) for id in dict.fromkeys(ids)]
-
-    def prune(self, keep, first):
-        """Remove the jobs of one page that were completed more than KEEP seconds ago.
-
-        Return how many, and where the next page begins.
-        """
-        page = self._rows(
-            "SELECT seq FROM jobs WHERE seq >= ? ORDER BY seq LIMIT ?", first, PAGE)
-        if not page:
-            return 0, 1
-        last = page[-1]["seq"]
-        count = self._change(
-            "DELETE FROM jobs WHERE seq BETWEEN ? AND ? AND updated_at < ?"
-            " AND state = 'completed'", first, last, self.clock() - keep)
-        self._give_back()
-        return count, last + 1
-
-    def _in_pages(self, jobs, changes, values):
-        """Apply changes to all jobs that meet a condition; return how many they were.
-
-        In many short transactions: one for a million jobs, or for a few hundred with
-        large outputs, would hold up everybody for seconds.
-        """
-        where = "%s AND (%s)" % (jobs.sql, " OR ".join(state for _, state in changes))
-        values = {**values, **jobs.values, "last": 0}
-        count, length = 0, PAGE
-        while True:
-            page = self._rows("SELECT seq FROM jobs WHERE seq > :last AND " + where
-                              + " ORDER BY seq LIMIT :length", **values, length=length)
-            if not page:
-                return count
-            began = time.monotonic()
-            values.update(first=page[0][0], last=page[-1][0])
-            with self.transaction():
-                for change, state in changes:
-                    count += self._change(
-                        "%s WHERE seq BETWEEN :first AND :last AND %s AND %s"
-                        % (change, jobs.sql, state), **values)
-            took = max(0.001, time.monotonic() - began)  # Windows has a coarse clock
-            length = max(1, min(PAGE, int(len(page) * TICK / 4 / took)))
-
-    def _give_back(self):
-        """Return the space of what was removed to the file system, if it is much."""
-        for _ in range(self._value("PRAGMA freelist_count") // 1000):
-            # As a script, since `execute` ends it after the first page.
-            self.db.executescript("PRAGMA incremental_vacuum(1000)")
-
-    # -- reading -----------------------------------------------------------------------
-
-    def job(self, id):
-        """Return one job with what its latest run left."""
-        rows = self._rows(JOB + "WHERE id = ?", id) if storable(id) else []
-        if not rows:
-            raise QueueError(NO_JOB + shown(id))
-        return rows[0]
-
-    def dead(self, condition, below=None):
-        """Yield the dead jobs that meet a condition, the latest death first.
-
-        Those below a job in this order, if its id is given and it is still dead.
-        """
-        place = self._rows(
-            "SELECT updated_at, seq FROM jobs WHERE id = ? AND state = 'dead'", below)
-        at, number = place[0] if place else (MAX_TIME, MAX_INTEGER)
-        query = "SELECT seq FROM jobs WHERE (updated_at, seq) < (:at, :number) AND "
-        query += condition.sql + " ORDER BY updated_at DESC, seq DESC"
-        numbers = self._rows(query, **condition.values, at=at, number=number)
-        for seq, in numbers:
-            yield from self._rows(JOB + "WHERE seq = ? AND state = 'dead'", seq)
-
-    def find(self, prefix):
-        """Return the job of this id, or else the only one whose id begins so."""
-        ids = []
-        if len(prefix) >= 4 and storable(prefix):
-            ids = [id for id, in self._rows(
-                "SELECT id FROM jobs WHERE id >= ? AND id < ? LIMIT 2",
-                prefix, prefix + chr(sys.maxunicode))]
-        if len(ids) == 2 and prefix not in ids:
-            raise QueueError("several jobs begin with %s: %s, %s" % (
-                shown(prefix), *map(shown, ids)))
-        return self.job(ids[0] if len(ids) == 1 else prefix)
-
-    def jobs(self, condition=those(), limit=0, newest=False, first=1, last=MAX_INTEGER,
-             brief=False):
-        """Yield jobs, oldest or NEWEST first; LIMIT 0 is all; BRIEF ones are quicker.
-
-        Each page is a read of its own: a long one keeps the log from its reset.
-        """
-        left = limit or MAX_INTEGER
-        query = "SELECT seq, id, state, command FROM jobs " if brief else JOB
-        query += "WHERE seq BETWEEN :first AND :last AND " + condition.sql
-        query += " ORDER BY seq %s LIMIT :size" % ("DESC" if newest else "")
-        while left > 0:
-            page = self._rows(query, **condition.values, first=first, last=last,
-                              size=min(left, PAGE))
-            yield from page
-            left = left - len(page) if len(page) == PAGE else 0
-            if page and newest:
-                last = page[-1]["seq"] - 1
-            elif page:
-                first = page[-1]["seq"] + 1
-
-    def count(self, condition):
-        """Return how many jobs meet a condition."""
-        sql = "SELECT COUNT(*) FROM jobs WHERE " + condition.sql
-        return self._rows(sql, **condition.values)[0][0]
-
-    def number_below(self, id):
-        """Return the seq before that of a job; if it is gone, one above all."""
-        number = self._value("SELECT seq FROM jobs WHERE id = ?", id) or MAX_INTEGER
-        return number - 1
-
-    def state(self, id):
-        """Return the state of a job, None if it is gone."""
-        return self._value("SELECT state FROM jobs WHERE id = ?", id)
-
-    def fronts(self, job):
-        """Return the jobs that one waits for, dead ones first."""
-        return self._rows(
-            "SELECT id, state FROM waits JOIN jobs ON jobs.seq = waits_for"
-            " WHERE waits.seq = ? ORDER BY state = 'dead' DESC, waits_for", job["seq"])
-
-    # The jobs that wait for a dead one, and those with all that wait for them in turn.
-    # With EXISTS, or it would look at all dead ones where none is waited for.
-    BEHIND_DEAD = ("SELECT waits.seq AS seq, front.id AS front FROM jobs AS front"
-               " CROSS JOIN waits ON waits_for = front.seq WHERE front.state = 'dead'"
-               " AND " + RARE + " AND EXISTS (SELECT 1 FROM waits)")
-
-    BLOCKED = ("WITH RECURSIVE blocked (seq) AS (SELECT seq FROM (" + BEHIND_DEAD + ")"
-               " UNION SELECT waits.seq FROM blocked"
-               " JOIN waits ON waits_for = blocked.seq) ")
-
-    def blocked(self):
-        """Return the numbers of the jobs that wait, directly or not, for a dead one."""
-        return {seq for seq, in self._rows(self.BLOCKED + "SELECT seq FROM blocked")}
-
-    def first_blocked(self):
-        """Return the first that waits for a dead job, that one, and how many wait."""
-        row = self._row(
-            "SELECT id, front FROM (" + self.BEHIND_DEAD + ") JOIN jobs USING (seq)"
-            " WHERE state = 'pending' ORDER BY seq LIMIT 1")
-        return row and dict(row, jobs=self._value(
-            self.BLOCKED + "SELECT COUNT(*) FROM blocked JOIN jobs USING (seq)"
-            " WHERE state = 'pending'"))
-
-    def locked_by(self, job):
-        """Return the id of the job that has the lock of this one, or gets it next."""
-        return self._value(
-            "SELECT id FROM jobs WHERE lock = ? AND state = 'processing' AND " + RARE +
-            " UNION ALL SELECT id FROM jobs WHERE lock = ? AND " + CLAIMABLE,
-            job["lock"], job["lock"])
-
-    def runs(self, job):
-        """Return the runs of a job, the first one first, without their output."""
-        return self._rows(
-            "SELECT run, attempt, worker, pid, started_at, finished_at, exit_code,"
-            " error, " + SECONDS + " AS seconds FROM runs WHERE seq = ? ORDER BY run",
-            job["seq"])
-
-    def output(self, job, run=None):
-        """Return the kept output of a run, the latest one; None while it runs."""
-        query = "SELECT output FROM runs WHERE seq = ? AND run = ?"
-        return self._value(query, job["seq"], run or job["run"])
-
-    def ahead(self, job):
-        """Return how many jobs are claimed before this one."""
-        return self._value(
-            "SELECT COUNT(*) FROM jobs WHERE " + CLAIMABLE +
-            " AND (priority > ? OR priority = ? AND seq < ?)",
-            job["priority"], job["priority"], job["seq"])
-
-    def common_errors(self, condition):
-        """Return the errors of jobs, each with its count, the most common first."""
-        sql = "SELECT error, COUNT(*) AS jobs FROM jobs WHERE " + condition.sql
-        sql += " GROUP BY error ORDER BY jobs DESC"
-        return self._rows(sql, **condition.values)
-
-    def processing(self):
-        """Return what is running, with the worker that runs it and the lease."""
-        rows = self._rows(
-            "SELECT seq, run, id, attempts AS attempt, max_retries, worker, pid,"
-            " started_at FROM jobs JOIN runs USING (seq, run)"
-            " WHERE state = 'processing' AND " + RARE)
-        return [dict(row, lease=self.lease(row)) for row in rows]
-
-    def lease(self, job):
-        """Return the path of the file of a job's latest run."""
-        name = "%s-%d-%d" % (self.token, job["seq"], job["run"])
-        return os.path.join(beside(self.path, ".runs"), name)
-
-    def counts(self):
-        """Return how many jobs there are in each state."""
-        counts = dict(self._rows("SELECT state, jobs FROM counts"))
-        return {state: counts[state] for state in STATES}
-
-    def totals(self):
-        """Return number and seconds of all runs there ever were, by outcome."""
-        rows = self._rows("SELECT outcome, runs, seconds FROM totals")
-        return {outcome: (runs, seconds) for outcome, runs, seconds in rows}
-
-    def wait(self, ids=None, timeout=None, on_look=lambda counts: None, but=None):
-        """Wait until jobs are completed or dead, or until what is left can't go on.
-
-        Without IDS, all that are unfinished now, BUT for one. Return how many are in
-        each state, and the ids that are left; None if it takes longer than TIMEOUT
-        seconds. `on_look` is called each time with how many of all jobs are in each
-        state. A job that has ended is not looked at again: it may be removed.
-        """
-        ended = dict.fromkeys((*STATES, "removed"), 0)
-        # What `keep` removed was completed; of others nobody can tell any more.
-        removed = "removed" if self.settings()["keep"] is None else "completed"
-        if ids is None:
-            ids = [id for id, in self._rows(
-                "SELECT id FROM jobs WHERE state = 'pending' UNION ALL SELECT id"
-                " FROM jobs WHERE " + RARE + " AND state <> 'dead'") if id != but]
-        else:
-            ids = [job["id"] for job in self._named(ids)]
-        left = collections.deque(ids)
-
-        def over():
-            self.check_there()
-            counts, blocked = self.counts(), self.blocked()
-            idle = self.paused() and counts["processing"] <= (but is not None)
-            on_look(counts)
-            for _ in range(len(left)):  # all must end, so one that may go on will do
-                job = self._rows("SELECT seq, state FROM jobs WHERE id = ?", left[-1])
-                state = job[0]["state"] if job else removed
-                if state in ("completed", "dead", "removed"):
-                    ended[state] += 1
-                    left.pop()
-                elif idle or job[0]["seq"] in blocked:
-                    left.rotate()
-                else:
-                    return False
-            return True
-
-        span = MAX_SPAN if timeout is None else timeout
-        return dict(ended, left=[*left]) if wait_until(over, span, TICK / 2) else None
-
-    def oldest_claimable(self):
-        """Return the job that could run and waits longest, and since when, or None.
-
-        Of each priority the first hundred are looked at, not one: a retried job stands
-        before others that wait longer.
-        """
-        first = "SELECT MAX(priority) FROM jobs WHERE " + CLAIMABLE
-        return self._row(
-            "WITH RECURSIVE level (priority) AS (" + first + " UNION ALL SELECT ("
-            + first + " AND jobs.priority < level.priority)"
-            " FROM level WHERE priority IS NOT NULL LIMIT 100)"
-            " SELECT id, run_at FROM level CROSS JOIN jobs ON seq IN (SELECT seq"
-            "  FROM jobs WHERE " + CLAIMABLE + " AND jobs.priority = level.priority"
-            "  ORDER BY seq LIMIT 100) ORDER BY run_at, seq LIMIT 1")
-
-    def next_due(self):
-        """Return the job that waits for a time and is due next, and when, or None."""
-        return self._row("SELECT id, run_at FROM jobs WHERE " + FOR_A_TIME +
-                         " ORDER BY run_at, seq LIMIT 1")
-
-    def claimable(self):
-        """Tell whether there is a job to be claimed."""
-        return bool(self._value("SELECT 1 FROM jobs WHERE " + CLAIMABLE + " LIMIT 1"))
-
-    def drained(self):
-        """Tell whether no job is due, running or waiting for a retry.
-
-        In one statement: between two a job could go from waiting to running.
-        """
-        return not self._value(
-            "SELECT EXISTS (SELECT 1 FROM counts WHERE jobs > 0 AND"
-            "  (state = 'processing' OR state = 'failed' AND NOT " + PAUSED + "))"
-            " OR NOT " + PAUSED + " AND ("
-            "  EXISTS (SELECT 1 FROM jobs WHERE " + CLAIMABLE + ")"
-            "  OR EXISTS (SELECT 1 FROM jobs WHERE " + FOR_A_TIME +
-            "   AND run_at <= ?))", self.clock())
-
-    def ended_since(self, moment, workers):
-        """Return how many jobs that one of these workers ran have ended since then."""
-        rows = self._rows(
-            "SELECT worker, state FROM runs JOIN jobs USING (seq, run)"
-            " WHERE finished_at >= ? AND " + FINISHED, moment)
-        return collections.Counter(
-            row["state"] for row in rows if row["worker"] in workers)
-
-    def ids(self, begun, states):
-        """Return the newest ids that begin so, of jobs in one of these states."""
-        query = "SELECT id FROM jobs WHERE substr(id, 1, length(?)) = ? AND "
-        query += those(states).sql + " ORDER BY seq DESC LIMIT 300"
-        return [id for id, in self._rows(query, begun, begun)]
-
-    # -- statistics --------------------------------------------------------------------
-
-    def stats(self, since):
-        """Return the document of `stats` on the runs that finished since a time.
-
-        Counts are of all of them; times, commands and errors of fifty thousand, those
-        of the jobs that were enqueued last: a million would take seconds.
-        """
-        now = self.clock()
-        period = max(now - since, 1.0)
-        width = -(-period // BARS)  # whole seconds
-        rows = self._rows(
-            "SELECT MIN(CAST((finished_at - ?) / ? AS INTEGER), ?) AS bar,"
-            " SUM(outcome = 'completed') AS completed,"
-            " SUM(outcome = 'failed') AS failed,"
-            " SUM(outcome = 'interrupted') AS interrupted,"
-            " SUM(attempt > 1) AS retries, SUM(finished_at >= ?) AS latest"
-            " FROM (SELECT *, " + OUTCOME + " AS outcome FROM runs"
-            "  WHERE finished_at >= ?) GROUP BY bar",
-            since, width, BARS - 1, now - 60, since)
-        latest = sum(row["latest"] for row in rows)
-        total = {key: sum(row[key] for row in rows)
-                 for key in (*OUTCOMES, "retries")}
-        judged = total["completed"] + total["failed"]
-        runs = judged + total["interrupted"]
-        bars = [{"completed": 0, "failed": 0} for _ in range(BARS)]
-        for row in rows:
-            bars[row["bar"]] = {key: row[key] for key in ("completed", "failed")}
-        return {
-            "since": iso(since), "seconds": now - since, "runs": runs, **total,
-            "success_rate": total["completed"] / judged if judged else None,
-            "per_second": runs / period, "per_second_now": latest / min(60, period),
-            **self._sample(since), "bar_seconds": width, "throughput": bars,
-        }
-
-    def _sample(self, since):
-        """Return what has to be sorted or grouped, from a part of the runs."""
-        rows = self._rows(
-            "SELECT command, runs.error, finished_at - started_at AS spent,"
-            # `run_at` is a later time if the job was put back into the queue since.
-            " CASE WHEN jobs.run = runs.run AND started_at >= run_at"
-            "  THEN started_at - run_at END AS waited"
-            " FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?"
-            " ORDER BY seq DESC LIMIT 50000", since)
-        commands, bins = collections.defaultdict(list), [0] * (len(BINS) + 1)
-        for row in rows:
-            commands[row["command"]].append(row["spent"])
-            bins[bisect.bisect(BINS, row["spent"])] += 1
-        slowest = sorted(
-            ({"command": command, "runs": len(times), "mean": sum(times) / len(times),
-              "longest": max(times)} for command, times in commands.items()),
-            key=lambda entry: -entry["mean"])
-        errors = collections.Counter(
-            row["error"] for row in rows if row["error"] not in (None, *INTERRUPTED))
-        waited = [row["waited"] for row in rows if row["waited"] is not None]
-        return {
-            "run_time": spread(row["spent"] for row in rows),
-            "waiting_time": spread(waited),
-            "run_times": [{"below": top, "runs": count}
-                          for top, count in zip([*BINS, None], bins)],
-            "slowest_commands": slowest[:5],
-            "common_errors": [{"error": error, "runs": count}
-                              for error, count in errors.most_common(5)],
-        }
-
-    # -- settings ----------------------------------------------------------------------
-
-    def settings(self):
-        """Return the value of every setting, the default where none was set."""
-        given = dict(self._rows("SELECT key, value FROM config"))
-        return {name: json.loads(given[name]) if name in given else default
-                for name, (_, default, _) in SETTINGS.items()}
-
-    def set(self, name, value):
-        query = "INSERT OR REPLACE INTO config VALUES (?, ?)"
-        self._change(query, name, json.dumps(value))
-
-    def unset(self, name):
-        self._change("DELETE FROM config WHERE key = ?", name)
-
-    def pause(self, paused):
-        """Let no job be claimed while PAUSED is the last word."""
-        self.set("paused", True) if paused else self.unset("paused")
-        wake_workers(self.path)
-
-    def paused(self):
-        return bool(self._value("SELECT " + PAUSED))
-
-
-if not WINDOWS:
-    os.register_at_fork(before=Queue.before_fork)
-
-
-# ======================================================================================
 # Holds: locked files, waking, asking; what differs between systems
 # ======================================================================================
 
@@ -1937,6 +749,1223 @@ def shell_words(words):
     import shlex
 
     return " ".join(map(shlex.quote, words))
+
+
+# ======================================================================================
+# Queue: the database; the only SQL
+# ======================================================================================
+
+def in_states(states):
+    """Return the condition for them. (Not with IN: SQLite builds its list for each row.)
+
+    Only known ones get into a statement: `index` raises ValueError.
+    """
+    names = [STATES[STATES.index(state)] for state in states]
+    return "(%s)" % (" OR ".join(map("state = '{}'".format, names)) or "0")
+
+
+ORDER = "priority DESC, seq"  # in which jobs are claimed
+# True of every rare state. SQLite uses the index of those, jobs_rare, only in a query
+# that says it word by word.
+RARE = "state <> 'pending' AND state <> 'completed'"
+
+# Moves the lock of a job that leaves: of those that wait for it alone, the first one
+# becomes claimable, unless one of them runs.
+ELECT = """
+    UPDATE jobs SET claimable = 2
+        WHERE lock = OLD.lock AND state = 'pending' AND claimable = 1;
+    UPDATE jobs SET claimable = 1
+        WHERE seq = (SELECT seq FROM jobs WHERE lock = OLD.lock AND state = 'pending'
+            AND claimable = 2 ORDER BY {order} LIMIT 1)
+        AND NOT EXISTS (SELECT 1 FROM jobs
+            WHERE lock = OLD.lock AND state = 'processing' AND {rare});"""
+
+# A new queue is made by this alone. A queue of an older version goes through MIGRATIONS
+# first. Then this adds what it still lacks, all indexes and triggers among it.
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- a deleted job's is never given to another
+    id TEXT NOT NULL UNIQUE,
+    command TEXT NOT NULL,
+    state TEXT NOT NULL DEFAULT 'pending' CHECK ({states}),
+    attempts INTEGER NOT NULL DEFAULT 0,    -- claims that count against max_retries
+    max_retries INTEGER NOT NULL,
+    priority INTEGER NOT NULL DEFAULT 0,
+    run_at REAL NOT NULL,                   -- when it is, or was, due next
+    claimable INTEGER NOT NULL,             -- 0: it waits for a time, or for others;
+                                            -- 2: for its lock alone; else 1, and so if
+                                            -- it is not pending or failed
+    timeout REAL,
+    cwd TEXT NOT NULL,
+    env TEXT,
+    launcher TEXT,                          -- in place of the setting
+    lock TEXT,                              -- name of what one job at a time may use
+    waits INTEGER NOT NULL DEFAULT 0,       -- how many rows of `waits` it has
+    created_at REAL NOT NULL,
+    updated_at REAL NOT NULL,
+    run INTEGER NOT NULL DEFAULT 0,         -- number of its latest run; only ever grows
+    deaths INTEGER NOT NULL DEFAULT 0,      -- of workers that ran it
+    cancelled INTEGER NOT NULL DEFAULT 0,   -- a request, carried out by whoever runs it
+    error TEXT                              -- why it is failed or dead
+);
+CREATE TABLE IF NOT EXISTS runs (
+    seq INTEGER NOT NULL,
+    run INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    worker INTEGER NOT NULL,                -- pid of the worker
+    pid INTEGER,                            -- pid and process group of the command
+    started_at REAL NOT NULL,
+    finished_at REAL,
+    exit_code INTEGER,
+    error TEXT,
+    output BLOB,
+    PRIMARY KEY (seq, run)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS waits (          -- one for each job that a job comes after,
+    seq INTEGER NOT NULL,                   -- until that is completed
+    waits_for INTEGER NOT NULL,
+    PRIMARY KEY (seq, waits_for)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS config (
+    key TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS counts (         -- of all jobs, by state
+    state TEXT PRIMARY KEY,
+    jobs INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS totals (         -- of all runs there ever were, by outcome
+    outcome TEXT PRIMARY KEY,
+    runs INTEGER NOT NULL,
+    seconds REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS untold (         -- deaths that `on_dead` is to announce yet
+    seq INTEGER PRIMARY KEY
+);
+INSERT OR IGNORE INTO counts VALUES {counts};
+INSERT OR IGNORE INTO totals VALUES
+    ('completed', 0, 0), ('failed', 0, 0), ('interrupted', 0, 0);
+-- It names the runs' files: those of a queue that was removed are never ours.
+INSERT OR IGNORE INTO config VALUES ('token', lower(hex(randomblob(4))));
+
+-- Jobs in the order in which they are claimed, those that wait for a time, and the few
+-- that are neither waiting nor completed: a claim costs the same with a million others.
+-- No IN here or above: SQLite builds its list for each row, half an insert's time.
+CREATE INDEX jobs_claimable ON jobs ({order})
+    WHERE state = 'pending' AND claimable = 1;
+CREATE INDEX jobs_waiting ON jobs (run_at) WHERE claimable = 0 AND waits = 0;
+CREATE INDEX jobs_locked ON jobs (lock, claimable, {order})
+    WHERE lock NOT NULL AND state = 'pending';
+CREATE INDEX jobs_rare ON jobs (state, seq) WHERE {rare};
+CREATE INDEX waits_for ON waits (waits_for);
+
+-- Counting a million rows takes a third of a second: triggers keep the counts, and
+-- `enqueue`, for which one a row would cost half of its time.
+CREATE TRIGGER job_moved AFTER UPDATE OF state ON jobs WHEN OLD.state <> NEW.state BEGIN
+    UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
+    UPDATE counts SET jobs = jobs + 1 WHERE state = NEW.state; END;
+CREATE TRIGGER job_removed AFTER DELETE ON jobs BEGIN
+    UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
+    DELETE FROM waits WHERE seq = OLD.seq;
+    DELETE FROM runs WHERE seq = OLD.seq; END;
+
+-- Whatever adds or ends a wait: `waits` is their number, and with 0 the time alone
+-- counts. The job that another waits for is its front; one whose front was removed, as
+-- `delete --all` does by pages, can't go on.
+CREATE TRIGGER wait_added AFTER INSERT ON waits BEGIN
+    UPDATE jobs SET waits = waits + 1, claimable = 0, state = 'pending'
+        WHERE seq = NEW.seq; END;
+CREATE TRIGGER wait_ended AFTER DELETE ON waits BEGIN
+    UPDATE jobs SET waits = waits - 1 WHERE seq = OLD.seq; END;
+CREATE TRIGGER job_completed AFTER UPDATE OF state ON jobs WHEN NEW.state = 'completed'
+    BEGIN DELETE FROM waits WHERE waits_for = NEW.seq; END;
+CREATE TRIGGER front_removed AFTER DELETE ON jobs BEGIN
+    UPDATE jobs SET state = 'dead', claimable = 1,
+        updated_at = (julianday('now') - 2440587.5) * 86400.0,
+        error = 'what it waited for was removed' WHERE state = 'pending'
+        AND seq IN (SELECT seq FROM waits WHERE waits_for = OLD.seq);
+    DELETE FROM waits WHERE waits_for = OLD.seq; END;
+
+-- Whatever becomes of jobs that share a lock: the first of them may be claimed, and
+-- none while one of them runs. A changed lock counts as soon as its job is claimable
+-- again. (One for INSERT costs any job a tenth more: `enqueue` moves one of each lock.)
+CREATE TRIGGER lock_moved AFTER UPDATE OF state, claimable ON jobs
+    WHEN OLD.lock NOT NULL BEGIN {elect} END;
+CREATE TRIGGER lock_left AFTER DELETE ON jobs WHEN OLD.lock NOT NULL BEGIN {elect} END;
+PRAGMA application_id = {application};
+PRAGMA user_version = {version};
+""".format(
+    order=ORDER, rare=RARE, elect=ELECT.format(order=ORDER, rare=RARE),
+    states=in_states(STATES),
+    counts=", ".join(map("('{}', 0)".format, STATES)),
+    application=APPLICATION_ID, version=SCHEMA_VERSION)
+
+# The steps from an older version of the schema to the next one: {version: SQL}. A step
+# has no index and no trigger: those are dropped before the steps and made anew by SCHEMA.
+MIGRATIONS = {}
+
+CLAIMABLE = "state = 'pending' AND claimable = 1"
+FOR_A_TIME = "claimable = 0 AND waits = 0"  # it waits for nothing else
+# `claimable` of what waits for no time: with a lock 2, and `lock_moved` elects one.
+FREE = "(waits = 0) * (1 + (lock NOT NULL))"
+WAITED_FOR = "EXISTS (SELECT 1 FROM waits WHERE waits_for = jobs.seq)"
+PAUSED = "EXISTS (SELECT 1 FROM config WHERE key = 'paused')"
+# By number, since SQLite takes a tuple in half the time of a dict.
+ADDED = (*COLUMNS, "now")
+ADD = re.sub(
+    r":(\w+)", lambda name: "?%d" % (1 + ADDED.index(name[1])),
+    "INSERT INTO jobs (%s, claimable, created_at, updated_at) VALUES (:%s,"
+    " (:run_at <= :now) * (1 + (:lock NOT NULL)), :now, :now)" % (
+        ", ".join(COLUMNS), ", :".join(COLUMNS)))
+MOVE_ONE = "UPDATE jobs SET claimable = 2 WHERE seq = (SELECT seq FROM jobs WHERE" \
+    " lock = ? AND state = 'pending' AND claimable = 2 LIMIT 1)"
+AGAIN = "state = 'pending', attempts = 0, deaths = 0, cancelled = 0, error = NULL"
+REVIVE = "UPDATE jobs SET %s, %s, claimable = 0, updated_at = :now" \
+    " WHERE id = :id AND %s" % (
+        AGAIN, ", ".join("%s = :%s" % (name, name) for name in COLUMNS[1:]),
+        in_states(FINISHED))
+SECONDS = "round(finished_at - started_at, 3)"  # that a run took, NULL until its end
+COLUMN_OF = {
+    "error": "jobs.error", "seconds": SECONDS,
+    "after": "CASE WHEN waits > 0 THEN (SELECT group_concat(front.id, char(10))"
+    " FROM waits JOIN jobs AS front ON front.seq = waits_for"
+    " WHERE waits.seq = jobs.seq) END"}
+JOB = "SELECT %s, seq, run, claimable, waits FROM jobs LEFT JOIN runs USING (seq, run) " \
+    % ", ".join("%s AS %s" % (COLUMN_OF.get(name, name), name) for name in PUBLIC)
+# How a run ended that was no fault of its job, or that somebody wanted to end.
+INTERRUPTED = ("worker died", "stop --now", "stopped", "cancelled")
+OUTCOMES = ("completed", "failed", "interrupted")
+OUTCOME = """CASE WHEN error IS NULL THEN 'completed'
+    WHEN error IN (%s) THEN 'interrupted' ELSE 'failed' END""" % (
+    ", ".join(map("'{}'".format, INTERRUPTED)))
+BARS = 60  # of the picture of throughput
+BINS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)  # seconds, of run times
+NO_JOB = "there is no job "
+
+
+Condition = collections.namedtuple("Condition", "sql, values")
+
+
+def those(states=STATES, text="", before=None, cancelled=None, waited_for=None,
+          errors=False):
+    """Return the condition for jobs of which all that is given is true.
+
+    They are in one of these states, have a text in id or command, or in ERRORS, too,
+    finished before a time, were cancelled or not, are waited for by others or not.
+    """
+    parts = []
+    if {*states} != {*STATES}:
+        parts.append(in_states(states))
+        if not {"pending", "completed"} & {*states}:
+            parts.append(RARE)
+    if text:
+        parts.append("(instr(id, :text) OR instr(command, :text)%s)"
+                     % (" OR instr(jobs.error, :text)" * errors))
+    if before is not None:
+        parts.append(in_states(FINISHED) + " AND updated_at < :before")
+    if cancelled is not None:
+        parts.append("jobs.error IS %s 'cancelled'" % ("" if cancelled else "NOT"))
+    if waited_for is not None:
+        parts.append(("" if waited_for else "NOT ") + WAITED_FOR)
+    return Condition(" AND ".join(parts or ["1"]), {"text": text, "before": before})
+
+
+def spread(values):
+    """Return median, 95th percentile and maximum; None without any."""
+    ordered = sorted(values) or [None]
+    return {name: ordered[min(int(len(ordered) * part), len(ordered) - 1)]
+            for name, part in (("median", 0.5), ("p95", 0.95), ("longest", 1))}
+
+
+def uri(path):
+    """Return the name of a database that SQLite does not create if it is gone."""
+    name = re.sub("[%?#]", lambda match: "%%%x" % ord(match[0]), path)
+    name = name.replace(os.sep, "/")
+    return "file://" + "/" * (name[0] != "/") + name + "?mode=rw"
+
+
+OPEN = weakref.WeakSet()  # the queues of this process that have a connection
+
+
+class Database:
+    """One SQLite file, in the hands of one process and one thread.
+
+    It knows nothing of jobs: how the file is made and opened, how a transaction begins
+    and ends, and that no connection crosses a fork.
+    """
+
+    def __init__(self, path, sync="FULL", patience=PATIENCE, new=True):
+        self.path = os.path.realpath(path)  # one queue, whatever links lead to it
+        self.patience, self.sync, self._db = patience, sync, None
+        self.owner = os.getpid(), _thread.get_ident()
+        self._find(new)
+        try:
+            if not self._prepared():
+                self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def _find(self, new):
+        """Find the file, or make it; refuse one by which jobs would get lost."""
+        if not os.path.exists(self.path):
+            if not new:  # a pool must not bring back what its user removed
+                raise QueueError("there is no queue %s" % shown(self.path))
+            # Only a new one: to close another's would drop what this process has locked.
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL, 0o600))
+        self.file = os.stat(self.path)
+        if not stat.S_ISREG(self.file.st_mode):
+            raise QueueError("%s is not a regular file" % shown(self.path))
+        # SQLite finds the log by the path. A running pool does not ask again, or
+        # `cp -al` would end it.
+        if self.sync == "FULL" and self.file.st_nlink > 1:
+            words = "%s has another name (a hard link), by which jobs would get lost"
+            raise QueueError(words % shown(self.path))
+        if foreign(self.path):
+            raise QueueError(shown(self.path) + foreign(self.path))
+
+    @property
+    def db(self):
+        """The connection, for the process and the thread that opened it."""
+        self._check_owner()
+        if self._db is None:
+            try:
+                self._connect()
+            except BaseException:
+                self._disconnect()  # the next use would find it half set up
+                raise
+        return self._db
+
+    def _connect(self):
+        self.check_there()
+        self._db = sqlite3.connect(
+            uri(self.path), uri=True, timeout=self.patience, isolation_level=None)
+        self._db.row_factory = sqlite3.Row
+        self._rows("PRAGMA synchronous = " + self.sync)
+        self.check_there()  # or this is another one, just put in its place
+        self._rows("PRAGMA fullfsync = ON")  # macOS: sync for real
+        self._rows("PRAGMA journal_size_limit = %d" % 2**24)
+        OPEN.add(self)
+
+    def _check_owner(self):
+        if self.owner != (os.getpid(), _thread.get_ident()):
+            why = "is another process's or thread's" if self.owner else "was closed"
+            raise QueueError("this Queue %s: open one here" % why)
+
+    def close(self):
+        """Let go of the file; what is used after that raises QueueError."""
+        if self.owner and self.owner[0] == os.getpid():
+            self._check_owner()
+            self._disconnect()
+        self.owner = None
+
+    def _disconnect(self):
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+
+    @staticmethod
+    def before_fork():
+        """Leave no connection to a child; the next use here opens another.
+
+        SQLite would take the locks that it has here for its own there, and remove a log
+        that others write to: acknowledged jobs were lost so.
+        """
+        here = os.getpid(), _thread.get_ident()
+        for queue in list(OPEN):
+            if queue.owner == here and queue._db and not queue._db.in_transaction:
+                queue._disconnect()
+
+    def _prepared(self):
+        """Tell whether its header says that there is nothing to prepare."""
+        try:
+            return (self._value("PRAGMA user_version"), self._value(
+                "PRAGMA application_id")) == (SCHEMA_VERSION, APPLICATION_ID)
+        except sqlite3.OperationalError as error:
+            # SQLite drops a log that lies beside an empty database. Of two first
+            # commands that do so at once one fails, and may try again.
+            if "disk I/O" in str(error):
+                return False
+            raise
+
+    def _prepare(self):
+        """Create the tables of a new queue, or convert a queue of an older version.
+
+        Sixty first commands may get here at once, so the version is read again within
+        the transaction. The switch to the write-ahead log waits for no lock, so it is
+        tried until it holds. It comes before any table is made: a kill in between would
+        leave a queue without that log.
+        """
+        if self._is_empty() and not wait_until(self._use_wal, self.patience):
+            raise QueueError("%s: another program has locked it" % shown(self.path))
+        with self.transaction():
+            if self._prepared():  # by another process, in the meantime
+                return
+            if not self._is_empty():
+                self._migrate()
+            self._execute_all(SCHEMA)
+
+    def _is_empty(self):
+        return not self._value("SELECT 1 FROM sqlite_master")
+
+    def _migrate(self):
+        """Bring an older version up to what SCHEMA expects, or refuse the database."""
+        name, version = shown(self.path), self._value("PRAGMA user_version")
+        if self._value("PRAGMA application_id") != APPLICATION_ID:
+            raise QueueError("%s is not a queue of queuectl" % name)
+        if version < 2:
+            words = "%s was made by queuectl 1.0: convert it with queuectl 1.1 first"
+            raise QueueError(words % name)
+        if version > SCHEMA_VERSION:
+            words = "%s has version %d of the schema, and this queuectl knows version"
+            words += " %d: take a newer queuectl.py"
+            raise QueueError(words % (name, version, SCHEMA_VERSION))
+        for kind, made in self._rows(
+                "SELECT type, name FROM sqlite_master"
+                " WHERE type IN ('index', 'trigger') AND sql NOT NULL"):
+            self.db.execute("DROP %s %s" % (kind, made))
+        for step in range(version, SCHEMA_VERSION):
+            self._execute_all(MIGRATIONS[step])
+
+    def _use_wal(self):
+        """Switch to the write-ahead log; false while another program has a lock.
+
+        A pool may still have the index (-shm) of a log whose database was removed. Who
+        took it over would fail, or write a log that the next process can't read:
+        acknowledged jobs were lost so. SQLite drops such a log, but not its index.
+        """
+        try:
+            self.db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            self.db.execute("BEGIN EXCLUSIVE")
+            if self._value("PRAGMA journal_mode") != "wal":  # or it is in use already
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.path + "-shm")
+            self.db.execute("ROLLBACK")
+            return self._rows("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):
+                raise
+
+    def _execute_all(self, script):
+        """Execute statements within a transaction; `executescript` commits first."""
+        statement = ""
+        for line in script.splitlines(True):
+            statement += line
+            if sqlite3.complete_statement(statement):
+                self.db.execute(statement)
+                statement = ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    @contextlib.contextmanager
+    def transaction(self):
+        """Begin, commit, or roll back; a verb used within another's joins it.
+
+        IMMEDIATE takes the write lock before anything is read, so that what a verb has
+        read is still true when it writes.
+        """
+        if self.db.in_transaction:
+            yield
+            return
+        self._begin()
+        try:
+            yield
+            self.db.execute("COMMIT")
+        except BaseException:
+            self.db.rollback()  # if SQLite has not done so
+            raise
+
+    def _begin(self):
+        """Take the write lock, however often others are quicker.
+
+        SQLite's own waiting sleeps for milliseconds, several turns of other workers.
+        """
+        deadline, pause = time.monotonic() + self.patience, 0.00003
+        self._rows("PRAGMA busy_timeout = 0")
+        try:
+            while True:
+                try:
+                    return self.db.execute("BEGIN IMMEDIATE")
+                except sqlite3.OperationalError as error:
+                    if "locked" not in str(error) or time.monotonic() > deadline:
+                        raise
+                time.sleep(pause)
+                pause = min(1.5 * pause, 0.02)
+        finally:
+            self._rows("PRAGMA busy_timeout = %d" % (1000 * self.patience))
+
+    def _change(self, sql, *values, **named):
+        """Execute a statement; how many rows it found to change is the answer."""
+        return self.db.execute(sql, named or values).rowcount
+
+    def _rows(self, sql, *values, **named):
+        return self.db.execute(sql, named or values).fetchall()
+
+    def _row(self, sql, *values):
+        """Return the first row, None without one. A statement with many has a LIMIT.
+
+        All are read: one that is not read to its end would go on within a transaction.
+        """
+        rows = self._rows(sql, *values)
+        return rows[0] if rows else None
+
+    def _value(self, sql, *values):
+        row = self._row(sql, *values)
+        return row[0] if row else None
+
+    def check_there(self):
+        """Raise QueueError if it is gone: what waits for it would wait for ever."""
+        if not still_names(self.path, self.file):
+            raise QueueError("%s was removed" % shown(self.path))
+
+
+class Queue(Database):
+    """The jobs, their runs and the settings of one queue.
+
+    Every verb that changes a job names the state that it leaves; what it could not move
+    was somebody else's, and nothing happens. `clock` returns epoch seconds.
+    """
+
+    def __init__(self, path, sync="FULL", patience=PATIENCE, clock=time.time, new=True):
+        super().__init__(path, sync, patience, new)
+        self.clock = clock
+        self.token = self._value("SELECT value FROM config WHERE key = 'token'")
+
+    # -- enqueue -----------------------------------------------------------------------
+
+    def defaults(self, cwd=None):
+        """Return the fields of a job that gives none: from the settings, as of now."""
+        values = self.settings()
+        return dict(
+            {name: default for name, (_, default, _, _) in FIELDS.items()},
+            max_retries=values["max_retries"], timeout=values["timeout"],
+            cwd=checked("cwd", folder, cwd or here()))
+
+    def add(self, command, **fields):
+        """Check and enqueue one job, with the fields of its JSON; return its id."""
+        job = checked_job(dict(fields, command=command), self.defaults())
+        self.enqueue([job])
+        return job["id"]
+
+    def enqueue(self, jobs, unique=False):
+        """Add jobs as `checked_job` makes them, all or none; return first and last seq.
+
+        JOBS may be a generator: it is read within the transaction. UNIQUE leaves out a
+        job whose id waits or runs, and starts a finished one again: the same job with
+        other fields, so that its runs stay.
+        """
+        now, job, followers, locks = self.clock(), None, [], set()
+        values = operator.itemgetter(*ADDED)
+
+        def rows():
+            nonlocal job
+            for job in jobs:
+                job["now"] = now
+                if job["id"] is None:
+                    if unique:
+                        raise QueueError("id: missing; a unique job needs one", 2)
+                    job["id"] = self._new_id()
+                if job["run_at"] is None:
+                    job["run_at"] = min(now + (job["delay"] or 0), MAX_TIME)
+                new = not unique or self._start_again(job) is None
+                if job["after"] and (new or not job["left"]):
+                    followers.append((job["id"], job["after"]))
+                if new:
+                    if job["lock"]:
+                        locks.add(job["lock"])
+                    yield values(job)
+
+        with self.transaction():
+            self.check_there()  # a removed file takes jobs, too, and nobody finds them
+            try:
+                added = self.db.executemany(ADD, rows()).rowcount
+            except sqlite3.IntegrityError:
+                words = "there is a job %s already"
+                raise QueueError(words % shown(job["id"])) from None
+            count = "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'"
+            self._change(count, added)
+            last = self._value("SELECT MAX(seq) FROM jobs") or 0
+            self._wait_for(followers, new=not unique)  # later ones are there now, too
+            self.db.executemany(MOVE_ONE, [(lock,) for lock in locks])
+        wake_workers(self.path)
+        return last - added + 1, last
+
+    def _wait_for(self, followers, new=False):
+        """Let jobs wait for others: pairs of an id and the ids that it comes after.
+
+        NEW jobs are in a circle only if one of them waits for one of a higher number.
+        """
+        suspect = not new
+        for id, fronts in followers:
+            seq = self.job(id)["seq"]
+            for name in fronts:
+                front = self._rows("SELECT seq, state FROM jobs WHERE id = ?", name)
+                if not front:
+                    raise QueueError("after: " + NO_JOB + shown(name))
+                if front[0]["state"] != "completed":
+                    self._change("INSERT OR IGNORE INTO waits VALUES (?, ?)",
+                                 seq, front[0]["seq"])
+                    suspect |= front[0]["seq"] >= seq
+        if suspect:
+            self._refuse_circles()
+
+    def _refuse_circles(self):
+        """Raise QueueError if there is no order in which all waits come to an end."""
+        followers, waits = collections.defaultdict(list), collections.Counter()
+        for seq, front in self._rows("SELECT seq, waits_for FROM waits"):
+            followers[front].append(seq)
+            waits[seq] += 1
+        free = [front for front in followers if not waits[front]]
+        while free:
+            for seq in followers[free.pop()]:
+                waits[seq] -= 1
+                if not waits[seq]:
+                    free.append(seq)
+        for seq in +waits:
+            id = self._value("SELECT id FROM jobs WHERE seq = ?", seq)
+            raise QueueError("after: in a circle, so that job %s would never run" % id)
+
+    def _start_again(self, job):
+        """Let a finished job of this id start again; return its seq, None without one.
+
+        An unfinished one is left alone, which is noted in JOB.
+        """
+        again = self._change(REVIVE, **job)
+        seq = self._value("SELECT seq FROM jobs WHERE id = ?", job["id"])
+        if again:  # what it waited for is among its fields
+            self._change("DELETE FROM waits WHERE seq = ?", seq)
+        job["left"] = seq is not None and not again
+        return seq
+
+    def _new_id(self):
+        """Return a short id that no job has, without letters that look alike."""
+        while True:
+            digits = os.urandom(6)
+            name = "".join("23456789bcdfghjkmnpqrstvwxyz"[d % 28] for d in digits)
+            if self._value("SELECT 1 FROM jobs WHERE id = ?", name) is None:
+                return name
+
+    # -- the life of a job -------------------------------------------------------------
+
+    def claim(self, worker, take_lease):
+        """Give the next job to a worker, PENDING to PROCESSING; None without one.
+
+        `take_lease(run)` makes the file of the run and holds it. It is called before
+        this is committed, or the run would look like that of a dead worker.
+        """
+        with self.transaction():
+            now = self.clock()
+            self.promote(now)
+            row = self._row(
+                "SELECT seq, id, command, timeout, cwd, env, max_retries, launcher,"
+                " attempts + 1 AS attempt, run + 1 AS run FROM jobs"
+                " WHERE " + CLAIMABLE + " AND NOT " + PAUSED +
+                " ORDER BY " + ORDER + " LIMIT 1")
+            if row is None:
+                return None
+            values = self.settings()
+            launcher = row["launcher"] or values["launcher"]
+            run = dict(row, worker=worker, pid=None, started_at=now,
+                       lease=self.lease(row), output_limit=values["output_limit"],
+                       launcher=None if launcher == "none" else launcher)
+            take_lease(run)
+            self.db.execute(
+                "UPDATE jobs SET state = 'processing', attempts = :attempt, run = :run,"
+                " updated_at = :started_at WHERE seq = :seq AND state = 'pending'", run)
+            self.db.execute(
+                "INSERT INTO runs (seq, run, attempt, worker, started_at)"
+                " VALUES (:seq, :run, :attempt, :worker, :started_at)", run)
+            return run
+
+    def promote(self, now):
+        """Let jobs be claimed whose time has come, FAILED to PENDING.
+
+        A hundred thousand that become due at once would hold up one claim for seconds:
+        what is left after some of them is for the next.
+        """
+        until = time.monotonic() + TICK / 10
+        while self._change(
+                "UPDATE jobs SET state = 'pending', claimable = " + FREE +
+                " WHERE " + in_states(WAITING) + " AND seq IN (SELECT seq FROM jobs WHERE "
+                + FOR_A_TIME + " AND run_at <= ? ORDER BY run_at LIMIT 100)",
+                now) == 100 and time.monotonic() < until:
+            pass
+
+    def promote_overtaken(self):
+        """FAILED to PENDING, where the clock was set back behind the failure."""
+        now = self.clock()
+        self._change(
+            "UPDATE jobs SET state = 'pending', claimable = " + FREE + ", run_at = ?"
+            " WHERE state = 'failed' AND " + RARE + " AND " + FOR_A_TIME +
+            " AND updated_at > ?", now, now + 1)
+
+    def complete(self, run, result):
+        """PROCESSING to COMPLETED."""
+        return self._leave(run, result, "completed", None)
+
+    def fail(self, run, result):
+        """PROCESSING to FAILED, to be tried again after the backoff, or to DEAD."""
+        if run["attempt"] >= max(1, run["max_retries"]):
+            return self._leave(run, result, "dead", result["error"])
+        values = self.settings()
+        wait = backoff(values["backoff_base"], run["attempt"], values["backoff_max"])
+        due = min(self.clock() + wait, MAX_TIME)
+        error = result["error"]
+        return self._leave(run, result, "failed", error, claimable=0, run_at=due)
+
+    def release(self, run, result, blamed=False):
+        """PROCESSING back to PENDING; the attempt, no fault of the job, is given back.
+
+        A job that is BLAMED too often for the death of its worker is DEAD: it may be
+        what kills them.
+        """
+        deaths = self._value("SELECT deaths FROM jobs WHERE seq = ?", run["seq"]) or 0
+        deaths += blamed
+        if deaths >= MAX_DEATHS:
+            error = "worker died %d times" % deaths
+            return self._leave(run, result, "dead", error, deaths=deaths)
+        rest = run["attempt"] - 1
+        return self._leave(run, result, "pending", None, attempts=rest, deaths=deaths)
+
+    def _leave(self, run, result, state, error, **changes):
+        """Move a job out of PROCESSING if this run still owns it; record the run."""
+        with self.transaction():
+            if state != "completed" and self.cancelled(run):
+                state, error, changes = "dead", "cancelled", {}
+            changes.update(state=state, error=error, updated_at=self.clock())
+            columns = ", ".join(name + " = ?" for name in changes)
+            moved = self._change(
+                "UPDATE jobs SET " + columns +
+                " WHERE seq = ? AND state = 'processing' AND run = ?",
+                *changes.values(), run["seq"], run["run"])
+            if not moved:
+                return None
+            if result["error"] == "refused":  # nothing ran, however often
+                self._change("DELETE FROM runs WHERE seq = ? AND run = ?",
+                             run["seq"], run["run"])
+                return state
+            ended = {**run, **result}
+            self.db.execute(
+                "UPDATE runs SET pid = :pid, started_at = :started_at,"
+                " finished_at = :finished_at, exit_code = :exit_code,"
+                " error = :error, output = :output"
+                " WHERE seq = :seq AND run = :run", ended)
+            self.db.execute(
+                "UPDATE totals SET runs = runs + 1,"
+                " seconds = seconds + :finished_at - :started_at"
+                " WHERE outcome = (SELECT " + OUTCOME +
+                " FROM (SELECT :error AS error))", ended)
+            if state == "dead" and error != "cancelled":
+                self._change("INSERT OR IGNORE INTO untold VALUES (?)", run["seq"])
+            return state
+
+    def announce(self, start):
+        """Hand to START a death that was not announced yet; False without one.
+
+        It is forgotten once START has returned: killed in between, it is announced
+        again. START may use Popen within the transaction: its child runs nothing of
+        Python, and exec closes the database. A plain fork here would be wrong.
+        """
+        if self._value("SELECT 1 FROM untold LIMIT 1") is None:
+            return False
+        with self.transaction():
+            seq = self._value("SELECT seq FROM untold LIMIT 1")
+            for job in self._rows(JOB + "WHERE seq = ? AND state = 'dead'", seq):
+                start(job)
+            self._change("DELETE FROM untold WHERE seq = ?", seq)
+        return True
+
+    def owned(self, run):
+        """Tell whether a run still owns its job."""
+        query = "SELECT 1 FROM jobs WHERE seq = ? AND run = ? AND state = 'processing'"
+        return bool(self._value(query, run["seq"], run["run"]))
+
+    def cancelled(self, run):
+        """Tell whether a job is to be cancelled: DEAD as soon as its run has ended."""
+        return bool(self._value("SELECT cancelled FROM jobs WHERE seq = ?", run["seq"]))
+
+    def note_pid(self, run):
+        """Record the process of a run that has been going on for a while."""
+        self._change(
+            "UPDATE runs SET pid = ?, started_at = ?"
+            " WHERE seq = ? AND run = ? AND finished_at IS NULL",
+            run["pid"], run["started_at"], run["seq"], run["run"])
+
+    def edit(self, id, fields):
+        """Change fields of a job that waits, PENDING or FAILED.
+
+        They are as `checked_fields` makes them. The job passes the gate again: its
+        time, its waits, its lock. One that has to wait for others is no longer FAILED.
+        """
+        now = self.clock()
+        changes = {name: fields[name] for name in COLUMNS if name in fields}
+        if "delay" in fields:
+            changes["run_at"] = min(now + fields["delay"], MAX_TIME)
+        columns = "".join("%s = :%s, " % (name, name) for name in changes)
+        query = "UPDATE jobs SET " + columns + "claimable = 0, updated_at = :now"
+        with self.transaction():
+            words = "job %(id)s is %(state)s, and only one that waits can be changed"
+            self._apply([id], [(query, in_states(TAKES["edit"]))], words, **changes)
+            if "after" in fields:
+                seq = self.job(id)["seq"]
+                self._change("DELETE FROM waits WHERE seq = ?", seq)
+                self._wait_for([(id, fields["after"])])
+            self.promote(now)
+        wake_workers(self.path)
+
+    # The next three take ids, of which all are changed or none, or a condition.
+
+    def cancel(self, jobs):
+        """PENDING or FAILED to DEAD, of a running one a request; return how many."""
+        return self._apply(jobs, [
+            ("UPDATE jobs SET state = 'dead', error = 'cancelled', claimable = 1,"
+             " updated_at = :now", in_states(WAITING)),
+            ("UPDATE jobs SET cancelled = 1", "state = 'processing'"),
+        ], "job %(id)s is %(state)s already")
+
+    def retry(self, jobs, states=TAKES["retry"]):
+        """COMPLETED or DEAD to PENDING with attempts 0; return how many."""
+        again = "UPDATE jobs SET %s, claimable = %s, run_at = :now, updated_at = :now"
+        return self._apply(jobs, [(again % (AGAIN, FREE), those(states).sql)],
+                           "job %(id)s is %(state)s, not " + " or ".join(states))
+
+    def delete(self, jobs):
+        """Remove jobs and their runs, but no running ones; return how many.
+
+        One that others wait for is removed by id only together with them.
+        """
+        change = "DELETE FROM jobs", in_states(TAKES["delete"])
+        if isinstance(jobs, Condition):
+            count, removed, chained = 0, True, True
+            while removed and chained:  # a chain goes from its end
+                chained = self._value("SELECT 1 FROM waits LIMIT 1")
+                removed = self._apply(jobs, [change])
+                count += removed
+            self._give_back()
+            return count
+        with self.transaction():
+            named = self._named(jobs)
+            numbers = {job["seq"] for job in named}
+            query = "SELECT seq, id FROM jobs JOIN waits USING (seq)"
+            for job in named:
+                for seq, id in self._rows(query + " WHERE waits_for = ?", job["seq"]):
+                    if seq not in numbers:
+                        words = "job %s is waited for by %s: name that, too"
+                        raise QueueError(words % (shown(job["id"]), shown(id)))
+            count = self._apply(jobs, [change], "job %(id)s is running")
+        self._give_back()
+        wake_workers(self.path)
+        return count
+
+    def _apply(self, jobs, changes, refusal="", **values):
+        """Apply changes to jobs, each to those in the states that it leaves."""
+        values["now"] = self.clock()
+        if isinstance(jobs, Condition):
+            count = self._in_pages(jobs, changes, values)
+        else:
+            with self.transaction():
+                named = self._named(jobs)
+                for job in named:
+                    if not any([self._change(change + " WHERE seq = :seq AND " + state,
+                                             **values, seq=job["seq"])
+                                for change, state in changes]):
+                        raise QueueError(refusal % dict(job, id=shown(job["id"])))
+            count = len(named)
+        if not self.db.in_transaction:  # or they would see nothing of it yet
+            wake_workers(self.path)
+        return count
+
+    def _named(self, ids):
+        if isinstance(ids, str):
+            raise QueueError("ids: a list of them, not one text")
+        return [self.job(id) for id in dict.fromkeys(ids)]
+
+    def prune(self, keep, first):
+        """Remove the jobs of one page that were completed more than KEEP seconds ago.
+
+        Return how many, and where the next page begins.
+        """
+        page = self._rows(
+            "SELECT seq FROM jobs WHERE seq >= ? ORDER BY seq LIMIT ?", first, PAGE)
+        if not page:
+            return 0, 1
+        last = page[-1]["seq"]
+        count = self._change(
+            "DELETE FROM jobs WHERE seq BETWEEN ? AND ? AND updated_at < ?"
+            " AND state = 'completed'", first, last, self.clock() - keep)
+        self._give_back()
+        return count, last + 1
+
+    def _in_pages(self, jobs, changes, values):
+        """Apply changes to all jobs that meet a condition; return how many they were.
+
+        In many short transactions: one for a million jobs, or for a few hundred with
+        large outputs, would hold up everybody for seconds.
+        """
+        where = "%s AND (%s)" % (jobs.sql, " OR ".join(state for _, state in changes))
+        values = {**values, **jobs.values, "last": 0}
+        count, length = 0, PAGE
+        while True:
+            page = self._rows("SELECT seq FROM jobs WHERE seq > :last AND " + where
+                              + " ORDER BY seq LIMIT :length", **values, length=length)
+            if not page:
+                return count
+            began = time.monotonic()
+            values.update(first=page[0][0], last=page[-1][0])
+            with self.transaction():
+                for change, state in changes:
+                    count += self._change(
+                        "%s WHERE seq BETWEEN :first AND :last AND %s AND %s"
+                        % (change, jobs.sql, state), **values)
+            took = max(0.001, time.monotonic() - began)  # Windows has a coarse clock
+            length = max(1, min(PAGE, int(len(page) * TICK / 4 / took)))
+
+    def _give_back(self):
+        """Return the space of what was removed to the file system, if it is much."""
+        for _ in range(self._value("PRAGMA freelist_count") // 1000):
+            # As a script, since `execute` ends it after the first page.
+            self.db.executescript("PRAGMA incremental_vacuum(1000)")
+
+    # -- reading -----------------------------------------------------------------------
+
+    def job(self, id):
+        """Return one job with what its latest run left."""
+        rows = self._rows(JOB + "WHERE id = ?", id) if storable(id) else []
+        if not rows:
+            raise QueueError(NO_JOB + shown(id))
+        return rows[0]
+
+    def dead(self, condition, below=None):
+        """Yield the dead jobs that meet a condition, the latest death first.
+
+        Those below a job in this order, if its id is given and it is still dead.
+        """
+        place = self._rows(
+            "SELECT updated_at, seq FROM jobs WHERE id = ? AND state = 'dead'", below)
+        at, number = place[0] if place else (MAX_TIME, MAX_INTEGER)
+        query = "SELECT seq FROM jobs WHERE (updated_at, seq) < (:at, :number) AND "
+        query += condition.sql + " ORDER BY updated_at DESC, seq DESC"
+        numbers = self._rows(query, **condition.values, at=at, number=number)
+        for seq, in numbers:
+            yield from self._rows(JOB + "WHERE seq = ? AND state = 'dead'", seq)
+
+    def find(self, prefix):
+        """Return the job of this id, or else the only one whose id begins so."""
+        ids = []
+        if len(prefix) >= 4 and storable(prefix):
+            ids = [id for id, in self._rows(
+                "SELECT id FROM jobs WHERE id >= ? AND id < ? LIMIT 2",
+                prefix, prefix + chr(sys.maxunicode))]
+        if len(ids) == 2 and prefix not in ids:
+            raise QueueError("several jobs begin with %s: %s, %s" % (
+                shown(prefix), *map(shown, ids)))
+        return self.job(ids[0] if len(ids) == 1 else prefix)
+
+    def jobs(self, condition=those(), limit=0, newest=False, first=1, last=MAX_INTEGER,
+             brief=False):
+        """Yield jobs, oldest or NEWEST first; LIMIT 0 is all; BRIEF ones are quicker.
+
+        Each page is a read of its own: a long one keeps the log from its reset.
+        """
+        left = limit or MAX_INTEGER
+        query = "SELECT seq, id, state, command FROM jobs " if brief else JOB
+        query += "WHERE seq BETWEEN :first AND :last AND " + condition.sql
+        query += " ORDER BY seq %s LIMIT :size" % ("DESC" if newest else "")
+        while left > 0:
+            page = self._rows(query, **condition.values, first=first, last=last,
+                              size=min(left, PAGE))
+            yield from page
+            left = left - len(page) if len(page) == PAGE else 0
+            if page and newest:
+                last = page[-1]["seq"] - 1
+            elif page:
+                first = page[-1]["seq"] + 1
+
+    def count(self, condition):
+        """Return how many jobs meet a condition."""
+        sql = "SELECT COUNT(*) FROM jobs WHERE " + condition.sql
+        return self._rows(sql, **condition.values)[0][0]
+
+    def number_below(self, id):
+        """Return the seq before that of a job; if it is gone, one above all."""
+        number = self._value("SELECT seq FROM jobs WHERE id = ?", id) or MAX_INTEGER
+        return number - 1
+
+    def state(self, id):
+        """Return the state of a job, None if it is gone."""
+        return self._value("SELECT state FROM jobs WHERE id = ?", id)
+
+    def fronts(self, job):
+        """Return the jobs that one waits for, dead ones first."""
+        return self._rows(
+            "SELECT id, state FROM waits JOIN jobs ON jobs.seq = waits_for"
+            " WHERE waits.seq = ? ORDER BY state = 'dead' DESC, waits_for", job["seq"])
+
+    # The jobs that wait for a dead one, and those with all that wait for them in turn.
+    # With EXISTS, or it would look at all dead ones where none is waited for.
+    BEHIND_DEAD = ("SELECT waits.seq AS seq, front.id AS front FROM jobs AS front"
+               " CROSS JOIN waits ON waits_for = front.seq WHERE front.state = 'dead'"
+               " AND " + RARE + " AND EXISTS (SELECT 1 FROM waits)")
+
+    BLOCKED = ("WITH RECURSIVE blocked (seq) AS (SELECT seq FROM (" + BEHIND_DEAD + ")"
+               " UNION SELECT waits.seq FROM blocked"
+               " JOIN waits ON waits_for = blocked.seq) ")
+
+    def blocked(self):
+        """Return the numbers of the jobs that wait, directly or not, for a dead one."""
+        return {seq for seq, in self._rows(self.BLOCKED + "SELECT seq FROM blocked")}
+
+    def first_blocked(self):
+        """Return the first that waits for a dead job, that one, and how many wait."""
+        row = self._row(
+            "SELECT id, front FROM (" + self.BEHIND_DEAD + ") JOIN jobs USING (seq)"
+            " WHERE state = 'pending' ORDER BY seq LIMIT 1")
+        return row and dict(row, jobs=self._value(
+            self.BLOCKED + "SELECT COUNT(*) FROM blocked JOIN jobs USING (seq)"
+            " WHERE state = 'pending'"))
+
+    def locked_by(self, job):
+        """Return the id of the job that has the lock of this one, or gets it next."""
+        return self._value(
+            "SELECT id FROM jobs WHERE lock = ? AND state = 'processing' AND " + RARE +
+            " UNION ALL SELECT id FROM jobs WHERE lock = ? AND " + CLAIMABLE,
+            job["lock"], job["lock"])
+
+    def runs(self, job):
+        """Return the runs of a job, the first one first, without their output."""
+        return self._rows(
+            "SELECT run, attempt, worker, pid, started_at, finished_at, exit_code,"
+            " error, " + SECONDS + " AS seconds FROM runs WHERE seq = ? ORDER BY run",
+            job["seq"])
+
+    def output(self, job, run=None):
+        """Return the kept output of a run, the latest one; None while it runs."""
+        query = "SELECT output FROM runs WHERE seq = ? AND run = ?"
+        return self._value(query, job["seq"], run or job["run"])
+
+    def ahead(self, job):
+        """Return how many jobs are claimed before this one."""
+        return self._value(
+            "SELECT COUNT(*) FROM jobs WHERE " + CLAIMABLE +
+            " AND (priority > ? OR priority = ? AND seq < ?)",
+            job["priority"], job["priority"], job["seq"])
+
+    def common_errors(self, condition):
+        """Return the errors of jobs, each with its count, the most common first."""
+        sql = "SELECT error, COUNT(*) AS jobs FROM jobs WHERE " + condition.sql
+        sql += " GROUP BY error ORDER BY jobs DESC"
+        return self._rows(sql, **condition.values)
+
+    def processing(self):
+        """Return what is running, with the worker that runs it and the lease."""
+        rows = self._rows(
+            "SELECT seq, run, id, attempts AS attempt, max_retries, worker, pid,"
+            " started_at FROM jobs JOIN runs USING (seq, run)"
+            " WHERE state = 'processing' AND " + RARE)
+        return [dict(row, lease=self.lease(row)) for row in rows]
+
+    def lease(self, job):
+        """Return the path of the file of a job's latest run."""
+        name = "%s-%d-%d" % (self.token, job["seq"], job["run"])
+        return os.path.join(beside(self.path, ".runs"), name)
+
+    def counts(self):
+        """Return how many jobs there are in each state."""
+        counts = dict(self._rows("SELECT state, jobs FROM counts"))
+        return {state: counts[state] for state in STATES}
+
+    def totals(self):
+        """Return number and seconds of all runs there ever were, by outcome."""
+        rows = self._rows("SELECT outcome, runs, seconds FROM totals")
+        return {outcome: (runs, seconds) for outcome, runs, seconds in rows}
+
+    def wait(self, ids=None, timeout=None, on_look=lambda counts: None, but=None):
+        """Wait until jobs are completed or dead, or until what is left can't go on.
+
+        Without IDS, all that are unfinished now, BUT for one. Return how many are in
+        each state, and the ids that are left; None if it takes longer than TIMEOUT
+        seconds. `on_look` is called each time with how many of all jobs are in each
+        state. A job that has ended is not looked at again: it may be removed.
+        """
+        ended = dict.fromkeys((*STATES, "removed"), 0)
+        # What `keep` removed was completed; of others nobody can tell any more.
+        removed = "removed" if self.settings()["keep"] is None else "completed"
+        if ids is None:
+            ids = [id for id, in self._rows(
+                "SELECT id FROM jobs WHERE state = 'pending' UNION ALL SELECT id"
+                " FROM jobs WHERE " + RARE + " AND NOT " + in_states(FINISHED))
+                if id != but]
+        else:
+            ids = [job["id"] for job in self._named(ids)]
+        left = collections.deque(ids)
+
+        def over():
+            self.check_there()
+            counts, blocked = self.counts(), self.blocked()
+            idle = self.paused() and counts["processing"] <= (but is not None)
+            on_look(counts)
+            for _ in range(len(left)):  # all must end, so one that may go on will do
+                job = self._rows("SELECT seq, state FROM jobs WHERE id = ?", left[-1])
+                state = job[0]["state"] if job else removed
+                if state in (*FINISHED, "removed"):
+                    ended[state] += 1
+                    left.pop()
+                elif idle or job[0]["seq"] in blocked:
+                    left.rotate()
+                else:
+                    return False
+            return True
+
+        span = MAX_SPAN if timeout is None else timeout
+        return dict(ended, left=[*left]) if wait_until(over, span, TICK / 2) else None
+
+    def oldest_claimable(self):
+        """Return the job that could run and waits longest, and since when, or None.
+
+        Of each priority the first hundred are looked at, not one: a retried job stands
+        before others that wait longer.
+        """
+        first = "SELECT MAX(priority) FROM jobs WHERE " + CLAIMABLE
+        return self._row(
+            "WITH RECURSIVE level (priority) AS (" + first + " UNION ALL SELECT ("
+            + first + " AND jobs.priority < level.priority)"
+            " FROM level WHERE priority IS NOT NULL LIMIT 100)"
+            " SELECT id, run_at FROM level CROSS JOIN jobs ON seq IN (SELECT seq"
+            "  FROM jobs WHERE " + CLAIMABLE + " AND jobs.priority = level.priority"
+            "  ORDER BY seq LIMIT 100) ORDER BY run_at, seq LIMIT 1")
+
+    def next_due(self):
+        """Return the job that waits for a time and is due next, and when, or None."""
+        return self._row("SELECT id, run_at FROM jobs WHERE " + FOR_A_TIME +
+                         " ORDER BY run_at, seq LIMIT 1")
+
+    def claimable(self):
+        """Tell whether there is a job to be claimed."""
+        return bool(self._value("SELECT 1 FROM jobs WHERE " + CLAIMABLE + " LIMIT 1"))
+
+    def drained(self):
+        """Tell whether no job is due, running or waiting for a retry.
+
+        In one statement: between two a job could go from waiting to running.
+        """
+        return not self._value(
+            "SELECT EXISTS (SELECT 1 FROM counts WHERE jobs > 0 AND"
+            "  (state = 'processing' OR state = 'failed' AND NOT " + PAUSED + "))"
+            " OR NOT " + PAUSED + " AND ("
+            "  EXISTS (SELECT 1 FROM jobs WHERE " + CLAIMABLE + ")"
+            "  OR EXISTS (SELECT 1 FROM jobs WHERE " + FOR_A_TIME +
+            "   AND run_at <= ?))", self.clock())
+
+    def ended_since(self, moment, workers):
+        """Return how many jobs that one of these workers ran have ended since then."""
+        rows = self._rows(
+            "SELECT worker, state FROM runs JOIN jobs USING (seq, run)"
+            " WHERE finished_at >= ? AND " + in_states(FINISHED), moment)
+        return collections.Counter(
+            row["state"] for row in rows if row["worker"] in workers)
+
+    def ids(self, begun, states):
+        """Return the newest ids that begin so, of jobs in one of these states."""
+        query = "SELECT id FROM jobs WHERE substr(id, 1, length(?)) = ? AND "
+        query += those(states).sql + " ORDER BY seq DESC LIMIT 300"
+        return [id for id, in self._rows(query, begun, begun)]
+
+    # -- statistics --------------------------------------------------------------------
+
+    def stats(self, since):
+        """Return the document of `stats` on the runs that finished since a time.
+
+        Counts are of all of them; times, commands and errors of fifty thousand, those
+        of the jobs that were enqueued last: a million would take seconds.
+        """
+        now = self.clock()
+        period = max(now - since, 1.0)
+        width = -(-period // BARS)  # whole seconds
+        rows = self._rows(
+            "SELECT MIN(CAST((finished_at - ?) / ? AS INTEGER), ?) AS bar,"
+            " SUM(outcome = 'completed') AS completed,"
+            " SUM(outcome = 'failed') AS failed,"
+            " SUM(outcome = 'interrupted') AS interrupted,"
+            " SUM(attempt > 1) AS retries, SUM(finished_at >= ?) AS latest"
+            " FROM (SELECT *, " + OUTCOME + " AS outcome FROM runs"
+            "  WHERE finished_at >= ?) GROUP BY bar",
+            since, width, BARS - 1, now - 60, since)
+        latest = sum(row["latest"] for row in rows)
+        total = {key: sum(row[key] for row in rows)
+                 for key in (*OUTCOMES, "retries")}
+        judged = total["completed"] + total["failed"]
+        runs = judged + total["interrupted"]
+        bars = [{"completed": 0, "failed": 0} for _ in range(BARS)]
+        for row in rows:
+            bars[row["bar"]] = {key: row[key] for key in ("completed", "failed")}
+        return {
+            "since": iso(since), "seconds": now - since, "runs": runs, **total,
+            "success_rate": total["completed"] / judged if judged else None,
+            "per_second": runs / period, "per_second_now": latest / min(60, period),
+            **self._sample(since), "bar_seconds": width, "throughput": bars,
+        }
+
+    def _sample(self, since):
+        """Return what has to be sorted or grouped, from a part of the runs."""
+        rows = self._rows(
+            "SELECT command, runs.error, finished_at - started_at AS spent,"
+            # `run_at` is a later time if the job was put back into the queue since.
+            " CASE WHEN jobs.run = runs.run AND started_at >= run_at"
+            "  THEN started_at - run_at END AS waited"
+            " FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?"
+            " ORDER BY seq DESC LIMIT 50000", since)
+        commands, bins = collections.defaultdict(list), [0] * (len(BINS) + 1)
+        for row in rows:
+            commands[row["command"]].append(row["spent"])
+            bins[bisect.bisect(BINS, row["spent"])] += 1
+        slowest = sorted(
+            ({"command": command, "runs": len(times), "mean": sum(times) / len(times),
+              "longest": max(times)} for command, times in commands.items()),
+            key=lambda entry: -entry["mean"])
+        errors = collections.Counter(
+            row["error"] for row in rows if row["error"] not in (None, *INTERRUPTED))
+        waited = [row["waited"] for row in rows if row["waited"] is not None]
+        return {
+            "run_time": spread(row["spent"] for row in rows),
+            "waiting_time": spread(waited),
+            "run_times": [{"below": top, "runs": count}
+                          for top, count in zip([*BINS, None], bins)],
+            "slowest_commands": slowest[:5],
+            "common_errors": [{"error": error, "runs": count}
+                              for error, count in errors.most_common(5)],
+        }
+
+    # -- settings ----------------------------------------------------------------------
+
+    def settings(self):
+        """Return the value of every setting, the default where none was set."""
+        given = dict(self._rows("SELECT key, value FROM config"))
+        return {name: json.loads(given[name]) if name in given else default
+                for name, (_, default, _) in SETTINGS.items()}
+
+    def set(self, name, value):
+        query = "INSERT OR REPLACE INTO config VALUES (?, ?)"
+        self._change(query, name, json.dumps(value))
+
+    def unset(self, name):
+        self._change("DELETE FROM config WHERE key = ?", name)
+
+    def pause(self, paused):
+        """Let no job be claimed while PAUSED is the last word."""
+        self.set("paused", True) if paused else self.unset("paused")
+        wake_workers(self.path)
+
+    def paused(self):
+        return bool(self._value("SELECT " + PAUSED))
+
+
+if not WINDOWS:
+    os.register_at_fork(before=Database.before_fork)
 
 
 # ======================================================================================
@@ -2662,7 +2691,7 @@ class Live:
         if width:
             self.first = self.first or counts
             done = {state: max(0, counts[state] - self.first[state])
-                    for state in ("completed", "dead")}
+                    for state in FINISHED}
             spent = time.monotonic() - self.began
             line = progress({**counts, **done}, sum(done.values()), spent)[: width - 1]
             print(end="\r\x1b[K" + line, file=sys.stderr, flush=True)
@@ -3354,10 +3383,13 @@ def as_number(text):
     return text
 
 
+REPEATED = ("env", "after")  # options that can be given again
+
+
 def field_option(name):
     """Return the option of `enqueue` for a field of a job."""
     _, _, usage, meaning = FIELDS[name]
-    if "again" in meaning:
+    if name in REPEATED:
         return arg(usage, meaning, variable if name == "env" else None, action="append")
     return arg(usage, meaning, as_number if usage.endswith(" N") else None)
 
@@ -3741,11 +3773,6 @@ def cmd_edit(args, queue):
     answer(args, public(queue.job(args.job)), "edited " + shown(args.job))
 
 
-# The states in which a command can take jobs; as the verb of `Queue` has it.
-TAKES = {"cancel": ("pending", "processing", "failed"), "edit": ("pending", "failed"),
-         "retry": ("completed", "dead"), "dlq retry": ("dead",)}
-
-
 def check_chosen(args, everything=False):
     """Refuse a command for jobs unless it says in one way which."""
     ways = [bool(args.ids), bool(args.state or args.match), everything]
@@ -3828,13 +3855,13 @@ def retry_jobs(args, queue, states):
 def cmd_delete(args, queue):
     aged = args.older_than is not None
     check_chosen(args, args.all or (aged and not args.state and not args.match))
-    if aged and {*args.state} - {"completed", "dead"}:
+    if aged and {*args.state} - {*FINISHED}:
         raise QueueError("--older-than: only jobs that have finished have an age", 2)
     if "processing" in args.state:
         raise QueueError("delete: a running job can't be deleted; cancel it first")
     # The dead are what people must look at: no bare --older-than takes them.
     bare = ["completed"] if aged and not args.all else []
-    states = args.state or bare or ["pending", "completed", "failed", "dead"]
+    states = args.state or bare or TAKES["delete"]
     # What waits for others goes along with --all, but not where only finished ones go.
     delete_jobs(args, queue, args.ids, states, args.all and not aged, args.older_than)
 
