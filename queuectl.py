@@ -91,7 +91,7 @@ SCHEMA_VERSION = 2
 APPLICATION_ID = 0x71637431  # "qct1", in the header of the database
 
 MAX_INTEGER = 2**63 - 1
-MAX_SPAN = 10.0**9  # seconds, some 30 years
+MAX_DURATION = 10.0**9  # seconds, some 30 years
 EPOCH = datetime(1970, 1, 1)
 MAX_TIME = 253402300799.0  # 9999-12-31T23:59:59Z, the last that ISO 8601 text can name
 MAX_COMMAND = 8191 if WINDOWS else 131071  # bytes: cmd.exe's, Linux' for an argument
@@ -99,16 +99,16 @@ MAX_WORKERS = 256
 MAX_HOOKS = 8  # `on_dead` commands that a pool has running at a time
 MAX_DEATHS = 5  # of its workers: after so many a job is taken for the cause
 
-PAGE = 500  # rows a read, or a write; a longer one would hold up others
-PATIENCE = 30.0  # seconds that a command waits for another program's lock
-LOOK_EVERY = 2.0  # seconds between two looks of a supervisor for jobs that nobody runs
-IDLE_WAIT = 1.0  # seconds after which an idle worker looks even if nobody woke it
-TICK = 0.2  # seconds between two looks at what is waited for; some look more often
-GRACE = 3.0  # seconds from SIGTERM to SIGKILL
-STUCK = 5.0  # seconds after SIGKILL until a process is taken for one that can't end
-OUTLIVED = 0.5  # seconds: who lives so long after a death was not killed with it
-RESTART_EVERY = 1.0  # seconds between two starts of workers that keep dying
-TROUBLE = 2  # exit code of a worker that left because its queue can't be used
+BATCH = 500  # rows a read, or a write; a longer one would hold up others
+LOCK_TIMEOUT = 30.0  # seconds that a command waits for another program's lock
+RECOVERY_INTERVAL = 2.0  # seconds between two looks of a supervisor for jobs that nobody runs
+IDLE_INTERVAL = 1.0  # seconds after which an idle worker looks even if nobody woke it
+POLL_INTERVAL = 0.2  # seconds between two looks at what is waited for; some look more often
+TERM_GRACE = 3.0  # seconds from SIGTERM to SIGKILL
+KILL_GRACE = 5.0  # seconds after SIGKILL until a process is taken for one that can't end
+BLAME_DELAY = 0.5  # seconds: who lives so long after a death was not killed with it
+RESTART_INTERVAL = 1.0  # seconds between two starts of workers that keep dying
+EXIT_TROUBLE = 2  # exit code of a worker that left because its queue can't be used
 LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
 
 
@@ -135,7 +135,7 @@ def backoff(base, attempts, longest):
         return longest
 
 
-def seconds(value):
+def parse_duration(value):
     """Return a duration in seconds from a number or text like 90, 90s, 1h30m, 7d."""
     if type(value) in (int, float):
         return float(value)
@@ -145,7 +145,7 @@ def seconds(value):
     return float(re.fullmatch(r"\d+\.?\d*|\.\d+", text, re.ASCII)[0])
 
 
-def size(value):
+def parse_size(value):
     """Return bytes from a whole number or text like 500, 64K, 1M."""
     if type(value) is int:
         return value
@@ -153,10 +153,10 @@ def size(value):
     return int(parts[1]) * {"": 1, "K": 2**10, "M": 2**20}[parts[2]]
 
 
-def epoch(value):
+def parse_time(value):
     """Return epoch seconds from a number or ISO 8601 text, local without a zone."""
     if not isinstance(value, str):
-        return seconds(value)
+        return parse_duration(value)
     text = value.strip().upper().replace("Z", "+00:00")
     if text == "NOW":
         return time.time()
@@ -170,7 +170,7 @@ def epoch(value):
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
-def storable(text):
+def is_storable(text):
     """Tell whether TEXT can be handed to a system call: no NUL, no lone surrogate."""
     return not UNSTORABLE.search(text)
 
@@ -179,7 +179,7 @@ def storable(text):
 # with the words for what is allowed; `checked` makes a whole sentence of them.
 
 
-def whole(low, high):
+def whole_number(low, high):
     def check(value):
         if type(value) is not int or not low <= value <= high:
             raise ValueError("a whole number from %d to %d" % (low, high))
@@ -188,7 +188,7 @@ def whole(low, high):
     return check
 
 
-def within(convert, low, high, allowed):
+def in_range(convert, low, high, allowed):
     def check(value):
         try:
             result = convert(value)
@@ -201,25 +201,25 @@ def within(convert, low, high, allowed):
     return check
 
 
-def duration(low):
+def duration_from(low):
     words = "a duration: from %g to %d seconds, also like 90s, 10m, 1h30m, 7d"
-    return within(seconds, low, MAX_SPAN, words % (low, MAX_SPAN))
+    return in_range(parse_duration, low, MAX_DURATION, words % (low, MAX_DURATION))
 
 
-moment = within(epoch, 0, MAX_TIME,
+check_time = in_range(parse_time, 0, MAX_TIME,
                 "a time before the year 10000: ISO 8601 like 2026-01-31T18:00:00Z, or"
                 " epoch seconds")
 
 
-def identifier(value):
+def check_id(value):
     if not isinstance(value, str) or not 1 <= len(value) <= 255 or (
             value.isspace() or not value.isprintable()):
         raise ValueError("text of 1 to 255 printable characters")
     return value
 
 
-def shell_line(value):
-    if not isinstance(value, str) or not value.strip() or not storable(value):
+def check_command(value):
+    if not isinstance(value, str) or not value.strip() or not is_storable(value):
         raise ValueError("a shell command: UTF-8 that is not blank and has no NUL")
     if len(value.encode()) > MAX_COMMAND:
         raise ValueError("at most %d bytes, which is what the system can start"
@@ -227,7 +227,7 @@ def shell_line(value):
     return value
 
 
-def here():
+def current_directory():
     """Return the current directory by the name that the shell knows it by.
 
     A symlink, like a deployed `current`, leads somewhere else tomorrow.
@@ -239,10 +239,10 @@ def here():
     return real
 
 
-def folder(value):
-    if not isinstance(value, str) or not storable(value) or not os.path.isdir(value):
+def check_directory(value):
+    if not isinstance(value, str) or not is_storable(value) or not os.path.isdir(value):
         raise ValueError("a directory that exists and has a name in UTF-8")
-    return os.path.normpath(os.path.join(here(), value))
+    return os.path.normpath(os.path.join(current_directory(), value))
 
 
 def optional(check, word):
@@ -256,30 +256,30 @@ def optional(check, word):
     return either
 
 
-def ids(value):
+def check_ids(value):
     """Check ids of other jobs; a single one may stand alone."""
-    return [identifier(id) for id in (value if isinstance(value, list) else [value])]
+    return [check_id(id) for id in (value if isinstance(value, list) else [value])]
 
 
-def prefix(value):
+def check_launcher(value):
     """Check a launcher: the beginning of a command line, such as `srun -Q -n1`."""
     import shlex
     import shutil
 
     try:
-        program = shlex.split(shell_line(value))[0]
+        program = shlex.split(check_command(value))[0]
         if not shutil.which(program):
-            raise ValueError("no program " + shown(program))
+            raise ValueError("no program " + printable(program))
     except ValueError as error:
         raise ValueError("the beginning of a command: %s" % error) from None
     return value
 
 
-def environment(value):
+def check_env(value):
     def fits(name, text):
         if not name or "=" in name or not isinstance(text, str):
             return False
-        return storable(name + text) and len((name + text).encode()) < MAX_COMMAND
+        return is_storable(name + text) and len((name + text).encode()) < MAX_COMMAND
 
     if not isinstance(value, dict) or not all(itertools.starmap(fits, value.items())):
         raise ValueError("an object of texts, with names without = and no NUL, each of"
@@ -289,19 +289,19 @@ def environment(value):
 
 # name: (check, default, meaning)
 SETTINGS = {
-    "max_retries": (whole(0, 10**6), 3, "failed attempts until a job is dead"),
-    "backoff_base": (within(seconds, 0, 10**6, "a number from 0 to 1000000"), 2,
+    "max_retries": (whole_number(0, 10**6), 3, "failed attempts until a job is dead"),
+    "backoff_base": (in_range(parse_duration, 0, 10**6, "a number from 0 to 1000000"), 2,
                      "the wait after n failures: base ** n seconds"),
-    "backoff_max": (duration(0), 86400, "longest such wait, in seconds"),
-    "timeout": (optional(duration(0.001), "none"), None,
+    "backoff_max": (duration_from(0), 86400, "longest such wait, in seconds"),
+    "timeout": (optional(duration_from(0.001), "none"), None,
                 "seconds a run may take, if its job has none"),
-    "output_limit": (within(size, 0, 2**26, "bytes from 0 to 64M, like 500, 64K, 1M"),
+    "output_limit": (in_range(parse_size, 0, 2**26, "bytes from 0 to 64M, like 500, 64K, 1M"),
                      2**20, "bytes of output that are kept, like 1M"),
-    "launcher": (optional(prefix, "none"), None,
+    "launcher": (optional(check_launcher, "none"), None,
                  "what runs are started through, like srun"),
-    "keep": (optional(duration(0), "forever"), None,
+    "keep": (optional(duration_from(0), "forever"), None,
              "seconds that completed jobs are kept"),
-    "on_dead": (optional(shell_line, "none"), None,
+    "on_dead": (optional(check_command, "none"), None,
                 "command started for each job that dies"),
 }
 
@@ -309,25 +309,25 @@ SETTINGS = {
 # for `delay`, which becomes a `run_at`, and `after`, which becomes rows of `waits`. The
 # default of those that have a setting is taken from there.
 FIELDS = {
-    "id": (identifier, None, "--id ID", "else a short one is made"),
-    "command": (shell_line, None, "--command LINE", "the same as -- LINE"),
+    "id": (check_id, None, "--id ID", "else a short one is made"),
+    "command": (check_command, None, "--command LINE", "the same as -- LINE"),
     "max_retries": (SETTINGS["max_retries"][0], None, "--max-retries N",
                     "failed attempts until it is dead"),
-    "priority": (whole(-MAX_INTEGER - 1, MAX_INTEGER), 0, "--priority N",
+    "priority": (whole_number(-MAX_INTEGER - 1, MAX_INTEGER), 0, "--priority N",
                  "higher first (0)"),
-    "run_at": (moment, None, "--run-at TIME", "ISO 8601, epoch seconds, or now"),
-    "delay": (duration(0), None, "--delay T", "like 90s, 10m, 1h30m, 7d"),
+    "run_at": (check_time, None, "--run-at TIME", "ISO 8601, epoch seconds, or now"),
+    "delay": (duration_from(0), None, "--delay T", "like 90s, 10m, 1h30m, 7d"),
     "timeout": (SETTINGS["timeout"][0], None, "--timeout T",
                 "end a run that takes longer"),
-    "cwd": (folder, None, "--cwd DIR", "where to run it (here)"),
-    "env": (environment, None, "--env NAME=VALUE",
+    "cwd": (check_directory, None, "--cwd DIR", "where to run it (here)"),
+    "env": (check_env, None, "--env NAME=VALUE",
             "a variable for it, can be given again"),
     # Here `none` is a value: no launcher, whatever the setting is.
-    "launcher": (lambda value: value if value == "none" else prefix(value), None,
+    "launcher": (lambda value: value if value == "none" else check_launcher(value), None,
                  "--launcher PREFIX", "start it through this: srun"),
-    "after": (lambda value: [] if value == "none" else ids(value), None,
+    "after": (lambda value: [] if value == "none" else check_ids(value), None,
               "--after ID", "only when that job is completed, can be given again"),
-    "lock": (optional(identifier, "none"), None,
+    "lock": (optional(check_id, "none"), None,
              "--lock NAME", "one at a time of those with this name"),
 }
 COLUMNS = [name for name in FIELDS if name not in ("delay", "after")]
@@ -344,18 +344,18 @@ def iso(moment):
     return None if moment is None else iso_second(int(moment))
 
 
-@functools.lru_cache(PAGE)
+@functools.lru_cache(BATCH)
 def iso_second(second):
     # Not by time.gmtime: on Windows that ends with the year 3000.
     return (EPOCH + timedelta(seconds=second)).isoformat() + "Z"
 
 
-def dated(row, *names):
+def with_iso_times(row, *names):
     """Return a row as JSON shows it, the times of these names as text."""
     return dict(row, **{name: iso(row[name]) for name in names})
 
 
-def public(job):
+def public_job(job):
     """Return a job as JSON shows it; the row begins with just that, in that order."""
     found = dict(zip(PUBLIC, job))
     for name in TIMES:
@@ -365,7 +365,7 @@ def public(job):
     return found
 
 
-def unknown(what, word, words):
+def unknown_word(what, word, words):
     """Return the QueueError for a word, with the likeliest of WORDS, or all of them."""
     from difflib import get_close_matches
 
@@ -392,7 +392,7 @@ def checked_fields(given, fields):
             if value is not None:
                 fields[name] = checked(name, FIELDS[name][0], value)
         elif name not in (*PUBLIC, "waiting", "runs"):
-            raise unknown("field " + json.dumps(name), name, FIELDS)
+            raise unknown_word("field " + json.dumps(name), name, FIELDS)
     if fields.get("delay") is not None and fields.get("run_at") is not None:
         raise QueueError("run_at and delay: give one of them, not both", 2)
     return fields
@@ -408,13 +408,13 @@ def checked_job(given, defaults):
     return job
 
 
-def without_twins(pairs):
+def refuse_duplicate_keys(pairs):
     """Return a JSON object; one that names a key twice would lose the first value."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twin = next(name for name in names if names.count(name) > 1)
-        raise QueueError("%s: given twice in one object" % shown(twin), 2)
+        raise QueueError("%s: given twice in one object" % printable(twin), 2)
     return found
 
 
@@ -423,16 +423,16 @@ NOT_JSON = "not JSON: %s; to run a command: queuectl.py enqueue -- %s"
 QUOTED = "in cmd \"%s\", in PowerShell '%s'" % (ESCAPED, ESCAPED)
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=without_twins)  # one for many lines
+DECODER = json.JSONDecoder(object_pairs_hook=refuse_duplicate_keys)  # one for many lines
 
 
-def parsed(text):
+def parse_json(text):
     """Return what a JSON text says, or raise QueueError with why it is none."""
     try:
         return DECODER.decode(text if isinstance(text, str) else text.decode())
     except ValueError as error:
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
-        start = shown(text.strip()[:60])
+        start = printable(text.strip()[:60])
         if re.match(r"\s*\{\s*\w", text) and '"' not in text:
             words = "not JSON, the shell took the quotes: %s; write %s"
             raise QueueError(words % (start, QUOTED), 2) from None
@@ -442,14 +442,14 @@ def parsed(text):
         raise QueueError("not JSON: %s: %s%s" % (error, start, hint), 2) from None
 
 
-def shown(text):
+def printable(text):
     """Return TEXT on one line, whatever could steer a terminal escaped."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def number(value):
+def number_text(value):
     """Return a number as text, without a fraction of zero."""
     return "%d" % value if value == int(value) else "%g" % value
 
@@ -458,7 +458,7 @@ def setting_name(key):
     """Return the name of a setting, spelt with - or _ and in any case."""
     name = key.lower().replace("-", "_")
     if name not in SETTINGS:
-        raise unknown("setting " + shown(key), name, SETTINGS)
+        raise unknown_word("setting " + printable(key), name, SETTINGS)
     return name
 
 
@@ -481,9 +481,9 @@ if WINDOWS:
     import _winapi
 
     BINARY = os.O_BINARY
-    LOCK_PLACE = 2**40  # far behind the text, which others could not read else
+    LOCK_OFFSET = 2**40  # far behind the text, which others could not read else
     STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGBREAK)
-    NO_FOLDER = (OSError,)  # or one that is just being removed
+    NO_DIRECTORY = (OSError,)  # or one that is just being removed
 else:
     import fcntl
     import select
@@ -491,16 +491,16 @@ else:
     BINARY = 0
     STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     WAKE_SIGNAL = signal.SIGURG  # ignored by who does not expect it
-    NO_FOLDER = (FileNotFoundError,)
+    NO_DIRECTORY = (FileNotFoundError,)
 
 REQUESTS = {"stop": 0, "now": 5, "over": 9}  # where in a pool's file each is written
 
 
-def flock(fd, shared=False):
+def try_lock(fd, shared=False):
     """Lock an open file unless another has it; a look is SHARED, so looks can meet."""
     try:
         if WINDOWS:
-            os.lseek(fd, LOCK_PLACE, os.SEEK_SET)
+            os.lseek(fd, LOCK_OFFSET, os.SEEK_SET)
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
         else:
             kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
@@ -514,7 +514,7 @@ def flock(fd, shared=False):
 
 
 @contextlib.contextmanager
-def opened(path, flags=os.O_RDONLY):
+def open_descriptor(path, flags=os.O_RDONLY):
     """Open a file for a while."""
     fd = os.open(path, flags | BINARY)
     try:
@@ -523,7 +523,7 @@ def opened(path, flags=os.O_RDONLY):
         os.close(fd)
 
 
-def still_names(path, status):
+def is_same_file(path, status):
     """Tell whether PATH still names the file of this status, as far as is known."""
     try:
         return os.path.samestat(os.stat(path), status)
@@ -533,7 +533,7 @@ def still_names(path, status):
         return True
 
 
-def wait_until(condition, seconds, pause=TICK / 10):
+def wait_until(condition, seconds, pause=POLL_INTERVAL / 10):
     """Wait until something holds or the time is over; return whether it does."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -543,7 +543,7 @@ def wait_until(condition, seconds, pause=TICK / 10):
     return True
 
 
-def hold(path):
+def lock_file(path):
     """Make a file, or take over a leftover, and hold it; return its descriptor.
 
     Between opening and locking it somebody may look at it, or take it for a leftover
@@ -558,28 +558,28 @@ def hold(path):
                 os.mkdir(os.path.dirname(path), 0o700)
             continue
         status = os.fstat(fd)
-        if flock(fd) and still_names(path, status):
+        if try_lock(fd) and is_same_file(path, status):
             if status.st_size:
                 os.ftruncate(fd, 0)
             os.lseek(fd, 0, os.SEEK_SET)  # locking went far behind the text on Windows
             return fd
         os.close(fd)
-        time.sleep(TICK / 100)
-    raise QueueError("%s is held by another process of that number" % shown(path))
+        time.sleep(POLL_INTERVAL / 100)
+    raise QueueError("%s is held by another process of that number" % printable(path))
 
 
-def held(path):
+def is_locked(path):
     """Tell whether a living process holds a file."""
     try:
-        with opened(path) as fd:
-            return not flock(fd, shared=True)
+        with open_descriptor(path) as fd:
+            return not try_lock(fd, shared=True)
     except FileNotFoundError:
         return False
     except PermissionError:
         return True  # another user's: nobody here can tell
 
 
-def foreign(path):
+def owner_hint(path):
     """Return what to do about a file that is another user's, nothing if it is not."""
     with contextlib.suppress(OSError, AttributeError):
         if os.stat(path).st_uid != os.geteuid() and not os.access(path, os.W_OK):
@@ -592,63 +592,63 @@ def remove_leftover(path):
     with contextlib.suppress(OSError):
         if WINDOWS:
             return os.remove(path)  # which refuses what somebody has open
-        with opened(path) as fd:
-            free = flock(fd, shared=True) and wait_until(lambda: flock(fd), TICK)
-            if free and still_names(path, os.fstat(fd)):
+        with open_descriptor(path) as fd:
+            free = try_lock(fd, shared=True) and wait_until(lambda: try_lock(fd), POLL_INTERVAL)
+            if free and is_same_file(path, os.fstat(fd)):
                 os.remove(path)
 
 
-def beside(path, ending):
+def path_beside(path, ending):
     """Return the name of one of the files that lie beside a queue's database."""
     return (path[:-3] if path.endswith(".db") else path) + ending
 
 
 def pool_file(path, pool):
-    return beside(path, "-%d.pid" % pool)
+    return path_beside(path, "-%d.pid" % pool)
 
 
 def worker_file(path, pool, pid):
-    return os.path.join(beside(path, ".runs"), "worker-%d-%d" % (pool, pid))
+    return os.path.join(path_beside(path, ".runs"), "worker-%d-%d" % (pool, pid))
 
 
-def pools_named(path):
+def pools_with_files(path):
     """Return the numbers of the pools that have a file, alive or not."""
-    home, stem = os.path.split(beside(path, "-"))
+    home, stem = os.path.split(path_beside(path, "-"))
     names = [name[len(stem) : -4] for name in os.listdir(home)
              if name.startswith(stem) and name.endswith(".pid")]
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def workers_named(path):
+def workers_with_files(path):
     """Return pool and pid of the workers that have a file, alive or not."""
     found = []
-    with contextlib.suppress(*NO_FOLDER):
-        for name in os.listdir(beside(path, ".runs")):
+    with contextlib.suppress(*NO_DIRECTORY):
+        for name in os.listdir(path_beside(path, ".runs")):
             kind, *numbers = name.split("-")
             if kind == "worker" and len(numbers) == 2 and "".join(numbers).isdecimal():
                 found.append(tuple(map(int, numbers)))
     return sorted(found)
 
 
-def pools(path):
+def living_pools(path):
     """Return the pools of a queue that live, each with its workers: {pool: [pid]}.
 
     A worker outlives a supervisor that was killed, until its job has ended.
     """
-    found = {pool: [] for pool in pools_named(path) if held(pool_file(path, pool))}
-    for pool, pid in workers_named(path):
-        if held(worker_file(path, pool, pid)):
+    found = {pool: [] for pool in pools_with_files(path) if is_locked(pool_file(path, pool))}
+    for pool, pid in workers_with_files(path):
+        if is_locked(worker_file(path, pool, pid)):
             found.setdefault(pool, []).append(pid)
     return found
 
 
-def remove_pool_files(path):
+def remove_stale_pool_files(path):
     """Remove the files of pools that are gone, with all their workers.
 
     While a worker lives, it can be asked by it to stop, even if its supervisor is gone.
     """
-    living = pools(path)
-    for pool in pools_named(path):
+    living = living_pools(path)
+    for pool in pools_with_files(path):
         if pool not in living:
             remove_leftover(pool_file(path, pool))
 
@@ -663,26 +663,26 @@ def wake(pids):
 def wake_workers(path):
     """Let idle workers look at once instead of within a second."""
     with contextlib.suppress(OSError):
-        wake(pid for _, pid in workers_named(path))
+        wake(pid for _, pid in workers_with_files(path))
 
 
-def ask(path, pool, word):
+def request_stop(path, pool, word):
     """Write into a pool's file: `stop`, stop `now`, or that its drain is `over`."""
     with contextlib.suppress(FileNotFoundError):
         with open(pool_file(path, pool), "r+b") as file:
             file.seek(REQUESTS[word])
             file.write(word.encode())
     wake([pool])
-    wake(pid for owner, pid in workers_named(path) if owner == pool)
+    wake(pid for owner, pid in workers_with_files(path) if owner == pool)
 
 
-def asked(path, pool):
+def requested_stop(path, pool):
     """Return what a pool is asked: "now", "over", "stop" or None.
 
     A pool whose file was removed can never be asked: it stops.
     """
     try:
-        with opened(pool_file(path, pool)) as fd:
+        with open_descriptor(pool_file(path, pool)) as fd:
             text = os.read(fd, 16)
     except FileNotFoundError:
         return "stop"
@@ -692,7 +692,7 @@ def asked(path, pool):
     return words[0] if words else None
 
 
-def abandoned(pool):
+def supervisor_is_gone(pool):
     """Tell a worker whether its supervisor is gone."""
     if not WINDOWS:
         return os.getppid() != pool
@@ -719,7 +719,7 @@ class Wake:
 
     def wait(self, timeout, *readers):
         if WINDOWS:
-            return time.sleep(max(0.0, min(timeout, TICK / 4)))
+            return time.sleep(max(0.0, min(timeout, POLL_INTERVAL / 4)))
         ready = select.select([self.reader, *readers], [], [], max(0.0, timeout))[0]
         return self.reader in ready and os.read(self.reader, 2**16)  # all it holds
 
@@ -732,7 +732,7 @@ def catch_signals(handler):
             signal.signal(number, handler)
 
 
-def close_on_exec():
+def inherit_nothing():
     """Let no command inherit what this process was started with, such as a lock."""
     if os.path.isdir("/dev/fd"):  # on Windows nothing is inherited that is not named
         for fd in map(int, os.listdir("/dev/fd")):
@@ -740,7 +740,7 @@ def close_on_exec():
                 os.set_inheritable(fd, fd <= 2)
 
 
-def shell_words(words):
+def shell_line(words):
     """Return the shell line that runs these words; a single one is a line already."""
     if len(words) == 1:
         return words[0]
@@ -907,22 +907,22 @@ MIGRATIONS = {}
 CLAIMABLE = "state = 'pending' AND claimable = 1"
 FOR_A_TIME = "claimable = 0 AND waits = 0"  # it waits for nothing else
 # `claimable` of what waits for no time: with a lock 2, and `lock_moved` elects one.
-FREE = "(waits = 0) * (1 + (lock NOT NULL))"
+OPEN_GATE = "(waits = 0) * (1 + (lock NOT NULL))"
 WAITED_FOR = "EXISTS (SELECT 1 FROM waits WHERE waits_for = jobs.seq)"
 PAUSED = "EXISTS (SELECT 1 FROM config WHERE key = 'paused')"
 # By number, since SQLite takes a tuple in half the time of a dict.
-ADDED = (*COLUMNS, "now")
-ADD = re.sub(
-    r":(\w+)", lambda name: "?%d" % (1 + ADDED.index(name[1])),
+INSERTED = (*COLUMNS, "now")
+INSERT_JOB = re.sub(
+    r":(\w+)", lambda name: "?%d" % (1 + INSERTED.index(name[1])),
     "INSERT INTO jobs (%s, claimable, created_at, updated_at) VALUES (:%s,"
     " (:run_at <= :now) * (1 + (:lock NOT NULL)), :now, :now)" % (
         ", ".join(COLUMNS), ", :".join(COLUMNS)))
-MOVE_ONE = "UPDATE jobs SET claimable = 2 WHERE seq = (SELECT seq FROM jobs WHERE" \
+POKE_LOCK = "UPDATE jobs SET claimable = 2 WHERE seq = (SELECT seq FROM jobs WHERE" \
     " lock = ? AND state = 'pending' AND claimable = 2 LIMIT 1)"
-AGAIN = "state = 'pending', attempts = 0, deaths = 0, cancelled = 0, error = NULL"
-REVIVE = "UPDATE jobs SET %s, %s, claimable = 0, updated_at = :now" \
+RESET = "state = 'pending', attempts = 0, deaths = 0, cancelled = 0, error = NULL"
+RESTART = "UPDATE jobs SET %s, %s, claimable = 0, updated_at = :now" \
     " WHERE id = :id AND %s" % (
-        AGAIN, ", ".join("%s = :%s" % (name, name) for name in COLUMNS[1:]),
+        RESET, ", ".join("%s = :%s" % (name, name) for name in COLUMNS[1:]),
         in_states(FINISHED))
 SECONDS = "round(finished_at - started_at, 3)"  # that a run took, NULL until its end
 COLUMN_OF = {
@@ -930,7 +930,7 @@ COLUMN_OF = {
     "after": "CASE WHEN waits > 0 THEN (SELECT group_concat(front.id, char(10))"
     " FROM waits JOIN jobs AS front ON front.seq = waits_for"
     " WHERE waits.seq = jobs.seq) END"}
-JOB = "SELECT %s, seq, run, claimable, waits FROM jobs LEFT JOIN runs USING (seq, run) " \
+SELECT_JOB = "SELECT %s, seq, run, claimable, waits FROM jobs LEFT JOIN runs USING (seq, run) " \
     % ", ".join("%s AS %s" % (COLUMN_OF.get(name, name), name) for name in PUBLIC)
 # How a run ended that was no fault of its job, or that somebody wanted to end.
 INTERRUPTED = ("worker died", "stop --now", "stopped", "cancelled")
@@ -946,7 +946,7 @@ NO_JOB = "there is no job "
 Condition = collections.namedtuple("Condition", "sql, values")
 
 
-def those(states=STATES, text="", before=None, cancelled=None, waited_for=None,
+def where(states=STATES, text="", before=None, cancelled=None, waited_for=None,
           errors=False):
     """Return the condition for jobs of which all that is given is true.
 
@@ -970,21 +970,21 @@ def those(states=STATES, text="", before=None, cancelled=None, waited_for=None,
     return Condition(" AND ".join(parts or ["1"]), {"text": text, "before": before})
 
 
-def spread(values):
+def percentiles(values):
     """Return median, 95th percentile and maximum; None without any."""
     ordered = sorted(values) or [None]
     return {name: ordered[min(int(len(ordered) * part), len(ordered) - 1)]
             for name, part in (("median", 0.5), ("p95", 0.95), ("longest", 1))}
 
 
-def uri(path):
+def database_uri(path):
     """Return the name of a database that SQLite does not create if it is gone."""
     name = re.sub("[%?#]", lambda match: "%%%x" % ord(match[0]), path)
     name = name.replace(os.sep, "/")
     return "file://" + "/" * (name[0] != "/") + name + "?mode=rw"
 
 
-OPEN = weakref.WeakSet()  # the queues of this process that have a connection
+CONNECTED = weakref.WeakSet()  # the queues of this process that have a connection
 
 
 class Database:
@@ -994,13 +994,13 @@ class Database:
     and ends, and that no connection crosses a fork.
     """
 
-    def __init__(self, path, sync="FULL", patience=PATIENCE, new=True):
+    def __init__(self, path, sync="FULL", lock_timeout=LOCK_TIMEOUT, new=True):
         self.path = os.path.realpath(path)  # one queue, whatever links lead to it
-        self.patience, self.sync, self._db = patience, sync, None
+        self.lock_timeout, self.sync, self._db = lock_timeout, sync, None
         self.owner = os.getpid(), _thread.get_ident()
         self._find(new)
         try:
-            if not self._prepared():
+            if not self._is_prepared():
                 self._prepare()
         except BaseException:
             self.close()
@@ -1010,20 +1010,20 @@ class Database:
         """Find the file, or make it; refuse one by which jobs would get lost."""
         if not os.path.exists(self.path):
             if not new:  # a pool must not bring back what its user removed
-                raise QueueError("there is no queue %s" % shown(self.path))
+                raise QueueError("there is no queue %s" % printable(self.path))
             # Only a new one: to close another's would drop what this process has locked.
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL, 0o600))
         self.file = os.stat(self.path)
         if not stat.S_ISREG(self.file.st_mode):
-            raise QueueError("%s is not a regular file" % shown(self.path))
+            raise QueueError("%s is not a regular file" % printable(self.path))
         # SQLite finds the log by the path. A running pool does not ask again, or
         # `cp -al` would end it.
         if self.sync == "FULL" and self.file.st_nlink > 1:
             words = "%s has another name (a hard link), by which jobs would get lost"
-            raise QueueError(words % shown(self.path))
-        if foreign(self.path):
-            raise QueueError(shown(self.path) + foreign(self.path))
+            raise QueueError(words % printable(self.path))
+        if owner_hint(self.path):
+            raise QueueError(printable(self.path) + owner_hint(self.path))
 
     @property
     def db(self):
@@ -1038,15 +1038,15 @@ class Database:
         return self._db
 
     def _connect(self):
-        self.check_there()
+        self.check_exists()
         self._db = sqlite3.connect(
-            uri(self.path), uri=True, timeout=self.patience, isolation_level=None)
+            database_uri(self.path), uri=True, timeout=self.lock_timeout, isolation_level=None)
         self._db.row_factory = sqlite3.Row
         self._rows("PRAGMA synchronous = " + self.sync)
-        self.check_there()  # or this is another one, just put in its place
+        self.check_exists()  # or this is another one, just put in its place
         self._rows("PRAGMA fullfsync = ON")  # macOS: sync for real
         self._rows("PRAGMA journal_size_limit = %d" % 2**24)
-        OPEN.add(self)
+        CONNECTED.add(self)
 
     def _check_owner(self):
         if self.owner != (os.getpid(), _thread.get_ident()):
@@ -1073,11 +1073,11 @@ class Database:
         that others write to: acknowledged jobs were lost so.
         """
         here = os.getpid(), _thread.get_ident()
-        for queue in list(OPEN):
+        for queue in list(CONNECTED):
             if queue.owner == here and queue._db and not queue._db.in_transaction:
                 queue._disconnect()
 
-    def _prepared(self):
+    def _is_prepared(self):
         """Tell whether its header says that there is nothing to prepare."""
         try:
             return (self._value("PRAGMA user_version"), self._value(
@@ -1097,10 +1097,10 @@ class Database:
         tried until it holds. It comes before any table is made: a kill in between would
         leave a queue without that log.
         """
-        if self._is_empty() and not wait_until(self._use_wal, self.patience):
-            raise QueueError("%s: another program has locked it" % shown(self.path))
+        if self._is_empty() and not wait_until(self._use_wal, self.lock_timeout):
+            raise QueueError("%s: another program has locked it" % printable(self.path))
         with self.transaction():
-            if self._prepared():  # by another process, in the meantime
+            if self._is_prepared():  # by another process, in the meantime
                 return
             if not self._is_empty():
                 self._migrate()
@@ -1111,7 +1111,7 @@ class Database:
 
     def _migrate(self):
         """Bring an older version up to what SCHEMA expects, or refuse the database."""
-        name, version = shown(self.path), self._value("PRAGMA user_version")
+        name, version = printable(self.path), self._value("PRAGMA user_version")
         if self._value("PRAGMA application_id") != APPLICATION_ID:
             raise QueueError("%s is not a queue of queuectl" % name)
         if version < 2:
@@ -1185,7 +1185,7 @@ class Database:
 
         SQLite's own waiting sleeps for milliseconds, several turns of other workers.
         """
-        deadline, pause = time.monotonic() + self.patience, 0.00003
+        deadline, pause = time.monotonic() + self.lock_timeout, 0.00003
         self._rows("PRAGMA busy_timeout = 0")
         try:
             while True:
@@ -1197,7 +1197,7 @@ class Database:
                 time.sleep(pause)
                 pause = min(1.5 * pause, 0.02)
         finally:
-            self._rows("PRAGMA busy_timeout = %d" % (1000 * self.patience))
+            self._rows("PRAGMA busy_timeout = %d" % (1000 * self.lock_timeout))
 
     def _change(self, sql, *values, **named):
         """Execute a statement; how many rows it found to change is the answer."""
@@ -1218,10 +1218,10 @@ class Database:
         row = self._row(sql, *values)
         return row[0] if row else None
 
-    def check_there(self):
+    def check_exists(self):
         """Raise QueueError if it is gone: what waits for it would wait for ever."""
-        if not still_names(self.path, self.file):
-            raise QueueError("%s was removed" % shown(self.path))
+        if not is_same_file(self.path, self.file):
+            raise QueueError("%s was removed" % printable(self.path))
 
 
 class Queue(Database):
@@ -1231,8 +1231,8 @@ class Queue(Database):
     was somebody else's, and nothing happens. `clock` returns epoch seconds.
     """
 
-    def __init__(self, path, sync="FULL", patience=PATIENCE, clock=time.time, new=True):
-        super().__init__(path, sync, patience, new)
+    def __init__(self, path, sync="FULL", lock_timeout=LOCK_TIMEOUT, clock=time.time, new=True):
+        super().__init__(path, sync, lock_timeout, new)
         self.clock = clock
         self.token = self._value("SELECT value FROM config WHERE key = 'token'")
 
@@ -1244,7 +1244,7 @@ class Queue(Database):
         return dict(
             {name: default for name, (_, default, _, _) in FIELDS.items()},
             max_retries=values["max_retries"], timeout=values["timeout"],
-            cwd=checked("cwd", folder, cwd or here()))
+            cwd=checked("cwd", check_directory, cwd or current_directory()))
 
     def add(self, command, **fields):
         """Check and enqueue one job, with the fields of its JSON; return its id."""
@@ -1260,7 +1260,7 @@ class Queue(Database):
         other fields, so that its runs stay.
         """
         now, job, followers, locks = self.clock(), None, [], set()
-        values = operator.itemgetter(*ADDED)
+        values = operator.itemgetter(*INSERTED)
 
         def rows():
             nonlocal job
@@ -1272,7 +1272,7 @@ class Queue(Database):
                     job["id"] = self._new_id()
                 if job["run_at"] is None:
                     job["run_at"] = min(now + (job["delay"] or 0), MAX_TIME)
-                new = not unique or self._start_again(job) is None
+                new = not unique or self._restart(job) is None
                 if job["after"] and (new or not job["left"]):
                     followers.append((job["id"], job["after"]))
                 if new:
@@ -1281,21 +1281,21 @@ class Queue(Database):
                     yield values(job)
 
         with self.transaction():
-            self.check_there()  # a removed file takes jobs, too, and nobody finds them
+            self.check_exists()  # a removed file takes jobs, too, and nobody finds them
             try:
-                added = self.db.executemany(ADD, rows()).rowcount
+                added = self.db.executemany(INSERT_JOB, rows()).rowcount
             except sqlite3.IntegrityError:
                 words = "there is a job %s already"
-                raise QueueError(words % shown(job["id"])) from None
+                raise QueueError(words % printable(job["id"])) from None
             count = "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'"
             self._change(count, added)
             last = self._value("SELECT MAX(seq) FROM jobs") or 0
-            self._wait_for(followers, new=not unique)  # later ones are there now, too
-            self.db.executemany(MOVE_ONE, [(lock,) for lock in locks])
+            self._add_dependencies(followers, new=not unique)  # later ones are there now, too
+            self.db.executemany(POKE_LOCK, [(lock,) for lock in locks])
         wake_workers(self.path)
         return last - added + 1, last
 
-    def _wait_for(self, followers, new=False):
+    def _add_dependencies(self, followers, new=False):
         """Let jobs wait for others: pairs of an id and the ids that it comes after.
 
         NEW jobs are in a circle only if one of them waits for one of a higher number.
@@ -1306,7 +1306,7 @@ class Queue(Database):
             for name in fronts:
                 front = self._rows("SELECT seq, state FROM jobs WHERE id = ?", name)
                 if not front:
-                    raise QueueError("after: " + NO_JOB + shown(name))
+                    raise QueueError("after: " + NO_JOB + printable(name))
                 if front[0]["state"] != "completed":
                     self._change("INSERT OR IGNORE INTO waits VALUES (?, ?)",
                                  seq, front[0]["seq"])
@@ -1330,12 +1330,12 @@ class Queue(Database):
             id = self._value("SELECT id FROM jobs WHERE seq = ?", seq)
             raise QueueError("after: in a circle, so that job %s would never run" % id)
 
-    def _start_again(self, job):
+    def _restart(self, job):
         """Let a finished job of this id start again; return its seq, None without one.
 
         An unfinished one is left alone, which is noted in JOB.
         """
-        again = self._change(REVIVE, **job)
+        again = self._change(RESTART, **job)
         seq = self._value("SELECT seq FROM jobs WHERE id = ?", job["id"])
         if again:  # what it waited for is among its fields
             self._change("DELETE FROM waits WHERE seq = ?", seq)
@@ -1371,7 +1371,7 @@ class Queue(Database):
             values = self.settings()
             launcher = row["launcher"] or values["launcher"]
             run = dict(row, worker=worker, pid=None, started_at=now,
-                       lease=self.lease(row), output_limit=values["output_limit"],
+                       lease=self.lease_path(row), output_limit=values["output_limit"],
                        launcher=None if launcher == "none" else launcher)
             take_lease(run)
             self.db.execute(
@@ -1388,35 +1388,35 @@ class Queue(Database):
         A hundred thousand that become due at once would hold up one claim for seconds:
         what is left after some of them is for the next.
         """
-        until = time.monotonic() + TICK / 10
+        until = time.monotonic() + POLL_INTERVAL / 10
         while self._change(
-                "UPDATE jobs SET state = 'pending', claimable = " + FREE +
+                "UPDATE jobs SET state = 'pending', claimable = " + OPEN_GATE +
                 " WHERE " + in_states(WAITING) + " AND seq IN (SELECT seq FROM jobs WHERE "
                 + FOR_A_TIME + " AND run_at <= ? ORDER BY run_at LIMIT 100)",
                 now) == 100 and time.monotonic() < until:
             pass
 
-    def promote_overtaken(self):
+    def promote_after_clock_step(self):
         """FAILED to PENDING, where the clock was set back behind the failure."""
         now = self.clock()
         self._change(
-            "UPDATE jobs SET state = 'pending', claimable = " + FREE + ", run_at = ?"
+            "UPDATE jobs SET state = 'pending', claimable = " + OPEN_GATE + ", run_at = ?"
             " WHERE state = 'failed' AND " + RARE + " AND " + FOR_A_TIME +
             " AND updated_at > ?", now, now + 1)
 
     def complete(self, run, result):
         """PROCESSING to COMPLETED."""
-        return self._leave(run, result, "completed", None)
+        return self._finish(run, result, "completed", None)
 
     def fail(self, run, result):
         """PROCESSING to FAILED, to be tried again after the backoff, or to DEAD."""
         if run["attempt"] >= max(1, run["max_retries"]):
-            return self._leave(run, result, "dead", result["error"])
+            return self._finish(run, result, "dead", result["error"])
         values = self.settings()
         wait = backoff(values["backoff_base"], run["attempt"], values["backoff_max"])
         due = min(self.clock() + wait, MAX_TIME)
         error = result["error"]
-        return self._leave(run, result, "failed", error, claimable=0, run_at=due)
+        return self._finish(run, result, "failed", error, claimable=0, run_at=due)
 
     def release(self, run, result, blamed=False):
         """PROCESSING back to PENDING; the attempt, no fault of the job, is given back.
@@ -1428,14 +1428,14 @@ class Queue(Database):
         deaths += blamed
         if deaths >= MAX_DEATHS:
             error = "worker died %d times" % deaths
-            return self._leave(run, result, "dead", error, deaths=deaths)
+            return self._finish(run, result, "dead", error, deaths=deaths)
         rest = run["attempt"] - 1
-        return self._leave(run, result, "pending", None, attempts=rest, deaths=deaths)
+        return self._finish(run, result, "pending", None, attempts=rest, deaths=deaths)
 
-    def _leave(self, run, result, state, error, **changes):
+    def _finish(self, run, result, state, error, **changes):
         """Move a job out of PROCESSING if this run still owns it; record the run."""
         with self.transaction():
-            if state != "completed" and self.cancelled(run):
+            if state != "completed" and self.cancel_requested(run):
                 state, error, changes = "dead", "cancelled", {}
             changes.update(state=state, error=error, updated_at=self.clock())
             columns = ", ".join(name + " = ?" for name in changes)
@@ -1475,21 +1475,21 @@ class Queue(Database):
             return False
         with self.transaction():
             seq = self._value("SELECT seq FROM untold LIMIT 1")
-            for job in self._rows(JOB + "WHERE seq = ? AND state = 'dead'", seq):
+            for job in self._rows(SELECT_JOB + "WHERE seq = ? AND state = 'dead'", seq):
                 start(job)
             self._change("DELETE FROM untold WHERE seq = ?", seq)
         return True
 
-    def owned(self, run):
+    def is_current(self, run):
         """Tell whether a run still owns its job."""
         query = "SELECT 1 FROM jobs WHERE seq = ? AND run = ? AND state = 'processing'"
         return bool(self._value(query, run["seq"], run["run"]))
 
-    def cancelled(self, run):
+    def cancel_requested(self, run):
         """Tell whether a job is to be cancelled: DEAD as soon as its run has ended."""
         return bool(self._value("SELECT cancelled FROM jobs WHERE seq = ?", run["seq"]))
 
-    def note_pid(self, run):
+    def record_pid(self, run):
         """Record the process of a run that has been going on for a while."""
         self._change(
             "UPDATE runs SET pid = ?, started_at = ?"
@@ -1514,7 +1514,7 @@ class Queue(Database):
             if "after" in fields:
                 seq = self.job(id)["seq"]
                 self._change("DELETE FROM waits WHERE seq = ?", seq)
-                self._wait_for([(id, fields["after"])])
+                self._add_dependencies([(id, fields["after"])])
             self.promote(now)
         wake_workers(self.path)
 
@@ -1531,7 +1531,7 @@ class Queue(Database):
     def retry(self, jobs, states=TAKES["retry"]):
         """COMPLETED or DEAD to PENDING with attempts 0; return how many."""
         again = "UPDATE jobs SET %s, claimable = %s, run_at = :now, updated_at = :now"
-        return self._apply(jobs, [(again % (AGAIN, FREE), those(states).sql)],
+        return self._apply(jobs, [(again % (RESET, OPEN_GATE), where(states).sql)],
                            "job %(id)s is %(state)s, not " + " or ".join(states))
 
     def delete(self, jobs):
@@ -1546,7 +1546,7 @@ class Queue(Database):
                 chained = self._value("SELECT 1 FROM waits LIMIT 1")
                 removed = self._apply(jobs, [change])
                 count += removed
-            self._give_back()
+            self._vacuum()
             return count
         with self.transaction():
             named = self._named(jobs)
@@ -1556,9 +1556,9 @@ class Queue(Database):
                 for seq, id in self._rows(query + " WHERE waits_for = ?", job["seq"]):
                     if seq not in numbers:
                         words = "job %s is waited for by %s: name that, too"
-                        raise QueueError(words % (shown(job["id"]), shown(id)))
+                        raise QueueError(words % (printable(job["id"]), printable(id)))
             count = self._apply(jobs, [change], "job %(id)s is running")
-        self._give_back()
+        self._vacuum()
         wake_workers(self.path)
         return count
 
@@ -1574,7 +1574,7 @@ class Queue(Database):
                     if not any([self._change(change + " WHERE seq = :seq AND " + state,
                                              **values, seq=job["seq"])
                                 for change, state in changes]):
-                        raise QueueError(refusal % dict(job, id=shown(job["id"])))
+                        raise QueueError(refusal % dict(job, id=printable(job["id"])))
             count = len(named)
         if not self.db.in_transaction:  # or they would see nothing of it yet
             wake_workers(self.path)
@@ -1591,14 +1591,14 @@ class Queue(Database):
         Return how many, and where the next page begins.
         """
         page = self._rows(
-            "SELECT seq FROM jobs WHERE seq >= ? ORDER BY seq LIMIT ?", first, PAGE)
+            "SELECT seq FROM jobs WHERE seq >= ? ORDER BY seq LIMIT ?", first, BATCH)
         if not page:
             return 0, 1
         last = page[-1]["seq"]
         count = self._change(
             "DELETE FROM jobs WHERE seq BETWEEN ? AND ? AND updated_at < ?"
             " AND state = 'completed'", first, last, self.clock() - keep)
-        self._give_back()
+        self._vacuum()
         return count, last + 1
 
     def _in_pages(self, jobs, changes, values):
@@ -1609,7 +1609,7 @@ class Queue(Database):
         """
         where = "%s AND (%s)" % (jobs.sql, " OR ".join(state for _, state in changes))
         values = {**values, **jobs.values, "last": 0}
-        count, length = 0, PAGE
+        count, length = 0, BATCH
         while True:
             page = self._rows("SELECT seq FROM jobs WHERE seq > :last AND " + where
                               + " ORDER BY seq LIMIT :length", **values, length=length)
@@ -1623,9 +1623,9 @@ class Queue(Database):
                         "%s WHERE seq BETWEEN :first AND :last AND %s AND %s"
                         % (change, jobs.sql, state), **values)
             took = max(0.001, time.monotonic() - began)  # Windows has a coarse clock
-            length = max(1, min(PAGE, int(len(page) * TICK / 4 / took)))
+            length = max(1, min(BATCH, int(len(page) * POLL_INTERVAL / 4 / took)))
 
-    def _give_back(self):
+    def _vacuum(self):
         """Return the space of what was removed to the file system, if it is much."""
         for _ in range(self._value("PRAGMA freelist_count") // 1000):
             # As a script, since `execute` ends it after the first page.
@@ -1635,12 +1635,12 @@ class Queue(Database):
 
     def job(self, id):
         """Return one job with what its latest run left."""
-        rows = self._rows(JOB + "WHERE id = ?", id) if storable(id) else []
+        rows = self._rows(SELECT_JOB + "WHERE id = ?", id) if is_storable(id) else []
         if not rows:
-            raise QueueError(NO_JOB + shown(id))
+            raise QueueError(NO_JOB + printable(id))
         return rows[0]
 
-    def dead(self, condition, below=None):
+    def dead_jobs(self, condition, below=None):
         """Yield the dead jobs that meet a condition, the latest death first.
 
         Those below a job in this order, if its id is given and it is still dead.
@@ -1652,35 +1652,35 @@ class Queue(Database):
         query += condition.sql + " ORDER BY updated_at DESC, seq DESC"
         numbers = self._rows(query, **condition.values, at=at, number=number)
         for seq, in numbers:
-            yield from self._rows(JOB + "WHERE seq = ? AND state = 'dead'", seq)
+            yield from self._rows(SELECT_JOB + "WHERE seq = ? AND state = 'dead'", seq)
 
-    def find(self, prefix):
+    def find_job(self, prefix):
         """Return the job of this id, or else the only one whose id begins so."""
         ids = []
-        if len(prefix) >= 4 and storable(prefix):
+        if len(prefix) >= 4 and is_storable(prefix):
             ids = [id for id, in self._rows(
                 "SELECT id FROM jobs WHERE id >= ? AND id < ? LIMIT 2",
                 prefix, prefix + chr(sys.maxunicode))]
         if len(ids) == 2 and prefix not in ids:
             raise QueueError("several jobs begin with %s: %s, %s" % (
-                shown(prefix), *map(shown, ids)))
+                printable(prefix), *map(printable, ids)))
         return self.job(ids[0] if len(ids) == 1 else prefix)
 
-    def jobs(self, condition=those(), limit=0, newest=False, first=1, last=MAX_INTEGER,
+    def jobs(self, condition=where(), limit=0, newest=False, first=1, last=MAX_INTEGER,
              brief=False):
         """Yield jobs, oldest or NEWEST first; LIMIT 0 is all; BRIEF ones are quicker.
 
         Each page is a read of its own: a long one keeps the log from its reset.
         """
         left = limit or MAX_INTEGER
-        query = "SELECT seq, id, state, command FROM jobs " if brief else JOB
+        query = "SELECT seq, id, state, command FROM jobs " if brief else SELECT_JOB
         query += "WHERE seq BETWEEN :first AND :last AND " + condition.sql
         query += " ORDER BY seq %s LIMIT :size" % ("DESC" if newest else "")
         while left > 0:
             page = self._rows(query, **condition.values, first=first, last=last,
-                              size=min(left, PAGE))
+                              size=min(left, BATCH))
             yield from page
-            left = left - len(page) if len(page) == PAGE else 0
+            left = left - len(page) if len(page) == BATCH else 0
             if page and newest:
                 last = page[-1]["seq"] - 1
             elif page:
@@ -1691,7 +1691,7 @@ class Queue(Database):
         sql = "SELECT COUNT(*) FROM jobs WHERE " + condition.sql
         return self._rows(sql, **condition.values)[0][0]
 
-    def number_below(self, id):
+    def seq_before(self, id):
         """Return the seq before that of a job; if it is gone, one above all."""
         number = self._value("SELECT seq FROM jobs WHERE id = ?", id) or MAX_INTEGER
         return number - 1
@@ -1700,7 +1700,7 @@ class Queue(Database):
         """Return the state of a job, None if it is gone."""
         return self._value("SELECT state FROM jobs WHERE id = ?", id)
 
-    def fronts(self, job):
+    def dependencies(self, job):
         """Return the jobs that one waits for, dead ones first."""
         return self._rows(
             "SELECT id, state FROM waits JOIN jobs ON jobs.seq = waits_for"
@@ -1716,7 +1716,7 @@ class Queue(Database):
                " UNION SELECT waits.seq FROM blocked"
                " JOIN waits ON waits_for = blocked.seq) ")
 
-    def blocked(self):
+    def blocked_seqs(self):
         """Return the numbers of the jobs that wait, directly or not, for a dead one."""
         return {seq for seq, in self._rows(self.BLOCKED + "SELECT seq FROM blocked")}
 
@@ -1729,7 +1729,7 @@ class Queue(Database):
             self.BLOCKED + "SELECT COUNT(*) FROM blocked JOIN jobs USING (seq)"
             " WHERE state = 'pending'"))
 
-    def locked_by(self, job):
+    def lock_holder(self, job):
         """Return the id of the job that has the lock of this one, or gets it next."""
         return self._value(
             "SELECT id FROM jobs WHERE lock = ? AND state = 'processing' AND " + RARE +
@@ -1748,7 +1748,7 @@ class Queue(Database):
         query = "SELECT output FROM runs WHERE seq = ? AND run = ?"
         return self._value(query, job["seq"], run or job["run"])
 
-    def ahead(self, job):
+    def count_ahead(self, job):
         """Return how many jobs are claimed before this one."""
         return self._value(
             "SELECT COUNT(*) FROM jobs WHERE " + CLAIMABLE +
@@ -1761,18 +1761,18 @@ class Queue(Database):
         sql += " GROUP BY error ORDER BY jobs DESC"
         return self._rows(sql, **condition.values)
 
-    def processing(self):
+    def processing_runs(self):
         """Return what is running, with the worker that runs it and the lease."""
         rows = self._rows(
             "SELECT seq, run, id, attempts AS attempt, max_retries, worker, pid,"
             " started_at FROM jobs JOIN runs USING (seq, run)"
             " WHERE state = 'processing' AND " + RARE)
-        return [dict(row, lease=self.lease(row)) for row in rows]
+        return [dict(row, lease=self.lease_path(row)) for row in rows]
 
-    def lease(self, job):
+    def lease_path(self, job):
         """Return the path of the file of a job's latest run."""
         name = "%s-%d-%d" % (self.token, job["seq"], job["run"])
-        return os.path.join(beside(self.path, ".runs"), name)
+        return os.path.join(path_beside(self.path, ".runs"), name)
 
     def counts(self):
         """Return how many jobs there are in each state."""
@@ -1805,9 +1805,9 @@ class Queue(Database):
         left = collections.deque(ids)
 
         def over():
-            self.check_there()
-            counts, blocked = self.counts(), self.blocked()
-            idle = self.paused() and counts["processing"] <= (but is not None)
+            self.check_exists()
+            counts, blocked = self.counts(), self.blocked_seqs()
+            idle = self.is_paused() and counts["processing"] <= (but is not None)
             on_look(counts)
             for _ in range(len(left)):  # all must end, so one that may go on will do
                 job = self._rows("SELECT seq, state FROM jobs WHERE id = ?", left[-1])
@@ -1821,8 +1821,8 @@ class Queue(Database):
                     return False
             return True
 
-        span = MAX_SPAN if timeout is None else timeout
-        return dict(ended, left=[*left]) if wait_until(over, span, TICK / 2) else None
+        span = MAX_DURATION if timeout is None else timeout
+        return dict(ended, left=[*left]) if wait_until(over, span, POLL_INTERVAL / 2) else None
 
     def oldest_claimable(self):
         """Return the job that could run and waits longest, and since when, or None.
@@ -1844,11 +1844,11 @@ class Queue(Database):
         return self._row("SELECT id, run_at FROM jobs WHERE " + FOR_A_TIME +
                          " ORDER BY run_at, seq LIMIT 1")
 
-    def claimable(self):
+    def has_claimable(self):
         """Tell whether there is a job to be claimed."""
         return bool(self._value("SELECT 1 FROM jobs WHERE " + CLAIMABLE + " LIMIT 1"))
 
-    def drained(self):
+    def is_drained(self):
         """Tell whether no job is due, running or waiting for a retry.
 
         In one statement: between two a job could go from waiting to running.
@@ -1861,7 +1861,7 @@ class Queue(Database):
             "  OR EXISTS (SELECT 1 FROM jobs WHERE " + FOR_A_TIME +
             "   AND run_at <= ?))", self.clock())
 
-    def ended_since(self, moment, workers):
+    def count_ended(self, moment, workers):
         """Return how many jobs that one of these workers ran have ended since then."""
         rows = self._rows(
             "SELECT worker, state FROM runs JOIN jobs USING (seq, run)"
@@ -1869,10 +1869,10 @@ class Queue(Database):
         return collections.Counter(
             row["state"] for row in rows if row["worker"] in workers)
 
-    def ids(self, begun, states):
+    def ids_starting_with(self, begun, states):
         """Return the newest ids that begin so, of jobs in one of these states."""
         query = "SELECT id FROM jobs WHERE substr(id, 1, length(?)) = ? AND "
-        query += those(states).sql + " ORDER BY seq DESC LIMIT 300"
+        query += where(states).sql + " ORDER BY seq DESC LIMIT 300"
         return [id for id, in self._rows(query, begun, begun)]
 
     # -- statistics --------------------------------------------------------------------
@@ -1931,8 +1931,8 @@ class Queue(Database):
             row["error"] for row in rows if row["error"] not in (None, *INTERRUPTED))
         waited = [row["waited"] for row in rows if row["waited"] is not None]
         return {
-            "run_time": spread(row["spent"] for row in rows),
-            "waiting_time": spread(waited),
+            "run_time": percentiles(row["spent"] for row in rows),
+            "waiting_time": percentiles(waited),
             "run_times": [{"below": top, "runs": count}
                           for top, count in zip([*BINS, None], bins)],
             "slowest_commands": slowest[:5],
@@ -1955,12 +1955,12 @@ class Queue(Database):
     def unset(self, name):
         self._change("DELETE FROM config WHERE key = ?", name)
 
-    def pause(self, paused):
+    def set_paused(self, paused):
         """Let no job be claimed while PAUSED is the last word."""
         self.set("paused", True) if paused else self.unset("paused")
         wake_workers(self.path)
 
-    def paused(self):
+    def is_paused(self):
         return bool(self._value("SELECT " + PAUSED))
 
 
@@ -1973,9 +1973,9 @@ if not WINDOWS:
 # ======================================================================================
 
 LEASE_FD = 20  # of a lease in a command: scripts use the low numbers for themselves
-READ = 2**20  # bytes: more than a pipe can hold, so that one read empties it
-DROPPED = b"[queuectl: %d bytes of output dropped here]\n"
-DROPPED_NOTE = re.compile(re.escape(DROPPED).replace(b"%d", rb"([1-9]\d{0,18})"))
+READ_SIZE = 2**20  # bytes: more than a pipe can hold, so that one read empties it
+DROPPED_NOTE = b"[queuectl: %d bytes of output dropped here]\n"
+DROPPED_PATTERN = re.compile(re.escape(DROPPED_NOTE).replace(b"%d", rb"([1-9]\d{0,18})"))
 
 if WINDOWS:
     KILL = signal.SIGTERM
@@ -1983,7 +1983,7 @@ if WINDOWS:
     KERNEL.CreateJobObjectW.restype = wintypes.HANDLE
     KILL_ON_CLOSE, CREATE_SUSPENDED = 0x2000, 0x4
 
-    def granted(value):
+    def succeeded(value):
         """Return what a call of the system gave, or raise."""
         if not value:
             raise ctypes.WinError(ctypes.get_last_error())
@@ -1993,7 +1993,7 @@ if WINDOWS:
         # JOBOBJECT_EXTENDED_LIMIT_INFORMATION: two 64-bit times, then the flags.
         limits = (wintypes.DWORD * (36 if sys.maxsize > 2**32 else 28))()
         limits[4] = flags
-        granted(KERNEL.SetInformationJobObject(job, 9, limits, ctypes.sizeof(limits)))
+        succeeded(KERNEL.SetInformationJobObject(job, 9, limits, ctypes.sizeof(limits)))
 else:
     KILL = signal.SIGKILL
     ENVIRONMENT = dict(os.environb)  # of the pool; reading it for each run takes time
@@ -2002,17 +2002,17 @@ else:
     ALL_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 
-def parts_of(output):
+def split_dropped(output):
     """Return how many bytes were dropped before an output, and the output."""
-    note = DROPPED_NOTE.match(output)
+    note = DROPPED_PATTERN.match(output)
     return (int(note[1]), output[note.end() :]) if note else (0, output)
 
 
-def last_of(output, limit):
+def tail(output, limit):
     """Return the last bytes of an output; what was dropped before them is said."""
-    dropped, output = parts_of(output)
+    dropped, output = split_dropped(output)
     cut = max(0, len(output) - limit)
-    note = DROPPED % (dropped + cut) if dropped + cut else b""
+    note = DROPPED_NOTE % (dropped + cut) if dropped + cut else b""
     return note + output[cut:]
 
 
@@ -2027,17 +2027,17 @@ def read_output(path, limit):
         for _ in range(10):
             with open(path, "rb", 0) as file:
                 note = file.read(64)
-                settled = os.fstat(file.fileno()).st_size <= longest(limit)
+                settled = os.fstat(file.fileno()).st_size <= max_file_size(limit)
                 file.seek(0)
                 output = file.read()
                 file.seek(0)
                 if settled and file.read(64).startswith(note):
                     break
-            time.sleep(TICK / 100)
-    return last_of(output, limit)
+            time.sleep(POLL_INTERVAL / 100)
+    return tail(output, limit)
 
 
-def longest(limit):
+def max_file_size(limit):
     """Return how long the file of a run gets before it is cut back."""
     return 2 * limit + 2**16
 
@@ -2052,7 +2052,7 @@ class Lease:
     def __init__(self, path, limit):
         self.path, self.limit, self.size = path, limit, 0
         self.unwritten = b""  # what a full disk did not take
-        self.fd = hold(path)
+        self.fd = lock_file(path)
 
     def write(self, data):
         """Append output, and cut the file back when it has twice what is kept."""
@@ -2061,15 +2061,15 @@ class Lease:
             os.lseek(self.fd, self.size, os.SEEK_SET)
             written = os.write(self.fd, self.unwritten)
             self.unwritten, self.size = self.unwritten[written:], self.size + written
-            if self.size > longest(self.limit):
-                self.cut_back()
+            if self.size > max_file_size(self.limit):
+                self.compact()
         except OSError:
             # If more than is kept could not be written, the file is not needed.
             if len(self.unwritten) > self.limit:
                 self.unwritten = self.output()
                 self.empty()
 
-    def cut_back(self):
+    def compact(self):
         """Write the end of the file to its beginning, then drop all behind that.
 
         The two do not overlap: the end is there at every moment.
@@ -2085,7 +2085,7 @@ class Lease:
         if not self.size and not self.unwritten:
             return b""
         os.lseek(self.fd, 0, os.SEEK_SET)
-        return last_of(os.read(self.fd, self.size) + self.unwritten, self.limit)
+        return tail(os.read(self.fd, self.size) + self.unwritten, self.limit)
 
     def empty(self):
         """Give its space back: on a full disk the database needs it for the result."""
@@ -2175,10 +2175,10 @@ class Command:
             creationflags=subprocess.CREATE_NEW_PROCESS_GROUP | CREATE_SUSPENDED)
         self.pid, process = self.popen.pid, wintypes.HANDLE(int(self.popen._handle))
         try:
-            handle = granted(KERNEL.CreateJobObjectW(None, None))
+            handle = succeeded(KERNEL.CreateJobObjectW(None, None))
             self.job_object = wintypes.HANDLE(handle)
             set_limits(self.job_object, KILL_ON_CLOSE)
-            granted(KERNEL.AssignProcessToJobObject(self.job_object, process))
+            succeeded(KERNEL.AssignProcessToJobObject(self.job_object, process))
         except OSError:
             self.popen.kill()
             raise
@@ -2197,10 +2197,10 @@ class Command:
     def read(self):
         """Take over what it has printed by now: one read, or `yes` would never end."""
         with contextlib.suppress(BlockingIOError):
-            size = READ
+            size = READ_SIZE
             if WINDOWS:  # where reading waits
                 handle = msvcrt.get_osfhandle(self.reader)
-                size = min(_winapi.PeekNamedPipe(handle, 0)[0], READ)
+                size = min(_winapi.PeekNamedPipe(handle, 0)[0], READ_SIZE)
             data = size and os.read(self.reader, size)
             if data:
                 self.lease.write(data)
@@ -2209,7 +2209,7 @@ class Command:
         """Wait for its end, its output, a signal or a time; take over its output."""
         if WINDOWS:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.popen.wait(max(0.0, min(timeout, TICK / 20)))
+                self.popen.wait(max(0.0, min(timeout, POLL_INTERVAL / 20)))
         else:
             wake.wait(timeout, self.reader)
         self.read()
@@ -2221,15 +2221,15 @@ class Command:
         signal killed its leader, all of it ends: what is left would meet the next run.
         Raise Stuck if it can't be ended.
         """
-        deadline = time.monotonic() + (timeout or MAX_SPAN)
-        next_look, code, reason = time.monotonic() + TICK, None, None
+        deadline = time.monotonic() + (timeout or MAX_DURATION)
+        next_look, code, reason = time.monotonic() + POLL_INTERVAL, None, None
         while code is None and reason is None:
             self.wait(wake, min(deadline, next_look) - time.monotonic())
             code, now = self.poll(), time.monotonic()
             if code is None and now >= deadline:
-                reason = "timeout %ss" % number(timeout)
+                reason = "timeout %ss" % number_text(timeout)
             elif code is None and now >= next_look:
-                next_look, reason = now + TICK, look()
+                next_look, reason = now + POLL_INTERVAL, look()
         if reason or code < 0:
             self.end(wake)
         if reason:
@@ -2245,13 +2245,13 @@ class Command:
         Its leader, if it lives, is not reaped before: no other gets the number of its
         group then.
         """
-        ending, left = Ending(), self.processes()
+        ending, left = Termination(), self.processes()
         while left:
             ending.step(left, self.signal)
             self.killed = ending.killed
-            if ending.stuck():
-                raise Stuck(sorted(left))
-            self.wait(wake, TICK / 4)
+            if ending.is_stuck():
+                raise Unkillable(sorted(left))
+            self.wait(wake, POLL_INTERVAL / 4)
             left = self.processes()
 
     def processes(self):
@@ -2267,7 +2267,7 @@ class Command:
         if WINDOWS:  # there is no other way
             KERNEL.TerminateJobObject(self.job_object, 1)
         else:
-            signal_all(pids, number)
+            signal_processes(pids, number)
 
     def close(self):
         """Let go of it; what it left running in the background is left running."""
@@ -2278,11 +2278,11 @@ class Command:
             KERNEL.CloseHandle(self.job_object)
 
 
-class Stuck(Exception):
+class Unkillable(Exception):
     """The processes of a run that live on after SIGKILL."""
 
 
-class Ending:
+class Termination:
     """How a run is ended: one SIGTERM to all of it, after a grace SIGKILL.
 
     For a timeout, `cancel`, `stop --now`, and for an orphan, it is the same. The run
@@ -2291,24 +2291,24 @@ class Ending:
     """
 
     def __init__(self):
-        self.kill_at = time.monotonic() + GRACE
-        self.told = self.killed = False
+        self.kill_at = time.monotonic() + TERM_GRACE
+        self.term_sent = self.killed = False
 
     def step(self, pids, send):
         """Signal what is left of a run."""
         self.killed = time.monotonic() >= self.kill_at
         if self.killed:
             send(pids, KILL)
-        elif not self.told:
+        elif not self.term_sent:
             send(pids, signal.SIGTERM)
-            self.told = True
+            self.term_sent = True
 
-    def stuck(self):
+    def is_stuck(self):
         """Tell whether what is left can't be ended: it is another user's, or hangs."""
-        return time.monotonic() >= self.kill_at + STUCK
+        return time.monotonic() >= self.kill_at + KILL_GRACE
 
 
-def signal_all(pids, number):
+def signal_processes(pids, number):
     """Signal processes; at once those whose group's leader is among them.
 
     A shell that outlived its child for a moment would go on with its next command.
@@ -2341,12 +2341,12 @@ def processes_of(runs):
         owner[lease] = owner[lease + " (deleted)"] = lease
     linux = os.path.exists("/proc/self/fd")
     # Of the run of a child of ours all is younger than we are: most others need no look.
-    since = int(stat_of("self")[19]) if linux and all(runs.values()) else 0
+    since = int(proc_stat("self")[19]) if linux and all(runs.values()) else 0
     own = os.getpid()  # holds the lease of its run; counted, there were no second look
     seen = set()
     for _ in range(2):
         for pid, trace in (
-                traces_in_proc(since, seen) if linux else traces_by_tools(runs)):
+                scan_proc(since, seen) if linux else scan_with_tools(runs)):
             if trace in owner and pid != own:
                 found[owner[trace]].add(pid)
         if all(found.values()):
@@ -2356,16 +2356,16 @@ def processes_of(runs):
 
 # A process that is gone meanwhile, or another user's. Any other error has to be one: it
 # would be believed that nothing is left of a run.
-OUT_OF_SIGHT = FileNotFoundError, ProcessLookupError, PermissionError
+GONE_OR_FOREIGN = FileNotFoundError, ProcessLookupError, PermissionError
 
 
-def stat_of(pid):
+def proc_stat(pid):
     """Return the fields that /proc tells of a process, from its state on."""
-    with opened("/proc/%s/stat" % pid) as fd:
+    with open_descriptor("/proc/%s/stat" % pid) as fd:
         return os.read(fd, 4096).rpartition(b")")[2].split()
 
 
-def traces_in_proc(since, seen):
+def scan_proc(since, seen):
     """Yield pid and trace of each living process: group, files it can write, mark.
 
     Of those that started before SINCE, in ticks after the boot, there are none. Those
@@ -2373,9 +2373,9 @@ def traces_in_proc(since, seen):
     number again so soon.
     """
     for pid in {*filter(str.isdigit, os.listdir("/proc"))} - seen:
-        with contextlib.suppress(*OUT_OF_SIGHT):
+        with contextlib.suppress(*GONE_OR_FOREIGN):
             state, group, threads, started = operator.itemgetter(0, 2, 17, 19)(
-                stat_of(pid))
+                proc_stat(pid))
             folder, ended = "/proc/%s/" % pid, state in b"ZX"
             if ended and threads == b"1" or int(started) < since:
                 seen.add(pid)
@@ -2388,13 +2388,13 @@ def traces_in_proc(since, seen):
             for mark in marked[1:]:
                 yield int(pid), os.fsdecode(mark.partition(b"\0")[0])
             for fd in os.listdir(folder + "fd"):
-                with contextlib.suppress(*OUT_OF_SIGHT):
+                with contextlib.suppress(*GONE_OR_FOREIGN):
                     if os.lstat(folder + "fd/" + fd).st_mode & 0o200:
                         yield int(pid), os.readlink(folder + "fd/" + fd)
             seen.add(pid)
 
 
-def traces_by_tools(leases):
+def scan_with_tools(leases):
     """Yield the same where there is no /proc: groups by `ps`, files by `lsof`."""
     import subprocess
 
@@ -2425,12 +2425,12 @@ def traces_by_tools(leases):
 # ======================================================================================
 
 
-def say(message):
+def notice(message):
     with contextlib.suppress(OSError):  # nobody listens any more
         print("queuectl: %s" % message, file=sys.stderr, flush=True)
 
 
-def span(seconds):
+def duration_text(seconds):
     """Return a duration in one or two units: 0.2s, 12s, 3m 20s, 2h 5m, 4d 1h."""
     if seconds < 10:
         return "%.1fs" % max(0.0, seconds)
@@ -2444,15 +2444,15 @@ def span(seconds):
 
 def fine(seconds):
     """Return a duration that may be short: 0ms, 43ms, 2.5s, 3m 20s."""
-    return "%.0fms" % max(0, 1000 * seconds) if seconds < 0.9995 else span(seconds)
+    return "%.0fms" % max(0, 1000 * seconds) if seconds < 0.9995 else duration_text(seconds)
 
 
-def when(moment, now):
+def relative_time(moment, now):
     """Return a time as people say it: 2m 5s ago, in 4.0s."""
-    return span(now - moment) + " ago" if moment <= now else "in " + span(moment - now)
+    return duration_text(now - moment) + " ago" if moment <= now else "in " + duration_text(moment - now)
 
 
-def many(count, noun):
+def plural(count, noun):
     """Return a count with its noun: 1 job, 2 jobs."""
     plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
     return "%d %s" % (count, noun if count == 1 else plural)
@@ -2461,7 +2461,7 @@ def many(count, noun):
 def setting_text(name, value):
     if value is None:
         return "forever" if name == "keep" else "none"
-    return shown(value) if isinstance(value, str) else number(value)
+    return printable(value) if isinstance(value, str) else number_text(value)
 
 
 def run_table(runs, now):
@@ -2469,19 +2469,19 @@ def run_table(runs, now):
     rows = []
     for run in runs:
         goes_on = run["finished_at"] is None
-        rows.append([str(run["run"]), str(run["attempt"]), when(run["started_at"], now),
+        rows.append([str(run["run"]), str(run["attempt"]), relative_time(run["started_at"], now),
                      fine(now - run["started_at"] if goes_on else run["seconds"]),
-                     "running" if goes_on else shown(run["error"] or "exit 0")])
+                     "running" if goes_on else printable(run["error"] or "exit 0")])
     return table(["RUN", "TRY", "STARTED", "TOOK", "RESULT"], rows)
 
 
-def plot(values):
+def sparkline(values):
     """Return a bar for each value, all to the same scale; one character each."""
-    steps, top = blocks(" ▁▂▃▄▅▆▇█", " .:-=+*#@"), max([*values, 1])
+    steps, top = drawable(" ▁▂▃▄▅▆▇█", " .:-=+*#@"), max([*values, 1])
     return "".join(steps[-(-value * 8 // top)] for value in values)
 
 
-def blocks(these, ascii):
+def drawable(these, ascii):
     """Return characters for a picture that the standard output can show."""
     try:
         these.encode(sys.stdout.encoding or "ascii")
@@ -2491,10 +2491,10 @@ def blocks(these, ascii):
 
 
 def stats_lines(stats, width):
-    period = span(stats["seconds"])
+    period = duration_text(stats["seconds"])
     yield "%s in %s: %d completed, %d failed (%s); %d interrupted" % (
-        many(stats["runs"], "run"), period, stats["completed"], stats["failed"],
-        many(stats["retries"], "retry"), stats["interrupted"])
+        plural(stats["runs"], "run"), period, stats["completed"], stats["failed"],
+        plural(stats["retries"], "retry"), stats["interrupted"])
     if stats["success_rate"] is None:
         return
     rates = stats["per_second_now"], stats["per_second"], period
@@ -2506,24 +2506,24 @@ def stats_lines(stats, width):
     bars = [bar["completed"] + bar["failed"] for bar in stats["throughput"]]
     share = -(-len(bars) // max(1, width - 12))  # bars a character
     sums = [sum(bars[at : at + share]) for at in range(0, len(bars), share)]
-    yield "throughput  " + plot(sums)
+    yield "throughput  " + sparkline(sums)
     yield " " * 12 + (period + " ago").ljust(len(sums) - 3) + "now"
     yield ""
     yield from histogram(stats["run_times"], width)
     yield "Slowest commands:"
     for row in stats["slowest_commands"]:
-        words = (fine(row["mean"]), many(row["runs"], "run"), shown(row["command"]))
-        yield cut("%8s on average of %s of  %s" % words, width)
+        words = (fine(row["mean"]), plural(row["runs"], "run"), printable(row["command"]))
+        yield truncate("%8s on average of %s of  %s" % words, width)
     if stats["common_errors"]:
         yield "Most common errors:"
     for row in stats["common_errors"]:
-        yield cut("%8d x %s" % (row["runs"], shown(row["error"])), width)
+        yield truncate("%8d x %s" % (row["runs"], printable(row["error"])), width)
 
 
 def histogram(bins, width):
     """Yield a line for each bin of run times, from the first to the last in use."""
     used = [at for at, bin in enumerate(bins) if bin["runs"]]
-    most, bar = max(bin["runs"] for bin in bins), blocks("█", "#")
+    most, bar = max(bin["runs"] for bin in bins), drawable("█", "#")
     for bin in bins[used[0] : used[-1] + 1]:
         below = "longer" if bin["below"] is None else "< %gs" % bin["below"]
         length = -(-bin["runs"] * max(1, width - 24) // most)
@@ -2542,61 +2542,61 @@ def why_waiting(queue, job, pools):
     no_pool = "" if pools else "; " + NO_POOL
     if job["state"] == "processing":
         busy = job["id"] in [worker["job"] for worker in pools]
-        if busy or not queue.owned(job):
+        if busy or not queue.is_current(job):
             return None
-        return (LOST if held(queue.lease(job)) else DIED) + no_pool
+        return (LOST if is_locked(queue.lease_path(job)) else DIED) + no_pool
     if job["state"] not in ("pending", "failed"):
         return None
     if job["waits"]:
-        fronts = queue.fronts(job)
-        behind = fronts[0]["state"] != "dead" and job["seq"] in queue.blocked()
-        return waits_for(fronts) + ", behind a dead one" * behind
-    if queue.paused():
+        fronts = queue.dependencies(job)
+        behind = fronts[0]["state"] != "dead" and job["seq"] in queue.blocked_seqs()
+        return dependency_text(fronts) + ", behind a dead one" * behind
+    if queue.is_paused():
         return "the queue is " + RESUME
     if not job["claimable"]:
         what = "try %d" % (job["attempts"] + 1) if job["attempts"] else "due"
-        return "%s %s%s" % (what, when(job["run_at"], queue.clock()), no_pool)
+        return "%s %s%s" % (what, relative_time(job["run_at"], queue.clock()), no_pool)
     if not pools:
         return NO_POOL
-    first = queue.locked_by(job) if job["lock"] else job["id"]
+    first = queue.lock_holder(job) if job["lock"] else job["id"]
     if first != job["id"]:
         return "%s comes first, which has the lock %s, too" % tuple(
-            map(shown, (first or "another", job["lock"])))
-    ahead = queue.ahead(job)
-    return many(ahead, "job") + " before it" if ahead else "next in line"
+            map(printable, (first or "another", job["lock"])))
+    ahead = queue.count_ahead(job)
+    return plural(ahead, "job") + " before it" if ahead else "next in line"
 
 
-def waits_for(fronts):
+def dependency_text(fronts):
     """Return in words for which jobs one waits."""
-    first, more = fronts[0], many(len(fronts) - 1, "more job")
-    words = "waits for %s, which is %s" % (shown(first["id"]), first["state"])
+    first, more = fronts[0], plural(len(fronts) - 1, "more job")
+    words = "waits for %s, which is %s" % (printable(first["id"]), first["state"])
     return words + (", and for " + more if len(fronts) > 1 else "")
 
 
 def obstacles(queue):
     """Return in words what keeps jobs from going on until somebody does something."""
     blocked = queue.first_blocked()
-    words = [blocked_words(blocked)] if blocked else []
-    return words + ["the queue is " + RESUME] * queue.paused()
+    words = [blocked_text(blocked)] if blocked else []
+    return words + ["the queue is " + RESUME] * queue.is_paused()
 
 
-def blocked_words(blocked):
-    id, front = shown(blocked["id"]), shown(blocked["front"])
+def blocked_text(blocked):
+    id, front = printable(blocked["id"]), printable(blocked["front"])
     return "%s waits for %s, which is dead" % (id, front)
 
 
-def progress(counts, done, spent):
+def progress_text(counts, done, spent):
     """Return a line on how far a queue is, with DONE jobs more in SPENT seconds."""
     running, waiting = counts["processing"], counts["pending"] + counts["failed"]
     line = "completed %d, dead %d, running %d, waiting %d" % (
         counts["completed"], counts["dead"], running, waiting)
     if done <= 0 or spent <= 0:
         return line
-    left = span((running + waiting) * spent / done)
+    left = duration_text((running + waiting) * spent / done)
     return line + ", %.1f/s, %s left" % (done / spent, left)
 
 
-def columns(text):
+def display_width(text):
     """Return how many columns of a terminal a text takes."""
     if text.isascii():
         return len(text)
@@ -2605,14 +2605,14 @@ def columns(text):
     return sum(2 if east_asian_width(c) in "WF" else not combining(c) for c in text)
 
 
-def cut(text, width):
+def truncate(text, width):
     """Return a text, or the beginning of one that takes more columns than WIDTH."""
-    if width is None or columns(text) <= width:
+    if width is None or display_width(text) <= width:
         return text
     text = text[: 3 * width]  # or a long one would be looked at all too often
-    while columns(text) >= width:
+    while display_width(text) >= width:
         text = text[:-1]
-    return text + blocks("…", "~")
+    return text + drawable("…", "~")
 
 
 def table(titles, rows, width=None):
@@ -2621,14 +2621,14 @@ def table(titles, rows, width=None):
     Widths come from the first page of rows, so that a million can be streamed.
     """
     rows = iter(rows)
-    page = list(itertools.islice(rows, PAGE))
-    rooms = [max(map(columns, column)) for column in zip(titles, *page)]
+    page = list(itertools.islice(rows, BATCH))
+    rooms = [max(map(display_width, column)) for column in zip(titles, *page)]
     if width:  # one long id must not push all else off the screen
         rooms = [min(room, max(12, min(40, width // 3))) for room in rooms]
         rooms[-1] = max(8, width - sum(rooms[:-1]) - 2 * len(rooms[:-1]))
     for row in itertools.chain([titles], page, rows):
-        cells = [cut(cell, width and room) for cell, room in zip(row, rooms)]
-        yield "  ".join(cell + " " * (room - columns(cell))
+        cells = [truncate(cell, width and room) for cell, room in zip(row, rooms)]
+        yield "  ".join(cell + " " * (room - display_width(cell))
                         for cell, room in zip(cells, rooms)).rstrip()
 
 
@@ -2636,18 +2636,18 @@ def job_table(jobs, now, changed, *fields):
     """Return the lines of a table of jobs that ends with these fields."""
     titles = ["ID", "STATE", "TRIES", changed, *map(str.upper, fields)]
     rows = (
-        [shown(job["id"]), job["state"],
+        [printable(job["id"]), job["state"],
          "%d/%d" % (job["attempts"], max(1, job["max_retries"])),
-         changed_at(job, now), *[shown(job[name]) for name in fields]]
+         changed_text(job, now), *[printable(job[name]) for name in fields]]
         for job in jobs)
     return table(titles, rows, terminal_width(sys.stdout))
 
 
-def changed_at(job, now):
+def changed_text(job, now):
     """Return when a job changed, or when one is due that waits for that."""
     if job["claimable"] == 0 and not job["waits"] and job["run_at"] > now:
-        return "due " + when(job["run_at"], now)
-    return when(job["updated_at"], now)
+        return "due " + relative_time(job["run_at"], now)
+    return relative_time(job["updated_at"], now)
 
 
 def terminal_width(stream):
@@ -2679,7 +2679,7 @@ def painter():
     return paint
 
 
-class Live:
+class ProgressLine:
     """A line on a terminal that is drawn again and again; elsewhere nothing of it."""
 
     def __init__(self):
@@ -2693,7 +2693,7 @@ class Live:
             done = {state: max(0, counts[state] - self.first[state])
                     for state in FINISHED}
             spent = time.monotonic() - self.began
-            line = progress({**counts, **done}, sum(done.values()), spent)[: width - 1]
+            line = progress_text({**counts, **done}, sum(done.values()), spent)[: width - 1]
             print(end="\r\x1b[K" + line, file=sys.stderr, flush=True)
 
     def close(self):
@@ -2702,13 +2702,13 @@ class Live:
             print(end="\r\x1b[K", file=sys.stderr, flush=True)
 
 
-def answer(args, value, *lines):
+def print_result(args, value, *lines):
     """Print the answer of a command: one JSON document, or else lines for people."""
     for line in [json.dumps(value)] if args.json else map(painter(), lines):
         print(line)
 
 
-def answer_jobs(args, jobs, lines_of, empty=None):
+def print_jobs(args, jobs, lines_of, empty=None):
     """Print an array of jobs, or else lines made of them; a million cost no memory.
 
     Where there are none a terminal shows the words for that.
@@ -2721,8 +2721,8 @@ def answer_jobs(args, jobs, lines_of, empty=None):
         lines = map(painter(), lines_of(itertools.chain(first, jobs)))
         return sys.stdout.writelines(line + "\n" for line in lines)
     print(end="[")
-    jobs, comma = map(public, jobs), ""
-    for page in iter(lambda: list(itertools.islice(jobs, PAGE)), []):
+    jobs, comma = map(public_job, jobs), ""
+    for page in iter(lambda: list(itertools.islice(jobs, BATCH)), []):
         print(end=comma + json.dumps(page)[1:-1])
         comma = ", "
     print("]")
@@ -2738,7 +2738,7 @@ def open_log(queue_path, who):
     import logging
     import logging.handlers
 
-    path = beside(queue_path, ".log")
+    path = path_beside(queue_path, ".log")
 
     def private(path, flags):
         return os.open(path, flags, 0o600)
@@ -2767,7 +2767,7 @@ def open_log(queue_path, who):
             handlers.append(terminal)
     except OSError as error:
         handlers = [terminal]
-        say("cannot write the log, logging here instead: %s" % error)
+        notice("cannot write the log, logging here instead: %s" % error)
     layout = "%%(asctime)s %%(levelname)s %s[%d] %%(message)s" % (who, os.getpid())
     logging.Formatter.converter = time.gmtime  # as JSON has it
     logging.basicConfig(handlers=handlers, level=logging.INFO, format=layout,
@@ -2775,15 +2775,15 @@ def open_log(queue_path, who):
     return logging.getLogger()
 
 
-def about(run):
+def run_label(run):
     """Return job and attempt of a run, for the log."""
-    return "%s %d/%d" % (shown(run["id"]), run["attempt"], max(1, run["max_retries"]))
+    return "%s %d/%d" % (printable(run["id"]), run["attempt"], max(1, run["max_retries"]))
 
 
 # A stopped service signals all its processes at once, and a shell exits with 128 more.
 STOP_ERRORS = ["signal %d" % number for number in (*STOP_SIGNALS, KILL)]
 STOP_ERRORS += ["exit %d" % (128 + number) for number in (*STOP_SIGNALS, KILL)]
-NO_ROOM = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE  # for a process
+NO_PROCESS = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE  # for a process
 
 
 class Worker:
@@ -2805,21 +2805,21 @@ class Worker:
 
     def work(self):
         """Run jobs until asked to stop."""
-        self.queue = self.patiently(
-            lambda: Queue(self.path, "NORMAL", IDLE_WAIT, new=False))
+        self.queue = self.with_retries(
+            lambda: Queue(self.path, "NORMAL", IDLE_INTERVAL, new=False))
         with self.queue:
             done = None
             while True:
-                run = self.patiently(self.turn, done)
+                run = self.with_retries(self.record_and_claim, done)
                 done = run and self.execute(run)
                 if run is None:
-                    if self.leaving():
+                    if self.should_leave():
                         break
-                    if self.drain and self.patiently(self.queue.drained):
-                        ask(self.path, self.pool, "over")
-                    self.wake.wait(self.patiently(self.pause))
+                    if self.drain and self.with_retries(self.queue.is_drained):
+                        request_stop(self.path, self.pool, "over")
+                    self.wake.wait(self.with_retries(self.pause))
 
-    def patiently(self, action, *args):
+    def with_retries(self, action, *args):
         """Try until it works: a full disk or a lock costs time, never a result."""
         while True:
             try:
@@ -2831,33 +2831,33 @@ class Worker:
             except (sqlite3.Error, OSError) as error:
                 hopeless = isinstance(error, sqlite3.IntegrityError) or self.gone()
                 # A result in hand is dropped only for `stop --now`.
-                idle = not self.lease or asked(self.path, self.pool) == "now"
-                if hopeless or (self.trouble and self.leaving() and idle):
+                idle = not self.lease or requested_stop(self.path, self.pool) == "now"
+                if hopeless or (self.trouble and self.should_leave() and idle):
                     raise QueueError("leaving while there is still: %s" % error)
                 if str(error) != self.trouble:
                     self.log.error("%s; waiting until it is over", error)
                 self.trouble = str(error)
-            self.wake.wait(IDLE_WAIT)
+            self.wake.wait(IDLE_INTERVAL)
 
     def gone(self):
-        return self.queue and not still_names(self.path, self.queue.file)
+        return self.queue and not is_same_file(self.path, self.queue.file)
 
     def pool_stops(self):
-        return abandoned(self.pool) or asked(self.path, self.pool)
+        return supervisor_is_gone(self.pool) or requested_stop(self.path, self.pool)
 
-    def leaving(self):
+    def should_leave(self):
         return self.stopped or self.pool_stops() or self.gone()
 
     def pause(self):
         """Return for how long no job is due."""
-        if self.queue.paused():
-            return IDLE_WAIT
+        if self.queue.is_paused():
+            return IDLE_INTERVAL
         due = self.queue.next_due()  # first: what gets due meanwhile is claimable then
-        if self.queue.claimable():
+        if self.queue.has_claimable():
             return 0
-        return min(due["run_at"] - self.queue.clock(), IDLE_WAIT) if due else IDLE_WAIT
+        return min(due["run_at"] - self.queue.clock(), IDLE_INTERVAL) if due else IDLE_INTERVAL
 
-    def turn(self, done):
+    def record_and_claim(self, done):
         """Record the end of one run and claim the next, in one transaction.
 
         Killed before its commit, the run whose end is in hand is found without a worker
@@ -2866,7 +2866,7 @@ class Worker:
         that is just being recorded.
         """
         finished, self.lease = self.lease, None
-        leaving = self.leaving()  # not within: others would wait for that, too
+        leaving = self.should_leave()  # not within: others would wait for that, too
         try:
             with self.queue.transaction():
                 state = self.record(*done) if done else None
@@ -2904,7 +2904,7 @@ class Worker:
         if result["error"]:
             words += " (%s)" % result["error"]
         spent = result["finished_at"] - run["started_at"]
-        self.log.info("%s %s in %.3f s", about(run), words, spent)
+        self.log.info("%s %s in %.3f s", run_label(run), words, spent)
         if state == "dead":
             wake([self.pool])  # which starts `on_dead`
 
@@ -2915,30 +2915,30 @@ class Worker:
             command = Command(run, self.lease, self.path)
         except (OSError, ValueError) as refusal:
             code, error = None, "cannot start: %s" % refusal
-            if getattr(refusal, "errno", None) in NO_ROOM:
+            if getattr(refusal, "errno", None) in NO_PROCESS:
                 if not self.refused:
                     self.log.error("%s; waiting for room for a process", error)
                 error, self.refused = "refused", True
-                self.wake.wait(IDLE_WAIT)
+                self.wake.wait(IDLE_INTERVAL)
         else:
             self.refused = False
             run.update(pid=command.pid, started_at=self.queue.clock())
             try:
                 code, error = command.watch(self.wake, run["timeout"], self.look(run))
                 finished_at = run["started_at"] + time.monotonic() - began
-                if error in STOP_ERRORS and wait_until(self.pool_stops, OUTLIVED):
+                if error in STOP_ERRORS and wait_until(self.pool_stops, BLAME_DELAY):
                     error = "stopped"
                     command.end(self.wake)  # of a shell that told of a signal
-            except Stuck as stuck:
+            except Unkillable as stuck:
                 # This worker leaves, so that a supervisor finds a run without a worker
                 # as soon as they are gone.
                 words = "%s can't be ended: processes %s are left alone"
-                raise QueueError(words % (about(run), stuck)) from None
+                raise QueueError(words % (run_label(run), stuck)) from None
             finally:
                 command.close()
             if command.killed and run["launcher"]:
                 words = "%s: the launcher was killed; what it started may live on"
-                self.log.warning(words, about(run))
+                self.log.warning(words, run_label(run))
         return run, dict(exit_code=code, error=error, output=self.lease.output(),
                          finished_at=finished_at)
 
@@ -2950,55 +2950,55 @@ class Worker:
             nonlocal noted
             with contextlib.suppress(sqlite3.Error):
                 if not noted:
-                    self.queue.note_pid(run)
-                    self.log.info("%s runs, pid %d", about(run), run["pid"])
+                    self.queue.record_pid(run)
+                    self.log.info("%s runs, pid %d", run_label(run), run["pid"])
                     noted = True
-            if asked(self.path, self.pool) == "now":
+            if requested_stop(self.path, self.pool) == "now":
                 return "stop --now"
             with contextlib.suppress(sqlite3.Error):
-                return "cancelled" if self.queue.cancelled(run) else None
+                return "cancelled" if self.queue.cancel_requested(run) else None
 
         return look
 
 
-def work(path, pool, drain, pool_fd):
+def worker_main(path, pool, drain, pool_fd):
     """Be a worker, in a process of its own."""
     if not WINDOWS:
         os.close(pool_fd)  # or the pool would seem to live as long as we do
     worker, own = Worker(path, pool, drain), worker_file(path, pool, os.getpid())
     try:
-        fd = worker.patiently(hold, own)
+        fd = worker.with_retries(lock_file, own)
         try:
             worker.work()
         finally:
-            leave(path, fd, own)
-            if abandoned(pool):  # nobody else does it, if we are the last
+            drop_lock_file(path, fd, own)
+            if supervisor_is_gone(pool):  # nobody else does it, if we are the last
                 its = pool_file(path, pool)
-                wait_until(lambda: remove_pool_files(path) or not os.path.exists(its),
-                           TICK)  # on Windows while somebody looks at it, too
+                wait_until(lambda: remove_stale_pool_files(path) or not os.path.exists(its),
+                           POLL_INTERVAL)  # on Windows while somebody looks at it, too
     except (QueueError, OSError) as error:
         worker.log.error("%s", error)
-        sys.exit(TROUBLE)
+        sys.exit(EXIT_TROUBLE)
     except Exception:
         worker.log.exception("this worker failed")
         sys.exit(1)
 
 
-def leave(path, fd, own):
+def drop_lock_file(path, fd, own):
     """Let go of a process's file and remove it; the last one removes the folder."""
-    folder = beside(path, ".runs")
+    folder = path_beside(path, ".runs")
     os.close(fd)
 
     def left():
         remove_leftover(own)
         with contextlib.suppress(OSError):  # not empty, others use it
             os.rmdir(folder)
-        with contextlib.suppress(*NO_FOLDER):
+        with contextlib.suppress(*NO_DIRECTORY):
             if {*os.listdir(folder)} <= {os.path.basename(own)}:
                 return False
         return not os.path.exists(own)
 
-    wait_until(left, TICK)  # on Windows nothing goes while somebody looks at it
+    wait_until(left, POLL_INTERVAL)  # on Windows nothing goes while somebody looks at it
 
 
 class Supervisor:
@@ -3019,14 +3019,14 @@ class Supervisor:
         self.endings = {}  # lease: how the end of an orphan is going on
         self.hooks = {}  # an `on_dead` that runs: the job that died
         self.next_start = self.next_look = 0.0
-        self.settled = True  # what dead workers ran
+        self.recovery_done = True  # what dead workers ran
         self.unreadable = False  # the queue, when it was looked at last
         self.next_page = 1  # of the jobs that `keep` may remove
-        self.signals, self.signalled = 0, -MAX_SPAN  # how many, and when the last
+        self.signals, self.signalled = 0, -MAX_DURATION  # how many, and when the last
         self.hook_error = None  # why `on_dead` could not be started
         self.failed = drain  # until `finish` has seen that no job ended dead
         self.result = "the queue could not be read at the end"
-        self.cut_off = None  # why it can't go on
+        self.stop_reason = None  # why it can't go on
 
     def run(self, started):
         """Run the pool until it is asked to stop or drained; return the exit code.
@@ -3035,16 +3035,16 @@ class Supervisor:
         """
         self.wake = Wake()
         catch_signals(self.count_signal)
-        close_on_exec()
+        inherit_nothing()
         with Queue(self.path) as queue:
             self.file, self.began = queue.file, queue.clock()
-            if queue.paused():
-                say("the queue is " + RESUME)
-        for path in (beside(self.path, ".runs"), beside(self.path, ".log")):
-            if foreign(path):
-                raise QueueError(shown(path) + foreign(path))
+            if queue.is_paused():
+                notice("the queue is " + RESUME)
+        for path in (path_beside(self.path, ".runs"), path_beside(self.path, ".log")):
+            if owner_hint(path):
+                raise QueueError(printable(path) + owner_hint(path))
         own = pool_file(self.path, self.pid)
-        self.fd = hold(own)
+        self.fd = lock_file(own)
         try:
             os.write(self.fd, b" " * 15 + b"\n")  # room, on a full disk, too
             self.log = open_log(self.path, "pool")
@@ -3052,20 +3052,20 @@ class Supervisor:
             started()
             self.loop()
             # A drain has to say how it ended, also while another program has the lock.
-            wait_until(lambda: self.with_queue(self.finish) or self.cut_off,
-                       PATIENCE if self.drain else 0, TICK)
+            wait_until(lambda: self.with_queue(self.finish) or self.stop_reason,
+                       LOCK_TIMEOUT if self.drain else 0, POLL_INTERVAL)
             self.log.info("pool stopped")
         finally:
-            ask(self.path, self.pid, "stop")  # whatever happened: no worker goes on
+            request_stop(self.path, self.pid, "stop")  # whatever happened: no worker goes on
             # At its end Python gives up its handlers: a late signal would be exit -15.
             catch_signals(signal.SIG_IGN)
-            leave(self.path, self.fd, own)
-        return 1 if self.failed or self.cut_off else 0
+            drop_lock_file(self.path, self.fd, own)
+        return 1 if self.failed or self.stop_reason else 0
 
     def count_signal(self, number, frame):
         """Count it, unless it is the same one: timeout(1) signals us and our group."""
         now = time.monotonic()
-        if now - self.signalled > TICK:
+        if now - self.signalled > POLL_INTERVAL:
             self.signals, self.signalled = self.signals + 1, now
 
     def loop(self):
@@ -3075,18 +3075,18 @@ class Supervisor:
             self.reap()
             if self.over():
                 return
-            missing = self.staff()
+            missing = self.start_missing()
             if time.monotonic() >= self.next_look:
-                self.with_queue(self.keep_house)
+                self.with_queue(self.maintain)
                 looked = time.monotonic()
-                pause = 0.5 if self.on_look else LOOK_EVERY
-                if not self.settled or not all(
-                        ending.stuck() for ending in self.endings.values()):
-                    pause = TICK
+                pause = 0.5 if self.on_look else RECOVERY_INTERVAL
+                if not self.recovery_done or not all(
+                        ending.is_stuck() for ending in self.endings.values()):
+                    pause = POLL_INTERVAL
                 self.next_look = looked + pause
             due = min(self.next_look, self.next_start) if missing else self.next_look
             if self.wake.wait(due - time.monotonic()):  # by who wants it to look
-                self.next_look = min(self.next_look, looked + TICK)
+                self.next_look = min(self.next_look, looked + POLL_INTERVAL)
 
     def over(self):
         """Tell whether the pool may leave: what a dead worker ran was looked after.
@@ -3094,33 +3094,33 @@ class Supervisor:
         Of a queue that was removed nobody can tell any more. What can't be ended is for
         the next pool; so is a queue that can't be read, if this one shall stop now.
         """
-        if not self.cut_off and not os.path.exists(pool_file(self.path, self.pid)):
+        if not self.stop_reason and not os.path.exists(pool_file(self.path, self.pid)):
             self.give_up("its file %s was removed" % pool_file(self.path, self.pid))
-        request = asked(self.path, self.pid)
+        request = requested_stop(self.path, self.pid)
         if not request or self.workers:
             return False
-        if not still_names(self.path, self.file):
+        if not is_same_file(self.path, self.file):
             return True
-        if not self.settled:
+        if not self.recovery_done:
             return request == "now" and self.unreadable
-        return all(ending.stuck() for ending in self.endings.values())
+        return all(ending.is_stuck() for ending in self.endings.values())
 
     def give_up(self, why):
-        self.cut_off = why
+        self.stop_reason = why
         self.log.info("this pool stops: %s", why)
-        say("this pool stops: " + why)
+        notice("this pool stops: " + why)
 
     def ask(self, word):
-        request = asked(self.path, self.pid)
+        request = requested_stop(self.path, self.pid)
         if not request or (word == "now" and request != "now"):
             self.log.info("asked to stop" + " now" * (word == "now"))
-            ask(self.path, self.pid, word)
+            request_stop(self.path, self.pid, word)
             if word == "stop" and sys.stderr.isatty():
                 running = self.with_queue(lambda queue: [
-                    run for run in queue.processing() if run["worker"] in self.pids])
+                    run for run in queue.processing_runs() if run["worker"] in self.pids])
                 if running:
-                    say("finishing %s; Ctrl-C again ends them now"
-                        % many(len(running), "running job"))
+                    notice("finishing %s; Ctrl-C again ends them now"
+                        % plural(len(running), "running job"))
 
     def reap(self):
         for worker in [one for one in self.workers if one.exitcode is not None]:
@@ -3128,12 +3128,12 @@ class Supervisor:
             if worker.exitcode:
                 words = "worker %d died: exit code %d"
                 self.log.error(words, worker.pid, worker.exitcode)
-                self.settled, self.next_look = False, 0.0
-                if worker.exitcode != TROUBLE:
+                self.recovery_done, self.next_look = False, 0.0
+                if worker.exitcode != EXIT_TROUBLE:
                     self.died[worker.pid] = time.monotonic()
-                self.next_start = time.monotonic() + RESTART_EVERY
+                self.next_start = time.monotonic() + RESTART_INTERVAL
 
-    def staff(self):
+    def start_missing(self):
         """Start the workers that are missing; return whether some still are.
 
         Where they keep dying, not too often.
@@ -3141,16 +3141,16 @@ class Supervisor:
         import multiprocessing
 
         context = multiprocessing.get_context("spawn" if WINDOWS else "fork")
-        while len(self.workers) < self.count and not asked(self.path, self.pid):
+        while len(self.workers) < self.count and not requested_stop(self.path, self.pid):
             if time.monotonic() < self.next_start:
                 return True
             worker = context.Process(
-                target=work, args=(self.path, self.pid, self.drain, self.fd))
+                target=worker_main, args=(self.path, self.pid, self.drain, self.fd))
             try:
                 worker.start()
             except OSError as error:  # too many processes or files
                 self.log.error("a worker cannot start: %s", error)
-                self.next_start = time.monotonic() + RESTART_EVERY
+                self.next_start = time.monotonic() + RESTART_INTERVAL
                 return True
             self.workers.append(worker)
             self.pids.add(worker.pid)
@@ -3160,22 +3160,22 @@ class Supervisor:
     def with_queue(self, action):
         """Do something with the database; with trouble there, the next look will."""
         try:
-            if still_names(self.path, self.file):
-                with Queue(self.path, "NORMAL", IDLE_WAIT, new=False) as queue:
+            if is_same_file(self.path, self.file):
+                with Queue(self.path, "NORMAL", IDLE_INTERVAL, new=False) as queue:
                     self.unreadable = False
                     return action(queue)
-            if not self.cut_off:
-                self.give_up("%s was removed" % shown(self.path))
+            if not self.stop_reason:
+                self.give_up("%s was removed" % printable(self.path))
                 self.ask("stop")
         except (sqlite3.Error, OSError, QueueError) as error:
-            self.settled, self.unreadable = False, True
+            self.recovery_done, self.unreadable = False, True
             self.log.error("%s", error)
 
-    def keep_house(self, queue):
-        self.put_back(queue)
-        self.tidy(queue)
+    def maintain(self, queue):
+        self.recover_lost(queue)
+        self.remove_stale_files(queue)
         self.announce_deaths(queue)
-        queue.promote_overtaken()
+        queue.promote_after_clock_step()
         if queue.settings()["keep"] is not None:
             self.prune(queue, queue.settings()["keep"])
         if self.on_look:
@@ -3183,14 +3183,14 @@ class Supervisor:
 
     def prune(self, queue, keep):
         """Remove old jobs, a page of all jobs a look, and more while there are some."""
-        total, count, until = 0, 1, time.monotonic() + TICK
+        total, count, until = 0, 1, time.monotonic() + POLL_INTERVAL
         while count and time.monotonic() < until:
             count, self.next_page = queue.prune(keep, self.next_page)
             total += count
         if total:
-            self.log.info("keep: removed %s", many(total, "job"))
+            self.log.info("keep: removed %s", plural(total, "job"))
 
-    def put_back(self, queue):
+    def recover_lost(self, queue):
         """Put jobs in PROCESSING back that nobody runs, once nothing of a run lives.
 
         A claim holds its lease before it is committed, and its worker a file before it
@@ -3200,27 +3200,27 @@ class Supervisor:
         within the transaction that puts the job back: nothing holds it then, and who
         could have forked is gone.
         """
-        runs = queue.processing()
+        runs = queue.processing_runs()
         own = {self.pid, *(worker.pid for worker in self.workers)}
-        living = own.union(*pools(self.path).values())
+        living = own.union(*living_pools(self.path).values())
         lost = {}
         for run in runs:
-            attended = run["worker"] in living and held(run["lease"])
-            if not attended and queue.owned(run):
+            attended = run["worker"] in living and is_locked(run["lease"])
+            if not attended and queue.is_current(run):
                 lost[run["lease"]] = run
         found = processes_of(dict.fromkeys(lost))
-        self.settled = True
+        self.recovery_done = True
         for lease, run in lost.items():
             if run["worker"] in found[lease]:
                 continue  # it is there; somebody removed its file, or the lease
             found[lease] -= own  # a run may have started this very pool
-            died = self.died.get(run["worker"], -MAX_SPAN)
-            if run["worker"] in own or time.monotonic() < died + OUTLIVED:
+            died = self.died.get(run["worker"], -MAX_DURATION)
+            if run["worker"] in own or time.monotonic() < died + BLAME_DELAY:
                 # It has not been reaped yet; or is this pool going to be killed, too?
-                self.settled = False
+                self.recovery_done = False
                 continue
             # It may have ended since it was listed; then its background children go on.
-            if found[lease] and queue.owned(run):
+            if found[lease] and queue.is_current(run):
                 self.end_orphan(run, found[lease])
             elif not found[lease]:
                 self.release(queue, run)
@@ -3233,23 +3233,23 @@ class Supervisor:
         """Signal what a dead worker left running, as its worker would have done."""
         ending = self.endings.get(run["lease"])
         if not ending:
-            ending = self.endings[run["lease"]] = Ending()
-            self.log.warning("%s worker died, ending %s", about(run), sorted(pids))
+            ending = self.endings[run["lease"]] = Termination()
+            self.log.warning("%s worker died, ending %s", run_label(run), sorted(pids))
         killed = ending.killed
-        ending.step(pids, signal_all)
+        ending.step(pids, signal_processes)
         if ending.killed and not killed:
             words = "%s did not end and is killed: %s"
-            self.log.warning(words, about(run), sorted(pids))
+            self.log.warning(words, run_label(run), sorted(pids))
 
     def release(self, queue, run):
         output = read_output(run["lease"], queue.settings()["output_limit"])
         result = dict(exit_code=None, error="worker died", output=output,
                       finished_at=queue.clock())
         with queue.transaction():
-            state = None if held(run["lease"]) else queue.release(
+            state = None if is_locked(run["lease"]) else queue.release(
                 run, result, blamed=run["worker"] in self.died)
         if state:
-            self.log.warning("%s worker died, %s", about(run), state)
+            self.log.warning("%s worker died, %s", run_label(run), state)
             remove_leftover(run["lease"])
             wake_workers(self.path)
 
@@ -3267,12 +3267,12 @@ class Supervisor:
             if not line:
                 return
             with tempfile.TemporaryFile() as text:
-                text.write(json.dumps(public(job)).encode() + b"\n")
+                text.write(json.dumps(public_job(job)).encode() + b"\n")
                 text.seek(0)
                 self.hooks[subprocess.Popen(
                     line, shell=True, cwd=os.path.dirname(queue.path), stdin=text,
                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                    start_new_session=True)] = shown(job["id"])
+                    start_new_session=True)] = printable(job["id"])
 
         for hook in [hook for hook in self.hooks if hook.poll() is not None]:
             id = self.hooks.pop(hook)
@@ -3288,18 +3288,18 @@ class Supervisor:
             self.hook_error = str(error)
         return len(self.hooks)
 
-    def tidy(self, queue):
+    def remove_stale_files(self, queue):
         """Remove the files that nobody holds any more; rename a full log."""
-        folder = beside(self.path, ".runs")
+        folder = path_beside(self.path, ".runs")
         with queue.transaction():  # no run is claimed and lost meanwhile
-            leases = {run["lease"] for run in queue.processing()}
+            leases = {run["lease"] for run in queue.processing_runs()}
             with contextlib.suppress(FileNotFoundError):
                 for name in os.listdir(folder):
                     path = os.path.join(folder, name)
                     if path not in leases:
                         remove_leftover(path)
-        remove_pool_files(self.path)
-        log = beside(self.path, ".log")
+        remove_stale_pool_files(self.path)
+        log = path_beside(self.path, ".log")
         with contextlib.suppress(OSError):  # Windows refuses it while others write
             if os.path.getsize(log) > LOG_LIMIT:
                 os.replace(log, log + ".1")
@@ -3308,19 +3308,19 @@ class Supervisor:
         """Tell what became of a drained pool's jobs, and why it left some; clear up."""
         self.result = "pool %d stopped" % self.pid
         if self.drain:
-            ended, why = queue.ended_since(self.began, self.pids), obstacles(queue)
-            if asked(self.path, self.pid) != "over" and not queue.drained():
+            ended, why = queue.count_ended(self.began, self.pids), obstacles(queue)
+            if requested_stop(self.path, self.pid) != "over" and not queue.is_drained():
                 why.append("the pool was stopped before")
             self.failed = bool(ended["dead"] or why)
             counts, due = queue.counts(), queue.next_due()
             if due:  # which is left, too, but is no failure
-                why.append("the next is due " + when(due["run_at"], queue.clock()))
+                why.append("the next is due " + relative_time(due["run_at"], queue.clock()))
             self.result = "%d completed, %d dead" % (ended["completed"], ended["dead"])
             if why:
-                left = many(counts["pending"] + counts["failed"], "job")
+                left = plural(counts["pending"] + counts["failed"], "job")
                 self.result += "; %s left: %s" % (left, "; ".join(why))
-        self.tidy(queue)
-        wait_until(lambda: not self.announce_deaths(queue), GRACE)
+        self.remove_stale_files(queue)
+        wait_until(lambda: not self.announce_deaths(queue), TERM_GRACE)
         return True
 
 
@@ -3350,22 +3350,22 @@ def arg(usage, meaning=None, convert=None, **options):
 
 def state_name(text):
     if text.lower() not in STATES:
-        raise unknown("state " + shown(text), text, STATES)
+        raise unknown_word("state " + printable(text), text, STATES)
     return text.lower()
 
 
 def some_text(text):
-    if not text or not storable(text):  # an unset variable's would be in each job
+    if not text or not is_storable(text):  # an unset variable's would be in each job
         raise QueueError("--match: a text in UTF-8 that is not empty", 2)
     return text
 
 
 def count_of(name, low, high=MAX_INTEGER):
-    return lambda text: checked(name, whole(low, high), as_number(text))
+    return lambda text: checked(name, whole_number(low, high), as_number(text))
 
 
 def span_of(name, low):
-    return lambda text: checked(name, duration(low), text)
+    return lambda text: checked(name, duration_from(low), text)
 
 
 def variable(text):
@@ -3434,7 +3434,7 @@ def cmd_enqueue(args, queue):
 
     with contextlib.ExitStack() as files:
         if args.file or args.jobs == ["-"]:
-            lines = files.enter_context(spooled(args.file))
+            lines = files.enter_context(spool(args.file))
             jobs = read_lines(lines, made, args.lines)
         else:
             jobs = read_arguments(args.jobs or ["{}"], made)
@@ -3446,12 +3446,12 @@ def cmd_enqueue(args, queue):
 
     def line(job):
         if job["id"] not in left:
-            return "enqueued " + shown(job["id"])
+            return "enqueued " + printable(job["id"])
         other = ", unchanged" if job["command"] != left[job["id"]] else ""
-        return "%s is there already, %s%s" % (shown(job["id"]), job["state"], other)
+        return "%s is there already, %s%s" % (printable(job["id"]), job["state"], other)
 
     if not args.quiet:
-        answer_jobs(args, jobs, lambda jobs: map(line, jobs), "no jobs were given")
+        print_jobs(args, jobs, lambda jobs: map(line, jobs), "no jobs were given")
 
 
 def enqueue_options(args):
@@ -3463,7 +3463,7 @@ def enqueue_options(args):
         several = "give jobs, a command behind --, or --file"
         raise QueueError(words % (several if any(sources) else "no job"), 2)
     if args.jobs and args.jobs != ["-"] and args.jobs[0].lstrip()[:1] not in ("{", "["):
-        words = shown(args.jobs[0]), shown(" ".join(args.jobs))
+        words = printable(args.jobs[0]), printable(" ".join(args.jobs))
         raise QueueError(NOT_JSON % words, 2)
     return given_fields(args)
 
@@ -3474,14 +3474,14 @@ def given_fields(args):
     given.setdefault("id")  # which `edit` can't change
     given["after"] = "none" if args.after == ["none"] else args.after
     if args.words:
-        given["command"] = shell_words(args.words)
+        given["command"] = shell_line(args.words)
     return {name: given[name] for name in FIELDS if given[name] is not None}
 
 
 def read_arguments(texts, made):
     """Yield the jobs that are made of JSON texts, each an object or an array."""
     for text in texts:
-        given = parsed(text)
+        given = parse_json(text)
         yield from map(made, given if isinstance(given, list) else [given])
 
 
@@ -3492,7 +3492,7 @@ def read_lines(lines, made, plain=False):
     """
     count = 0
     try:
-        for page in iter(lambda: list(itertools.islice(lines, PAGE)), []):
+        for page in iter(lambda: list(itertools.islice(lines, BATCH)), []):
             found = [] if plain else parsed_at_once(page)
             for index, line in enumerate(page):
                 count += 1
@@ -3505,9 +3505,9 @@ def read_lines(lines, made, plain=False):
                     yield made({"command": command})
                 elif line.lstrip()[:1] == b"[":
                     rest = b"".join(page[index:]) + lines.read()
-                    return (yield from map(made, parsed(rest)))
+                    return (yield from map(made, parse_json(rest)))
                 else:
-                    yield made(parsed(line))
+                    yield made(parse_json(line))
     except QueueError as error:
         raise QueueError("line %d: %s" % (count, error), error.code) from None
 
@@ -3520,7 +3520,7 @@ def parsed_at_once(lines):
     """
     mark = int.from_bytes(os.urandom(7), "big")
     try:
-        found = parsed(b"[" + (b",%d," % mark).join(lines) + b"]")
+        found = parse_json(b"[" + (b",%d," % mark).join(lines) + b"]")
     except QueueError:
         return []
     objects, marks = found[::2], found[1::2]
@@ -3529,7 +3529,7 @@ def parsed_at_once(lines):
 
 
 @contextlib.contextmanager
-def spooled(path):
+def spool(path):
     """Open a file of jobs, or standard input, read to its end.
 
     Otherwise a slow producer at the other end of a pipe would keep the database locked.
@@ -3553,40 +3553,40 @@ def spooled(path):
              default=0),
          arg("--newest", "newest first"))
 def cmd_list(args, queue):
-    chosen = those(args.state or STATES, args.match)
+    chosen = where(args.state or STATES, args.match)
     list_jobs(args, queue, queue.jobs(chosen, args.limit, args.newest))
     left = queue.count(chosen) - args.limit if args.limit and not args.json else 0
     if left > 0:
-        say(many(left, "more job") + "; --limit 0 lists all")
+        notice(plural(left, "more job") + "; --limit 0 lists all")
 
 
 def list_jobs(args, queue, jobs):
-    answer_jobs(args, jobs, lambda jobs: job_table(
+    print_jobs(args, jobs, lambda jobs: job_table(
         jobs, queue.clock(), "CHANGED", "command"), "no jobs")
 
 
 @command("show", "show a job and its runs", "show job1", ID)
 def cmd_show(args, queue):
-    job, now = found(queue, args.id), queue.clock()
-    fields, runs = public(job), queue.runs(job)
+    job, now = find_job(queue, args.id), queue.clock()
+    fields, runs = public_job(job), queue.runs(job)
     for name in TIMES:
         if job[name] is not None:
-            fields[name] += ", " + when(job[name], now)
+            fields[name] += ", " + relative_time(job[name], now)
     fields["env"] = " ".join("%s=%s" % pair for pair in fields["env"].items())
     fields["after"] = ", ".join(fields["after"])
     fields["waiting"] = why_waiting(queue, job, worker_list(queue))
     lines = ["%-12s %s" % (name + ":", ("\n" + 13 * " ").join(
-                 map(shown, str(value).split("\n"))))  # a command of several lines
+                 map(printable, str(value).split("\n"))))  # a command of several lines
              for name, value in fields.items() if value not in (None, "")]
     lines += ["", *run_table(runs, now)] if runs else []
-    answer(args, job_document(queue, job), *lines)
+    print_result(args, job_document(queue, job), *lines)
 
 
-def found(queue, id):
+def find_job(queue, id):
     """Return the job of an id, or of the beginning of one, which is said then."""
-    job = queue.find(id)
+    job = queue.find_job(id)
     if job["id"] != id:
-        say("%s is %s" % (shown(id), shown(job["id"])))
+        notice("%s is %s" % (printable(id), printable(job["id"])))
     return job
 
 
@@ -3604,7 +3604,7 @@ def cmd_logs(args, queue):
     if alone > 1 or (args.follow and args.json) or (alone and len(args.ids) > 1):
         words = "logs: give one of --follow, --run and --attempt, and one job; --follow"
         raise QueueError(words + " can't be had as JSON", 2)
-    jobs = [found(queue, id) for id in args.ids]
+    jobs = [find_job(queue, id) for id in args.ids]
     if args.follow:
         return follow(queue, jobs[0])
     if len(jobs) > 1:
@@ -3615,7 +3615,7 @@ def cmd_logs(args, queue):
     else:
         write_bytes(output)
     if not output and run["error"]:
-        say("job %s: %s" % (shown(job["id"]), shown(run["error"])))
+        notice("job %s: %s" % (printable(job["id"]), printable(run["error"])))
 
 
 def print_logs(args, queue, jobs):
@@ -3626,7 +3626,7 @@ def print_logs(args, queue, jobs):
             [output_document(job, run["run"], output) for job, run, output in latest]))
     for job, run, output in latest:
         ended = run["error"] or ("completed" if run["finished_at"] else "is running")
-        print("==> %s: %s" % (shown(job["id"]), shown(ended)))
+        print("==> %s: %s" % (printable(job["id"]), printable(ended)))
         write_bytes(output + b"\n" * (not output.endswith(b"\n")))
 
 
@@ -3636,7 +3636,7 @@ def latest_output(queue, job, chosen={}):
     for name, number in chosen.items():
         runs = [run for run in runs if run[name] == number]
         if not runs:
-            raise QueueError("job %s has no %s %d" % (shown(job["id"]), name, number))
+            raise QueueError("job %s has no %s %d" % (printable(job["id"]), name, number))
     none = {"run": job["run"], "error": "has not run yet"}
     run = runs[-1] if runs else none
     return job, run, output_of(queue, job, run["run"])
@@ -3652,29 +3652,29 @@ def follow(queue, job):
     """Print the output of a job's latest run as it comes, or of the first to come."""
     id, printed = job["id"], 0
     if not job["run"]:
-        say("job %s: %s" % (shown(id), why_waiting(queue, job, worker_list(queue))))
+        notice("job %s: %s" % (printable(id), why_waiting(queue, job, worker_list(queue))))
     while not job["run"] and job["state"] != "dead":
-        time.sleep(TICK / 2)
-        queue.check_there()
+        time.sleep(POLL_INTERVAL / 2)
+        queue.check_exists()
         job = queue.job(id)
-        if job["waits"] and job["seq"] in queue.blocked():
+        if job["waits"] and job["seq"] in queue.blocked_seqs():
             raise QueueError("job %s can't go on: %s" % (
-                shown(id), why_waiting(queue, job, worker_list(queue))))
+                printable(id), why_waiting(queue, job, worker_list(queue))))
     running = True
     while running:
-        queue.check_there()
-        running = queue.owned(job)
-        dropped, output = parts_of(output_of(queue, job, job["run"]))
+        queue.check_exists()
+        running = queue.is_current(job)
+        dropped, output = split_dropped(output_of(queue, job, job["run"]))
         if dropped > printed:
-            say("%d bytes of output were dropped here" % (dropped - printed))
+            notice("%d bytes of output were dropped here" % (dropped - printed))
         write_bytes(output[max(0, printed - dropped) :])
         printed = max(printed, dropped + len(output))
-        if running and not held(queue.lease(job)) and queue.owned(job):
+        if running and not is_locked(queue.lease_path(job)) and queue.is_current(job):
             raise QueueError("the worker of job %s died; a pool puts it back" % id)
-        time.sleep(TICK / 2 if running else 0)
+        time.sleep(POLL_INTERVAL / 2 if running else 0)
     error = [run["error"] for run in queue.runs(job) if run["run"] == job["run"]]
     if any(error):
-        say("job %s: %s" % (shown(id), shown(error[0])))
+        notice("job %s: %s" % (printable(id), printable(error[0])))
 
 
 def output_of(queue, job, run):
@@ -3683,7 +3683,7 @@ def output_of(queue, job, run):
     if output is None and run == job["run"]:
         # A run that ended between the two looks has its output in the database now.
         limit = queue.settings()["output_limit"]
-        output = read_output(queue.lease(job), limit) or queue.output(job, run)
+        output = read_output(queue.lease_path(job), limit) or queue.output(job, run)
     return output or b""
 
 
@@ -3693,13 +3693,13 @@ def output_of(queue, job, run):
 def cmd_wait(args, queue):
     states = [queue.job(id)["state"] for id in args.ids] or [
         state for state, count in queue.counts().items() if count]
-    if {"pending", "processing", "failed"} & {*states} and not pools(queue.path):
-        say(NO_POOL)
+    if {"pending", "processing", "failed"} & {*states} and not living_pools(queue.path):
+        notice(NO_POOL)
     own = os.environ.get("QUEUECTL_JOB_ID") if within_job_of(queue.path) else None
-    with contextlib.closing(Live()) as live:
+    with contextlib.closing(ProgressLine()) as live:
         counts = queue.wait(args.ids or None, args.timeout, live.progress, but=own)
     if counts is None:
-        say("still waiting for jobs after %s" % span(args.timeout))
+        notice("still waiting for jobs after %s" % duration_text(args.timeout))
         return 124
     words = "%(completed)d completed, %(dead)d dead" % counts
     if counts["removed"]:
@@ -3707,7 +3707,7 @@ def cmd_wait(args, queue):
     if counts["left"]:
         why = "; ".join(obstacles(queue)) or "a moment later they could again"
         words += ", %d can't go on: %s" % (len(counts["left"]), why)
-    answer(args, counts, words)
+    print_result(args, counts, words)
     return 1 if counts["dead"] or counts["removed"] or counts["left"] else 0
 
 
@@ -3722,13 +3722,13 @@ def cmd_status(args, queue):
             screen.callback(print, end="\x1b[?1049l", flush=True)
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         while True:
-            queue.check_there()
+            queue.check_exists()
             now, status = queue.clock(), read_status(queue)
             lines = list(status_lines(status, now))
             if terminal:
                 print(end=screenful(lines))
             else:
-                answer(args, status_document(status), *lines)
+                print_result(args, status_document(status), *lines)
             if not args.watch:
                 return
             sys.stdout.flush()
@@ -3741,7 +3741,7 @@ def screenful(lines):
     if len(lines) > height - 1:
         rest = len(lines) - height + 2
         lines = lines[: height - 2] + ["  and %d more" % rest]
-    lines = map(painter(), (cut(line, width - 1) for line in lines))
+    lines = map(painter(), (truncate(line, width - 1) for line in lines))
     return "\x1b[H" + "".join(line + "\x1b[K\n" for line in lines) + "\x1b[J"
 
 
@@ -3750,7 +3750,7 @@ def screenful(lines):
          arg("--since T", "over this time (1h)", span_of("--since", 1), default=3600.0))
 def cmd_stats(args, queue):
     stats = queue.stats(queue.clock() - args.since)
-    answer(args, stats, *stats_lines(stats, terminal_width(sys.stdout) or 80))
+    print_result(args, stats, *stats_lines(stats, terminal_width(sys.stdout) or 80))
 
 
 @command("dashboard", "show a live page of the queue in the browser",
@@ -3770,7 +3770,7 @@ def cmd_edit(args, queue):
     if not fields:
         raise QueueError("edit: nothing to change (see: queuectl.py edit --help)", 2)
     queue.edit(args.job, fields)
-    answer(args, public(queue.job(args.job)), "edited " + shown(args.job))
+    print_result(args, public_job(queue.job(args.job)), "edited " + printable(args.job))
 
 
 def check_chosen(args, everything=False):
@@ -3804,31 +3804,31 @@ def for_jobs(args, queue, verb, done, ids, taken, left=None, why=""):
     if ids:
         running = [id for id in ids if queue.state(id) == "processing"]
         running = running if done == "cancelled" else []
-        lines = ["%s %s" % (done, shown(id)) + ", which is running" * (id in running)
+        lines = ["%s %s" % (done, printable(id)) + ", which is running" * (id in running)
                  for id in ids]
-        return answer(args, {done: ids}, *lines)
-    words, rest = "%s %s" % (done, many(count, "job")), left and queue.count(left)
+        return print_result(args, {done: ids}, *lines)
+    words, rest = "%s %s" % (done, plural(count, "job")), left and queue.count(left)
     words += "; %d left: %s" % (rest, why) if rest else ""
-    answer(args, {done: count, **({"left": rest} if left else {})}, words)
+    print_result(args, {done: count, **({"left": rest} if left else {})}, words)
 
 
 @command("pause", "let no further job start; running ones finish", "pause")
 def cmd_pause(args, queue):
-    queue.pause(True)
-    answer(args, {"paused": True}, RESUME)
+    queue.set_paused(True)
+    print_result(args, {"paused": True}, RESUME)
 
 
 @command("resume", "let jobs start again", "resume")
 def cmd_resume(args, queue):
-    queue.pause(False)
-    answer(args, {"paused": False}, "resumed")
+    queue.set_paused(False)
+    print_result(args, {"paused": False}, "resumed")
 
 
 @command("cancel", "end jobs that wait or run; they become dead", "cancel job1",
          IDS, STATE, MATCH, DRY_RUN)
 def cmd_cancel(args, queue):
     check_chosen(args)
-    taken = those(chosen_states(args, TAKES["cancel"]), args.match)
+    taken = where(chosen_states(args, TAKES["cancel"]), args.match)
     for_jobs(args, queue, queue.cancel, "cancelled", args.ids, taken)
 
 
@@ -3841,7 +3841,7 @@ def cmd_retry(args, queue):
 
 def retry_jobs(args, queue, states):
     chosen = chosen_states(args, states)
-    taken, left = [those(chosen, args.match, cancelled=cancelled)
+    taken, left = [where(chosen, args.match, cancelled=cancelled)
                    for cancelled in (False, True)]
     for_jobs(args, queue, functools.partial(queue.retry, states=states), "retried",
              args.ids, taken, left, "cancelled ones are retried by id")
@@ -3868,7 +3868,7 @@ def cmd_delete(args, queue):
 
 def delete_jobs(args, queue, ids, states, everything=False, age=None):
     before = None if age is None else queue.clock() - age
-    taken, left = [those(states, args.match, before, waited_for=waited_for)
+    taken, left = [where(states, args.match, before, waited_for=waited_for)
                    for waited_for in (None if everything else False, True)]
     for_jobs(args, queue, queue.delete, "deleted", ids, taken, left,
              "other jobs wait for them")
@@ -3876,19 +3876,19 @@ def delete_jobs(args, queue, ids, states, everything=False, age=None):
 
 @command("dlq list", "list the dead jobs", "dlq list", MATCH)
 def cmd_dlq_list(args, queue):
-    chosen = those(["dead"], args.match)
+    chosen = where(["dead"], args.match)
     if not args.json:
         errors = ["%(jobs)d x %(error)s" % row for row in queue.common_errors(chosen)]
         more = " and %d more" % (len(errors) - 3) if len(errors) > 3 else ""
         if errors:
-            print("Most common errors: " + shown(", ".join(errors[:3])) + more)
-    answer_jobs(args, queue.dead(chosen), lambda jobs: job_table(
+            print("Most common errors: " + printable(", ".join(errors[:3])) + more)
+    print_jobs(args, queue.dead_jobs(chosen), lambda jobs: job_table(
         jobs, queue.clock(), "DIED", "error", "command"), "no dead jobs")
 
 
 @command("dlq logs", "print the latest output of all dead jobs", "dlq logs", MATCH)
 def cmd_dlq_logs(args, queue):
-    print_logs(args, queue, queue.dead(those(["dead"], args.match)))
+    print_logs(args, queue, queue.dead_jobs(where(["dead"], args.match)))
 
 
 @command("dlq retry", "make dead jobs pending again, with attempts 0", "dlq retry job4",
@@ -3910,7 +3910,7 @@ def cmd_config_show(args, queue):
     rows = [
         [name, setting_text(name, values[name]), setting_text(name, default), meaning]
         for name, (_, default, meaning) in SETTINGS.items()]
-    answer(args, values, *table(["SETTING", "VALUE", "DEFAULT", "MEANING"], rows,
+    print_result(args, values, *table(["SETTING", "VALUE", "DEFAULT", "MEANING"], rows,
                                 terminal_width(sys.stdout)))
 
 
@@ -3920,7 +3920,7 @@ def cmd_config_get(args, queue):
     if args.key is None:
         return cmd_config_show(args, queue)
     value = queue.settings()[args.key]
-    answer(args, value, setting_text(args.key, value))
+    print_result(args, value, setting_text(args.key, value))
 
 
 @command("config set", "change a setting", "config set max_retries 5", KEY,
@@ -3940,7 +3940,7 @@ def cmd_config_unset(args, queue):
 def answer_setting(args, queue):
     value = queue.settings()[args.key]
     words = "%s = %s" % (args.key, setting_text(args.key, value))
-    answer(args, {args.key: value}, words)
+    print_result(args, {args.key: value}, words)
 
 
 @command("worker start", "run jobs until stopped", "worker start --count 2",
@@ -3955,19 +3955,19 @@ def cmd_worker_start(args):
     if args.detach:
         return detached(args)
     watched = args.drain and terminal_width(sys.stderr)
-    with contextlib.closing(Live()) as live:
+    with contextlib.closing(ProgressLine()) as live:
         tell = (lambda queue: live.progress(queue.counts())) if watched else None
         pool = Supervisor(args.db, args.count, args.drain, tell)
         code = pool.run(started)
-    if not pool.cut_off:  # which was said
-        say(pool.result)
+    if not pool.stop_reason:  # which was said
+        notice(pool.result)
     return code
 
 
 def answer_started(args, pid, otherwise=""):
     words = "pool %d: %s; to stop: %squeuectl.py worker stop" % (
-        pid, many(args.count, "worker"), otherwise)
-    answer(args, {"pool": pid, "workers": args.count}, words)
+        pid, plural(args.count, "worker"), otherwise)
+    print_result(args, {"pool": pid, "workers": args.count}, words)
     sys.stdout.flush()
 
 
@@ -3998,25 +3998,25 @@ def detached(args):
          arg("--now", "end running jobs; they go back to pending"),
          arg("--no-wait", "return at once"))
 def cmd_worker_stop(args):
-    stopped = sorted(pools(args.db))
+    stopped = sorted(living_pools(args.db))
     for pool in stopped:
-        ask(args.db, pool, "now" if args.now else "stop")
+        request_stop(args.db, pool, "now" if args.now else "stop")
     if stopped:
-        say("stopping; running jobs are " + ("ended" if args.now else "finished first"))
+        notice("stopping; running jobs are " + ("ended" if args.now else "finished first"))
 
     def gone():
-        return not {*pools(args.db)} & {*stopped}
+        return not {*living_pools(args.db)} & {*stopped}
 
     # A job that stops its own pool would wait for itself.
     waits = not args.no_wait and not within_job_of(args.db)
     if waits:
-        if not wait_until(gone, 10, TICK / 4):
-            say("still waiting; one that was stopped by Ctrl-Z goes on by kill -CONT "
+        if not wait_until(gone, 10, POLL_INTERVAL / 4):
+            notice("still waiting; one that was stopped by Ctrl-Z goes on by kill -CONT "
                 + " ".join(map(str, stopped)))
-            wait_until(gone, MAX_SPAN, TICK / 4)
+            wait_until(gone, MAX_DURATION, POLL_INTERVAL / 4)
     names = ", ".join("pool %d" % pid for pid in stopped)
     words = ("stopped " if waits else "stopping ") + names
-    answer(args, {"stopped": stopped}, words if stopped else "no pool is running")
+    print_result(args, {"stopped": stopped}, words if stopped else "no pool is running")
 
 
 # Without -I, Python would import a json.py of the current directory; what -S leaves out
@@ -4040,14 +4040,14 @@ def cmd_install(args):
     os.makedirs(home, exist_ok=True)
     with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as file:
         if file.read(len(INSTALLED)) != INSTALLED:
-            raise QueueError("%s is not queuectl's: remove it first" % shown(path))
+            raise QueueError("%s is not queuectl's: remove it first" % printable(path))
     with open(path + ".new", "wb") as file:
         file.write(content)
     os.chmod(path + ".new", 0o755)
     os.replace(path + ".new", path)
     on_path = os.path.realpath(home) in map(os.path.realpath, os.get_exec_path())
-    lines = ["installed " + shown(path), shown(home) + " is not on PATH: add it"]
-    answer(args, {"path": path, "on_path": on_path}, *lines[: 2 - on_path])
+    lines = ["installed " + printable(path), printable(home) + " is not on PATH: add it"]
+    print_result(args, {"path": path, "on_path": on_path}, *lines[: 2 - on_path])
 
 
 def command_file(own):
@@ -4055,17 +4055,17 @@ def command_file(own):
     import py_compile
 
     if not re.fullmatch(r"[^.]+\.py", os.path.basename(own)):
-        raise QueueError("%s: only what is called NAME.py can be imported" % shown(own))
+        raise QueueError("%s: only what is called NAME.py can be imported" % printable(own))
     with contextlib.suppress(OSError):  # root can here, and those who use it can't
         py_compile.compile(own)
     words = [sys.executable, *IMPORTER, own]
     if not WINDOWS:
-        return os.fsencode(INSTALLED + 'exec %s "$@"\n' % shell_words(words))
+        return os.fsencode(INSTALLED + 'exec %s "$@"\n' % shell_line(words))
     words = ['"%s"' % word.replace("%", "%%") for word in words]
     try:
         return (INSTALLED + "@%s %%*\n" % " ".join(words)).encode("oem")
     except UnicodeError:
-        raise QueueError("%s: not in the console's code page" % shown(own)) from None
+        raise QueueError("%s: not in the console's code page" % printable(own)) from None
 
 
 # They print what the command itself says; where that is nothing, files are completed.
@@ -4102,7 +4102,7 @@ def cmd_completion(args):
                 print(candidate)
     elif args.shell:
         script = COMPLETIONS[args.shell]
-        answer(args, script, script.rstrip())
+        print_result(args, script, script.rstrip())
     else:
         raise QueueError("completion: name one of " + ", ".join(COMPLETIONS), 2)
 
@@ -4149,8 +4149,8 @@ def ids_wanted(words, begun, path, states):
     path = os.path.expanduser(given[0])
     if not os.path.getsize(path):  # it would become a queue
         return []
-    with Queue(path, patience=TICK, new=False) as queue:
-        ids = queue.ids(begun, states)
+    with Queue(path, lock_timeout=POLL_INTERVAL, new=False) as queue:
+        ids = queue.ids_starting_with(begun, states)
     return [id for id in ids if re.fullmatch(r"(?a)\w[\w.-]*", id)]  # a word anywhere
 
 
@@ -4159,17 +4159,17 @@ def ids_wanted(words, begun, path, states):
 
 def within_job_of(path):
     """Tell whether this command was started by a job of the queue."""
-    runs = os.path.join(beside(path, ".runs"), "")
+    runs = os.path.join(path_beside(path, ".runs"), "")
     return os.environ.get("QUEUECTL_RUN", "").startswith(runs)
 
 
 def worker_list(queue):
     """Return the workers of all pools, with the job that each of them runs."""
-    busy = {run["worker"]: run for run in queue.processing()}
+    busy = {run["worker"]: run for run in queue.processing_runs()}
     idle = {"id": None, "started_at": None}
     return [
         {"pid": pid, "pool": pool, "job": run["id"], "since": run["started_at"]}
-        for pool, workers in pools(queue.path).items()
+        for pool, workers in living_pools(queue.path).items()
         for pid in workers
         for run in [busy.get(pid, idle)]
     ]
@@ -4183,14 +4183,14 @@ def read_status(queue):
         "jobs": queue.counts(), "workers": worker_list(queue),
         "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
         "next_due": due["run_at"], "next_job": due["id"],
-        "paused": queue.paused(), "blocked": queue.first_blocked(),
+        "paused": queue.is_paused(), "blocked": queue.first_blocked(),
     }
 
 
 def status_document(status):
     """Return what `status --json` prints."""
-    workers = [dated(worker, "since") for worker in status["workers"]]
-    return dict(dated(status, "oldest_waiting", "next_due"), workers=workers,
+    workers = [with_iso_times(worker, "since") for worker in status["workers"]]
+    return dict(with_iso_times(status, "oldest_waiting", "next_due"), workers=workers,
                 blocked=status["blocked"]["jobs"] if status["blocked"] else 0)
 
 
@@ -4201,13 +4201,13 @@ def status_lines(status, now):
     yield "Active Workers: %d" % len(workers)
     if status["oldest_job"]:
         yield "Oldest Waiting: %s, for %s" % (
-            shown(status["oldest_job"]), span(now - status["oldest_waiting"]))
+            printable(status["oldest_job"]), duration_text(now - status["oldest_waiting"]))
     if due is not None:
         late = "was due %s, all workers are busy" if due < now and workers else "due %s"
-        yield "Next Due: %s, %s" % (shown(status["next_job"]), late % when(due, now))
+        yield "Next Due: %s, %s" % (printable(status["next_job"]), late % relative_time(due, now))
     if status["blocked"]:
         yield "Blocked: %s; %s" % (
-            many(status["blocked"]["jobs"], "job"), blocked_words(status["blocked"]))
+            plural(status["blocked"]["jobs"], "job"), blocked_text(status["blocked"]))
     if status["paused"]:
         yield RESUME.capitalize()
     elif jobs["pending"] + jobs["processing"] + jobs["failed"] and not workers:
@@ -4215,15 +4215,15 @@ def status_lines(status, now):
     for worker in workers:
         doing = "idle"
         if worker["job"]:
-            doing = "%s for %s" % (shown(worker["job"]), span(now - worker["since"]))
+            doing = "%s for %s" % (printable(worker["job"]), duration_text(now - worker["since"]))
         yield "  worker %(pid)d of pool %(pool)d: " % worker + doing
 
 
 def job_document(queue, job):
     """Return what `show --json` prints."""
-    runs = [dated(run, "started_at", "finished_at") for run in queue.runs(job)]
+    runs = [with_iso_times(run, "started_at", "finished_at") for run in queue.runs(job)]
     waiting = why_waiting(queue, job, worker_list(queue))
-    return dict(public(job), waiting=waiting, runs=runs)
+    return dict(public_job(job), waiting=waiting, runs=runs)
 
 
 def output_document(job, run, output):
@@ -4270,7 +4270,7 @@ def command_named(words):
             break
     name = ALIASES.get(name, name)
     if name and name not in COMMANDS and name not in groups:
-        raise unknown("command " + shown(name), name, [*COMMANDS, *ALIASES])
+        raise unknown_word("command " + printable(name), name, [*COMMANDS, *ALIASES])
     return name, [*options, *words]
 
 
@@ -4295,7 +4295,7 @@ def parse(name, words):
             hint = " (see: queuectl.py %s --help)" % name
             if name == "enqueue" and words[0][:1] not in ("{", "[", "-"):
                 hint = "; to run a command: queuectl.py enqueue -- " + " ".join(words)
-            raise QueueError("%s: %s" % (name, shown(message + hint)), 2)
+            raise QueueError("%s: %s" % (name, printable(message + hint)), 2)
 
     function, meaning, example, arguments = COMMANDS[name]
     parser = Parser(
@@ -4329,20 +4329,20 @@ def run_command(argv):
                  if not name or not re.match("--db$|--db=|--json$|[^-]", word)]
         if stray and not {"-h", "--help", "--version"} & set(words):
             hint = "no command in: %s (see: queuectl.py --help)"
-            raise QueueError(hint % shown(" ".join([*name.split(), *words])), 2)
+            raise QueueError(hint % printable(" ".join([*name.split(), *words])), 2)
         print("queuectl " + __version__ if "--version" in words else overview(name))
         return 0
     function, args = parse(name, words)
     try:
         if name in MAKERS and sys.stderr.isatty() and not os.path.exists(args.db):
             with Queue(args.db):
-                say("made queue " + shown(args.db))
+                notice("made queue " + printable(args.db))
         if name in WITHOUT_QUEUE:
             return function(args) or 0
         with Queue(args.db, new=name in MAKERS) as queue:
             return function(args, queue) or 0
     except sqlite3.Error as error:
-        raise QueueError("%s: %s" % (shown(args.db), error)) from None
+        raise QueueError("%s: %s" % (printable(args.db), error)) from None
 
 
 def main(argv=None):
@@ -4359,18 +4359,18 @@ def main(argv=None):
         sys.stdout.flush()
         return code
     except QueueError as error:
-        say(error)
+        notice(error)
         return error.code
     except OSError as error:
         closed = errno.EPIPE, errno.EINVAL if WINDOWS else errno.EPIPE
         if error.errno in closed and error.filename is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would complain
             return 0
-        where = shown(str(error.filename or "system error"))
-        say(where + (foreign(where) or ": %s" % (error.strerror or error)))
+        where = printable(str(error.filename or "system error"))
+        notice(where + (owner_hint(where) or ": %s" % (error.strerror or error)))
         return 1
     except RecursionError:
-        say("not JSON that a job is made of: nested too deeply")
+        notice("not JSON that a job is made of: nested too deeply")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -4393,14 +4393,14 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CACHED = 5.0  # seconds that statistics are given to others who ask for the same
 
 
-def asked_for(query, states=STATES, cancelled=None, waited_for=None):
+def selected(query, states=STATES, cancelled=None, waited_for=None):
     """Return the condition for the jobs of these states that a query asks for."""
     if "state" in query:
         states = [state for state in states if state == state_name(query["state"])]
     text = query.get("q", "")
-    if not storable(text + query.get("before", "")):
+    if not is_storable(text + query.get("before", "")):
         raise QueueError("not text", 400)
-    return those(states, text, None, cancelled, waited_for, errors=True)
+    return where(states, text, None, cancelled, waited_for, errors=True)
 
 
 def newest_jobs(queue, query):
@@ -4408,13 +4408,13 @@ def newest_jobs(queue, query):
 
     Dead ones stand in the order of their deaths, the latest first.
     """
-    limit = min(count_of("limit", 0)(query.get("limit", "50")) or 50, PAGE)
-    chosen, before = asked_for(query), query.get("before", "")
+    limit = min(count_of("limit", 0)(query.get("limit", "50")) or 50, BATCH)
+    chosen, before = selected(query), query.get("before", "")
     if query.get("state", "").lower() != "dead":
-        last = queue.number_below(before)
-        return list(map(public, queue.jobs(chosen, limit, newest=True, last=last)))
-    dead = queue.dead(chosen, below=before)
-    return list(map(public, itertools.islice(dead, limit)))
+        last = queue.seq_before(before)
+        return list(map(public_job, queue.jobs(chosen, limit, newest=True, last=last)))
+    dead = queue.dead_jobs(chosen, below=before)
+    return list(map(public_job, itertools.islice(dead, limit)))
 
 
 def stats_by_the_minute(queue, query):
@@ -4427,17 +4427,17 @@ def stats_by_the_minute(queue, query):
 
 
 def to_retry(query):
-    return asked_for(query, ["dead"], cancelled=False)
+    return selected(query, ["dead"], cancelled=False)
 
 
 def to_delete(query):
     ended = ["pending", "completed", "failed", "dead"]
-    return asked_for(query, ended, waited_for=False)
+    return selected(query, ended, waited_for=False)
 
 
 def counted(queue, query):
     """Return how many jobs a query asks for, and what could be done with how many."""
-    asked = {"jobs": asked_for, "retry": to_retry, "delete": to_delete}
+    asked = {"jobs": selected, "retry": to_retry, "delete": to_delete}
     return {name: queue.count(asked[name](query)) for name in asked}
 
 
@@ -4451,7 +4451,7 @@ def job_output(queue, query):
     output = output_of(queue, job, run)
     if "from" not in query:
         return output_document(job, run, output)
-    dropped, output = parts_of(output)
+    dropped, output = split_dropped(output)
     start = max(dropped, count_of("from", 0)(query["from"]))
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     runs = run == job["run"] and job["state"] == "processing"
@@ -4581,7 +4581,7 @@ class Site:
         route = ROUTES.get(method + " " + path)
         if not route:
             raise QueueError("no such page", 404)
-        with Queue(self.path, patience=IDLE_WAIT, new=False) as queue:
+        with Queue(self.path, lock_timeout=IDLE_INTERVAL, new=False) as queue:
             value = route(queue, query)
         if isinstance(value, str):
             return "text/plain", value
@@ -4635,10 +4635,10 @@ def serve(path, host, port):
     except (OSError, TypeError, UnicodeError) as error:  # the last two: an odd name
         words = "cannot listen on %s, port %d: %s"
         why = getattr(error, "strerror", None) or error
-        raise QueueError(words % (shown(host), port, why)) from None
+        raise QueueError(words % (printable(host), port, why)) from None
     with server:
         if host not in LOOPBACK:
-            say("warning: whoever reaches %s can read this queue and change it" % host)
+            notice("warning: whoever reaches %s can read this queue and change it" % host)
         where = "[%s]" % host if ":" in host else host
         address = "http://%s:%d/" % (where, server.server_port)
         print(address + " (to stop: Ctrl-C)", flush=True)

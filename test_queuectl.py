@@ -80,8 +80,8 @@ def home(tmp_path, monkeypatch):
 
 # Makes all less patient than it is by default, so that the tests are quick.
 QUICK = """
-queuectl.GRACE, queuectl.LOOK_EVERY, queuectl.RESTART_EVERY = 0.2, 0.05, 0.03
-queuectl.IDLE_WAIT, queuectl.TICK, queuectl.OUTLIVED = 0.1, 0.02, 0.04
+queuectl.TERM_GRACE, queuectl.RECOVERY_INTERVAL, queuectl.RESTART_INTERVAL = 0.2, 0.05, 0.03
+queuectl.IDLE_INTERVAL, queuectl.POLL_INTERVAL, queuectl.BLAME_DELAY = 0.1, 0.02, 0.04
 """
 exec(QUICK)  # what is run here waits for pools, too
 STARTED = []  # processes
@@ -135,7 +135,7 @@ TOOLS = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, TOOLS, ignore_errors=True)
 with open(os.path.join(TOOLS, "lasts.py"), "w") as file:
     file.write(LASTS)
-LASTING = queuectl.shell_words([sys.executable, "-S", file.name])  # -S starts sooner
+LASTING = queuectl.shell_line([sys.executable, "-S", file.name])  # -S starts sooner
 ENOUGH = 0.5 if os.name == "posix" else 3  # a timeout within which it starts there, too
 # Python compiles a script anew each time that it is run, which takes longer than most of
 # what is tested here. So it is done once; processes run, or import, what came of it.
@@ -162,7 +162,7 @@ def lasting():
 
 def python(program):
     """Return the shell line that runs a program; it has no double quotes in it."""
-    return queuectl.shell_words([sys.executable, "-c", program])
+    return queuectl.shell_line([sys.executable, "-c", program])
 
 
 class Answer:
@@ -360,7 +360,7 @@ def drain(count=2):
 
 
 def workers_of(pid):
-    return queuectl.pools(database()).get(pid, [])
+    return queuectl.living_pools(database()).get(pid, [])
 
 
 def kill_all(pool):
@@ -499,7 +499,7 @@ def test_list_filters_and_limits():
 
 
 def test_list_pages_through_more_jobs_than_a_page_holds():
-    count = 2 * queuectl.PAGE + 7
+    count = 2 * queuectl.BATCH + 7
     ok("enqueue", "-", stdin=b'{"command":"true"}\n' * count)
     assert len(jobs()) == count
     assert len(ok("list").out.splitlines()) == count + 1
@@ -924,9 +924,9 @@ def test_wait_ends_as_soon_as_the_job_does():
 
 def test_progress_is_one_line_with_rate_and_time_left():
     counts = dict(pending=5, processing=2, completed=30, failed=1, dead=2)
-    assert queuectl.progress(counts, 16, 4.0) == (
+    assert queuectl.progress_text(counts, 16, 4.0) == (
         "completed 30, dead 2, running 2, waiting 6, 4.0/s, 2.0s left")
-    assert queuectl.progress(counts, 0, 4.0).endswith("waiting 6")
+    assert queuectl.progress_text(counts, 0, 4.0).endswith("waiting 6")
 
 
 def on_terminal(*argv, keys=b"", columns=60):
@@ -977,9 +977,9 @@ def test_a_table_fits_a_terminal_and_is_whole_elsewhere():
     for columns in (60, 80, 160):
         lines = on_terminal("list", columns=columns)[1].splitlines()
         assert "i" * 18 + "…  pending" in lines[1]
-        starts = [queuectl.columns(line.partition("pending")[0]) for line in lines[1:]]
+        starts = [queuectl.display_width(line.partition("pending")[0]) for line in lines[1:]]
         assert starts[0] == starts[1]
-        assert max(queuectl.columns(line) for line in lines[1:]) <= columns
+        assert max(queuectl.display_width(line) for line in lines[1:]) <= columns
     assert "i" * 80 + "  pending" in ok("list").out and "x" * 200 in ok("list").out
 
 
@@ -1033,7 +1033,7 @@ def test_delete_by_state_and_age(queue, clock):
     clock.now += 7 * 86400
     add(queue, id="runs", priority=1)
     claim(queue)
-    assert queue.delete(queuectl.those(["completed"], before=clock.now - 8.5 * 86400)) == 1
+    assert queue.delete(queuectl.where(["completed"], before=clock.now - 8.5 * 86400)) == 1
     assert set(jobs()) == {"new", "waits", "runs"}
     listed = ok("delete", "--all", "--dry-run", "--json").json
     assert [job["id"] for job in listed] == ["new", "waits"] and len(jobs()) == 3
@@ -1200,13 +1200,13 @@ def test_wait_does_not_look_again_at_a_job_that_has_ended(queue):
 
 
 def test_much_is_removed_in_many_short_transactions(queue, monkeypatch):
-    monkeypatch.setattr(queuectl, "PAGE", 20)
-    monkeypatch.setattr(queuectl, "TICK", 0)  # after the first a row at a time
+    monkeypatch.setattr(queuectl, "BATCH", 20)
+    monkeypatch.setattr(queuectl, "POLL_INTERVAL", 0)  # after the first a row at a time
     for n in range(300):
         add(queue, id="j%d" % n)
     commits = []
     queue.db.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else 0)
-    assert queue.delete(queuectl.those(["pending"])) == 300
+    assert queue.delete(queuectl.where(["pending"])) == 300
     assert len(commits) > 10
 
 
@@ -1581,7 +1581,7 @@ def test_a_delayed_job_waits_and_does_not_hold_up_others(queue, clock):
     add(queue, id="later", delay="1d")
     add(queue, id="now")
     assert claim(queue)["id"] == "now"
-    assert claim(queue) is None and queue.drained() is False
+    assert claim(queue) is None and queue.is_drained() is False
     clock.now += DAY
     assert claim(queue)["id"] == "later"
 
@@ -1592,7 +1592,7 @@ def test_cancel_makes_a_waiting_job_dead_at_once(queue):
     add(queue, id="failed")
     queue.fail(claim(queue), result())
     assert queue.cancel(["failed"]) == 1
-    assert [job["error"] for job in queue.jobs(queuectl.those(["dead"]))] == ["cancelled"] * 2
+    assert [job["error"] for job in queue.jobs(queuectl.where(["dead"]))] == ["cancelled"] * 2
     queue.retry(["failed"])
     queue.complete(claim(queue), result(None))
 
@@ -1687,18 +1687,18 @@ def test_backoff(base, attempts, longest, wait):
     (90, 90), (1.5, 1.5), ("90", 90), ("90s", 90), ("10m", 600), ("2h", 7200), ("7D", 604800),
 ])
 def test_durations(given, seconds):
-    assert queuectl.seconds(given) == seconds
+    assert queuectl.parse_duration(given) == seconds
 
 
 @pytest.mark.parametrize("given", [
     "2001-09-09T01:46:40Z", "2001-09-09T03:46:40+02:00", 1e9, "1000000000"])
 def test_moments(given):
-    assert queuectl.moment(given) == 1e9
+    assert queuectl.check_time(given) == 1e9
 
 
 def test_a_date_without_signs_is_no_moment_of_1970():
     with contextlib.suppress(ValueError):  # older Pythons do not know it
-        assert queuectl.moment("20260131") > 1e9
+        assert queuectl.check_time("20260131") > 1e9
 
 
 @pytest.mark.parametrize("field, value", [
@@ -1784,7 +1784,7 @@ def test_a_job_that_enqueues_reaches_its_own_queue(home):
     told = python("import os; print(os.environ['QUEUECTL_DB'])")
     ok("--db", "sub/q.db", "enqueue", "--id", "x", "--cwd", "/", "--", told)
     ok("--db", "sub/q.db", "enqueue", "--id", "own", "--env", "QUEUECTL_DB=other", "--", told)
-    line = queuectl.shell_words([sys.executable, COMPILED, "enqueue", "--id", "next", "--", "true"])
+    line = queuectl.shell_line([sys.executable, COMPILED, "enqueue", "--id", "next", "--", "true"])
     ok("--db", "sub/q.db", "enqueue", "--id", "z", "--cwd", "/", "--", line)
     assert start_pool("--db", "sub/q.db", "--drain").wait(20) == 0
     assert ok("--db", "sub/q.db", "logs", "x").out.rstrip() == str(home / "sub" / "q.db")
@@ -1838,7 +1838,7 @@ def test_what_goes_on_without_its_main_thread_is_ended_with_its_run():
     pool = start_pool(count=1)
     wait_until(lasting)
     [pid] = lasting()
-    wait_until(lambda: queuectl.stat_of(pid)[0] == b"Z")
+    wait_until(lambda: queuectl.proc_stat(pid)[0] == b"Z")
     ok("cancel", "x")
     wait_until(lambda: state("x") == "dead")
     assert not lasting()
@@ -1872,7 +1872,7 @@ def test_a_job_cancelled_while_no_pool_runs_is_ended_by_the_next():
     assert state("x") == "processing" and "No pool is running" in ok("status").out
     assert "no pool is running" in cli("wait", "--timeout", "0").err
     assert lasting() or os.name != "posix"  # there it ends with its worker
-    start_pool(count=1, script="queuectl.GRACE = 0.2")
+    start_pool(count=1, script="queuectl.TERM_GRACE = 0.2")
     wait_until(lambda: state("x") == "dead")
     assert not lasting()
     assert jobs()["x"]["error"] == "cancelled"
@@ -1977,8 +1977,8 @@ def test_logs_show_the_end_at_every_moment():
     wait_until(lambda: ok("logs", "x").out)
     with queuectl.Queue("queuectl.db") as queue:
         job = queue.job("x")
-        while len(seen) < 300 and queue.owned(job):
-            dropped, output = queuectl.parts_of(queuectl.output_of(queue, job, job["run"]))
+        while len(seen) < 300 and queue.is_current(job):
+            dropped, output = queuectl.split_dropped(queuectl.output_of(queue, job, job["run"]))
             assert len(output) == 100000 or not dropped and len(output) < 100000
             second = output.index(b"\n") + 1  # a whole line: it tells where we are
             assert dropped == int(output[second : second + 10]) * 10 - second
@@ -2006,7 +2006,7 @@ def test_what_was_printed_until_its_worker_was_killed_is_kept(size, whole):
         job = queue.job("x")
         assert [run["error"] for run in queue.runs(job)] == ["worker died", None]
         dropped = max(0, size - 2**20)
-        assert queuectl.parts_of(queue.output(job, 1)) == (dropped, ten(dropped, size))
+        assert queuectl.split_dropped(queue.output(job, 1)) == (dropped, ten(dropped, size))
 
 
 @posix
@@ -2051,7 +2051,7 @@ def test_a_worker_killed_while_it_cuts_back_leaves_the_end(home, monkeypatch, pa
             patched.setattr(os, "write", killed)
             lease.write(data)
         kept = queuectl.read_output(lease.path, 1000)
-        assert queuectl.parts_of(kept)[1] == data[-1000:]
+        assert queuectl.split_dropped(kept)[1] == data[-1000:]
         lease.size = os.path.getsize(lease.path)
     lease.discard()
 
@@ -2074,11 +2074,11 @@ def test_a_lease_has_the_end_of_the_output_whatever_the_disk_takes(home, monkeyp
         printed += size
         first = max(0, printed - limit)
         kept = first, ten(first, printed)
-        assert queuectl.parts_of(lease.output())[1] == kept[1]
+        assert queuectl.split_dropped(lease.output())[1] == kept[1]
         if step < 25:  # the disk always took it
-            assert queuectl.parts_of(lease.output()) == kept
+            assert queuectl.split_dropped(lease.output()) == kept
             on_disk = queuectl.read_output(lease.path, limit)
-            assert queuectl.parts_of(on_disk) == kept
+            assert queuectl.split_dropped(on_disk) == kept
             assert os.path.getsize(lease.path) <= 2 * limit + 2**16
     lease.discard()
 
@@ -2142,7 +2142,7 @@ def test_worker_stop_with_no_pool_says_so_and_stops_no_later_one():
 @posix
 def test_two_signals_at_once_are_one():
     """As timeout(1) sends them: to the pool, and to its whole group."""
-    pool = start_pool(count=1, script="queuectl.TICK = 0.2")
+    pool = start_pool(count=1, script="queuectl.POLL_INTERVAL = 0.2")
     enqueue("sleep 0.3", id="x")
     wait_until(lambda: state("x") == "processing")
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -2153,7 +2153,7 @@ def test_two_signals_at_once_are_one():
 @posix
 def test_a_second_signal_gives_running_jobs_back():
     enqueue("trap '' TERM; %s & wait; %s" % (LASTING, LASTING), id="x")
-    pool = start_pool(count=1, script="queuectl.GRACE = 0.2")
+    pool = start_pool(count=1, script="queuectl.TERM_GRACE = 0.2")
     wait_until(lasting)
     pool.send_signal(signal.SIGTERM)
     wait_until(lambda: "asked to stop" in read("queuectl.log"))
@@ -2175,7 +2175,7 @@ def test_a_worker_that_is_asked_to_leave_is_replaced_even_in_a_drain():
 
 
 def test_a_job_can_stop_its_own_pool():
-    line = queuectl.shell_words([sys.executable, COMPILED, "worker", "stop"])
+    line = queuectl.shell_line([sys.executable, COMPILED, "worker", "stop"])
     enqueue(line, id="x", timeout=30)
     assert start_pool(count=1).wait(20) == 0
     assert state("x") == "completed"
@@ -2312,7 +2312,7 @@ def test_a_launcher_that_had_to_be_killed_is_logged(client):
         file.write("#!/bin/sh\ntrap '' TERM; while :; do sleep 0.1; done\n")
     ok("enqueue", "--id", "x", "--max-retries", "1", "--timeout", "0.2", "--launcher",
        client, "--", "true")
-    start_pool(script="queuectl.GRACE = 0.2")
+    start_pool(script="queuectl.TERM_GRACE = 0.2")
     wait_until(lambda: state("x") == "dead")
     wait_until(lambda: "launcher was killed" in read("queuectl.log"))
 
@@ -2381,12 +2381,12 @@ lsof = pytest.mark.skipif(not shutil.which("lsof"), reason="needs lsof, or /proc
 @pytest.mark.parametrize("kind, script", [("plain", ""), *(
     pytest.param(kind, script, marks=posix) for kind, script in [
         *((kind, "") for kind in ORPHANS if kind != "plain"),
-        ("ignores TERM", "queuectl.IDLE_WAIT = 60")]),  # who waits is woken
+        ("ignores TERM", "queuectl.IDLE_INTERVAL = 60")]),  # who waits is woken
     *(pytest.param(kind, NO_PROC, marks=[posix, lsof])
       for kind in ("unmarked", "own session"))])
 def test_a_killed_jobs_orphan_is_ended_before_it_runs_again(kind, script, victim):
     enqueue(ORPHANS[kind].replace("LASTING", LASTING), id="x")
-    script += "\nqueuectl.GRACE = 0.2" * (kind == "ignores TERM")
+    script += "\nqueuectl.TERM_GRACE = 0.2" * (kind == "ignores TERM")
     pool = start_pool(count=1, script=script)
     wait_until(lambda: lasting() and runs() == 1)
     if victim == "worker":
@@ -2518,7 +2518,7 @@ def test_a_worker_that_leaves_a_killed_pool_leaves_what_is_known_of_an_orphan():
 @posix
 def test_a_pool_whose_queue_is_removed_while_it_ends_an_orphan_ends_too():
     enqueue("trap '' TERM; " + LASTING, id="x")
-    pool = start_pool(count=1, script="queuectl.GRACE = 60")
+    pool = start_pool(count=1, script="queuectl.TERM_GRACE = 60")
     wait_until(lasting)
     os.kill(workers_of(pool.pid)[0], signal.SIGKILL)
     wait_until(lambda: "worker died, ending" in read("queuectl.log"))
@@ -2531,11 +2531,11 @@ def test_a_pool_whose_queue_is_removed_while_it_ends_an_orphan_ends_too():
 
 
 TROUBLE = """
-def keep_house(self, queue, keep_house=queuectl.Supervisor.keep_house):
+def keep_house(self, queue, keep_house=queuectl.Supervisor.maintain):
     if queuectl.os.path.exists("trouble"):
         raise queuectl.sqlite3.OperationalError("trouble")
     return keep_house(self, queue)
-queuectl.Supervisor.keep_house = keep_house
+queuectl.Supervisor.maintain = keep_house
 """
 
 
@@ -2555,8 +2555,8 @@ def test_a_stopping_pool_looks_first_what_its_dead_worker_ran():
 @posix
 def test_a_run_that_could_not_be_ended_is_put_back_when_it_has_ended():
     enqueue("[ -e out ] && exit; touch out; exec sleep 0.7", id="x", timeout=0.1)
-    pool = start_pool("--drain", count=1, script="queuectl.STUCK = queuectl.GRACE = 0.1\n"
-                      "queuectl.signal_all = lambda pids, number: None")
+    pool = start_pool("--drain", count=1, script="queuectl.KILL_GRACE = queuectl.TERM_GRACE = 0.1\n"
+                      "queuectl.signal_processes = lambda pids, number: None")
     assert pool.wait(10) == 0 and state("x") == "completed"
     assert "x 1/3 can't be ended: processes [" in read("queuectl.log")
 
@@ -2574,7 +2574,7 @@ def heir(run):
 def no_signals(monkeypatch, pool):
     """Let nothing be signalled by a supervisor."""
     monkeypatch.setattr(pool, "end_orphan", lambda run, pids: pytest.fail("signalled"))
-    monkeypatch.setattr(queuectl, "signal_all", lambda *_: pytest.fail("signalled"))
+    monkeypatch.setattr(queuectl, "signal_processes", lambda *_: pytest.fail("signalled"))
     return pool
 
 
@@ -2591,7 +2591,7 @@ def test_a_worker_that_holds_its_lease_is_no_orphan(queue, monkeypatch, removed,
             pool.workers = [types.SimpleNamespace(pid=pid, exitcode=None)] * own
             if removed:
                 os.remove(run["lease"])
-            pool.put_back(queue)
+            pool.recover_lost(queue)
         assert queue.job("job")["state"] == "processing"
 
 
@@ -2599,15 +2599,15 @@ def test_a_worker_that_holds_its_lease_is_no_orphan(queue, monkeypatch, removed,
 def test_a_worker_in_a_container_has_another_number_and_is_no_orphan(queue, monkeypatch):
     add(queue)
     with leased(queue, 7):
-        fd = queuectl.hold(queuectl.worker_file(queue.path, 1, 7))
-        no_signals(monkeypatch, supervisor(queue)).put_back(queue)
+        fd = queuectl.lock_file(queuectl.worker_file(queue.path, 1, 7))
+        no_signals(monkeypatch, supervisor(queue)).recover_lost(queue)
         os.close(fd)
     assert queue.job("job")["state"] == "processing"
 
 
 def test_two_pools_of_one_number_are_refused_and_hold_up_nobody(queue):
     """As those of two containers may have it."""
-    fd = queuectl.hold(queuectl.pool_file(queue.path, os.getpid()))
+    fd = queuectl.lock_file(queuectl.pool_file(queue.path, os.getpid()))
     with pytest.raises(queuectl.QueueError, match="another process of that number"):
         queuectl.Supervisor(queue.path, 1).run(pytest.fail)
     os.close(fd)
@@ -2619,7 +2619,7 @@ def test_a_process_with_the_number_of_a_worker_elsewhere_keeps_no_job():
     enqueue(id="job")
     with queuectl.Queue("queuectl.db") as queue:
         queue.claim(os.getppid(), lambda run: None)
-        supervisor(queue).put_back(queue)
+        supervisor(queue).recover_lost(queue)
         assert queue.job("job")["state"] == "pending"
 
 
@@ -2637,7 +2637,7 @@ def test_a_pool_that_is_stopped_now_ends_an_orphan_first():
 @posix
 def test_a_pool_that_cannot_read_its_queue_can_be_stopped_now():
     enqueue("trap '' TERM; " + LASTING, id="x")
-    pool = start_pool(count=1, script=TROUBLE + "queuectl.GRACE = 60")
+    pool = start_pool(count=1, script=TROUBLE + "queuectl.TERM_GRACE = 60")
     wait_until(lasting)
     os.kill(workers_of(pool.pid)[0], signal.SIGKILL)
     wait_until(lambda: "worker died, ending" in read("queuectl.log"))
@@ -2722,11 +2722,11 @@ def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatc
     add(queue)
     pool = no_signals(monkeypatch, supervisor(queue))
     with leased(queue, 1) as run, heir(run) as pid:
-        listed = queue.processing()
+        listed = queue.processing_runs()
         assert queuectl.processes_of({run["lease"]: None}) == {run["lease"]: {pid}}
         queue.complete(run, result(None))
-        monkeypatch.setattr(queue, "processing", lambda: listed)
-        pool.put_back(queue)
+        monkeypatch.setattr(queue, "processing_runs", lambda: listed)
+        pool.recover_lost(queue)
     assert queue.job("job")["state"] == "completed"
 
 
@@ -2734,7 +2734,7 @@ def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatc
 def test_what_is_forked_during_the_first_look_at_a_run_is_found_by_a_second(monkeypatch):
     ours = (os.getpid(), "lease")  # a worker holds the lease of its run
     looks = iter([[ours], [ours, (77, "lease")]])
-    for name in "traces_in_proc", "traces_by_tools":
+    for name in "scan_proc", "scan_with_tools":
         monkeypatch.setattr(queuectl, name, lambda *_: next(looks))
     assert queuectl.processes_of({"lease": 1}) == {"lease": {77}}
 
@@ -2742,19 +2742,19 @@ def test_what_is_forked_during_the_first_look_at_a_run_is_found_by_a_second(monk
 @posix
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
 def test_a_scan_leaves_out_what_is_older_than_the_one_that_asks():
-    began = int(queuectl.stat_of("self")[19])
-    assert os.getpid() in dict(queuectl.traces_in_proc(began, set()))
-    assert os.getpid() not in dict(queuectl.traces_in_proc(began + 1, set()))
+    began = int(queuectl.proc_stat("self")[19])
+    assert os.getpid() in dict(queuectl.scan_proc(began, set()))
+    assert os.getpid() not in dict(queuectl.scan_proc(began + 1, set()))
 
 
 @posix
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
 def test_the_second_look_of_a_scan_is_for_what_came_since_the_first():
     seen = set()
-    assert os.getpid() in dict(queuectl.traces_in_proc(0, seen))
+    assert os.getpid() in dict(queuectl.scan_proc(0, seen))
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert {child.pid} <= {*dict(queuectl.traces_in_proc(0, seen))}
-    assert {os.getpid(), child.pid}.isdisjoint(dict(queuectl.traces_in_proc(0, seen)))
+    assert {child.pid} <= {*dict(queuectl.scan_proc(0, seen))}
+    assert {os.getpid(), child.pid}.isdisjoint(dict(queuectl.scan_proc(0, seen)))
     child.communicate()
 
 
@@ -2786,9 +2786,9 @@ def test_an_orphan_that_nobody_can_prove_is_left_until_it_ends(monkeypatch, queu
     monkeypatch.setenv("PATH", os.devnull)
     add(queue)
     with leased(queue, 2**30):
-        supervisor(queue).put_back(queue)
+        supervisor(queue).recover_lost(queue)
         assert queue.job("job")["state"] == "processing"
-    supervisor(queue).put_back(queue)
+    supervisor(queue).recover_lost(queue)
     assert queue.job("job")["state"] == "pending"
 
 
@@ -2798,12 +2798,12 @@ def test_another_users_run_is_left_alone(queue, monkeypatch):
     add(queue)
     with leased(queue, 1) as run:
         pass
-    program = "import os, queuectl; os.setuid(65534); print(queuectl.held(%r))"
+    program = "import os, queuectl; os.setuid(65534); print(queuectl.is_locked(%r))"
     told = subprocess.run([sys.executable, "-c", program % run["lease"]], cwd="/",
                           stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=TOOLS))
-    assert told.stdout == b"True\n" and not queuectl.held(run["lease"])
-    monkeypatch.setattr(queuectl, "held", lambda path, missing=False: True)
-    supervisor(queue).put_back(queue)
+    assert told.stdout == b"True\n" and not queuectl.is_locked(run["lease"])
+    monkeypatch.setattr(queuectl, "is_locked", lambda path, missing=False: True)
+    supervisor(queue).recover_lost(queue)
     assert state("job") == "processing"
 
 
@@ -2811,7 +2811,7 @@ def test_another_users_run_is_left_alone(queue, monkeypatch):
 def test_a_pool_that_a_lost_run_started_is_let_be():
     with open("quick.py", "w") as file:  # the pool that it starts runs this again
         file.write("import queuectl\n%squeuectl.__file__ = __file__\nqueuectl.main()" % QUICK)
-    line = queuectl.shell_words([sys.executable, "quick.py", "worker", "start", "--detach"])
+    line = queuectl.shell_line([sys.executable, "quick.py", "worker", "start", "--detach"])
     enqueue("[ -e out ] || %s; exec %s once" % (line, LASTING), id="x", env={"PYTHONPATH": TOOLS})
     pool = start_pool(count=1)
     wait_until(lambda: lasting() and len(ok("status", "--json").json["workers"]) == 2)
@@ -2827,8 +2827,8 @@ def test_a_stranger_with_the_recorded_pid_survives(queue):
     with subprocess.Popen(["sleep", "66.25"], start_new_session=True) as stranger:
         add(queue)
         run = queue.claim(stranger.pid, lambda run: None)
-        queue.note_pid(dict(run, pid=stranger.pid))
-        supervisor(queue).put_back(queue)
+        queue.record_pid(dict(run, pid=stranger.pid))
+        supervisor(queue).recover_lost(queue)
         assert queue.job("job")["state"] == "pending"
         assert stranger.poll() is None
         stranger.kill()
@@ -2890,7 +2890,7 @@ def test_a_removed_database_ends_the_pool():
 def test_a_run_that_is_ended_can_clean_up_by_commands(way):
     line = "trap 'sleep 0.2 && echo cleaned > up; exit 1' TERM; touch on; " + LASTING
     enqueue(line + " & wait", id="x", **({"timeout": 0.2} if way == "timeout" else {}))
-    pool = start_pool(count=1, script="queuectl.GRACE = 9")
+    pool = start_pool(count=1, script="queuectl.TERM_GRACE = 9")
     wait_until(lambda: os.path.exists("on"))
     if way == "orphan":
         os.kill(workers_of(pool.pid)[0], KILL)
@@ -2911,7 +2911,7 @@ def test_a_job_behind_a_removed_one_died_when_that_was_removed(queue):
     add(queue, id="front")
     add(queue, id="behind", after=["front"])
     before = time.time() - 1
-    queue.delete(queuectl.those(["pending"], "front"))
+    queue.delete(queuectl.where(["pending"], "front"))
     job = queue.job("behind")
     assert job["state"] == "dead" and before < job["updated_at"] < time.time() + 1
 
@@ -2940,13 +2940,13 @@ def test_a_job_waited_until_its_run_not_until_the_next(queue, clock):
 
 def test_a_run_takes_no_longer_because_it_ended_as_stopped_services_do():
     enqueue("kill -9 $$" if os.name == "posix" else "exit 137", id="x", max_retries=1)
-    pool = start_pool(count=1, script="queuectl.OUTLIVED = 0.5")
+    pool = start_pool(count=1, script="queuectl.BLAME_DELAY = 0.5")
     wait_until(lambda: state("x") == "dead")
     assert pool.poll() is None and ok("show", "x", "--json").json["seconds"] < 0.45
 
 
 def test_a_job_that_stops_its_own_pool_is_told_that_it_is_stopping():
-    enqueue(queuectl.shell_words([sys.executable, COMPILED, "worker", "stop"]), id="x")
+    enqueue(queuectl.shell_line([sys.executable, COMPILED, "worker", "stop"]), id="x")
     pool = start_pool(count=1)
     assert pool.wait(10) == 0
     assert "stopping pool %d\n" % pool.pid in ok("logs", "x").out
@@ -3113,7 +3113,7 @@ def test_a_job_that_fills_the_disk_with_its_output_completes(small_disk):
                or state("next") == "completed")
     assert any(full) and state("x") == "completed" and pool.poll() is None
     with queuectl.Queue("queuectl.db") as queue:
-        dropped, output = queuectl.parts_of(queue.output(queue.job("x")))
+        dropped, output = queuectl.split_dropped(queue.output(queue.job("x")))
     assert output == ten(8000000, 12000000) and dropped == 8000000
 
 
@@ -3161,7 +3161,7 @@ def test_a_pool_outlives_a_long_lock():
 
 
 def test_a_stop_while_the_database_is_locked_keeps_the_result_in_hand():
-    pool = start_pool(count=1, script="queuectl.IDLE_WAIT = 0.1")
+    pool = start_pool(count=1, script="queuectl.IDLE_INTERVAL = 0.1")
     enqueue("sleep 0.1", id="x")
     wait_until(lambda: state("x") == "processing")
     with locked():
@@ -3251,7 +3251,7 @@ def strike(number, *pids):
         os.kill(pid, number)
 
 
-AS_BY_DEFAULT = "queuectl.OUTLIVED = 0.5"  # the pool is struck after its workers
+AS_BY_DEFAULT = "queuectl.BLAME_DELAY = 0.5"  # the pool is struck after its workers
 TRAPPED = "trap 'kill $!; exit 143' TERM INT HUP; LASTING & wait"
 
 
@@ -3336,7 +3336,7 @@ queuectl.os.posix_spawn = refuse
 def test_a_system_that_has_no_process_to_give_costs_a_job_no_attempt(name):
     enqueue("echo out", id="x", max_retries=1)
     enqueue(id="next", max_retries=1)
-    start_pool(count=1, script=REFUSED % (3, name) + "queuectl.IDLE_WAIT = 0.1")
+    start_pool(count=1, script=REFUSED % (3, name) + "queuectl.IDLE_INTERVAL = 0.1")
     wait_until(lambda: state("next") == "completed")
     assert (state("x"), attempts("x"), ok("logs", "x").out) == ("completed", 1, "out\n")
     assert errors("x") == [None] and errors("next") == [None]
@@ -3403,7 +3403,7 @@ def test_a_worker_that_dies_with_its_whole_pool_is_not_counted():
     enqueue(LASTING, id="x", max_retries=1)
     for n in range(6):
         # Its supervisor is killed while it waits whether it is.
-        pool = start_pool(count=1, script="queuectl.OUTLIVED = 60")
+        pool = start_pool(count=1, script="queuectl.BLAME_DELAY = 60")
         wait_until(lambda: len(errors("x")) == n + 1 and lasting())
         worker = workers_of(pool.pid)[0]
         os.kill(worker, signal.SIGSTOP)
@@ -3466,16 +3466,16 @@ def test_a_failed_job_is_due_at_once_when_the_clock_was_set_back(queue, clock):
     add(queue, id="later", delay=600)
     add(queue, id="job")
     queue.fail(claim(queue), result())
-    queue.promote_overtaken()
+    queue.promote_after_clock_step()
     assert queue.job("job")["state"] == "failed"
     clock.now -= 7200
-    queue.promote_overtaken()
+    queue.promote_after_clock_step()
     run = claim(queue)
     assert (run["id"], run["attempt"]) == ("job", 2)
     assert claim(queue) is None and queue.next_due()["run_at"] == clock.now + 7200 + 600
     assert queue.fail(run, result()) == "failed"
     assert queue.next_due()["run_at"] == clock.now + 4
-    queue.promote_overtaken()
+    queue.promote_after_clock_step()
     assert queue.job("job")["state"] == "failed"
 
 
@@ -3498,7 +3498,7 @@ VERBS = {
     "cancel": lambda queue: queue.cancel(["job"]),
     "retry": lambda queue: queue.retry(["job"]),
     "delete": lambda queue: queue.delete(["job"]),
-    "delete many": lambda queue: queue.delete(queuectl.those()),
+    "delete many": lambda queue: queue.delete(queuectl.where()),
     "job": lambda queue: queue.job("job"),
     "jobs": lambda queue: list(queue.jobs()),
     "wait": lambda queue: queue.wait(["job"], 0),
@@ -3738,7 +3738,7 @@ def broken(queue, *args, verb=queuectl.Queue.%s):
         raise queuectl.sqlite3.IntegrityError("UNIQUE constraint failed")
     return verb(queue, *args)
 queuectl.Queue.%s = broken
-queuectl.RESTART_EVERY = 0.1
+queuectl.RESTART_INTERVAL = 0.1
 """
 
 
@@ -3793,11 +3793,11 @@ def test_another_database_over_that_of_an_idle_pool_ends_it(how):
 
 # What is wrong with the old file when a result is to be recorded in it.
 OLD_FILE = """
-def gives(queue, *args, verb=queuectl.Queue._leave):
-    if not queuectl.still_names(queue.path, queue.file):
+def gives(queue, *args, verb=queuectl.Queue._finish):
+    if not queuectl.is_same_file(queue.path, queue.file):
         %s
     return verb(queue, *args)
-queuectl.Queue._leave = gives
+queuectl.Queue._finish = gives
 """
 
 
@@ -4116,7 +4116,7 @@ class Chaos:
         return json.loads(out)
 
     def workers(self, pool=None):
-        every = queuectl.pools(database())
+        every = queuectl.living_pools(database())
         return [pid for one, pids in every.items() if pool in (None, one) for pid in pids]
 
     def hit(self, number, what, *pids):
@@ -4155,7 +4155,7 @@ class Chaos:
                 self.hit(number, word + " with their pool", pool, *self.workers(pool))
         # As systemd does: all at once. One that has no file yet can catch no signal yet.
         elif what == "stop service" and len(alive) == 1 and pool in (
-                queuectl.pools(database())):
+                queuectl.living_pools(database())):
             others = self.pools + self.stops + [batch.process for batch in self.batches]
             runs = set(ours()) - {process.pid for process in others} - set(self.workers())
             self.hit(signal.SIGTERM, "stopped as services are", pool)
@@ -4601,7 +4601,7 @@ def test_whatever_moves_a_waiting_job_elects_the_first_of_its_lock_anew(queue, c
     ok("enqueue", "--unique", "--id", "late", "--lock", "gpu", "--", "true")
     queue.promote(time.time())
     assert locks(queue) == {"db": "c", "gpu": "late"}
-    queue.delete(queuectl.those(["pending"]))
+    queue.delete(queuectl.where(["pending"]))
     assert locks(queue) == {}
 
 
@@ -4685,7 +4685,7 @@ def test_whatever_is_done_in_whatever_order_the_gate_is_right(queue, clock, seed
                 run, result()), lambda: queue.fail(run, result())])()
 
     def some_states():
-        return queuectl.those(rnd.sample(queuectl.STATES, 2), text=rnd.choice(["", "1"]),
+        return queuectl.where(rnd.sample(queuectl.STATES, 2), text=rnd.choice(["", "1"]),
                               waited_for=rnd.choice([None, False]))
 
     verbs = [enqueue_one, enqueue_one, enqueue_one, claim_one, claim_one, end_one, end_one,
@@ -4700,14 +4700,14 @@ def test_whatever_is_done_in_whatever_order_the_gate_is_right(queue, clock, seed
             rnd.choice(verbs)()
         queue.promote(clock.now)
         assert [tuple(row) for row in queue._rows(GATE, clock.now)] == []
-    while runs or queue.next_due() or queue.claimable():  # nothing is stuck
+    while runs or queue.next_due() or queue.has_claimable():  # nothing is stuck
         clock.now += 10**6
         claim_one()
         if runs:
             queue.complete(runs.pop(), result(None))
     left = [job for job in queue.jobs() if job["state"] not in ("completed", "dead")]
-    assert {job["state"] for job in left} <= {"pending"} and queue.drained()
-    assert {job["seq"] for job in left} <= queue.blocked()
+    assert {job["state"] for job in left} <= {"pending"} and queue.is_drained()
+    assert {job["seq"] for job in left} <= queue.blocked_seqs()
 
 
 @forked
@@ -4755,11 +4755,11 @@ def test_a_pause_lets_the_running_job_finish_and_a_drain_end():
 
 def test_an_idle_pool_of_a_paused_queue_rests(queue):
     add(queue)
-    queue.pause(True)
+    queue.set_paused(True)
     worker = queuectl.Worker.__new__(queuectl.Worker)
     worker.queue, worker.drain = queue, False
-    assert worker.pause() == queuectl.IDLE_WAIT and claim(queue) is None
-    assert queue.drained()
+    assert worker.pause() == queuectl.IDLE_INTERVAL and claim(queue) is None
+    assert queue.is_drained()
 
 
 def test_edit_changes_what_waits_with_the_options_of_enqueue(queue):
@@ -4897,7 +4897,7 @@ def test_lines_are_commands_and_quiet_prints_nothing():
 @pytest.mark.parametrize("given, expected", [
     ("1h30m", 5400), ("1d2h", 93600), ("1.5h", 5400), ("90", 90), ("1H", 3600), (" 5 ", 5)])
 def test_durations_may_have_several_parts(given, expected):
-    assert queuectl.seconds(given) == expected
+    assert queuectl.parse_duration(given) == expected
 
 
 @pytest.mark.parametrize("given", ["1h30", "h", "", "1_0", "1 h", "1h 30m", "-1h", "1e3", "1w"])
@@ -4948,7 +4948,7 @@ def test_what_waits_for_a_removed_job_is_dead_and_says_why(queue):
     add(queue, id="front")
     add(queue, id="x", after=["front"])
     add(queue, id="y", after=["x"])
-    queue.delete(queuectl.those(text="front"))
+    queue.delete(queuectl.where(text="front"))
     assert (state("x"), queue.job("x")["error"]) == ("dead", "what it waited for was removed")
     assert queue.counts()["dead"] == 1 and ok("show", "y", "--json").json["after"] == ["x"]
     assert queue.next_due() is None  # it is not among those that wait for a time
@@ -5229,8 +5229,8 @@ def test_all_that_people_read_fits_into_80_columns():
 @pytest.mark.parametrize("text, columns", [
     ("abc", 3), ("日本", 4), ("é", 1), ("e\u0301", 1), ("", 0)])
 def test_wide_characters_take_two_columns(text, columns):
-    assert queuectl.columns(text) == columns
-    assert queuectl.cut(text, 9) == text and queuectl.columns(queuectl.cut(text * 9, 5)) <= 5
+    assert queuectl.display_width(text) == columns
+    assert queuectl.truncate(text, 9) == text and queuectl.display_width(queuectl.truncate(text * 9, 5)) <= 5
 
 
 @pytest.mark.parametrize("seconds, words", [
@@ -5369,7 +5369,7 @@ def test_the_log_has_the_time_base_of_json():
     for line in read("queuectl.log").splitlines():
         assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (INFO|ERROR|WARNING) \w+\[\d+\] ", line)
     stamp = read("queuectl.log")[:20]
-    assert abs(queuectl.epoch(stamp) - time.time()) < 60
+    assert abs(queuectl.parse_time(stamp) - time.time()) < 60
 
 
 # ======================================================================================
@@ -5403,7 +5403,7 @@ def test_wait_without_ids_is_about_what_is_unfinished_when_it_begins():
 
 @posix
 def test_a_job_that_waits_for_all_does_not_wait_for_itself():
-    command = queuectl.shell_words([sys.executable, SCRIPT, "wait", "--timeout", "20"])
+    command = queuectl.shell_line([sys.executable, SCRIPT, "wait", "--timeout", "20"])
     enqueue(command, id="waits", timeout=30)
     enqueue(id="other")
     start_pool()
@@ -5434,7 +5434,7 @@ def test_a_symlinked_folder_is_kept_by_its_name(monkeypatch):
 
 
 def test_of_thousands_due_at_once_the_urgent_one_is_claimed_first(queue, clock, monkeypatch):
-    monkeypatch.setattr(queuectl, "TICK", 0.2)  # a claim has a part of it for those due
+    monkeypatch.setattr(queuectl, "POLL_INTERVAL", 0.2)  # a claim has a part of it for those due
     rows = [{"command": "true", "delay": 60} for _ in range(3000)]
     rows.append({"command": "true", "delay": 60, "priority": 9, "id": "urgent"})
     queue.enqueue(queuectl.checked_job(row, queue.defaults()) for row in rows)
@@ -5552,7 +5552,7 @@ def test_a_job_that_waits_in_a_paused_queue_is_all_that_runs_in_it(queue):
     for name in ("waits", "other"):
         add(queue, id=name)
     claim(queue)
-    queue.pause(True)
+    queue.set_paused(True)
     assert queue.wait(timeout=0) is None  # for whoever is no job, one still runs
     assert queue.wait(timeout=0, but="waits")["left"] == ["other"]
 
@@ -5642,10 +5642,10 @@ def test_a_pool_is_asked_for_what_is_more_than_before_and_only_once(queue, monke
                                  ("now", "stop", "now"), ("now", "now", "now")):
         with open(file, "wb") as room:
             room.write(b" " * 16)
-        before and queuectl.ask(queue.path, 0, before)
+        before and queuectl.request_stop(queue.path, 0, before)
         for _ in range(3):  # as `loop` does, for as long as it goes on
             pool.ask(words)
-        assert queuectl.asked(queue.path, 0) == after
+        assert queuectl.requested_stop(queue.path, 0) == after
         lines = read("queuectl.log").count("asked to stop")
         assert lines == (before != after), (before, words)
         open("queuectl.log", "w").close()
