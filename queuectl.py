@@ -9,11 +9,11 @@
     python queuectl.py worker start --count 2
     python queuectl.py status
 
-One SQLite file is one queue: `queuectl.db` in the current directory, or what `--db` or
-QUEUECTL_DB names. Beside it lie `queuectl.log` and, while pools run, a PID file for
-each and `queuectl.runs/` with a file for each worker and for each job that runs.
+One SQLite file is one queue: `queuectl.db` in the current directory, or the file that
+`--db` or QUEUECTL_DB names. Beside it lie `queuectl.log` and, while pools run, a PID
+file for each pool, and `queuectl.runs/` with a file for each worker and running job.
 
-The life of a job; each arrow is one verb of `Queue`, one guarded UPDATE:
+The life of a job. Each arrow is one method of `Queue`, and one guarded UPDATE:
 
                      claim              exit 0
     enqueue ─▶ PENDING ─────▶ PROCESSING ─────▶ COMPLETED
@@ -24,31 +24,34 @@ The life of a job; each arrow is one verb of `Queue`, one guarded UPDATE:
              FAILED ◀── failed ────┘                                      │
                   └────────────────────────── dlq retry ──────────────────┘
 
-Not drawn: `cancel` makes any unfinished job DEAD; `retry` takes a COMPLETED one, too.
+Not drawn: `cancel` makes any unfinished job DEAD, and `retry` takes COMPLETED jobs too.
 
-What is promised, and by what:
+What is promised, and how it is kept:
 
   - An acknowledged job is on the disk: `enqueue` commits with a synced write.
-  - Two runs of a job never overlap, and none is stuck. Whatever lives holds a file: it
-    has it open and locked (flock), and the kernel lets go when the last process that
-    inherited it is gone, whoever was killed. The file of a run is its lease. A job in
-    PROCESSING whose lease is free belongs to nobody and is put back; a lease that is
-    held while its worker is gone belongs to an orphan, which is ended first. Every pool
-    looks for both at its start and every two seconds. There is no heartbeat.
-  - A job runs at least once. A result that could not be recorded is dropped, and the
-    job runs again: commands should be idempotent.
+  - Two runs of a job never overlap, and no job is stuck. Every living process of a
+    queue holds a file: it has the file open and locked (flock). The kernel frees the
+    lock when the last process that inherited the file is gone, whatever was killed.
+    The file of a run is its lease. A lease never expires: it is free only when nothing
+    of its run is left. A job in PROCESSING whose lease is free has no run, so it goes
+    back to PENDING. If a lease is held and its worker is gone, the run is an orphan,
+    and is ended first. Every pool checks for both at its start and every two seconds.
+    There is no heartbeat.
+  - A job runs at least once. If the result of a run can't be recorded, it is dropped,
+    and the job runs again: commands should be idempotent.
   - A run that is ended from outside ends with every process that belongs to it.
 
-The map. A section uses those above it.
+The map. A section uses only those above it.
 
-    settings     names, limits, defaults; the one exception
-    policy       checking what comes from outside; durations, backoff
-    holds        locked files, waking, asking; what differs between systems
-    queue        the database: the only SQL
+    settings     constants, states, limits; the one exception
+    policy       checks of what comes from outside; durations, backoff
+    locks        locked files, waking, requests; what differs between systems
+    database     the file, its connection, transactions, the schema
+    queue        the jobs: a method for each verb, with its SQL; statistics
     runs         one command: its lease, its output, its end
     output       values to text
-    pool         a worker; the supervisor; recovery; the log
-    commands     one function a command, its name and its arguments above it
+    pool         a worker; the supervisor; the reaper; the log
+    commands     a function for each command, with its name and arguments above it
     main         the parser and the exit code
     dashboard    the same documents by HTTP, and the page
 """
@@ -72,7 +75,7 @@ import weakref
 from datetime import datetime, timedelta
 
 # ======================================================================================
-# Settings: names, limits, defaults; the one exception
+# Settings: constants, states, limits; the one exception
 # ======================================================================================
 
 __version__ = "1.1.0"
@@ -82,10 +85,15 @@ WINDOWS = os.name == "nt"
 STATES = ("pending", "processing", "completed", "failed", "dead")
 WAITING = ("pending", "failed")
 FINISHED = ("completed", "dead")
-# The states that a verb leaves. SQL, commands, completion and page take them from here.
+# The states in which each verb takes a job. SQL, commands and completion use this
+# table.
 TAKES = {
-    "cancel": (*WAITING, "processing"), "edit": WAITING, "retry": FINISHED,
-    "delete": (*WAITING, *FINISHED), "dlq retry": ("dead",),
+    "cancel": (*WAITING, "processing"),
+    "edit": WAITING,
+    "retry": FINISHED,
+    "delete": (*WAITING, *FINISHED),
+    "dlq retry": ("dead",),
+    "dlq clear": ("dead",),
 }
 SCHEMA_VERSION = 2
 APPLICATION_ID = 0x71637431  # "qct1", in the header of the database
@@ -93,27 +101,27 @@ APPLICATION_ID = 0x71637431  # "qct1", in the header of the database
 MAX_INTEGER = 2**63 - 1
 MAX_DURATION = 10.0**9  # seconds, some 30 years
 EPOCH = datetime(1970, 1, 1)
-MAX_TIME = 253402300799.0  # 9999-12-31T23:59:59Z, the last that ISO 8601 text can name
-MAX_COMMAND = 8191 if WINDOWS else 131071  # bytes: cmd.exe's, Linux' for an argument
+MAX_TIME = 253402300799.0  # 9999-12-31T23:59:59Z, the last time that ISO 8601 can name
+MAX_COMMAND = 8191 if WINDOWS else 131071  # bytes: limits of cmd.exe and of Linux
 MAX_WORKERS = 256
-MAX_HOOKS = 8  # `on_dead` commands that a pool has running at a time
-MAX_DEATHS = 5  # of its workers: after so many a job is taken for the cause
+MAX_HOOKS = 8  # `on_dead` commands that a pool runs at a time
+MAX_DEATHS = 5  # worker deaths after which their job is taken for the cause
 
-BATCH = 500  # rows a read, or a write; a longer one would hold up others
+BATCH = 500  # rows of one read or write; a larger batch would hold up other processes
 LOCK_TIMEOUT = 30.0  # seconds that a command waits for another program's lock
-RECOVERY_INTERVAL = 2.0  # seconds between two looks of a supervisor for jobs that nobody runs
-IDLE_INTERVAL = 1.0  # seconds after which an idle worker looks even if nobody woke it
-POLL_INTERVAL = 0.2  # seconds between two looks at what is waited for; some look more often
+RECOVERY_INTERVAL = 2.0  # seconds between two checks of a pool for lost jobs
+IDLE_INTERVAL = 1.0  # seconds after which an idle worker looks for jobs unasked
+POLL_INTERVAL = 0.2  # seconds between two checks of a condition; some take a part of it
 TERM_GRACE = 3.0  # seconds from SIGTERM to SIGKILL
-KILL_GRACE = 5.0  # seconds after SIGKILL until a process is taken for one that can't end
-BLAME_DELAY = 0.5  # seconds: who lives so long after a death was not killed with it
+KILL_GRACE = 5.0  # seconds after SIGKILL until a process counts as unkillable
+BLAME_DELAY = 0.5  # seconds a pool must outlive its worker to blame the worker's job
 RESTART_INTERVAL = 1.0  # seconds between two starts of workers that keep dying
 EXIT_TROUBLE = 2  # exit code of a worker that left because its queue can't be used
 LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
 
 
 class QueueError(Exception):
-    """What the user can mend, in one line; `code` is the exit code."""
+    """An error that the user can mend, in one line. `code` is the exit code."""
 
     def __init__(self, message, code=1):
         super().__init__(message)
@@ -121,10 +129,12 @@ class QueueError(Exception):
 
 
 # ======================================================================================
-# Policy: checking what comes from outside; durations, backoff
+# Policy: checks of what comes from outside; durations, backoff
 # ======================================================================================
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+NUMBER = r"(\d+\.?\d*|\.\d+)"
+NUMBER_AND_UNIT = NUMBER + "([smhd])"
 
 
 def backoff(base, attempts, longest):
@@ -136,21 +146,28 @@ def backoff(base, attempts, longest):
 
 
 def parse_duration(value):
-    """Return a duration in seconds from a number or text like 90, 90s, 1h30m, 7d."""
-    if type(value) in (int, float):
+    """Return seconds from a number, or from text like 90, 90s, 1h30m, 7d."""
+    if type(value) in (int, float):  # no bool
         return float(value)
-    text, part = value.strip().lower(), r"(\d+\.?\d*|\.\d+)([smhd])"
-    if re.fullmatch("(%s)+" % part, text, re.ASCII):
-        return sum(float(n) * UNITS[unit] for n, unit in re.findall(part, text))
-    return float(re.fullmatch(r"\d+\.?\d*|\.\d+", text, re.ASCII)[0])
+    if not isinstance(value, str):
+        raise ValueError
+    text = value.strip().lower()
+    if re.fullmatch("(%s)+" % NUMBER_AND_UNIT, text, re.ASCII):
+        parts = re.findall(NUMBER_AND_UNIT, text)
+        return sum(float(count) * UNITS[unit] for count, unit in parts)
+    if not re.fullmatch(NUMBER, text, re.ASCII):
+        raise ValueError
+    return float(text)
 
 
 def parse_size(value):
-    """Return bytes from a whole number or text like 500, 64K, 1M."""
+    """Return bytes from a whole number, or from text like 500, 64K, 1M."""
     if type(value) is int:
         return value
-    parts = re.fullmatch(r"\s*(\d+)([KM]?)\s*", value.upper(), re.ASCII)
-    return int(parts[1]) * {"": 1, "K": 2**10, "M": 2**20}[parts[2]]
+    match = re.fullmatch(r"\s*(\d+)([KM]?)\s*", str(value).upper(), re.ASCII)
+    if not match:
+        raise ValueError
+    return int(match[1]) * {"": 1, "K": 2**10, "M": 2**20}[match[2]]
 
 
 def parse_time(value):
@@ -162,24 +179,41 @@ def parse_time(value):
         return time.time()
     if re.fullmatch(r"\d{9,10}(\.\d*)?", text, re.ASCII):
         return float(text)
-    if text.isdecimal():  # 20260131 is meant as a date, 202601311800 no less
+    if text.isdecimal():  # 20260131 and 202601311800 are meant as dates
         raise ValueError
     return datetime.fromisoformat(text).timestamp()
+
+
+def parse_number(text):
+    """Return the number that a word of the command line is, or else the word."""
+    for convert in (int, float) if "_" not in text else ():
+        with contextlib.suppress(ValueError):
+            return convert(text)
+    return text
+
+
+def parse_variable(text):
+    """Return name and value of an environment variable from NAME=VALUE."""
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise QueueError("--env: %s is not NAME=VALUE" % json.dumps(text), 2)
+    return name, value
 
 
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def is_storable(text):
-    """Tell whether TEXT can be handed to a system call: no NUL, no lone surrogate."""
+    """Tell whether a system call can take TEXT: no NUL, no lone surrogate."""
     return not UNSTORABLE.search(text)
 
 
-# A check takes a value from outside and returns what is stored, or raises ValueError
-# with the words for what is allowed; `checked` makes a whole sentence of them.
+# A check takes a value from outside and returns the value to store. It refuses others
+# with a ValueError whose text is the rule; `checked` makes a sentence of that.
 
 
 def whole_number(low, high):
+    """Return a check for whole numbers from LOW to HIGH."""
     def check(value):
         if type(value) is not int or not low <= value <= high:
             raise ValueError("a whole number from %d to %d" % (low, high))
@@ -188,37 +222,47 @@ def whole_number(low, high):
     return check
 
 
-def in_range(convert, low, high, allowed):
+def in_range(parse, low, high, rule):
+    """Return a check for values that PARSE turns into a number from LOW to HIGH."""
     def check(value):
         try:
-            result = convert(value)
-            if low <= result <= high:  # false for NaN, too
-                return result
-        except (ValueError, TypeError, OverflowError, OSError, AttributeError):
-            pass  # what is neither number nor text, or not such a text
-        raise ValueError(allowed)
+            result = parse(value)
+        except (ValueError, OverflowError, OSError):  # the last two: far-off times
+            raise ValueError(rule) from None
+        if not low <= result <= high:  # NaN is in no range
+            raise ValueError(rule)
+        return result
 
     return check
 
 
 def duration_from(low):
-    words = "a duration: from %g to %d seconds, also like 90s, 10m, 1h30m, 7d"
-    return in_range(parse_duration, low, MAX_DURATION, words % (low, MAX_DURATION))
+    """Return a check for durations of at least LOW seconds."""
+    rule = "a duration: from %g to %d seconds, also like 90s, 10m, 1h30m, 7d"
+    return in_range(parse_duration, low, MAX_DURATION, rule % (low, MAX_DURATION))
 
 
-check_time = in_range(parse_time, 0, MAX_TIME,
-                "a time before the year 10000: ISO 8601 like 2026-01-31T18:00:00Z, or"
-                " epoch seconds")
+check_time = in_range(
+    parse_time, 0, MAX_TIME,
+    "a time before the year 10000: ISO 8601 like 2026-01-31T18:00:00Z, or epoch"
+    " seconds")
 
 
 def check_id(value):
+    """Check the id of a job, or another name for people."""
     if not isinstance(value, str) or not 1 <= len(value) <= 255 or (
             value.isspace() or not value.isprintable()):
         raise ValueError("text of 1 to 255 printable characters")
     return value
 
 
+def check_ids(value):
+    """Check a list of ids, or a single one."""
+    return [check_id(id) for id in (value if isinstance(value, list) else [value])]
+
+
 def check_command(value):
+    """Check a line for the shell."""
     if not isinstance(value, str) or not value.strip() or not is_storable(value):
         raise ValueError("a shell command: UTF-8 that is not blank and has no NUL")
     if len(value.encode()) > MAX_COMMAND:
@@ -230,35 +274,20 @@ def check_command(value):
 def current_directory():
     """Return the current directory by the name that the shell knows it by.
 
-    A symlink, like a deployed `current`, leads somewhere else tomorrow.
+    A symlink like a deployed `current` leads to another directory tomorrow.
     """
-    told, real = os.environ.get("PWD", ""), os.getcwd()
+    name, real = os.environ.get("PWD", ""), os.getcwd()
     with contextlib.suppress(OSError):
-        if os.path.isabs(told) and os.path.samefile(told, real):
-            return told
+        if os.path.isabs(name) and os.path.samefile(name, real):
+            return name
     return real
 
 
 def check_directory(value):
+    """Check the path of a directory; return it as an absolute path."""
     if not isinstance(value, str) or not is_storable(value) or not os.path.isdir(value):
         raise ValueError("a directory that exists and has a name in UTF-8")
     return os.path.normpath(os.path.join(current_directory(), value))
-
-
-def optional(check, word):
-    """Return a check that also takes the word, or null, for none."""
-    def either(value):
-        try:
-            return None if value in (None, word) else check(value)
-        except ValueError as allowed:
-            raise ValueError("%s, or %s" % (word, allowed)) from None
-
-    return either
-
-
-def check_ids(value):
-    """Check ids of other jobs; a single one may stand alone."""
-    return [check_id(id) for id in (value if isinstance(value, list) else [value])]
 
 
 def check_launcher(value):
@@ -275,7 +304,18 @@ def check_launcher(value):
     return value
 
 
+def check_job_launcher(value):
+    """Check the launcher of a job. `none` is stored: it overrides the setting."""
+    return value if value == "none" else check_launcher(value)
+
+
+def check_dependencies(value):
+    """Check the ids that a job comes after; `none` is an empty list."""
+    return [] if value == "none" else check_ids(value)
+
+
 def check_env(value):
+    """Check environment variables, an object of texts; return JSON."""
     def fits(name, text):
         if not name or "=" in name or not isinstance(text, str):
             return False
@@ -287,55 +327,87 @@ def check_env(value):
     return json.dumps(value)
 
 
-# name: (check, default, meaning)
+def optional(check, word):
+    """Return a check that also takes the word, or null, for None."""
+    def check_or_none(value):
+        try:
+            return None if value in (None, word) else check(value)
+        except ValueError as rule:
+            raise ValueError("%s, or %s" % (word, rule)) from None
+
+    return check_or_none
+
+
+Setting = collections.namedtuple("Setting", "check default meaning")
 SETTINGS = {
-    "max_retries": (whole_number(0, 10**6), 3, "failed attempts until a job is dead"),
-    "backoff_base": (in_range(parse_duration, 0, 10**6, "a number from 0 to 1000000"), 2,
-                     "the wait after n failures: base ** n seconds"),
-    "backoff_max": (duration_from(0), 86400, "longest such wait, in seconds"),
-    "timeout": (optional(duration_from(0.001), "none"), None,
-                "seconds a run may take, if its job has none"),
-    "output_limit": (in_range(parse_size, 0, 2**26, "bytes from 0 to 64M, like 500, 64K, 1M"),
-                     2**20, "bytes of output that are kept, like 1M"),
-    "launcher": (optional(check_launcher, "none"), None,
-                 "what runs are started through, like srun"),
-    "keep": (optional(duration_from(0), "forever"), None,
-             "seconds that completed jobs are kept"),
-    "on_dead": (optional(check_command, "none"), None,
-                "command started for each job that dies"),
+    "max_retries": Setting(
+        whole_number(0, 10**6), 3, "failed attempts until a job is dead"),
+    "backoff_base": Setting(
+        in_range(parse_duration, 0, 10**6, "a number from 0 to 1000000"), 2,
+        "the wait after n failures: base ** n seconds"),
+    "backoff_max": Setting(duration_from(0), 86400, "longest such wait, in seconds"),
+    "timeout": Setting(
+        optional(duration_from(0.001), "none"), None,
+        "seconds a run may take, if its job has none"),
+    "output_limit": Setting(
+        in_range(parse_size, 0, 2**26, "bytes from 0 to 64M, like 500, 64K, 1M"), 2**20,
+        "bytes of output that are kept, like 1M"),
+    "launcher": Setting(
+        optional(check_launcher, "none"), None,
+        "what runs are started through, like srun"),
+    "keep": Setting(
+        optional(duration_from(0), "forever"), None,
+        "seconds that completed jobs are kept"),
+    "on_dead": Setting(
+        optional(check_command, "none"), None,
+        "command started for each job that dies"),
 }
 
-# name: (check, default, option of `enqueue`, its help). Each is a column of `jobs` but
-# for `delay`, which becomes a `run_at`, and `after`, which becomes rows of `waits`. The
-# default of those that have a setting is taken from there.
+# A field that is given with a job. Its option of `enqueue` and `edit` is `--name
+# METAVAR`; `parse` makes of the option's text what `check` takes; if it `repeats`, the
+# option may be given several times. A field that has a setting takes its default from
+# there.
+Field = collections.namedtuple(
+    "Field", "check default metavar help parse repeats", defaults=(str, False))
 FIELDS = {
-    "id": (check_id, None, "--id ID", "else a short one is made"),
-    "command": (check_command, None, "--command LINE", "the same as -- LINE"),
-    "max_retries": (SETTINGS["max_retries"][0], None, "--max-retries N",
-                    "failed attempts until it is dead"),
-    "priority": (whole_number(-MAX_INTEGER - 1, MAX_INTEGER), 0, "--priority N",
-                 "higher first (0)"),
-    "run_at": (check_time, None, "--run-at TIME", "ISO 8601, epoch seconds, or now"),
-    "delay": (duration_from(0), None, "--delay T", "like 90s, 10m, 1h30m, 7d"),
-    "timeout": (SETTINGS["timeout"][0], None, "--timeout T",
-                "end a run that takes longer"),
-    "cwd": (check_directory, None, "--cwd DIR", "where to run it (here)"),
-    "env": (check_env, None, "--env NAME=VALUE",
-            "a variable for it, can be given again"),
-    # Here `none` is a value: no launcher, whatever the setting is.
-    "launcher": (lambda value: value if value == "none" else check_launcher(value), None,
-                 "--launcher PREFIX", "start it through this: srun"),
-    "after": (lambda value: [] if value == "none" else check_ids(value), None,
-              "--after ID", "only when that job is completed, can be given again"),
-    "lock": (optional(check_id, "none"), None,
-             "--lock NAME", "one at a time of those with this name"),
+    "id": Field(check_id, None, "ID", "id of the job (default: a short random one)"),
+    "command": Field(check_command, None, "LINE", "the same as -- LINE"),
+    "max_retries": Field(
+        SETTINGS["max_retries"].check, None, "N",
+        "failed attempts until the job is dead", parse_number),
+    "priority": Field(
+        whole_number(-MAX_INTEGER - 1, MAX_INTEGER), 0, "N",
+        "higher ones first (default: 0)", parse_number),
+    "run_at": Field(check_time, None, "TIME", "ISO 8601, epoch seconds, or now"),
+    "delay": Field(duration_from(0), None, "T", "like 90s, 10m, 1h30m, 7d"),
+    "timeout": Field(
+        SETTINGS["timeout"].check, None, "T", "end a run that takes longer"),
+    "cwd": Field(
+        check_directory, None, "DIR", "where to run it (default: this directory)"),
+    "env": Field(
+        check_env, None, "NAME=VALUE", "an environment variable (repeatable)",
+        parse_variable, repeats=True),
+    "launcher": Field(
+        check_job_launcher, None, "PREFIX",
+        "start the command through this, like srun"),
+    "after": Field(
+        check_dependencies, None, "ID",
+        "start only when job ID is completed (repeatable)",
+        repeats=True),
+    "lock": Field(
+        optional(check_id, "none"), None, "NAME",
+        "run at most one job with this lock at a time"),
 }
+# Those that are columns of `jobs`: `delay` becomes a `run_at`, `after` rows of `waits`.
 COLUMNS = [name for name in FIELDS if name not in ("delay", "after")]
 
-# What JSON shows of a job, in this order. Those that are no field above are queuectl's
-# own: taken and ignored, so that one queue's `list --json` is another's `enqueue -`.
+# The keys of a job in JSON, in this order. Those that are no fields are set by
+# queuectl: in a job that is enqueued they are ignored, so that `list --json` can be
+# piped into `enqueue -` of another queue.
 PUBLIC = ("id", "command", "state", "attempts", *COLUMNS[2:], "after", "created_at",
           "updated_at", "exit_code", "error", "started_at", "finished_at", "seconds")
+INTERNAL = ("seq", "run", "claimable", "waits")  # what else a job has in the program
+IGNORED = (*PUBLIC, "waiting", "runs")
 TIMES = ("run_at", "created_at", "updated_at", "started_at", "finished_at")
 
 
@@ -351,13 +423,15 @@ def iso_second(second):
 
 
 def with_iso_times(row, *names):
-    """Return a row as JSON shows it, the times of these names as text."""
+    """Return a row as a dict, with the times of these names as text."""
     return dict(row, **{name: iso(row[name]) for name in names})
 
 
 def public_job(job):
-    """Return a job as JSON shows it; the row begins with just that, in that order."""
-    found = dict(zip(PUBLIC, job))
+    """Return a job as JSON shows it."""
+    found = dict(zip(job.keys(), job))  # in a third of the time of name by name
+    for name in INTERNAL:
+        del found[name]
     for name in TIMES:
         found[name] = iso(found[name])
     found["env"] = json.loads(found["env"]) if found["env"] else {}
@@ -366,7 +440,7 @@ def public_job(job):
 
 
 def unknown_word(what, word, words):
-    """Return the QueueError for a word, with the likeliest of WORDS, or all of them."""
+    """Return the QueueError for an unknown word, with a hint at one of WORDS or all."""
     from difflib import get_close_matches
 
     close = [known for known in words if known.endswith(" " + word.lower())] or (
@@ -379,19 +453,19 @@ def checked(name, check, value):
     """Return what CHECK makes of VALUE; a refusal names field, value and rule."""
     try:
         return check(value)
-    except ValueError as allowed:
+    except ValueError as rule:
         given = json.dumps(value, default=str)
         given = given[:57] + "..." if len(given) > 60 else given
-        raise QueueError("%s: %s is not %s" % (name, given, allowed), 2) from None
+        raise QueueError("%s: %s is not %s" % (name, given, rule), 2) from None
 
 
 def checked_fields(given, fields):
-    """Add the fields of a job that are given to others, ready to be stored."""
+    """Add the given fields of a job to FIELDS, ready to be stored; return FIELDS."""
     for name, value in given.items():
         if name in FIELDS:
             if value is not None:
-                fields[name] = checked(name, FIELDS[name][0], value)
-        elif name not in (*PUBLIC, "waiting", "runs"):
+                fields[name] = checked(name, FIELDS[name].check, value)
+        elif name not in IGNORED:
             raise unknown_word("field " + json.dumps(name), name, FIELDS)
     if fields.get("delay") is not None and fields.get("run_at") is not None:
         raise QueueError("run_at and delay: give one of them, not both", 2)
@@ -399,7 +473,7 @@ def checked_fields(given, fields):
 
 
 def checked_job(given, defaults):
-    """Return all fields of a job, ready to be stored; those not given from DEFAULTS."""
+    """Return all fields of a job, ready to be stored; DEFAULTS has the missing ones."""
     if type(given) is not dict:
         raise QueueError('a job is a JSON object like {"command": "echo hi"}', 2)
     job = checked_fields(given, defaults.copy())
@@ -409,7 +483,7 @@ def checked_job(given, defaults):
 
 
 def refuse_duplicate_keys(pairs):
-    """Return a JSON object; one that names a key twice would lose the first value."""
+    """Return a JSON object; if a key stands twice, the first value would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -421,13 +495,11 @@ def refuse_duplicate_keys(pairs):
 ESCAPED = r"{\"id\":\"job1\",\"command\":\"echo hi\"}"
 NOT_JSON = "not JSON: %s; to run a command: queuectl.py enqueue -- %s"
 QUOTED = "in cmd \"%s\", in PowerShell '%s'" % (ESCAPED, ESCAPED)
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=refuse_duplicate_keys)  # one for many lines
+DECODER = json.JSONDecoder(object_pairs_hook=refuse_duplicate_keys)  # for many lines
 
 
 def parse_json(text):
-    """Return what a JSON text says, or raise QueueError with why it is none."""
+    """Return the value of a JSON text or bytes; raise QueueError with a hint."""
     try:
         return DECODER.decode(text if isinstance(text, str) else text.decode())
     except ValueError as error:
@@ -443,7 +515,7 @@ def parse_json(text):
 
 
 def printable(text):
-    """Return TEXT on one line, whatever could steer a terminal escaped."""
+    """Return TEXT on one line, with all control characters escaped."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -463,14 +535,14 @@ def setting_name(key):
 
 
 # ======================================================================================
-# Holds: locked files, waking, asking; what differs between systems
+# Locks: locked files, waking, requests; what differs between systems
 # ======================================================================================
 
-# Whatever lives holds a file: it has it open and locked. The lock belongs to the open
-# file, so the kernel keeps it until the last process that inherited the descriptor is
-# gone, and frees it then, however that died. A file that nobody holds is a leftover,
-# whatever it says. On Windows a lock is not inherited: there a job object ends a run
-# with its worker.
+# Every living pool, worker and run holds a file: it has the file open and locked. The
+# lock belongs to the open file, so the kernel keeps it until the last process that
+# inherited the descriptor is gone, however that process ended. A file that nobody holds
+# is a leftover, whatever it says. On Windows a lock is not inherited: there a job
+# object ends a run together with its worker.
 
 if WINDOWS:
     import ctypes
@@ -481,23 +553,30 @@ if WINDOWS:
     import _winapi
 
     BINARY = os.O_BINARY
-    LOCK_OFFSET = 2**40  # far behind the text, which others could not read else
+    LOCK_OFFSET = 2**40  # far behind the text, since nobody can read locked bytes
     STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGBREAK)
-    NO_DIRECTORY = (OSError,)  # or one that is just being removed
+    NO_DIRECTORY = (OSError,)  # it is gone, or is just being removed
 else:
     import fcntl
     import select
 
     BINARY = 0
     STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    WAKE_SIGNAL = signal.SIGURG  # ignored by who does not expect it
+    WAKE_SIGNAL = signal.SIGURG  # ignored by default: harmless if the PID is another's
     NO_DIRECTORY = (FileNotFoundError,)
 
-REQUESTS = {"stop": 0, "now": 5, "over": 9}  # where in a pool's file each is written
+# The requests to a pool, in its PID file, each at an offset of its own: `stop` after
+# the running jobs, stop `now`, and from a worker that the drain is `over`. The first
+# one in this order counts.
+REQUESTS = {"now": 5, "over": 9, "stop": 0}
+NO_REQUEST = b" " * 15 + b"\n"  # reserves the bytes: a full disk must not block a stop
 
 
 def try_lock(fd, shared=False):
-    """Lock an open file unless another has it; a look is SHARED, so looks can meet."""
+    """Lock an open file; return False if another process has it locked.
+
+    A look takes a SHARED lock, so that two looks do not take each other for a holder.
+    """
     try:
         if WINDOWS:
             os.lseek(fd, LOCK_OFFSET, os.SEEK_SET)
@@ -515,7 +594,7 @@ def try_lock(fd, shared=False):
 
 @contextlib.contextmanager
 def open_descriptor(path, flags=os.O_RDONLY):
-    """Open a file for a while."""
+    """Open a file within a `with`; give its descriptor."""
     fd = os.open(path, flags | BINARY)
     try:
         yield fd
@@ -524,7 +603,7 @@ def open_descriptor(path, flags=os.O_RDONLY):
 
 
 def is_same_file(path, status):
-    """Tell whether PATH still names the file of this status, as far as is known."""
+    """Tell whether PATH still names the file of this status. An error counts as yes."""
     try:
         return os.path.samestat(os.stat(path), status)
     except (FileNotFoundError, NotADirectoryError):
@@ -534,7 +613,7 @@ def is_same_file(path, status):
 
 
 def wait_until(condition, seconds, pause=POLL_INTERVAL / 10):
-    """Wait until something holds or the time is over; return whether it does."""
+    """Wait until a condition holds; return False if it does not within SECONDS."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() >= deadline:
@@ -544,16 +623,17 @@ def wait_until(condition, seconds, pause=POLL_INTERVAL / 10):
 
 
 def lock_file(path):
-    """Make a file, or take over a leftover, and hold it; return its descriptor.
+    """Create a file, or take over a leftover, and lock it; return its descriptor.
 
-    Between opening and locking it somebody may look at it, or take it for a leftover
-    and remove it: then it is tried again. For how long is bounded, since another
-    process may have that name for good: two containers give their pools one number.
+    Between the opening and the locking another process may look at the file, or take
+    it for a leftover and remove it: then this tries again. It gives up after a while,
+    since another process may hold that name for good: two containers can give their
+    pools the same PID.
     """
     for _ in range(50):
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | BINARY, 0o600)
-        except FileNotFoundError:  # the folder went with the last pool that stopped
+        except FileNotFoundError:  # the directory went with the last pool that stopped
             with contextlib.suppress(FileExistsError):
                 os.mkdir(os.path.dirname(path), 0o700)
             continue
@@ -561,7 +641,7 @@ def lock_file(path):
         if try_lock(fd) and is_same_file(path, status):
             if status.st_size:
                 os.ftruncate(fd, 0)
-            os.lseek(fd, 0, os.SEEK_SET)  # locking went far behind the text on Windows
+            os.lseek(fd, 0, os.SEEK_SET)  # on Windows locking moved it to LOCK_OFFSET
             return fd
         os.close(fd)
         time.sleep(POLL_INTERVAL / 100)
@@ -576,30 +656,34 @@ def is_locked(path):
     except FileNotFoundError:
         return False
     except PermissionError:
-        return True  # another user's: nobody here can tell
+        return True  # another user's: nobody can tell, and it may be held
+
+
+def remove_leftover(path):
+    """Remove a file unless a process holds it; a look at it does not prevent that."""
+    with contextlib.suppress(OSError):
+        if WINDOWS:
+            return os.remove(path)  # fails while any process has the file open
+        with open_descriptor(path) as fd:
+            is_free = try_lock(fd, shared=True) and wait_until(
+                lambda: try_lock(fd), POLL_INTERVAL)
+            if is_free and is_same_file(path, os.fstat(fd)):
+                os.remove(path)
 
 
 def owner_hint(path):
-    """Return what to do about a file that is another user's, nothing if it is not."""
+    """Return what to do about a file of another user; an empty text if it is ours."""
     with contextlib.suppress(OSError, AttributeError):
         if os.stat(path).st_uid != os.geteuid() and not os.access(path, os.W_OK):
             return " belongs to another user: chown it, or run this as that user"
     return ""
 
 
-def remove_leftover(path):
-    """Remove a file that nobody holds, also while others look at it."""
-    with contextlib.suppress(OSError):
-        if WINDOWS:
-            return os.remove(path)  # which refuses what somebody has open
-        with open_descriptor(path) as fd:
-            free = try_lock(fd, shared=True) and wait_until(lambda: try_lock(fd), POLL_INTERVAL)
-            if free and is_same_file(path, os.fstat(fd)):
-                os.remove(path)
+# The files beside a database.
 
 
 def path_beside(path, ending):
-    """Return the name of one of the files that lie beside a queue's database."""
+    """Return the path of a file that lies beside a queue's database."""
     return (path[:-3] if path.endswith(".db") else path) + ending
 
 
@@ -612,15 +696,15 @@ def worker_file(path, pool, pid):
 
 
 def pools_with_files(path):
-    """Return the numbers of the pools that have a file, alive or not."""
-    home, stem = os.path.split(path_beside(path, "-"))
-    names = [name[len(stem) : -4] for name in os.listdir(home)
-             if name.startswith(stem) and name.endswith(".pid")]
-    return sorted(int(name) for name in names if name.isdecimal())
+    """Return the PIDs of the pools that have a file, alive or not."""
+    directory, stem = os.path.split(path_beside(path, "-"))
+    pids = [name[len(stem) : -4] for name in os.listdir(directory)
+            if name.startswith(stem) and name.endswith(".pid")]
+    return sorted(int(pid) for pid in pids if pid.isdecimal())
 
 
 def workers_with_files(path):
-    """Return pool and pid of the workers that have a file, alive or not."""
+    """Return (pool, PID) of each worker that has a file, alive or not."""
     found = []
     with contextlib.suppress(*NO_DIRECTORY):
         for name in os.listdir(path_beside(path, ".runs")):
@@ -631,11 +715,12 @@ def workers_with_files(path):
 
 
 def living_pools(path):
-    """Return the pools of a queue that live, each with its workers: {pool: [pid]}.
+    """Return the living pools of a queue, each with its workers: {pool: [pid]}.
 
-    A worker outlives a supervisor that was killed, until its job has ended.
+    A pool with a killed supervisor is among them until its last worker has left.
     """
-    found = {pool: [] for pool in pools_with_files(path) if is_locked(pool_file(path, pool))}
+    found = {pool: [] for pool in pools_with_files(path)
+             if is_locked(pool_file(path, pool))}
     for pool, pid in workers_with_files(path):
         if is_locked(worker_file(path, pool, pid)):
             found.setdefault(pool, []).append(pid)
@@ -643,9 +728,10 @@ def living_pools(path):
 
 
 def remove_stale_pool_files(path):
-    """Remove the files of pools that are gone, with all their workers.
+    """Remove the PID files of pools of which no process lives.
 
-    While a worker lives, it can be asked by it to stop, even if its supervisor is gone.
+    While a worker lives its pool's file stays, so that `worker stop` reaches the
+    worker.
     """
     living = living_pools(path)
     for pool in pools_with_files(path):
@@ -653,47 +739,67 @@ def remove_stale_pool_files(path):
             remove_leftover(pool_file(path, pool))
 
 
+def drop_lock_file(path, fd, own):
+    """Release and remove a process's own file; the last one removes the directory."""
+    directory = path_beside(path, ".runs")
+    os.close(fd)
+
+    def is_gone():
+        remove_leftover(own)
+        with contextlib.suppress(OSError):  # not empty: other processes use it
+            os.rmdir(directory)
+        with contextlib.suppress(*NO_DIRECTORY):
+            if {*os.listdir(directory)} <= {os.path.basename(own)}:
+                return False
+        return not os.path.exists(own)
+
+    wait_until(is_gone, POLL_INTERVAL)  # on Windows a look at it prevents its removal
+
+
+# Waking and requests. Waking is a hint: nothing depends on it, since a PID may be out
+# of date, and pools and workers look at the database at least once a second anyway.
+
+
 def wake(pids):
-    """Let processes of pools look at once; a hint, no more, and no number is proven."""
+    """Signal processes of pools to look for work now."""
     for pid in () if WINDOWS else pids:
         with contextlib.suppress(OSError):
             os.kill(pid, WAKE_SIGNAL)
 
 
 def wake_workers(path):
-    """Let idle workers look at once instead of within a second."""
+    """Wake the workers of a queue: a job can be claimed."""
     with contextlib.suppress(OSError):
         wake(pid for _, pid in workers_with_files(path))
 
 
-def request_stop(path, pool, word):
-    """Write into a pool's file: `stop`, stop `now`, or that its drain is `over`."""
+def request_stop(path, pool, request):
+    """Write one of REQUESTS into a pool's file, and wake its processes."""
     with contextlib.suppress(FileNotFoundError):
         with open(pool_file(path, pool), "r+b") as file:
-            file.seek(REQUESTS[word])
-            file.write(word.encode())
+            file.seek(REQUESTS[request])
+            file.write(request.encode())
     wake([pool])
     wake(pid for owner, pid in workers_with_files(path) if owner == pool)
 
 
 def requested_stop(path, pool):
-    """Return what a pool is asked: "now", "over", "stop" or None.
+    """Return the request to a pool, one of REQUESTS, or None.
 
-    A pool whose file was removed can never be asked: it stops.
+    A pool whose file was removed could never be asked to stop: it stops.
     """
     try:
         with open_descriptor(pool_file(path, pool)) as fd:
-            text = os.read(fd, 16)
+            text = os.read(fd, len(NO_REQUEST))
     except FileNotFoundError:
         return "stop"
-    except OSError:  # too many open files, say: it is asked again
+    except OSError:  # for example too many open files; the next look tries again
         return None
-    words = [word for word in ("now", "over", "stop") if word.encode() in text]
-    return words[0] if words else None
+    return next((request for request in REQUESTS if request.encode() in text), None)
 
 
 def supervisor_is_gone(pool):
-    """Tell a worker whether its supervisor is gone."""
+    """Tell a worker whether the supervisor that started it is gone."""
     if not WINDOWS:
         return os.getppid() != pool
     import multiprocessing
@@ -702,10 +808,10 @@ def supervisor_is_gone(pool):
 
 
 class Wake:
-    """Wait for what comes first: a signal, a child's end, something to read, a time.
+    """Wait for the first of: a signal, a child's end, something to read, a timeout.
 
-    `wait` returns true for the first two, so that who is woken looks at once. On
-    Windows no signal reaches another process: who waits looks again and again.
+    `wait` returns true after a signal or a child's end, so that the caller looks for
+    work now. On Windows no signal reaches another process, so the caller polls.
     """
 
     def __init__(self):
@@ -715,7 +821,7 @@ class Wake:
             os.set_blocking(writer, False)
             signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
             for number in (WAKE_SIGNAL, signal.SIGCHLD):
-                signal.signal(number, lambda *_: None)  # or it would not be noticed
+                signal.signal(number, lambda *_: None)  # without a handler: no wake-up
 
     def wait(self, timeout, *readers):
         if WINDOWS:
@@ -725,18 +831,22 @@ class Wake:
 
 
 def catch_signals(handler):
-    """Let HANDLER take the signals to stop, but one that nohup has set to ignore."""
+    """Let HANDLER take the stop signals, but no SIGHUP that nohup has set to ignore.
+
+    Return the handlers of before: {signal: handler}.
+    """
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number in STOP_SIGNALS:
-        ignored = signal.getsignal(number) is signal.SIG_IGN
-        if WINDOWS or number != signal.SIGHUP or not ignored:
+        if WINDOWS or number != signal.SIGHUP or before[number] is not signal.SIG_IGN:
             signal.signal(number, handler)
+    return before
 
 
 def inherit_nothing():
-    """Let no command inherit what this process was started with, such as a lock."""
-    if os.path.isdir("/dev/fd"):  # on Windows nothing is inherited that is not named
+    """Keep commands from inheriting what this process was started with, as a lock."""
+    if os.path.isdir("/dev/fd"):  # Windows passes on only what is named
         for fd in map(int, os.listdir("/dev/fd")):
-            with contextlib.suppress(OSError):  # the one that listed them
+            with contextlib.suppress(OSError):  # the descriptor of the listing itself
                 os.set_inheritable(fd, fd <= 2)
 
 
@@ -752,33 +862,43 @@ def shell_line(words):
 
 
 # ======================================================================================
-# Queue: the database; the only SQL
+# Database: the file, its connection, transactions, the schema
 # ======================================================================================
 
-def in_states(states):
-    """Return the condition for them. (Not with IN: SQLite builds its list for each row.)
 
-    Only known ones get into a statement: `index` raises ValueError.
+def in_states(states):
+    """Return the SQL condition that a job is in one of these states.
+
+    Only known states get into a statement: `index` raises ValueError. There is no IN in
+    it, since SQLite builds the list of an IN anew for each row.
     """
     names = [STATES[STATES.index(state)] for state in states]
     return "(%s)" % (" OR ".join(map("state = '{}'".format, names)) or "0")
 
 
 ORDER = "priority DESC, seq"  # in which jobs are claimed
-# True of every rare state. SQLite uses the index of those, jobs_rare, only in a query
-# that says it word by word.
+
+# The gate is what decides whether a waiting job may be claimed; it is the column
+# `claimable`. Any other job is OPEN.
+CLOSED = 0  # its time has not come, or a job that it comes after is not completed
+OPEN = 1  # it may be claimed
+LOCKED = 2  # only its lock is in the way
+
+# True of every job in a rare state. SQLite uses the index of these, jobs_rare, only in
+# a query that contains this condition word by word.
 RARE = "state <> 'pending' AND state <> 'completed'"
 
-# Moves the lock of a job that leaves: of those that wait for it alone, the first one
-# becomes claimable, unless one of them runs.
+# Elects who gets the lock of the job OLD: of the jobs for which only this lock is in
+# the way, the first one becomes OPEN, unless one of the lock is running.
 ELECT = """
-    UPDATE jobs SET claimable = 2
-        WHERE lock = OLD.lock AND state = 'pending' AND claimable = 1;
-    UPDATE jobs SET claimable = 1
+    UPDATE jobs SET claimable = {LOCKED}
+        WHERE lock = OLD.lock AND state = 'pending' AND claimable = {OPEN};
+    UPDATE jobs SET claimable = {OPEN}
         WHERE seq = (SELECT seq FROM jobs WHERE lock = OLD.lock AND state = 'pending'
-            AND claimable = 2 ORDER BY {order} LIMIT 1)
+            AND claimable = {LOCKED} ORDER BY {ORDER} LIMIT 1)
         AND NOT EXISTS (SELECT 1 FROM jobs
-            WHERE lock = OLD.lock AND state = 'processing' AND {rare});"""
+            WHERE lock = OLD.lock AND state = 'processing' AND {RARE});""".format(
+    LOCKED=LOCKED, OPEN=OPEN, ORDER=ORDER, RARE=RARE)
 
 # A new queue is made by this alone. A queue of an older version goes through MIGRATIONS
 # first. Then this adds what it still lacks, all indexes and triggers among it.
@@ -792,12 +912,10 @@ CREATE TABLE IF NOT EXISTS jobs (
     max_retries INTEGER NOT NULL,
     priority INTEGER NOT NULL DEFAULT 0,
     run_at REAL NOT NULL,                   -- when it is, or was, due next
-    claimable INTEGER NOT NULL,             -- 0: it waits for a time, or for others;
-                                            -- 2: for its lock alone; else 1, and so if
-                                            -- it is not pending or failed
+    claimable INTEGER NOT NULL,             -- its gate: CLOSED, OPEN or LOCKED
     timeout REAL,
     cwd TEXT NOT NULL,
-    env TEXT,
+    env TEXT,                               -- JSON
     launcher TEXT,                          -- in place of the setting
     lock TEXT,                              -- name of what one job at a time may use
     waits INTEGER NOT NULL DEFAULT 0,       -- how many rows of `waits` it has
@@ -805,15 +923,15 @@ CREATE TABLE IF NOT EXISTS jobs (
     updated_at REAL NOT NULL,
     run INTEGER NOT NULL DEFAULT 0,         -- number of its latest run; only ever grows
     deaths INTEGER NOT NULL DEFAULT 0,      -- of workers that ran it
-    cancelled INTEGER NOT NULL DEFAULT 0,   -- a request, carried out by whoever runs it
+    cancelled INTEGER NOT NULL DEFAULT 0,   -- a request, carried out by its worker
     error TEXT                              -- why it is failed or dead
 );
 CREATE TABLE IF NOT EXISTS runs (
     seq INTEGER NOT NULL,
     run INTEGER NOT NULL,
     attempt INTEGER NOT NULL,
-    worker INTEGER NOT NULL,                -- pid of the worker
-    pid INTEGER,                            -- pid and process group of the command
+    worker INTEGER NOT NULL,                -- PID of the worker
+    pid INTEGER,                            -- PID and process group of the command
     started_at REAL NOT NULL,
     finished_at REAL,
     exit_code INTEGER,
@@ -821,46 +939,46 @@ CREATE TABLE IF NOT EXISTS runs (
     output BLOB,
     PRIMARY KEY (seq, run)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS waits (          -- one for each job that a job comes after,
-    seq INTEGER NOT NULL,                   -- until that is completed
+CREATE TABLE IF NOT EXISTS waits (          -- the dependencies: job `seq` comes after
+    seq INTEGER NOT NULL,                   -- job `waits_for`, until that is completed
     waits_for INTEGER NOT NULL,
     PRIMARY KEY (seq, waits_for)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS config (
     key TEXT PRIMARY KEY,
-    value TEXT NOT NULL
+    value TEXT NOT NULL                     -- JSON
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS counts (         -- of all jobs, by state
     state TEXT PRIMARY KEY,
     jobs INTEGER NOT NULL
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS totals (         -- of all runs there ever were, by outcome
+CREATE TABLE IF NOT EXISTS totals (         -- of all runs there ever were, by total
     outcome TEXT PRIMARY KEY,
     runs INTEGER NOT NULL,
     seconds REAL NOT NULL
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS untold (         -- deaths that `on_dead` is to announce yet
+CREATE TABLE IF NOT EXISTS untold (         -- deaths that `on_dead` has not announced
     seq INTEGER PRIMARY KEY
 );
 INSERT OR IGNORE INTO counts VALUES {counts};
 INSERT OR IGNORE INTO totals VALUES
     ('completed', 0, 0), ('failed', 0, 0), ('interrupted', 0, 0);
--- It names the runs' files: those of a queue that was removed are never ours.
+-- It is part of the names of the leases: those of a removed queue are never ours.
 INSERT OR IGNORE INTO config VALUES ('token', lower(hex(randomblob(4))));
 
 -- Jobs in the order in which they are claimed, those that wait for a time, and the few
 -- that are neither waiting nor completed: a claim costs the same with a million others.
 -- No IN here or above: SQLite builds its list for each row, half an insert's time.
-CREATE INDEX jobs_claimable ON jobs ({order})
-    WHERE state = 'pending' AND claimable = 1;
-CREATE INDEX jobs_waiting ON jobs (run_at) WHERE claimable = 0 AND waits = 0;
-CREATE INDEX jobs_locked ON jobs (lock, claimable, {order})
+CREATE INDEX jobs_claimable ON jobs ({ORDER})
+    WHERE state = 'pending' AND claimable = {OPEN};
+CREATE INDEX jobs_waiting ON jobs (run_at) WHERE claimable = {CLOSED} AND waits = 0;
+CREATE INDEX jobs_locked ON jobs (lock, claimable, {ORDER})
     WHERE lock NOT NULL AND state = 'pending';
-CREATE INDEX jobs_rare ON jobs (state, seq) WHERE {rare};
+CREATE INDEX jobs_rare ON jobs (state, seq) WHERE {RARE};
 CREATE INDEX waits_for ON waits (waits_for);
 
--- Counting a million rows takes a third of a second: triggers keep the counts, and
--- `enqueue`, for which one a row would cost half of its time.
+-- Counting a million rows takes a third of a second, so triggers keep the counts. New
+-- jobs are counted by `enqueue`: a trigger a row would cost half of its time.
 CREATE TRIGGER job_moved AFTER UPDATE OF state ON jobs WHEN OLD.state <> NEW.state BEGIN
     UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
     UPDATE counts SET jobs = jobs + 1 WHERE state = NEW.state; END;
@@ -869,112 +987,39 @@ CREATE TRIGGER job_removed AFTER DELETE ON jobs BEGIN
     DELETE FROM waits WHERE seq = OLD.seq;
     DELETE FROM runs WHERE seq = OLD.seq; END;
 
--- Whatever adds or ends a wait: `waits` is their number, and with 0 the time alone
--- counts. The job that another waits for is its front; one whose front was removed, as
--- `delete --all` does by pages, can't go on.
+-- `waits` of a job is the number of its dependencies; with 0 only its time counts. If a
+-- dependency was removed, as `delete --all` does batch by batch, the dependent is dead.
 CREATE TRIGGER wait_added AFTER INSERT ON waits BEGIN
-    UPDATE jobs SET waits = waits + 1, claimable = 0, state = 'pending'
+    UPDATE jobs SET waits = waits + 1, claimable = {CLOSED}, state = 'pending'
         WHERE seq = NEW.seq; END;
 CREATE TRIGGER wait_ended AFTER DELETE ON waits BEGIN
     UPDATE jobs SET waits = waits - 1 WHERE seq = OLD.seq; END;
 CREATE TRIGGER job_completed AFTER UPDATE OF state ON jobs WHEN NEW.state = 'completed'
     BEGIN DELETE FROM waits WHERE waits_for = NEW.seq; END;
 CREATE TRIGGER front_removed AFTER DELETE ON jobs BEGIN
-    UPDATE jobs SET state = 'dead', claimable = 1,
+    UPDATE jobs SET state = 'dead', claimable = {OPEN},
         updated_at = (julianday('now') - 2440587.5) * 86400.0,
         error = 'what it waited for was removed' WHERE state = 'pending'
         AND seq IN (SELECT seq FROM waits WHERE waits_for = OLD.seq);
     DELETE FROM waits WHERE waits_for = OLD.seq; END;
 
--- Whatever becomes of jobs that share a lock: the first of them may be claimed, and
--- none while one of them runs. A changed lock counts as soon as its job is claimable
--- again. (One for INSERT costs any job a tenth more: `enqueue` moves one of each lock.)
+-- Of the jobs that share a lock the first one may be claimed, and none while one of
+-- them runs. A changed lock counts as soon as its job is OPEN again. (A trigger for
+-- INSERT would cost any job a tenth more: `enqueue` calls one election for each lock.)
 CREATE TRIGGER lock_moved AFTER UPDATE OF state, claimable ON jobs
     WHEN OLD.lock NOT NULL BEGIN {elect} END;
 CREATE TRIGGER lock_left AFTER DELETE ON jobs WHEN OLD.lock NOT NULL BEGIN {elect} END;
 PRAGMA application_id = {application};
 PRAGMA user_version = {version};
 """.format(
-    order=ORDER, rare=RARE, elect=ELECT.format(order=ORDER, rare=RARE),
-    states=in_states(STATES),
-    counts=", ".join(map("('{}', 0)".format, STATES)),
+    ORDER=ORDER, RARE=RARE, CLOSED=CLOSED, OPEN=OPEN, elect=ELECT,
+    states=in_states(STATES), counts=", ".join(map("('{}', 0)".format, STATES)),
     application=APPLICATION_ID, version=SCHEMA_VERSION)
 
 # The steps from an older version of the schema to the next one: {version: SQL}. A step
-# has no index and no trigger: those are dropped before the steps and made anew by SCHEMA.
+# has no index and no trigger: those are dropped before the steps and made anew by
+# SCHEMA.
 MIGRATIONS = {}
-
-CLAIMABLE = "state = 'pending' AND claimable = 1"
-FOR_A_TIME = "claimable = 0 AND waits = 0"  # it waits for nothing else
-# `claimable` of what waits for no time: with a lock 2, and `lock_moved` elects one.
-OPEN_GATE = "(waits = 0) * (1 + (lock NOT NULL))"
-WAITED_FOR = "EXISTS (SELECT 1 FROM waits WHERE waits_for = jobs.seq)"
-PAUSED = "EXISTS (SELECT 1 FROM config WHERE key = 'paused')"
-# By number, since SQLite takes a tuple in half the time of a dict.
-INSERTED = (*COLUMNS, "now")
-INSERT_JOB = re.sub(
-    r":(\w+)", lambda name: "?%d" % (1 + INSERTED.index(name[1])),
-    "INSERT INTO jobs (%s, claimable, created_at, updated_at) VALUES (:%s,"
-    " (:run_at <= :now) * (1 + (:lock NOT NULL)), :now, :now)" % (
-        ", ".join(COLUMNS), ", :".join(COLUMNS)))
-POKE_LOCK = "UPDATE jobs SET claimable = 2 WHERE seq = (SELECT seq FROM jobs WHERE" \
-    " lock = ? AND state = 'pending' AND claimable = 2 LIMIT 1)"
-RESET = "state = 'pending', attempts = 0, deaths = 0, cancelled = 0, error = NULL"
-RESTART = "UPDATE jobs SET %s, %s, claimable = 0, updated_at = :now" \
-    " WHERE id = :id AND %s" % (
-        RESET, ", ".join("%s = :%s" % (name, name) for name in COLUMNS[1:]),
-        in_states(FINISHED))
-SECONDS = "round(finished_at - started_at, 3)"  # that a run took, NULL until its end
-COLUMN_OF = {
-    "error": "jobs.error", "seconds": SECONDS,
-    "after": "CASE WHEN waits > 0 THEN (SELECT group_concat(front.id, char(10))"
-    " FROM waits JOIN jobs AS front ON front.seq = waits_for"
-    " WHERE waits.seq = jobs.seq) END"}
-SELECT_JOB = "SELECT %s, seq, run, claimable, waits FROM jobs LEFT JOIN runs USING (seq, run) " \
-    % ", ".join("%s AS %s" % (COLUMN_OF.get(name, name), name) for name in PUBLIC)
-# How a run ended that was no fault of its job, or that somebody wanted to end.
-INTERRUPTED = ("worker died", "stop --now", "stopped", "cancelled")
-OUTCOMES = ("completed", "failed", "interrupted")
-OUTCOME = """CASE WHEN error IS NULL THEN 'completed'
-    WHEN error IN (%s) THEN 'interrupted' ELSE 'failed' END""" % (
-    ", ".join(map("'{}'".format, INTERRUPTED)))
-BARS = 60  # of the picture of throughput
-BINS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)  # seconds, of run times
-NO_JOB = "there is no job "
-
-
-Condition = collections.namedtuple("Condition", "sql, values")
-
-
-def where(states=STATES, text="", before=None, cancelled=None, waited_for=None,
-          errors=False):
-    """Return the condition for jobs of which all that is given is true.
-
-    They are in one of these states, have a text in id or command, or in ERRORS, too,
-    finished before a time, were cancelled or not, are waited for by others or not.
-    """
-    parts = []
-    if {*states} != {*STATES}:
-        parts.append(in_states(states))
-        if not {"pending", "completed"} & {*states}:
-            parts.append(RARE)
-    if text:
-        parts.append("(instr(id, :text) OR instr(command, :text)%s)"
-                     % (" OR instr(jobs.error, :text)" * errors))
-    if before is not None:
-        parts.append(in_states(FINISHED) + " AND updated_at < :before")
-    if cancelled is not None:
-        parts.append("jobs.error IS %s 'cancelled'" % ("" if cancelled else "NOT"))
-    if waited_for is not None:
-        parts.append(("" if waited_for else "NOT ") + WAITED_FOR)
-    return Condition(" AND ".join(parts or ["1"]), {"text": text, "before": before})
-
-
-def percentiles(values):
-    """Return median, 95th percentile and maximum; None without any."""
-    ordered = sorted(values) or [None]
-    return {name: ordered[min(int(len(ordered) * part), len(ordered) - 1)]
-            for name, part in (("median", 0.5), ("p95", 0.95), ("longest", 1))}
 
 
 def database_uri(path):
@@ -984,21 +1029,22 @@ def database_uri(path):
     return "file://" + "/" * (name[0] != "/") + name + "?mode=rw"
 
 
-CONNECTED = weakref.WeakSet()  # the queues of this process that have a connection
+CONNECTED = weakref.WeakSet()  # the databases of this process that have a connection
 
 
 class Database:
-    """One SQLite file, in the hands of one process and one thread.
+    """One SQLite file, opened by one thread of one process.
 
-    It knows nothing of jobs: how the file is made and opened, how a transaction begins
-    and ends, and that no connection crosses a fork.
+    It knows nothing of jobs. It makes and opens the file, begins and ends transactions,
+    and keeps a connection from crossing a fork. A worker opens it with `sync="NORMAL"`:
+    what it commits is durable against a killed process, not against a power cut.
     """
 
     def __init__(self, path, sync="FULL", lock_timeout=LOCK_TIMEOUT, new=True):
         self.path = os.path.realpath(path)  # one queue, whatever links lead to it
         self.lock_timeout, self.sync, self._db = lock_timeout, sync, None
         self.owner = os.getpid(), _thread.get_ident()
-        self._find(new)
+        self._find_file(new)
         try:
             if not self._is_prepared():
                 self._prepare()
@@ -1006,24 +1052,39 @@ class Database:
             self.close()
             raise
 
-    def _find(self, new):
-        """Find the file, or make it; refuse one by which jobs would get lost."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    # -- the file and its connection ---------------------------------------------------
+
+    def _find_file(self, new):
+        """Find the file, or create it; refuse one in which jobs would get lost."""
         if not os.path.exists(self.path):
             if not new:  # a pool must not bring back what its user removed
                 raise QueueError("there is no queue %s" % printable(self.path))
-            # Only a new one: to close another's would drop what this process has locked.
+            # O_EXCL, so that another's file is not closed here: by the rules of POSIX
+            # that would drop all locks that this process has on it.
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL, 0o600))
         self.file = os.stat(self.path)
         if not stat.S_ISREG(self.file.st_mode):
             raise QueueError("%s is not a regular file" % printable(self.path))
-        # SQLite finds the log by the path. A running pool does not ask again, or
-        # `cp -al` would end it.
+        # SQLite finds the log by the path, so that a second name is a second log. A
+        # running pool does not ask again, or `cp -al` would end it.
         if self.sync == "FULL" and self.file.st_nlink > 1:
-            words = "%s has another name (a hard link), by which jobs would get lost"
-            raise QueueError(words % printable(self.path))
-        if owner_hint(self.path):
-            raise QueueError(printable(self.path) + owner_hint(self.path))
+            words = "%s has a second hard link: jobs added through it would be lost;"
+            raise QueueError((words + " remove that link") % printable(self.path))
+        hint = owner_hint(self.path)
+        if hint:
+            raise QueueError(printable(self.path) + hint)
+
+    def check_exists(self):
+        """Raise QueueError if the file is gone. A wait for it would never end."""
+        if not is_same_file(self.path, self.file):
+            raise QueueError("%s was removed" % printable(self.path))
 
     @property
     def db(self):
@@ -1037,24 +1098,25 @@ class Database:
                 raise
         return self._db
 
-    def _connect(self):
-        self.check_exists()
-        self._db = sqlite3.connect(
-            database_uri(self.path), uri=True, timeout=self.lock_timeout, isolation_level=None)
-        self._db.row_factory = sqlite3.Row
-        self._rows("PRAGMA synchronous = " + self.sync)
-        self.check_exists()  # or this is another one, just put in its place
-        self._rows("PRAGMA fullfsync = ON")  # macOS: sync for real
-        self._rows("PRAGMA journal_size_limit = %d" % 2**24)
-        CONNECTED.add(self)
-
     def _check_owner(self):
         if self.owner != (os.getpid(), _thread.get_ident()):
             why = "is another process's or thread's" if self.owner else "was closed"
             raise QueueError("this Queue %s: open one here" % why)
 
+    def _connect(self):
+        self.check_exists()
+        self._db = sqlite3.connect(
+            database_uri(self.path), uri=True, timeout=self.lock_timeout,
+            isolation_level=None)
+        self._db.row_factory = sqlite3.Row
+        self._rows("PRAGMA synchronous = " + self.sync)
+        self.check_exists()  # another file may just have been put in its place
+        self._rows("PRAGMA fullfsync = ON")  # macOS: without it a sync is no sync
+        self._rows("PRAGMA journal_size_limit = %d" % 2**24)
+        CONNECTED.add(self)
+
     def close(self):
-        """Let go of the file; what is used after that raises QueueError."""
+        """Close the connection. Any later use raises QueueError."""
         if self.owner and self.owner[0] == os.getpid():
             self._check_owner()
             self._disconnect()
@@ -1067,24 +1129,28 @@ class Database:
 
     @staticmethod
     def before_fork():
-        """Leave no connection to a child; the next use here opens another.
+        """Close the connections of this thread; the next use here opens another.
 
-        SQLite would take the locks that it has here for its own there, and remove a log
-        that others write to: acknowledged jobs were lost so.
+        In the child SQLite would take this process's locks for its own, and remove a
+        log that others write to: acknowledged jobs were lost that way.
         """
         here = os.getpid(), _thread.get_ident()
-        for queue in list(CONNECTED):
-            if queue.owner == here and queue._db and not queue._db.in_transaction:
-                queue._disconnect()
+        for database in list(CONNECTED):
+            is_idle = database._db and not database._db.in_transaction
+            if database.owner == here and is_idle:
+                database._disconnect()
+
+    # -- the schema --------------------------------------------------------------------
 
     def _is_prepared(self):
-        """Tell whether its header says that there is nothing to prepare."""
+        """Tell by the header whether the file is a queue of this version."""
         try:
             return (self._value("PRAGMA user_version"), self._value(
                 "PRAGMA application_id")) == (SCHEMA_VERSION, APPLICATION_ID)
         except sqlite3.OperationalError as error:
-            # SQLite drops a log that lies beside an empty database. Of two first
-            # commands that do so at once one fails, and may try again.
+            # SQLite drops a log that lies beside an empty database. If two first
+            # commands do so at once, one of them fails here. It tries again in
+            # `_prepare`.
             if "disk I/O" in str(error):
                 return False
             raise
@@ -1098,7 +1164,8 @@ class Database:
         leave a queue without that log.
         """
         if self._is_empty() and not wait_until(self._use_wal, self.lock_timeout):
-            raise QueueError("%s: another program has locked it" % printable(self.path))
+            words = "%s: another program has locked it"
+            raise QueueError(words % printable(self.path))
         with self.transaction():
             if self._is_prepared():  # by another process, in the meantime
                 return
@@ -1108,6 +1175,27 @@ class Database:
 
     def _is_empty(self):
         return not self._value("SELECT 1 FROM sqlite_master")
+
+    def _use_wal(self):
+        """Switch to the write-ahead log; return False while another program has a lock.
+
+        A pool may still have the index (-shm) of a log whose database was removed. A
+        process that took that index over would fail, or write a log that the next
+        process can't read: acknowledged jobs were lost that way. SQLite drops such a
+        log, but not its index, so the index is removed here, under an exclusive lock.
+        """
+        try:
+            self.db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            self.db.execute("BEGIN EXCLUSIVE")
+            if self._value("PRAGMA journal_mode") != "wal":  # else the index is in use
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(self.path + "-shm")
+            self.db.execute("ROLLBACK")
+            return bool(self._rows("PRAGMA journal_mode = WAL"))
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):
+                raise
+            return False
 
     def _migrate(self):
         """Bring an older version up to what SCHEMA expects, or refuse the database."""
@@ -1128,25 +1216,6 @@ class Database:
         for step in range(version, SCHEMA_VERSION):
             self._execute_all(MIGRATIONS[step])
 
-    def _use_wal(self):
-        """Switch to the write-ahead log; false while another program has a lock.
-
-        A pool may still have the index (-shm) of a log whose database was removed. Who
-        took it over would fail, or write a log that the next process can't read:
-        acknowledged jobs were lost so. SQLite drops such a log, but not its index.
-        """
-        try:
-            self.db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            self.db.execute("BEGIN EXCLUSIVE")
-            if self._value("PRAGMA journal_mode") != "wal":  # or it is in use already
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(self.path + "-shm")
-            self.db.execute("ROLLBACK")
-            return self._rows("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error):
-                raise
-
     def _execute_all(self, script):
         """Execute statements within a transaction; `executescript` commits first."""
         statement = ""
@@ -1156,15 +1225,11 @@ class Database:
                 self.db.execute(statement)
                 statement = ""
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
+    # -- transactions and statements ---------------------------------------------------
 
     @contextlib.contextmanager
     def transaction(self):
-        """Begin, commit, or roll back; a verb used within another's joins it.
+        """Begin, commit, or roll back. A transaction within another one joins it.
 
         IMMEDIATE takes the write lock before anything is read, so that what a verb has
         read is still true when it writes.
@@ -1181,9 +1246,10 @@ class Database:
             raise
 
     def _begin(self):
-        """Take the write lock, however often others are quicker.
+        """Take the write lock; try until LOCK_TIMEOUT has passed.
 
-        SQLite's own waiting sleeps for milliseconds, several turns of other workers.
+        SQLite's own waiting sleeps for milliseconds, in which other workers get the
+        lock several times.
         """
         deadline, pause = time.monotonic() + self.lock_timeout, 0.00003
         self._rows("PRAGMA busy_timeout = 0")
@@ -1200,16 +1266,17 @@ class Database:
             self._rows("PRAGMA busy_timeout = %d" % (1000 * self.lock_timeout))
 
     def _change(self, sql, *values, **named):
-        """Execute a statement; how many rows it found to change is the answer."""
+        """Execute a statement; return how many rows it changed."""
         return self.db.execute(sql, named or values).rowcount
 
     def _rows(self, sql, *values, **named):
         return self.db.execute(sql, named or values).fetchall()
 
     def _row(self, sql, *values):
-        """Return the first row, None without one. A statement with many has a LIMIT.
+        """Return the first row, or None. A query with many rows needs a LIMIT.
 
-        All are read: one that is not read to its end would go on within a transaction.
+        All rows are read: a query that is not read to its end stays open within its
+        transaction.
         """
         rows = self._rows(sql, *values)
         return rows[0] if rows else None
@@ -1218,20 +1285,176 @@ class Database:
         row = self._row(sql, *values)
         return row[0] if row else None
 
-    def check_exists(self):
-        """Raise QueueError if it is gone: what waits for it would wait for ever."""
-        if not is_same_file(self.path, self.file):
-            raise QueueError("%s was removed" % printable(self.path))
+
+if not WINDOWS:
+    os.register_at_fork(before=Database.before_fork)
+
+
+# ======================================================================================
+# Queue: the jobs; a method for each verb, with its SQL; statistics
+# ======================================================================================
+
+# What follows from the way in which a run ended: the verb that moves its job, and the
+# total that counts the run. A run without a total never began, and is not recorded.
+Kind = collections.namedtuple("Kind", "verb total")
+KINDS = {
+    "completed": Kind("complete", "completed"),
+    "failed": Kind("fail", "failed"),  # an exit code, a signal, a timeout
+    "cancelled": Kind("fail", "interrupted"),  # `fail` finds the request: no new try
+    "stopped": Kind("release", "interrupted"),  # with its pool or its whole service
+    "lost": Kind("release", "interrupted"),  # its worker died
+    "refused": Kind("release", None),  # the system had no process to give
+}
+TOTALS = ("completed", "failed", "interrupted")
+
+# How a run ended: one of KINDS; exit code, or None without one; the text that is stored
+# and shown, None after success; epoch seconds; bytes.
+Outcome = collections.namedtuple("Outcome", "kind exit_code error finished_at output")
+
+# The texts that are stored for runs that were interrupted. Statistics know them by
+# these, since a stored run has no kind.
+WORKER_DIED, STOPPED_NOW, STOPPED, CANCELLED = INTERRUPTED = (
+    "worker died", "stop --now", "stopped", "cancelled")
+TOTAL = """CASE WHEN error IS NULL THEN 'completed'
+    WHEN error IN (%s) THEN 'interrupted' ELSE 'failed' END""" % (
+    ", ".join(map("'{}'".format, INTERRUPTED)))
+
+CLAIMABLE = "state = 'pending' AND claimable = %d" % OPEN
+FOR_A_TIME = "claimable = %d AND waits = 0" % CLOSED  # the job waits for its time alone
+# The gate of a job whose time has come. With a lock it is LOCKED until it is elected.
+OPEN_GATE = "CASE WHEN waits > 0 THEN %d WHEN lock IS NULL THEN %d ELSE %d END" % (
+    CLOSED, OPEN, LOCKED)
+HAS_DEPENDENTS = "EXISTS (SELECT 1 FROM waits WHERE waits_for = jobs.seq)"
+PAUSED = "EXISTS (SELECT 1 FROM config WHERE key = 'paused')"
+
+# A new job: the values in this order. SQLite binds a tuple in half the time of a dict.
+INSERTED = ("id", "run_at", "now", *(
+    name for name in COLUMNS if name not in ("id", "run_at")))
+INSERT_JOB = re.sub(
+    r":(\w+)", lambda match: "?%d" % (1 + INSERTED.index(match[1])),
+    "INSERT INTO jobs (%s, claimable, created_at, updated_at) VALUES (:%s,"
+    " CASE WHEN :run_at > :now THEN %d WHEN :lock IS NULL THEN %d ELSE %d END,"
+    " :now, :now)" % (
+        ", ".join(COLUMNS), ", :".join(COLUMNS), CLOSED, OPEN, LOCKED))
+# Sets a job of a lock to the gate that it has: the trigger `lock_moved` then elects.
+POKE_LOCK = """UPDATE jobs SET claimable = {0} WHERE seq = (SELECT seq FROM jobs
+    WHERE lock = ? AND state = 'pending' AND claimable = {0} LIMIT 1)""".format(LOCKED)
+RESET = "state = 'pending', attempts = 0, deaths = 0, cancelled = 0, error = NULL"
+RETRY = "UPDATE jobs SET %s, claimable = %s, run_at = :now, updated_at = :now" % (
+    RESET, OPEN_GATE)
+RESTART = "UPDATE jobs SET %s, %s, claimable = %d, updated_at = :now WHERE id = :id" \
+    " AND %s" % (RESET, ", ".join("%s = :%s" % (name, name) for name in COLUMNS[1:]),
+                 CLOSED, in_states(FINISHED))
+# Changes of jobs: pairs of SQL and the condition that a job has to meet.
+CANCEL = [
+    ("UPDATE jobs SET state = 'dead', error = '%s', claimable = %d, updated_at = :now"
+     % (CANCELLED, OPEN), in_states(WAITING)),
+    ("UPDATE jobs SET cancelled = 1", "state = 'processing'"),
+]
+DELETE = [("DELETE FROM jobs", in_states(TAKES["delete"]))]
+
+RUN_SECONDS = "round(finished_at - started_at, 3)"  # NULL until the run has ended
+COLUMN_OF = {
+    "error": "jobs.error",
+    "seconds": RUN_SECONDS,
+    "after": "CASE WHEN waits > 0 THEN (SELECT group_concat(dependency.id, char(10))"
+    " FROM waits JOIN jobs AS dependency ON dependency.seq = waits_for"
+    " WHERE waits.seq = jobs.seq) END",
+}
+SELECT_JOB = "SELECT %s FROM jobs LEFT JOIN runs USING (seq, run) " % ", ".join(
+    "%s AS %s" % (COLUMN_OF.get(name, name), name) for name in (*PUBLIC, *INTERNAL))
+
+# The jobs that come after a dead one, each with the id of that one. The EXISTS keeps it
+# from looking at all dead jobs where no job waits for another.
+BEHIND_DEAD = """SELECT waits.seq AS seq, dependency.id AS dependency
+    FROM jobs AS dependency CROSS JOIN waits ON waits_for = dependency.seq
+    WHERE dependency.state = 'dead' AND %s AND EXISTS (SELECT 1 FROM waits)""" % RARE
+# The same jobs with all that come after them, directly or not.
+BLOCKED = """WITH RECURSIVE blocked (seq) AS (SELECT seq FROM (%s)
+    UNION SELECT waits.seq FROM blocked JOIN waits ON waits_for = blocked.seq)
+    """ % BEHIND_DEAD
+
+def no_job(id):
+    """Return the QueueError for an id that no job has."""
+    return QueueError("there is no job " + printable(id))
+
+
+Condition = collections.namedtuple("Condition", "sql values")
+
+
+def where(states=STATES, text="", before=None, cancelled=None, has_dependents=None,
+          in_errors=False):
+    """Return the condition that selects the jobs matching every argument.
+
+    They are in one of these states, have TEXT in id or command (with `in_errors` or in
+    the error), finished before a time, were cancelled or not, have dependents or not.
+    """
+    parts = []
+    if {*states} != {*STATES}:
+        parts.append(in_states(states))
+        if not {"pending", "completed"} & {*states}:
+            parts.append(RARE)
+    if text:
+        texts = ("id", "command", "jobs.error") if in_errors else ("id", "command")
+        parts.append("(%s)" % " OR ".join(map("instr({}, :text)".format, texts)))
+    if before is not None:
+        parts.append(in_states(FINISHED) + " AND updated_at < :before")
+    if cancelled is not None:
+        parts.append("jobs.error IS %s 'cancelled'" % ("" if cancelled else "NOT"))
+    if has_dependents is not None:
+        parts.append(("" if has_dependents else "NOT ") + HAS_DEPENDENTS)
+    return Condition(" AND ".join(parts or ["1"]), {"text": text, "before": before})
+
+
+# What `enqueue` did: the numbers of the first and the last new job, and of the jobs
+# that `unique` left alone the command that was given, by id.
+Added = collections.namedtuple("Added", "first last left")
+
+
+class Batch:
+    """The jobs of one `enqueue` on their way into the database."""
+
+    def __init__(self, queue, unique):
+        self.queue, self.unique, self.now = queue, unique, queue.clock()
+        self.id = None  # of the job in hand, for the error message
+        self.dependents = []  # pairs of an id and the ids that it comes after
+        self.locks = set()  # of the new jobs
+        self.left = {}  # as in `Added`
+
+    def rows(self, jobs):
+        """Yield the values of INSERT_JOB for each job that is new."""
+        other_values = operator.itemgetter(*INSERTED[3:])
+        for job in jobs:
+            self.id, run_at = job["id"], job["run_at"]
+            if self.id is None:
+                if self.unique:
+                    raise QueueError("id: missing; a unique job needs one", 2)
+                self.id = self.queue._new_id()
+            if run_at is None:
+                run_at = min(self.now + (job["delay"] or 0), MAX_TIME)
+            is_there = self.unique and self.queue.state(self.id)
+            if is_there and not self.queue._restart(
+                    dict(job, run_at=run_at, now=self.now)):
+                self.left[self.id] = job["command"]
+                continue
+            if job["after"]:
+                self.dependents.append((self.id, job["after"]))
+            if not is_there:
+                if job["lock"]:
+                    self.locks.add(job["lock"])
+                yield (self.id, run_at, self.now, *other_values(job))
 
 
 class Queue(Database):
     """The jobs, their runs and the settings of one queue.
 
-    Every verb that changes a job names the state that it leaves; what it could not move
-    was somebody else's, and nothing happens. `clock` returns epoch seconds.
+    Every verb that changes a job names the state that the job leaves. If the job is no
+    longer in that state, another process was quicker, and nothing happens. `clock`
+    returns epoch seconds.
     """
 
-    def __init__(self, path, sync="FULL", lock_timeout=LOCK_TIMEOUT, clock=time.time, new=True):
+    def __init__(self, path, sync="FULL", lock_timeout=LOCK_TIMEOUT, clock=time.time,
+                 new=True):
         super().__init__(path, sync, lock_timeout, new)
         self.clock = clock
         self.token = self._value("SELECT value FROM config WHERE key = 'token'")
@@ -1239,124 +1462,103 @@ class Queue(Database):
     # -- enqueue -----------------------------------------------------------------------
 
     def defaults(self, cwd=None):
-        """Return the fields of a job that gives none: from the settings, as of now."""
+        """Return the fields of a job that gives none, with the settings as of now."""
         values = self.settings()
         return dict(
-            {name: default for name, (_, default, _, _) in FIELDS.items()},
+            {name: field.default for name, field in FIELDS.items()},
             max_retries=values["max_retries"], timeout=values["timeout"],
             cwd=checked("cwd", check_directory, cwd or current_directory()))
 
     def add(self, command, **fields):
         """Check and enqueue one job, with the fields of its JSON; return its id."""
         job = checked_job(dict(fields, command=command), self.defaults())
-        self.enqueue([job])
-        return job["id"]
+        added = self.enqueue([job])
+        return self._value("SELECT id FROM jobs WHERE seq = ?", added.last)
 
     def enqueue(self, jobs, unique=False):
-        """Add jobs as `checked_job` makes them, all or none; return first and last seq.
+        """Add jobs as `checked_job` makes them, all or none; return `Added`.
 
-        JOBS may be a generator: it is read within the transaction. UNIQUE leaves out a
-        job whose id waits or runs, and starts a finished one again: the same job with
-        other fields, so that its runs stay.
+        JOBS may be a generator: it is read within the transaction. A job without an id
+        gets one. UNIQUE leaves alone a job whose id is waiting or running, and starts a
+        finished one again with the new fields; its earlier runs stay.
         """
-        now, job, followers, locks = self.clock(), None, [], set()
-        values = operator.itemgetter(*INSERTED)
-
-        def rows():
-            nonlocal job
-            for job in jobs:
-                job["now"] = now
-                if job["id"] is None:
-                    if unique:
-                        raise QueueError("id: missing; a unique job needs one", 2)
-                    job["id"] = self._new_id()
-                if job["run_at"] is None:
-                    job["run_at"] = min(now + (job["delay"] or 0), MAX_TIME)
-                new = not unique or self._restart(job) is None
-                if job["after"] and (new or not job["left"]):
-                    followers.append((job["id"], job["after"]))
-                if new:
-                    if job["lock"]:
-                        locks.add(job["lock"])
-                    yield values(job)
-
+        batch = Batch(self, unique)
         with self.transaction():
-            self.check_exists()  # a removed file takes jobs, too, and nobody finds them
+            self.check_exists()  # a removed file takes jobs too, and nobody finds them
             try:
-                added = self.db.executemany(INSERT_JOB, rows()).rowcount
+                count = self.db.executemany(INSERT_JOB, batch.rows(jobs)).rowcount
             except sqlite3.IntegrityError:
                 words = "there is a job %s already"
-                raise QueueError(words % printable(job["id"])) from None
-            count = "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'"
-            self._change(count, added)
+                raise QueueError(words % printable(batch.id)) from None
+            self._change(
+                "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'", count)
             last = self._value("SELECT MAX(seq) FROM jobs") or 0
-            self._add_dependencies(followers, new=not unique)  # later ones are there now, too
-            self.db.executemany(POKE_LOCK, [(lock,) for lock in locks])
+            # Only now, since a job may come after a later one of the batch.
+            self._add_dependencies(batch.dependents, are_new=not unique)
+            self.db.executemany(POKE_LOCK, [(lock,) for lock in batch.locks])
         wake_workers(self.path)
-        return last - added + 1, last
-
-    def _add_dependencies(self, followers, new=False):
-        """Let jobs wait for others: pairs of an id and the ids that it comes after.
-
-        NEW jobs are in a circle only if one of them waits for one of a higher number.
-        """
-        suspect = not new
-        for id, fronts in followers:
-            seq = self.job(id)["seq"]
-            for name in fronts:
-                front = self._rows("SELECT seq, state FROM jobs WHERE id = ?", name)
-                if not front:
-                    raise QueueError("after: " + NO_JOB + printable(name))
-                if front[0]["state"] != "completed":
-                    self._change("INSERT OR IGNORE INTO waits VALUES (?, ?)",
-                                 seq, front[0]["seq"])
-                    suspect |= front[0]["seq"] >= seq
-        if suspect:
-            self._refuse_circles()
-
-    def _refuse_circles(self):
-        """Raise QueueError if there is no order in which all waits come to an end."""
-        followers, waits = collections.defaultdict(list), collections.Counter()
-        for seq, front in self._rows("SELECT seq, waits_for FROM waits"):
-            followers[front].append(seq)
-            waits[seq] += 1
-        free = [front for front in followers if not waits[front]]
-        while free:
-            for seq in followers[free.pop()]:
-                waits[seq] -= 1
-                if not waits[seq]:
-                    free.append(seq)
-        for seq in +waits:
-            id = self._value("SELECT id FROM jobs WHERE seq = ?", seq)
-            raise QueueError("after: in a circle, so that job %s would never run" % id)
+        return Added(last - count + 1, last, batch.left)
 
     def _restart(self, job):
-        """Let a finished job of this id start again; return its seq, None without one.
-
-        An unfinished one is left alone, which is noted in JOB.
-        """
-        again = self._change(RESTART, **job)
-        seq = self._value("SELECT seq FROM jobs WHERE id = ?", job["id"])
-        if again:  # what it waited for is among its fields
-            self._change("DELETE FROM waits WHERE seq = ?", seq)
-        job["left"] = seq is not None and not again
-        return seq
+        """Start a finished job again with these fields; return False if it has not."""
+        restarted = self._change(RESTART, **job)
+        if restarted:  # what it comes after is among the new fields
+            self._change(
+                "DELETE FROM waits WHERE seq = (SELECT seq FROM jobs WHERE id = ?)",
+                job["id"])
+        return bool(restarted)
 
     def _new_id(self):
         """Return a short id that no job has, without letters that look alike."""
         while True:
             digits = os.urandom(6)
             name = "".join("23456789bcdfghjkmnpqrstvwxyz"[d % 28] for d in digits)
-            if self._value("SELECT 1 FROM jobs WHERE id = ?", name) is None:
+            if self.state(name) is None:
                 return name
+
+    def _add_dependencies(self, dependents, are_new=False):
+        """Let jobs come after others: pairs of an id and the ids that it comes after.
+
+        New jobs can form a circle only if one of them comes after a later one.
+        """
+        may_be_circle = not are_new
+        for id, dependencies in dependents:
+            seq = self.job(id)["seq"]
+            for name in dependencies:
+                dependency = self._row("SELECT seq, state FROM jobs WHERE id = ?", name)
+                if not dependency:
+                    raise QueueError("after: %s" % no_job(name))
+                if dependency["state"] != "completed":
+                    self._change("INSERT OR IGNORE INTO waits VALUES (?, ?)",
+                                 seq, dependency["seq"])
+                    may_be_circle |= dependency["seq"] >= seq
+        if may_be_circle:
+            self._refuse_circles()
+
+    def _refuse_circles(self):
+        """Raise QueueError unless all jobs can be sorted behind their dependencies."""
+        dependents, waits = collections.defaultdict(list), collections.Counter()
+        for seq, dependency in self._rows("SELECT seq, waits_for FROM waits"):
+            dependents[dependency].append(seq)
+            waits[seq] += 1
+        free = [seq for seq in dependents if not waits[seq]]
+        while free:
+            for seq in dependents[free.pop()]:
+                waits[seq] -= 1
+                if not waits[seq]:
+                    free.append(seq)
+        for seq in +waits:
+            id = self._value("SELECT id FROM jobs WHERE seq = ?", seq)
+            words = "after: in a circle, so that job %s would never run"
+            raise QueueError(words % printable(id))
 
     # -- the life of a job -------------------------------------------------------------
 
     def claim(self, worker, take_lease):
-        """Give the next job to a worker, PENDING to PROCESSING; None without one.
+        """Give the next job to a worker, PENDING to PROCESSING; return its run or None.
 
-        `take_lease(run)` makes the file of the run and holds it. It is called before
-        this is committed, or the run would look like that of a dead worker.
+        `take_lease(run)` creates the file of the run and locks it. It is called before
+        the commit, or another process would take the run for that of a dead worker.
         """
         with self.transaction():
             now = self.clock()
@@ -1383,60 +1585,69 @@ class Queue(Database):
             return run
 
     def promote(self, now):
-        """Let jobs be claimed whose time has come, FAILED to PENDING.
+        """Open the gate of jobs whose time has come; FAILED to PENDING.
 
-        A hundred thousand that become due at once would hold up one claim for seconds:
-        what is left after some of them is for the next.
+        A hundred thousand that become due at once would hold up one claim for seconds,
+        so this stops after a while. The next claim promotes the rest.
         """
         until = time.monotonic() + POLL_INTERVAL / 10
         while self._change(
                 "UPDATE jobs SET state = 'pending', claimable = " + OPEN_GATE +
-                " WHERE " + in_states(WAITING) + " AND seq IN (SELECT seq FROM jobs WHERE "
-                + FOR_A_TIME + " AND run_at <= ? ORDER BY run_at LIMIT 100)",
+                " WHERE " + in_states(WAITING) + " AND seq IN (SELECT seq FROM jobs"
+                "  WHERE " + FOR_A_TIME + " AND run_at <= ? ORDER BY run_at LIMIT 100)",
                 now) == 100 and time.monotonic() < until:
             pass
 
     def promote_after_clock_step(self):
-        """FAILED to PENDING, where the clock was set back behind the failure."""
+        """FAILED to PENDING for failures in the future: the clock was set back."""
         now = self.clock()
         self._change(
-            "UPDATE jobs SET state = 'pending', claimable = " + OPEN_GATE + ", run_at = ?"
-            " WHERE state = 'failed' AND " + RARE + " AND " + FOR_A_TIME +
+            "UPDATE jobs SET state = 'pending', claimable = " + OPEN_GATE +
+            ", run_at = ? WHERE state = 'failed' AND " + RARE + " AND " + FOR_A_TIME +
             " AND updated_at > ?", now, now + 1)
 
-    def complete(self, run, result):
-        """PROCESSING to COMPLETED."""
-        return self._finish(run, result, "completed", None)
+    def record(self, run, outcome):
+        """Record the end of a run by the verb of its kind.
 
-    def fail(self, run, result):
+        Return the new state of its job, or None if the run no longer owns the job. So
+        do the three verbs below.
+        """
+        return getattr(self, KINDS[outcome.kind].verb)(run, outcome)
+
+    def complete(self, run, outcome):
+        """PROCESSING to COMPLETED."""
+        return self._finish(run, outcome, "completed", None)
+
+    def fail(self, run, outcome):
         """PROCESSING to FAILED, to be tried again after the backoff, or to DEAD."""
         if run["attempt"] >= max(1, run["max_retries"]):
-            return self._finish(run, result, "dead", result["error"])
+            return self._finish(run, outcome, "dead", outcome.error)
         values = self.settings()
         wait = backoff(values["backoff_base"], run["attempt"], values["backoff_max"])
         due = min(self.clock() + wait, MAX_TIME)
-        error = result["error"]
-        return self._finish(run, result, "failed", error, claimable=0, run_at=due)
+        return self._finish(
+            run, outcome, "failed", outcome.error, claimable=CLOSED, run_at=due)
 
-    def release(self, run, result, blamed=False):
+    def release(self, run, outcome, is_blamed=False):
         """PROCESSING back to PENDING; the attempt, no fault of the job, is given back.
 
-        A job that is BLAMED too often for the death of its worker is DEAD: it may be
-        what kills them.
+        A job that is blamed too often for the death of its worker is DEAD: it may be
+        the cause of these deaths.
         """
         deaths = self._value("SELECT deaths FROM jobs WHERE seq = ?", run["seq"]) or 0
-        deaths += blamed
+        deaths += is_blamed
         if deaths >= MAX_DEATHS:
             error = "worker died %d times" % deaths
-            return self._finish(run, result, "dead", error, deaths=deaths)
-        rest = run["attempt"] - 1
-        return self._finish(run, result, "pending", None, attempts=rest, deaths=deaths)
+            return self._finish(run, outcome, "dead", error, deaths=deaths)
+        attempts = run["attempt"] - 1
+        return self._finish(
+            run, outcome, "pending", None, attempts=attempts, deaths=deaths)
 
-    def _finish(self, run, result, state, error, **changes):
+    def _finish(self, run, outcome, state, error, **changes):
         """Move a job out of PROCESSING if this run still owns it; record the run."""
         with self.transaction():
             if state != "completed" and self.cancel_requested(run):
-                state, error, changes = "dead", "cancelled", {}
+                state, error, changes = "dead", CANCELLED, {}
             changes.update(state=state, error=error, updated_at=self.clock())
             columns = ", ".join(name + " = ?" for name in changes)
             moved = self._change(
@@ -1445,31 +1656,48 @@ class Queue(Database):
                 *changes.values(), run["seq"], run["run"])
             if not moved:
                 return None
-            if result["error"] == "refused":  # nothing ran, however often
-                self._change("DELETE FROM runs WHERE seq = ? AND run = ?",
-                             run["seq"], run["run"])
-                return state
-            ended = {**run, **result}
-            self.db.execute(
-                "UPDATE runs SET pid = :pid, started_at = :started_at,"
-                " finished_at = :finished_at, exit_code = :exit_code,"
-                " error = :error, output = :output"
-                " WHERE seq = :seq AND run = :run", ended)
-            self.db.execute(
-                "UPDATE totals SET runs = runs + 1,"
-                " seconds = seconds + :finished_at - :started_at"
-                " WHERE outcome = (SELECT " + OUTCOME +
-                " FROM (SELECT :error AS error))", ended)
-            if state == "dead" and error != "cancelled":
+            self._record_run(run, outcome)
+            if state == "dead" and error != CANCELLED:
                 self._change("INSERT OR IGNORE INTO untold VALUES (?)", run["seq"])
             return state
 
-    def announce(self, start):
-        """Hand to START a death that was not announced yet; False without one.
+    def _record_run(self, run, outcome):
+        total = KINDS[outcome.kind].total
+        if total is None:
+            self._change("DELETE FROM runs WHERE seq = ? AND run = ?",
+                         run["seq"], run["run"])
+            return
+        self._change(
+            "UPDATE runs SET pid = ?, started_at = ?, finished_at = ?, exit_code = ?,"
+            " error = ?, output = ? WHERE seq = ? AND run = ?",
+            run["pid"], run["started_at"], outcome.finished_at, outcome.exit_code,
+            outcome.error, outcome.output, run["seq"], run["run"])
+        self._change(
+            "UPDATE totals SET runs = runs + 1, seconds = seconds + ?"
+            " WHERE outcome = ?", outcome.finished_at - run["started_at"], total)
 
-        It is forgotten once START has returned: killed in between, it is announced
-        again. START may use Popen within the transaction: its child runs nothing of
-        Python, and exec closes the database. A plain fork here would be wrong.
+    def is_current(self, run):
+        """Tell whether a run still owns its job."""
+        query = "SELECT 1 FROM jobs WHERE seq = ? AND run = ? AND state = 'processing'"
+        return bool(self._value(query, run["seq"], run["run"]))
+
+    def cancel_requested(self, run):
+        """Tell whether `cancel` was called for a running job: its run has to end."""
+        return bool(self._value("SELECT cancelled FROM jobs WHERE seq = ?", run["seq"]))
+
+    def record_pid(self, run):
+        """Record the process of a run that has been going on for a while."""
+        self._change(
+            "UPDATE runs SET pid = ?, started_at = ?"
+            " WHERE seq = ? AND run = ? AND finished_at IS NULL",
+            run["pid"], run["started_at"], run["seq"], run["run"])
+
+    def announce(self, start):
+        """Pass one unannounced death to START. Return False if there is none.
+
+        The death is forgotten once START has returned. After a kill before that it is
+        announced again. START may use Popen within the transaction: its child runs no
+        Python, and exec closes the database. A plain fork would carry it over.
         """
         if self._value("SELECT 1 FROM untold LIMIT 1") is None:
             return False
@@ -1480,254 +1708,196 @@ class Queue(Database):
             self._change("DELETE FROM untold WHERE seq = ?", seq)
         return True
 
-    def is_current(self, run):
-        """Tell whether a run still owns its job."""
-        query = "SELECT 1 FROM jobs WHERE seq = ? AND run = ? AND state = 'processing'"
-        return bool(self._value(query, run["seq"], run["run"]))
+    # -- what people do with jobs ------------------------------------------------------
 
-    def cancel_requested(self, run):
-        """Tell whether a job is to be cancelled: DEAD as soon as its run has ended."""
-        return bool(self._value("SELECT cancelled FROM jobs WHERE seq = ?", run["seq"]))
-
-    def record_pid(self, run):
-        """Record the process of a run that has been going on for a while."""
-        self._change(
-            "UPDATE runs SET pid = ?, started_at = ?"
-            " WHERE seq = ? AND run = ? AND finished_at IS NULL",
-            run["pid"], run["started_at"], run["seq"], run["run"])
+    # A verb for ids changes all of these jobs or none, and refuses others. A verb for a
+    # condition (`..._all`) takes what meets it, in many short transactions. Both return
+    # how many jobs they changed.
 
     def edit(self, id, fields):
-        """Change fields of a job that waits, PENDING or FAILED.
+        """Change fields of a waiting job, PENDING or FAILED.
 
-        They are as `checked_fields` makes them. The job passes the gate again: its
-        time, its waits, its lock. One that has to wait for others is no longer FAILED.
+        FIELDS are as `checked_fields` makes them. The job passes the gate again. If it
+        then waits for others, it is no longer FAILED.
         """
         now = self.clock()
         changes = {name: fields[name] for name in COLUMNS if name in fields}
         if "delay" in fields:
             changes["run_at"] = min(now + fields["delay"], MAX_TIME)
         columns = "".join("%s = :%s, " % (name, name) for name in changes)
-        query = "UPDATE jobs SET " + columns + "claimable = 0, updated_at = :now"
+        change = "UPDATE jobs SET %sclaimable = %d, updated_at = :now" % (
+            columns, CLOSED)
         with self.transaction():
-            words = "job %(id)s is %(state)s, and only one that waits can be changed"
-            self._apply([id], [(query, in_states(TAKES["edit"]))], words, **changes)
+            self._apply(
+                [id], [(change, in_states(TAKES["edit"]))],
+                "job %(id)s is %(state)s, and only one that waits can be changed",
+                changes)
             if "after" in fields:
-                seq = self.job(id)["seq"]
-                self._change("DELETE FROM waits WHERE seq = ?", seq)
+                self._change("DELETE FROM waits WHERE seq = ?", self.job(id)["seq"])
                 self._add_dependencies([(id, fields["after"])])
             self.promote(now)
         wake_workers(self.path)
 
-    # The next three take ids, of which all are changed or none, or a condition.
+    def cancel(self, ids):
+        """PENDING or FAILED to DEAD; a running job is ended by its worker."""
+        return self._apply(ids, CANCEL, "job %(id)s is %(state)s already")
 
-    def cancel(self, jobs):
-        """PENDING or FAILED to DEAD, of a running one a request; return how many."""
-        return self._apply(jobs, [
-            ("UPDATE jobs SET state = 'dead', error = 'cancelled', claimable = 1,"
-             " updated_at = :now", in_states(WAITING)),
-            ("UPDATE jobs SET cancelled = 1", "state = 'processing'"),
-        ], "job %(id)s is %(state)s already")
+    def cancel_all(self, condition):
+        return self._apply_in_batches(condition, CANCEL)
 
-    def retry(self, jobs, states=TAKES["retry"]):
-        """COMPLETED or DEAD to PENDING with attempts 0; return how many."""
-        again = "UPDATE jobs SET %s, claimable = %s, run_at = :now, updated_at = :now"
-        return self._apply(jobs, [(again % (RESET, OPEN_GATE), where(states).sql)],
+    def retry(self, ids, states=TAKES["retry"]):
+        """COMPLETED or DEAD to PENDING, with attempts 0."""
+        return self._apply(ids, [(RETRY, in_states(states))],
                            "job %(id)s is %(state)s, not " + " or ".join(states))
 
-    def delete(self, jobs):
-        """Remove jobs and their runs, but no running ones; return how many.
+    def retry_all(self, condition):
+        return self._apply_in_batches(
+            condition, [(RETRY, in_states(TAKES["retry"]))])
 
-        One that others wait for is removed by id only together with them.
+    def delete(self, ids):
+        """Remove jobs that are not running, with their runs.
+
+        A job with dependents can be removed only together with them.
         """
-        change = "DELETE FROM jobs", in_states(TAKES["delete"])
-        if isinstance(jobs, Condition):
-            count, removed, chained = 0, True, True
-            while removed and chained:  # a chain goes from its end
-                chained = self._value("SELECT 1 FROM waits LIMIT 1")
-                removed = self._apply(jobs, [change])
-                count += removed
-            self._vacuum()
-            return count
         with self.transaction():
-            named = self._named(jobs)
-            numbers = {job["seq"] for job in named}
-            query = "SELECT seq, id FROM jobs JOIN waits USING (seq)"
-            for job in named:
-                for seq, id in self._rows(query + " WHERE waits_for = ?", job["seq"]):
-                    if seq not in numbers:
-                        words = "job %s is waited for by %s: name that, too"
-                        raise QueueError(words % (printable(job["id"]), printable(id)))
-            count = self._apply(jobs, [change], "job %(id)s is running")
+            jobs = self._named(ids)
+            named = {job["seq"] for job in jobs}
+            for job in jobs:
+                for seq, id in self._rows(
+                        "SELECT seq, id FROM jobs JOIN waits USING (seq)"
+                        " WHERE waits_for = ?", job["seq"]):
+                    if seq not in named:
+                        names = printable(job["id"]), printable(id)
+                        raise QueueError("job %s can't be deleted, because %s waits for"
+                                         " it; to delete both, name both" % names)
+            count = self._apply(ids, DELETE, "job %(id)s is running")
         self._vacuum()
         wake_workers(self.path)
         return count
 
-    def _apply(self, jobs, changes, refusal="", **values):
-        """Apply changes to jobs, each to those in the states that it leaves."""
-        values["now"] = self.clock()
-        if isinstance(jobs, Condition):
-            count = self._in_pages(jobs, changes, values)
-        else:
-            with self.transaction():
-                named = self._named(jobs)
-                for job in named:
-                    if not any([self._change(change + " WHERE seq = :seq AND " + state,
-                                             **values, seq=job["seq"])
-                                for change, state in changes]):
-                        raise QueueError(refusal % dict(job, id=printable(job["id"])))
-            count = len(named)
-        if not self.db.in_transaction:  # or they would see nothing of it yet
-            wake_workers(self.path)
+    def delete_all(self, condition):
+        """Remove what meets a condition; a chain is removed from its end."""
+        count, removed, may_be_chain = 0, True, True
+        while removed and may_be_chain:
+            may_be_chain = self._value("SELECT 1 FROM waits LIMIT 1")
+            removed = self._apply_in_batches(condition, DELETE)
+            count += removed
+        self._vacuum()
         return count
 
-    def _named(self, ids):
-        if isinstance(ids, str):
-            raise QueueError("ids: a list of them, not one text")
-        return [self.job(id) for id in dict.fromkeys(ids)]
-
     def prune(self, keep, first):
-        """Remove the jobs of one page that were completed more than KEEP seconds ago.
+        """Remove the jobs of one batch that were completed more than KEEP seconds ago.
 
-        Return how many, and where the next page begins.
+        The batch begins at number FIRST. Return how many were removed, and where the
+        next batch begins.
         """
-        page = self._rows(
+        batch = self._rows(
             "SELECT seq FROM jobs WHERE seq >= ? ORDER BY seq LIMIT ?", first, BATCH)
-        if not page:
+        if not batch:
             return 0, 1
-        last = page[-1]["seq"]
+        last = batch[-1]["seq"]
         count = self._change(
             "DELETE FROM jobs WHERE seq BETWEEN ? AND ? AND updated_at < ?"
             " AND state = 'completed'", first, last, self.clock() - keep)
         self._vacuum()
         return count, last + 1
 
-    def _in_pages(self, jobs, changes, values):
-        """Apply changes to all jobs that meet a condition; return how many they were.
+    def _named(self, ids):
+        if isinstance(ids, str):
+            raise QueueError("ids: a list of them, not one text")
+        return [self.job(id) for id in dict.fromkeys(ids)]
 
-        In many short transactions: one for a million jobs, or for a few hundred with
-        large outputs, would hold up everybody for seconds.
+    def _apply(self, ids, changes, refusal, values={}):
+        """Apply changes to jobs, all or none.
+
+        A job that no change applies to is refused: REFUSAL is formatted with its
+        fields.
         """
-        where = "%s AND (%s)" % (jobs.sql, " OR ".join(state for _, state in changes))
-        values = {**values, **jobs.values, "last": 0}
+        values = dict(values, now=self.clock())
+        with self.transaction():
+            jobs = self._named(ids)
+            for job in jobs:
+                changed = 0
+                for change, condition in changes:
+                    changed += self._change(
+                        "%s WHERE seq = :seq AND %s" % (change, condition),
+                        **values, seq=job["seq"])
+                if not changed:
+                    raise QueueError(refusal % dict(job, id=printable(job["id"])))
+        if not self.db.in_transaction:  # the workers would see no change before its end
+            wake_workers(self.path)
+        return len(jobs)
+
+    def _apply_in_batches(self, condition, changes):
+        """Apply changes to all jobs that meet a condition.
+
+        In many short transactions: a single one for a million jobs, or for a few
+        hundred with large outputs, would hold up all others for seconds.
+        """
+        query = "SELECT seq FROM jobs WHERE seq > :last AND %s AND (%s)" \
+            " ORDER BY seq LIMIT :length" % (
+                condition.sql, " OR ".join(state for _, state in changes))
+        values = dict(condition.values, now=self.clock(), last=0)
         count, length = 0, BATCH
         while True:
-            page = self._rows("SELECT seq FROM jobs WHERE seq > :last AND " + where
-                              + " ORDER BY seq LIMIT :length", **values, length=length)
-            if not page:
-                return count
+            batch = self._rows(query, **values, length=length)
+            if not batch:
+                break
             began = time.monotonic()
-            values.update(first=page[0][0], last=page[-1][0])
+            values.update(first=batch[0]["seq"], last=batch[-1]["seq"])
             with self.transaction():
                 for change, state in changes:
                     count += self._change(
                         "%s WHERE seq BETWEEN :first AND :last AND %s AND %s"
-                        % (change, jobs.sql, state), **values)
+                        % (change, condition.sql, state), **values)
             took = max(0.001, time.monotonic() - began)  # Windows has a coarse clock
-            length = max(1, min(BATCH, int(len(page) * POLL_INTERVAL / 4 / took)))
+            length = max(1, min(BATCH, int(len(batch) * POLL_INTERVAL / 4 / took)))
+        wake_workers(self.path)
+        return count
 
     def _vacuum(self):
-        """Return the space of what was removed to the file system, if it is much."""
+        """Return the space of removed rows to the file system, if it is much."""
         for _ in range(self._value("PRAGMA freelist_count") // 1000):
             # As a script, since `execute` ends it after the first page.
             self.db.executescript("PRAGMA incremental_vacuum(1000)")
 
-    # -- reading -----------------------------------------------------------------------
+    # -- one job -----------------------------------------------------------------------
 
     def job(self, id):
         """Return one job with what its latest run left."""
-        rows = self._rows(SELECT_JOB + "WHERE id = ?", id) if is_storable(id) else []
-        if not rows:
-            raise QueueError(NO_JOB + printable(id))
-        return rows[0]
-
-    def dead_jobs(self, condition, below=None):
-        """Yield the dead jobs that meet a condition, the latest death first.
-
-        Those below a job in this order, if its id is given and it is still dead.
-        """
-        place = self._rows(
-            "SELECT updated_at, seq FROM jobs WHERE id = ? AND state = 'dead'", below)
-        at, number = place[0] if place else (MAX_TIME, MAX_INTEGER)
-        query = "SELECT seq FROM jobs WHERE (updated_at, seq) < (:at, :number) AND "
-        query += condition.sql + " ORDER BY updated_at DESC, seq DESC"
-        numbers = self._rows(query, **condition.values, at=at, number=number)
-        for seq, in numbers:
-            yield from self._rows(SELECT_JOB + "WHERE seq = ? AND state = 'dead'", seq)
+        job = self._row(SELECT_JOB + "WHERE id = ?", id) if is_storable(id) else None
+        if job is None:
+            raise no_job(id)
+        return job
 
     def find_job(self, prefix):
-        """Return the job of this id, or else the only one whose id begins so."""
-        ids = []
-        if len(prefix) >= 4 and is_storable(prefix):
-            ids = [id for id, in self._rows(
-                "SELECT id FROM jobs WHERE id >= ? AND id < ? LIMIT 2",
-                prefix, prefix + chr(sys.maxunicode))]
-        if len(ids) == 2 and prefix not in ids:
-            raise QueueError("several jobs begin with %s: %s, %s" % (
-                printable(prefix), *map(printable, ids)))
-        return self.job(ids[0] if len(ids) == 1 else prefix)
+        """Return the job with this id, or the only one whose id starts with it."""
+        if self.state(prefix) is None and len(prefix) >= 4:
+            ids = self.ids_starting_with(prefix, limit=2)
+            if len(ids) == 2:
+                raise QueueError("several jobs begin with %s: %s, %s" % (
+                    printable(prefix), *map(printable, sorted(ids))))
+            prefix = ids[0] if ids else prefix
+        return self.job(prefix)
 
-    def jobs(self, condition=where(), limit=0, newest=False, first=1, last=MAX_INTEGER,
-             brief=False):
-        """Yield jobs, oldest or NEWEST first; LIMIT 0 is all; BRIEF ones are quicker.
-
-        Each page is a read of its own: a long one keeps the log from its reset.
-        """
-        left = limit or MAX_INTEGER
-        query = "SELECT seq, id, state, command FROM jobs " if brief else SELECT_JOB
-        query += "WHERE seq BETWEEN :first AND :last AND " + condition.sql
-        query += " ORDER BY seq %s LIMIT :size" % ("DESC" if newest else "")
-        while left > 0:
-            page = self._rows(query, **condition.values, first=first, last=last,
-                              size=min(left, BATCH))
-            yield from page
-            left = left - len(page) if len(page) == BATCH else 0
-            if page and newest:
-                last = page[-1]["seq"] - 1
-            elif page:
-                first = page[-1]["seq"] + 1
-
-    def count(self, condition):
-        """Return how many jobs meet a condition."""
-        sql = "SELECT COUNT(*) FROM jobs WHERE " + condition.sql
-        return self._rows(sql, **condition.values)[0][0]
-
-    def seq_before(self, id):
-        """Return the seq before that of a job; if it is gone, one above all."""
-        number = self._value("SELECT seq FROM jobs WHERE id = ?", id) or MAX_INTEGER
-        return number - 1
+    def ids_starting_with(self, prefix, states=STATES, limit=300):
+        """Return the newest ids that start with a prefix, of jobs in these states."""
+        if not is_storable(prefix):
+            return []
+        return [id for id, in self._rows(
+            "SELECT id FROM jobs WHERE substr(id, 1, length(?)) = ? AND "
+            + where(states).sql + " ORDER BY seq DESC LIMIT ?", prefix, prefix, limit)]
 
     def state(self, id):
-        """Return the state of a job, None if it is gone."""
-        return self._value("SELECT state FROM jobs WHERE id = ?", id)
+        """Return the state of a job, None if there is none."""
+        query = "SELECT state FROM jobs WHERE id = ?"
+        return self._value(query, id) if is_storable(id) else None
 
     def dependencies(self, job):
-        """Return the jobs that one waits for, dead ones first."""
+        """Return the jobs that a job waits for, dead ones first."""
         return self._rows(
             "SELECT id, state FROM waits JOIN jobs ON jobs.seq = waits_for"
             " WHERE waits.seq = ? ORDER BY state = 'dead' DESC, waits_for", job["seq"])
-
-    # The jobs that wait for a dead one, and those with all that wait for them in turn.
-    # With EXISTS, or it would look at all dead ones where none is waited for.
-    BEHIND_DEAD = ("SELECT waits.seq AS seq, front.id AS front FROM jobs AS front"
-               " CROSS JOIN waits ON waits_for = front.seq WHERE front.state = 'dead'"
-               " AND " + RARE + " AND EXISTS (SELECT 1 FROM waits)")
-
-    BLOCKED = ("WITH RECURSIVE blocked (seq) AS (SELECT seq FROM (" + BEHIND_DEAD + ")"
-               " UNION SELECT waits.seq FROM blocked"
-               " JOIN waits ON waits_for = blocked.seq) ")
-
-    def blocked_seqs(self):
-        """Return the numbers of the jobs that wait, directly or not, for a dead one."""
-        return {seq for seq, in self._rows(self.BLOCKED + "SELECT seq FROM blocked")}
-
-    def first_blocked(self):
-        """Return the first that waits for a dead job, that one, and how many wait."""
-        row = self._row(
-            "SELECT id, front FROM (" + self.BEHIND_DEAD + ") JOIN jobs USING (seq)"
-            " WHERE state = 'pending' ORDER BY seq LIMIT 1")
-        return row and dict(row, jobs=self._value(
-            self.BLOCKED + "SELECT COUNT(*) FROM blocked JOIN jobs USING (seq)"
-            " WHERE state = 'pending'"))
 
     def lock_holder(self, job):
         """Return the id of the job that has the lock of this one, or gets it next."""
@@ -1736,18 +1906,6 @@ class Queue(Database):
             " UNION ALL SELECT id FROM jobs WHERE lock = ? AND " + CLAIMABLE,
             job["lock"], job["lock"])
 
-    def runs(self, job):
-        """Return the runs of a job, the first one first, without their output."""
-        return self._rows(
-            "SELECT run, attempt, worker, pid, started_at, finished_at, exit_code,"
-            " error, " + SECONDS + " AS seconds FROM runs WHERE seq = ? ORDER BY run",
-            job["seq"])
-
-    def output(self, job, run=None):
-        """Return the kept output of a run, the latest one; None while it runs."""
-        query = "SELECT output FROM runs WHERE seq = ? AND run = ?"
-        return self._value(query, job["seq"], run or job["run"])
-
     def count_ahead(self, job):
         """Return how many jobs are claimed before this one."""
         return self._value(
@@ -1755,97 +1913,122 @@ class Queue(Database):
             " AND (priority > ? OR priority = ? AND seq < ?)",
             job["priority"], job["priority"], job["seq"])
 
-    def common_errors(self, condition):
-        """Return the errors of jobs, each with its count, the most common first."""
-        sql = "SELECT error, COUNT(*) AS jobs FROM jobs WHERE " + condition.sql
-        sql += " GROUP BY error ORDER BY jobs DESC"
-        return self._rows(sql, **condition.values)
+    def runs(self, job):
+        """Return the runs of a job, the first one first, without their output."""
+        return self._rows(
+            "SELECT run, attempt, worker, pid, started_at, finished_at, exit_code,"
+            " error, " + RUN_SECONDS + " AS seconds FROM runs WHERE seq = ?"
+            " ORDER BY run", job["seq"])
 
-    def processing_runs(self):
-        """Return what is running, with the worker that runs it and the lease."""
-        rows = self._rows(
-            "SELECT seq, run, id, attempts AS attempt, max_retries, worker, pid,"
-            " started_at FROM jobs JOIN runs USING (seq, run)"
-            " WHERE state = 'processing' AND " + RARE)
-        return [dict(row, lease=self.lease_path(row)) for row in rows]
+    def output(self, job, run=None):
+        """Return the stored output of a run (the latest one), None before its end."""
+        query = "SELECT output FROM runs WHERE seq = ? AND run = ?"
+        return self._value(query, job["seq"], run or job["run"])
 
     def lease_path(self, job):
-        """Return the path of the file of a job's latest run."""
+        """Return the path of the lease of a job's latest run."""
         name = "%s-%d-%d" % (self.token, job["seq"], job["run"])
         return os.path.join(path_beside(self.path, ".runs"), name)
+
+    # -- many jobs ---------------------------------------------------------------------
+
+    def jobs(self, condition=where(), limit=0, newest=False, first=1, last=MAX_INTEGER,
+             brief=False):
+        """Yield jobs, oldest or newest first; LIMIT 0 is all; BRIEF ones are quicker.
+
+        Each batch is a read of its own: a long one would keep the log from its reset.
+        """
+        left = limit or MAX_INTEGER
+        query = "SELECT seq, id, state, command FROM jobs " if brief else SELECT_JOB
+        query += "WHERE seq BETWEEN :first AND :last AND " + condition.sql
+        query += " ORDER BY seq %s LIMIT :size" % ("DESC" if newest else "")
+        while left > 0:
+            batch = self._rows(query, **condition.values, first=first, last=last,
+                               size=min(left, BATCH))
+            yield from batch
+            left = left - len(batch) if len(batch) == BATCH else 0
+            if batch and newest:
+                last = batch[-1]["seq"] - 1
+            elif batch:
+                first = batch[-1]["seq"] + 1
+
+    def dead_jobs(self, condition, below=None):
+        """Yield the dead jobs that meet a condition, the latest death first.
+
+        With the id of a dead job in BELOW only those after it in this order.
+        """
+        place = self._row(
+            "SELECT updated_at, seq FROM jobs WHERE id = ? AND state = 'dead'", below)
+        at, number = place if place else (MAX_TIME, MAX_INTEGER)
+        query = "SELECT seq FROM jobs WHERE (updated_at, seq) < (:at, :number) AND "
+        query += condition.sql + " ORDER BY updated_at DESC, seq DESC"
+        for seq, in self._rows(query, **condition.values, at=at, number=number):
+            yield from self._rows(SELECT_JOB + "WHERE seq = ? AND state = 'dead'", seq)
+
+    def count(self, condition):
+        """Return how many jobs meet a condition."""
+        sql = "SELECT COUNT(*) FROM jobs WHERE " + condition.sql
+        return self._rows(sql, **condition.values)[0][0]
 
     def counts(self):
         """Return how many jobs there are in each state."""
         counts = dict(self._rows("SELECT state, jobs FROM counts"))
         return {state: counts[state] for state in STATES}
 
-    def totals(self):
-        """Return number and seconds of all runs there ever were, by outcome."""
-        rows = self._rows("SELECT outcome, runs, seconds FROM totals")
-        return {outcome: (runs, seconds) for outcome, runs, seconds in rows}
+    def common_errors(self, condition):
+        """Return the errors of jobs, each with its count, the most common first."""
+        sql = "SELECT error, COUNT(*) AS jobs FROM jobs WHERE " + condition.sql
+        sql += " GROUP BY error ORDER BY jobs DESC"
+        return self._rows(sql, **condition.values)
 
-    def wait(self, ids=None, timeout=None, on_look=lambda counts: None, but=None):
-        """Wait until jobs are completed or dead, or until what is left can't go on.
+    def seq_before(self, id):
+        """Return the number before that of a job, the highest one if it is gone."""
+        number = self._value("SELECT seq FROM jobs WHERE id = ?", id) or MAX_INTEGER
+        return number - 1
 
-        Without IDS, all that are unfinished now, BUT for one. Return how many are in
-        each state, and the ids that are left; None if it takes longer than TIMEOUT
-        seconds. `on_look` is called each time with how many of all jobs are in each
-        state. A job that has ended is not looked at again: it may be removed.
-        """
-        ended = dict.fromkeys((*STATES, "removed"), 0)
-        # What `keep` removed was completed; of others nobody can tell any more.
-        removed = "removed" if self.settings()["keep"] is None else "completed"
-        if ids is None:
-            ids = [id for id, in self._rows(
-                "SELECT id FROM jobs WHERE state = 'pending' UNION ALL SELECT id"
-                " FROM jobs WHERE " + RARE + " AND NOT " + in_states(FINISHED))
-                if id != but]
-        else:
-            ids = [job["id"] for job in self._named(ids)]
-        left = collections.deque(ids)
+    def processing_runs(self):
+        """Return the runs of all jobs in PROCESSING, each with worker and lease."""
+        rows = self._rows(
+            "SELECT seq, run, id, attempts AS attempt, max_retries, worker, pid,"
+            " started_at FROM jobs JOIN runs USING (seq, run)"
+            " WHERE state = 'processing' AND " + RARE)
+        return [dict(row, lease=self.lease_path(row)) for row in rows]
 
-        def over():
-            self.check_exists()
-            counts, blocked = self.counts(), self.blocked_seqs()
-            idle = self.is_paused() and counts["processing"] <= (but is not None)
-            on_look(counts)
-            for _ in range(len(left)):  # all must end, so one that may go on will do
-                job = self._rows("SELECT seq, state FROM jobs WHERE id = ?", left[-1])
-                state = job[0]["state"] if job else removed
-                if state in (*FINISHED, "removed"):
-                    ended[state] += 1
-                    left.pop()
-                elif idle or job[0]["seq"] in blocked:
-                    left.rotate()
-                else:
-                    return False
-            return True
+    def blocked_seqs(self):
+        """Return the numbers of the jobs that wait, directly or not, for a dead one."""
+        return {seq for seq, in self._rows(BLOCKED + "SELECT seq FROM blocked")}
 
-        span = MAX_DURATION if timeout is None else timeout
-        return dict(ended, left=[*left]) if wait_until(over, span, POLL_INTERVAL / 2) else None
+    def first_blocked(self):
+        """Return the first job behind a dead one: `id`, `dependency`; `jobs` in all."""
+        row = self._row(
+            "SELECT id, dependency FROM (" + BEHIND_DEAD + ") JOIN jobs USING (seq)"
+            " WHERE state = 'pending' ORDER BY seq LIMIT 1")
+        return row and dict(row, jobs=self._value(
+            BLOCKED + "SELECT COUNT(*) FROM blocked JOIN jobs USING (seq)"
+            " WHERE state = 'pending'"))
 
     def oldest_claimable(self):
-        """Return the job that could run and waits longest, and since when, or None.
+        """Return the job (`id`, `run_at`) that waits longest for a worker, or None.
 
-        Of each priority the first hundred are looked at, not one: a retried job stands
-        before others that wait longer.
+        Of each priority the first hundred are compared, since a retried job stands
+        before others that have waited longer.
         """
-        first = "SELECT MAX(priority) FROM jobs WHERE " + CLAIMABLE
+        highest = "SELECT MAX(priority) FROM jobs WHERE " + CLAIMABLE
         return self._row(
-            "WITH RECURSIVE level (priority) AS (" + first + " UNION ALL SELECT ("
-            + first + " AND jobs.priority < level.priority)"
+            "WITH RECURSIVE level (priority) AS (" + highest + " UNION ALL SELECT ("
+            + highest + " AND jobs.priority < level.priority)"
             " FROM level WHERE priority IS NOT NULL LIMIT 100)"
             " SELECT id, run_at FROM level CROSS JOIN jobs ON seq IN (SELECT seq"
             "  FROM jobs WHERE " + CLAIMABLE + " AND jobs.priority = level.priority"
             "  ORDER BY seq LIMIT 100) ORDER BY run_at, seq LIMIT 1")
 
     def next_due(self):
-        """Return the job that waits for a time and is due next, and when, or None."""
+        """Return the job (`id`, `run_at`) that is due next, or None."""
         return self._row("SELECT id, run_at FROM jobs WHERE " + FOR_A_TIME +
                          " ORDER BY run_at, seq LIMIT 1")
 
     def has_claimable(self):
-        """Tell whether there is a job to be claimed."""
+        """Tell whether there is a job to claim."""
         return bool(self._value("SELECT 1 FROM jobs WHERE " + CLAIMABLE + " LIMIT 1"))
 
     def is_drained(self):
@@ -1861,145 +2044,210 @@ class Queue(Database):
             "  OR EXISTS (SELECT 1 FROM jobs WHERE " + FOR_A_TIME +
             "   AND run_at <= ?))", self.clock())
 
-    def count_ended(self, moment, workers):
-        """Return how many jobs that one of these workers ran have ended since then."""
+    def count_ended(self, since, workers):
+        """Return how many jobs these workers have ended since a time, by state."""
         rows = self._rows(
             "SELECT worker, state FROM runs JOIN jobs USING (seq, run)"
-            " WHERE finished_at >= ? AND " + in_states(FINISHED), moment)
+            " WHERE finished_at >= ? AND " + in_states(FINISHED), since)
         return collections.Counter(
             row["state"] for row in rows if row["worker"] in workers)
 
-    def ids_starting_with(self, begun, states):
-        """Return the newest ids that begin so, of jobs in one of these states."""
-        query = "SELECT id FROM jobs WHERE substr(id, 1, length(?)) = ? AND "
-        query += where(states).sql + " ORDER BY seq DESC LIMIT 300"
-        return [id for id, in self._rows(query, begun, begun)]
+    def wait(self, ids=None, timeout=None, on_look=lambda counts: None, exclude=None):
+        """Wait until jobs are completed or dead, or until what is left can't go on.
 
-    # -- statistics --------------------------------------------------------------------
-
-    def stats(self, since):
-        """Return the document of `stats` on the runs that finished since a time.
-
-        Counts are of all of them; times, commands and errors of fifty thousand, those
-        of the jobs that were enqueued last: a million would take seconds.
+        Without IDS, wait for all jobs that are unfinished now, except EXCLUDE. Return
+        how many are in each state, and the ids that are left; None after TIMEOUT
+        seconds. `on_look` is called at each look with the counts of all jobs. A job
+        that was seen to end is not looked at again, since it may be removed.
         """
-        now = self.clock()
-        period = max(now - since, 1.0)
-        width = -(-period // BARS)  # whole seconds
-        rows = self._rows(
-            "SELECT MIN(CAST((finished_at - ?) / ? AS INTEGER), ?) AS bar,"
-            " SUM(outcome = 'completed') AS completed,"
-            " SUM(outcome = 'failed') AS failed,"
-            " SUM(outcome = 'interrupted') AS interrupted,"
-            " SUM(attempt > 1) AS retries, SUM(finished_at >= ?) AS latest"
-            " FROM (SELECT *, " + OUTCOME + " AS outcome FROM runs"
-            "  WHERE finished_at >= ?) GROUP BY bar",
-            since, width, BARS - 1, now - 60, since)
-        latest = sum(row["latest"] for row in rows)
-        total = {key: sum(row[key] for row in rows)
-                 for key in (*OUTCOMES, "retries")}
-        judged = total["completed"] + total["failed"]
-        runs = judged + total["interrupted"]
-        bars = [{"completed": 0, "failed": 0} for _ in range(BARS)]
-        for row in rows:
-            bars[row["bar"]] = {key: row[key] for key in ("completed", "failed")}
-        return {
-            "since": iso(since), "seconds": now - since, "runs": runs, **total,
-            "success_rate": total["completed"] / judged if judged else None,
-            "per_second": runs / period, "per_second_now": latest / min(60, period),
-            **self._sample(since), "bar_seconds": width, "throughput": bars,
-        }
+        ended = dict.fromkeys((*STATES, "removed"), 0)
+        # What `keep` removed was completed. Otherwise nobody can tell what became of
+        # it.
+        removed = "removed" if self.settings()["keep"] is None else "completed"
+        if ids is None:
+            ids = [id for id in self._unfinished_ids() if id != exclude]
+        else:
+            ids = [job["id"] for job in self._named(ids)]
+        left = collections.deque(ids)
 
-    def _sample(self, since):
-        """Return what has to be sorted or grouped, from a part of the runs."""
-        rows = self._rows(
-            "SELECT command, runs.error, finished_at - started_at AS spent,"
-            # `run_at` is a later time if the job was put back into the queue since.
-            " CASE WHEN jobs.run = runs.run AND started_at >= run_at"
-            "  THEN started_at - run_at END AS waited"
-            " FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?"
-            " ORDER BY seq DESC LIMIT 50000", since)
-        commands, bins = collections.defaultdict(list), [0] * (len(BINS) + 1)
-        for row in rows:
-            commands[row["command"]].append(row["spent"])
-            bins[bisect.bisect(BINS, row["spent"])] += 1
-        slowest = sorted(
-            ({"command": command, "runs": len(times), "mean": sum(times) / len(times),
-              "longest": max(times)} for command, times in commands.items()),
-            key=lambda entry: -entry["mean"])
-        errors = collections.Counter(
-            row["error"] for row in rows if row["error"] not in (None, *INTERRUPTED))
-        waited = [row["waited"] for row in rows if row["waited"] is not None]
-        return {
-            "run_time": percentiles(row["spent"] for row in rows),
-            "waiting_time": percentiles(waited),
-            "run_times": [{"below": top, "runs": count}
-                          for top, count in zip([*BINS, None], bins)],
-            "slowest_commands": slowest[:5],
-            "common_errors": [{"error": error, "runs": count}
-                              for error, count in errors.most_common(5)],
-        }
+        def is_over():
+            self.check_exists()
+            counts, blocked = self.counts(), self.blocked_seqs()
+            own = exclude is not None
+            is_resting = self.is_paused() and counts["processing"] <= own
+            on_look(counts)
+            stuck = []
+            while left:
+                job = self._row("SELECT seq, state FROM jobs WHERE id = ?", left[-1])
+                state = job["state"] if job else removed
+                if state in (*FINISHED, "removed"):
+                    ended[state] += 1
+                    left.pop()
+                elif is_resting or job["seq"] in blocked:
+                    stuck.append(left.pop())
+                else:
+                    break  # this one may go on: no need to look at the others
+            left.extendleft(stuck)
+            return len(left) == len(stuck)
+
+        seconds = MAX_DURATION if timeout is None else timeout
+        if not wait_until(is_over, seconds, POLL_INTERVAL / 2):
+            return None
+        return dict(ended, left=[*left])
+
+    def _unfinished_ids(self):
+        return [id for id, in self._rows(
+            "SELECT id FROM jobs WHERE state = 'pending' UNION ALL"
+            " SELECT id FROM jobs WHERE " + RARE + " AND NOT " + in_states(FINISHED))]
 
     # -- settings ----------------------------------------------------------------------
 
     def settings(self):
         """Return the value of every setting, the default where none was set."""
         given = dict(self._rows("SELECT key, value FROM config"))
-        return {name: json.loads(given[name]) if name in given else default
-                for name, (_, default, _) in SETTINGS.items()}
+        return {name: json.loads(given[name]) if name in given else setting.default
+                for name, setting in SETTINGS.items()}
 
     def set(self, name, value):
+        """Store the value of a setting, as its check returned it."""
         query = "INSERT OR REPLACE INTO config VALUES (?, ?)"
         self._change(query, name, json.dumps(value))
 
     def unset(self, name):
+        """Go back to the default of a setting."""
         self._change("DELETE FROM config WHERE key = ?", name)
 
     def set_paused(self, paused):
-        """Let no job be claimed while PAUSED is the last word."""
-        self.set("paused", True) if paused else self.unset("paused")
+        """Let no job be claimed from now on, or let jobs be claimed again."""
+        if paused:
+            self.set("paused", True)
+        else:
+            self.unset("paused")
         wake_workers(self.path)
 
     def is_paused(self):
         return bool(self._value("SELECT " + PAUSED))
 
+    # -- statistics --------------------------------------------------------------------
 
-if not WINDOWS:
-    os.register_at_fork(before=Database.before_fork)
+    def totals(self):
+        """Return number and seconds of all runs there ever were: {total: (n, s)}."""
+        rows = self._rows("SELECT outcome, runs, seconds FROM totals")
+        return {total: (runs, seconds) for total, runs, seconds in rows}
+
+    def run_bars(self, since, width, bars):
+        """Return sums of the runs finished since a time, by bars of WIDTH seconds."""
+        return self._rows(
+            "SELECT MIN(CAST((finished_at - ?) / ? AS INTEGER), ?) AS bar,"
+            " SUM(total = 'completed') AS completed,"
+            " SUM(total = 'failed') AS failed,"
+            " SUM(total = 'interrupted') AS interrupted,"
+            " SUM(attempt > 1) AS retries, SUM(finished_at >= ?) AS latest"
+            " FROM (SELECT *, " + TOTAL + " AS total FROM runs"
+            "  WHERE finished_at >= ?) GROUP BY bar",
+            since, width, bars - 1, self.clock() - 60, since)
+
+    def run_sample(self, since):
+        """Return command, error, run time and wait of runs that finished since a time.
+
+        At most fifty thousand, those of the jobs that were enqueued last: a million
+        would take seconds.
+        """
+        return self._rows(
+            "SELECT command, runs.error, finished_at - started_at AS spent,"
+            # `run_at` is a later time if the job was put back into the queue since.
+            " CASE WHEN jobs.run = runs.run AND started_at >= run_at"
+            "  THEN started_at - run_at END AS waited"
+            " FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?"
+            " ORDER BY seq DESC LIMIT 50000", since)
+
+
+# Statistics: what `stats` shows, made of the queue's rows.
+
+BARS = 60  # of the picture of throughput
+BINS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)  # seconds, of run times
+
+
+def read_stats(queue, since):
+    """Return the document of `stats` on the runs that finished since a time.
+
+    Its counts are of all these runs; times, commands and errors are of a sample.
+    """
+    now = queue.clock()
+    period = max(now - since, 1.0)
+    width = -(-period // BARS)  # whole seconds
+    rows = queue.run_bars(since, width, BARS)
+    latest = sum(row["latest"] for row in rows)
+    sums = {key: sum(row[key] for row in rows) for key in (*TOTALS, "retries")}
+    judged = sums["completed"] + sums["failed"]
+    runs = judged + sums["interrupted"]
+    bars = [{"completed": 0, "failed": 0} for _ in range(BARS)]
+    for row in rows:
+        bars[row["bar"]] = {key: row[key] for key in ("completed", "failed")}
+    return {
+        "since": iso(since), "seconds": now - since, "runs": runs, **sums,
+        "success_rate": sums["completed"] / judged if judged else None,
+        "per_second": runs / period, "per_second_now": latest / min(60, period),
+        **sample_stats(queue.run_sample(since)),
+        "bar_seconds": width, "throughput": bars,
+    }
+
+
+def sample_stats(rows):
+    """Return the statistics for which a sample of runs is sorted or grouped."""
+    commands, bins = collections.defaultdict(list), [0] * (len(BINS) + 1)
+    for row in rows:
+        commands[row["command"]].append(row["spent"])
+        bins[bisect.bisect(BINS, row["spent"])] += 1
+    slowest = sorted(
+        ({"command": command, "runs": len(times), "mean": sum(times) / len(times),
+          "longest": max(times)} for command, times in commands.items()),
+        key=lambda entry: -entry["mean"])
+    errors = collections.Counter(
+        row["error"] for row in rows if row["error"] not in (None, *INTERRUPTED))
+    waited = [row["waited"] for row in rows if row["waited"] is not None]
+    return {
+        "run_time": percentiles(row["spent"] for row in rows),
+        "waiting_time": percentiles(waited),
+        "run_times": [{"below": top, "runs": count}
+                      for top, count in zip([*BINS, None], bins)],
+        "slowest_commands": slowest[:5],
+        "common_errors": [{"error": error, "runs": count}
+                          for error, count in errors.most_common(5)],
+    }
+
+
+def percentiles(values):
+    """Return median, 95th percentile and maximum; None without any value."""
+    ordered = sorted(values) or [None]
+    return {name: ordered[min(int(len(ordered) * part), len(ordered) - 1)]
+            for name, part in (("median", 0.5), ("p95", 0.95), ("longest", 1))}
 
 
 # ======================================================================================
 # Runs: one command; its lease, its output, its end
 # ======================================================================================
 
-LEASE_FD = 20  # of a lease in a command: scripts use the low numbers for themselves
+LEASE_FD = 20  # of the lease in a command: scripts use low numbers for their files
 READ_SIZE = 2**20  # bytes: more than a pipe can hold, so that one read empties it
 DROPPED_NOTE = b"[queuectl: %d bytes of output dropped here]\n"
-DROPPED_PATTERN = re.compile(re.escape(DROPPED_NOTE).replace(b"%d", rb"([1-9]\d{0,18})"))
+DROPPED_PATTERN = re.compile(
+    re.escape(DROPPED_NOTE).replace(b"%d", rb"([1-9]\d{0,18})"))
 
 if WINDOWS:
     KILL = signal.SIGTERM
     KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
     KERNEL.CreateJobObjectW.restype = wintypes.HANDLE
     KILL_ON_CLOSE, CREATE_SUSPENDED = 0x2000, 0x4
-
-    def succeeded(value):
-        """Return what a call of the system gave, or raise."""
-        if not value:
-            raise ctypes.WinError(ctypes.get_last_error())
-        return value
-
-    def set_limits(job, flags):
-        # JOBOBJECT_EXTENDED_LIMIT_INFORMATION: two 64-bit times, then the flags.
-        limits = (wintypes.DWORD * (36 if sys.maxsize > 2**32 else 28))()
-        limits[4] = flags
-        succeeded(KERNEL.SetInformationJobObject(job, 9, limits, ctypes.sizeof(limits)))
 else:
     KILL = signal.SIGKILL
-    ENVIRONMENT = dict(os.environb)  # of the pool; reading it for each run takes time
-    # A command starts with all signals as they are by default: what its pool's shell
-    # had ignored, and what Python does, passes through exec.
+    ENVIRONMENT = dict(os.environb)  # of the pool; to read it for each run takes time
+    # A command starts with the default action of all signals. Otherwise what the pool's
+    # shell ignored, and what Python ignores, would be ignored after the exec as well.
     ALL_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+
+
+# The output of a run. Where its beginning was dropped it starts with DROPPED_NOTE.
 
 
 def split_dropped(output):
@@ -2009,44 +2257,44 @@ def split_dropped(output):
 
 
 def tail(output, limit):
-    """Return the last bytes of an output; what was dropped before them is said."""
+    """Return the last LIMIT bytes of an output, after a note of how many it lacks."""
     dropped, output = split_dropped(output)
     cut = max(0, len(output) - limit)
     note = DROPPED_NOTE % (dropped + cut) if dropped + cut else b""
     return note + output[cut:]
 
 
-def read_output(path, limit):
-    """Return the last bytes that a run has printed by now; none without its file.
+def max_file_size(limit):
+    """Return how many bytes the file of a run may have before it is compacted."""
+    return 2 * limit + 2**16
 
-    Its worker may be cutting it back. While it does, the file is longer than it ever is
-    otherwise, and afterwards it begins with another note: then it is read again.
+
+def read_output(path, limit):
+    """Return the last LIMIT bytes that a run has printed so far; b"" without its file.
+
+    Its worker may be compacting the file. During that the file is longer than at any
+    other time, and after that it starts with another note: then it is read again.
     """
     output = b""
     with contextlib.suppress(FileNotFoundError):
         for _ in range(10):
             with open(path, "rb", 0) as file:
                 note = file.read(64)
-                settled = os.fstat(file.fileno()).st_size <= max_file_size(limit)
+                is_settled = os.fstat(file.fileno()).st_size <= max_file_size(limit)
                 file.seek(0)
                 output = file.read()
                 file.seek(0)
-                if settled and file.read(64).startswith(note):
+                if is_settled and file.read(64).startswith(note):
                     break
             time.sleep(POLL_INTERVAL / 100)
     return tail(output, limit)
 
 
-def max_file_size(limit):
-    """Return how long the file of a run gets before it is cut back."""
-    return 2 * limit + 2**16
-
-
 class Lease:
-    """The file of a run: held for as long as any process of it lives, and its output.
+    """The file of a run: locked while any process of the run lives, and its output.
 
-    The file ends with the last LIMIT bytes of the output at every moment, also if the
-    worker is killed while it cuts it back; it begins with how many were dropped.
+    At every moment the file ends with the last LIMIT bytes of the output, even if the
+    worker is killed while it compacts the file.
     """
 
     def __init__(self, path, limit):
@@ -2055,7 +2303,7 @@ class Lease:
         self.fd = lock_file(path)
 
     def write(self, data):
-        """Append output, and cut the file back when it has twice what is kept."""
+        """Append output. Compact the file when it is longer than it may be."""
         self.unwritten += data
         try:
             os.lseek(self.fd, self.size, os.SEEK_SET)
@@ -2064,15 +2312,15 @@ class Lease:
             if self.size > max_file_size(self.limit):
                 self.compact()
         except OSError:
-            # If more than is kept could not be written, the file is not needed.
+            # If more than LIMIT bytes are unwritten, nothing of the file is needed.
             if len(self.unwritten) > self.limit:
                 self.unwritten = self.output()
                 self.empty()
 
     def compact(self):
-        """Write the end of the file to its beginning, then drop all behind that.
+        """Copy the end of the file to its beginning, then cut off all behind that.
 
-        The two do not overlap: the end is there at every moment.
+        The two do not overlap, so the end is there at every moment.
         """
         kept = self.output()
         os.lseek(self.fd, 0, os.SEEK_SET)
@@ -2081,145 +2329,99 @@ class Lease:
             self.size, self.unwritten = len(kept), b""
 
     def output(self):
-        """Return what is kept of the output."""
+        """Return the last LIMIT bytes of the output."""
         if not self.size and not self.unwritten:
             return b""
         os.lseek(self.fd, 0, os.SEEK_SET)
         return tail(os.read(self.fd, self.size) + self.unwritten, self.limit)
 
     def empty(self):
-        """Give its space back: on a full disk the database needs it for the result."""
+        """Give the space of the file back: on a full disk the result needs it."""
         os.ftruncate(self.fd, 0)
         self.size = 0
 
     def discard(self):
-        """Remove the file and let go of it, in that order.
+        """Remove the file, and only then let go of it.
 
         After a claim that was rolled back another worker takes a lease of this name.
         """
         with contextlib.suppress(OSError):
             os.remove(self.path)
         os.close(self.fd)
-        if WINDOWS:  # where what is open can't be removed
+        if WINDOWS:  # an open file can't be removed there
             remove_leftover(self.path)
 
 
+class Unkillable(Exception):
+    """Processes of a run that are still there after SIGKILL."""
+
+
+class Termination:
+    """How a run is ended: one SIGTERM to all its processes, after a grace SIGKILL.
+
+    A timeout, `cancel`, `stop --now` and the end of an orphan all go this way. The run
+    has ended when none of its processes is left, not when its leader has exited.
+    Processes that a trap starts to clean up get no SIGTERM of their own.
+    """
+
+    def __init__(self):
+        self.kill_at = time.monotonic() + TERM_GRACE
+        self.term_sent = self.kill_sent = False
+
+    def step(self, pids, send):
+        """Signal the processes that are left, by `send(pids, signal)`."""
+        self.kill_sent = time.monotonic() >= self.kill_at
+        if self.kill_sent:
+            send(pids, KILL)
+        elif not self.term_sent:
+            send(pids, signal.SIGTERM)
+            self.term_sent = True
+
+    def is_stuck(self):
+        """Tell whether it takes too long: what is left seems to be unkillable."""
+        return time.monotonic() >= self.kill_at + KILL_GRACE
+
+
 class Command:
-    """The command of a run, from its start until nothing of it is left."""
+    """The command of a run, from its start until none of its processes is left.
+
+    This class has what is the same on all systems. The two below it start the command,
+    wait for it, and find and signal its processes.
+    """
 
     def __init__(self, run, lease, path):
-        """Start it, its output going to a pipe; raise OSError if the system refuses."""
-        self.lease, self.killed, self.job_object = lease, False, None
-        # A job may name another queue, but not say that it is another run.
+        """Start it, with its output going to a pipe. OSError: the system refuses."""
+        self.lease = lease
+        self.was_killed = False  # by SIGKILL, from outside
+        # A job may name another queue. It can't pretend to be another run, by which its
+        # processes are found.
         env = {"QUEUECTL_DB": path, **json.loads(run["env"] or "{}")}
         env.update(QUEUECTL_JOB_ID=run["id"], QUEUECTL_ATTEMPT=str(run["attempt"]),
-                   QUEUECTL_RUN=lease.path)  # by which its processes are known
-        # The writing end stays open here while the command lives: with its end closed
-        # as well, each run would wake its worker twice.
-        if WINDOWS:
-            handles = _winapi.CreatePipe(None, 2**16)
-            self.reader, self.writer = (msvcrt.open_osfhandle(h, 0) for h in handles)
-        else:
-            self.reader, self.writer = os.pipe()
-            os.set_blocking(self.reader, False)
+                   QUEUECTL_RUN=lease.path)
+        # The writing end stays open here while the command lives: if its end closed the
+        # pipe as well, each run would wake its worker twice.
+        self.open_pipe()
         try:
-            start = self.start_in_job if WINDOWS else self.spawn
-            start(run["command"], run["launcher"], run["cwd"], env)
+            self.start(run["command"], run["launcher"], run["cwd"], env)
         except BaseException:
             self.close()
             raise
 
-    def spawn(self, line, launcher, cwd, env):
-        """Start it as the leader of a session; it inherits the lease.
-
-        By posix_spawn: Popen takes 0.25 ms longer, and before Python 3.10 over a whole
-        one, of the two that a run costs.
-        """
-        words = ["/bin/sh", "-c", "--", line]
-        if launcher:  # which the shell splits; the line is its $0, and not split again
-            words = ["/bin/sh", "-c", 'exec %s /bin/sh -c -- "$0"' % launcher, line]
-        env = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
-        # A lease that has this number already would be closed by the exec.
-        place = LEASE_FD + (self.lease.fd == LEASE_FD)
-        start = functools.partial(
-            os.posix_spawn, words[0], words, {**ENVIRONMENT, **env},
-            setsigdef=ALL_SIGNALS, setsigmask=(), file_actions=(
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_DUP2, self.writer, 1),
-                (os.POSIX_SPAWN_DUP2, self.writer, 2),
-                (os.POSIX_SPAWN_DUP2, self.lease.fd, place)))
-        os.chdir(cwd)
-        try:
-            self.pid = start(setsid=True)
-        except NotImplementedError:  # FreeBSD
-            self.pid = start(setpgroup=0)
-        finally:
-            os.chdir("/")  # an idle worker keeps no file system from being unmounted
-
-    def start_in_job(self, line, launcher, cwd, env):
-        """Start it in a job object, which ends with this worker.
-
-        It is suspended until it is in there: its children might escape.
-        """
-        if launcher:
-            import shlex
-
-            prefix = subprocess.list2cmdline(shlex.split(launcher))
-            line = '%s cmd /d /s /c "%s"' % (prefix, line)
-        added = {name.upper(): value for name, value in env.items()}  # as os.environ's
-        console = sys.stdin and sys.stdin.isatty()
-        self.popen = subprocess.Popen(
-            line, shell=not launcher, cwd=cwd, env={**os.environ, **added},
-            stdin=None if console else subprocess.DEVNULL, stdout=self.writer,
-            stderr=self.writer,
-            creationflags=subprocess.CREATE_NEW_PROCESS_GROUP | CREATE_SUSPENDED)
-        self.pid, process = self.popen.pid, wintypes.HANDLE(int(self.popen._handle))
-        try:
-            handle = succeeded(KERNEL.CreateJobObjectW(None, None))
-            self.job_object = wintypes.HANDLE(handle)
-            set_limits(self.job_object, KILL_ON_CLOSE)
-            succeeded(KERNEL.AssignProcessToJobObject(self.job_object, process))
-        except OSError:
-            self.popen.kill()
-            raise
-        ctypes.WinDLL("ntdll").NtResumeProcess(process)
-
-    def poll(self):
-        """Return its exit code once it has ended; minus the signal that ended it."""
-        if WINDOWS:
-            return self.popen.poll()
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if not pid:
-            return None
-        self.pid = None  # from now on the number can be another's
-        return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
-
     def read(self):
-        """Take over what it has printed by now: one read, or `yes` would never end."""
+        """Take over what it has printed so far: one read, or `yes` would never end."""
         with contextlib.suppress(BlockingIOError):
-            size = READ_SIZE
-            if WINDOWS:  # where reading waits
-                handle = msvcrt.get_osfhandle(self.reader)
-                size = min(_winapi.PeekNamedPipe(handle, 0)[0], READ_SIZE)
+            size = self.readable_bytes()
             data = size and os.read(self.reader, size)
             if data:
                 self.lease.write(data)
 
-    def wait(self, wake, timeout):
-        """Wait for its end, its output, a signal or a time; take over its output."""
-        if WINDOWS:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.popen.wait(max(0.0, min(timeout, POLL_INTERVAL / 20)))
-        else:
-            wake.wait(timeout, self.reader)
-        self.read()
+    def watch(self, wake, timeout, watchdog):
+        """Wait for its end; return its exit code, minus the signal that ended it.
 
-    def watch(self, wake, timeout, look):
-        """Wait for its end; return its exit code, and its error or why it was ended.
-
-        `look()`, called again and again, says why it has to end now, if it has. If a
-        signal killed its leader, all of it ends: what is left would meet the next run.
-        Raise Stuck if it can't be ended.
+        Return with it None, or why it was ended from outside: kind and error, as in
+        `Outcome`. `watchdog()`, called at every look, returns such a reason. If a
+        signal killed the leader, all its processes are ended: they would meet the next
+        run. Raise Unkillable if it can't be ended.
         """
         deadline = time.monotonic() + (timeout or MAX_DURATION)
         next_look, code, reason = time.monotonic() + POLL_INTERVAL, None, None
@@ -2227,91 +2429,182 @@ class Command:
             self.wait(wake, min(deadline, next_look) - time.monotonic())
             code, now = self.poll(), time.monotonic()
             if code is None and now >= deadline:
-                reason = "timeout %ss" % number_text(timeout)
+                reason = "failed", "timeout %ss" % number_text(timeout)
             elif code is None and now >= next_look:
-                next_look, reason = now + POLL_INTERVAL, look()
+                next_look, reason = now + POLL_INTERVAL, watchdog()
         if reason or code < 0:
             self.end(wake)
         if reason:
             code = self.poll()
         self.read()
-        if code is None or code < 0:
-            return None, reason or "signal %d" % -code
-        return code, reason or ("exit %d" % code if code else None)
+        return code, reason
 
     def end(self, wake):
-        """End it from outside, or what it left, with every process that belongs to it.
+        """End every process that belongs to it, or that it left.
 
-        Its leader, if it lives, is not reaped before: no other gets the number of its
-        group then.
+        A leader that lives is not reaped before: no other process gets the number of
+        its group as long as it is a zombie.
         """
-        ending, left = Termination(), self.processes()
+        termination, left = Termination(), self.processes()
         while left:
-            ending.step(left, self.signal)
-            self.killed = ending.killed
-            if ending.is_stuck():
+            termination.step(left, self.signal)
+            self.was_killed = termination.kill_sent
+            if termination.is_stuck():
                 raise Unkillable(sorted(left))
             self.wait(wake, POLL_INTERVAL / 4)
             left = self.processes()
 
+    def close(self):
+        """Let go of the pipe. Processes left in the background go on."""
+        os.close(self.reader)
+        os.close(self.writer)
+
+
+class PosixCommand(Command):
+    """A command in a session of its own, which inherits the lease."""
+
+    def open_pipe(self):
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.reader, False)
+
+    def readable_bytes(self):
+        return READ_SIZE
+
+    def start(self, line, launcher, cwd, env):
+        """Start it by posix_spawn.
+
+        A run costs two milliseconds. Popen would add 0.25, and before Python 3.10 more
+        than a whole one.
+        """
+        words = ["/bin/sh", "-c", "--", line]
+        if launcher:  # the shell splits it; the line is its $0, and is not split again
+            words = ["/bin/sh", "-c", 'exec %s /bin/sh -c -- "$0"' % launcher, line]
+        env = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
+        # A lease that already has this number would be closed by the exec.
+        lease_fd = LEASE_FD + (self.lease.fd == LEASE_FD)
+        spawn = functools.partial(
+            os.posix_spawn, words[0], words, {**ENVIRONMENT, **env},
+            setsigdef=ALL_SIGNALS, setsigmask=(), file_actions=(
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, self.writer, 1),
+                (os.POSIX_SPAWN_DUP2, self.writer, 2),
+                (os.POSIX_SPAWN_DUP2, self.lease.fd, lease_fd)))
+        os.chdir(cwd)
+        try:
+            self.pid = spawn(setsid=True)
+        except NotImplementedError:  # FreeBSD
+            self.pid = spawn(setpgroup=0)
+        finally:
+            os.chdir("/")  # an idle worker must not keep a file system mounted
+
+    def poll(self):
+        """Return the exit code once it has ended; minus the signal that ended it."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if not pid:
+            return None
+        self.pid = None  # from now on another process can get this number
+        return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+
+    def wait(self, wake, timeout):
+        """Wait for its end, its output, a signal or a time; take over its output."""
+        wake.wait(timeout, self.reader)
+        self.read()
+
     def processes(self):
-        """Return what lives of it."""
-        if WINDOWS:
-            accounts = (wintypes.DWORD * 12)()  # the eleventh: active processes
-            KERNEL.QueryInformationJobObject(
-                self.job_object, 1, accounts, ctypes.sizeof(accounts), None)
-            return set(range(accounts[10]))
+        """Return the PIDs of its living processes."""
         return processes_of({self.lease.path: self.pid})[self.lease.path]
 
     def signal(self, pids, number):
-        if WINDOWS:  # there is no other way
-            KERNEL.TerminateJobObject(self.job_object, 1)
-        else:
-            signal_processes(pids, number)
+        signal_processes(pids, number)
+
+
+class WindowsCommand(Command):
+    """A command in a job object, which ends with this worker."""
+
+    job_object = None
+
+    def open_pipe(self):
+        handles = _winapi.CreatePipe(None, 2**16)
+        self.reader, self.writer = (msvcrt.open_osfhandle(h, 0) for h in handles)
+
+    def readable_bytes(self):  # a read of more would wait
+        handle = msvcrt.get_osfhandle(self.reader)
+        return min(_winapi.PeekNamedPipe(handle, 0)[0], READ_SIZE)
+
+    def start(self, line, launcher, cwd, env):
+        """Start it suspended until it is in its job object: no child may escape."""
+        if launcher:
+            import shlex
+
+            prefix = subprocess.list2cmdline(shlex.split(launcher))
+            line = '%s cmd /d /s /c "%s"' % (prefix, line)
+        added = {name.upper(): value for name, value in env.items()}  # as os.environ's
+        has_console = sys.stdin and sys.stdin.isatty()
+        self.popen = subprocess.Popen(
+            line, shell=not launcher, cwd=cwd, env={**os.environ, **added},
+            stdin=None if has_console else subprocess.DEVNULL, stdout=self.writer,
+            stderr=self.writer,
+            creationflags=subprocess.CREATE_NEW_PROCESS_GROUP | CREATE_SUSPENDED)
+        self.pid, process = self.popen.pid, wintypes.HANDLE(int(self.popen._handle))
+        try:
+            handle = self.succeeded(KERNEL.CreateJobObjectW(None, None))
+            self.job_object = wintypes.HANDLE(handle)
+            self.set_limits(KILL_ON_CLOSE)
+            self.succeeded(KERNEL.AssignProcessToJobObject(self.job_object, process))
+        except OSError:
+            self.popen.kill()
+            raise
+        ctypes.WinDLL("ntdll").NtResumeProcess(process)
+
+    @staticmethod
+    def succeeded(value):
+        """Return the result of a call of the system, or raise its error."""
+        if not value:
+            raise ctypes.WinError(ctypes.get_last_error())
+        return value
+
+    def set_limits(self, flags):
+        # JOBOBJECT_EXTENDED_LIMIT_INFORMATION: two 64-bit times, then the flags.
+        limits = (wintypes.DWORD * (36 if sys.maxsize > 2**32 else 28))()
+        limits[4] = flags
+        self.succeeded(KERNEL.SetInformationJobObject(
+            self.job_object, 9, limits, ctypes.sizeof(limits)))
+
+    def poll(self):
+        return self.popen.poll()
+
+    def wait(self, wake, timeout):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.popen.wait(max(0.0, min(timeout, POLL_INTERVAL / 20)))
+        self.read()
+
+    def processes(self):
+        """Return as many numbers as it has living processes."""
+        accounts = (wintypes.DWORD * 12)()  # the eleventh: active processes
+        KERNEL.QueryInformationJobObject(
+            self.job_object, 1, accounts, ctypes.sizeof(accounts), None)
+        return set(range(accounts[10]))
+
+    def signal(self, pids, number):
+        KERNEL.TerminateJobObject(self.job_object, 1)  # there is no other way
 
     def close(self):
-        """Let go of it; what it left running in the background is left running."""
-        os.close(self.reader)
-        os.close(self.writer)
-        if WINDOWS and self.job_object:
-            set_limits(self.job_object, 0)
+        super().close()
+        if self.job_object:
+            self.set_limits(0)
             KERNEL.CloseHandle(self.job_object)
 
 
-class Unkillable(Exception):
-    """The processes of a run that live on after SIGKILL."""
+start_command = WindowsCommand if WINDOWS else PosixCommand
 
 
-class Termination:
-    """How a run is ended: one SIGTERM to all of it, after a grace SIGKILL.
-
-    For a timeout, `cancel`, `stop --now`, and for an orphan, it is the same. The run
-    has ended when nothing is left of it, not when its leader has exited. What a trap
-    starts to clean up gets no SIGTERM of its own.
-    """
-
-    def __init__(self):
-        self.kill_at = time.monotonic() + TERM_GRACE
-        self.term_sent = self.killed = False
-
-    def step(self, pids, send):
-        """Signal what is left of a run."""
-        self.killed = time.monotonic() >= self.kill_at
-        if self.killed:
-            send(pids, KILL)
-        elif not self.term_sent:
-            send(pids, signal.SIGTERM)
-            self.term_sent = True
-
-    def is_stuck(self):
-        """Tell whether what is left can't be ended: it is another user's, or hangs."""
-        return time.monotonic() >= self.kill_at + KILL_GRACE
+# What belongs to a run, on POSIX.
 
 
 def signal_processes(pids, number):
-    """Signal processes; at once those whose group's leader is among them.
+    """Signal processes. Signal a whole group at once if its leader is among them.
 
-    A shell that outlived its child for a moment would go on with its next command.
+    A shell that outlives its child for a moment would go on with its next command.
     """
     groups = set()
     for pid in sorted(pids):
@@ -2327,26 +2620,26 @@ def signal_processes(pids, number):
 def processes_of(runs):
     """Return the living processes that belong to runs: {lease: {pid}}.
 
-    RUNS is {lease: pid of its command if that is our child, else None}. To a run
-    belongs who can write to its lease, or carries the path of that in QUEUECTL_RUN, or
-    is in the process group of our child. The path is whole: another queue's process, or
-    one of a copy of this queue, is a stranger. No recorded number is trusted. For a run
-    of which nothing is left there is a second look: a process may be forked during one.
+    RUNS is {lease: PID of its command if that is our child, else None}. A process
+    belongs to a run if it can write to the lease, has the path of the lease in
+    QUEUECTL_RUN, or is in the process group of our child. The whole path counts, so
+    that a process of another queue, or of a copy of this one, is a stranger. No
+    recorded PID is trusted. If nothing is left of a run there is a second look: a
+    process may be forked during the first.
     """
     found = {lease: set() for lease in runs}
     if WINDOWS or not runs:  # there a job object ends what a killed worker left
         return found
-    owner = {pid: lease for lease, pid in runs.items() if pid}
-    for lease in runs:  # the second is of a file that was removed
-        owner[lease] = owner[lease + " (deleted)"] = lease
-    linux = os.path.exists("/proc/self/fd")
-    # Of the run of a child of ours all is younger than we are: most others need no look.
-    since = int(proc_stat("self")[19]) if linux and all(runs.values()) else 0
-    own = os.getpid()  # holds the lease of its run; counted, there were no second look
+    owner = {pid: lease for lease, pid in runs.items() if pid}  # {trace: lease}
+    for lease in runs:
+        owner[lease] = owner[lease + " (deleted)"] = lease  # if it was removed
+    has_proc = os.path.exists("/proc/self/fd")
+    # All processes of our child's run are younger than this one: others need no look.
+    since = int(proc_stat("self")[19]) if has_proc and all(runs.values()) else 0
+    own = os.getpid()  # holds the lease of its run, and does not belong to it
     seen = set()
     for _ in range(2):
-        for pid, trace in (
-                scan_proc(since, seen) if linux else scan_with_tools(runs)):
+        for pid, trace in scan_proc(since, seen) if has_proc else scan_with_tools(runs):
             if trace in owner and pid != own:
                 found[owner[trace]].add(pid)
         if all(found.values()):
@@ -2354,55 +2647,56 @@ def processes_of(runs):
     return found
 
 
-# A process that is gone meanwhile, or another user's. Any other error has to be one: it
-# would be believed that nothing is left of a run.
+# A process that has just gone, or another user's. Any other error is raised: otherwise
+# it would look as if nothing were left of a run.
 GONE_OR_FOREIGN = FileNotFoundError, ProcessLookupError, PermissionError
 
 
 def proc_stat(pid):
-    """Return the fields that /proc tells of a process, from its state on."""
+    """Return the fields of /proc/PID/stat, from the state on."""
     with open_descriptor("/proc/%s/stat" % pid) as fd:
         return os.read(fd, 4096).rpartition(b")")[2].split()
 
 
 def scan_proc(since, seen):
-    """Yield pid and trace of each living process: group, files it can write, mark.
+    """Yield (PID, trace) for each trace of each living process.
 
-    Of those that started before SINCE, in ticks after the boot, there are none. Those
-    that were looked at are added to SEEN and left out from then on: the system gives no
-    number again so soon.
+    A trace is the number of the process group, the path in QUEUECTL_RUN, or the path of
+    a file that the process can write to. Processes that started before SINCE, in ticks
+    after the boot, are left out. Those that were looked at are added to SEEN and left
+    out from then on: the system does not give their numbers again so soon.
     """
     for pid in {*filter(str.isdigit, os.listdir("/proc"))} - seen:
         with contextlib.suppress(*GONE_OR_FOREIGN):
             state, group, threads, started = operator.itemgetter(0, 2, 17, 19)(
                 proc_stat(pid))
-            folder, ended = "/proc/%s/" % pid, state in b"ZX"
-            if ended and threads == b"1" or int(started) < since:
+            directory, has_ended = "/proc/%s/" % pid, state in b"ZX"
+            if has_ended and threads == b"1" or int(started) < since:
                 seen.add(pid)
                 continue
-            if ended:  # its main thread; another, which is listed last, lives on
-                folder += "task/%s/" % os.listdir(folder + "task")[-1]
+            if has_ended:  # its main thread; the one that is listed last lives on
+                directory += "task/%s/" % os.listdir(directory + "task")[-1]
             yield int(pid), int(group)
-            with open(folder + "environ", "rb", 0) as file:
+            with open(directory + "environ", "rb", 0) as file:
                 marked = (b"\0" + file.read()).split(b"\0QUEUECTL_RUN=")
             for mark in marked[1:]:
                 yield int(pid), os.fsdecode(mark.partition(b"\0")[0])
-            for fd in os.listdir(folder + "fd"):
+            for fd in os.listdir(directory + "fd"):
                 with contextlib.suppress(*GONE_OR_FOREIGN):
-                    if os.lstat(folder + "fd/" + fd).st_mode & 0o200:
-                        yield int(pid), os.readlink(folder + "fd/" + fd)
+                    if os.lstat(directory + "fd/" + fd).st_mode & 0o200:
+                        yield int(pid), os.readlink(directory + "fd/" + fd)
             seen.add(pid)
 
 
 def scan_with_tools(leases):
-    """Yield the same where there is no /proc: groups by `ps`, files by `lsof`."""
+    """Yield the same without /proc: process groups from `ps`, files from `lsof`."""
     import subprocess
 
     def lines_of(*words):
         with contextlib.suppress(OSError):
-            told = subprocess.run(
+            result = subprocess.run(
                 words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            return map(os.fsdecode, told.stdout.splitlines())
+            return map(os.fsdecode, result.stdout.splitlines())
         return ()
 
     for line in lines_of("ps", "-A", "-o", "pid=", "-o", "pgid=", "-o", "stat="):
@@ -2426,12 +2720,18 @@ def scan_with_tools(leases):
 
 
 def notice(message):
-    with contextlib.suppress(OSError):  # nobody listens any more
+    """Print a line for people on standard error."""
+    with contextlib.suppress(OSError):  # its reader is gone
         print("queuectl: %s" % message, file=sys.stderr, flush=True)
 
 
-def duration_text(seconds):
-    """Return a duration in one or two units: 0.2s, 12s, 3m 20s, 2h 5m, 4d 1h."""
+def duration_text(seconds, precise=False):
+    """Return a duration in one or two units: 0.2s, 12s, 3m 20s, 2h 5m, 4d 1h.
+
+    A PRECISE one shows less than a second as milliseconds: 43ms.
+    """
+    if precise and seconds < 0.9995:
+        return "%.0fms" % max(0, 1000 * seconds)
     if seconds < 10:
         return "%.1fs" % max(0.0, seconds)
     rest, parts = int(seconds), []
@@ -2442,158 +2742,141 @@ def duration_text(seconds):
     return " ".join(part for part in parts[:2] if part[0] != "0")
 
 
-def fine(seconds):
-    """Return a duration that may be short: 0ms, 43ms, 2.5s, 3m 20s."""
-    return "%.0fms" % max(0, 1000 * seconds) if seconds < 0.9995 else duration_text(seconds)
-
-
 def relative_time(moment, now):
     """Return a time as people say it: 2m 5s ago, in 4.0s."""
-    return duration_text(now - moment) + " ago" if moment <= now else "in " + duration_text(moment - now)
+    if moment <= now:
+        return duration_text(now - moment) + " ago"
+    return "in " + duration_text(moment - now)
 
 
 def plural(count, noun):
     """Return a count with its noun: 1 job, 2 jobs."""
-    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
-    return "%d %s" % (count, noun if count == 1 else plural)
+    many = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    return "%d %s" % (count, noun if count == 1 else many)
 
 
 def setting_text(name, value):
+    """Return the value of a setting as it can be set."""
     if value is None:
         return "forever" if name == "keep" else "none"
     return printable(value) if isinstance(value, str) else number_text(value)
 
 
-def run_table(runs, now):
-    """Yield the lines of a table of a job's runs."""
-    rows = []
-    for run in runs:
-        goes_on = run["finished_at"] is None
-        rows.append([str(run["run"]), str(run["attempt"]), relative_time(run["started_at"], now),
-                     fine(now - run["started_at"] if goes_on else run["seconds"]),
-                     "running" if goes_on else printable(run["error"] or "exit 0")])
-    return table(["RUN", "TRY", "STARTED", "TOOK", "RESULT"], rows)
+# Why a job is not running, and how far a queue is.
 
-
-def sparkline(values):
-    """Return a bar for each value, all to the same scale; one character each."""
-    steps, top = drawable(" ▁▂▃▄▅▆▇█", " .:-=+*#@"), max([*values, 1])
-    return "".join(steps[-(-value * 8 // top)] for value in values)
-
-
-def drawable(these, ascii):
-    """Return characters for a picture that the standard output can show."""
-    try:
-        these.encode(sys.stdout.encoding or "ascii")
-        return these
-    except UnicodeEncodeError:
-        return ascii
-
-
-def stats_lines(stats, width):
-    period = duration_text(stats["seconds"])
-    yield "%s in %s: %d completed, %d failed (%s); %d interrupted" % (
-        plural(stats["runs"], "run"), period, stats["completed"], stats["failed"],
-        plural(stats["retries"], "retry"), stats["interrupted"])
-    if stats["success_rate"] is None:
-        return
-    rates = stats["per_second_now"], stats["per_second"], period
-    yield "%.1f %% succeed; %.2f/s in the last minute, %.2f/s in %s" % (
-        100 * stats["success_rate"], *rates)
-    for name, title in (("run_time", "run time"), ("waiting_time", "waiting time")):
-        spread = [fine(value or 0) for value in stats[name].values()]
-        yield "%s: median %s, 95 %% within %s, longest %s" % (title, *spread)
-    bars = [bar["completed"] + bar["failed"] for bar in stats["throughput"]]
-    share = -(-len(bars) // max(1, width - 12))  # bars a character
-    sums = [sum(bars[at : at + share]) for at in range(0, len(bars), share)]
-    yield "throughput  " + sparkline(sums)
-    yield " " * 12 + (period + " ago").ljust(len(sums) - 3) + "now"
-    yield ""
-    yield from histogram(stats["run_times"], width)
-    yield "Slowest commands:"
-    for row in stats["slowest_commands"]:
-        words = (fine(row["mean"]), plural(row["runs"], "run"), printable(row["command"]))
-        yield truncate("%8s on average of %s of  %s" % words, width)
-    if stats["common_errors"]:
-        yield "Most common errors:"
-    for row in stats["common_errors"]:
-        yield truncate("%8d x %s" % (row["runs"], printable(row["error"])), width)
-
-
-def histogram(bins, width):
-    """Yield a line for each bin of run times, from the first to the last in use."""
-    used = [at for at, bin in enumerate(bins) if bin["runs"]]
-    most, bar = max(bin["runs"] for bin in bins), drawable("█", "#")
-    for bin in bins[used[0] : used[-1] + 1]:
-        below = "longer" if bin["below"] is None else "< %gs" % bin["below"]
-        length = -(-bin["runs"] * max(1, width - 24) // most)
-        yield "%-10s  %s %d" % (below, bar * length, bin["runs"])
-    yield ""
-
-
-DIED = "its worker died; a pool puts it back"
-LOST = "its worker died, its processes go on; a pool ends them and puts it back"
+DIED = "its worker died; the next pool runs the job again"
+LOST = "its worker died, but its processes still run; the next pool ends them and" \
+    " runs the job again"
 RESUME = "paused; to go on: queuectl.py resume"
 NO_POOL = "no pool is running; to start one: queuectl.py worker start"
 
 
-def why_waiting(queue, job, pools):
-    """Return in words why a job is not running; None if it runs or has finished."""
-    no_pool = "" if pools else "; " + NO_POOL
+def why_waiting(queue, job, workers):
+    """Return in words why a job is not running; None if it runs or has finished.
+
+    WORKERS are those of `worker_list`.
+    """
+    no_pool = "" if workers else "; " + NO_POOL
     if job["state"] == "processing":
-        busy = job["id"] in [worker["job"] for worker in pools]
-        if busy or not queue.is_current(job):
+        is_attended = job["id"] in [worker["job"] for worker in workers]
+        if is_attended or not queue.is_current(job):
             return None
         return (LOST if is_locked(queue.lease_path(job)) else DIED) + no_pool
-    if job["state"] not in ("pending", "failed"):
+    if job["state"] not in WAITING:
         return None
     if job["waits"]:
-        fronts = queue.dependencies(job)
-        behind = fronts[0]["state"] != "dead" and job["seq"] in queue.blocked_seqs()
-        return dependency_text(fronts) + ", behind a dead one" * behind
+        return why_dependent(queue, job)
     if queue.is_paused():
         return "the queue is " + RESUME
-    if not job["claimable"]:
+    if job["claimable"] == CLOSED:
         what = "try %d" % (job["attempts"] + 1) if job["attempts"] else "due"
         return "%s %s%s" % (what, relative_time(job["run_at"], queue.clock()), no_pool)
-    if not pools:
+    if not workers:
         return NO_POOL
-    first = queue.lock_holder(job) if job["lock"] else job["id"]
-    if first != job["id"]:
-        return "%s comes first, which has the lock %s, too" % tuple(
-            map(printable, (first or "another", job["lock"])))
+    holder = queue.lock_holder(job) if job["lock"] else job["id"]
+    if holder != job["id"]:
+        other = "job " + printable(holder) if holder else "another job"
+        words = "waits for the lock %s: %s has it or gets it first"
+        return words % (printable(job["lock"]), other)
     ahead = queue.count_ahead(job)
     return plural(ahead, "job") + " before it" if ahead else "next in line"
 
 
-def dependency_text(fronts):
-    """Return in words for which jobs one waits."""
-    first, more = fronts[0], plural(len(fronts) - 1, "more job")
+def why_dependent(queue, job):
+    """Return in words for which jobs a job waits, and whether one of them is dead."""
+    dependencies = queue.dependencies(job)
+    first, others = dependencies[0], len(dependencies) - 1
     words = "waits for %s, which is %s" % (printable(first["id"]), first["state"])
-    return words + (", and for " + more if len(fronts) > 1 else "")
+    if others:
+        words += ", and for " + plural(others, "more job")
+    if first["state"] != "dead" and job["seq"] in queue.blocked_seqs():
+        words += ", behind a dead one"
+    return words
 
 
 def obstacles(queue):
     """Return in words what keeps jobs from going on until somebody does something."""
-    blocked = queue.first_blocked()
-    words = [blocked_text(blocked)] if blocked else []
-    return words + ["the queue is " + RESUME] * queue.is_paused()
+    words, blocked = [], queue.first_blocked()
+    if blocked:
+        words.append(blocked_text(blocked))
+    if queue.is_paused():
+        words.append("the queue is " + RESUME)
+    return words
 
 
 def blocked_text(blocked):
-    id, front = printable(blocked["id"]), printable(blocked["front"])
-    return "%s waits for %s, which is dead" % (id, front)
+    names = printable(blocked["id"]), printable(blocked["dependency"])
+    return "%s waits for %s, which is dead" % names
 
 
-def progress_text(counts, done, spent):
-    """Return a line on how far a queue is, with DONE jobs more in SPENT seconds."""
+def progress_text(counts, done, seconds):
+    """Return a line on how far a queue is, after DONE jobs more in some SECONDS."""
     running, waiting = counts["processing"], counts["pending"] + counts["failed"]
     line = "completed %d, dead %d, running %d, waiting %d" % (
         counts["completed"], counts["dead"], running, waiting)
-    if done <= 0 or spent <= 0:
+    if done <= 0 or seconds <= 0:
         return line
-    left = duration_text((running + waiting) * spent / done)
-    return line + ", %.1f/s, %s left" % (done / spent, left)
+    left = duration_text((running + waiting) * seconds / done)
+    return line + ", %.1f/s, %s left" % (done / seconds, left)
+
+
+# Lines for people.
+
+COLOURS = {"processing": 36, "completed": 32, "failed": 33, "dead": 31}  # codes of ANSI
+DIM = 2
+
+
+class Line(str):
+    """A line of text of which one part, from START to END, has a colour."""
+
+    def __new__(cls, text, colour, start=0, end=None):
+        line = super().__new__(cls, text)
+        line.colour, line.start = colour, start
+        line.end = len(text) if end is None else end
+        return line
+
+
+def painter():
+    """Return what paints a `Line`. It does so on a terminal that wants colours."""
+    if terminal_width(sys.stdout) is None or os.environ.get("NO_COLOR"):
+        return str
+
+    def paint(line):
+        if not isinstance(line, Line) or line.colour is None:
+            return line
+        return "%s\x1b[%dm%s\x1b[0m%s" % (
+            line[: line.start], line.colour, line[line.start : line.end],
+            line[line.end :])
+
+    return paint
+
+
+def terminal_width(stream):
+    """Return how many columns a terminal has, None if the stream is not one."""
+    try:  # a terminal that does not know its size says 0
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return None
 
 
 def display_width(text):
@@ -2609,27 +2892,47 @@ def truncate(text, width):
     """Return a text, or the beginning of one that takes more columns than WIDTH."""
     if width is None or display_width(text) <= width:
         return text
-    text = text[: 3 * width]  # or a long one would be looked at all too often
+    text = text[: 3 * width]  # a very long one would be measured too often
     while display_width(text) >= width:
         text = text[:-1]
     return text + drawable("…", "~")
 
 
-def table(titles, rows, width=None):
+def drawable(characters, ascii):
+    """Return characters for a picture, in ASCII if the standard output needs that."""
+    try:
+        characters.encode(sys.stdout.encoding or "ascii")
+        return characters
+    except UnicodeEncodeError:
+        return ascii
+
+
+def table(titles, rows, width=None, state_column=None):
     """Yield the lines of a table, each cell cut to fit a terminal of this width.
 
-    Widths come from the first page of rows, so that a million can be streamed.
+    Column widths come from the first batch of rows, so that a million can be streamed.
+    A state gets its colour.
     """
     rows = iter(rows)
-    page = list(itertools.islice(rows, BATCH))
-    rooms = [max(map(display_width, column)) for column in zip(titles, *page)]
+    batch = list(itertools.islice(rows, BATCH))
+    widths = [max(map(display_width, column)) for column in zip(titles, *batch)]
     if width:  # one long id must not push all else off the screen
-        rooms = [min(room, max(12, min(40, width // 3))) for room in rooms]
-        rooms[-1] = max(8, width - sum(rooms[:-1]) - 2 * len(rooms[:-1]))
-    for row in itertools.chain([titles], page, rows):
-        cells = [truncate(cell, width and room) for cell, room in zip(row, rooms)]
-        yield "  ".join(cell + " " * (room - display_width(cell))
-                        for cell, room in zip(cells, rooms)).rstrip()
+        widths = [min(each, max(12, min(40, width // 3))) for each in widths]
+        widths[-1] = max(8, width - sum(widths[:-1]) - 2 * len(widths[:-1]))
+
+    def padded(row):
+        for cell, room in zip(row, widths):
+            cell = truncate(cell, width and room)
+            yield cell + " " * (room - display_width(cell))
+
+    yield Line("  ".join(padded(titles)).rstrip(), DIM)
+    for row in itertools.chain(batch, rows):
+        cells = list(padded(row))
+        line = "  ".join(cells).rstrip()
+        if state_column is not None:
+            start, state = len("  ".join(cells[:state_column])) + 2, row[state_column]
+            line = Line(line, COLOURS.get(state), start, start + len(state))
+        yield line
 
 
 def job_table(jobs, now, changed, *fields):
@@ -2640,78 +2943,117 @@ def job_table(jobs, now, changed, *fields):
          "%d/%d" % (job["attempts"], max(1, job["max_retries"])),
          changed_text(job, now), *[printable(job[name]) for name in fields]]
         for job in jobs)
-    return table(titles, rows, terminal_width(sys.stdout))
+    return table(titles, rows, terminal_width(sys.stdout), state_column=1)
 
 
 def changed_text(job, now):
-    """Return when a job changed, or when one is due that waits for that."""
-    if job["claimable"] == 0 and not job["waits"] and job["run_at"] > now:
+    """Return when a job changed, or when it is due if it waits for that time alone."""
+    if job["claimable"] == CLOSED and not job["waits"] and job["run_at"] > now:
         return "due " + relative_time(job["run_at"], now)
     return relative_time(job["updated_at"], now)
 
 
-def terminal_width(stream):
-    """Return how many columns a terminal has, None if the stream is not one."""
-    try:  # one that nobody told its size says 0
-        return os.get_terminal_size(stream.fileno()).columns or 80
-    except (OSError, ValueError):
-        return None
+def run_table(runs, now):
+    """Return the lines of a table of a job's runs."""
+    rows = []
+    for run in runs:
+        is_running = run["finished_at"] is None
+        seconds = now - run["started_at"] if is_running else run["seconds"]
+        result = "running" if is_running else printable(run["error"] or "exit 0")
+        rows.append([
+            str(run["run"]), str(run["attempt"]), relative_time(run["started_at"], now),
+            duration_text(seconds, precise=True), result])
+    return table(["RUN", "TRY", "STARTED", "TOOK", "RESULT"], rows)
 
 
-COLOURS = {"processing": 36, "completed": 32, "failed": 33, "dead": 31}  # as ANSI has
+def stats_lines(stats, width):
+    """Yield what `stats` prints."""
+    period = duration_text(stats["seconds"])
+    yield "%s in %s: %d completed, %d failed (%s); %d interrupted" % (
+        plural(stats["runs"], "run"), period, stats["completed"], stats["failed"],
+        plural(stats["retries"], "retry"), stats["interrupted"])
+    if stats["success_rate"] is None:
+        return
+    yield "%.1f %% succeed; %.2f/s in the last minute, %.2f/s in %s" % (
+        100 * stats["success_rate"], stats["per_second_now"], stats["per_second"],
+        period)
+    for name, title in (("run_time", "run time"), ("waiting_time", "waiting time")):
+        times = [duration_text(value or 0, precise=True)
+                 for value in stats[name].values()]
+        yield "%s: median %s, 95 %% within %s, longest %s" % (title, *times)
+    yield from throughput_lines(stats["throughput"], period, width)
+    yield from histogram(stats["run_times"], width)
+    yield "Slowest commands:"
+    for row in stats["slowest_commands"]:
+        yield truncate("%8s on average of %s of  %s" % (
+            duration_text(row["mean"], precise=True), plural(row["runs"], "run"),
+            printable(row["command"])), width)
+    if stats["common_errors"]:
+        yield "Most common errors:"
+    for row in stats["common_errors"]:
+        yield truncate("%8d x %s" % (row["runs"], printable(row["error"])), width)
 
 
-def painter():
-    """Return what gives a line the colour of its state: on a terminal that wants it."""
-    if terminal_width(sys.stdout) is None or os.environ.get("NO_COLOR"):
-        return str
-    state = re.compile(r"\b(%s)(?=: [1-9]| +\d+/\d+  )|(?<=^state: {7})(%s)$" % (
-        ("|".join(COLOURS),) * 2), re.I)
-    heading = re.compile(r"[A-Z]+(  +[A-Z]+)+$")
+def throughput_lines(bars, period, width):
+    """Yield a plot of how many runs ended when, and its axis."""
+    counts = [bar["completed"] + bar["failed"] for bar in bars]
+    share = -(-len(counts) // max(1, width - 12))  # bars a character
+    sums = [sum(counts[at : at + share]) for at in range(0, len(counts), share)]
+    yield "throughput  " + sparkline(sums)
+    yield " " * 12 + (period + " ago").ljust(len(sums) - 3) + "now"
+    yield ""
 
-    def painted(match):
-        return "\x1b[%dm%s\x1b[0m" % (COLOURS[match.group().lower()], match.group())
 
-    def paint(line):
-        return "\x1b[2m%s\x1b[0m" % line if heading.match(line) else state.sub(
-            painted, line, 1)
+def sparkline(values):
+    """Return a bar for each value, all to the same scale; one character each."""
+    steps, top = drawable(" ▁▂▃▄▅▆▇█", " .:-=+*#@"), max([*values, 1])
+    return "".join(steps[-(-value * 8 // top)] for value in values)
 
-    return paint
+
+def histogram(bins, width):
+    """Yield a line for each bin of run times, from the first to the last in use."""
+    used = [at for at, bin in enumerate(bins) if bin["runs"]]
+    most, bar = max(bin["runs"] for bin in bins), drawable("█", "#")
+    for bin in bins[used[0] : used[-1] + 1]:
+        below = "longer" if bin["below"] is None else "< %gs" % bin["below"]
+        length = -(-bin["runs"] * max(1, width - 24) // most)
+        yield "%-10s  %s %d" % (below, bar * length, bin["runs"])
+    yield ""
 
 
 class ProgressLine:
-    """A line on a terminal that is drawn again and again; elsewhere nothing of it."""
+    """A progress line: redrawn in place on a terminal, omitted elsewhere."""
 
     def __init__(self):
         self.began = time.monotonic()
-        self.first = None  # the counts when it began: only what is done since is shown
+        self.first = None  # the counts at the beginning: only what came since is shown
 
-    def progress(self, counts):
+    def show(self, counts):
         width = terminal_width(sys.stderr)
         if width:
             self.first = self.first or counts
             done = {state: max(0, counts[state] - self.first[state])
                     for state in FINISHED}
-            spent = time.monotonic() - self.began
-            line = progress_text({**counts, **done}, sum(done.values()), spent)[: width - 1]
-            print(end="\r\x1b[K" + line, file=sys.stderr, flush=True)
+            seconds = time.monotonic() - self.began
+            line = progress_text({**counts, **done}, sum(done.values()), seconds)
+            print(end="\r\x1b[K" + line[: width - 1], file=sys.stderr, flush=True)
 
     def close(self):
-        """Make room for the result."""
+        """Clear the line, to make room for the result."""
         if self.first is not None:
             print(end="\r\x1b[K", file=sys.stderr, flush=True)
 
 
 def print_result(args, value, *lines):
-    """Print the answer of a command: one JSON document, or else lines for people."""
+    """Print the result of a command: one JSON document, or else lines for people."""
     for line in [json.dumps(value)] if args.json else map(painter(), lines):
         print(line)
 
 
 def print_jobs(args, jobs, lines_of, empty=None):
-    """Print an array of jobs, or else lines made of them; a million cost no memory.
+    """Print jobs: as a JSON array, or else as the lines that `lines_of(jobs)` makes.
 
-    Where there are none a terminal shows the words for that.
+    They are streamed: a million cost no memory. A terminal shows EMPTY for none.
     """
     if not args.json:
         jobs = iter(jobs)
@@ -2722,25 +3064,36 @@ def print_jobs(args, jobs, lines_of, empty=None):
         return sys.stdout.writelines(line + "\n" for line in lines)
     print(end="[")
     jobs, comma = map(public_job, jobs), ""
-    for page in iter(lambda: list(itertools.islice(jobs, BATCH)), []):
-        print(end=comma + json.dumps(page)[1:-1])
+    for batch in iter(lambda: list(itertools.islice(jobs, BATCH)), []):
+        print(end=comma + json.dumps(batch)[1:-1])
         comma = ", "
     print("]")
 
 
 # ======================================================================================
-# Pool: a worker; the supervisor that starts it and puts back what is lost; the log
+# Pool: a worker; the supervisor; the reaper; the log
 # ======================================================================================
 
+# A pool is a supervisor and its workers. What each sign of life proves, and to whom:
+#
+#   exit code of a process   how it ended; no other gets its PID     its parent
+#   getppid()                the supervisor is there                 its workers
+#   lock of a PID file       a supervisor lives, or has just died    commands, pools
+#                            while a worker was being started
+#   lock of a worker file    that worker lives                       commands, pools
+#   lock of a lease          the worker of the run lives, or a       commands, pools
+#                            process of its command
+#   list of processes        which processes belong to a run         worker, pools
 
-def open_log(queue_path, who):
-    """Return this process's logger: to the queue's log, or else to standard error."""
+
+def open_log(queue_path, role):
+    """Return the logger of this process: to the queue's log, or else standard error."""
     import logging
     import logging.handlers
 
     path = path_beside(queue_path, ".log")
 
-    def private(path, flags):
+    def open_private(path, flags):
         return os.open(path, flags, 0o600)
 
     class Log(logging.handlers.WatchedFileHandler):
@@ -2749,7 +3102,7 @@ def open_log(queue_path, who):
         def _open(self):
             try:
                 return open(path, "a", encoding="utf-8", errors="backslashreplace",
-                            opener=private)
+                            opener=open_private)
             except OSError:  # a full disk must not stop a pool
                 return open(os.devnull, "a")
 
@@ -2759,17 +3112,17 @@ def open_log(queue_path, who):
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     terminal = logging.StreamHandler()
     try:
-        os.close(private(path, os.O_WRONLY | os.O_CREAT))
+        os.close(open_private(path, os.O_WRONLY | os.O_CREAT))
         handlers = [Log(path)]
-        if sys.stderr.isatty():  # over the line of `Live`; of the pool what went wrong
+        if sys.stderr.isatty():  # over the progress line: how runs end, and troubles
             terminal.setFormatter(logging.Formatter("\r\x1b[K%(message)s"))
-            terminal.setLevel("INFO" if who == "worker" else "WARNING")
+            terminal.setLevel("INFO" if role == "worker" else "WARNING")
             handlers.append(terminal)
     except OSError as error:
         handlers = [terminal]
         notice("cannot write the log, logging here instead: %s" % error)
-    layout = "%%(asctime)s %%(levelname)s %s[%d] %%(message)s" % (who, os.getpid())
-    logging.Formatter.converter = time.gmtime  # as JSON has it
+    layout = "%%(asctime)s %%(levelname)s %s[%d] %%(message)s" % (role, os.getpid())
+    logging.Formatter.converter = time.gmtime  # as in JSON
     logging.basicConfig(handlers=handlers, level=logging.INFO, format=layout,
                         datefmt="%Y-%m-%dT%H:%M:%SZ", force=True)
     return logging.getLogger()
@@ -2777,31 +3130,43 @@ def open_log(queue_path, who):
 
 def run_label(run):
     """Return job and attempt of a run, for the log."""
-    return "%s %d/%d" % (printable(run["id"]), run["attempt"], max(1, run["max_retries"]))
+    tries = run["attempt"], max(1, run["max_retries"])
+    return "%s %d/%d" % (printable(run["id"]), *tries)
 
 
-# A stopped service signals all its processes at once, and a shell exits with 128 more.
-STOP_ERRORS = ["signal %d" % number for number in (*STOP_SIGNALS, KILL)]
-STOP_ERRORS += ["exit %d" % (128 + number) for number in (*STOP_SIGNALS, KILL)]
-NO_PROCESS = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE  # for a process
+# Exit codes after a signal that a stopped service sends to all its processes at once. A
+# shell whose child was killed by a signal exits with 128 more.
+STOP_CODES = {
+    code for number in (*STOP_SIGNALS, KILL) for code in (-number, 128 + number)}
+NO_PROCESS = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE  # errors of a start
+
+
+def exit_reason(code):
+    """Return kind and error of a run that ended by itself, as in `Outcome`."""
+    if code == 0:
+        return "completed", None
+    return "failed", "exit %d" % code if code > 0 else "signal %d" % -code
 
 
 class Worker:
-    """One process of a pool; it runs one job at a time."""
+    """One process of a pool. It runs one job at a time."""
 
-    def __init__(self, path, pool, drain):
-        self.path, self.pool, self.drain = path, pool, drain
+    def __init__(self, path, pool, is_drain):
+        self.path, self.pool, self.is_drain = path, pool, is_drain
         self.log = open_log(path, "worker")
-        self.queue = self.lease = self.trouble = None
-        self.stopped = self.refused = False
+        self.queue = self.lease = None
+        self.trouble = None  # the error that it waits to be over
+        self.noted_run = None  # the run whose start was recorded
+        self.got_sigterm = self.is_refused = False
         self.wake = Wake()
-        catch_signals(self.stop)
+        catch_signals(self.take_signal)
 
-    def stop(self, number, frame):
+    def take_signal(self, number, frame):
         # Ctrl-C and a hangup reach the whole group: the supervisor counts them, and
-        # asks through its file. SIGTERM makes this worker leave after its job.
+        # requests a stop through its file. SIGTERM makes this worker leave after its
+        # job.
         if number == signal.SIGTERM:
-            self.stopped = True
+            self.got_sigterm = True
 
     def work(self):
         """Run jobs until asked to stop."""
@@ -2815,9 +3180,9 @@ class Worker:
                 if run is None:
                     if self.should_leave():
                         break
-                    if self.drain and self.with_retries(self.queue.is_drained):
+                    if self.is_drain and self.with_retries(self.queue.is_drained):
                         request_stop(self.path, self.pool, "over")
-                    self.wake.wait(self.with_retries(self.pause))
+                    self.wake.wait(self.with_retries(self.idle_time))
 
     def with_retries(self, action, *args):
         """Try until it works: a full disk or a lock costs time, never a result."""
@@ -2829,56 +3194,60 @@ class Worker:
                 self.trouble = None
                 return result
             except (sqlite3.Error, OSError) as error:
-                hopeless = isinstance(error, sqlite3.IntegrityError) or self.gone()
+                is_hopeless = isinstance(error, sqlite3.IntegrityError) or (
+                    self.is_database_gone())
                 # A result in hand is dropped only for `stop --now`.
-                idle = not self.lease or requested_stop(self.path, self.pool) == "now"
-                if hopeless or (self.trouble and self.should_leave() and idle):
+                may_leave = not self.lease or (
+                    requested_stop(self.path, self.pool) == "now")
+                if is_hopeless or (self.trouble and self.should_leave() and may_leave):
                     raise QueueError("leaving while there is still: %s" % error)
                 if str(error) != self.trouble:
                     self.log.error("%s; waiting until it is over", error)
                 self.trouble = str(error)
             self.wake.wait(IDLE_INTERVAL)
 
-    def gone(self):
+    def is_database_gone(self):
         return self.queue and not is_same_file(self.path, self.queue.file)
 
-    def pool_stops(self):
+    def is_pool_stopping(self):
         return supervisor_is_gone(self.pool) or requested_stop(self.path, self.pool)
 
     def should_leave(self):
-        return self.stopped or self.pool_stops() or self.gone()
+        return self.got_sigterm or self.is_pool_stopping() or self.is_database_gone()
 
-    def pause(self):
-        """Return for how long no job is due."""
+    def idle_time(self):
+        """Return for how many seconds no job is due."""
         if self.queue.is_paused():
             return IDLE_INTERVAL
-        due = self.queue.next_due()  # first: what gets due meanwhile is claimable then
+        due = self.queue.next_due()  # first: what gets due in between is then claimable
         if self.queue.has_claimable():
             return 0
-        return min(due["run_at"] - self.queue.clock(), IDLE_INTERVAL) if due else IDLE_INTERVAL
+        if due is None:
+            return IDLE_INTERVAL
+        return min(due["run_at"] - self.queue.clock(), IDLE_INTERVAL)
 
     def record_and_claim(self, done):
         """Record the end of one run and claim the next, in one transaction.
 
-        Killed before its commit, the run whose end is in hand is found without a worker
-        and repeated; so is one that was claimed and not yet started. The lease of the
-        first is let go of only after the commit: a supervisor would put the job back
-        that is just being recorded.
+        After a kill before the commit, the run whose end is in hand is found without a
+        worker and is repeated. The same goes for a run that was claimed and not
+        started. The first run's lease is let go of only after the commit: before that a
+        pool would put its job back while the end is being recorded.
         """
         finished, self.lease = self.lease, None
-        leaving = self.should_leave()  # not within: others would wait for that, too
+        is_leaving = self.should_leave()  # before others have to wait for the lock
         try:
             with self.queue.transaction():
-                state = self.record(*done) if done else None
-                run = None if leaving else self.queue.claim(
+                state = self.queue.record(*done) if done else None
+                run = None if is_leaving else self.queue.claim(
                     os.getpid(), self.take_lease)
         except BaseException:
             if self.lease:
                 self.lease.discard()
             self.lease = finished
             if finished:
-                # The disk may be full of it, and the output is in the result. Killed
-                # now, the run that is repeated has lost that output, and no more.
+                # The disk may be full of it, and the outcome has the output. After a
+                # kill now the run is repeated, and only this output is lost.
                 finished.empty()
             raise
         if done:
@@ -2889,93 +3258,94 @@ class Worker:
     def take_lease(self, run):
         self.lease = Lease(run["lease"], run["output_limit"])
 
-    def record(self, run, result):
-        if result["error"] in ("stop --now", "stopped", "refused"):
-            return self.queue.release(run, result)
-        if result["error"] is None:
-            return self.queue.complete(run, result)
-        return self.queue.fail(run, result)
-
-    def report(self, state, run, result):
-        """Write a line to the log; a result that came too late is said and dropped."""
-        if result["error"] == "refused":  # which was said once
+    def report(self, state, run, outcome):
+        """Log how a run ended. A result that came too late is logged and dropped."""
+        if outcome.kind == "refused":  # already logged
             return
         words = state or "no longer ours, result dropped"
-        if result["error"]:
-            words += " (%s)" % result["error"]
-        spent = result["finished_at"] - run["started_at"]
-        self.log.info("%s %s in %.3f s", run_label(run), words, spent)
+        if outcome.error:
+            words += " (%s)" % outcome.error
+        seconds = outcome.finished_at - run["started_at"]
+        self.log.info("%s %s in %.3f s", run_label(run), words, seconds)
         if state == "dead":
             wake([self.pool])  # which starts `on_dead`
 
     def execute(self, run):
-        """Run a claimed job; return it with its result."""
-        began, finished_at = time.monotonic(), run["started_at"]
+        """Run a claimed job; return its run and its outcome."""
         try:
-            command = Command(run, self.lease, self.path)
-        except (OSError, ValueError) as refusal:
-            code, error = None, "cannot start: %s" % refusal
-            if getattr(refusal, "errno", None) in NO_PROCESS:
-                if not self.refused:
-                    self.log.error("%s; waiting for room for a process", error)
-                error, self.refused = "refused", True
-                self.wake.wait(IDLE_INTERVAL)
-        else:
-            self.refused = False
-            run.update(pid=command.pid, started_at=self.queue.clock())
-            try:
-                code, error = command.watch(self.wake, run["timeout"], self.look(run))
-                finished_at = run["started_at"] + time.monotonic() - began
-                if error in STOP_ERRORS and wait_until(self.pool_stops, BLAME_DELAY):
-                    error = "stopped"
-                    command.end(self.wake)  # of a shell that told of a signal
-            except Unkillable as stuck:
-                # This worker leaves, so that a supervisor finds a run without a worker
-                # as soon as they are gone.
-                words = "%s can't be ended: processes %s are left alone"
-                raise QueueError(words % (run_label(run), stuck)) from None
-            finally:
-                command.close()
-            if command.killed and run["launcher"]:
-                words = "%s: the launcher was killed; what it started may live on"
-                self.log.warning(words, run_label(run))
-        return run, dict(exit_code=code, error=error, output=self.lease.output(),
-                         finished_at=finished_at)
+            command = start_command(run, self.lease, self.path)
+        except (OSError, ValueError) as error:
+            return run, self.not_started(run, error)
+        self.is_refused = False
+        began = time.monotonic()
+        run.update(pid=command.pid, started_at=self.queue.clock())
+        try:
+            code, reason = command.watch(
+                self.wake, run["timeout"], functools.partial(self.look_after, run))
+            finished_at = run["started_at"] + time.monotonic() - began
+            is_stop = reason is None and code in STOP_CODES
+            if is_stop and wait_until(self.is_pool_stopping, BLAME_DELAY):
+                reason = "stopped", STOPPED
+                command.end(self.wake)  # what a shell that reported a signal has left
+        except Unkillable as left:
+            # This worker leaves. So a pool finds a run without a worker as soon as
+            # these processes are gone.
+            words = "%s can't be ended: processes %s are left alone"
+            raise QueueError(words % (run_label(run), left)) from None
+        finally:
+            command.close()
+        if command.was_killed and run["launcher"]:
+            words = "%s: the launcher was killed; what it started may live on"
+            self.log.warning(words, run_label(run))
+        kind, error = reason or exit_reason(code)
+        exit_code = code if code is not None and code >= 0 else None
+        return run, Outcome(kind, exit_code, error, finished_at, self.lease.output())
 
-    def look(self, run):
-        """Return a function that tells why a run has to end now, None if it has not."""
-        noted = False
+    def not_started(self, run, error):
+        """Return the outcome of a run whose command could not be started."""
+        kind, text = "failed", "cannot start: %s" % error
+        if getattr(error, "errno", None) in NO_PROCESS:
+            kind = "refused"
+            if not self.is_refused:
+                self.log.error("%s; waiting for room for a process", text)
+            self.is_refused = True
+            self.wake.wait(IDLE_INTERVAL)
+        return Outcome(kind, None, text, run["started_at"], self.lease.output())
 
-        def look():
-            nonlocal noted
-            with contextlib.suppress(sqlite3.Error):
-                if not noted:
-                    self.queue.record_pid(run)
-                    self.log.info("%s runs, pid %d", run_label(run), run["pid"])
-                    noted = True
-            if requested_stop(self.path, self.pool) == "now":
-                return "stop --now"
-            with contextlib.suppress(sqlite3.Error):
-                return "cancelled" if self.queue.cancel_requested(run) else None
+    def look_after(self, run):
+        """Return why a run has to end now, kind and error; None if it may go on.
 
-        return look
+        The first look records the start: most runs are over before it.
+        """
+        with contextlib.suppress(sqlite3.Error):
+            if self.noted_run is not run:
+                self.queue.record_pid(run)
+                self.log.info("%s runs, pid %d", run_label(run), run["pid"])
+                self.noted_run = run
+        if requested_stop(self.path, self.pool) == "now":
+            return "stopped", STOPPED_NOW
+        with contextlib.suppress(sqlite3.Error):
+            if self.queue.cancel_requested(run):
+                return "cancelled", CANCELLED
+        return None
 
 
-def worker_main(path, pool, drain, pool_fd):
+def worker_main(path, pool, is_drain, pool_fd):
     """Be a worker, in a process of its own."""
     if not WINDOWS:
-        os.close(pool_fd)  # or the pool would seem to live as long as we do
-    worker, own = Worker(path, pool, drain), worker_file(path, pool, os.getpid())
+        os.close(pool_fd)  # or the supervisor would seem to live as long as this worker
+    worker, own = Worker(path, pool, is_drain), worker_file(path, pool, os.getpid())
     try:
         fd = worker.with_retries(lock_file, own)
         try:
             worker.work()
         finally:
             drop_lock_file(path, fd, own)
-            if supervisor_is_gone(pool):  # nobody else does it, if we are the last
-                its = pool_file(path, pool)
-                wait_until(lambda: remove_stale_pool_files(path) or not os.path.exists(its),
-                           POLL_INTERVAL)  # on Windows while somebody looks at it, too
+            if supervisor_is_gone(pool):  # the last worker removes the pool's file
+                pid_file = pool_file(path, pool)
+                # On Windows that fails while another process looks at the file.
+                wait_until(lambda: remove_stale_pool_files(path)
+                           or not os.path.exists(pid_file), POLL_INTERVAL)
     except (QueueError, OSError) as error:
         worker.log.error("%s", error)
         sys.exit(EXIT_TROUBLE)
@@ -2984,57 +3354,60 @@ def worker_main(path, pool, drain, pool_fd):
         sys.exit(1)
 
 
-def drop_lock_file(path, fd, own):
-    """Let go of a process's file and remove it; the last one removes the folder."""
-    folder = path_beside(path, ".runs")
-    os.close(fd)
-
-    def left():
-        remove_leftover(own)
-        with contextlib.suppress(OSError):  # not empty, others use it
-            os.rmdir(folder)
-        with contextlib.suppress(*NO_DIRECTORY):
-            if {*os.listdir(folder)} <= {os.path.basename(own)}:
-                return False
-        return not os.path.exists(own)
-
-    wait_until(left, POLL_INTERVAL)  # on Windows nothing goes while somebody looks at it
-
-
 class Supervisor:
-    """A pool: starts workers, replaces those that die, puts back what nobody runs.
+    """The process of a pool that starts, replaces and stops its workers.
 
-    It has no database, lease or other's file open while it forks: a lock would go with
-    the fork, and SQLite must not cross one. (Another program that is started, like
-    `on_dead`, closes all that.)
+    It has no database, lease or other's file open while it forks: the lock would go to
+    the child with the fork, and a connection of SQLite must not cross one. (Programs
+    that it starts, like `on_dead`, close all that by their exec.)
     """
 
-    def __init__(self, path, count, drain=False, on_look=None):
-        self.path, self.count, self.drain = os.path.realpath(path), count, drain
-        self.on_look = on_look  # is called with the queue, twice a second
+    def __init__(self, path, count, is_drain=False, on_look=None):
+        self.path, self.count = os.path.realpath(path), count
+        self.is_drain = is_drain
+        self.on_look = on_look  # called with the queue, twice a second
         self.pid = os.getpid()
-        self.workers = []  # processes
-        self.pids = set()  # of all workers there ever were
-        self.died = {}  # pid of a worker: when it was found dead
-        self.endings = {}  # lease: how the end of an orphan is going on
-        self.hooks = {}  # an `on_dead` that runs: the job that died
-        self.next_start = self.next_look = 0.0
-        self.recovery_done = True  # what dead workers ran
-        self.unreadable = False  # the queue, when it was looked at last
-        self.next_page = 1  # of the jobs that `keep` may remove
-        self.signals, self.signalled = 0, -MAX_DURATION  # how many, and when the last
-        self.hook_error = None  # why `on_dead` could not be started
-        self.failed = drain  # until `finish` has seen that no job ended dead
+        self.workers = []  # their processes
+        self.pids = set()  # of all workers that it ever had
+        self.next_start = self.next_look = self.looked_at = 0.0  # monotonic times
+        self.is_unreadable = False  # the queue, at the latest look
+        self.signals, self.signalled_at = 0, -MAX_DURATION
+        self.has_failed = is_drain  # until `finish` has found that no job died
         self.result = "the queue could not be read at the end"
         self.stop_reason = None  # why it can't go on
 
     def run(self, started):
         """Run the pool until it is asked to stop or drained; return the exit code.
 
-        `started()` is called when it can be found and asked.
+        `started()` is called once the pool can be found and asked to stop.
         """
-        self.wake = Wake()
-        catch_signals(self.count_signal)
+        handlers = catch_signals(self.count_signal)
+        try:
+            self.prepare()
+        except BaseException:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            raise
+        try:
+            os.write(self.fd, NO_REQUEST)
+            self.log = open_log(self.path, "pool")
+            self.reaper = Reaper(self.path, self.log)
+            self.log.info("pool of %d started", self.count)
+            started()
+            self.loop()
+            # A drain has to say how it ended, even if another program has the lock.
+            wait_until(lambda: self.with_queue(self.finish) or self.stop_reason,
+                       LOCK_TIMEOUT if self.is_drain else 0, POLL_INTERVAL)
+            self.log.info("pool stopped")
+        finally:
+            request_stop(self.path, self.pid, "stop")  # in any case, for the workers
+            # At its end Python gives up its handlers: a late signal would be exit -15.
+            catch_signals(signal.SIG_IGN)
+            drop_lock_file(self.path, self.fd, self.own_file)
+        return 1 if self.has_failed or self.stop_reason else 0
+
+    def prepare(self):
+        """Check the queue and its files; take the PID file."""
         inherit_nothing()
         with Queue(self.path) as queue:
             self.file, self.began = queue.file, queue.clock()
@@ -3043,109 +3416,103 @@ class Supervisor:
         for path in (path_beside(self.path, ".runs"), path_beside(self.path, ".log")):
             if owner_hint(path):
                 raise QueueError(printable(path) + owner_hint(path))
-        own = pool_file(self.path, self.pid)
-        self.fd = lock_file(own)
-        try:
-            os.write(self.fd, b" " * 15 + b"\n")  # room, on a full disk, too
-            self.log = open_log(self.path, "pool")
-            self.log.info("pool of %d started", self.count)
-            started()
-            self.loop()
-            # A drain has to say how it ended, also while another program has the lock.
-            wait_until(lambda: self.with_queue(self.finish) or self.stop_reason,
-                       LOCK_TIMEOUT if self.drain else 0, POLL_INTERVAL)
-            self.log.info("pool stopped")
-        finally:
-            request_stop(self.path, self.pid, "stop")  # whatever happened: no worker goes on
-            # At its end Python gives up its handlers: a late signal would be exit -15.
-            catch_signals(signal.SIG_IGN)
-            drop_lock_file(self.path, self.fd, own)
-        return 1 if self.failed or self.stop_reason else 0
+        self.own_file = pool_file(self.path, self.pid)
+        self.fd = lock_file(self.own_file)
+        self.wake = Wake()
 
     def count_signal(self, number, frame):
-        """Count it, unless it is the same one: timeout(1) signals us and our group."""
+        """Count a signal, but one that comes twice once: timeout(1) sends it so."""
         now = time.monotonic()
-        if now - self.signalled > POLL_INTERVAL:
-            self.signals, self.signalled = self.signals + 1, now
+        if now - self.signalled_at > POLL_INTERVAL:
+            self.signals, self.signalled_at = self.signals + 1, now
 
     def loop(self):
         while True:
             if self.signals:  # the first asks to stop, a second to stop now
-                self.ask("stop" if self.signals == 1 else "now")
+                self.request("stop" if self.signals == 1 else "now")
             self.reap()
-            if self.over():
+            if self.is_over():
                 return
-            missing = self.start_missing()
+            are_missing = self.start_missing()
             if time.monotonic() >= self.next_look:
                 self.with_queue(self.maintain)
-                looked = time.monotonic()
-                pause = 0.5 if self.on_look else RECOVERY_INTERVAL
-                if not self.recovery_done or not all(
-                        ending.is_stuck() for ending in self.endings.values()):
-                    pause = POLL_INTERVAL
-                self.next_look = looked + pause
-            due = min(self.next_look, self.next_start) if missing else self.next_look
-            if self.wake.wait(due - time.monotonic()):  # by who wants it to look
-                self.next_look = min(self.next_look, looked + POLL_INTERVAL)
+                self.looked_at = time.monotonic()
+                self.next_look = self.looked_at + self.look_interval()
+            due = self.next_look
+            if are_missing:
+                due = min(due, self.next_start)
+            if self.wake.wait(due - time.monotonic()):
+                # By a worker or a command. If it wakes often, it does not look each
+                # time.
+                self.next_look = min(self.next_look, self.looked_at + POLL_INTERVAL)
 
-    def over(self):
-        """Tell whether the pool may leave: what a dead worker ran was looked after.
+    def look_interval(self):
+        if not self.reaper.is_idle():
+            return POLL_INTERVAL
+        return 0.5 if self.on_look else RECOVERY_INTERVAL
 
-        Of a queue that was removed nobody can tell any more. What can't be ended is for
-        the next pool; so is a queue that can't be read, if this one shall stop now.
+    def is_over(self):
+        """Tell whether the pool may leave: the runs of its dead workers are recovered.
+
+        If the queue was removed, nothing can be recovered. What can't be ended is left
+        to the next pool. So is a queue that can't be read, if this pool has to stop
+        now.
         """
-        if not self.stop_reason and not os.path.exists(pool_file(self.path, self.pid)):
-            self.give_up("its file %s was removed" % pool_file(self.path, self.pid))
+        if not self.stop_reason and not os.path.exists(self.own_file):
+            self.give_up("its file %s was removed" % self.own_file)
         request = requested_stop(self.path, self.pid)
         if not request or self.workers:
             return False
         if not is_same_file(self.path, self.file):
             return True
-        if not self.recovery_done:
-            return request == "now" and self.unreadable
-        return all(ending.is_stuck() for ending in self.endings.values())
+        if not self.reaper.recovery_done:
+            return request == "now" and self.is_unreadable
+        return self.reaper.is_idle()
 
     def give_up(self, why):
         self.stop_reason = why
         self.log.info("this pool stops: %s", why)
         notice("this pool stops: " + why)
 
-    def ask(self, word):
-        request = requested_stop(self.path, self.pid)
-        if not request or (word == "now" and request != "now"):
-            self.log.info("asked to stop" + " now" * (word == "now"))
-            request_stop(self.path, self.pid, word)
-            if word == "stop" and sys.stderr.isatty():
-                running = self.with_queue(lambda queue: [
-                    run for run in queue.processing_runs() if run["worker"] in self.pids])
-                if running:
-                    notice("finishing %s; Ctrl-C again ends them now"
-                        % plural(len(running), "running job"))
+    def request(self, request):
+        """Ask this pool's own processes to stop, unless that was requested before."""
+        earlier = requested_stop(self.path, self.pid)
+        if earlier and (request != "now" or earlier == "now"):
+            return
+        self.log.info("asked to stop now" if request == "now" else "asked to stop")
+        request_stop(self.path, self.pid, request)
+        if request == "stop" and sys.stderr.isatty():
+            running = self.with_queue(lambda queue: [
+                run for run in queue.processing_runs() if run["worker"] in self.pids])
+            if running:
+                notice("finishing %s; Ctrl-C again ends them now"
+                       % plural(len(running), "running job"))
 
     def reap(self):
+        """Take note of the workers that have ended."""
         for worker in [one for one in self.workers if one.exitcode is not None]:
             self.workers.remove(worker)
             if worker.exitcode:
                 words = "worker %d died: exit code %d"
                 self.log.error(words, worker.pid, worker.exitcode)
-                self.recovery_done, self.next_look = False, 0.0
-                if worker.exitcode != EXIT_TROUBLE:
-                    self.died[worker.pid] = time.monotonic()
+                self.reaper.note_death(worker.pid, worker.exitcode)
+                self.next_look = 0.0
                 self.next_start = time.monotonic() + RESTART_INTERVAL
 
     def start_missing(self):
         """Start the workers that are missing; return whether some still are.
 
-        Where they keep dying, not too often.
+        If workers keep dying, new ones are not started too often.
         """
         import multiprocessing
 
         context = multiprocessing.get_context("spawn" if WINDOWS else "fork")
-        while len(self.workers) < self.count and not requested_stop(self.path, self.pid):
+        while len(self.workers) < self.count and not requested_stop(
+                self.path, self.pid):
             if time.monotonic() < self.next_start:
                 return True
             worker = context.Process(
-                target=worker_main, args=(self.path, self.pid, self.drain, self.fd))
+                target=worker_main, args=(self.path, self.pid, self.is_drain, self.fd))
             try:
                 worker.start()
             except OSError as error:  # too many processes or files
@@ -3154,133 +3521,170 @@ class Supervisor:
                 return True
             self.workers.append(worker)
             self.pids.add(worker.pid)
-            self.died.pop(worker.pid, None)
+            self.reaper.forget_death(worker.pid)  # of an earlier worker with this PID
         return False
 
     def with_queue(self, action):
-        """Do something with the database; with trouble there, the next look will."""
+        """Call an action with the queue. After trouble with it, the next look will."""
         try:
             if is_same_file(self.path, self.file):
                 with Queue(self.path, "NORMAL", IDLE_INTERVAL, new=False) as queue:
-                    self.unreadable = False
+                    self.is_unreadable = False
                     return action(queue)
             if not self.stop_reason:
                 self.give_up("%s was removed" % printable(self.path))
-                self.ask("stop")
+                self.request("stop")
         except (sqlite3.Error, OSError, QueueError) as error:
-            self.recovery_done, self.unreadable = False, True
+            self.reaper.recovery_done, self.is_unreadable = False, True
             self.log.error("%s", error)
 
     def maintain(self, queue):
-        self.recover_lost(queue)
-        self.remove_stale_files(queue)
-        self.announce_deaths(queue)
+        """Do what is due for the queue at every look."""
+        self.reaper.recover_lost(queue, [worker.pid for worker in self.workers])
+        self.reaper.remove_stale_files(queue)
+        self.reaper.announce_deaths(queue)
         queue.promote_after_clock_step()
-        if queue.settings()["keep"] is not None:
-            self.prune(queue, queue.settings()["keep"])
+        self.reaper.prune(queue)
         if self.on_look:
             self.on_look(queue)
 
-    def prune(self, queue, keep):
-        """Remove old jobs, a page of all jobs a look, and more while there are some."""
-        total, count, until = 0, 1, time.monotonic() + POLL_INTERVAL
-        while count and time.monotonic() < until:
-            count, self.next_page = queue.prune(keep, self.next_page)
-            total += count
-        if total:
-            self.log.info("keep: removed %s", plural(total, "job"))
+    def finish(self, queue):
+        """Make the last line of the pool, and its result if it is a drain; clear up."""
+        self.result = "pool %d stopped" % self.pid
+        if self.is_drain:
+            ended, why = queue.count_ended(self.began, self.pids), obstacles(queue)
+            is_over = requested_stop(self.path, self.pid) == "over"
+            if not is_over and not queue.is_drained():
+                why.append("the pool was stopped before")
+            self.has_failed = bool(ended["dead"] or why)
+            counts, due = queue.counts(), queue.next_due()
+            if due:  # it is left as well, but that is no failure
+                when = relative_time(due["run_at"], queue.clock())
+                why.append("the next is due " + when)
+            self.result = "%d completed, %d dead" % (ended["completed"], ended["dead"])
+            if why:
+                left = plural(counts["pending"] + counts["failed"], "job")
+                self.result += "; %s left: %s" % (left, "; ".join(why))
+        self.reaper.remove_stale_files(queue)
+        wait_until(lambda: not self.reaper.announce_deaths(queue), TERM_GRACE)
+        return True
 
-    def recover_lost(self, queue):
-        """Put jobs in PROCESSING back that nobody runs, once nothing of a run lives.
 
-        A claim holds its lease before it is committed, and its worker a file before it
-        claims. So what is listed first and is not held afterwards was let go of: its
-        worker died, or recorded the end meanwhile and the job is no longer listed. What
-        lives of the run of a dead worker is ended first. The lease is looked at again
-        within the transaction that puts the job back: nothing holds it then, and who
-        could have forked is gone.
+class Reaper:
+    """What a supervisor does for the whole queue, other pools' part included.
+
+    It puts lost jobs back, ends orphans, starts `on_dead`, deletes old jobs, removes
+    stale files and rotates the log.
+    """
+
+    def __init__(self, path, log):
+        self.path, self.log, self.pid = path, log, os.getpid()
+        self.died_at = {}  # {PID of a worker of this pool: when it was found dead}
+        self.recovery_done = True  # for the runs of dead workers
+        self.terminations = {}  # {lease of an orphan: its Termination}
+        self.hooks = {}  # {a running `on_dead`: the id of its job}
+        self.hook_error = None  # why `on_dead` could not be started
+        self.next_batch = 1  # of the jobs that `keep` may remove
+
+    def is_idle(self):
+        """Tell whether there is no more to do for lost runs, or nothing that helps."""
+        return self.recovery_done and all(
+            termination.is_stuck() for termination in self.terminations.values())
+
+    def note_death(self, pid, exit_code):
+        """Take note that a worker has died; EXIT_TROUBLE is no fault of its job."""
+        self.recovery_done = False
+        if exit_code != EXIT_TROUBLE:
+            self.died_at[pid] = time.monotonic()
+
+    def forget_death(self, pid):
+        self.died_at.pop(pid, None)
+
+    def recover_lost(self, queue, workers):
+        """Put jobs in PROCESSING back that no process runs; end orphans first.
+
+        A claim locks its lease before its commit, and a worker locks its own file
+        before it claims. So if a run is listed first, and one of the two files is found
+        free afterwards, its worker has died, or it has recorded the end in between and
+        the job is no longer listed. Processes that live of the run of a dead worker are
+        ended first. The lease is looked at again within the transaction that puts the
+        job back: if it is free then, no process is left that could have forked another.
         """
         runs = queue.processing_runs()
-        own = {self.pid, *(worker.pid for worker in self.workers)}
+        own = {self.pid, *workers}
         living = own.union(*living_pools(self.path).values())
         lost = {}
         for run in runs:
-            attended = run["worker"] in living and is_locked(run["lease"])
-            if not attended and queue.is_current(run):
+            is_attended = run["worker"] in living and is_locked(run["lease"])
+            if not is_attended and queue.is_current(run):
                 lost[run["lease"]] = run
         found = processes_of(dict.fromkeys(lost))
         self.recovery_done = True
         for lease, run in lost.items():
             if run["worker"] in found[lease]:
-                continue  # it is there; somebody removed its file, or the lease
+                continue  # the worker is there; its file or the lease was removed
             found[lease] -= own  # a run may have started this very pool
-            died = self.died.get(run["worker"], -MAX_DURATION)
-            if run["worker"] in own or time.monotonic() < died + BLAME_DELAY:
-                # It has not been reaped yet; or is this pool going to be killed, too?
+            if run["worker"] in own or self.died_just_now(run["worker"]):
                 self.recovery_done = False
                 continue
-            # It may have ended since it was listed; then its background children go on.
+            # The run may have ended since it was listed: then its background children
+            # go on.
             if found[lease] and queue.is_current(run):
                 self.end_orphan(run, found[lease])
             elif not found[lease]:
                 self.release(queue, run)
-        self.endings = {lease: ending for lease, ending in self.endings.items()
-                        if lease in lost}
+        self.terminations = {lease: termination for lease, termination
+                             in self.terminations.items() if lease in lost}
         workers = {run["worker"] for run in lost.values()}
-        self.died = {pid: at for pid, at in self.died.items() if pid in workers}
+        self.died_at = {pid: at for pid, at in self.died_at.items() if pid in workers}
+
+    def died_just_now(self, worker):
+        """Tell whether the whole pool may be about to be killed with this worker.
+
+        Then its job must not get the blame.
+        """
+        died_at = self.died_at.get(worker, -MAX_DURATION)
+        return time.monotonic() < died_at + BLAME_DELAY
 
     def end_orphan(self, run, pids):
-        """Signal what a dead worker left running, as its worker would have done."""
-        ending = self.endings.get(run["lease"])
-        if not ending:
-            ending = self.endings[run["lease"]] = Termination()
+        """Signal what a dead worker left running, as the worker would have done."""
+        termination = self.terminations.get(run["lease"])
+        if not termination:
+            termination = self.terminations[run["lease"]] = Termination()
             self.log.warning("%s worker died, ending %s", run_label(run), sorted(pids))
-        killed = ending.killed
-        ending.step(pids, signal_processes)
-        if ending.killed and not killed:
+        kill_sent = termination.kill_sent
+        termination.step(pids, signal_processes)
+        if termination.kill_sent and not kill_sent:
             words = "%s did not end and is killed: %s"
             self.log.warning(words, run_label(run), sorted(pids))
 
     def release(self, queue, run):
+        """Put the job of a lost run back, unless something holds the lease again."""
         output = read_output(run["lease"], queue.settings()["output_limit"])
-        result = dict(exit_code=None, error="worker died", output=output,
-                      finished_at=queue.clock())
+        outcome = Outcome("lost", None, WORKER_DIED, queue.clock(), output)
         with queue.transaction():
             state = None if is_locked(run["lease"]) else queue.release(
-                run, result, blamed=run["worker"] in self.died)
+                run, outcome, is_blamed=run["worker"] in self.died_at)
         if state:
             self.log.warning("%s worker died, %s", run_label(run), state)
             remove_leftover(run["lease"])
             wake_workers(self.path)
 
     def announce_deaths(self, queue):
-        """Start `on_dead` for the jobs that ended dead; return how many of them run.
+        """Start `on_dead` for the jobs that died; return how many of them run.
 
-        Nobody waits for it, it outlives the pool, what it prints is dropped. That it
-        failed is logged. A few run at a time, or one that hangs would be started for
-        each of a thousand jobs.
+        Nothing waits for these commands, and they outlive the pool. Their output is
+        dropped; that one failed is logged. A few run at a time: if they hang, there
+        must not be one for each of a thousand dead jobs.
         """
-        def start(job):
-            import subprocess
-            import tempfile
-
-            if not line:
-                return
-            with tempfile.TemporaryFile() as text:
-                text.write(json.dumps(public_job(job)).encode() + b"\n")
-                text.seek(0)
-                self.hooks[subprocess.Popen(
-                    line, shell=True, cwd=os.path.dirname(queue.path), stdin=text,
-                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                    start_new_session=True)] = printable(job["id"])
-
         for hook in [hook for hook in self.hooks if hook.poll() is not None]:
             id = self.hooks.pop(hook)
             if hook.returncode:
                 self.log.error("on_dead for %s: exit %d", id, hook.returncode)
         line = queue.settings()["on_dead"]
         try:
-            while len(self.hooks) < MAX_HOOKS and queue.announce(start):
+            while len(self.hooks) < MAX_HOOKS and queue.announce(
+                    lambda job: line and self.start_hook(line, job)):
                 self.hook_error = None
         except OSError as error:  # the next look tries again
             if self.hook_error != str(error):
@@ -3288,14 +3692,40 @@ class Supervisor:
             self.hook_error = str(error)
         return len(self.hooks)
 
+    def start_hook(self, line, job):
+        """Start the `on_dead` command for a job, with the job's JSON as its input."""
+        import subprocess
+        import tempfile
+
+        with tempfile.TemporaryFile() as text:
+            text.write(json.dumps(public_job(job)).encode() + b"\n")
+            text.seek(0)
+            hook = subprocess.Popen(
+                line, shell=True, cwd=os.path.dirname(self.path), stdin=text,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                start_new_session=True)
+        self.hooks[hook] = printable(job["id"])
+
+    def prune(self, queue):
+        """Delete the jobs that are older than `keep`: a batch, more if it had some."""
+        keep = queue.settings()["keep"]
+        if keep is None:
+            return
+        total, count, until = 0, 1, time.monotonic() + POLL_INTERVAL
+        while count and time.monotonic() < until:
+            count, self.next_batch = queue.prune(keep, self.next_batch)
+            total += count
+        if total:
+            self.log.info("keep: removed %s", plural(total, "job"))
+
     def remove_stale_files(self, queue):
-        """Remove the files that nobody holds any more; rename a full log."""
-        folder = path_beside(self.path, ".runs")
-        with queue.transaction():  # no run is claimed and lost meanwhile
+        """Remove the files that no process holds any more; rename a full log."""
+        directory = path_beside(self.path, ".runs")
+        with queue.transaction():  # so that no run is claimed or lost in between
             leases = {run["lease"] for run in queue.processing_runs()}
             with contextlib.suppress(FileNotFoundError):
-                for name in os.listdir(folder):
-                    path = os.path.join(folder, name)
+                for name in os.listdir(directory):
+                    path = os.path.join(directory, name)
                     if path not in leases:
                         remove_leftover(path)
         remove_stale_pool_files(self.path)
@@ -3304,157 +3734,150 @@ class Supervisor:
             if os.path.getsize(log) > LOG_LIMIT:
                 os.replace(log, log + ".1")
 
-    def finish(self, queue):
-        """Tell what became of a drained pool's jobs, and why it left some; clear up."""
-        self.result = "pool %d stopped" % self.pid
-        if self.drain:
-            ended, why = queue.count_ended(self.began, self.pids), obstacles(queue)
-            if requested_stop(self.path, self.pid) != "over" and not queue.is_drained():
-                why.append("the pool was stopped before")
-            self.failed = bool(ended["dead"] or why)
-            counts, due = queue.counts(), queue.next_due()
-            if due:  # which is left, too, but is no failure
-                why.append("the next is due " + relative_time(due["run_at"], queue.clock()))
-            self.result = "%d completed, %d dead" % (ended["completed"], ended["dead"])
-            if why:
-                left = plural(counts["pending"] + counts["failed"], "job")
-                self.result += "; %s left: %s" % (left, "; ".join(why))
-        self.remove_stale_files(queue)
-        wait_until(lambda: not self.announce_deaths(queue), TERM_GRACE)
-        return True
-
 
 # ======================================================================================
-# Commands: one function each; its name, meaning, example and arguments above it
+# Commands: a function for each command, with its name and arguments above it
 # ======================================================================================
 
-COMMANDS = {}  # name: (function, what it does, example, its arguments)
+# A command of the command line. It gets the queue as its second argument if it
+# `opens_queue`; otherwise it opens the queue itself (SQLite must cross neither a fork
+# nor threads) or needs none. Only one that `creates_queue` creates a missing one: `wait
+# && deploy` in a wrong folder must not deploy. If it `takes_words`, those after `--`
+# are a command.
+Entry = collections.namedtuple(
+    "Entry", "function meaning example arguments creates_queue opens_queue takes_words"
+    " usage aliases")
+COMMANDS = {}  # {name: Entry}, in the order in which help lists them
 
 
-def command(name, meaning, example, *arguments):
+def command(name, meaning, example, *arguments, creates_queue=False, opens_queue=True,
+            takes_words=False, usage=None, aliases=()):
     """Make a function the command of that name."""
     def register(function):
-        COMMANDS[name] = function, meaning, example, arguments
+        COMMANDS[name] = Entry(function, meaning, example, arguments, creates_queue,
+                               opens_queue, takes_words, usage, aliases)
         return function
 
     return register
 
 
-def arg(usage, meaning=None, convert=None, **options):
-    """Return what argparse wants to know of an argument like `--limit N`, or a flag."""
-    *names, last = usage.split()
-    if not last[0].isupper():
-        return [*names, last], dict(options, help=meaning, action="store_true")
-    return names, dict(options, help=meaning, metavar=last, type=convert)
+# An argument: its names, the kind of its value (which help shows and completion knows;
+# None for a flag), and what argparse wants to know.
+Argument = collections.namedtuple("Argument", "names kind options")
 
 
-def state_name(text):
+def flag(names, meaning):
+    return Argument(names.split(), None, dict(help=meaning, action="store_true"))
+
+
+def option(names, kind, meaning, convert=str, **options):
+    """Return an option with a value, or a positional argument of that name."""
+    return Argument(
+        names.split(), kind, dict(options, help=meaning, metavar=kind, type=convert))
+
+
+def field_option(name):
+    """Return the option of `enqueue` and `edit` for a field of a job."""
+    field = FIELDS[name]
+    repeated = {"action": "append"} if field.repeats else {}
+    return option("--" + name.replace("_", "-"), field.metavar, field.help, field.parse,
+                  **repeated)
+
+
+def check_state(text):
+    """Return the name of a state, given in any case."""
     if text.lower() not in STATES:
         raise unknown_word("state " + printable(text), text, STATES)
     return text.lower()
 
 
-def some_text(text):
-    if not text or not is_storable(text):  # an unset variable's would be in each job
+def check_match(text):
+    if not text or not is_storable(text):  # an unset variable would select all jobs
         raise QueueError("--match: a text in UTF-8 that is not empty", 2)
     return text
 
 
-def count_of(name, low, high=MAX_INTEGER):
-    return lambda text: checked(name, whole_number(low, high), as_number(text))
+def count_from(low, name, high=MAX_INTEGER):
+    """Return what converts the text of the option NAME to a whole number."""
+    return lambda text: checked(name, whole_number(low, high), parse_number(text))
 
 
-def span_of(name, low):
+def seconds_from(low, name):
+    """Return what converts the text of the option NAME to a duration."""
     return lambda text: checked(name, duration_from(low), text)
 
 
-def variable(text):
-    name, sign, value = text.partition("=")
-    if not sign:
-        raise QueueError("--env: %s is not NAME=VALUE" % json.dumps(text), 2)
-    return name, value
+IDS = option("ids", "ID", "ids of jobs", nargs="*")
+ID = option("id", "ID", "id of a job, or its beginning, of four characters or more")
+KEY = option("key", "KEY", "name of a setting", setting_name)
+STATE = option("--state", "STATE", "one of %s (repeatable)" % ", ".join(STATES),
+               check_state, action="append", default=[])
+MATCH = option("--match", "TEXT", "only jobs with TEXT in their id or command",
+               check_match)
+DRY_RUN = flag("--dry-run", "only list the jobs that would be changed")
 
 
-def as_number(text):
-    """Return the number that a word of the command line is, or else the word."""
-    for convert in (int, float) if "_" not in text else ():
-        with contextlib.suppress(ValueError):
-            return convert(text)
-    return text
-
-
-REPEATED = ("env", "after")  # options that can be given again
-
-
-def field_option(name):
-    """Return the option of `enqueue` for a field of a job."""
-    _, _, usage, meaning = FIELDS[name]
-    if name in REPEATED:
-        return arg(usage, meaning, variable if name == "env" else None, action="append")
-    return arg(usage, meaning, as_number if usage.endswith(" N") else None)
-
-
-IDS = arg("ids ID", "ids of jobs", nargs="*")
-ID = arg("id ID", "id of a job, or its beginning, of four characters or more")
-KEY = arg("key KEY", "name of a setting", setting_name)
-STATE = arg("--state STATE", "one of %s; can be given again" % ", ".join(STATES),
-            state_name, action="append", default=[])
-MATCH = arg("--match TEXT", "those with this text in id or command", some_text)
-DRY_RUN = arg("--dry-run", "only list what it would take")
+# -- enqueue ---------------------------------------------------------------------------
 
 
 @command(
     "enqueue", "add jobs: a command behind --, or JSON",
     "enqueue --id job1 --timeout 10m -- echo Hello",
-    arg("jobs JSON", "an object, an array, or - for an array or JSON Lines on standard"
-        " input: all or none", nargs="*"),
-    arg("--file F", "read the jobs from this file"),
-    arg("--unique", "leave an unfinished job of this id alone; start a finished one"
-        " again"),
-    arg("--lines", "each line of the file, or of standard input, is a command"),
-    arg("--quiet", "print no ids"),
-    *map(field_option, FIELDS))
+    option("jobs", "JSON", "an object, an array, or - for an array or JSON Lines on"
+           " standard input: all or none", nargs="*"),
+    option("--file", "F", "read the jobs from this file"),
+    flag("--unique", "do nothing if this job is pending, processing or failed; if it is"
+         " completed or dead, start it again"),
+    flag("--lines", "each line of the file, or of standard input, is a command"),
+    flag("--quiet", "print no ids"),
+    *map(field_option, FIELDS),
+    creates_queue=True, takes_words=True,
+    usage="queuectl.py enqueue [OPTION]... -- COMMAND...\n"
+    "       queuectl.py enqueue [OPTION]... JSON... | - | --file F | --lines")
 def cmd_enqueue(args, queue):
-    options, unique, count = enqueue_options(args), [], 0
-    if options.keys() & {"delay", "run_at"}:  # the one excludes the other of a job
-        options = {"delay": None, "run_at": None, **options}
-    defaults = queue.defaults(args.cwd)  # we may be in a folder that is gone
+    options, ids, number = enqueue_options(args), [], itertools.count()
+    defaults = queue.defaults(args.cwd)  # this directory may be gone
 
-    def made(given):
-        nonlocal count
-        count += 1
-        if args.id and count > 1:
+    def check(given):
+        if args.id and next(number):
             raise QueueError("--id: one id can't serve several jobs", 2)
         if options and type(given) is dict:  # an option wins over the job's own field
             given = {**given, **options}
         job = checked_job(given, defaults)
         if args.unique:
-            unique.append(job)
+            ids.append(job["id"])
         return job
 
     with contextlib.ExitStack() as files:
         if args.file or args.jobs == ["-"]:
             lines = files.enter_context(spool(args.file))
-            jobs = read_lines(lines, made, args.lines)
+            jobs = read_lines(lines, check, args.lines)
         else:
-            jobs = read_arguments(args.jobs or ["{}"], made)
-        first, last = queue.enqueue(jobs, args.unique)
-    left = {job["id"]: job["command"] for job in unique if job["left"]}
-    jobs = queue.jobs(first=first, last=last, brief=not args.json)
+            jobs = read_arguments(args.jobs or ["{}"], check)
+        added = queue.enqueue(jobs, args.unique)
+    if args.quiet:
+        return
+    jobs = queue.jobs(first=added.first, last=added.last, brief=not args.json)
     if args.unique:
-        jobs = map(queue.job, dict.fromkeys(job["id"] for job in unique))
+        jobs = map(queue.job, dict.fromkeys(ids))
+    print_jobs(args, jobs, functools.partial(enqueued_lines, left=added.left),
+               "no jobs were given")
 
-    def line(job):
+
+def enqueued_lines(jobs, left):
+    """Yield what became of each job; LEFT is as in `Added`."""
+    for job in jobs:
+        id, state = printable(job["id"]), job["state"]
         if job["id"] not in left:
-            return "enqueued " + printable(job["id"])
-        other = ", unchanged" if job["command"] != left[job["id"]] else ""
-        return "%s is there already, %s%s" % (printable(job["id"]), job["state"], other)
-
-    if not args.quiet:
-        print_jobs(args, jobs, lambda jobs: map(line, jobs), "no jobs were given")
+            yield "enqueued " + id
+        elif job["command"] == left[job["id"]]:
+            yield "%s is there already, %s" % (id, state)
+        else:
+            yield "%s is there already, %s, unchanged" % (id, state)
 
 
 def enqueue_options(args):
+    """Check that a command line gives jobs in one way; return the fields it gives."""
     if args.lines and not args.file:
         args.jobs = args.jobs or ["-"]
     sources = ["".join(args.jobs), args.file, args.command, args.words]
@@ -3465,58 +3888,62 @@ def enqueue_options(args):
     if args.jobs and args.jobs != ["-"] and args.jobs[0].lstrip()[:1] not in ("{", "["):
         words = printable(args.jobs[0]), printable(" ".join(args.jobs))
         raise QueueError(NOT_JSON % words, 2)
-    return given_fields(args)
+    given = given_fields(args)
+    if given.keys() & {"delay", "run_at"}:  # one of them replaces the other in the JSON
+        given = {"delay": None, "run_at": None, **given}
+    return given
 
 
 def given_fields(args):
     """Return the job fields that options and a command line give."""
     given = dict(vars(args), env=dict(args.env) if args.env else None)
-    given.setdefault("id")  # which `edit` can't change
+    given.setdefault("id")  # `edit` can't change it
     given["after"] = "none" if args.after == ["none"] else args.after
     if args.words:
         given["command"] = shell_line(args.words)
     return {name: given[name] for name in FIELDS if given[name] is not None}
 
 
-def read_arguments(texts, made):
-    """Yield the jobs that are made of JSON texts, each an object or an array."""
+def read_arguments(texts, check):
+    """Yield the checked jobs of JSON texts, each an object or an array."""
     for text in texts:
         given = parse_json(text)
-        yield from map(made, given if isinstance(given, list) else [given])
+        yield from map(check, given if isinstance(given, list) else [given])
 
 
-def read_lines(lines, made, plain=False):
-    """Yield the jobs of an array or of JSON Lines; a refusal names the line.
+def read_lines(lines, check, are_commands=False):
+    """Yield the checked jobs of an array or of JSON Lines, or of lines with commands.
 
-    PLAIN lines are commands.
+    A refusal names the line.
     """
-    count = 0
+    number = 0
     try:
-        for page in iter(lambda: list(itertools.islice(lines, BATCH)), []):
-            found = [] if plain else parsed_at_once(page)
-            for index, line in enumerate(page):
-                count += 1
+        for batch in iter(lambda: list(itertools.islice(lines, BATCH)), []):
+            found = [] if are_commands else parse_batch(batch)
+            for index, line in enumerate(batch):
+                number += 1
                 if found:
-                    yield made(found[index])
+                    yield check(found[index])
                 elif line.isspace():
                     continue
-                elif plain:
-                    command = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
-                    yield made({"command": command})
+                elif are_commands:
+                    text = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
+                    yield check({"command": text})
                 elif line.lstrip()[:1] == b"[":
-                    rest = b"".join(page[index:]) + lines.read()
-                    return (yield from map(made, parse_json(rest)))
+                    rest = b"".join(batch[index:]) + lines.read()
+                    return (yield from map(check, parse_json(rest)))
                 else:
-                    yield made(parse_json(line))
+                    yield check(parse_json(line))
     except QueueError as error:
-        raise QueueError("line %d: %s" % (count, error), error.code) from None
+        raise QueueError("line %d: %s" % (number, error), error.code) from None
 
 
-def parsed_at_once(lines):
-    """Return the objects that lines are, or none if one of them is anything else.
+def parse_batch(lines):
+    """Return the objects of JSON Lines; an empty list if one line is anything else.
 
-    That takes a third of the time of one by one. No line can guess the number between
-    them, so that each is where a line ends.
+    This takes a third of the time of line by line. A random number stands between the
+    lines. No line can contain it, so it proves that each object ends where its line
+    does.
     """
     mark = int.from_bytes(os.urandom(7), "big")
     try:
@@ -3524,8 +3951,8 @@ def parsed_at_once(lines):
     except QueueError:
         return []
     objects, marks = found[::2], found[1::2]
-    sound = marks == [mark] * (len(lines) - 1) and set(map(type, objects)) == {dict}
-    return objects if sound else []
+    is_sound = marks == [mark] * (len(lines) - 1) and set(map(type, objects)) == {dict}
+    return objects if is_sound else []
 
 
 @contextlib.contextmanager
@@ -3537,21 +3964,25 @@ def spool(path):
     import shutil
     import tempfile
 
-    with tempfile.SpooledTemporaryFile(2**24) as spool:
+    with tempfile.SpooledTemporaryFile(2**24) as spooled:
         stdin = contextlib.nullcontext(sys.stdin.buffer)
         with open(path, "rb") if path else stdin as source:
-            shutil.copyfileobj(source, spool)
-        spool.seek(0)
-        if spool.read(3) != b"\xef\xbb\xbf":  # which editors on Windows put before UTF-8
-            spool.seek(0)
-        yield spool
+            shutil.copyfileobj(source, spooled)
+        spooled.seek(0)
+        if spooled.read(3) != b"\xef\xbb\xbf":  # editors on Windows put it before UTF-8
+            spooled.seek(0)
+        yield spooled
+
+
+# -- look at jobs ----------------------------------------------------------------------
 
 
 @command("list", "list jobs, oldest first", "list --state pending --limit 20",
          STATE, MATCH,
-         arg("--limit N", "at most so many; 0 for all", count_of("--limit", 0),
-             default=0),
-         arg("--newest", "newest first"))
+         option("--limit", "N", "at most N jobs (default: 0, all)",
+                count_from(0, "--limit"), default=0),
+         flag("--newest", "newest first"),
+         creates_queue=True, aliases=("ls",))
 def cmd_list(args, queue):
     chosen = where(args.state or STATES, args.match)
     list_jobs(args, queue, queue.jobs(chosen, args.limit, args.newest))
@@ -3575,15 +4006,22 @@ def cmd_show(args, queue):
     fields["env"] = " ".join("%s=%s" % pair for pair in fields["env"].items())
     fields["after"] = ", ".join(fields["after"])
     fields["waiting"] = why_waiting(queue, job, worker_list(queue))
-    lines = ["%-12s %s" % (name + ":", ("\n" + 13 * " ").join(
-                 map(printable, str(value).split("\n"))))  # a command of several lines
-             for name, value in fields.items() if value not in (None, "")]
+    lines = [field_line(name, value) for name, value in fields.items()
+             if value not in (None, "")]
     lines += ["", *run_table(runs, now)] if runs else []
     print_result(args, job_document(queue, job), *lines)
 
 
+def field_line(name, value):
+    """Return a field and its value, which may have several lines."""
+    margin = 13 * " "
+    lines = map(printable, str(value).split("\n"))
+    text = (name + ":").ljust(len(margin)) + ("\n" + margin).join(lines)
+    return Line(text, COLOURS.get(value) if name == "state" else None, len(margin))
+
+
 def find_job(queue, id):
-    """Return the job of an id, or of the beginning of one, which is said then."""
+    """Return the job with this id or unambiguous prefix; report what a prefix meant."""
     job = queue.find_job(id)
     if job["id"] != id:
         notice("%s is %s" % (printable(id), printable(job["id"])))
@@ -3591,17 +4029,17 @@ def find_job(queue, id):
 
 
 @command("logs", "print the output of the latest run of jobs", "logs -f job1",
-         arg("ids ID", "ids of jobs, or their beginnings, of four characters or more",
-             nargs="+"),
-         arg("-f --follow", "go on until the run ends; wait for the first to begin"),
-         arg("--attempt N", "of an earlier attempt, its last run",
-             count_of("--attempt", 1)),
-         arg("--run N", "of an earlier run", count_of("--run", 1)))
+         option("ids", "ID", "ids of jobs, or their beginnings, of four characters or"
+                " more", nargs="+"),
+         flag("-f --follow", "go on until the run ends; wait for the first to begin"),
+         option("--attempt", "N", "of an earlier attempt, its last run",
+                count_from(1, "--attempt")),
+         option("--run", "N", "of an earlier run", count_from(1, "--run")))
 def cmd_logs(args, queue):
     chosen = {name: getattr(args, name) for name in ("run", "attempt")
               if getattr(args, name) is not None}
-    alone = len(chosen) + args.follow
-    if alone > 1 or (args.follow and args.json) or (alone and len(args.ids) > 1):
+    choices = len(chosen) + args.follow
+    if choices > 1 or (args.follow and args.json) or (choices and len(args.ids) > 1):
         words = "logs: give one of --follow, --run and --attempt, and one job; --follow"
         raise QueueError(words + " can't be had as JSON", 2)
     jobs = [find_job(queue, id) for id in args.ids]
@@ -3625,20 +4063,24 @@ def print_logs(args, queue, jobs):
         return print(json.dumps(
             [output_document(job, run["run"], output) for job, run, output in latest]))
     for job, run, output in latest:
-        ended = run["error"] or ("completed" if run["finished_at"] else "is running")
-        print("==> %s: %s" % (printable(job["id"]), printable(ended)))
-        write_bytes(output + b"\n" * (not output.endswith(b"\n")))
+        end = run["error"] or ("completed" if run["finished_at"] else "is running")
+        print("==> %s: %s" % (printable(job["id"]), printable(end)))
+        write_bytes(output if output.endswith(b"\n") else output + b"\n")
 
 
 def latest_output(queue, job, chosen={}):
-    """Return a job, its latest run, or that of a number, and the output of that."""
+    """Return a job, its latest run, and the output of that.
+
+    CHOSEN asks for an earlier one: {"run": number} or {"attempt": number}.
+    """
     runs = queue.runs(job)
     for name, number in chosen.items():
         runs = [run for run in runs if run[name] == number]
         if not runs:
-            raise QueueError("job %s has no %s %d" % (printable(job["id"]), name, number))
-    none = {"run": job["run"], "error": "has not run yet"}
-    run = runs[-1] if runs else none
+            words = "job %s has no %s %d"
+            raise QueueError(words % (printable(job["id"]), name, number))
+    no_run = {"run": job["run"], "error": "has not run yet"}
+    run = runs[-1] if runs else no_run
     return job, run, output_of(queue, job, run["run"])
 
 
@@ -3649,39 +4091,47 @@ def write_bytes(output):
 
 
 def follow(queue, job):
-    """Print the output of a job's latest run as it comes, or of the first to come."""
-    id, printed = job["id"], 0
-    if not job["run"]:
-        notice("job %s: %s" % (printable(id), why_waiting(queue, job, worker_list(queue))))
-    while not job["run"] and job["state"] != "dead":
-        time.sleep(POLL_INTERVAL / 2)
+    """Print the output of a job's latest run while it runs; wait for the first run."""
+    job, printed = wait_for_run(queue, job), 0
+    id, is_running = printable(job["id"]), True
+    while is_running:
         queue.check_exists()
-        job = queue.job(id)
-        if job["waits"] and job["seq"] in queue.blocked_seqs():
-            raise QueueError("job %s can't go on: %s" % (
-                printable(id), why_waiting(queue, job, worker_list(queue))))
-    running = True
-    while running:
-        queue.check_exists()
-        running = queue.is_current(job)
+        is_running = queue.is_current(job)
         dropped, output = split_dropped(output_of(queue, job, job["run"]))
         if dropped > printed:
             notice("%d bytes of output were dropped here" % (dropped - printed))
         write_bytes(output[max(0, printed - dropped) :])
         printed = max(printed, dropped + len(output))
-        if running and not is_locked(queue.lease_path(job)) and queue.is_current(job):
+        has_worker = is_locked(queue.lease_path(job)) or not queue.is_current(job)
+        if is_running and not has_worker:
             raise QueueError("the worker of job %s died; a pool puts it back" % id)
-        time.sleep(POLL_INTERVAL / 2 if running else 0)
+        time.sleep(POLL_INTERVAL / 2 if is_running else 0)
     error = [run["error"] for run in queue.runs(job) if run["run"] == job["run"]]
     if any(error):
-        notice("job %s: %s" % (printable(id), printable(error[0])))
+        notice("job %s: %s" % (id, printable(error[0])))
+
+
+def wait_for_run(queue, job):
+    """Wait until a job has run or runs; return it. Report why it does not run."""
+    id = job["id"]
+    if not job["run"]:
+        why = why_waiting(queue, job, worker_list(queue))
+        notice("job %s: %s" % (printable(id), why))
+    while not job["run"] and job["state"] != "dead":
+        time.sleep(POLL_INTERVAL / 2)
+        queue.check_exists()
+        job = queue.job(id)
+        if job["waits"] and job["seq"] in queue.blocked_seqs():
+            why = why_waiting(queue, job, worker_list(queue))
+            raise QueueError("job %s can't go on: %s" % (printable(id), why))
+    return job
 
 
 def output_of(queue, job, run):
-    """Return the output of a run, of one that goes on that so far."""
+    """Return the output of a run; of one that is running what it has printed so far."""
     output = queue.output(job, run)
     if output is None and run == job["run"]:
-        # A run that ended between the two looks has its output in the database now.
+        # If the run has ended between the two looks, its output is in the database now.
         limit = queue.settings()["output_limit"]
         output = read_output(queue.lease_path(job), limit) or queue.output(job, run)
     return output or b""
@@ -3689,15 +4139,17 @@ def output_of(queue, job, run):
 
 @command("wait", "wait until jobs, or all, are completed (0) or dead (1)",
          "wait job1 --timeout 10m", IDS,
-         arg("--timeout T", "give up with exit code 124", span_of("--timeout", 0)))
+         option("--timeout", "T", "give up with exit code 124",
+                seconds_from(0, "--timeout")))
 def cmd_wait(args, queue):
-    states = [queue.job(id)["state"] for id in args.ids] or [
-        state for state, count in queue.counts().items() if count]
-    if {"pending", "processing", "failed"} & {*states} and not living_pools(queue.path):
+    states = {queue.job(id)["state"] for id in args.ids} or {
+        state for state, count in queue.counts().items() if count}
+    if not states <= {*FINISHED} and not living_pools(queue.path):
         notice(NO_POOL)
-    own = os.environ.get("QUEUECTL_JOB_ID") if within_job_of(queue.path) else None
-    with contextlib.closing(ProgressLine()) as live:
-        counts = queue.wait(args.ids or None, args.timeout, live.progress, but=own)
+    own_job = os.environ.get("QUEUECTL_JOB_ID") if within_job_of(queue.path) else None
+    with contextlib.closing(ProgressLine()) as progress:
+        counts = queue.wait(
+            args.ids or None, args.timeout, progress.show, exclude=own_job)
     if counts is None:
         notice("still waiting for jobs after %s" % duration_text(args.timeout))
         return 124
@@ -3705,19 +4157,21 @@ def cmd_wait(args, queue):
     if counts["removed"]:
         words += ", %d removed before they were seen to end" % counts["removed"]
     if counts["left"]:
-        why = "; ".join(obstacles(queue)) or "a moment later they could again"
+        # Without an obstacle the reason has just gone away.
+        why = "; ".join(obstacles(queue)) or "they could again just now"
         words += ", %d can't go on: %s" % (len(counts["left"]), why)
     print_result(args, counts, words)
     return 1 if counts["dead"] or counts["removed"] or counts["left"] else 0
 
 
 @command("status", "count the jobs, list the workers", "status --watch",
-         arg("--watch SECONDS", "show it again and again", span_of("--watch", 0.1),
-             nargs="?", const=1.0))
+         option("--watch", "SECONDS", "refresh every SECONDS (default: 1)",
+                seconds_from(0.1, "--watch"), nargs="?", const=1.0),
+         creates_queue=True)
 def cmd_status(args, queue):
-    terminal = args.watch and not args.json and terminal_width(sys.stdout)
+    is_screen = args.watch and not args.json and terminal_width(sys.stdout)
     with contextlib.ExitStack() as screen:
-        if terminal:  # another screen, so that this one is as it was afterwards
+        if is_screen:  # the other screen, so that this one is afterwards as it was
             print(end="\x1b[?1049h")
             screen.callback(print, end="\x1b[?1049l", flush=True)
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -3725,7 +4179,7 @@ def cmd_status(args, queue):
             queue.check_exists()
             now, status = queue.clock(), read_status(queue)
             lines = list(status_lines(status, now))
-            if terminal:
+            if is_screen:
                 print(end=screenful(lines))
             else:
                 print_result(args, status_document(status), *lines)
@@ -3736,7 +4190,7 @@ def cmd_status(args, queue):
 
 
 def screenful(lines):
-    """Return what draws lines over those on a terminal, as many as it has room for."""
+    """Return the text that redraws these lines, as many as fit on the terminal."""
     width, height = os.get_terminal_size(sys.stdout.fileno())
     if len(lines) > height - 1:
         rest = len(lines) - height + 2
@@ -3747,134 +4201,170 @@ def screenful(lines):
 
 @command("stats", "show throughput, run times, waiting times and errors",
          "stats --since 1d",
-         arg("--since T", "over this time (1h)", span_of("--since", 1), default=3600.0))
+         option("--since", "T", "over this time (default: 1h)",
+                seconds_from(1, "--since"), default=3600.0),
+         creates_queue=True, aliases=("metrics",))
 def cmd_stats(args, queue):
-    stats = queue.stats(queue.clock() - args.since)
+    stats = read_stats(queue, queue.clock() - args.since)
     print_result(args, stats, *stats_lines(stats, terminal_width(sys.stdout) or 80))
 
 
 @command("dashboard", "show a live page of the queue in the browser",
          "dashboard --port 8321",
-         arg("--host HOST", "where to listen (127.0.0.1)", default="127.0.0.1"),
-         arg("--port N", "0 takes a free one (8321)", count_of("--port", 0, 65535),
-             default=8321))
+         option("--host", "HOST", "where to listen (default: 127.0.0.1)",
+                default="127.0.0.1"),
+         option("--port", "N", "0 takes a free one (default: 8321)",
+                count_from(0, "--port", 65535), default=8321),
+         creates_queue=True, opens_queue=False)
 def cmd_dashboard(args):
     serve(args.db, args.host, args.port)
 
 
+# -- change jobs -----------------------------------------------------------------------
+
+
 @command("edit", "change a job that waits", "edit job1 --run-at now",
-         arg("job ID", "id of a job"),
-         *[field_option(name) for name in FIELDS if name != "id"])
+         option("job", "ID", "id of a job"),
+         *[field_option(name) for name in FIELDS if name != "id"],
+         takes_words=True, usage="queuectl.py edit ID [OPTION]... [-- COMMAND...]")
 def cmd_edit(args, queue):
     fields = checked_fields(given_fields(args), {})
     if not fields:
         raise QueueError("edit: nothing to change (see: queuectl.py edit --help)", 2)
     queue.edit(args.job, fields)
-    print_result(args, public_job(queue.job(args.job)), "edited " + printable(args.job))
+    print_result(
+        args, public_job(queue.job(args.job)), "edited " + printable(args.job))
 
 
-def check_chosen(args, everything=False):
-    """Refuse a command for jobs unless it says in one way which."""
-    ways = [bool(args.ids), bool(args.state or args.match), everything]
-    if ways.count(True) != 1:
-        words = "name jobs, or select them by an option, not both (see --help)"
-        raise QueueError(words, 2)
-    if args.ids and args.dry_run:
-        raise QueueError("--dry-run: is not for jobs that are named", 2)
-
-
-def chosen_states(args, states):
-    """Return the states that are asked for, of those in which a verb can take jobs."""
-    for state in args.state:
-        if state not in states:
-            words = "--state %s: this is for jobs that are %s"
-            raise QueueError(words % (state, " or ".join(states)), 2)
-    return args.state or states
-
-
-def for_jobs(args, queue, verb, done, ids, taken, left=None, why=""):
-    """Apply a verb to jobs by their ids, or to all that are TAKEN; tell what was done.
-
-    LEFT is the condition for those that a verb for many leaves, and why it does. Only
-    `cancel` is not done with a running one when it returns.
-    """
-    if args.dry_run:
-        return list_jobs(args, queue, queue.jobs(taken))
-    count = verb(ids or taken)
-    if ids:
-        running = [id for id in ids if queue.state(id) == "processing"]
-        running = running if done == "cancelled" else []
-        lines = ["%s %s" % (done, printable(id)) + ", which is running" * (id in running)
-                 for id in ids]
-        return print_result(args, {done: ids}, *lines)
-    words, rest = "%s %s" % (done, plural(count, "job")), left and queue.count(left)
-    words += "; %d left: %s" % (rest, why) if rest else ""
-    print_result(args, {done: count, **({"left": rest} if left else {})}, words)
-
-
-@command("pause", "let no further job start; running ones finish", "pause")
+@command("pause", "let no further job start; running ones finish", "pause",
+         creates_queue=True)
 def cmd_pause(args, queue):
     queue.set_paused(True)
     print_result(args, {"paused": True}, RESUME)
 
 
-@command("resume", "let jobs start again", "resume")
+@command("resume", "let jobs start again", "resume", creates_queue=True)
 def cmd_resume(args, queue):
     queue.set_paused(False)
     print_result(args, {"paused": False}, "resumed")
 
 
+# A command that changes jobs names them by ids, or selects many by options.
+
+
+def check_selection(args, selects_all=False):
+    """Refuse a command line unless it says in one way which jobs it means."""
+    ways = [bool(args.ids), bool(args.state or args.match), selects_all]
+    if ways.count(True) != 1:
+        words = "give ids, or options that select jobs, but not both (see --help)"
+        raise QueueError(words, 2)
+    if args.ids and args.dry_run:
+        raise QueueError("--dry-run needs options that select jobs, not ids", 2)
+
+
+def selected_states(args, taken):
+    """Return the states given by --state, or all states that the command accepts."""
+    for state in args.state:
+        if state not in taken:
+            words = "--state %s: this is for jobs that are %s"
+            raise QueueError(words % (state, " or ".join(taken)), 2)
+    return args.state or taken
+
+
+def print_each(args, done, notes={}):
+    """Print what was done to each id, with a note on some."""
+    print_result(args, {done: args.ids}, *(
+        "%s %s%s" % (done, printable(id), notes.get(id, "")) for id in args.ids))
+
+
+def apply_to_many(args, queue, verb, done, condition, left=None, why=""):
+    """Apply a verb to the jobs that meet a condition; with --dry-run only list them.
+
+    LEFT is the condition for the jobs that the verb leaves, WHY the reason for that.
+    """
+    if args.dry_run:
+        return list_jobs(args, queue, queue.jobs(condition))
+    count = verb(condition)
+    result, words = {done: count}, "%s %s" % (done, plural(count, "job"))
+    if left:
+        result["left"] = queue.count(left)
+    if result.get("left"):
+        words += "; %d left: %s" % (result["left"], why)
+    print_result(args, result, words)
+
+
 @command("cancel", "end jobs that wait or run; they become dead", "cancel job1",
          IDS, STATE, MATCH, DRY_RUN)
 def cmd_cancel(args, queue):
-    check_chosen(args)
-    taken = where(chosen_states(args, TAKES["cancel"]), args.match)
-    for_jobs(args, queue, queue.cancel, "cancelled", args.ids, taken)
+    check_selection(args)
+    if args.ids:
+        queue.cancel(args.ids)
+        # The worker of a running job has to end it first.
+        return print_each(args, "cancelled", {
+            id: ", which is running" for id in args.ids
+            if queue.state(id) == "processing"})
+    chosen = where(selected_states(args, TAKES["cancel"]), args.match)
+    apply_to_many(args, queue, queue.cancel_all, "cancelled", chosen)
 
 
 @command("retry", "run finished jobs again, with attempts 0", "retry job1",
          IDS, STATE, MATCH, DRY_RUN)
 def cmd_retry(args, queue):
-    check_chosen(args)
-    retry_jobs(args, queue, TAKES["retry"])
+    check_selection(args)
+    retry_jobs(args, queue, selected_states(args, TAKES["retry"]))
 
 
 def retry_jobs(args, queue, states):
-    chosen = chosen_states(args, states)
-    taken, left = [where(chosen, args.match, cancelled=cancelled)
-                   for cancelled in (False, True)]
-    for_jobs(args, queue, functools.partial(queue.retry, states=states), "retried",
-             args.ids, taken, left, "cancelled ones are retried by id")
+    if args.ids:
+        queue.retry(args.ids, states)
+        return print_each(args, "retried")
+    chosen, left = [where(states, args.match, cancelled=cancelled)
+                    for cancelled in (False, True)]
+    apply_to_many(args, queue, queue.retry_all, "retried", chosen, left,
+                  "cancelled ones are retried by id")
 
 
 @command("delete", "remove jobs that do not run",
          "delete --state completed --older-than 7d", IDS, STATE, MATCH,
-         arg("--all", "all but running ones"),
-         arg("--older-than T", "those that finished longer ago: completed ones, or what"
-             " --state or --all names", span_of("--older-than", 0)), DRY_RUN)
+         flag("--all", "all but running ones"),
+         option("--older-than", "T", "only jobs that finished more than T ago; without"
+                " --state or --all only completed ones",
+                seconds_from(0, "--older-than")),
+         DRY_RUN, aliases=("rm",))
 def cmd_delete(args, queue):
-    aged = args.older_than is not None
-    check_chosen(args, args.all or (aged and not args.state and not args.match))
-    if aged and {*args.state} - {*FINISHED}:
+    has_age = args.older_than is not None
+    selects_all = args.all or (has_age and not args.state and not args.match)
+    check_selection(args, selects_all)
+    if has_age and {*args.state} - {*FINISHED}:
         raise QueueError("--older-than: only jobs that have finished have an age", 2)
     if "processing" in args.state:
         raise QueueError("delete: a running job can't be deleted; cancel it first")
-    # The dead are what people must look at: no bare --older-than takes them.
-    bare = ["completed"] if aged and not args.all else []
-    states = args.state or bare or TAKES["delete"]
-    # What waits for others goes along with --all, but not where only finished ones go.
-    delete_jobs(args, queue, args.ids, states, args.all and not aged, args.older_than)
+    # People must look at the dead: no --older-than alone takes them.
+    default = ["completed"] if has_age and not args.all else TAKES["delete"]
+    delete_jobs(args, queue, args.state or default, args.older_than,
+                takes_dependencies=args.all and not has_age)
 
 
-def delete_jobs(args, queue, ids, states, everything=False, age=None):
+def delete_jobs(args, queue, states, age=None, takes_dependencies=False):
+    """Delete jobs by ids, or the jobs in these states that are older than AGE seconds.
+
+    `delete --all` takes a job together with its dependents. Other forms for many leave
+    a job that has dependents.
+    """
+    if args.ids:
+        queue.delete(args.ids)
+        return print_each(args, "deleted")
     before = None if age is None else queue.clock() - age
-    taken, left = [where(states, args.match, before, waited_for=waited_for)
-                   for waited_for in (None if everything else False, True)]
-    for_jobs(args, queue, queue.delete, "deleted", ids, taken, left,
-             "other jobs wait for them")
+    chosen, left = [where(states, args.match, before, has_dependents=has_dependents)
+                    for has_dependents in (None if takes_dependencies else False, True)]
+    apply_to_many(args, queue, queue.delete_all, "deleted", chosen, left,
+                  "other jobs wait for them")
 
 
-@command("dlq list", "list the dead jobs", "dlq list", MATCH)
+# -- the dead letter queue -------------------------------------------------------------
+
+
+@command("dlq list", "list the dead jobs", "dlq list", MATCH, creates_queue=True)
 def cmd_dlq_list(args, queue):
     chosen = where(["dead"], args.match)
     if not args.json:
@@ -3892,30 +4382,38 @@ def cmd_dlq_logs(args, queue):
 
 
 @command("dlq retry", "make dead jobs pending again, with attempts 0", "dlq retry job4",
-         IDS, arg("--all", "all but those that were cancelled"), MATCH, DRY_RUN)
+         IDS, flag("--all", "all but those that were cancelled"), MATCH, DRY_RUN)
 def cmd_dlq_retry(args, queue):
     args.state = []
-    check_chosen(args, args.all)
+    check_selection(args, args.all)
     retry_jobs(args, queue, TAKES["dlq retry"])
 
 
-@command("dlq clear", "remove all dead jobs", "dlq clear", MATCH, DRY_RUN)
+@command("dlq clear", "remove all dead jobs", "dlq clear", MATCH, DRY_RUN,
+         aliases=("dlq purge",))
 def cmd_dlq_clear(args, queue):
-    delete_jobs(args, queue, [], ["dead"])
+    args.ids = []
+    delete_jobs(args, queue, TAKES["dlq clear"])
 
 
-@command("config show", "show all settings", "config show")
+# -- settings --------------------------------------------------------------------------
+
+
+@command("config show", "show all settings", "config show",
+         creates_queue=True, aliases=("config list",))
 def cmd_config_show(args, queue):
     values = queue.settings()
     rows = [
-        [name, setting_text(name, values[name]), setting_text(name, default), meaning]
-        for name, (_, default, meaning) in SETTINGS.items()]
+        [name, setting_text(name, values[name]), setting_text(name, setting.default),
+         setting.meaning]
+        for name, setting in SETTINGS.items()]
     print_result(args, values, *table(["SETTING", "VALUE", "DEFAULT", "MEANING"], rows,
-                                terminal_width(sys.stdout)))
+                                      terminal_width(sys.stdout)))
 
 
 @command("config get", "print the value of a setting", "config get max_retries",
-         arg("key KEY", "all without it", setting_name, nargs="?"))
+         option("key", "KEY", "name of a setting (default: all)", setting_name,
+                nargs="?"), creates_queue=True)
 def cmd_config_get(args, queue):
     if args.key is None:
         return cmd_config_show(args, queue)
@@ -3924,70 +4422,78 @@ def cmd_config_get(args, queue):
 
 
 @command("config set", "change a setting", "config set max_retries 5", KEY,
-         arg("value VALUE", "its new value"))
+         option("value", "VALUE", "its new value"), creates_queue=True)
 def cmd_config_set(args, queue):
-    queue.set(args.key, checked(args.key, SETTINGS[args.key][0], as_number(args.value)))
-    answer_setting(args, queue)
+    check = SETTINGS[args.key].check
+    queue.set(args.key, checked(args.key, check, parse_number(args.value)))
+    print_setting(args, queue)
 
 
 @command("config unset", "go back to a setting's default", "config unset max_retries",
-         KEY)
+         KEY, creates_queue=True)
 def cmd_config_unset(args, queue):
     queue.unset(args.key)
-    answer_setting(args, queue)
+    print_setting(args, queue)
 
 
-def answer_setting(args, queue):
+def print_setting(args, queue):
     value = queue.settings()[args.key]
     words = "%s = %s" % (args.key, setting_text(args.key, value))
     print_result(args, {args.key: value}, words)
 
 
+# -- pools -----------------------------------------------------------------------------
+
+
 @command("worker start", "run jobs until stopped", "worker start --count 2",
-         arg("--count N", "how many at a time (1)", count_of("--count", 1, MAX_WORKERS),
-             default=1),
-         arg("--drain", "end when none can run without a later time or help"),
-         arg("--detach", "go on in the background"))
+         option("--count", "N", "how many at a time (default: 1)",
+                count_from(1, "--count", MAX_WORKERS), default=1),
+         flag("--drain", "stop when no job is due, running or waiting for a retry"),
+         flag("--detach", "go on in the background"),
+         creates_queue=True, opens_queue=False)
 def cmd_worker_start(args):
     def started():
-        answer_started(args, os.getpid(), "Ctrl-C, or ")
+        print_started(args, os.getpid(), "Ctrl-C, or ")
 
     if args.detach:
-        return detached(args)
-    watched = args.drain and terminal_width(sys.stderr)
-    with contextlib.closing(ProgressLine()) as live:
-        tell = (lambda queue: live.progress(queue.counts())) if watched else None
-        pool = Supervisor(args.db, args.count, args.drain, tell)
+        return start_detached(args)
+    has_progress = args.drain and terminal_width(sys.stderr)
+    with contextlib.closing(ProgressLine()) as progress:
+        show = (lambda queue: progress.show(queue.counts())) if has_progress else None
+        pool = Supervisor(args.db, args.count, args.drain, show)
         code = pool.run(started)
-    if not pool.stop_reason:  # which was said
+    if not pool.stop_reason:  # which was already reported
         notice(pool.result)
     return code
 
 
-def answer_started(args, pid, otherwise=""):
+def print_started(args, pid, other_way=""):
+    """Print that a pool runs, and how to stop it."""
     words = "pool %d: %s; to stop: %squeuectl.py worker stop" % (
-        pid, plural(args.count, "worker"), otherwise)
+        pid, plural(args.count, "worker"), other_way)
     print_result(args, {"pool": pid, "workers": args.count}, words)
     sys.stdout.flush()
 
 
-def detached(args):
-    """Start a pool in the background; tell how it starts, and end with that."""
+def start_detached(args):
+    """Start a pool in the background; wait until it runs, and report that."""
     import subprocess
 
-    # It belongs to no run, though a job may have started it.
+    # It belongs to no run, even if a job has started it.
     env = {name: value for name, value in os.environ.items() if name != "QUEUECTL_RUN"}
     words = [sys.executable, os.path.abspath(__file__), "worker", "start", "--json",
-             "--db", args.db, "--count", str(args.count), *["--drain"] * args.drain]
+             "--db", args.db, "--count", str(args.count)]
+    if args.drain:
+        words.append("--drain")
     pool = subprocess.Popen(
         words, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True,
-        # Not without any console: each worker would open a new one, to be seen.
+        # With no console at all, each worker would open a visible one.
         creationflags=subprocess.CREATE_NO_WINDOW if WINDOWS else 0)
     for line in pool.stdout:
         if line.startswith(b"{"):
-            answer_started(args, json.loads(line)["pool"])
-            pool.returncode = 0  # it goes on, and nobody waits for it
+            print_started(args, json.loads(line)["pool"])
+            pool.returncode = 0  # it goes on, and this process does not wait for it
             return 0
         print(line.decode("utf-8", "replace").rstrip(), file=sys.stderr)
     return pool.wait()
@@ -3995,32 +4501,35 @@ def detached(args):
 
 @command("worker stop", "stop all pools of the queue, when their jobs are finished",
          "worker stop",
-         arg("--now", "end running jobs; they go back to pending"),
-         arg("--no-wait", "return at once"))
+         flag("--now", "end running jobs; they go back to pending"),
+         flag("--no-wait", "return at once"),
+         opens_queue=False)
 def cmd_worker_stop(args):
     stopped = sorted(living_pools(args.db))
     for pool in stopped:
         request_stop(args.db, pool, "now" if args.now else "stop")
     if stopped:
-        notice("stopping; running jobs are " + ("ended" if args.now else "finished first"))
+        notice("stopping; running jobs are "
+               + ("ended" if args.now else "finished first"))
 
-    def gone():
+    def are_gone():
         return not {*living_pools(args.db)} & {*stopped}
 
     # A job that stops its own pool would wait for itself.
-    waits = not args.no_wait and not within_job_of(args.db)
-    if waits:
-        if not wait_until(gone, 10, POLL_INTERVAL / 4):
-            notice("still waiting; one that was stopped by Ctrl-Z goes on by kill -CONT "
-                + " ".join(map(str, stopped)))
-            wait_until(gone, MAX_DURATION, POLL_INTERVAL / 4)
+    is_waiting = not args.no_wait and not within_job_of(args.db)
+    if is_waiting and not wait_until(are_gone, 10, POLL_INTERVAL / 4):
+        notice("still waiting; if a pool was suspended by Ctrl-Z, resume it: kill -CONT"
+               + "".join(map(" {}".format, stopped)))
+        wait_until(are_gone, MAX_DURATION, POLL_INTERVAL / 4)
     names = ", ".join("pool %d" % pid for pid in stopped)
-    words = ("stopped " if waits else "stopping ") + names
+    words = ("stopped " if is_waiting else "stopping ") + names
     print_result(args, {"stopped": stopped}, words if stopped else "no pool is running")
 
 
-# Without -I, Python would import a json.py of the current directory; what -S leaves out
-# costs time, and only the packages of others need it.
+# -- install and completion ------------------------------------------------------------
+
+# Without -I, Python would import a json.py of the current directory. What -S leaves out
+# costs time, and only packages of others need it.
 IMPORTER = [
     "-ISc", "import os, sys; file = sys.argv.pop(1); home, name = os.path.split(file);"
     " sys.path.insert(0, home); os.path.exists(file) or sys.exit('queuectl: ' + file +"
@@ -4031,8 +4540,9 @@ INSTALLED += " written by queuectl install\n"
 
 @command("install", "put a command queuectl, which starts quicker, into a directory",
          "install ~/.local/bin",
-         arg("dir DIR", "made if need be (~/.local/bin)", nargs="?",
-             default="~/.local/bin"))
+         option("dir", "DIR", "directory, created if missing (default: ~/.local/bin)",
+                nargs="?", default="~/.local/bin"),
+         opens_queue=False)
 def cmd_install(args):
     home = os.path.abspath(os.path.expanduser(args.dir))
     path = os.path.join(home, "queuectl.cmd" if WINDOWS else "queuectl")
@@ -4040,23 +4550,27 @@ def cmd_install(args):
     os.makedirs(home, exist_ok=True)
     with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as file:
         if file.read(len(INSTALLED)) != INSTALLED:
-            raise QueueError("%s is not queuectl's: remove it first" % printable(path))
+            words = "%s is not queuectl's: remove it first"
+            raise QueueError(words % printable(path))
     with open(path + ".new", "wb") as file:
         file.write(content)
     os.chmod(path + ".new", 0o755)
     os.replace(path + ".new", path)
     on_path = os.path.realpath(home) in map(os.path.realpath, os.get_exec_path())
-    lines = ["installed " + printable(path), printable(home) + " is not on PATH: add it"]
-    print_result(args, {"path": path, "on_path": on_path}, *lines[: 2 - on_path])
+    lines = ["installed " + printable(path)]
+    if not on_path:
+        lines.append(printable(home) + " is not on PATH: add it")
+    print_result(args, {"path": path, "on_path": on_path}, *lines)
 
 
 def command_file(own):
-    """Return the content of a file that imports this one; compile it."""
+    """Return the content of a file that imports this one; compile this one."""
     import py_compile
 
     if not re.fullmatch(r"[^.]+\.py", os.path.basename(own)):
-        raise QueueError("%s: only what is called NAME.py can be imported" % printable(own))
-    with contextlib.suppress(OSError):  # root can here, and those who use it can't
+        words = "%s: only a file called NAME.py can be imported"
+        raise QueueError(words % printable(own))
+    with contextlib.suppress(OSError):  # root can write it, and other users may not
         py_compile.compile(own)
     words = [sys.executable, *IMPORTER, own]
     if not WINDOWS:
@@ -4065,10 +4579,11 @@ def command_file(own):
     try:
         return (INSTALLED + "@%s %%*\n" % " ".join(words)).encode("oem")
     except UnicodeError:
-        raise QueueError("%s: not in the console's code page" % printable(own)) from None
+        words = "%s: not in the console's code page"
+        raise QueueError(words % printable(own)) from None
 
 
-# They print what the command itself says; where that is nothing, files are completed.
+# They complete what the command prints, and files where it prints nothing.
 COMPLETIONS = {"bash": """\
 _queuectl() {
     COMPREPLY=($(queuectl completion -- "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
@@ -4088,13 +4603,14 @@ function _queuectl
 end
 complete -c queuectl -f -a '(_queuectl)'
 """}
-CHOICES = {"STATE": STATES, "KEY": SETTINGS, "SHELL": COMPLETIONS}
+CHOICES = {"STATE": STATES, "KEY": SETTINGS, "SHELL": COMPLETIONS}  # by kind of value
 
 
 @command("completion", "print a script that lets a shell complete commands and ids",
          "completion bash",
-         arg("shell SHELL", "in .bashrc: source <(queuectl completion bash)", nargs="?",
-             choices=[*COMPLETIONS]))
+         option("shell", "SHELL", "in .bashrc: source <(queuectl completion bash)",
+                nargs="?", choices=[*COMPLETIONS]),
+         opens_queue=False, takes_words=True)
 def cmd_completion(args):
     if args.words:  # those of a command line, up to the one to be completed
         with contextlib.suppress(QueueError, OSError, ValueError, sqlite3.Error):
@@ -4109,18 +4625,19 @@ def cmd_completion(args):
 
 def candidates(words, path):
     """Return what the last of these words of a command line can become."""
-    # Of --state=dead bash makes three words, others one.
+    # Of --state=dead bash makes three words, other shells one.
     *words, begun = [part for word in words for part in word.split("=")]
     name, words = command_named(filter(None, words))
-    arguments = [*(COMMANDS[name][3] if name in COMMANDS else ()), *EVERYWHERE]
-    kind = kind_wanted(words, arguments)
+    is_command = name in COMMANDS
+    arguments = [*(COMMANDS[name].arguments if is_command else ()), *EVERYWHERE]
+    kind = expected_kind(words, arguments)
     if "--" in words:
         return []
     if begun.startswith("-"):
-        found = ["--help", *itertools.chain(*(names for names, _ in arguments))]
+        found = ["--help", *itertools.chain(*(each.names for each in arguments))]
     elif kind == "ID":
-        found = ids_wanted(words, begun, path, TAKES.get(name, STATES))
-    elif kind or name in COMMANDS:
+        found = complete_ids(words, begun, path, TAKES.get(name, STATES))
+    elif kind or is_command:
         found = CHOICES.get(kind, ())
     else:
         found = [known[len(name) :].split()[0] for known in COMMANDS
@@ -4128,10 +4645,9 @@ def candidates(words, path):
     return [word for word in dict.fromkeys(found) if word.startswith(begun)]
 
 
-def kind_wanted(words, arguments):
-    """Return what comes behind these words, as `arg` was told: STATE, ID; or None."""
-    kinds = {name: options.get("metavar") for names, options in arguments
-             for name in names}
+def expected_kind(words, arguments):
+    """Return the kind of value that comes behind these words, or None."""
+    kinds = {name: argument.kind for argument in arguments for name in argument.names}
     places = [kinds[name] for name in kinds if not name.startswith("-")]
     value = None  # of an option
     for word in words:
@@ -4141,24 +4657,24 @@ def kind_wanted(words, arguments):
     return value or (places or [None])[0]
 
 
-def ids_wanted(words, begun, path, states):
-    """Return ids of the queue that these words name, else of the one at PATH."""
+def complete_ids(words, begun, path, states):
+    """Return ids that start so, of the queue that `--db` names or the one at PATH."""
     import shlex
 
     given = shlex.split(dict(zip(words, words[1:])).get("--db", "")) or [path]
     path = os.path.expanduser(given[0])
-    if not os.path.getsize(path):  # it would become a queue
+    if not os.path.getsize(path):  # to open it would make it a queue
         return []
     with Queue(path, lock_timeout=POLL_INTERVAL, new=False) as queue:
         ids = queue.ids_starting_with(begun, states)
-    return [id for id in ids if re.fullmatch(r"(?a)\w[\w.-]*", id)]  # a word anywhere
+    return [id for id in ids if re.fullmatch(r"(?a)\w[\w.-]*", id)]  # needs no quotes
 
 
-# What commands and dashboard show alike.
+# -- what commands and dashboard share -------------------------------------------------
 
 
 def within_job_of(path):
-    """Tell whether this command was started by a job of the queue."""
+    """Tell whether a job of the queue has started this command."""
     runs = os.path.join(path_beside(path, ".runs"), "")
     return os.environ.get("QUEUECTL_RUN", "").startswith(runs)
 
@@ -4176,7 +4692,7 @@ def worker_list(queue):
 
 
 def read_status(queue):
-    """Return what `status` shows; its times are epoch seconds yet."""
+    """Return the values that `status` shows, with times still as epoch seconds."""
     none = {"id": None, "run_at": None}
     oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
     return {
@@ -4190,21 +4706,26 @@ def read_status(queue):
 def status_document(status):
     """Return what `status --json` prints."""
     workers = [with_iso_times(worker, "since") for worker in status["workers"]]
-    return dict(with_iso_times(status, "oldest_waiting", "next_due"), workers=workers,
-                blocked=status["blocked"]["jobs"] if status["blocked"] else 0)
+    document = with_iso_times(status, "oldest_waiting", "next_due")
+    blocked = status["blocked"]["jobs"] if status["blocked"] else 0
+    return dict(document, workers=workers, blocked=blocked)
 
 
 def status_lines(status, now):
+    """Yield what `status` prints."""
     jobs, workers, due = status["jobs"], status["workers"], status["next_due"]
     for state, count in jobs.items():
-        yield "%s: %d" % (state.capitalize(), count)
+        yield Line("%s: %d" % (state.capitalize(), count),
+                   COLOURS.get(state) if count else None, 0, len(state))
     yield "Active Workers: %d" % len(workers)
     if status["oldest_job"]:
-        yield "Oldest Waiting: %s, for %s" % (
-            printable(status["oldest_job"]), duration_text(now - status["oldest_waiting"]))
+        waited = duration_text(now - status["oldest_waiting"])
+        yield "Oldest Waiting: %s, for %s" % (printable(status["oldest_job"]), waited)
     if due is not None:
-        late = "was due %s, all workers are busy" if due < now and workers else "due %s"
-        yield "Next Due: %s, %s" % (printable(status["next_job"]), late % relative_time(due, now))
+        is_late = due < now and workers
+        words = "was due %s, all workers are busy" if is_late else "due %s"
+        yield "Next Due: %s, %s" % (
+            printable(status["next_job"]), words % relative_time(due, now))
     if status["blocked"]:
         yield "Blocked: %s; %s" % (
             plural(status["blocked"]["jobs"], "job"), blocked_text(status["blocked"]))
@@ -4215,7 +4736,8 @@ def status_lines(status, now):
     for worker in workers:
         doing = "idle"
         if worker["job"]:
-            doing = "%s for %s" % (printable(worker["job"]), duration_text(now - worker["since"]))
+            doing = "%s for %s" % (
+                printable(worker["job"]), duration_text(now - worker["since"]))
         yield "  worker %(pid)d of pool %(pool)d: " % worker + doing
 
 
@@ -4233,24 +4755,12 @@ def output_document(job, run, output):
 
 
 # ======================================================================================
-# Main: the parser, the exit code
+# Main: the parser and the exit code
 # ======================================================================================
 
-
-EVERYWHERE = [arg("--json", "print one JSON document"),
-              arg("--db PATH", "the queue (QUEUECTL_DB, or else queuectl.db)")]
-USAGES = {
-    "enqueue": "queuectl.py enqueue [OPTION]... -- COMMAND...\n"
-    "       queuectl.py enqueue [OPTION]... JSON... | - | --file F | --lines",
-    "edit": "queuectl.py edit ID [OPTION]... [-- COMMAND...]",
-}
-ALIASES = {"config list": "config show", "dlq purge": "dlq clear", "metrics": "stats",
-           "ls": "list", "rm": "delete"}
-# They make a queue where there is none; `wait && deploy` in a wrong folder must not.
-MAKERS = ("enqueue", "list", "dlq list", "status", "stats", "config show", "config get",
-          "config set", "config unset", "pause", "resume", "worker start", "dashboard")
-# They open it themselves, or need none: SQLite must cross neither a fork nor threads.
-WITHOUT_QUEUE = ("worker start", "worker stop", "dashboard", "install", "completion")
+EVERYWHERE = [
+    flag("--json", "print one JSON document"),
+    option("--db", "PATH", "the queue (default: QUEUECTL_DB, or queuectl.db)")]
 
 
 def command_named(words):
@@ -4258,6 +4768,8 @@ def command_named(words):
 
     Options before the command count as if they stood behind it.
     """
+    aliases = {alias: name for name, entry in COMMANDS.items()
+               for alias in entry.aliases}
     firsts = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
     groups = [name for name in firsts if name not in COMMANDS]
     name, options, words = "", [], iter(words)
@@ -4268,9 +4780,9 @@ def command_named(words):
         name = (name + " " + word).lstrip()
         if name not in groups:
             break
-    name = ALIASES.get(name, name)
+    name = aliases.get(name, name)
     if name and name not in COMMANDS and name not in groups:
-        raise unknown_word("command " + printable(name), name, [*COMMANDS, *ALIASES])
+        raise unknown_word("command " + printable(name), name, [*COMMANDS, *aliases])
     return name, [*options, *words]
 
 
@@ -4278,16 +4790,16 @@ def overview(group):
     """Return the short help of all commands, or of those of a group."""
     chosen = {name: entry for name, entry in COMMANDS.items() if name.startswith(group)}
     lines = ["usage: queuectl.py [--db PATH] %s ..." % (group + " COMMAND").strip(), ""]
-    lines += ["  %-14s %s" % (name, entry[1]) for name, entry in chosen.items()]
+    lines += ["  %-14s %s" % (name, entry.meaning) for name, entry in chosen.items()]
     lines += ["", "examples:"]
-    lines += ["  queuectl.py " + entry[2] for entry in list(chosen.values())[:5]]
+    lines += ["  queuectl.py " + entry.example for entry in list(chosen.values())[:5]]
     lines += ["", "with each: --help, --json for one JSON document,",
               "           --db PATH for another queue than queuectl.db"]
     return "\n".join(lines)
 
 
 def parse(name, words):
-    """Return function and arguments of one command; no other's parser is built."""
+    """Return the arguments of one command; no other command's parser is built."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -4297,58 +4809,67 @@ def parse(name, words):
                 hint = "; to run a command: queuectl.py enqueue -- " + " ".join(words)
             raise QueueError("%s: %s" % (name, printable(message + hint)), 2)
 
-    function, meaning, example, arguments = COMMANDS[name]
+    entry = COMMANDS[name]
     parser = Parser(
-        prog="queuectl.py " + name, usage=USAGES.get(name),
-        description=meaning[0].upper() + meaning[1:] + ".",
-        epilog="example: queuectl.py " + example, allow_abbrev=False,
-        # Asking for the terminal's width imports modules for a fifth of the whole time.
+        prog="queuectl.py " + name, usage=entry.usage,
+        description=entry.meaning[0].upper() + entry.meaning[1:] + ".",
+        epilog="example: queuectl.py " + entry.example, allow_abbrev=False,
+        # To ask for the terminal's width, argparse imports modules for a fifth of the
+        # whole time.
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=79),
     )
-    for names, options in [*arguments, *EVERYWHERE]:
-        parser.add_argument(*names, **options)
-    behind = name in ("enqueue", "edit", "completion") and "--" in words
-    at = words.index("--") if behind else len(words)
-    # The words behind a `--` are no options: only `parse_args` leaves them together.
-    mixed = "--" not in words[:at]
-    args = (parser.parse_intermixed_args if mixed else parser.parse_args)(words[:at])
-    args.words = words[at + 1 :]
+    for argument in [*entry.arguments, *EVERYWHERE]:
+        parser.add_argument(*argument.names, **argument.options)
+    has_words = entry.takes_words and "--" in words
+    end = words.index("--") if has_words else len(words)
+    # Only `parse_args` leaves the words behind a `--` together, so that they are no
+    # options.
+    is_mixed = "--" not in words[:end]
+    parse_args = parser.parse_intermixed_args if is_mixed else parser.parse_args
+    args = parse_args(words[:end])
+    args.words = words[end + 1 :]
     path = args.db or os.environ.get("QUEUECTL_DB") or "queuectl.db"
     args.db = os.path.realpath(path)
-    return function, args
+    return args
 
 
 def run_command(argv):
-    """Run what a command line says; return the exit code."""
+    """Run one command line; return the exit code."""
     if argv[:1] == ["help"]:
         argv = [*argv[1:], "--help"]
     name, words = command_named(argv)
     if name not in COMMANDS:
-        # Where a group is named, its queue may be, too: `--db PATH worker`.
-        stray = [word for word in words
-                 if not name or not re.match("--db$|--db=|--json$|[^-]", word)]
-        if stray and not {"-h", "--help", "--version"} & set(words):
-            hint = "no command in: %s (see: queuectl.py --help)"
-            raise QueueError(hint % printable(" ".join([*name.split(), *words])), 2)
-        print("queuectl " + __version__ if "--version" in words else overview(name))
-        return 0
-    function, args = parse(name, words)
+        return show_help(name, words)
+    entry, args = COMMANDS[name], parse(name, words)
     try:
-        if name in MAKERS and sys.stderr.isatty() and not os.path.exists(args.db):
+        if (entry.creates_queue and sys.stderr.isatty()
+                and not os.path.exists(args.db)):
             with Queue(args.db):
                 notice("made queue " + printable(args.db))
-        if name in WITHOUT_QUEUE:
-            return function(args) or 0
-        with Queue(args.db, new=name in MAKERS) as queue:
-            return function(args, queue) or 0
+        if not entry.opens_queue:
+            return entry.function(args) or 0
+        with Queue(args.db, new=entry.creates_queue) as queue:
+            return entry.function(args, queue) or 0
     except sqlite3.Error as error:
         raise QueueError("%s: %s" % (printable(args.db), error)) from None
 
 
+def show_help(group, words):
+    """Print the version, or the help of a group or of all commands."""
+    # Where a group is named, its queue may be named as well: `--db PATH worker`.
+    stray = [word for word in words
+             if not group or not re.match("--db$|--db=|--json$|[^-]", word)]
+    if stray and not {"-h", "--help", "--version"} & set(words):
+        hint = "no command in: %s (see: queuectl.py --help)"
+        raise QueueError(hint % printable(" ".join([*group.split(), *words])), 2)
+    print("queuectl " + __version__ if "--version" in words else overview(group))
+    return 0
+
+
 def main(argv=None):
-    """Run one command; return its exit code. What goes wrong is one line on stderr."""
+    """Run one command; return its exit code. An error is one line on standard error."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed, and its number would be the database's
+        if getattr(sys, name) is None:  # closed: the database would get its number
             setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
@@ -4366,8 +4887,9 @@ def main(argv=None):
         if error.errno in closed and error.filename is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would complain
             return 0
-        where = printable(str(error.filename or "system error"))
-        notice(where + (owner_hint(where) or ": %s" % (error.strerror or error)))
+        path = str(error.filename or "system error")
+        hint = owner_hint(path) or ": %s" % (error.strerror or error)
+        notice(printable(path) + hint)
         return 1
     except RecursionError:
         notice("not JSON that a job is made of: nested too deeply")
@@ -4390,31 +4912,31 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-CACHED = 5.0  # seconds that statistics are given to others who ask for the same
+CACHE_TIME = 5.0  # seconds for which statistics are cached
 
 
-def selected(query, states=STATES, cancelled=None, waited_for=None):
-    """Return the condition for the jobs of these states that a query asks for."""
+def selection(query, states=STATES, cancelled=None, has_dependents=None):
+    """Return the condition for the jobs in these states that a query selects."""
     if "state" in query:
-        states = [state for state in states if state == state_name(query["state"])]
+        states = [state for state in states if state == check_state(query["state"])]
     text = query.get("q", "")
     if not is_storable(text + query.get("before", "")):
         raise QueueError("not text", 400)
-    return where(states, text, None, cancelled, waited_for, errors=True)
+    return where(states, text, None, cancelled, has_dependents, in_errors=True)
 
 
 def newest_jobs(queue, query):
-    """Return a page of jobs, newest first; `before` is the id to go on from.
+    """Return a page of jobs, newest first; it begins after the id in `before`.
 
     Dead ones stand in the order of their deaths, the latest first.
     """
-    limit = min(count_of("limit", 0)(query.get("limit", "50")) or 50, BATCH)
-    chosen, before = selected(query), query.get("before", "")
-    if query.get("state", "").lower() != "dead":
-        last = queue.seq_before(before)
-        return list(map(public_job, queue.jobs(chosen, limit, newest=True, last=last)))
-    dead = queue.dead_jobs(chosen, below=before)
-    return list(map(public_job, itertools.islice(dead, limit)))
+    limit = min(count_from(0, "limit")(query.get("limit", "50")) or 50, BATCH)
+    chosen, before = selection(query), query.get("before", "")
+    if query.get("state", "").lower() == "dead":
+        jobs = queue.dead_jobs(chosen, below=before)
+    else:
+        jobs = queue.jobs(chosen, limit, newest=True, last=queue.seq_before(before))
+    return list(map(public_job, itertools.islice(jobs, limit)))
 
 
 def stats_by_the_minute(queue, query):
@@ -4422,40 +4944,40 @@ def stats_by_the_minute(queue, query):
 
     So the bars on the page stay where they are from one look to the next.
     """
-    since = queue.clock() - span_of("since", 1)(query.get("since", "1h"))
-    return queue.stats(since // 60 * 60 + 60 if "since" not in query else since)
+    since = queue.clock() - seconds_from(1, "since")(query.get("since", "1h"))
+    return read_stats(queue, since if "since" in query else since // 60 * 60 + 60)
 
 
-def to_retry(query):
-    return selected(query, ["dead"], cancelled=False)
+def jobs_to_retry(query):
+    return selection(query, TAKES["dlq retry"], cancelled=False)
 
 
-def to_delete(query):
-    ended = ["pending", "completed", "failed", "dead"]
-    return selected(query, ended, waited_for=False)
+def jobs_to_delete(query):
+    return selection(query, TAKES["delete"], has_dependents=False)
 
 
-def counted(queue, query):
-    """Return how many jobs a query asks for, and what could be done with how many."""
-    asked = {"jobs": selected, "retry": to_retry, "delete": to_delete}
-    return {name: queue.count(asked[name](query)) for name in asked}
+def counts_of(queue, query):
+    """Return how many jobs a query selects, and how many a verb for many would take."""
+    conditions = {"jobs": selection, "retry": jobs_to_retry, "delete": jobs_to_delete}
+    return {name: queue.count(conditions[name](query)) for name in conditions}
 
 
 def job_output(queue, query):
+    """Return the output of a run as text; a page that follows it asks for the rest."""
     import codecs
 
     job = queue.job(query["id"])
-    run = count_of("run", 0)(query.get("run", str(job["run"])))
+    run = count_from(0, "run")(query.get("run", str(job["run"])))
     if "run" in query and not 1 <= run <= job["run"]:
         raise QueueError("no such run", 404)
     output = output_of(queue, job, run)
     if "from" not in query:
         return output_document(job, run, output)
     dropped, output = split_dropped(output)
-    start = max(dropped, count_of("from", 0)(query["from"]))
+    start = max(dropped, count_from(0, "from")(query["from"]))
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-    runs = run == job["run"] and job["state"] == "processing"
-    text = decoder.decode(output[start - dropped :], final=not runs)
+    is_running = run == job["run"] and job["state"] == "processing"
+    text = decoder.decode(output[start - dropped :], final=not is_running)
     end = dropped + len(output) - len(decoder.getstate()[0])  # half a character is left
     return {"id": job["id"], "run": run, "output": text, "start": start, "end": end}
 
@@ -4482,9 +5004,9 @@ def metrics(queue, query):
     return "\n".join(lines) + "\n"
 
 
-# What is asked for: what makes it, of the queue and the query. ID is in the query, and
-# may have been from the beginning: browsers take `.` and `..` out of a path. A GET is a
-# document, a POST carries out a verb.
+# What answers a request, with the queue and the query. ID is in the query. It may have
+# come that way: browsers take `.` and `..` out of a path. A GET returns a document, a
+# POST carries out a verb.
 ROUTES = {
     "GET /metrics": metrics,
     "GET /api/status": lambda queue, query: status_document(read_status(queue)),
@@ -4496,9 +5018,9 @@ ROUTES = {
     "POST /api/jobs/ID/retry": lambda queue, query: queue.retry([query["id"]]),
     "POST /api/jobs/ID/cancel": lambda queue, query: queue.cancel([query["id"]]),
     "POST /api/jobs/ID/delete": lambda queue, query: queue.delete([query["id"]]),
-    "GET /api/count": counted,
-    "POST /api/retry": lambda queue, query: queue.retry(to_retry(query)),
-    "POST /api/delete": lambda queue, query: queue.delete(to_delete(query)),
+    "GET /api/count": counts_of,
+    "POST /api/retry": lambda queue, query: queue.retry_all(jobs_to_retry(query)),
+    "POST /api/delete": lambda queue, query: queue.delete_all(jobs_to_delete(query)),
 }
 
 
@@ -4511,39 +5033,48 @@ class Site:
         import threading
 
         self.path, self.names = path, {"localhost", host.lower()}
-        if host not in LOOPBACK:  # it is reached by the names of its machine, too
+        if host not in LOOPBACK:  # it is reached by the names of its machine as well
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
         self.token = secrets.token_hex(16)
         self.lock = threading.Lock()
-        self.cached = functools.lru_cache(16)(self.document)
+        self.cache = {}  # {address: (monotonic time, document)}
 
     def answer(self, method, target, headers):
-        """Return status, type and text; a refusal is one of these, too."""
+        """Return status, type and text of the answer, or of the refusal."""
         from urllib.parse import urlsplit
-        import html
 
         try:
             self.check_host(headers)
             url = urlsplit(target)
             if method == "POST":
                 self.check_write(headers)
-                return (200, *self.document(method, url, None))
-            if url.path == "/":
-                page = PAGE_HTML.replace("TOKEN", self.token)
-                return 200, "text/html", page.replace("QUEUE", html.escape(self.path))
-            if url.path != "/api/stats":
-                return (200, *self.document(method, url, None))
-            with self.lock:  # with a million runs they take a while: once for all
-                return (200, *self.cached(method, url, time.monotonic() // CACHED))
+            return (200, *self.content(method, url))
         except (ValueError, QueueError) as error:
-            words, code = str(error), getattr(error, "code", 0)
-            status = 404 if words.startswith(NO_JOB) else max(400, code)
+            status, words = max(400, getattr(error, "code", 0)), str(error)
         except (sqlite3.Error, OSError) as error:
             status, words = 503, str(error)
         return status, "application/json", json.dumps({"error": words})
 
+    def content(self, method, url):
+        """Return type and text of what an address names."""
+        import html
+
+        if url.path == "/" and method == "GET":
+            page = PAGE_HTML.replace("TOKEN", self.token)
+            return "text/html", page.replace("QUEUE", html.escape(self.path))
+        if url.path != "/api/stats":
+            return self.document(method, url)
+        with self.lock:  # with a million runs they take a while: one request makes them
+            now = time.monotonic()
+            made_at, document = self.cache.get(url, (-CACHE_TIME, None))
+            if now >= made_at + CACHE_TIME:
+                self.cache = {} if len(self.cache) > 16 else self.cache
+                document = self.document(method, url)
+                self.cache[url] = now, document
+            return document
+
     def check_host(self, headers):
-        """Refuse another site's name that leads here: DNS rebinding."""
+        """Refuse a name of another site that leads here (DNS rebinding)."""
         from urllib.parse import urlsplit
         import ipaddress
 
@@ -4555,7 +5086,7 @@ class Site:
                 raise QueueError("not a name of this dashboard", 403) from None
 
     def check_write(self, headers):
-        """Refuse what does not come from the page that this dashboard gave."""
+        """Refuse a request that does not come from this dashboard's own page."""
         import hmac
 
         if headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in headers:
@@ -4566,11 +5097,8 @@ class Site:
         if not hmac.compare_digest(token, self.token.encode()):
             raise QueueError("this page is an earlier dashboard's: reload it", 403)
 
-    def document(self, method, url, turn):
-        """Return type and text of what a path names; a job's id is quoted in it.
-
-        What is cached is made anew in the next TURN.
-        """
+    def document(self, method, url):
+        """Return type and text of what a route makes; the path quotes a job's id."""
         from urllib.parse import parse_qsl, unquote
 
         path, query = url.path, dict(parse_qsl(url.query, max_num_fields=10))
@@ -4582,6 +5110,8 @@ class Site:
         if not route:
             raise QueueError("no such page", 404)
         with Queue(self.path, lock_timeout=IDLE_INTERVAL, new=False) as queue:
+            if job and queue.state(query["id"]) is None:
+                raise QueueError("there is no job " + printable(query["id"]), 404)
             value = route(queue, query)
         if isinstance(value, str):
             return "text/plain", value
@@ -4589,18 +5119,19 @@ class Site:
 
 
 def listen(site, host, port):
-    """Return a server of HTTP for a site, each of its connections in a thread."""
+    """Return an HTTP server for a site, with a thread for each connection."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
     import socket
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        timeout = 30  # a slow or vanished client keeps no thread for ever
+        timeout = 30  # seconds: a slow or vanished client must not keep a thread
         server_version, sys_version = "queuectl", ""
 
         def do_GET(self):
             status, kind, text = site.answer(self.command, self.path, self.headers)
-            self.close_connection |= self.command == "POST"  # a body is not read
+            # The body of a POST is not read. It must not be taken for the next request.
+            self.close_connection |= self.command == "POST"
             self.send_response(status)
             self.send_header("Content-Type", kind + "; charset=utf-8")
             self.send_header("Content-Length", str(len(text.encode())))
@@ -4615,7 +5146,7 @@ def listen(site, host, port):
             """Keep quiet: the terminal is the user's."""
 
     class Server(ThreadingHTTPServer):
-        allow_reuse_address = not WINDOWS  # or two could listen at the same one
+        allow_reuse_address = not WINDOWS  # there two could listen at one address
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
         def handle_error(self, request, client):
@@ -4626,19 +5157,20 @@ def listen(site, host, port):
 
 def serve(path, host, port):
     """Serve the dashboard until Ctrl-C."""
-    if not host:  # it would listen everywhere
+    if not host:  # that would listen everywhere
         raise QueueError("--host: name an address, like 127.0.0.1", 2)
-    with Queue(path):  # whether it is a queue
+    with Queue(path):  # checks that it is a queue
         site = Site(path, host)
     try:
         server = listen(site, host, port)
-    except (OSError, TypeError, UnicodeError) as error:  # the last two: an odd name
+    except (OSError, TypeError, UnicodeError) as error:  # the last two: an odd host
         words = "cannot listen on %s, port %d: %s"
         why = getattr(error, "strerror", None) or error
         raise QueueError(words % (printable(host), port, why)) from None
     with server:
         if host not in LOOPBACK:
-            notice("warning: whoever reaches %s can read this queue and change it" % host)
+            words = "warning: whoever reaches %s can read this queue and change it"
+            notice(words % host)
         where = "[%s]" % host if ":" in host else host
         address = "http://%s:%d/" % (where, server.server_port)
         print(address + " (to stop: Ctrl-C)", flush=True)

@@ -446,8 +446,11 @@ def leased(queue, worker):
 
 
 def result(error="exit 1", **fields):
-    nothing = dict(exit_code=1, error=error, output=b"", finished_at=1e9)
-    return dict(nothing, **fields)
+    """Return the outcome of a run, of the kind that has this error."""
+    kinds = {None: "completed", "worker died": "lost", "cancelled": "cancelled",
+             "stop --now": "stopped", "stopped": "stopped"}
+    failed = queuectl.Outcome(kinds.get(error, "failed"), 1, error, 1e9, b"")
+    return failed._replace(**fields)
 
 
 # ======================================================================================
@@ -1033,7 +1036,7 @@ def test_delete_by_state_and_age(queue, clock):
     clock.now += 7 * 86400
     add(queue, id="runs", priority=1)
     claim(queue)
-    assert queue.delete(queuectl.where(["completed"], before=clock.now - 8.5 * 86400)) == 1
+    assert queue.delete_all(queuectl.where(["completed"], before=clock.now - 8.5 * 86400)) == 1
     assert set(jobs()) == {"new", "waits", "runs"}
     listed = ok("delete", "--all", "--dry-run", "--json").json
     assert [job["id"] for job in listed] == ["new", "waits"] and len(jobs()) == 3
@@ -1053,7 +1056,7 @@ def test_only_what_has_finished_has_an_age(queue):
 @pytest.mark.parametrize("words", [
     [], ["x", "--all"], ["x", "--older-than", "0"], ["--all", "--state", "dead"]])
 def test_delete_wants_jobs_or_a_state_or_all(queue, words):
-    assert "name jobs" in refused("delete", *words, code=2)
+    assert "give ids, or options" in refused("delete", *words, code=2)
 
 
 def test_dlq_clear_removes_the_dead_and_dlq_list_counts_their_errors():
@@ -1148,13 +1151,13 @@ def test_few_on_dead_commands_run_at_a_time(queue):
     for n in range(queuectl.MAX_HOOKS + 3):
         add(queue, id="x%d" % n, max_retries=1)
         queue.fail(claim(queue), result())
-    pool = supervisor(queue)
-    assert pool.announce_deaths(queue) == pool.announce_deaths(queue) == queuectl.MAX_HOOKS
-    for hook in pool.hooks:
+    reaper = reaper_of(queue)
+    assert reaper.announce_deaths(queue) == reaper.announce_deaths(queue) == queuectl.MAX_HOOKS
+    for hook in reaper.hooks:
         os.killpg(hook.pid, signal.SIGKILL)
         hook.wait(10)
-    assert pool.announce_deaths(queue) == 3 and not queue.announce(print)
-    for hook in pool.hooks:
+    assert reaper.announce_deaths(queue) == 3 and not queue.announce(print)
+    for hook in reaper.hooks:
         os.killpg(hook.pid, signal.SIGKILL)
         hook.wait(10)
 
@@ -1206,7 +1209,7 @@ def test_much_is_removed_in_many_short_transactions(queue, monkeypatch):
         add(queue, id="j%d" % n)
     commits = []
     queue.db.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else 0)
-    assert queue.delete(queuectl.where(["pending"])) == 300
+    assert queue.delete_all(queuectl.where(["pending"])) == 300
     assert len(commits) > 10
 
 
@@ -1294,7 +1297,7 @@ def test_stats_tell_rates_times_and_errors(queue, clock):
         error = "exit 3" if n % 10 == 0 else None
         verb = queue.fail if error else queue.complete
         verb(run, result(error, finished_at=clock.now))
-    stats = queue.stats(begun)
+    stats = queuectl.read_stats(queue, begun)
     assert (stats["runs"], stats["completed"], stats["failed"]) == (20, 18, 2)
     assert stats["success_rate"] == 0.9 and stats["retries"] == 0
     assert stats["run_time"] == {"median": 1, "p95": 10, "longest": 10}
@@ -1305,7 +1308,7 @@ def test_stats_tell_rates_times_and_errors(queue, clock):
         3: 19, 30: 1}
     assert sum(bar["completed"] for bar in stats["throughput"]) == 18
     assert len(stats["throughput"]) == queuectl.BARS
-    assert queue.stats(clock.now - 3)["runs"] == 4
+    assert queuectl.read_stats(queue, clock.now - 3)["runs"] == 4
 
 
 def test_stats_of_nothing():
@@ -2353,12 +2356,11 @@ def runs():
     return read("out").count("run") if os.path.exists("out") else 0
 
 
-def supervisor(queue):
-    """Return the supervisor of a pool that is not there, to look at what it does."""
-    pool = queuectl.Supervisor(queue.path, 1)
-    pool.log = queuectl.open_log(queue.path, "pool")
-    pool.pid = 0  # and not we
-    return pool
+def reaper_of(queue):
+    """Return the reaper of a pool that is not this process."""
+    reaper = queuectl.Reaper(queue.path, queuectl.open_log(queue.path, "pool"))
+    reaper.pid = 0
+    return reaper
 
 
 ORPHANS = {
@@ -2571,11 +2573,11 @@ def heir(run):
             process.kill()
 
 
-def no_signals(monkeypatch, pool):
-    """Let nothing be signalled by a supervisor."""
-    monkeypatch.setattr(pool, "end_orphan", lambda run, pids: pytest.fail("signalled"))
+def no_signals(monkeypatch, reaper):
+    """Let a reaper signal no process."""
+    monkeypatch.setattr(reaper, "end_orphan", lambda run, pids: pytest.fail("signalled"))
     monkeypatch.setattr(queuectl, "signal_processes", lambda *_: pytest.fail("signalled"))
-    return pool
+    return reaper
 
 
 @posix
@@ -2584,14 +2586,14 @@ def no_signals(monkeypatch, pool):
 def test_a_worker_that_holds_its_lease_is_no_orphan(queue, monkeypatch, removed, own):
     """Also if its own file and its lease were removed, whosever worker it is."""
     add(queue)
-    pool = no_signals(monkeypatch, supervisor(queue))
+    reaper = no_signals(monkeypatch, reaper_of(queue))
     with leased(queue, 1) as run:
         with heir(run) as pid:
             queue.db.execute("UPDATE runs SET worker = ?", (pid,))
-            pool.workers = [types.SimpleNamespace(pid=pid, exitcode=None)] * own
+            workers = [pid] * own
             if removed:
                 os.remove(run["lease"])
-            pool.recover_lost(queue)
+            reaper.recover_lost(queue, workers)
         assert queue.job("job")["state"] == "processing"
 
 
@@ -2600,7 +2602,7 @@ def test_a_worker_in_a_container_has_another_number_and_is_no_orphan(queue, monk
     add(queue)
     with leased(queue, 7):
         fd = queuectl.lock_file(queuectl.worker_file(queue.path, 1, 7))
-        no_signals(monkeypatch, supervisor(queue)).recover_lost(queue)
+        no_signals(monkeypatch, reaper_of(queue)).recover_lost(queue, [])
         os.close(fd)
     assert queue.job("job")["state"] == "processing"
 
@@ -2619,7 +2621,7 @@ def test_a_process_with_the_number_of_a_worker_elsewhere_keeps_no_job():
     enqueue(id="job")
     with queuectl.Queue("queuectl.db") as queue:
         queue.claim(os.getppid(), lambda run: None)
-        supervisor(queue).recover_lost(queue)
+        reaper_of(queue).recover_lost(queue, [])
         assert queue.job("job")["state"] == "pending"
 
 
@@ -2720,13 +2722,13 @@ def test_the_locale_c_takes_and_runs_what_is_not_ascii():
 def test_a_background_child_of_a_run_that_just_ended_is_let_be(queue, monkeypatch):
     """The supervisor lists a run, and it completes before it is looked at."""
     add(queue)
-    pool = no_signals(monkeypatch, supervisor(queue))
+    reaper = no_signals(monkeypatch, reaper_of(queue))
     with leased(queue, 1) as run, heir(run) as pid:
         listed = queue.processing_runs()
         assert queuectl.processes_of({run["lease"]: None}) == {run["lease"]: {pid}}
         queue.complete(run, result(None))
         monkeypatch.setattr(queue, "processing_runs", lambda: listed)
-        pool.recover_lost(queue)
+        reaper.recover_lost(queue, [])
     assert queue.job("job")["state"] == "completed"
 
 
@@ -2786,9 +2788,9 @@ def test_an_orphan_that_nobody_can_prove_is_left_until_it_ends(monkeypatch, queu
     monkeypatch.setenv("PATH", os.devnull)
     add(queue)
     with leased(queue, 2**30):
-        supervisor(queue).recover_lost(queue)
+        reaper_of(queue).recover_lost(queue, [])
         assert queue.job("job")["state"] == "processing"
-    supervisor(queue).recover_lost(queue)
+    reaper_of(queue).recover_lost(queue, [])
     assert queue.job("job")["state"] == "pending"
 
 
@@ -2803,7 +2805,7 @@ def test_another_users_run_is_left_alone(queue, monkeypatch):
                           stdout=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=TOOLS))
     assert told.stdout == b"True\n" and not queuectl.is_locked(run["lease"])
     monkeypatch.setattr(queuectl, "is_locked", lambda path, missing=False: True)
-    supervisor(queue).recover_lost(queue)
+    reaper_of(queue).recover_lost(queue, [])
     assert state("job") == "processing"
 
 
@@ -2828,7 +2830,7 @@ def test_a_stranger_with_the_recorded_pid_survives(queue):
         add(queue)
         run = queue.claim(stranger.pid, lambda run: None)
         queue.record_pid(dict(run, pid=stranger.pid))
-        supervisor(queue).recover_lost(queue)
+        reaper_of(queue).recover_lost(queue, [])
         assert queue.job("job")["state"] == "pending"
         assert stranger.poll() is None
         stranger.kill()
@@ -2911,7 +2913,7 @@ def test_a_job_behind_a_removed_one_died_when_that_was_removed(queue):
     add(queue, id="front")
     add(queue, id="behind", after=["front"])
     before = time.time() - 1
-    queue.delete(queuectl.where(["pending"], "front"))
+    queue.delete_all(queuectl.where(["pending"], "front"))
     job = queue.job("behind")
     assert job["state"] == "dead" and before < job["updated_at"] < time.time() + 1
 
@@ -2932,10 +2934,10 @@ def test_a_job_waited_until_its_run_not_until_the_next(queue, clock):
     clock.now += 3
     run = claim(queue)
     queue.fail(run, result())
-    assert queue.stats(clock.now - 60)["waiting_time"]["longest"] is None
+    assert queuectl.read_stats(queue, clock.now - 60)["waiting_time"]["longest"] is None
     clock.now += 9
-    queue.complete(claim(queue), dict(result(), error=None))
-    assert queue.stats(clock.now - 60)["waiting_time"]["longest"] == 7
+    queue.complete(claim(queue), result(None))
+    assert queuectl.read_stats(queue, clock.now - 60)["waiting_time"]["longest"] == 7
 
 
 def test_a_run_takes_no_longer_because_it_ended_as_stopped_services_do():
@@ -2955,7 +2957,7 @@ def test_a_job_that_stops_its_own_pool_is_told_that_it_is_stopping():
 def test_deaths_while_nobody_wants_to_know_are_not_announced_later(queue):
     add(queue, max_retries=1)
     queue.fail(claim(queue), result())
-    supervisor(queue).announce_deaths(queue)
+    reaper_of(queue).announce_deaths(queue)
     queue.set("on_dead", "true")
     assert not queue.announce(pytest.fail)
 
@@ -3418,10 +3420,10 @@ def test_a_worker_that_dies_with_its_whole_pool_is_not_counted():
 def test_deaths_are_forgotten_when_a_job_is_retried(queue):
     add(queue)
     for _ in range(queuectl.MAX_DEATHS):
-        queue.release(claim(queue), result("worker died"), blamed=True)
+        queue.release(claim(queue), result("worker died"), is_blamed=True)
     assert queue.job("job")["error"] == "worker died 5 times"
     queue.retry(["job"])
-    assert queue.release(claim(queue), result("worker died"), blamed=True) == "pending"
+    assert queue.release(claim(queue), result("worker died"), is_blamed=True) == "pending"
 
 
 def test_interrupted_runs_are_neither_completed_nor_failed(queue, dashboard):
@@ -3433,12 +3435,12 @@ def test_interrupted_runs_are_neither_completed_nor_failed(queue, dashboard):
         (queue.release if error else queue.complete)(run, result(error))
         if queue.job(str(error))["state"] == "pending":
             queue.cancel([str(error)])
-    told = queue.stats(0)
+    told = queuectl.read_stats(queue, 0)
     assert [told[name] for name in ("runs", "completed", "failed", "interrupted")] == [5, 1, 0, 4]
     assert told["success_rate"] == 1 and told["common_errors"] == []
     add(queue, id="bad", max_retries=1)
     queue.fail(claim(queue), result("exit 1"))
-    assert queue.stats(0)["success_rate"] == 0.5
+    assert queuectl.read_stats(queue, 0)["success_rate"] == 0.5
     lines = dashboard.ask("/metrics").text.splitlines()
     for outcome, count in (("completed", 1), ("failed", 1), ("interrupted", 4)):
         assert 'queuectl_runs_total{outcome="%s"} %d' % (outcome, count) in lines
@@ -3498,12 +3500,12 @@ VERBS = {
     "cancel": lambda queue: queue.cancel(["job"]),
     "retry": lambda queue: queue.retry(["job"]),
     "delete": lambda queue: queue.delete(["job"]),
-    "delete many": lambda queue: queue.delete(queuectl.where()),
+    "delete many": lambda queue: queue.delete_all(queuectl.where()),
     "job": lambda queue: queue.job("job"),
     "jobs": lambda queue: list(queue.jobs()),
     "wait": lambda queue: queue.wait(["job"], 0),
     "counts": lambda queue: queue.counts(),
-    "stats": lambda queue: queue.stats(0),
+    "stats": lambda queue: queuectl.read_stats(queue, 0),
     "set": lambda queue: queue.set("keep", 1),
     "settings": lambda queue: queue.settings(),
 }
@@ -4484,10 +4486,10 @@ def test_an_edit_can_make_no_circle_and_can_take_a_wait_away(queue):
 def test_a_job_that_others_wait_for_is_deleted_only_with_them(queue):
     for id, after in (("a", []), ("b", ["a"]), ("c", ["b"])):
         add(queue, id=id, after=after, max_retries=1)
-    assert "job a is waited for by b" in refused("delete", "a")
-    assert "job b is waited for by c" in refused("delete", "a", "b")
+    assert "job a can't be deleted, because b waits for it" in refused("delete", "a")
+    assert "job b can't be deleted, because c waits for it" in refused("delete", "a", "b")
     queue.cancel(["c"])  # a cancelled one waits, too: it may be retried
-    assert "job b is waited for by c" in refused("delete", "b")
+    assert "job b can't be deleted, because c waits for it" in refused("delete", "b")
     ok("delete", "a", "b", "c")
     assert jobs() == {} and queue._rows("SELECT * FROM waits") == []
     for id, after in (("a", []), ("b", ["a"])):
@@ -4601,7 +4603,7 @@ def test_whatever_moves_a_waiting_job_elects_the_first_of_its_lock_anew(queue, c
     ok("enqueue", "--unique", "--id", "late", "--lock", "gpu", "--", "true")
     queue.promote(time.time())
     assert locks(queue) == {"db": "c", "gpu": "late"}
-    queue.delete(queuectl.where(["pending"]))
+    queue.delete_all(queuectl.where(["pending"]))
     assert locks(queue) == {}
 
 
@@ -4686,14 +4688,14 @@ def test_whatever_is_done_in_whatever_order_the_gate_is_right(queue, clock, seed
 
     def some_states():
         return queuectl.where(rnd.sample(queuectl.STATES, 2), text=rnd.choice(["", "1"]),
-                              waited_for=rnd.choice([None, False]))
+                              has_dependents=rnd.choice([None, False]))
 
     verbs = [enqueue_one, enqueue_one, enqueue_one, claim_one, claim_one, end_one, end_one,
              lambda: queue.edit(rnd.choice(names), queuectl.checked_fields(some(fields), {})),
              lambda: queue.cancel([rnd.choice(names)]), lambda: queue.retry([rnd.choice(names)]),
              lambda: queue.delete(rnd.sample(names, rnd.randint(1, 3)))] + [
              lambda verb=verb: rnd.random() < 0.1 and verb(some_states())
-             for verb in (queue.cancel, queue.retry, queue.delete)]
+             for verb in (queue.cancel_all, queue.retry_all, queue.delete_all)]
     for _ in range(400):
         clock.now += rnd.choice([0, 0, 1, 10])
         with contextlib.suppress(queuectl.QueueError):
@@ -4715,7 +4717,7 @@ def test_show_says_which_job_has_the_lock():
     enqueue(id="first", lock="db")
     enqueue(id="second", lock="db")
     start_pool(count=1, script="queuectl.Queue.claim = lambda *_: None")
-    assert "first comes first, which has the lock db, too" in ok("show", "second").out
+    assert "waits for the lock db: job first has it or gets it first" in ok("show", "second").out
     assert "next in line" in ok("show", "first").out
 
 
@@ -4758,7 +4760,7 @@ def test_an_idle_pool_of_a_paused_queue_rests(queue):
     queue.set_paused(True)
     worker = queuectl.Worker.__new__(queuectl.Worker)
     worker.queue, worker.drain = queue, False
-    assert worker.pause() == queuectl.IDLE_INTERVAL and claim(queue) is None
+    assert worker.idle_time() == queuectl.IDLE_INTERVAL and claim(queue) is None
     assert queue.is_drained()
 
 
@@ -4823,7 +4825,7 @@ def test_many_are_chosen_by_state_and_text_and_listed_by_a_dry_run():
         assert "this is for jobs that are" in refused(*words, code=2)
     for words in (["cancel"], ["retry"], ["delete"], ["dlq", "retry"],
                   ["retry", "x", "--match", "a"], ["cancel", "a1", "--state", "pending"]):
-        assert "name jobs" in refused(*words, code=2)
+        assert "give ids, or options" in refused(*words, code=2)
 
 
 def test_cancelling_many_ends_the_running_ones_too(queue):
@@ -4948,7 +4950,7 @@ def test_what_waits_for_a_removed_job_is_dead_and_says_why(queue):
     add(queue, id="front")
     add(queue, id="x", after=["front"])
     add(queue, id="y", after=["x"])
-    queue.delete(queuectl.where(text="front"))
+    queue.delete_all(queuectl.where(text="front"))
     assert (state("x"), queue.job("x")["error"]) == ("dead", "what it waited for was removed")
     assert queue.counts()["dead"] == 1 and ok("show", "y", "--json").json["after"] == ["x"]
     assert queue.next_due() is None  # it is not among those that wait for a time
@@ -5028,7 +5030,7 @@ def test_install_leaves_alone_what_queuectl_did_not_write(monkeypatch):
     assert read(path) == read(SCRIPT)
     assert "File" in refused("install", path) or os.name != "posix"
     monkeypatch.setattr(queuectl, "__file__", path)
-    assert "only what is called NAME.py" in refused("install", "other")
+    assert "only a file called NAME.py" in refused("install", "other")
     assert os.listdir() == ["bin"]
 
 
@@ -5095,12 +5097,13 @@ def test_a_shell_is_told_what_the_last_word_can_become(
 
 
 def test_every_command_and_option_is_completed_without_being_named_again(monkeypatch):
-    for name, (_, _, _, arguments) in queuectl.COMMANDS.items():
+    for name, entry in queuectl.COMMANDS.items():
         *group, last = name.split()
         assert last in completed(*group, ""), name
-        options = [each for names, _ in arguments for each in names if each[0] == "-"]
+        options = [each for argument in entry.arguments for each in argument.names if each[0] == "-"]
         assert {*options} <= {*completed(*name.split(), "-")}
-    new = None, "", "", [queuectl.IDS, queuectl.STATE, queuectl.arg("--after ID")]
+    arguments = [queuectl.IDS, queuectl.STATE, queuectl.option("--after", "ID", "")]
+    new = queuectl.COMMANDS["show"]._replace(arguments=arguments)
     monkeypatch.setitem(queuectl.COMMANDS, "new one", new)
     enqueue(id="job1")
     assert completed("new", "") == ["one"]
@@ -5237,7 +5240,7 @@ def test_wide_characters_take_two_columns(text, columns):
     (0, "0ms"), (-1, "0ms"), (0.029, "29ms"), (0.9996, "1.0s"), (2.51, "2.5s"),
     (200, "3m 20s"), (3600, "1h"), (86400, "1d")])
 def test_durations_read_well(seconds, words):
-    assert queuectl.fine(seconds) == words
+    assert queuectl.duration_text(seconds, precise=True) == words
 
 
 # ======================================================================================
@@ -5316,12 +5319,12 @@ def test_slow_statistics_hold_up_nothing_else(queue, monkeypatch):
     site, asked = queuectl.Site(queue.path, "localhost"), threading.Event()
     go_on = threading.Event()
 
-    def stats(self, since):
+    def stats(queue, since):
         asked.set()
         go_on.wait(20)
         return {}
 
-    monkeypatch.setattr(queuectl.Queue, "stats", stats)
+    monkeypatch.setattr(queuectl, "read_stats", stats)
     answers = []
     ask = lambda: answers.append(site.answer("GET", "/api/stats", {"Host": "localhost"}))
     asking = [threading.Thread(target=ask) for _ in range(3)]
@@ -5357,9 +5360,9 @@ def test_a_refusal_says_what_is_meant(words, told):
 
 
 def test_every_argument_has_its_help_and_the_usage_begins_with_a_command():
-    for name, (_, _, _, arguments) in queuectl.COMMANDS.items():
-        for names, options in arguments:
-            assert options["help"], (name, names)
+    for name, entry in queuectl.COMMANDS.items():
+        for argument in entry.arguments:
+            assert argument.options["help"], (name, argument)
     assert ok("enqueue", "--help").out.splitlines()[0].endswith("-- COMMAND...")
     assert "--db PATH" in ok().out and "--json" in ok().out
 
@@ -5554,7 +5557,7 @@ def test_a_job_that_waits_in_a_paused_queue_is_all_that_runs_in_it(queue):
     claim(queue)
     queue.set_paused(True)
     assert queue.wait(timeout=0) is None  # for whoever is no job, one still runs
-    assert queue.wait(timeout=0, but="waits")["left"] == ["other"]
+    assert queue.wait(timeout=0, exclude="waits")["left"] == ["other"]
 
 
 def test_the_page_lists_the_dead_by_their_deaths_page_by_page(dashboard, queue):
@@ -5636,7 +5639,8 @@ def test_a_drain_that_is_stopped_says_what_it_leaves(left):
 
 def test_a_pool_is_asked_for_what_is_more_than_before_and_only_once(queue, monkeypatch):
     monkeypatch.setattr(queuectl, "wake", lambda pids: None)
-    pool, file = supervisor(queue), queuectl.pool_file(queue.path, 0)
+    pool, file = queuectl.Supervisor(queue.path, 1), queuectl.pool_file(queue.path, 0)
+    pool.pid, pool.log = 0, queuectl.open_log(queue.path, "pool")
     for before, words, after in (("", "stop", "stop"), ("stop", "now", "now"),
                                  ("over", "stop", "over"), ("over", "now", "now"),
                                  ("now", "stop", "now"), ("now", "now", "now")):
@@ -5644,7 +5648,7 @@ def test_a_pool_is_asked_for_what_is_more_than_before_and_only_once(queue, monke
             room.write(b" " * 16)
         before and queuectl.request_stop(queue.path, 0, before)
         for _ in range(3):  # as `loop` does, for as long as it goes on
-            pool.ask(words)
+            pool.request(words)
         assert queuectl.requested_stop(queue.path, 0) == after
         lines = read("queuectl.log").count("asked to stop")
         assert lines == (before != after), (before, words)
