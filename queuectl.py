@@ -13,7 +13,9 @@ One SQLite file is one queue: `queuectl.db` in the current directory, or the fil
 `--db` or QUEUECTL_DB names. Beside it lie `queuectl.log` and, while pools run, a PID
 file for each pool, and `queuectl.runs/` with a file for each worker and running job.
 
-The life of a job. Each arrow is one method of `Queue`, and one guarded UPDATE:
+The life of a job. Each arrow is a method of `Queue`: `enqueue`, `claim`, `complete`,
+`fail`, `promote`, `release`, `retry`. It changes a job only in the state that it
+leaves:
 
                      claim              exit 0
     enqueue ─▶ PENDING ─────▶ PROCESSING ─────▶ COMPLETED
@@ -24,36 +26,37 @@ The life of a job. Each arrow is one method of `Queue`, and one guarded UPDATE:
              FAILED ◀── failed ────┘                                      │
                   └────────────────────────── dlq retry ──────────────────┘
 
-Not drawn: `cancel` makes any unfinished job DEAD, and `retry` takes COMPLETED jobs too.
+Not drawn: `cancel` makes any unfinished job DEAD. `retry` and `enqueue --unique` make a
+COMPLETED job PENDING as well. A job also becomes DEAD once five workers have died while
+they ran it, or if a job that it comes after was deleted.
 
 What is promised, and how it is kept:
 
   - An acknowledged job is on the disk: `enqueue` commits with a synced write.
-  - Two runs of a job never overlap, and no job is stuck. Every living process of a
-    queue holds a file: it has the file open and locked (flock). The kernel frees the
-    lock when the last process that inherited the file is gone, whatever was killed.
-    The file of a run is its lease. A lease never expires: it is free only when nothing
-    of its run is left. A job in PROCESSING whose lease is free has no run, so it goes
-    back to PENDING. If a lease is held and its worker is gone, the run is an orphan,
-    and is ended first. Every pool checks for both at its start and every two seconds.
-    There is no heartbeat.
-  - A job runs at least once. If the result of a run can't be recorded, it is dropped,
-    and the job runs again: commands should be idempotent.
+  - Two runs of a job never overlap. Each run holds a file, its lease: the worker and
+    the command have it open and locked (flock). The kernel frees the lock when the last
+    process that inherited the file is gone, even after SIGKILL. There is no heartbeat,
+    and a lease never expires.
+  - No job is stuck. Every pool looks for lost jobs at its start and every two seconds.
+    A job in PROCESSING whose lease is free is put back. If the lease is held and the
+    worker is gone, the run is an orphan: its processes are ended first.
+  - A job runs at least once. If the result of a run can't be recorded, the job runs
+    again: commands should be idempotent.
   - A run that is ended from outside ends with every process that belongs to it.
 
 The map. A section uses only those above it.
 
     settings     constants, states, limits; the one exception
-    policy       checks of what comes from outside; durations, backoff
+    policy       settings and fields, and the checks of their values; backoff
     locks        locked files, waking, requests; what differs between systems
     database     the file, its connection, transactions, the schema
     queue        the jobs: a method for each verb, with its SQL; statistics
     runs         one command: its lease, its output, its end
     output       values to text
-    pool         a worker; the supervisor; the reaper; the log
+    pool         a worker; the reaper; the supervisor; the log
     commands     a function for each command, with its name and arguments above it
+    dashboard    the documents of the commands by HTTP, and the page
     main         the parser and the exit code
-    dashboard    the same documents by HTTP, and the page
 """
 import _thread
 import bisect
@@ -82,11 +85,21 @@ __version__ = "1.1.0"
 
 WINDOWS = os.name == "nt"
 
-STATES = ("pending", "processing", "completed", "failed", "dead")
-WAITING = ("pending", "failed")
-FINISHED = ("completed", "dead")
-# The states in which each verb takes a job. SQL, commands and completion use this
-# table.
+# The states of a job, in the order of `status`: whether it waits to be run, or has
+# finished; whether its dependents may then go on; and its colour on a terminal, a code
+# of ANSI. A new state needs a new version of the schema.
+State = collections.namedtuple("State", "is_waiting is_finished is_success colour")
+STATES = {
+    "pending": State(True, False, False, None),
+    "processing": State(False, False, False, 36),
+    "completed": State(False, True, True, 32),
+    "failed": State(True, False, False, 33),
+    "dead": State(False, True, False, 31),
+}
+WAITING = tuple(name for name, state in STATES.items() if state.is_waiting)
+FINISHED = tuple(name for name, state in STATES.items() if state.is_finished)
+SUCCESSFUL = tuple(name for name, state in STATES.items() if state.is_success)
+# The states in which each verb takes a job.
 TAKES = {
     "cancel": (*WAITING, "processing"),
     "edit": WAITING,
@@ -107,29 +120,51 @@ MAX_WORKERS = 256
 MAX_HOOKS = 8  # `on_dead` commands that a pool runs at a time
 MAX_DEATHS = 5  # worker deaths after which their job is taken for the cause
 
-BATCH = 500  # rows of one read or write; a larger batch would hold up other processes
+BATCH_SIZE = 500  # rows of one read or write; more would hold up other processes
+WORK_SLICE = 0.05  # seconds that one transaction of many may take
 LOCK_TIMEOUT = 30.0  # seconds that a command waits for another program's lock
-RECOVERY_INTERVAL = 2.0  # seconds between two checks of a pool for lost jobs
+POOL_LOCK_TIMEOUT = 1.0  # the same for a pool and the dashboard, which try again
+RECOVERY_INTERVAL = 2.0  # seconds between two looks of a pool for lost jobs
+DRAIN_INTERVAL = 0.5  # the same for a drain that shows its progress
 IDLE_INTERVAL = 1.0  # seconds after which an idle worker looks for jobs unasked
-POLL_INTERVAL = 0.2  # seconds between two checks of a condition; some take a part of it
+TROUBLE_INTERVAL = 1.0  # seconds until a worker tries again after an error
+RESTART_INTERVAL = 1.0  # seconds between two starts of workers that keep dying
+POLL_INTERVAL = 0.2  # seconds between two looks of a worker at its run, for requests
+WAIT_INTERVAL = 0.1  # seconds between two looks of `wait` and `logs -f`
+STEP_INTERVAL = 0.05  # seconds between two looks at what is about to end
+FILE_INTERVAL = 0.02  # seconds between two tries with a file that others look at
 TERM_GRACE = 3.0  # seconds from SIGTERM to SIGKILL
 KILL_GRACE = 5.0  # seconds after SIGKILL until a process counts as unkillable
-BLAME_DELAY = 0.5  # seconds a pool must outlive its worker to blame the worker's job
-RESTART_INTERVAL = 1.0  # seconds between two starts of workers that keep dying
-EXIT_TROUBLE = 2  # exit code of a worker that left because its queue can't be used
+BLAME_DELAY = 0.5  # seconds a pool must live on for a job to be blamed for a death
+EXIT_UNUSABLE = 2  # exit code of a worker that left because its queue can't be used
 LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
 
 
-class QueueError(Exception):
-    """An error that the user can mend, in one line. `code` is the exit code."""
+def printable(text):
+    """Return TEXT on one line, with all control characters escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
-    def __init__(self, message, code=1):
+
+class QueueError(Exception):
+    """An error that the user can mend. Its message is one line.
+
+    VALUES are formatted into the message; texts among them are made printable. CODE is
+    the exit code of the command: 1 for refused or failed, 2 for wrong usage.
+    """
+
+    def __init__(self, message, *values, code=1):
+        if values:
+            message %= tuple(
+                printable(value) if isinstance(value, str) else value
+                for value in values)
         super().__init__(message)
         self.code = code
 
 
 # ======================================================================================
-# Policy: checks of what comes from outside; durations, backoff
+# Policy: settings and fields, and the checks of their values; backoff
 # ======================================================================================
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -138,11 +173,19 @@ NUMBER_AND_UNIT = NUMBER + "([smhd])"
 
 
 def backoff(base, attempts, longest):
-    """Return the seconds to wait after the n-th failed attempt: base ** n, bounded."""
+    """Return the seconds to wait after so many failed attempts.
+
+    They are base ** attempts, but no more than LONGEST.
+    """
     try:
         return min(float(base) ** attempts, longest)
     except OverflowError:
         return longest
+
+
+def tries_allowed(max_retries):
+    """Return how many attempts a job has: 0 and 1 both mean one run."""
+    return max(1, max_retries)
 
 
 def parse_duration(value):
@@ -171,7 +214,11 @@ def parse_size(value):
 
 
 def parse_time(value):
-    """Return epoch seconds from a number or ISO 8601 text, local without a zone."""
+    """Return epoch seconds from a number or ISO 8601 text.
+
+    Text without a zone is local time. A number of 9 or 10 digits is epoch seconds, of
+    1973 to 2286. Any other text of digits, like 20260131, is meant as a date: refused.
+    """
     if not isinstance(value, str):
         return parse_duration(value)
     text = value.strip().upper().replace("Z", "+00:00")
@@ -179,14 +226,16 @@ def parse_time(value):
         return time.time()
     if re.fullmatch(r"\d{9,10}(\.\d*)?", text, re.ASCII):
         return float(text)
-    if text.isdecimal():  # 20260131 and 202601311800 are meant as dates
+    if text.isdecimal():
         raise ValueError
     return datetime.fromisoformat(text).timestamp()
 
 
 def parse_number(text):
-    """Return the number that a word of the command line is, or else the word."""
-    for convert in (int, float) if "_" not in text else ():
+    """Convert text to int or float; return the text itself if it is no number."""
+    if "_" in text:  # Python would take 1_000
+        return text
+    for convert in (int, float):
         with contextlib.suppress(ValueError):
             return convert(text)
     return text
@@ -196,7 +245,7 @@ def parse_variable(text):
     """Return name and value of an environment variable from NAME=VALUE."""
     name, sign, value = text.partition("=")
     if not sign:
-        raise QueueError("--env: %s is not NAME=VALUE" % json.dumps(text), 2)
+        raise QueueError("--env: %s is not NAME=VALUE", json.dumps(text), code=2)
     return name, value
 
 
@@ -208,8 +257,8 @@ def is_storable(text):
     return not UNSTORABLE.search(text)
 
 
-# A check takes a value from outside and returns the value to store. It refuses others
-# with a ValueError whose text is the rule; `checked` makes a sentence of that.
+# A check takes a value from outside and returns the value to store. It refuses a value
+# by a ValueError whose text is the rule; `checked` makes a sentence of that.
 
 
 def whole_number(low, high):
@@ -249,7 +298,7 @@ check_time = in_range(
 
 
 def check_id(value):
-    """Check the id of a job, or another name for people."""
+    """Check the id of a job, or the name of a lock."""
     if not isinstance(value, str) or not 1 <= len(value) <= 255 or (
             value.isspace() or not value.isprintable()):
         raise ValueError("text of 1 to 255 printable characters")
@@ -305,7 +354,7 @@ def check_launcher(value):
 
 
 def check_job_launcher(value):
-    """Check the launcher of a job. `none` is stored: it overrides the setting."""
+    """Check the launcher of a job. `none` is stored, since it overrides the setting."""
     return value if value == "none" else check_launcher(value)
 
 
@@ -328,7 +377,7 @@ def check_env(value):
 
 
 def optional(check, word):
-    """Return a check that also takes the word, or null, for None."""
+    """Return a check that also takes null, or the word, and returns None for both."""
     def check_or_none(value):
         try:
             return None if value in (None, word) else check(value)
@@ -338,7 +387,15 @@ def optional(check, word):
     return check_or_none
 
 
-Setting = collections.namedtuple("Setting", "check default meaning")
+# A setting. If it has no value by default, `none` is the word for that.
+Setting = collections.namedtuple(
+    "Setting", "check default meaning none", defaults=(None,))
+
+
+def optional_setting(check, meaning, none="none"):
+    return Setting(optional(check, none), None, meaning, none)
+
+
 SETTINGS = {
     "max_retries": Setting(
         whole_number(0, 10**6), 3, "failed attempts until a job is dead"),
@@ -346,27 +403,23 @@ SETTINGS = {
         in_range(parse_duration, 0, 10**6, "a number from 0 to 1000000"), 2,
         "the wait after n failures: base ** n seconds"),
     "backoff_max": Setting(duration_from(0), 86400, "longest such wait, in seconds"),
-    "timeout": Setting(
-        optional(duration_from(0.001), "none"), None,
-        "seconds a run may take, if its job has none"),
+    "timeout": optional_setting(
+        duration_from(0.001), "seconds a run may take, if its job has none"),
     "output_limit": Setting(
         in_range(parse_size, 0, 2**26, "bytes from 0 to 64M, like 500, 64K, 1M"), 2**20,
         "bytes of output that are kept, like 1M"),
-    "launcher": Setting(
-        optional(check_launcher, "none"), None,
-        "what runs are started through, like srun"),
-    "keep": Setting(
-        optional(duration_from(0), "forever"), None,
-        "seconds that completed jobs are kept"),
-    "on_dead": Setting(
-        optional(check_command, "none"), None,
-        "command started for each job that dies"),
+    "launcher": optional_setting(
+        check_launcher, "what runs are started through, like srun"),
+    "keep": optional_setting(
+        duration_from(0), "seconds that completed jobs are kept", none="forever"),
+    "on_dead": optional_setting(
+        check_command, "command started for each job that dies"),
 }
 
 # A field that is given with a job. Its option of `enqueue` and `edit` is `--name
-# METAVAR`; `parse` makes of the option's text what `check` takes; if it `repeats`, the
-# option may be given several times. A field that has a setting takes its default from
-# there.
+# METAVAR`. `parse` makes of the option's text what `check` takes. If it `repeats`, the
+# option may be given several times. The settings max_retries and timeout are the
+# defaults of these fields.
 Field = collections.namedtuple(
     "Field", "check default metavar help parse repeats", defaults=(str, False))
 FIELDS = {
@@ -398,16 +451,19 @@ FIELDS = {
         optional(check_id, "none"), None, "NAME",
         "run at most one job with this lock at a time"),
 }
-# Those that are columns of `jobs`: `delay` becomes a `run_at`, `after` rows of `waits`.
+# The fields that are columns of `jobs`: `delay` becomes a `run_at`, `after` rows of
+# `waits`.
 COLUMNS = [name for name in FIELDS if name not in ("delay", "after")]
 
-# The keys of a job in JSON, in this order. Those that are no fields are set by
-# queuectl: in a job that is enqueued they are ignored, so that `list --json` can be
-# piped into `enqueue -` of another queue.
-PUBLIC = ("id", "command", "state", "attempts", *COLUMNS[2:], "after", "created_at",
-          "updated_at", "exit_code", "error", "started_at", "finished_at", "seconds")
-INTERNAL = ("seq", "run", "claimable", "waits")  # what else a job has in the program
-IGNORED = (*PUBLIC, "waiting", "runs")
+# The keys of a job in JSON, in this order.
+PUBLIC = (
+    "id", "command", "state", "attempts",
+    *(name for name in COLUMNS if name not in ("id", "command")), "after", "created_at",
+    "updated_at", "exit_code", "error", "started_at", "finished_at", "seconds")
+INTERNAL = ("seq", "run", "claimable", "waits")  # columns of a job that JSON omits
+# The keys that `enqueue` accepts. It ignores those that are no fields, so that `list
+# --json` and `show --json` can be piped into `enqueue -` of another queue.
+KNOWN_KEYS = (*PUBLIC, "delay", "waiting", "runs")
 TIMES = ("run_at", "created_at", "updated_at", "started_at", "finished_at")
 
 
@@ -416,9 +472,9 @@ def iso(moment):
     return None if moment is None else iso_second(int(moment))
 
 
-@functools.lru_cache(BATCH)
+@functools.lru_cache(BATCH_SIZE)  # many jobs of a list have the same times
 def iso_second(second):
-    # Not by time.gmtime: on Windows that ends with the year 3000.
+    # Not by time.gmtime, which ends with the year 3000 on Windows.
     return (EPOCH + timedelta(seconds=second)).isoformat() + "Z"
 
 
@@ -429,7 +485,7 @@ def with_iso_times(row, *names):
 
 def public_job(job):
     """Return a job as JSON shows it."""
-    found = dict(zip(job.keys(), job))  # in a third of the time of name by name
+    found = dict(zip(job.keys(), job))  # three times as quick as name by name
     for name in INTERNAL:
         del found[name]
     for name in TIMES:
@@ -440,13 +496,13 @@ def public_job(job):
 
 
 def unknown_word(what, word, words):
-    """Return the QueueError for an unknown word, with a hint at one of WORDS or all."""
+    """Return the QueueError for a word that is not in WORDS, with a suggestion."""
     from difflib import get_close_matches
 
     close = [known for known in words if known.endswith(" " + word.lower())] or (
         get_close_matches(word.lower(), words, 1, 0.65))
     hint = "did you mean %s?" % close[0] if close else "there are: " + ", ".join(words)
-    return QueueError("unknown %s; %s" % (what, hint), 2)
+    return QueueError("unknown %s; %s", what, hint, code=2)
 
 
 def checked(name, check, value):
@@ -456,69 +512,77 @@ def checked(name, check, value):
     except ValueError as rule:
         given = json.dumps(value, default=str)
         given = given[:57] + "..." if len(given) > 60 else given
-        raise QueueError("%s: %s is not %s" % (name, given, rule), 2) from None
+        raise QueueError("%s: %s is not %s", name, given, str(rule), code=2) from None
 
 
-def checked_fields(given, fields):
-    """Add the given fields of a job to FIELDS, ready to be stored; return FIELDS."""
+def checked_fields(given, defaults={}):
+    """Return the given fields of a job, ready to be stored, over those in DEFAULTS."""
+    fields = {**defaults}
     for name, value in given.items():
         if name in FIELDS:
             if value is not None:
                 fields[name] = checked(name, FIELDS[name].check, value)
-        elif name not in IGNORED:
+        elif name not in KNOWN_KEYS:
             raise unknown_word("field " + json.dumps(name), name, FIELDS)
     if fields.get("delay") is not None and fields.get("run_at") is not None:
-        raise QueueError("run_at and delay: give one of them, not both", 2)
+        raise QueueError("run_at and delay: give one of them, not both", code=2)
     return fields
 
 
 def checked_job(given, defaults):
     """Return all fields of a job, ready to be stored; DEFAULTS has the missing ones."""
     if type(given) is not dict:
-        raise QueueError('a job is a JSON object like {"command": "echo hi"}', 2)
-    job = checked_fields(given, defaults.copy())
+        raise QueueError('a job is a JSON object like {"command": "echo hi"}', code=2)
+    job = checked_fields(given, defaults)
     if job["command"] is None:
-        raise QueueError("command: missing; a job needs a shell command", 2)
+        raise QueueError("command: missing; a job needs a shell command", code=2)
     return job
 
 
-def refuse_duplicate_keys(pairs):
-    """Return a JSON object; if a key stands twice, the first value would be lost."""
+def object_without_duplicates(pairs):
+    """Return a JSON object; raise QueueError if it has a key twice.
+
+    The first of the two values would be lost without a word.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twin = next(name for name in names if names.count(name) > 1)
-        raise QueueError("%s: given twice in one object" % printable(twin), 2)
+        raise QueueError("%s: given twice in one object", twin, code=2)
     return found
 
 
-ESCAPED = r"{\"id\":\"job1\",\"command\":\"echo hi\"}"
-NOT_JSON = "not JSON: %s; to run a command: queuectl.py enqueue -- %s"
-QUOTED = "in cmd \"%s\", in PowerShell '%s'" % (ESCAPED, ESCAPED)
-DECODER = json.JSONDecoder(object_pairs_hook=refuse_duplicate_keys)  # for many lines
+# Made once: `enqueue` reads up to a million lines.
+DECODER = json.JSONDecoder(object_pairs_hook=object_without_duplicates)
 
 
 def parse_json(text):
-    """Return the value of a JSON text or bytes; raise QueueError with a hint."""
+    """Return the value of a JSON text or bytes."""
     try:
         return DECODER.decode(text if isinstance(text, str) else text.decode())
     except ValueError as error:
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
-        start = printable(text.strip()[:60])
-        if re.match(r"\s*\{\s*\w", text) and '"' not in text:
-            words = "not JSON, the shell took the quotes: %s; write %s"
-            raise QueueError(words % (start, QUOTED), 2) from None
-        if start[:1] not in ("{", "["):
-            raise QueueError(NOT_JSON % (start, start), 2) from None
-        hint = "; a job is an object on one line" if start == "{" else ""
-        raise QueueError("not JSON: %s: %s%s" % (error, start, hint), 2) from None
+        raise json_error(text.strip(), error) from None
 
 
-def printable(text):
-    """Return TEXT on one line, with all control characters escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def json_error(text, error):
+    """Return the QueueError for a text that is not JSON; it suggests what was meant."""
+    start = printable(text[:60])
+    if re.match(r"\{\s*\w", text) and '"' not in text:
+        example = r"{\"id\":\"job1\",\"command\":\"echo hi\"}"
+        words = "not JSON, the shell took the quotes: %s; write in cmd \"%s\", in" \
+            " PowerShell '%s'"
+        return QueueError(words, start, example, example, code=2)
+    if start[:1] not in ("{", "["):
+        return not_json(start, start)
+    hint = "; a job is an object on one line" if start == "{" else ""
+    return QueueError("not JSON: %s: %s%s", str(error), start, hint, code=2)
+
+
+def not_json(text, command):
+    """Return the QueueError for a text in place of JSON; it suggests `enqueue --`."""
+    words = "not JSON: %s; to run a command: queuectl.py enqueue -- %s"
+    return QueueError(words, text, command, code=2)
 
 
 def number_text(value):
@@ -540,9 +604,9 @@ def setting_name(key):
 
 # Every living pool, worker and run holds a file: it has the file open and locked. The
 # lock belongs to the open file, so the kernel keeps it until the last process that
-# inherited the descriptor is gone, however that process ended. A file that nobody holds
-# is a leftover, whatever it says. On Windows a lock is not inherited: there a job
-# object ends a run together with its worker.
+# inherited the descriptor is gone. A file that is not locked is a leftover, whatever it
+# contains. On Windows a lock is not inherited: there a job object ends a run together
+# with its worker.
 
 if WINDOWS:
     import ctypes
@@ -553,7 +617,7 @@ if WINDOWS:
     import _winapi
 
     BINARY = os.O_BINARY
-    LOCK_OFFSET = 2**40  # far behind the text, since nobody can read locked bytes
+    LOCK_OFFSET = 2**40  # far behind the text, since locked bytes can't be read
     STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGBREAK)
     NO_DIRECTORY = (OSError,)  # it is gone, or is just being removed
 else:
@@ -565,9 +629,10 @@ else:
     WAKE_SIGNAL = signal.SIGURG  # ignored by default: harmless if the PID is another's
     NO_DIRECTORY = (FileNotFoundError,)
 
-# The requests to a pool, in its PID file, each at an offset of its own: `stop` after
-# the running jobs, stop `now`, and from a worker that the drain is `over`. The first
-# one in this order counts.
+# The requests to a pool: to stop after its running jobs (`stop`), to end them and stop
+# (`now`), and from its own worker to stop since the drain is `over`. Each is a word in
+# the pool's PID file, at an offset of its own: `stop now over`. Of several the first in
+# this order counts.
 REQUESTS = {"now": 5, "over": 9, "stop": 0}
 NO_REQUEST = b" " * 15 + b"\n"  # reserves the bytes: a full disk must not block a stop
 
@@ -575,7 +640,7 @@ NO_REQUEST = b" " * 15 + b"\n"  # reserves the bytes: a full disk must not block
 def try_lock(fd, shared=False):
     """Lock an open file; return False if another process has it locked.
 
-    A look takes a SHARED lock, so that two looks do not take each other for a holder.
+    A probe takes a SHARED lock: two probes must not take each other for the holder.
     """
     try:
         if WINDOWS:
@@ -589,7 +654,7 @@ def try_lock(fd, shared=False):
         if WINDOWS or isinstance(error, (BlockingIOError, PermissionError)):
             return False
         words = "the file system has no locks (%s); take a local disk"
-        raise QueueError(words % error.strerror) from None
+        raise QueueError(words, error.strerror) from None
 
 
 @contextlib.contextmanager
@@ -602,8 +667,11 @@ def open_descriptor(path, flags=os.O_RDONLY):
         os.close(fd)
 
 
-def is_same_file(path, status):
-    """Tell whether PATH still names the file of this status. An error counts as yes."""
+def may_be_same_file(path, status):
+    """Tell whether PATH still names the file of this status.
+
+    If that can't be known, for example without permission, it counts as the same.
+    """
     try:
         return os.path.samestat(os.stat(path), status)
     except (FileNotFoundError, NotADirectoryError):
@@ -612,7 +680,7 @@ def is_same_file(path, status):
         return True
 
 
-def wait_until(condition, seconds, pause=POLL_INTERVAL / 10):
+def wait_until(condition, seconds, pause=FILE_INTERVAL):
     """Wait until a condition holds; return False if it does not within SECONDS."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -638,14 +706,15 @@ def lock_file(path):
                 os.mkdir(os.path.dirname(path), 0o700)
             continue
         status = os.fstat(fd)
-        if try_lock(fd) and is_same_file(path, status):
+        if try_lock(fd) and may_be_same_file(path, status):
             if status.st_size:
                 os.ftruncate(fd, 0)
             os.lseek(fd, 0, os.SEEK_SET)  # on Windows locking moved it to LOCK_OFFSET
             return fd
         os.close(fd)
-        time.sleep(POLL_INTERVAL / 100)
-    raise QueueError("%s is held by another process of that number" % printable(path))
+        time.sleep(FILE_INTERVAL / 10)
+    words = "%s is held by another process with that PID, maybe in another container"
+    raise QueueError(words, path)
 
 
 def is_locked(path):
@@ -660,14 +729,14 @@ def is_locked(path):
 
 
 def remove_leftover(path):
-    """Remove a file unless a process holds it; a look at it does not prevent that."""
+    """Remove a file unless a process holds it. Probes by others may delay that."""
     with contextlib.suppress(OSError):
         if WINDOWS:
             return os.remove(path)  # fails while any process has the file open
         with open_descriptor(path) as fd:
             is_free = try_lock(fd, shared=True) and wait_until(
-                lambda: try_lock(fd), POLL_INTERVAL)
-            if is_free and is_same_file(path, os.fstat(fd)):
+                lambda: try_lock(fd), 10 * FILE_INTERVAL)
+            if is_free and may_be_same_file(path, os.fstat(fd)):
                 os.remove(path)
 
 
@@ -744,20 +813,21 @@ def drop_lock_file(path, fd, own):
     directory = path_beside(path, ".runs")
     os.close(fd)
 
-    def is_gone():
+    def try_remove():
         remove_leftover(own)
         with contextlib.suppress(OSError):  # not empty: other processes use it
             os.rmdir(directory)
         with contextlib.suppress(*NO_DIRECTORY):
-            if {*os.listdir(directory)} <= {os.path.basename(own)}:
-                return False
+            others = {*os.listdir(directory)} - {os.path.basename(own)}
+            return bool(others) and not os.path.exists(own)
         return not os.path.exists(own)
 
-    wait_until(is_gone, POLL_INTERVAL)  # on Windows a look at it prevents its removal
+    # On Windows a file can't be removed while another process looks at it.
+    wait_until(try_remove, 10 * FILE_INTERVAL)
 
 
 # Waking and requests. Waking is a hint: nothing depends on it, since a PID may be out
-# of date, and pools and workers look at the database at least once a second anyway.
+# of date. Workers look at the database every second anyway, and supervisors every two.
 
 
 def wake(pids):
@@ -807,11 +877,11 @@ def supervisor_is_gone(pool):
     return not multiprocessing.parent_process().is_alive()
 
 
-class Wake:
-    """Wait for the first of: a signal, a child's end, something to read, a timeout.
+class Waiter:
+    """Waits for a signal, a child's end, something to read or a timeout.
 
-    `wait` returns true after a signal or a child's end, so that the caller looks for
-    work now. On Windows no signal reaches another process, so the caller polls.
+    `wait` returns true after a signal or a child's end: the caller then looks for work.
+    On Windows no signal reaches another process, so the caller polls.
     """
 
     def __init__(self):
@@ -825,40 +895,31 @@ class Wake:
 
     def wait(self, timeout, *readers):
         if WINDOWS:
-            return time.sleep(max(0.0, min(timeout, POLL_INTERVAL / 4)))
+            return time.sleep(max(0.0, min(timeout, STEP_INTERVAL)))
         ready = select.select([self.reader, *readers], [], [], max(0.0, timeout))[0]
         return self.reader in ready and os.read(self.reader, 2**16)  # all it holds
 
 
 def catch_signals(handler):
-    """Let HANDLER take the stop signals, but no SIGHUP that nohup has set to ignore.
+    """Let HANDLER take the stop signals; SIGHUP stays ignored under nohup.
 
-    Return the handlers of before: {signal: handler}.
+    Return the previous handlers: {signal: handler}.
     """
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number in STOP_SIGNALS:
-        if WINDOWS or number != signal.SIGHUP or before[number] is not signal.SIG_IGN:
+        is_nohup = not WINDOWS and number == signal.SIGHUP and (
+            previous[number] is signal.SIG_IGN)
+        if not is_nohup:
             signal.signal(number, handler)
-    return before
+    return previous
 
 
 def inherit_nothing():
-    """Keep commands from inheriting what this process was started with, as a lock."""
+    """Pass no inherited descriptor on to commands: one of them may hold a lock."""
     if os.path.isdir("/dev/fd"):  # Windows passes on only what is named
         for fd in map(int, os.listdir("/dev/fd")):
             with contextlib.suppress(OSError):  # the descriptor of the listing itself
                 os.set_inheritable(fd, fd <= 2)
-
-
-def shell_line(words):
-    """Return the shell line that runs these words; a single one is a line already."""
-    if len(words) == 1:
-        return words[0]
-    if WINDOWS:
-        return subprocess.list2cmdline(words)
-    import shlex
-
-    return " ".join(map(shlex.quote, words))
 
 
 # ======================================================================================
@@ -869,17 +930,17 @@ def shell_line(words):
 def in_states(states):
     """Return the SQL condition that a job is in one of these states.
 
-    Only known states get into a statement: `index` raises ValueError. There is no IN in
-    it, since SQLite builds the list of an IN anew for each row.
+    There is no IN in it, since SQLite builds the list of an IN anew for each row.
     """
-    names = [STATES[STATES.index(state)] for state in states]
-    return "(%s)" % (" OR ".join(map("state = '{}'".format, names)) or "0")
+    if not {*states} <= {*STATES}:  # nothing else may get into a statement
+        raise ValueError("no states: %r" % (states,))
+    return "(%s)" % (" OR ".join(map("state = '{}'".format, states)) or "0")
 
 
 ORDER = "priority DESC, seq"  # in which jobs are claimed
 
-# The gate is what decides whether a waiting job may be claimed; it is the column
-# `claimable`. Any other job is OPEN.
+# The gate decides whether a waiting job may be claimed; it is the column `claimable`.
+# Any other job is OPEN.
 CLOSED = 0  # its time has not come, or a job that it comes after is not completed
 OPEN = 1  # it may be claimed
 LOCKED = 2  # only its lock is in the way
@@ -888,8 +949,8 @@ LOCKED = 2  # only its lock is in the way
 # a query that contains this condition word by word.
 RARE = "state <> 'pending' AND state <> 'completed'"
 
-# Elects who gets the lock of the job OLD: of the jobs for which only this lock is in
-# the way, the first one becomes OPEN, unless one of the lock is running.
+# Elects the job that gets the lock of the job OLD next: of the LOCKED jobs with this
+# lock the first one becomes OPEN, unless a job with the lock is running.
 ELECT = """
     UPDATE jobs SET claimable = {LOCKED}
         WHERE lock = OLD.lock AND state = 'pending' AND claimable = {OPEN};
@@ -904,20 +965,20 @@ ELECT = """
 # first. Then this adds what it still lacks, all indexes and triggers among it.
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- a deleted job's is never given to another
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- its number; never reused
     id TEXT NOT NULL UNIQUE,
     command TEXT NOT NULL,
     state TEXT NOT NULL DEFAULT 'pending' CHECK ({states}),
     attempts INTEGER NOT NULL DEFAULT 0,    -- claims that count against max_retries
     max_retries INTEGER NOT NULL,
     priority INTEGER NOT NULL DEFAULT 0,
-    run_at REAL NOT NULL,                   -- when it is, or was, due next
+    run_at REAL NOT NULL,                   -- when its next run is due, or was
     claimable INTEGER NOT NULL,             -- its gate: CLOSED, OPEN or LOCKED
     timeout REAL,
     cwd TEXT NOT NULL,
     env TEXT,                               -- JSON
     launcher TEXT,                          -- in place of the setting
-    lock TEXT,                              -- name of what one job at a time may use
+    lock TEXT,                              -- jobs that share it run one at a time
     waits INTEGER NOT NULL DEFAULT 0,       -- how many rows of `waits` it has
     created_at REAL NOT NULL,
     updated_at REAL NOT NULL,
@@ -963,12 +1024,13 @@ CREATE TABLE IF NOT EXISTS untold (         -- deaths that `on_dead` has not ann
 INSERT OR IGNORE INTO counts VALUES {counts};
 INSERT OR IGNORE INTO totals VALUES
     ('completed', 0, 0), ('failed', 0, 0), ('interrupted', 0, 0);
--- It is part of the names of the leases: those of a removed queue are never ours.
+-- It is part of the name of each lease, so that a lease of a removed queue in the same
+-- place is not taken for one of this queue.
 INSERT OR IGNORE INTO config VALUES ('token', lower(hex(randomblob(4))));
 
--- Jobs in the order in which they are claimed, those that wait for a time, and the few
--- that are neither waiting nor completed: a claim costs the same with a million others.
--- No IN here or above: SQLite builds its list for each row, half an insert's time.
+-- The jobs to claim in their order, the jobs that wait for a time, the jobs of each
+-- lock, and the few that are neither pending nor completed: a claim costs the same with
+-- a million other jobs. No IN here: SQLite would build its list for each row.
 CREATE INDEX jobs_claimable ON jobs ({ORDER})
     WHERE state = 'pending' AND claimable = {OPEN};
 CREATE INDEX jobs_waiting ON jobs (run_at) WHERE claimable = {CLOSED} AND waits = 0;
@@ -994,7 +1056,7 @@ CREATE TRIGGER wait_added AFTER INSERT ON waits BEGIN
         WHERE seq = NEW.seq; END;
 CREATE TRIGGER wait_ended AFTER DELETE ON waits BEGIN
     UPDATE jobs SET waits = waits - 1 WHERE seq = OLD.seq; END;
-CREATE TRIGGER job_completed AFTER UPDATE OF state ON jobs WHEN NEW.state = 'completed'
+CREATE TRIGGER job_completed AFTER UPDATE OF state ON jobs WHEN {is_success}
     BEGIN DELETE FROM waits WHERE waits_for = NEW.seq; END;
 CREATE TRIGGER front_removed AFTER DELETE ON jobs BEGIN
     UPDATE jobs SET state = 'dead', claimable = {OPEN},
@@ -1013,12 +1075,13 @@ PRAGMA application_id = {application};
 PRAGMA user_version = {version};
 """.format(
     ORDER=ORDER, RARE=RARE, CLOSED=CLOSED, OPEN=OPEN, elect=ELECT,
-    states=in_states(STATES), counts=", ".join(map("('{}', 0)".format, STATES)),
+    states=in_states(STATES), is_success=in_states(SUCCESSFUL).replace("state",
+    "NEW.state"), counts=", ".join(map("('{}', 0)".format, STATES)),
     application=APPLICATION_ID, version=SCHEMA_VERSION)
 
-# The steps from an older version of the schema to the next one: {version: SQL}. A step
-# has no index and no trigger: those are dropped before the steps and made anew by
-# SCHEMA.
+# The steps from an older version of the schema to the next one: {older version: SQL}.
+# A step has no index and no trigger: those are dropped before the steps and made anew
+# by SCHEMA. Version 2 is the oldest that is converted; it needs no step so far.
 MIGRATIONS = {}
 
 
@@ -1035,9 +1098,10 @@ CONNECTED = weakref.WeakSet()  # the databases of this process that have a conne
 class Database:
     """One SQLite file, opened by one thread of one process.
 
-    It knows nothing of jobs. It makes and opens the file, begins and ends transactions,
-    and keeps a connection from crossing a fork. A worker opens it with `sync="NORMAL"`:
-    what it commits is durable against a killed process, not against a power cut.
+    But for the schema it knows nothing of jobs. It makes and opens the file, begins and
+    ends transactions, and keeps a connection from crossing a fork: all connections are
+    closed before one. A pool opens it with `sync="NORMAL"`: what it commits survives
+    killed processes, but maybe not a power cut. With "FULL" it survives that as well.
     """
 
     def __init__(self, path, sync="FULL", lock_timeout=LOCK_TIMEOUT, new=True):
@@ -1061,35 +1125,40 @@ class Database:
     # -- the file and its connection ---------------------------------------------------
 
     def _find_file(self, new):
-        """Find the file, or create it; refuse one in which jobs would get lost."""
+        """Find the file, or create a NEW one."""
         if not os.path.exists(self.path):
             if not new:  # a pool must not bring back what its user removed
-                raise QueueError("there is no queue %s" % printable(self.path))
-            # O_EXCL, so that another's file is not closed here: by the rules of POSIX
-            # that would drop all locks that this process has on it.
+                raise QueueError("there is no queue %s", self.path)
+            # O_EXCL, so that a file that exists is not opened and closed here: by the
+            # rules of POSIX that would drop all locks that this process has on it.
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL, 0o600))
-        self.file = os.stat(self.path)
-        if not stat.S_ISREG(self.file.st_mode):
-            raise QueueError("%s is not a regular file" % printable(self.path))
-        # SQLite finds the log by the path, so that a second name is a second log. A
-        # running pool does not ask again, or `cp -al` would end it.
-        if self.sync == "FULL" and self.file.st_nlink > 1:
+        self.file_status = os.stat(self.path)
+        self._refuse_unsafe_file()
+
+    def _refuse_unsafe_file(self):
+        """Raise QueueError for a file in which jobs would get lost."""
+        if not stat.S_ISREG(self.file_status.st_mode):
+            raise QueueError("%s is not a regular file", self.path)
+        # SQLite finds the write-ahead log by the path, so that a second name would have
+        # a second log. A running pool does not ask again, or `cp -al` would end it.
+        is_running_pool = self.sync == "NORMAL"
+        if self.file_status.st_nlink > 1 and not is_running_pool:
             words = "%s has a second hard link: jobs added through it would be lost;"
-            raise QueueError((words + " remove that link") % printable(self.path))
+            raise QueueError(words + " remove that link", self.path)
         hint = owner_hint(self.path)
         if hint:
-            raise QueueError(printable(self.path) + hint)
+            raise QueueError("%s%s", self.path, hint)
 
-    def check_exists(self):
+    def require_file(self):
         """Raise QueueError if the file is gone. A wait for it would never end."""
-        if not is_same_file(self.path, self.file):
-            raise QueueError("%s was removed" % printable(self.path))
+        if not may_be_same_file(self.path, self.file_status):
+            raise QueueError("%s was removed", self.path)
 
     @property
     def db(self):
         """The connection, for the process and the thread that opened it."""
-        self._check_owner()
+        self._require_owner()
         if self._db is None:
             try:
                 self._connect()
@@ -1098,19 +1167,19 @@ class Database:
                 raise
         return self._db
 
-    def _check_owner(self):
+    def _require_owner(self):
         if self.owner != (os.getpid(), _thread.get_ident()):
             why = "is another process's or thread's" if self.owner else "was closed"
-            raise QueueError("this Queue %s: open one here" % why)
+            raise QueueError("this Queue %s: open one here", why)
 
     def _connect(self):
-        self.check_exists()
+        self.require_file()
         self._db = sqlite3.connect(
             database_uri(self.path), uri=True, timeout=self.lock_timeout,
             isolation_level=None)
         self._db.row_factory = sqlite3.Row
         self._rows("PRAGMA synchronous = " + self.sync)
-        self.check_exists()  # another file may just have been put in its place
+        self.require_file()  # another file may just have been put in its place
         self._rows("PRAGMA fullfsync = ON")  # macOS: without it a sync is no sync
         self._rows("PRAGMA journal_size_limit = %d" % 2**24)
         CONNECTED.add(self)
@@ -1118,9 +1187,9 @@ class Database:
     def close(self):
         """Close the connection. Any later use raises QueueError."""
         if self.owner and self.owner[0] == os.getpid():
-            self._check_owner()
+            self._require_owner()
             self._disconnect()
-        self.owner = None
+        self.owner = None  # any later use is refused
 
     def _disconnect(self):
         if self._db is not None:
@@ -1158,14 +1227,13 @@ class Database:
     def _prepare(self):
         """Create the tables of a new queue, or convert a queue of an older version.
 
-        Sixty first commands may get here at once, so the version is read again within
-        the transaction. The switch to the write-ahead log waits for no lock, so it is
-        tried until it holds. It comes before any table is made: a kill in between would
-        leave a queue without that log.
+        Many commands may open a new queue at the same time, so the version is read
+        again within the transaction. The switch to the write-ahead log waits for no
+        lock, so it is tried until it holds. It comes before any table is made: a kill
+        in between would leave a queue without that log.
         """
         if self._is_empty() and not wait_until(self._use_wal, self.lock_timeout):
-            words = "%s: another program has locked it"
-            raise QueueError(words % printable(self.path))
+            raise QueueError("%s: another program has locked it", self.path)
         with self.transaction():
             if self._is_prepared():  # by another process, in the meantime
                 return
@@ -1193,22 +1261,27 @@ class Database:
             self.db.execute("ROLLBACK")
             return bool(self._rows("PRAGMA journal_mode = WAL"))
         except sqlite3.OperationalError as error:
-            if "locked" not in str(error):
+            if not self.is_busy(error):
                 raise
             return False
 
+    @staticmethod
+    def is_busy(error):
+        """Tell whether an error is SQLITE_BUSY. (Before 3.11 it has no code.)"""
+        return "locked" in str(error)
+
     def _migrate(self):
         """Bring an older version up to what SCHEMA expects, or refuse the database."""
-        name, version = printable(self.path), self._value("PRAGMA user_version")
+        version = self._value("PRAGMA user_version")
         if self._value("PRAGMA application_id") != APPLICATION_ID:
-            raise QueueError("%s is not a queue of queuectl" % name)
+            raise QueueError("%s is not a queue of queuectl", self.path)
         if version < 2:
             words = "%s was made by queuectl 1.0: convert it with queuectl 1.1 first"
-            raise QueueError(words % name)
+            raise QueueError(words, self.path)
         if version > SCHEMA_VERSION:
             words = "%s has version %d of the schema, and this queuectl knows version"
             words += " %d: take a newer queuectl.py"
-            raise QueueError(words % (name, version, SCHEMA_VERSION))
+            raise QueueError(words, self.path, version, SCHEMA_VERSION)
         for kind, made in self._rows(
                 "SELECT type, name FROM sqlite_master"
                 " WHERE type IN ('index', 'trigger') AND sql NOT NULL"):
@@ -1246,9 +1319,9 @@ class Database:
             raise
 
     def _begin(self):
-        """Take the write lock; try until LOCK_TIMEOUT has passed.
+        """Take the write lock; try until `lock_timeout` has passed.
 
-        SQLite's own waiting sleeps for milliseconds, in which other workers get the
+        SQLite's own waiting sleeps for milliseconds. In that time other workers get the
         lock several times.
         """
         deadline, pause = time.monotonic() + self.lock_timeout, 0.00003
@@ -1258,7 +1331,7 @@ class Database:
                 try:
                     return self.db.execute("BEGIN IMMEDIATE")
                 except sqlite3.OperationalError as error:
-                    if "locked" not in str(error) or time.monotonic() > deadline:
+                    if not self.is_busy(error) or time.monotonic() > deadline:
                         raise
                 time.sleep(pause)
                 pause = min(1.5 * pause, 0.02)
@@ -1272,17 +1345,17 @@ class Database:
     def _rows(self, sql, *values, **named):
         return self.db.execute(sql, named or values).fetchall()
 
-    def _row(self, sql, *values):
+    def _row(self, sql, *values, **named):
         """Return the first row, or None. A query with many rows needs a LIMIT.
 
         All rows are read: a query that is not read to its end stays open within its
         transaction.
         """
-        rows = self._rows(sql, *values)
+        rows = self._rows(sql, *values, **named)
         return rows[0] if rows else None
 
-    def _value(self, sql, *values):
-        row = self._row(sql, *values)
+    def _value(self, sql, *values, **named):
+        row = self._row(sql, *values, **named)
         return row[0] if row else None
 
 
@@ -1294,57 +1367,80 @@ if not WINDOWS:
 # Queue: the jobs; a method for each verb, with its SQL; statistics
 # ======================================================================================
 
-# What follows from the way in which a run ended: the verb that moves its job, and the
-# total that counts the run. A run without a total never began, and is not recorded.
-Kind = collections.namedtuple("Kind", "verb total")
+# What follows from the way in which a run ended: the total that counts it, and whether
+# its job is put back, so that the attempt does not count. A run without a total never
+# began, and is not recorded. Stored runs have no kind, so statistics know those that
+# were interrupted by the texts that are stored for them.
+Kind = collections.namedtuple("Kind", "total is_put_back texts", defaults=((),))
+WORKER_DIED, STOPPED_NOW, STOPPED, CANCELLED = (
+    "worker died", "stop --now", "stopped", "cancelled")
 KINDS = {
-    "completed": Kind("complete", "completed"),
-    "failed": Kind("fail", "failed"),  # an exit code, a signal, a timeout
-    "cancelled": Kind("fail", "interrupted"),  # `fail` finds the request: no new try
-    "stopped": Kind("release", "interrupted"),  # with its pool or its whole service
-    "lost": Kind("release", "interrupted"),  # its worker died
-    "refused": Kind("release", None),  # the system had no process to give
+    "completed": Kind("completed", False),
+    "failed": Kind("failed", False),  # an exit code, a signal, a timeout
+    "cancelled": Kind("interrupted", True, (CANCELLED,)),
+    # With its pool, or with its whole service.
+    "stopped": Kind("interrupted", True, (STOPPED, STOPPED_NOW)),
+    "lost": Kind("interrupted", True, (WORKER_DIED,)),
+    "refused": Kind(None, True),  # the system had no process to give
 }
 TOTALS = ("completed", "failed", "interrupted")
+INTERRUPTED = [text for kind in KINDS.values() for text in kind.texts]
+TOTAL_OF_RUN = """CASE WHEN error IS NULL THEN 'completed'
+    WHEN error IN (%s) THEN 'interrupted' ELSE 'failed' END""" % (
+    ", ".join(map("'{}'".format, INTERRUPTED)))
 
 # How a run ended: one of KINDS; exit code, or None without one; the text that is stored
 # and shown, None after success; epoch seconds; bytes.
 Outcome = collections.namedtuple("Outcome", "kind exit_code error finished_at output")
 
-# The texts that are stored for runs that were interrupted. Statistics know them by
-# these, since a stored run has no kind.
-WORKER_DIED, STOPPED_NOW, STOPPED, CANCELLED = INTERRUPTED = (
-    "worker died", "stop --now", "stopped", "cancelled")
-TOTAL = """CASE WHEN error IS NULL THEN 'completed'
-    WHEN error IN (%s) THEN 'interrupted' ELSE 'failed' END""" % (
-    ", ".join(map("'{}'".format, INTERRUPTED)))
+# How much of an output is kept, by the settings.
+OutputLimit = collections.namedtuple("OutputLimit", "bytes")
+
+
+def output_limit(settings):
+    return OutputLimit(settings["output_limit"])
+
+
+# One run of a job, as long as it is not recorded. `number` counts the runs of a job and
+# only ever grows, `attempt` is given back when the job is put back. `pid` and
+# `started_at` are those of the command. The fields from `cwd` on are known to its
+# worker alone.
+Run = collections.namedtuple(
+    "Run", "seq number id attempt max_retries worker pid started_at lease"
+    " command cwd env timeout launcher limit", defaults=(None,) * 6)
 
 CLAIMABLE = "state = 'pending' AND claimable = %d" % OPEN
 FOR_A_TIME = "claimable = %d AND waits = 0" % CLOSED  # the job waits for its time alone
-# The gate of a job whose time has come. With a lock it is LOCKED until it is elected.
+# The gate of a job whose time has come. A job with a lock is LOCKED until the trigger
+# `lock_moved` elects it.
 OPEN_GATE = "CASE WHEN waits > 0 THEN %d WHEN lock IS NULL THEN %d ELSE %d END" % (
     CLOSED, OPEN, LOCKED)
 HAS_DEPENDENTS = "EXISTS (SELECT 1 FROM waits WHERE waits_for = jobs.seq)"
 PAUSED = "EXISTS (SELECT 1 FROM config WHERE key = 'paused')"
 
-# A new job: the values in this order. SQLite binds a tuple in half the time of a dict.
+# A new job, by a tuple of these values: SQLite binds a tuple in half the time of a
+# dict. So `:run_at` becomes `?2`.
 INSERTED = ("id", "run_at", "now", *(
     name for name in COLUMNS if name not in ("id", "run_at")))
 INSERT_JOB = re.sub(
     r":(\w+)", lambda match: "?%d" % (1 + INSERTED.index(match[1])),
-    "INSERT INTO jobs (%s, claimable, created_at, updated_at) VALUES (:%s,"
-    " CASE WHEN :run_at > :now THEN %d WHEN :lock IS NULL THEN %d ELSE %d END,"
-    " :now, :now)" % (
-        ", ".join(COLUMNS), ", :".join(COLUMNS), CLOSED, OPEN, LOCKED))
-# Sets a job of a lock to the gate that it has: the trigger `lock_moved` then elects.
-POKE_LOCK = """UPDATE jobs SET claimable = {0} WHERE seq = (SELECT seq FROM jobs
-    WHERE lock = ? AND state = 'pending' AND claimable = {0} LIMIT 1)""".format(LOCKED)
+    """INSERT INTO jobs ({columns}, created_at, updated_at, claimable)
+    VALUES (:{values}, :now, :now, CASE WHEN :run_at > :now THEN {CLOSED}
+        WHEN :lock IS NULL THEN {OPEN} ELSE {LOCKED} END)""".format(
+        columns=", ".join(COLUMNS), values=", :".join(COLUMNS),
+        CLOSED=CLOSED, OPEN=OPEN, LOCKED=LOCKED))
+# Changes nothing, but fires the trigger `lock_moved` for a lock that has new jobs.
+ELECT_BY_TRIGGER = """UPDATE jobs SET claimable = {LOCKED}
+    WHERE seq = (SELECT seq FROM jobs WHERE lock = ? AND state = 'pending'
+        AND claimable = {LOCKED} LIMIT 1)""".format(LOCKED=LOCKED)
 RESET = "state = 'pending', attempts = 0, deaths = 0, cancelled = 0, error = NULL"
-RETRY = "UPDATE jobs SET %s, claimable = %s, run_at = :now, updated_at = :now" % (
-    RESET, OPEN_GATE)
-RESTART = "UPDATE jobs SET %s, %s, claimable = %d, updated_at = :now WHERE id = :id" \
-    " AND %s" % (RESET, ", ".join("%s = :%s" % (name, name) for name in COLUMNS[1:]),
-                 CLOSED, in_states(FINISHED))
+RETRY = """UPDATE jobs SET {RESET}, claimable = {OPEN_GATE}, run_at = :now,
+    updated_at = :now""".format(RESET=RESET, OPEN_GATE=OPEN_GATE)
+RESTART = """UPDATE jobs SET {RESET}, claimable = {CLOSED}, updated_at = :now, {fields}
+    WHERE id = :id AND {finished}""".format(
+    RESET=RESET, CLOSED=CLOSED, finished=in_states(FINISHED),
+    fields=", ".join("{0} = :{0}".format(name) for name in COLUMNS if name != "id"))
+
 # Changes of jobs: pairs of SQL and the condition that a job has to meet.
 CANCEL = [
     ("UPDATE jobs SET state = 'dead', error = '%s', claimable = %d, updated_at = :now"
@@ -1376,66 +1472,69 @@ BLOCKED = """WITH RECURSIVE blocked (seq) AS (SELECT seq FROM (%s)
 
 def no_job(id):
     """Return the QueueError for an id that no job has."""
-    return QueueError("there is no job " + printable(id))
+    return QueueError("there is no job %s", id)
 
 
 Condition = collections.namedtuple("Condition", "sql values")
+FILTERS = {
+    "text": "(instr(id, :text) OR instr(command, :text))",
+    "text_or_error": "(instr(id, :text_or_error) OR instr(command, :text_or_error)"
+    " OR instr(jobs.error, :text_or_error))",
+    "before": in_states(FINISHED) + " AND updated_at < :before",
+    "cancelled": "(jobs.error IS '%s') = :cancelled" % CANCELLED,
+    "has_dependents": HAS_DEPENDENTS + " = :has_dependents",
+}
 
 
-def where(states=STATES, text="", before=None, cancelled=None, has_dependents=None,
-          in_errors=False):
-    """Return the condition that selects the jobs matching every argument.
+def where(states=STATES, **filters):
+    """Return the condition that selects the jobs in one of these states.
 
-    They are in one of these states, have TEXT in id or command (with `in_errors` or in
-    the error), finished before a time, were cancelled or not, have dependents or not.
+    They also pass all FILTERS that are given a value: a text, a time before which they
+    finished, or True or False.
     """
     parts = []
     if {*states} != {*STATES}:
         parts.append(in_states(states))
         if not {"pending", "completed"} & {*states}:
             parts.append(RARE)
-    if text:
-        texts = ("id", "command", "jobs.error") if in_errors else ("id", "command")
-        parts.append("(%s)" % " OR ".join(map("instr({}, :text)".format, texts)))
-    if before is not None:
-        parts.append(in_states(FINISHED) + " AND updated_at < :before")
-    if cancelled is not None:
-        parts.append("jobs.error IS %s 'cancelled'" % ("" if cancelled else "NOT"))
-    if has_dependents is not None:
-        parts.append(("" if has_dependents else "NOT ") + HAS_DEPENDENTS)
-    return Condition(" AND ".join(parts or ["1"]), {"text": text, "before": before})
+    given = {name: value for name, value in filters.items() if value not in (None, "")}
+    parts += [FILTERS[name] for name in given]
+    return Condition(" AND ".join(parts or ["1"]), given)
 
 
-# What `enqueue` did: the numbers of the first and the last new job, and of the jobs
-# that `unique` left alone the command that was given, by id.
-Added = collections.namedtuple("Added", "first last left")
+# What `enqueue` did: the numbers of the first and the last new job; and of the jobs
+# that `unique` did not change, the command that was given: {id: command}.
+Added = collections.namedtuple("Added", "first last unchanged")
 
 
-class Batch:
+class NewJobs:
     """The jobs of one `enqueue` on their way into the database."""
 
     def __init__(self, queue, unique):
         self.queue, self.unique, self.now = queue, unique, queue.clock()
-        self.id = None  # of the job in hand, for the error message
+        self.id = None  # of the latest job, for the message of an error
         self.dependents = []  # pairs of an id and the ids that it comes after
-        self.locks = set()  # of the new jobs
-        self.left = {}  # as in `Added`
+        self.locks = set()  # of the jobs that are inserted
+        self.unchanged = {}  # as in `Added`
 
     def rows(self, jobs):
-        """Yield the values of INSERT_JOB for each job that is new."""
-        other_values = operator.itemgetter(*INSERTED[3:])
+        """Yield the values of INSERT_JOB for each job that has to be inserted.
+
+        With `unique` a job that is there is restarted, or left unchanged.
+        """
+        other_values = operator.itemgetter(*INSERTED[INSERTED.index("now") + 1 :])
         for job in jobs:
             self.id, run_at = job["id"], job["run_at"]
             if self.id is None:
                 if self.unique:
-                    raise QueueError("id: missing; a unique job needs one", 2)
+                    raise QueueError("id: missing; a unique job needs one", code=2)
                 self.id = self.queue._new_id()
             if run_at is None:
                 run_at = min(self.now + (job["delay"] or 0), MAX_TIME)
             is_there = self.unique and self.queue.state(self.id)
             if is_there and not self.queue._restart(
                     dict(job, run_at=run_at, now=self.now)):
-                self.left[self.id] = job["command"]
+                self.unchanged[self.id] = job["command"]
                 continue
             if job["after"]:
                 self.dependents.append((self.id, job["after"]))
@@ -1450,7 +1549,7 @@ class Queue(Database):
 
     Every verb that changes a job names the state that the job leaves. If the job is no
     longer in that state, another process was quicker, and nothing happens. `clock`
-    returns epoch seconds.
+    returns epoch seconds. In SQL `seq` is the number of a job.
     """
 
     def __init__(self, path, sync="FULL", lock_timeout=LOCK_TIMEOUT, clock=time.time,
@@ -1462,7 +1561,7 @@ class Queue(Database):
     # -- enqueue -----------------------------------------------------------------------
 
     def defaults(self, cwd=None):
-        """Return the fields of a job that gives none, with the settings as of now."""
+        """Return the fields of a job that gives none, by the present settings."""
         values = self.settings()
         return dict(
             {name: field.default for name, field in FIELDS.items()},
@@ -1482,27 +1581,26 @@ class Queue(Database):
         gets one. UNIQUE leaves alone a job whose id is waiting or running, and starts a
         finished one again with the new fields; its earlier runs stay.
         """
-        batch = Batch(self, unique)
+        new = NewJobs(self, unique)
         with self.transaction():
-            self.check_exists()  # a removed file takes jobs too, and nobody finds them
+            self.require_file()  # a removed file takes jobs, and nobody would find them
             try:
-                count = self.db.executemany(INSERT_JOB, batch.rows(jobs)).rowcount
+                count = self.db.executemany(INSERT_JOB, new.rows(jobs)).rowcount
             except sqlite3.IntegrityError:
-                words = "there is a job %s already"
-                raise QueueError(words % printable(batch.id)) from None
+                raise QueueError("there is a job %s already", new.id) from None
             self._change(
                 "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'", count)
             last = self._value("SELECT MAX(seq) FROM jobs") or 0
-            # Only now, since a job may come after a later one of the batch.
-            self._add_dependencies(batch.dependents, are_new=not unique)
-            self.db.executemany(POKE_LOCK, [(lock,) for lock in batch.locks])
+            # Only now, since a job may come after a later one of these jobs.
+            self._add_dependencies(new.dependents, are_new=not unique)
+            self.db.executemany(ELECT_BY_TRIGGER, [(lock,) for lock in new.locks])
         wake_workers(self.path)
-        return Added(last - count + 1, last, batch.left)
+        return Added(last - count + 1, last, new.unchanged)
 
     def _restart(self, job):
-        """Start a finished job again with these fields; return False if it has not."""
+        """Start a job again with these fields; return False if it was not finished."""
         restarted = self._change(RESTART, **job)
-        if restarted:  # what it comes after is among the new fields
+        if restarted:  # its dependencies are among the new fields
             self._change(
                 "DELETE FROM waits WHERE seq = (SELECT seq FROM jobs WHERE id = ?)",
                 job["id"])
@@ -1527,8 +1625,8 @@ class Queue(Database):
             for name in dependencies:
                 dependency = self._row("SELECT seq, state FROM jobs WHERE id = ?", name)
                 if not dependency:
-                    raise QueueError("after: %s" % no_job(name))
-                if dependency["state"] != "completed":
+                    raise QueueError("after: %s", no_job(name))
+                if dependency["state"] not in SUCCESSFUL:
                     self._change("INSERT OR IGNORE INTO waits VALUES (?, ?)",
                                  seq, dependency["seq"])
                     may_be_circle |= dependency["seq"] >= seq
@@ -1549,8 +1647,7 @@ class Queue(Database):
                     free.append(seq)
         for seq in +waits:
             id = self._value("SELECT id FROM jobs WHERE seq = ?", seq)
-            words = "after: in a circle, so that job %s would never run"
-            raise QueueError(words % printable(id))
+            raise QueueError("after: in a circle, so that job %s would never run", id)
 
     # -- the life of a job -------------------------------------------------------------
 
@@ -1564,33 +1661,36 @@ class Queue(Database):
             now = self.clock()
             self.promote(now)
             row = self._row(
-                "SELECT seq, id, command, timeout, cwd, env, max_retries, launcher,"
-                " attempts + 1 AS attempt, run + 1 AS run FROM jobs"
+                "SELECT seq, run + 1 AS number, id, attempts + 1 AS attempt,"
+                " max_retries, command, cwd, env, timeout, launcher FROM jobs"
                 " WHERE " + CLAIMABLE + " AND NOT " + PAUSED +
                 " ORDER BY " + ORDER + " LIMIT 1")
             if row is None:
                 return None
-            values = self.settings()
-            launcher = row["launcher"] or values["launcher"]
-            run = dict(row, worker=worker, pid=None, started_at=now,
-                       lease=self.lease_path(row), output_limit=values["output_limit"],
-                       launcher=None if launcher == "none" else launcher)
+            values, fields = self.settings(), dict(row)
+            launcher = fields.pop("launcher") or values["launcher"]
+            run = Run(worker=worker, pid=None, started_at=now,
+                      lease=self.lease_path(row["seq"], row["number"]),
+                      launcher=None if launcher == "none" else launcher,
+                      limit=output_limit(values), **fields)
             take_lease(run)
-            self.db.execute(
-                "UPDATE jobs SET state = 'processing', attempts = :attempt, run = :run,"
-                " updated_at = :started_at WHERE seq = :seq AND state = 'pending'", run)
-            self.db.execute(
+            self._change(
+                "UPDATE jobs SET state = 'processing', attempts = ?, run = ?,"
+                " updated_at = ? WHERE seq = ? AND state = 'pending'",
+                run.attempt, run.number, now, run.seq)
+            self._change(
                 "INSERT INTO runs (seq, run, attempt, worker, started_at)"
-                " VALUES (:seq, :run, :attempt, :worker, :started_at)", run)
+                " VALUES (?, ?, ?, ?, ?)",
+                run.seq, run.number, run.attempt, worker, now)
             return run
 
     def promote(self, now):
         """Open the gate of jobs whose time has come; FAILED to PENDING.
 
-        A hundred thousand that become due at once would hold up one claim for seconds,
-        so this stops after a while. The next claim promotes the rest.
+        If a hundred thousand jobs become due together, it stops after a while: the
+        claim that called it would take seconds. The next claim promotes the rest.
         """
-        until = time.monotonic() + POLL_INTERVAL / 10
+        until = time.monotonic() + WORK_SLICE
         while self._change(
                 "UPDATE jobs SET state = 'pending', claimable = " + OPEN_GATE +
                 " WHERE " + in_states(WAITING) + " AND seq IN (SELECT seq FROM jobs"
@@ -1599,7 +1699,10 @@ class Queue(Database):
             pass
 
     def promote_after_clock_step(self):
-        """FAILED to PENDING for failures in the future: the clock was set back."""
+        """Move jobs whose failure lies in the future from FAILED to PENDING.
+
+        They failed before the clock was set back.
+        """
         now = self.clock()
         self._change(
             "UPDATE jobs SET state = 'pending', claimable = " + OPEN_GATE +
@@ -1607,12 +1710,16 @@ class Queue(Database):
             " AND updated_at > ?", now, now + 1)
 
     def record(self, run, outcome):
-        """Record the end of a run by the verb of its kind.
+        """Record the end of a run, by the verb for its kind.
 
-        Return the new state of its job, or None if the run no longer owns the job. So
-        do the three verbs below.
+        This and each of the three verbs return the new state of the job, or None if the
+        run no longer owns it.
         """
-        return getattr(self, KINDS[outcome.kind].verb)(run, outcome)
+        if KINDS[outcome.kind].is_put_back:
+            return self.release(run, outcome)
+        if outcome.kind == "completed":
+            return self.complete(run, outcome)
+        return self.fail(run, outcome)
 
     def complete(self, run, outcome):
         """PROCESSING to COMPLETED."""
@@ -1620,31 +1727,34 @@ class Queue(Database):
 
     def fail(self, run, outcome):
         """PROCESSING to FAILED, to be tried again after the backoff, or to DEAD."""
-        if run["attempt"] >= max(1, run["max_retries"]):
+        if run.attempt >= tries_allowed(run.max_retries):
             return self._finish(run, outcome, "dead", outcome.error)
         values = self.settings()
-        wait = backoff(values["backoff_base"], run["attempt"], values["backoff_max"])
+        wait = backoff(values["backoff_base"], run.attempt, values["backoff_max"])
         due = min(self.clock() + wait, MAX_TIME)
         return self._finish(
             run, outcome, "failed", outcome.error, claimable=CLOSED, run_at=due)
 
     def release(self, run, outcome, is_blamed=False):
-        """PROCESSING back to PENDING; the attempt, no fault of the job, is given back.
+        """PROCESSING back to PENDING. The attempt does not count.
 
         A job that is blamed too often for the death of its worker is DEAD: it may be
         the cause of these deaths.
         """
-        deaths = self._value("SELECT deaths FROM jobs WHERE seq = ?", run["seq"]) or 0
-        deaths += is_blamed
+        deaths = self._value("SELECT deaths FROM jobs WHERE seq = ?", run.seq) or 0
+        if is_blamed:
+            deaths += 1
         if deaths >= MAX_DEATHS:
             error = "worker died %d times" % deaths
             return self._finish(run, outcome, "dead", error, deaths=deaths)
-        attempts = run["attempt"] - 1
         return self._finish(
-            run, outcome, "pending", None, attempts=attempts, deaths=deaths)
+            run, outcome, "pending", None, attempts=run.attempt - 1, deaths=deaths)
 
     def _finish(self, run, outcome, state, error, **changes):
-        """Move a job out of PROCESSING if this run still owns it; record the run."""
+        """Move a job out of PROCESSING if this run still owns it; record the run.
+
+        If `cancel` was called for the job, it is DEAD, unless it has completed.
+        """
         with self.transaction():
             if state != "completed" and self.cancel_requested(run):
                 state, error, changes = "dead", CANCELLED, {}
@@ -1653,44 +1763,44 @@ class Queue(Database):
             moved = self._change(
                 "UPDATE jobs SET " + columns +
                 " WHERE seq = ? AND state = 'processing' AND run = ?",
-                *changes.values(), run["seq"], run["run"])
+                *changes.values(), run.seq, run.number)
             if not moved:
                 return None
             self._record_run(run, outcome)
             if state == "dead" and error != CANCELLED:
-                self._change("INSERT OR IGNORE INTO untold VALUES (?)", run["seq"])
+                self._change("INSERT OR IGNORE INTO untold VALUES (?)", run.seq)
             return state
 
     def _record_run(self, run, outcome):
         total = KINDS[outcome.kind].total
         if total is None:
-            self._change("DELETE FROM runs WHERE seq = ? AND run = ?",
-                         run["seq"], run["run"])
+            self._change(
+                "DELETE FROM runs WHERE seq = ? AND run = ?", run.seq, run.number)
             return
         self._change(
             "UPDATE runs SET pid = ?, started_at = ?, finished_at = ?, exit_code = ?,"
             " error = ?, output = ? WHERE seq = ? AND run = ?",
-            run["pid"], run["started_at"], outcome.finished_at, outcome.exit_code,
-            outcome.error, outcome.output, run["seq"], run["run"])
+            run.pid, run.started_at, outcome.finished_at, outcome.exit_code,
+            outcome.error, outcome.output, run.seq, run.number)
         self._change(
             "UPDATE totals SET runs = runs + 1, seconds = seconds + ?"
-            " WHERE outcome = ?", outcome.finished_at - run["started_at"], total)
+            " WHERE outcome = ?", outcome.finished_at - run.started_at, total)
 
     def is_current(self, run):
         """Tell whether a run still owns its job."""
         query = "SELECT 1 FROM jobs WHERE seq = ? AND run = ? AND state = 'processing'"
-        return bool(self._value(query, run["seq"], run["run"]))
+        return bool(self._value(query, run.seq, run.number))
 
     def cancel_requested(self, run):
         """Tell whether `cancel` was called for a running job: its run has to end."""
-        return bool(self._value("SELECT cancelled FROM jobs WHERE seq = ?", run["seq"]))
+        return bool(self._value("SELECT cancelled FROM jobs WHERE seq = ?", run.seq))
 
     def record_pid(self, run):
         """Record the process of a run that has been going on for a while."""
         self._change(
             "UPDATE runs SET pid = ?, started_at = ?"
             " WHERE seq = ? AND run = ? AND finished_at IS NULL",
-            run["pid"], run["started_at"], run["seq"], run["run"])
+            run.pid, run.started_at, run.seq, run.number)
 
     def announce(self, start):
         """Pass one unannounced death to START. Return False if there is none.
@@ -1703,7 +1813,8 @@ class Queue(Database):
             return False
         with self.transaction():
             seq = self._value("SELECT seq FROM untold LIMIT 1")
-            for job in self._rows(SELECT_JOB + "WHERE seq = ? AND state = 'dead'", seq):
+            job = self._row(SELECT_JOB + "WHERE seq = ? AND state = 'dead'", seq)
+            if job:  # it may have been retried or deleted
                 start(job)
             self._change("DELETE FROM untold WHERE seq = ?", seq)
         return True
@@ -1717,8 +1828,8 @@ class Queue(Database):
     def edit(self, id, fields):
         """Change fields of a waiting job, PENDING or FAILED.
 
-        FIELDS are as `checked_fields` makes them. The job passes the gate again. If it
-        then waits for others, it is no longer FAILED.
+        FIELDS are as `checked_fields` makes them. The gate of the job is set anew. If
+        it then waits for others, it is no longer FAILED.
         """
         now = self.clock()
         changes = {name: fields[name] for name in COLUMNS if name in fields}
@@ -1743,6 +1854,7 @@ class Queue(Database):
         return self._apply(ids, CANCEL, "job %(id)s is %(state)s already")
 
     def cancel_all(self, condition):
+        """Cancel the jobs that meet a condition."""
         return self._apply_in_batches(condition, CANCEL)
 
     def retry(self, ids, states=TAKES["retry"]):
@@ -1751,6 +1863,7 @@ class Queue(Database):
                            "job %(id)s is %(state)s, not " + " or ".join(states))
 
     def retry_all(self, condition):
+        """Retry the jobs that meet a condition."""
         return self._apply_in_batches(
             condition, [(RETRY, in_states(TAKES["retry"]))])
 
@@ -1767,21 +1880,26 @@ class Queue(Database):
                         "SELECT seq, id FROM jobs JOIN waits USING (seq)"
                         " WHERE waits_for = ?", job["seq"]):
                     if seq not in named:
-                        names = printable(job["id"]), printable(id)
-                        raise QueueError("job %s can't be deleted, because %s waits for"
-                                         " it; to delete both, name both" % names)
+                        words = "job %s can't be deleted, because %s waits for it; to"
+                        raise QueueError(
+                            words + " delete both, name both", job["id"], id)
             count = self._apply(ids, DELETE, "job %(id)s is running")
         self._vacuum()
         wake_workers(self.path)
         return count
 
     def delete_all(self, condition):
-        """Remove what meets a condition; a chain is removed from its end."""
-        count, removed, may_be_chain = 0, True, True
-        while removed and may_be_chain:
-            may_be_chain = self._value("SELECT 1 FROM waits LIMIT 1")
+        """Remove the jobs that meet a condition.
+
+        If the condition leaves out jobs with dependents, a chain is removed from its
+        end, one job a pass.
+        """
+        count, may_go_on = 0, True
+        while may_go_on:
+            has_dependencies = self._value("SELECT 1 FROM waits LIMIT 1")
             removed = self._apply_in_batches(condition, DELETE)
             count += removed
+            may_go_on = removed and has_dependencies
         self._vacuum()
         return count
 
@@ -1792,7 +1910,8 @@ class Queue(Database):
         next batch begins.
         """
         batch = self._rows(
-            "SELECT seq FROM jobs WHERE seq >= ? ORDER BY seq LIMIT ?", first, BATCH)
+            "SELECT seq FROM jobs WHERE seq >= ? ORDER BY seq LIMIT ?",
+            first, BATCH_SIZE)
         if not batch:
             return 0, 1
         last = batch[-1]["seq"]
@@ -1804,14 +1923,14 @@ class Queue(Database):
 
     def _named(self, ids):
         if isinstance(ids, str):
-            raise QueueError("ids: a list of them, not one text")
+            raise QueueError("ids: give a list of ids, not a single text")
         return [self.job(id) for id in dict.fromkeys(ids)]
 
     def _apply(self, ids, changes, refusal, values={}):
         """Apply changes to jobs, all or none.
 
-        A job that no change applies to is refused: REFUSAL is formatted with its
-        fields.
+        If no change applies to a job, QueueError is raised: REFUSAL is formatted with
+        the fields of the job.
         """
         values = dict(values, now=self.clock())
         with self.transaction():
@@ -1838,7 +1957,7 @@ class Queue(Database):
             " ORDER BY seq LIMIT :length" % (
                 condition.sql, " OR ".join(state for _, state in changes))
         values = dict(condition.values, now=self.clock(), last=0)
-        count, length = 0, BATCH
+        count, length = 0, BATCH_SIZE
         while True:
             batch = self._rows(query, **values, length=length)
             if not batch:
@@ -1851,7 +1970,7 @@ class Queue(Database):
                         "%s WHERE seq BETWEEN :first AND :last AND %s AND %s"
                         % (change, condition.sql, state), **values)
             took = max(0.001, time.monotonic() - began)  # Windows has a coarse clock
-            length = max(1, min(BATCH, int(len(batch) * POLL_INTERVAL / 4 / took)))
+            length = max(1, min(BATCH_SIZE, int(len(batch) * WORK_SLICE / took)))
         wake_workers(self.path)
         return count
 
@@ -1875,8 +1994,8 @@ class Queue(Database):
         if self.state(prefix) is None and len(prefix) >= 4:
             ids = self.ids_starting_with(prefix, limit=2)
             if len(ids) == 2:
-                raise QueueError("several jobs begin with %s: %s, %s" % (
-                    printable(prefix), *map(printable, sorted(ids))))
+                raise QueueError(
+                    "several jobs begin with %s: %s, %s", prefix, *sorted(ids))
             prefix = ids[0] if ids else prefix
         return self.job(prefix)
 
@@ -1921,22 +2040,34 @@ class Queue(Database):
             " ORDER BY run", job["seq"])
 
     def output(self, job, run=None):
-        """Return the stored output of a run (the latest one), None before its end."""
+        """Return the stored output of a run (default: the latest one), or None.
+
+        The output is stored at the end of the run.
+        """
         query = "SELECT output FROM runs WHERE seq = ? AND run = ?"
         return self._value(query, job["seq"], run or job["run"])
 
-    def lease_path(self, job):
-        """Return the path of the lease of a job's latest run."""
-        name = "%s-%d-%d" % (self.token, job["seq"], job["run"])
+    def lease_path(self, seq, number):
+        """Return the path of the lease of a run, from the job's number and its own."""
+        name = "%s-%d-%d" % (self.token, seq, number)
         return os.path.join(path_beside(self.path, ".runs"), name)
+
+    def latest_run(self, job):
+        """Return the latest `Run` of a job, with what is needed to watch it."""
+        return Run(
+            job["seq"], job["run"], job["id"], job["attempts"], job["max_retries"],
+            worker=None, pid=None, started_at=job["started_at"],
+            lease=self.lease_path(job["seq"], job["run"]))
 
     # -- many jobs ---------------------------------------------------------------------
 
     def jobs(self, condition=where(), limit=0, newest=False, first=1, last=MAX_INTEGER,
              brief=False):
-        """Yield jobs, oldest or newest first; LIMIT 0 is all; BRIEF ones are quicker.
+        """Yield the jobs that meet a condition, oldest or NEWEST first, LIMIT or all.
 
-        Each batch is a read of its own: a long one would keep the log from its reset.
+        Only jobs with numbers from FIRST to LAST are listed. BRIEF jobs have only their
+        id, state and command. Each batch is a read of its own: a long read would keep
+        the write-ahead log from its reset.
         """
         left = limit or MAX_INTEGER
         query = "SELECT seq, id, state, command FROM jobs " if brief else SELECT_JOB
@@ -1944,9 +2075,9 @@ class Queue(Database):
         query += " ORDER BY seq %s LIMIT :size" % ("DESC" if newest else "")
         while left > 0:
             batch = self._rows(query, **condition.values, first=first, last=last,
-                               size=min(left, BATCH))
+                               size=min(left, BATCH_SIZE))
             yield from batch
-            left = left - len(batch) if len(batch) == BATCH else 0
+            left = left - len(batch) if len(batch) == BATCH_SIZE else 0
             if batch and newest:
                 last = batch[-1]["seq"] - 1
             elif batch:
@@ -1955,7 +2086,7 @@ class Queue(Database):
     def dead_jobs(self, condition, below=None):
         """Yield the dead jobs that meet a condition, the latest death first.
 
-        With the id of a dead job in BELOW only those after it in this order.
+        If BELOW is the id of a dead job, only the jobs that died before it are listed.
         """
         place = self._row(
             "SELECT updated_at, seq FROM jobs WHERE id = ? AND state = 'dead'", below)
@@ -1973,7 +2104,7 @@ class Queue(Database):
     def counts(self):
         """Return how many jobs there are in each state."""
         counts = dict(self._rows("SELECT state, jobs FROM counts"))
-        return {state: counts[state] for state in STATES}
+        return {state: counts.get(state, 0) for state in STATES}
 
     def common_errors(self, condition):
         """Return the errors of jobs, each with its count, the most common first."""
@@ -1982,17 +2113,28 @@ class Queue(Database):
         return self._rows(sql, **condition.values)
 
     def seq_before(self, id):
-        """Return the number before that of a job, the highest one if it is gone."""
+        """Return the number before that of a job; the highest number if it is gone."""
         number = self._value("SELECT seq FROM jobs WHERE id = ?", id) or MAX_INTEGER
         return number - 1
 
     def processing_runs(self):
-        """Return the runs of all jobs in PROCESSING, each with worker and lease."""
+        """Return the present `Run` of each job in PROCESSING."""
         rows = self._rows(
-            "SELECT seq, run, id, attempts AS attempt, max_retries, worker, pid,"
-            " started_at FROM jobs JOIN runs USING (seq, run)"
+            "SELECT seq, run AS number, id, attempts AS attempt, max_retries, worker,"
+            " pid, started_at FROM jobs JOIN runs USING (seq, run)"
             " WHERE state = 'processing' AND " + RARE)
-        return [dict(row, lease=self.lease_path(row)) for row in rows]
+        return [Run(lease=self.lease_path(row["seq"], row["number"]), **dict(row))
+                for row in rows]
+
+    def workers(self):
+        """Return the workers of all pools, each with its job: `pid pool job since`."""
+        runs, found = {run.worker: run for run in self.processing_runs()}, []
+        for pool, workers in living_pools(self.path).items():
+            for pid in workers:
+                run = runs.get(pid)
+                found.append({"pid": pid, "pool": pool, "job": run and run.id,
+                              "since": run and run.started_at})
+        return found
 
     def blocked_seqs(self):
         """Return the numbers of the jobs that wait, directly or not, for a dead one."""
@@ -2061,8 +2203,7 @@ class Queue(Database):
         that was seen to end is not looked at again, since it may be removed.
         """
         ended = dict.fromkeys((*STATES, "removed"), 0)
-        # What `keep` removed was completed. Otherwise nobody can tell what became of
-        # it.
+        # A job that `keep` deleted was completed. Without `keep` it can't be known.
         removed = "removed" if self.settings()["keep"] is None else "completed"
         if ids is None:
             ids = [id for id in self._unfinished_ids() if id != exclude]
@@ -2071,10 +2212,10 @@ class Queue(Database):
         left = collections.deque(ids)
 
         def is_over():
-            self.check_exists()
+            self.require_file()
             counts, blocked = self.counts(), self.blocked_seqs()
-            own = exclude is not None
-            is_resting = self.is_paused() and counts["processing"] <= own
+            others = counts["processing"] - (1 if exclude else 0)
+            is_resting = self.is_paused() and others <= 0
             on_look(counts)
             stuck = []
             while left:
@@ -2091,7 +2232,7 @@ class Queue(Database):
             return len(left) == len(stuck)
 
         seconds = MAX_DURATION if timeout is None else timeout
-        if not wait_until(is_over, seconds, POLL_INTERVAL / 2):
+        if not wait_until(is_over, seconds, WAIT_INTERVAL):
             return None
         return dict(ended, left=[*left])
 
@@ -2101,6 +2242,10 @@ class Queue(Database):
             " SELECT id FROM jobs WHERE " + RARE + " AND NOT " + in_states(FINISHED))]
 
     # -- settings ----------------------------------------------------------------------
+
+    def output_limit(self):
+        """Return how much of an output is kept now."""
+        return output_limit(self.settings())
 
     def settings(self):
         """Return the value of every setting, the default where none was set."""
@@ -2126,6 +2271,7 @@ class Queue(Database):
         wake_workers(self.path)
 
     def is_paused(self):
+        """Tell whether no job may be claimed."""
         return bool(self._value("SELECT " + PAUSED))
 
     # -- statistics --------------------------------------------------------------------
@@ -2143,7 +2289,7 @@ class Queue(Database):
             " SUM(total = 'failed') AS failed,"
             " SUM(total = 'interrupted') AS interrupted,"
             " SUM(attempt > 1) AS retries, SUM(finished_at >= ?) AS latest"
-            " FROM (SELECT *, " + TOTAL + " AS total FROM runs"
+            " FROM (SELECT *, " + TOTAL_OF_RUN + " AS total FROM runs"
             "  WHERE finished_at >= ?) GROUP BY bar",
             since, width, bars - 1, self.clock() - 60, since)
 
@@ -2175,7 +2321,7 @@ def read_stats(queue, since):
     """
     now = queue.clock()
     period = max(now - since, 1.0)
-    width = -(-period // BARS)  # whole seconds
+    width = ceil_div(period, BARS)  # whole seconds
     rows = queue.run_bars(since, width, BARS)
     latest = sum(row["latest"] for row in rows)
     sums = {key: sum(row[key] for row in rows) for key in (*TOTALS, "retries")}
@@ -2215,6 +2361,11 @@ def sample_stats(rows):
         "common_errors": [{"error": error, "runs": count}
                           for error, count in errors.most_common(5)],
     }
+
+
+def ceil_div(a, b):
+    """Return a / b, rounded up to a whole number."""
+    return -(-a // b)
 
 
 def percentiles(values):
@@ -2257,23 +2408,30 @@ def split_dropped(output):
 
 
 def tail(output, limit):
-    """Return the last LIMIT bytes of an output, after a note of how many it lacks."""
+    """Return as much of the end of an output as is kept, an `OutputLimit`.
+
+    It starts with a note of how many bytes were dropped before it.
+    """
     dropped, output = split_dropped(output)
-    cut = max(0, len(output) - limit)
+    cut = max(0, len(output) - limit.bytes)
     note = DROPPED_NOTE % (dropped + cut) if dropped + cut else b""
     return note + output[cut:]
 
 
 def max_file_size(limit):
-    """Return how many bytes the file of a run may have before it is compacted."""
-    return 2 * limit + 2**16
+    """Return how many bytes the file of a run may have before it is compacted.
+
+    Twice what is kept, so that the copy of the end does not overlap the end, and as
+    much more as a pipe holds.
+    """
+    return 2 * limit.bytes + 2**16
 
 
 def read_output(path, limit):
-    """Return the last LIMIT bytes that a run has printed so far; b"" without its file.
+    """Return the kept end of what a run has printed so far; b"" without its file.
 
-    Its worker may be compacting the file. During that the file is longer than at any
-    other time, and after that it starts with another note: then it is read again.
+    Its worker may be compacting the file: then this reads it again. While a file is
+    compacted it is longer than it may be, and afterwards it starts with another note.
     """
     output = b""
     with contextlib.suppress(FileNotFoundError):
@@ -2286,15 +2444,15 @@ def read_output(path, limit):
                 file.seek(0)
                 if is_settled and file.read(64).startswith(note):
                     break
-            time.sleep(POLL_INTERVAL / 100)
+            time.sleep(FILE_INTERVAL / 10)
     return tail(output, limit)
 
 
 class Lease:
     """The file of a run: locked while any process of the run lives, and its output.
 
-    At every moment the file ends with the last LIMIT bytes of the output, even if the
-    worker is killed while it compacts the file.
+    At every moment the file ends with as much of the output as is kept, an
+    `OutputLimit`, even if the worker is killed while it compacts the file.
     """
 
     def __init__(self, path, limit):
@@ -2305,15 +2463,15 @@ class Lease:
     def write(self, data):
         """Append output. Compact the file when it is longer than it may be."""
         self.unwritten += data
-        try:
+        try:  # on a full disk the end of the output stays in memory
             os.lseek(self.fd, self.size, os.SEEK_SET)
             written = os.write(self.fd, self.unwritten)
             self.unwritten, self.size = self.unwritten[written:], self.size + written
             if self.size > max_file_size(self.limit):
                 self.compact()
         except OSError:
-            # If more than LIMIT bytes are unwritten, nothing of the file is needed.
-            if len(self.unwritten) > self.limit:
+            # If more is unwritten than is kept, nothing of the file is needed.
+            if len(self.unwritten) > self.limit.bytes:
                 self.unwritten = self.output()
                 self.empty()
 
@@ -2329,7 +2487,7 @@ class Lease:
             self.size, self.unwritten = len(kept), b""
 
     def output(self):
-        """Return the last LIMIT bytes of the output."""
+        """Return the kept end of the output."""
         if not self.size and not self.unwritten:
             return b""
         os.lseek(self.fd, 0, os.SEEK_SET)
@@ -2350,6 +2508,17 @@ class Lease:
         os.close(self.fd)
         if WINDOWS:  # an open file can't be removed there
             remove_leftover(self.path)
+
+
+# Why a run ended: kind and error, as in `Outcome`.
+End = collections.namedtuple("End", "kind error")
+
+
+def exit_end(code):
+    """Return the `End` of a run that ended by itself, by its exit code."""
+    if code == 0:
+        return End("completed", None)
+    return End("failed", "exit %d" % code if code > 0 else "signal %d" % -code)
 
 
 class Unkillable(Exception):
@@ -2385,77 +2554,86 @@ class Termination:
 class Command:
     """The command of a run, from its start until none of its processes is left.
 
-    This class has what is the same on all systems. The two below it start the command,
-    wait for it, and find and signal its processes.
+    This class has what is the same on all systems. A class for a system has:
+    `open_pipe`, which sets `reader` and `writer`; `start`, which sets `pid`;
+    `readable_bytes`, `poll` and `wait` for its output and its end; `processes` and
+    `send_signal`.
     """
 
     def __init__(self, run, lease, path):
-        """Start it, with its output going to a pipe. OSError: the system refuses."""
+        """Start the command, with its output going to a pipe.
+
+        Raise OSError if the system refuses to start it.
+        """
         self.lease = lease
         self.was_killed = False  # by SIGKILL, from outside
-        # A job may name another queue. It can't pretend to be another run, by which its
-        # processes are found.
-        env = {"QUEUECTL_DB": path, **json.loads(run["env"] or "{}")}
-        env.update(QUEUECTL_JOB_ID=run["id"], QUEUECTL_ATTEMPT=str(run["attempt"]),
+        # A job may name another queue. It can't pretend to be another run, since its
+        # processes are found by the path of its lease.
+        env = {"QUEUECTL_DB": path, **json.loads(run.env or "{}")}
+        env.update(QUEUECTL_JOB_ID=run.id, QUEUECTL_ATTEMPT=str(run.attempt),
                    QUEUECTL_RUN=lease.path)
         # The writing end stays open here while the command lives: if its end closed the
         # pipe as well, each run would wake its worker twice.
         self.open_pipe()
         try:
-            self.start(run["command"], run["launcher"], run["cwd"], env)
+            self.start(run.command, run.launcher, run.cwd, env)
         except BaseException:
             self.close()
             raise
 
     def read(self):
-        """Take over what it has printed so far: one read, or `yes` would never end."""
+        """Take over what the command has printed so far.
+
+        With one read: for `yes` a loop would never end.
+        """
         with contextlib.suppress(BlockingIOError):
             size = self.readable_bytes()
             data = size and os.read(self.reader, size)
             if data:
                 self.lease.write(data)
 
-    def watch(self, wake, timeout, watchdog):
-        """Wait for its end; return its exit code, minus the signal that ended it.
+    def watch(self, waiter, timeout, watchdog):
+        """Wait for the end of the command; return its exit code and None or an `End`.
 
-        Return with it None, or why it was ended from outside: kind and error, as in
-        `Outcome`. `watchdog()`, called at every look, returns such a reason. If a
-        signal killed the leader, all its processes are ended: they would meet the next
-        run. Raise Unkillable if it can't be ended.
+        The exit code is -N if signal N ended the command. The `End` says why the
+        command was ended from outside: for its timeout, or for what `watchdog()`
+        returned at one of the looks. If a signal killed the leader, all its processes
+        are ended, or they would meet the next run. Raise Unkillable if one can't be
+        ended.
         """
         deadline = time.monotonic() + (timeout or MAX_DURATION)
-        next_look, code, reason = time.monotonic() + POLL_INTERVAL, None, None
-        while code is None and reason is None:
-            self.wait(wake, min(deadline, next_look) - time.monotonic())
+        next_look, code, end = time.monotonic() + POLL_INTERVAL, None, None
+        while code is None and end is None:
+            self.wait(waiter, min(deadline, next_look) - time.monotonic())
             code, now = self.poll(), time.monotonic()
             if code is None and now >= deadline:
-                reason = "failed", "timeout %ss" % number_text(timeout)
+                end = End("failed", "timeout %ss" % number_text(timeout))
             elif code is None and now >= next_look:
-                next_look, reason = now + POLL_INTERVAL, watchdog()
-        if reason or code < 0:
-            self.end(wake)
-        if reason:
+                next_look, end = now + POLL_INTERVAL, watchdog()
+        if end or code < 0:
+            self.terminate(waiter)
+        if end:
             code = self.poll()
         self.read()
-        return code, reason
+        return code, end
 
-    def end(self, wake):
-        """End every process that belongs to it, or that it left.
+    def terminate(self, waiter):
+        """End every process that belongs to the run, or that the command has left.
 
-        A leader that lives is not reaped before: no other process gets the number of
-        its group as long as it is a zombie.
+        A living leader is not reaped before: as long as it is a zombie, no other
+        process gets the number of its group.
         """
         termination, left = Termination(), self.processes()
         while left:
-            termination.step(left, self.signal)
+            termination.step(left, self.send_signal)
             self.was_killed = termination.kill_sent
             if termination.is_stuck():
                 raise Unkillable(sorted(left))
-            self.wait(wake, POLL_INTERVAL / 4)
+            self.wait(waiter, STEP_INTERVAL)
             left = self.processes()
 
     def close(self):
-        """Let go of the pipe. Processes left in the background go on."""
+        """Close the pipe. Processes left in the background go on."""
         os.close(self.reader)
         os.close(self.writer)
 
@@ -2471,7 +2649,7 @@ class PosixCommand(Command):
         return READ_SIZE
 
     def start(self, line, launcher, cwd, env):
-        """Start it by posix_spawn.
+        """Start the command by posix_spawn.
 
         A run costs two milliseconds. Popen would add 0.25, and before Python 3.10 more
         than a whole one.
@@ -2498,23 +2676,23 @@ class PosixCommand(Command):
             os.chdir("/")  # an idle worker must not keep a file system mounted
 
     def poll(self):
-        """Return the exit code once it has ended; minus the signal that ended it."""
+        """Return None, or the exit code; -N if signal N has ended the command."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if not pid:
             return None
         self.pid = None  # from now on another process can get this number
         return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
 
-    def wait(self, wake, timeout):
-        """Wait for its end, its output, a signal or a time; take over its output."""
-        wake.wait(timeout, self.reader)
+    def wait(self, waiter, timeout):
+        """Wait for the end, output, a signal or a timeout; take over the output."""
+        waiter.wait(timeout, self.reader)
         self.read()
 
     def processes(self):
-        """Return the PIDs of its living processes."""
+        """Return the PIDs of the living processes."""
         return processes_of({self.lease.path: self.pid})[self.lease.path]
 
-    def signal(self, pids, number):
+    def send_signal(self, pids, number):
         signal_processes(pids, number)
 
 
@@ -2527,12 +2705,12 @@ class WindowsCommand(Command):
         handles = _winapi.CreatePipe(None, 2**16)
         self.reader, self.writer = (msvcrt.open_osfhandle(h, 0) for h in handles)
 
-    def readable_bytes(self):  # a read of more would wait
+    def readable_bytes(self):  # to read more would wait
         handle = msvcrt.get_osfhandle(self.reader)
         return min(_winapi.PeekNamedPipe(handle, 0)[0], READ_SIZE)
 
     def start(self, line, launcher, cwd, env):
-        """Start it suspended until it is in its job object: no child may escape."""
+        """Start the command suspended, until its job object can catch all children."""
         if launcher:
             import shlex
 
@@ -2573,19 +2751,19 @@ class WindowsCommand(Command):
     def poll(self):
         return self.popen.poll()
 
-    def wait(self, wake, timeout):
+    def wait(self, waiter, timeout):
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.popen.wait(max(0.0, min(timeout, POLL_INTERVAL / 20)))
+            self.popen.wait(max(0.0, min(timeout, STEP_INTERVAL / 5)))
         self.read()
 
     def processes(self):
-        """Return as many numbers as it has living processes."""
+        """Return as many numbers as the run has living processes."""
         accounts = (wintypes.DWORD * 12)()  # the eleventh: active processes
         KERNEL.QueryInformationJobObject(
             self.job_object, 1, accounts, ctypes.sizeof(accounts), None)
         return set(range(accounts[10]))
 
-    def signal(self, pids, number):
+    def send_signal(self, pids, number):
         KERNEL.TerminateJobObject(self.job_object, 1)  # there is no other way
 
     def close(self):
@@ -2595,7 +2773,7 @@ class WindowsCommand(Command):
             KERNEL.CloseHandle(self.job_object)
 
 
-start_command = WindowsCommand if WINDOWS else PosixCommand
+SystemCommand = WindowsCommand if WINDOWS else PosixCommand
 
 
 # What belongs to a run, on POSIX.
@@ -2624,13 +2802,14 @@ def processes_of(runs):
     belongs to a run if it can write to the lease, has the path of the lease in
     QUEUECTL_RUN, or is in the process group of our child. The whole path counts, so
     that a process of another queue, or of a copy of this one, is a stranger. No
-    recorded PID is trusted. If nothing is left of a run there is a second look: a
-    process may be forked during the first.
+    recorded PID is trusted. If nothing is found of a run, this looks a second time: a
+    process may be forked during the first look.
     """
     found = {lease: set() for lease in runs}
     if WINDOWS or not runs:  # there a job object ends what a killed worker left
         return found
-    owner = {pid: lease for lease, pid in runs.items() if pid}  # {trace: lease}
+    # {trace: lease}: a process group by its number, a file by its path.
+    owner = {pid: lease for lease, pid in runs.items() if pid}
     for lease in runs:
         owner[lease] = owner[lease + " (deleted)"] = lease  # if it was removed
     has_proc = os.path.exists("/proc/self/fd")
@@ -2758,7 +2937,7 @@ def plural(count, noun):
 def setting_text(name, value):
     """Return the value of a setting as it can be set."""
     if value is None:
-        return "forever" if name == "keep" else "none"
+        return SETTINGS[name].none
     return printable(value) if isinstance(value, str) else number_text(value)
 
 
@@ -2767,27 +2946,28 @@ def setting_text(name, value):
 DIED = "its worker died; the next pool runs the job again"
 LOST = "its worker died, but its processes still run; the next pool ends them and" \
     " runs the job again"
-RESUME = "paused; to go on: queuectl.py resume"
+PAUSED_HINT = "paused; to go on: queuectl.py resume"
 NO_POOL = "no pool is running; to start one: queuectl.py worker start"
 
 
 def why_waiting(queue, job, workers):
     """Return in words why a job is not running; None if it runs or has finished.
 
-    WORKERS are those of `worker_list`.
+    WORKERS are those of `Queue.workers`.
     """
     no_pool = "" if workers else "; " + NO_POOL
     if job["state"] == "processing":
+        run = queue.latest_run(job)
         is_attended = job["id"] in [worker["job"] for worker in workers]
-        if is_attended or not queue.is_current(job):
+        if is_attended or not queue.is_current(run):
             return None
-        return (LOST if is_locked(queue.lease_path(job)) else DIED) + no_pool
+        return (LOST if is_locked(run.lease) else DIED) + no_pool
     if job["state"] not in WAITING:
         return None
     if job["waits"]:
         return why_dependent(queue, job)
     if queue.is_paused():
-        return "the queue is " + RESUME
+        return "the queue is " + PAUSED_HINT
     if job["claimable"] == CLOSED:
         what = "try %d" % (job["attempts"] + 1) if job["attempts"] else "due"
         return "%s %s%s" % (what, relative_time(job["run_at"], queue.clock()), no_pool)
@@ -2820,7 +3000,7 @@ def obstacles(queue):
     if blocked:
         words.append(blocked_text(blocked))
     if queue.is_paused():
-        words.append("the queue is " + RESUME)
+        words.append("the queue is " + PAUSED_HINT)
     return words
 
 
@@ -2830,7 +3010,7 @@ def blocked_text(blocked):
 
 
 def progress_text(counts, done, seconds):
-    """Return a line on how far a queue is, after DONE jobs more in some SECONDS."""
+    """Return a line on the progress of a queue, which ended DONE jobs in SECONDS."""
     running, waiting = counts["processing"], counts["pending"] + counts["failed"]
     line = "completed %d, dead %d, running %d, waiting %d" % (
         counts["completed"], counts["dead"], running, waiting)
@@ -2842,8 +3022,7 @@ def progress_text(counts, done, seconds):
 
 # Lines for people.
 
-COLOURS = {"processing": 36, "completed": 32, "failed": 33, "dead": 31}  # codes of ANSI
-DIM = 2
+DIM = 2  # a code of ANSI, like the colours of states
 
 
 class Line(str):
@@ -2893,7 +3072,7 @@ def truncate(text, width):
     if width is None or display_width(text) <= width:
         return text
     text = text[: 3 * width]  # a very long one would be measured too often
-    while display_width(text) >= width:
+    while text and display_width(text) >= width:
         text = text[:-1]
     return text + drawable("…", "~")
 
@@ -2914,7 +3093,7 @@ def table(titles, rows, width=None, state_column=None):
     A state gets its colour.
     """
     rows = iter(rows)
-    batch = list(itertools.islice(rows, BATCH))
+    batch = list(itertools.islice(rows, BATCH_SIZE))
     widths = [max(map(display_width, column)) for column in zip(titles, *batch)]
     if width:  # one long id must not push all else off the screen
         widths = [min(each, max(12, min(40, width // 3))) for each in widths]
@@ -2931,7 +3110,7 @@ def table(titles, rows, width=None, state_column=None):
         line = "  ".join(cells).rstrip()
         if state_column is not None:
             start, state = len("  ".join(cells[:state_column])) + 2, row[state_column]
-            line = Line(line, COLOURS.get(state), start, start + len(state))
+            line = Line(line, STATES[state].colour, start, start + len(state))
         yield line
 
 
@@ -2940,7 +3119,7 @@ def job_table(jobs, now, changed, *fields):
     titles = ["ID", "STATE", "TRIES", changed, *map(str.upper, fields)]
     rows = (
         [printable(job["id"]), job["state"],
-         "%d/%d" % (job["attempts"], max(1, job["max_retries"])),
+         "%d/%d" % (job["attempts"], tries_allowed(job["max_retries"])),
          changed_text(job, now), *[printable(job[name]) for name in fields]]
         for job in jobs)
     return table(titles, rows, terminal_width(sys.stdout), state_column=1)
@@ -2977,10 +3156,11 @@ def stats_lines(stats, width):
     yield "%.1f %% succeed; %.2f/s in the last minute, %.2f/s in %s" % (
         100 * stats["success_rate"], stats["per_second_now"], stats["per_second"],
         period)
-    for name, title in (("run_time", "run time"), ("waiting_time", "waiting time")):
+    for name in ("run_time", "waiting_time"):
         times = [duration_text(value or 0, precise=True)
                  for value in stats[name].values()]
-        yield "%s: median %s, 95 %% within %s, longest %s" % (title, *times)
+        yield "%s: median %s, 95 %% within %s, longest %s" % (
+            name.replace("_", " "), *times)
     yield from throughput_lines(stats["throughput"], period, width)
     yield from histogram(stats["run_times"], width)
     yield "Slowest commands:"
@@ -2997,7 +3177,7 @@ def stats_lines(stats, width):
 def throughput_lines(bars, period, width):
     """Yield a plot of how many runs ended when, and its axis."""
     counts = [bar["completed"] + bar["failed"] for bar in bars]
-    share = -(-len(counts) // max(1, width - 12))  # bars a character
+    share = ceil_div(len(counts), max(1, width - 12))  # bars a character
     sums = [sum(counts[at : at + share]) for at in range(0, len(counts), share)]
     yield "throughput  " + sparkline(sums)
     yield " " * 12 + (period + " ago").ljust(len(sums) - 3) + "now"
@@ -3007,7 +3187,7 @@ def throughput_lines(bars, period, width):
 def sparkline(values):
     """Return a bar for each value, all to the same scale; one character each."""
     steps, top = drawable(" ▁▂▃▄▅▆▇█", " .:-=+*#@"), max([*values, 1])
-    return "".join(steps[-(-value * 8 // top)] for value in values)
+    return "".join(steps[ceil_div(value * 8, top)] for value in values)
 
 
 def histogram(bins, width):
@@ -3016,7 +3196,7 @@ def histogram(bins, width):
     most, bar = max(bin["runs"] for bin in bins), drawable("█", "#")
     for bin in bins[used[0] : used[-1] + 1]:
         below = "longer" if bin["below"] is None else "< %gs" % bin["below"]
-        length = -(-bin["runs"] * max(1, width - 24) // most)
+        length = ceil_div(bin["runs"] * max(1, width - 24), most)
         yield "%-10s  %s %d" % (below, bar * length, bin["runs"])
     yield ""
 
@@ -3064,14 +3244,14 @@ def print_jobs(args, jobs, lines_of, empty=None):
         return sys.stdout.writelines(line + "\n" for line in lines)
     print(end="[")
     jobs, comma = map(public_job, jobs), ""
-    for batch in iter(lambda: list(itertools.islice(jobs, BATCH)), []):
+    for batch in iter(lambda: list(itertools.islice(jobs, BATCH_SIZE)), []):
         print(end=comma + json.dumps(batch)[1:-1])
         comma = ", "
     print("]")
 
 
 # ======================================================================================
-# Pool: a worker; the supervisor; the reaper; the log
+# Pool: a worker; the reaper; the supervisor; the log
 # ======================================================================================
 
 # A pool is a supervisor and its workers. What each sign of life proves, and to whom:
@@ -3130,8 +3310,8 @@ def open_log(queue_path, role):
 
 def run_label(run):
     """Return job and attempt of a run, for the log."""
-    tries = run["attempt"], max(1, run["max_retries"])
-    return "%s %d/%d" % (printable(run["id"]), *tries)
+    tries = tries_allowed(run.max_retries)
+    return "%s %d/%d" % (printable(run.id), run.attempt, tries)
 
 
 # Exit codes after a signal that a stopped service sends to all its processes at once. A
@@ -3141,24 +3321,19 @@ STOP_CODES = {
 NO_PROCESS = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE  # errors of a start
 
 
-def exit_reason(code):
-    """Return kind and error of a run that ended by itself, as in `Outcome`."""
-    if code == 0:
-        return "completed", None
-    return "failed", "exit %d" % code if code > 0 else "signal %d" % -code
-
-
 class Worker:
     """One process of a pool. It runs one job at a time."""
 
     def __init__(self, path, pool, is_drain):
         self.path, self.pool, self.is_drain = path, pool, is_drain
         self.log = open_log(path, "worker")
-        self.queue = self.lease = None
+        self.queue = None
+        self.lease = None  # of the present run
         self.trouble = None  # the error that it waits to be over
         self.noted_run = None  # the run whose start was recorded
-        self.got_sigterm = self.is_refused = False
-        self.wake = Wake()
+        self.got_sigterm = False
+        self.is_refused = False  # a process, by the system
+        self.waiter = Waiter()
         catch_signals(self.take_signal)
 
     def take_signal(self, number, frame):
@@ -3171,7 +3346,7 @@ class Worker:
     def work(self):
         """Run jobs until asked to stop."""
         self.queue = self.with_retries(
-            lambda: Queue(self.path, "NORMAL", IDLE_INTERVAL, new=False))
+            lambda: Queue(self.path, "NORMAL", POOL_LOCK_TIMEOUT, new=False))
         with self.queue:
             done = None
             while True:
@@ -3182,10 +3357,14 @@ class Worker:
                         break
                     if self.is_drain and self.with_retries(self.queue.is_drained):
                         request_stop(self.path, self.pool, "over")
-                    self.wake.wait(self.with_retries(self.idle_time))
+                    self.waiter.wait(self.with_retries(self.idle_time))
 
     def with_retries(self, action, *args):
-        """Try until it works: a full disk or a lock costs time, never a result."""
+        """Call an action until it works, and return its result.
+
+        A full disk or a locked database costs time, but not the outcome of a run. That
+        is dropped only for `stop --now`, or if the database is gone or broken.
+        """
         while True:
             try:
                 result = action(*args)
@@ -3196,18 +3375,18 @@ class Worker:
             except (sqlite3.Error, OSError) as error:
                 is_hopeless = isinstance(error, sqlite3.IntegrityError) or (
                     self.is_database_gone())
-                # A result in hand is dropped only for `stop --now`.
-                may_leave = not self.lease or (
-                    requested_stop(self.path, self.pool) == "now")
-                if is_hopeless or (self.trouble and self.should_leave() and may_leave):
-                    raise QueueError("leaving while there is still: %s" % error)
+                has_outcome = self.lease is not None
+                may_leave = self.should_leave() and (
+                    not has_outcome or requested_stop(self.path, self.pool) == "now")
+                if is_hopeless or (self.trouble and may_leave):
+                    raise QueueError("leaving while there is still: %s", str(error))
                 if str(error) != self.trouble:
                     self.log.error("%s; waiting until it is over", error)
                 self.trouble = str(error)
-            self.wake.wait(IDLE_INTERVAL)
+            self.waiter.wait(TROUBLE_INTERVAL)
 
     def is_database_gone(self):
-        return self.queue and not is_same_file(self.path, self.queue.file)
+        return self.queue and not may_be_same_file(self.path, self.queue.file_status)
 
     def is_pool_stopping(self):
         return supervisor_is_gone(self.pool) or requested_stop(self.path, self.pool)
@@ -3229,13 +3408,13 @@ class Worker:
     def record_and_claim(self, done):
         """Record the end of one run and claim the next, in one transaction.
 
-        After a kill before the commit, the run whose end is in hand is found without a
-        worker and is repeated. The same goes for a run that was claimed and not
-        started. The first run's lease is let go of only after the commit: before that a
-        pool would put its job back while the end is being recorded.
+        If the worker is killed before the commit, a pool finds the first run without a
+        worker, and the job runs again. The same goes for a run that was claimed and not
+        started. The lease of the first run is released only after the commit: otherwise
+        a pool would put the job back while its end is being recorded.
         """
         finished, self.lease = self.lease, None
-        is_leaving = self.should_leave()  # before others have to wait for the lock
+        is_leaving = self.should_leave()  # here, since others wait during a transaction
         try:
             with self.queue.transaction():
                 state = self.queue.record(*done) if done else None
@@ -3246,8 +3425,9 @@ class Worker:
                 self.lease.discard()
             self.lease = finished
             if finished:
-                # The disk may be full of it, and the outcome has the output. After a
-                # kill now the run is repeated, and only this output is lost.
+                # The disk may be full of this output, and the outcome has it as well.
+                # If the worker is killed now, the job runs again, and only this is
+                # lost.
                 finished.empty()
             raise
         if done:
@@ -3256,7 +3436,7 @@ class Worker:
         return run
 
     def take_lease(self, run):
-        self.lease = Lease(run["lease"], run["output_limit"])
+        self.lease = Lease(run.lease, run.limit)
 
     def report(self, state, run, outcome):
         """Log how a run ended. A result that came too late is logged and dropped."""
@@ -3265,7 +3445,7 @@ class Worker:
         words = state or "no longer ours, result dropped"
         if outcome.error:
             words += " (%s)" % outcome.error
-        seconds = outcome.finished_at - run["started_at"]
+        seconds = outcome.finished_at - run.started_at
         self.log.info("%s %s in %.3f s", run_label(run), words, seconds)
         if state == "dead":
             wake([self.pool])  # which starts `on_dead`
@@ -3273,31 +3453,31 @@ class Worker:
     def execute(self, run):
         """Run a claimed job; return its run and its outcome."""
         try:
-            command = start_command(run, self.lease, self.path)
+            command = SystemCommand(run, self.lease, self.path)
         except (OSError, ValueError) as error:
             return run, self.not_started(run, error)
         self.is_refused = False
         began = time.monotonic()
-        run.update(pid=command.pid, started_at=self.queue.clock())
+        run = run._replace(pid=command.pid, started_at=self.queue.clock())
         try:
-            code, reason = command.watch(
-                self.wake, run["timeout"], functools.partial(self.look_after, run))
-            finished_at = run["started_at"] + time.monotonic() - began
-            is_stop = reason is None and code in STOP_CODES
-            if is_stop and wait_until(self.is_pool_stopping, BLAME_DELAY):
-                reason = "stopped", STOPPED
-                command.end(self.wake)  # what a shell that reported a signal has left
-        except Unkillable as left:
+            code, end = command.watch(
+                self.waiter, run.timeout, functools.partial(self.look_after, run))
+            finished_at = run.started_at + time.monotonic() - began
+            if end is None and code in STOP_CODES and wait_until(
+                    self.is_pool_stopping, BLAME_DELAY):
+                end = End("stopped", STOPPED)
+                command.terminate(self.waiter)  # what a shell may have left
+        except Unkillable as pids:
             # This worker leaves. So a pool finds a run without a worker as soon as
             # these processes are gone.
             words = "%s can't be ended: processes %s are left alone"
-            raise QueueError(words % (run_label(run), left)) from None
+            raise QueueError(words, run_label(run), str(pids)) from None
         finally:
             command.close()
-        if command.was_killed and run["launcher"]:
+        if command.was_killed and run.launcher:
             words = "%s: the launcher was killed; what it started may live on"
             self.log.warning(words, run_label(run))
-        kind, error = reason or exit_reason(code)
+        kind, error = end or exit_end(code)
         exit_code = code if code is not None and code >= 0 else None
         return run, Outcome(kind, exit_code, error, finished_at, self.lease.output())
 
@@ -3309,24 +3489,24 @@ class Worker:
             if not self.is_refused:
                 self.log.error("%s; waiting for room for a process", text)
             self.is_refused = True
-            self.wake.wait(IDLE_INTERVAL)
-        return Outcome(kind, None, text, run["started_at"], self.lease.output())
+            self.waiter.wait(TROUBLE_INTERVAL)
+        return Outcome(kind, None, text, run.started_at, self.lease.output())
 
     def look_after(self, run):
-        """Return why a run has to end now, kind and error; None if it may go on.
+        """Return the `End` of a run that has to end now; None if it may go on.
 
         The first look records the start: most runs are over before it.
         """
         with contextlib.suppress(sqlite3.Error):
-            if self.noted_run is not run:
+            if self.noted_run != run:
                 self.queue.record_pid(run)
-                self.log.info("%s runs, pid %d", run_label(run), run["pid"])
+                self.log.info("%s runs, pid %d", run_label(run), run.pid)
                 self.noted_run = run
         if requested_stop(self.path, self.pool) == "now":
-            return "stopped", STOPPED_NOW
+            return End("stopped", STOPPED_NOW)
         with contextlib.suppress(sqlite3.Error):
             if self.queue.cancel_requested(run):
-                return "cancelled", CANCELLED
+                return End("cancelled", CANCELLED)
         return None
 
 
@@ -3341,17 +3521,199 @@ def worker_main(path, pool, is_drain, pool_fd):
             worker.work()
         finally:
             drop_lock_file(path, fd, own)
-            if supervisor_is_gone(pool):  # the last worker removes the pool's file
+            if supervisor_is_gone(pool):
+                # The last worker removes the file of the pool. On Windows that fails
+                # while another process looks at the file.
                 pid_file = pool_file(path, pool)
-                # On Windows that fails while another process looks at the file.
                 wait_until(lambda: remove_stale_pool_files(path)
-                           or not os.path.exists(pid_file), POLL_INTERVAL)
+                           or not os.path.exists(pid_file), 10 * FILE_INTERVAL)
     except (QueueError, OSError) as error:
         worker.log.error("%s", error)
-        sys.exit(EXIT_TROUBLE)
+        sys.exit(EXIT_UNUSABLE)
     except Exception:
         worker.log.exception("this worker failed")
         sys.exit(1)
+
+
+class Reaper:
+    """What a supervisor does for a queue, for the runs of other pools as well.
+
+    It puts lost jobs back, ends orphans, starts `on_dead`, deletes old jobs, removes
+    stale files and renames a full log.
+    """
+
+    def __init__(self, path, log):
+        self.path, self.log, self.pid = path, log, os.getpid()
+        self.died_at = {}  # {PID of a worker of this pool: when it was found dead}
+        self.recovery_done = True  # for the runs of dead workers
+        self.terminations = {}  # {lease of an orphan: its Termination}
+        self.hooks = {}  # {a running `on_dead`: the id of its job}
+        self.hook_error = None  # why `on_dead` could not be started
+        self.next_batch = 1  # of the jobs that `keep` may remove
+
+    def is_idle(self):
+        """Tell whether there is no more to do for lost runs, or nothing that helps."""
+        return self.recovery_done and all(
+            termination.is_stuck() for termination in self.terminations.values())
+
+    def note_death(self, pid, exit_code):
+        """Take note that a worker has died. EXIT_UNUSABLE is no fault of its job."""
+        self.recovery_done = False
+        if exit_code != EXIT_UNUSABLE:
+            self.died_at[pid] = time.monotonic()
+
+    def forget_death(self, pid):
+        self.died_at.pop(pid, None)
+
+    def recover_lost(self, queue, workers):
+        """Put jobs in PROCESSING back that no process runs; end orphans first.
+
+        WORKERS are the PIDs of this pool's living workers. What makes this safe:
+
+        A claim locks the lease before its commit, and a worker locks its own file
+        before it claims. So if a run is listed first, and one of the two files is found
+        unlocked afterwards, then the worker has died, or it has recorded the end in
+        between and no longer owns the job. Processes that still belong to the run of a
+        dead worker are ended first. The lease is tested again within the transaction
+        that puts the job back: if it is unlocked then, no process is left that could
+        fork another.
+        """
+        lost = self.lost_runs(queue, {self.pid, *workers})
+        found = processes_of(dict.fromkeys(lost))
+        self.recovery_done = True
+        for lease, run in lost.items():
+            if run.worker in found[lease]:
+                continue  # the worker is there; its file or the lease was removed
+            found[lease] -= {self.pid, *workers}  # a run may have started this pool
+            if run.worker in workers or self.died_just_now(run.worker):
+                self.recovery_done = False
+            elif not found[lease]:
+                self.release(queue, run)
+            elif queue.is_current(run):
+                self.end_orphan(run, found[lease])
+            # Otherwise the run has ended in between. Its background children go on.
+        self.terminations = {lease: termination for lease, termination
+                             in self.terminations.items() if lease in lost}
+        dead = {run.worker for run in lost.values()}
+        self.died_at = {pid: at for pid, at in self.died_at.items() if pid in dead}
+
+    def lost_runs(self, queue, own):
+        """Return the runs without a worker or without a lease: {lease: run}.
+
+        OWN are the PIDs of this pool's processes, which live.
+        """
+        runs = queue.processing_runs()  # before the files, as explained above
+        living = own.union(*living_pools(self.path).values())
+        lost = {}
+        for run in runs:
+            is_attended = run.worker in living and is_locked(run.lease)
+            if not is_attended and queue.is_current(run):
+                lost[run.lease] = run
+        return lost
+
+    def died_just_now(self, worker):
+        """Tell whether this pool may be about to be killed together with a worker.
+
+        Then the job of the worker must not get the blame.
+        """
+        died_at = self.died_at.get(worker, -MAX_DURATION)
+        return time.monotonic() < died_at + BLAME_DELAY
+
+    def end_orphan(self, run, pids):
+        """Signal what a dead worker left running, as the worker would have done."""
+        termination = self.terminations.get(run.lease)
+        if not termination:
+            termination = self.terminations[run.lease] = Termination()
+            self.log.warning("%s worker died, ending %s", run_label(run), sorted(pids))
+        kill_sent = termination.kill_sent
+        termination.step(pids, signal_processes)
+        if termination.kill_sent and not kill_sent:
+            words = "%s did not end and is killed: %s"
+            self.log.warning(words, run_label(run), sorted(pids))
+
+    def release(self, queue, run):
+        """Put the job of a lost run back, unless something holds the lease again."""
+        output = read_output(run.lease, queue.output_limit())
+        outcome = Outcome("lost", None, WORKER_DIED, queue.clock(), output)
+        with queue.transaction():
+            state = None if is_locked(run.lease) else queue.release(
+                run, outcome, is_blamed=run.worker in self.died_at)
+        if state:
+            self.log.warning("%s worker died, %s", run_label(run), state)
+            remove_leftover(run.lease)
+            wake_workers(self.path)
+
+    def announce_deaths(self, queue):
+        """Start `on_dead` for the jobs that died; return how many of them run.
+
+        No job waits for these commands, and they may outlive the pool. Their output is
+        dropped, and a failure is logged. Only a few run at a time: if they hang, there
+        must not be one for each of a thousand dead jobs.
+        """
+        for hook in [hook for hook in self.hooks if hook.poll() is not None]:
+            id = self.hooks.pop(hook)
+            if hook.returncode:
+                self.log.error("on_dead for %s: exit %d", id, hook.returncode)
+        line = queue.settings()["on_dead"]
+        try:
+            while len(self.hooks) < MAX_HOOKS and queue.announce(
+                    lambda job: line and self.start_hook(line, job)):
+                self.hook_error = None
+        except OSError as error:  # the next look tries again
+            if self.hook_error != str(error):
+                self.log.error("on_dead cannot start: %s", error)
+            self.hook_error = str(error)
+        return len(self.hooks)
+
+    def start_hook(self, line, job):
+        """Start the `on_dead` command for a job, with the job's JSON as its input."""
+        import subprocess
+        import tempfile
+
+        with tempfile.TemporaryFile() as text:
+            text.write(json.dumps(public_job(job)).encode() + b"\n")
+            text.seek(0)
+            hook = subprocess.Popen(
+                line, shell=True, cwd=os.path.dirname(self.path), stdin=text,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                start_new_session=True)
+        self.hooks[hook] = printable(job["id"])
+
+    def prune(self, queue):
+        """Delete the jobs that are older than `keep`, batch by batch.
+
+        It stops at a batch without such a job, and goes on from there at the next look.
+        """
+        keep = queue.settings()["keep"]
+        if keep is None:
+            return
+        total, until = 0, time.monotonic() + POLL_INTERVAL
+        while time.monotonic() < until:
+            count, self.next_batch = queue.prune(keep, self.next_batch)
+            total += count
+            if not count:
+                break
+        if total:
+            self.log.info("keep: removed %s", plural(total, "job"))
+
+    def remove_stale_files(self, queue):
+        """Remove the files that no process holds any more."""
+        directory = path_beside(self.path, ".runs")
+        with queue.transaction():  # so that no run is claimed or lost in between
+            leases = {run.lease for run in queue.processing_runs()}
+            with contextlib.suppress(FileNotFoundError):
+                for name in os.listdir(directory):
+                    path = os.path.join(directory, name)
+                    if path not in leases:
+                        remove_leftover(path)
+        remove_stale_pool_files(self.path)
+
+    def rotate_log(self):
+        """Rename a full log. The loggers of all processes notice it."""
+        log = path_beside(self.path, ".log")
+        with contextlib.suppress(OSError):  # Windows refuses it while others write
+            if os.path.getsize(log) > LOG_LIMIT:
+                os.replace(log, log + ".1")
 
 
 class Supervisor:
@@ -3365,8 +3727,13 @@ class Supervisor:
     def __init__(self, path, count, is_drain=False, on_look=None):
         self.path, self.count = os.path.realpath(path), count
         self.is_drain = is_drain
-        self.on_look = on_look  # called with the queue, twice a second
+        self.on_look = on_look  # called with the queue, every DRAIN_INTERVAL
         self.pid = os.getpid()
+        self.own_file = pool_file(self.path, self.pid)
+        self.fd = None  # of that file
+        self.file_status = None  # of the database
+        self.began = None  # by the clock of the queue
+        self.waiter = self.log = self.reaper = None
         self.workers = []  # their processes
         self.pids = set()  # of all workers that it ever had
         self.next_start = self.next_look = self.looked_at = 0.0  # monotonic times
@@ -3381,11 +3748,11 @@ class Supervisor:
 
         `started()` is called once the pool can be found and asked to stop.
         """
-        handlers = catch_signals(self.count_signal)
+        previous = catch_signals(self.count_signal)
         try:
             self.prepare()
         except BaseException:
-            for number, handler in handlers.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
             raise
         try:
@@ -3410,26 +3777,27 @@ class Supervisor:
         """Check the queue and its files; take the PID file."""
         inherit_nothing()
         with Queue(self.path) as queue:
-            self.file, self.began = queue.file, queue.clock()
+            self.file_status, self.began = queue.file_status, queue.clock()
             if queue.is_paused():
-                notice("the queue is " + RESUME)
+                notice("the queue is " + PAUSED_HINT)
         for path in (path_beside(self.path, ".runs"), path_beside(self.path, ".log")):
-            if owner_hint(path):
-                raise QueueError(printable(path) + owner_hint(path))
-        self.own_file = pool_file(self.path, self.pid)
+            hint = owner_hint(path)
+            if hint:
+                raise QueueError("%s%s", path, hint)
         self.fd = lock_file(self.own_file)
-        self.wake = Wake()
+        self.waiter = Waiter()
 
     def count_signal(self, number, frame):
-        """Count a signal, but one that comes twice once: timeout(1) sends it so."""
+        """Count a signal, but not one that timeout(1) sends twice at the same time."""
         now = time.monotonic()
         if now - self.signalled_at > POLL_INTERVAL:
             self.signals, self.signalled_at = self.signals + 1, now
 
     def loop(self):
+        """Look after the workers and the queue until the pool is over."""
         while True:
             if self.signals:  # the first asks to stop, a second to stop now
-                self.request("stop" if self.signals == 1 else "now")
+                self.ask_to_stop("stop" if self.signals == 1 else "now")
             self.reap()
             if self.is_over():
                 return
@@ -3441,7 +3809,7 @@ class Supervisor:
             due = self.next_look
             if are_missing:
                 due = min(due, self.next_start)
-            if self.wake.wait(due - time.monotonic()):
+            if self.waiter.wait(due - time.monotonic()):
                 # By a worker or a command. If it wakes often, it does not look each
                 # time.
                 self.next_look = min(self.next_look, self.looked_at + POLL_INTERVAL)
@@ -3449,7 +3817,7 @@ class Supervisor:
     def look_interval(self):
         if not self.reaper.is_idle():
             return POLL_INTERVAL
-        return 0.5 if self.on_look else RECOVERY_INTERVAL
+        return DRAIN_INTERVAL if self.on_look else RECOVERY_INTERVAL
 
     def is_over(self):
         """Tell whether the pool may leave: the runs of its dead workers are recovered.
@@ -3463,7 +3831,7 @@ class Supervisor:
         request = requested_stop(self.path, self.pid)
         if not request or self.workers:
             return False
-        if not is_same_file(self.path, self.file):
+        if not may_be_same_file(self.path, self.file_status):
             return True
         if not self.reaper.recovery_done:
             return request == "now" and self.is_unreadable
@@ -3474,8 +3842,8 @@ class Supervisor:
         self.log.info("this pool stops: %s", why)
         notice("this pool stops: " + why)
 
-    def request(self, request):
-        """Ask this pool's own processes to stop, unless that was requested before."""
+    def ask_to_stop(self, request):
+        """Request a stop of this pool, unless it was requested before."""
         earlier = requested_stop(self.path, self.pid)
         if earlier and (request != "now" or earlier == "now"):
             return
@@ -3483,7 +3851,7 @@ class Supervisor:
         request_stop(self.path, self.pid, request)
         if request == "stop" and sys.stderr.isatty():
             running = self.with_queue(lambda queue: [
-                run for run in queue.processing_runs() if run["worker"] in self.pids])
+                run for run in queue.processing_runs() if run.worker in self.pids])
             if running:
                 notice("finishing %s; Ctrl-C again ends them now"
                        % plural(len(running), "running job"))
@@ -3525,23 +3893,28 @@ class Supervisor:
         return False
 
     def with_queue(self, action):
-        """Call an action with the queue. After trouble with it, the next look will."""
+        """Call an action with the queue; return its result, None after an error.
+
+        After an error the next look tries again. If the queue is gone, the pool stops.
+        """
         try:
-            if is_same_file(self.path, self.file):
-                with Queue(self.path, "NORMAL", IDLE_INTERVAL, new=False) as queue:
+            if may_be_same_file(self.path, self.file_status):
+                with Queue(self.path, "NORMAL", POOL_LOCK_TIMEOUT, new=False) as queue:
                     self.is_unreadable = False
                     return action(queue)
             if not self.stop_reason:
                 self.give_up("%s was removed" % printable(self.path))
-                self.request("stop")
+                self.ask_to_stop("stop")
         except (sqlite3.Error, OSError, QueueError) as error:
-            self.reaper.recovery_done, self.is_unreadable = False, True
+            self.is_unreadable = True
+            self.reaper.recovery_done = False
             self.log.error("%s", error)
 
     def maintain(self, queue):
         """Do what is due for the queue at every look."""
         self.reaper.recover_lost(queue, [worker.pid for worker in self.workers])
         self.reaper.remove_stale_files(queue)
+        self.reaper.rotate_log()
         self.reaper.announce_deaths(queue)
         queue.promote_after_clock_step()
         self.reaper.prune(queue)
@@ -3549,7 +3922,7 @@ class Supervisor:
             self.on_look(queue)
 
     def finish(self, queue):
-        """Make the last line of the pool, and its result if it is a drain; clear up."""
+        """Set `result`, the pool's last line, and `has_failed`; then clear up."""
         self.result = "pool %d stopped" % self.pid
         if self.is_drain:
             ended, why = queue.count_ended(self.began, self.pids), obstacles(queue)
@@ -3570,210 +3943,47 @@ class Supervisor:
         return True
 
 
-class Reaper:
-    """What a supervisor does for the whole queue, other pools' part included.
-
-    It puts lost jobs back, ends orphans, starts `on_dead`, deletes old jobs, removes
-    stale files and rotates the log.
-    """
-
-    def __init__(self, path, log):
-        self.path, self.log, self.pid = path, log, os.getpid()
-        self.died_at = {}  # {PID of a worker of this pool: when it was found dead}
-        self.recovery_done = True  # for the runs of dead workers
-        self.terminations = {}  # {lease of an orphan: its Termination}
-        self.hooks = {}  # {a running `on_dead`: the id of its job}
-        self.hook_error = None  # why `on_dead` could not be started
-        self.next_batch = 1  # of the jobs that `keep` may remove
-
-    def is_idle(self):
-        """Tell whether there is no more to do for lost runs, or nothing that helps."""
-        return self.recovery_done and all(
-            termination.is_stuck() for termination in self.terminations.values())
-
-    def note_death(self, pid, exit_code):
-        """Take note that a worker has died; EXIT_TROUBLE is no fault of its job."""
-        self.recovery_done = False
-        if exit_code != EXIT_TROUBLE:
-            self.died_at[pid] = time.monotonic()
-
-    def forget_death(self, pid):
-        self.died_at.pop(pid, None)
-
-    def recover_lost(self, queue, workers):
-        """Put jobs in PROCESSING back that no process runs; end orphans first.
-
-        A claim locks its lease before its commit, and a worker locks its own file
-        before it claims. So if a run is listed first, and one of the two files is found
-        free afterwards, its worker has died, or it has recorded the end in between and
-        the job is no longer listed. Processes that live of the run of a dead worker are
-        ended first. The lease is looked at again within the transaction that puts the
-        job back: if it is free then, no process is left that could have forked another.
-        """
-        runs = queue.processing_runs()
-        own = {self.pid, *workers}
-        living = own.union(*living_pools(self.path).values())
-        lost = {}
-        for run in runs:
-            is_attended = run["worker"] in living and is_locked(run["lease"])
-            if not is_attended and queue.is_current(run):
-                lost[run["lease"]] = run
-        found = processes_of(dict.fromkeys(lost))
-        self.recovery_done = True
-        for lease, run in lost.items():
-            if run["worker"] in found[lease]:
-                continue  # the worker is there; its file or the lease was removed
-            found[lease] -= own  # a run may have started this very pool
-            if run["worker"] in own or self.died_just_now(run["worker"]):
-                self.recovery_done = False
-                continue
-            # The run may have ended since it was listed: then its background children
-            # go on.
-            if found[lease] and queue.is_current(run):
-                self.end_orphan(run, found[lease])
-            elif not found[lease]:
-                self.release(queue, run)
-        self.terminations = {lease: termination for lease, termination
-                             in self.terminations.items() if lease in lost}
-        workers = {run["worker"] for run in lost.values()}
-        self.died_at = {pid: at for pid, at in self.died_at.items() if pid in workers}
-
-    def died_just_now(self, worker):
-        """Tell whether the whole pool may be about to be killed with this worker.
-
-        Then its job must not get the blame.
-        """
-        died_at = self.died_at.get(worker, -MAX_DURATION)
-        return time.monotonic() < died_at + BLAME_DELAY
-
-    def end_orphan(self, run, pids):
-        """Signal what a dead worker left running, as the worker would have done."""
-        termination = self.terminations.get(run["lease"])
-        if not termination:
-            termination = self.terminations[run["lease"]] = Termination()
-            self.log.warning("%s worker died, ending %s", run_label(run), sorted(pids))
-        kill_sent = termination.kill_sent
-        termination.step(pids, signal_processes)
-        if termination.kill_sent and not kill_sent:
-            words = "%s did not end and is killed: %s"
-            self.log.warning(words, run_label(run), sorted(pids))
-
-    def release(self, queue, run):
-        """Put the job of a lost run back, unless something holds the lease again."""
-        output = read_output(run["lease"], queue.settings()["output_limit"])
-        outcome = Outcome("lost", None, WORKER_DIED, queue.clock(), output)
-        with queue.transaction():
-            state = None if is_locked(run["lease"]) else queue.release(
-                run, outcome, is_blamed=run["worker"] in self.died_at)
-        if state:
-            self.log.warning("%s worker died, %s", run_label(run), state)
-            remove_leftover(run["lease"])
-            wake_workers(self.path)
-
-    def announce_deaths(self, queue):
-        """Start `on_dead` for the jobs that died; return how many of them run.
-
-        Nothing waits for these commands, and they outlive the pool. Their output is
-        dropped; that one failed is logged. A few run at a time: if they hang, there
-        must not be one for each of a thousand dead jobs.
-        """
-        for hook in [hook for hook in self.hooks if hook.poll() is not None]:
-            id = self.hooks.pop(hook)
-            if hook.returncode:
-                self.log.error("on_dead for %s: exit %d", id, hook.returncode)
-        line = queue.settings()["on_dead"]
-        try:
-            while len(self.hooks) < MAX_HOOKS and queue.announce(
-                    lambda job: line and self.start_hook(line, job)):
-                self.hook_error = None
-        except OSError as error:  # the next look tries again
-            if self.hook_error != str(error):
-                self.log.error("on_dead cannot start: %s", error)
-            self.hook_error = str(error)
-        return len(self.hooks)
-
-    def start_hook(self, line, job):
-        """Start the `on_dead` command for a job, with the job's JSON as its input."""
-        import subprocess
-        import tempfile
-
-        with tempfile.TemporaryFile() as text:
-            text.write(json.dumps(public_job(job)).encode() + b"\n")
-            text.seek(0)
-            hook = subprocess.Popen(
-                line, shell=True, cwd=os.path.dirname(self.path), stdin=text,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                start_new_session=True)
-        self.hooks[hook] = printable(job["id"])
-
-    def prune(self, queue):
-        """Delete the jobs that are older than `keep`: a batch, more if it had some."""
-        keep = queue.settings()["keep"]
-        if keep is None:
-            return
-        total, count, until = 0, 1, time.monotonic() + POLL_INTERVAL
-        while count and time.monotonic() < until:
-            count, self.next_batch = queue.prune(keep, self.next_batch)
-            total += count
-        if total:
-            self.log.info("keep: removed %s", plural(total, "job"))
-
-    def remove_stale_files(self, queue):
-        """Remove the files that no process holds any more; rename a full log."""
-        directory = path_beside(self.path, ".runs")
-        with queue.transaction():  # so that no run is claimed or lost in between
-            leases = {run["lease"] for run in queue.processing_runs()}
-            with contextlib.suppress(FileNotFoundError):
-                for name in os.listdir(directory):
-                    path = os.path.join(directory, name)
-                    if path not in leases:
-                        remove_leftover(path)
-        remove_stale_pool_files(self.path)
-        log = path_beside(self.path, ".log")
-        with contextlib.suppress(OSError):  # Windows refuses it while others write
-            if os.path.getsize(log) > LOG_LIMIT:
-                os.replace(log, log + ".1")
-
-
 # ======================================================================================
 # Commands: a function for each command, with its name and arguments above it
 # ======================================================================================
 
-# A command of the command line. It gets the queue as its second argument if it
-# `opens_queue`; otherwise it opens the queue itself (SQLite must cross neither a fork
-# nor threads) or needs none. Only one that `creates_queue` creates a missing one: `wait
-# && deploy` in a wrong folder must not deploy. If it `takes_words`, those after `--`
-# are a command.
+# A command of the command line. `creates_queue`: it creates a missing queue; others
+# must not, or `wait && deploy` would deploy in a wrong folder. `opens_queue`: its
+# function gets the queue as a second argument; others need none, or open it themselves,
+# since SQLite must cross neither a fork nor threads. `takes_words`: the words after
+# `--` are a command.
 Entry = collections.namedtuple(
     "Entry", "function meaning example arguments creates_queue opens_queue takes_words"
-    " usage aliases")
+    " usage aliases", defaults=(False, True, False, None, ()))
 COMMANDS = {}  # {name: Entry}, in the order in which help lists them
 
 
-def command(name, meaning, example, *arguments, creates_queue=False, opens_queue=True,
-            takes_words=False, usage=None, aliases=()):
+def command(name, meaning, example, *arguments, **facts):
     """Make a function the command of that name."""
     def register(function):
-        COMMANDS[name] = Entry(function, meaning, example, arguments, creates_queue,
-                               opens_queue, takes_words, usage, aliases)
+        COMMANDS[name] = Entry(function, meaning, example, arguments, **facts)
         return function
 
     return register
 
 
-# An argument: its names, the kind of its value (which help shows and completion knows;
-# None for a flag), and what argparse wants to know.
+# An argument: its names; the kind of its value, which help shows and completion knows,
+# None for a flag; and what argparse wants to know.
 Argument = collections.namedtuple("Argument", "names kind options")
 
 
 def flag(names, meaning):
+    """Return an option without a value."""
     return Argument(names.split(), None, dict(help=meaning, action="store_true"))
 
 
 def option(names, kind, meaning, convert=str, **options):
-    """Return an option with a value, or a positional argument of that name."""
+    """Return an option with a value."""
     return Argument(
         names.split(), kind, dict(options, help=meaning, metavar=kind, type=convert))
+
+
+positional = option  # an argument without a name; argparse tells them by the dashes
 
 
 def field_option(name):
@@ -3784,36 +3994,43 @@ def field_option(name):
                   **repeated)
 
 
-def check_state(text):
-    """Return the name of a state, given in any case."""
+# Converters of arguments: they take the text from the command line.
+
+
+def state_name(text):
+    """Return the name of a state, spelt in any case."""
     if text.lower() not in STATES:
-        raise unknown_word("state " + printable(text), text, STATES)
+        raise unknown_word("state " + text, text, STATES)
     return text.lower()
 
 
-def check_match(text):
+def text_to_match(text):
+    """Return a text to search for."""
     if not text or not is_storable(text):  # an unset variable would select all jobs
-        raise QueueError("--match: a text in UTF-8 that is not empty", 2)
+        raise QueueError("--match: a text in UTF-8 that is not empty", code=2)
     return text
 
 
 def count_from(low, name, high=MAX_INTEGER):
-    """Return what converts the text of the option NAME to a whole number."""
+    """Return a converter to a whole number, for the option NAME."""
     return lambda text: checked(name, whole_number(low, high), parse_number(text))
 
 
 def seconds_from(low, name):
-    """Return what converts the text of the option NAME to a duration."""
+    """Return a converter to a duration, for the option NAME."""
     return lambda text: checked(name, duration_from(low), text)
 
 
-IDS = option("ids", "ID", "ids of jobs", nargs="*")
-ID = option("id", "ID", "id of a job, or its beginning, of four characters or more")
-KEY = option("key", "KEY", "name of a setting", setting_name)
+IDS = positional("ids", "ID", "ids of jobs", nargs="*")
+ID = positional("id", "ID", "id of a job, or its beginning, of four characters or more")
+KEY = positional("key", "KEY", "name of a setting", setting_name)
 STATE = option("--state", "STATE", "one of %s (repeatable)" % ", ".join(STATES),
-               check_state, action="append", default=[])
+               state_name, action="append", default=[])
 MATCH = option("--match", "TEXT", "only jobs with TEXT in their id or command",
-               check_match)
+               text_to_match)
+EVERYWHERE = [
+    flag("--json", "print one JSON document"),
+    option("--db", "PATH", "the queue (default: QUEUECTL_DB, or queuectl.db)")]
 DRY_RUN = flag("--dry-run", "only list the jobs that would be changed")
 
 
@@ -3823,7 +4040,7 @@ DRY_RUN = flag("--dry-run", "only list the jobs that would be changed")
 @command(
     "enqueue", "add jobs: a command behind --, or JSON",
     "enqueue --id job1 --timeout 10m -- echo Hello",
-    option("jobs", "JSON", "an object, an array, or - for an array or JSON Lines on"
+    positional("jobs", "JSON", "an object, an array, or - for an array or JSON Lines on"
            " standard input: all or none", nargs="*"),
     option("--file", "F", "read the jobs from this file"),
     flag("--unique", "do nothing if this job is pending, processing or failed; if it is"
@@ -3839,8 +4056,8 @@ def cmd_enqueue(args, queue):
     defaults = queue.defaults(args.cwd)  # this directory may be gone
 
     def check(given):
-        if args.id and next(number):
-            raise QueueError("--id: one id can't serve several jobs", 2)
+        if args.id and next(number) > 0:
+            raise QueueError("--id: one id can't serve several jobs", code=2)
         if options and type(given) is dict:  # an option wins over the job's own field
             given = {**given, **options}
         job = checked_job(given, defaults)
@@ -3860,17 +4077,17 @@ def cmd_enqueue(args, queue):
     jobs = queue.jobs(first=added.first, last=added.last, brief=not args.json)
     if args.unique:
         jobs = map(queue.job, dict.fromkeys(ids))
-    print_jobs(args, jobs, functools.partial(enqueued_lines, left=added.left),
+    print_jobs(args, jobs, functools.partial(enqueued_lines, unchanged=added.unchanged),
                "no jobs were given")
 
 
-def enqueued_lines(jobs, left):
-    """Yield what became of each job; LEFT is as in `Added`."""
+def enqueued_lines(jobs, unchanged):
+    """Yield what became of each job; UNCHANGED is as in `Added`."""
     for job in jobs:
         id, state = printable(job["id"]), job["state"]
-        if job["id"] not in left:
+        if job["id"] not in unchanged:
             yield "enqueued " + id
-        elif job["command"] == left[job["id"]]:
+        elif job["command"] == unchanged[job["id"]]:
             yield "%s is there already, %s" % (id, state)
         else:
             yield "%s is there already, %s, unchanged" % (id, state)
@@ -3882,12 +4099,13 @@ def enqueue_options(args):
         args.jobs = args.jobs or ["-"]
     sources = ["".join(args.jobs), args.file, args.command, args.words]
     if sum(map(bool, sources)) != 1:
+        trouble = "no job"
+        if any(sources):
+            trouble = "give jobs, a command behind --, or --file"
         words = "enqueue: %s (see: queuectl.py enqueue --help)"
-        several = "give jobs, a command behind --, or --file"
-        raise QueueError(words % (several if any(sources) else "no job"), 2)
+        raise QueueError(words, trouble, code=2)
     if args.jobs and args.jobs != ["-"] and args.jobs[0].lstrip()[:1] not in ("{", "["):
-        words = printable(args.jobs[0]), printable(" ".join(args.jobs))
-        raise QueueError(NOT_JSON % words, 2)
+        raise not_json(args.jobs[0], " ".join(args.jobs))
     given = given_fields(args)
     if given.keys() & {"delay", "run_at"}:  # one of them replaces the other in the JSON
         given = {"delay": None, "run_at": None, **given}
@@ -3904,6 +4122,17 @@ def given_fields(args):
     return {name: given[name] for name in FIELDS if given[name] is not None}
 
 
+def shell_line(words):
+    """Return the shell line that runs these words; a single one is a line already."""
+    if len(words) == 1:
+        return words[0]
+    if WINDOWS:
+        return subprocess.list2cmdline(words)
+    import shlex
+
+    return " ".join(map(shlex.quote, words))
+
+
 def read_arguments(texts, check):
     """Yield the checked jobs of JSON texts, each an object or an array."""
     for text in texts:
@@ -3918,7 +4147,7 @@ def read_lines(lines, check, are_commands=False):
     """
     number = 0
     try:
-        for batch in iter(lambda: list(itertools.islice(lines, BATCH)), []):
+        for batch in iter(lambda: list(itertools.islice(lines, BATCH_SIZE)), []):
             found = [] if are_commands else parse_batch(batch)
             for index, line in enumerate(batch):
                 number += 1
@@ -3935,7 +4164,7 @@ def read_lines(lines, check, are_commands=False):
                 else:
                     yield check(parse_json(line))
     except QueueError as error:
-        raise QueueError("line %d: %s" % (number, error), error.code) from None
+        raise QueueError("line %d: %s", number, error, code=error.code) from None
 
 
 def parse_batch(lines):
@@ -3984,7 +4213,7 @@ def spool(path):
          flag("--newest", "newest first"),
          creates_queue=True, aliases=("ls",))
 def cmd_list(args, queue):
-    chosen = where(args.state or STATES, args.match)
+    chosen = where(args.state or STATES, text=args.match)
     list_jobs(args, queue, queue.jobs(chosen, args.limit, args.newest))
     left = queue.count(chosen) - args.limit if args.limit and not args.json else 0
     if left > 0:
@@ -3998,18 +4227,25 @@ def list_jobs(args, queue, jobs):
 
 @command("show", "show a job and its runs", "show job1", ID)
 def cmd_show(args, queue):
-    job, now = find_job(queue, args.id), queue.clock()
-    fields, runs = public_job(job), queue.runs(job)
+    job = job_named(queue, args.id)
+    print_result(args, job_document(queue, job), *job_lines(queue, job))
+
+
+def job_lines(queue, job):
+    """Yield the fields and the runs of a job."""
+    now, fields, runs = queue.clock(), public_job(job), queue.runs(job)
     for name in TIMES:
         if job[name] is not None:
             fields[name] += ", " + relative_time(job[name], now)
     fields["env"] = " ".join("%s=%s" % pair for pair in fields["env"].items())
     fields["after"] = ", ".join(fields["after"])
-    fields["waiting"] = why_waiting(queue, job, worker_list(queue))
-    lines = [field_line(name, value) for name, value in fields.items()
-             if value not in (None, "")]
-    lines += ["", *run_table(runs, now)] if runs else []
-    print_result(args, job_document(queue, job), *lines)
+    fields["waiting"] = why_waiting(queue, job, queue.workers())
+    for name, value in fields.items():
+        if value not in (None, ""):
+            yield field_line(name, value)
+    if runs:
+        yield ""
+        yield from run_table(runs, now)
 
 
 def field_line(name, value):
@@ -4017,10 +4253,11 @@ def field_line(name, value):
     margin = 13 * " "
     lines = map(printable, str(value).split("\n"))
     text = (name + ":").ljust(len(margin)) + ("\n" + margin).join(lines)
-    return Line(text, COLOURS.get(value) if name == "state" else None, len(margin))
+    colour = STATES[value].colour if name == "state" else None
+    return Line(text, colour, len(margin))
 
 
-def find_job(queue, id):
+def job_named(queue, id):
     """Return the job with this id or unambiguous prefix; report what a prefix meant."""
     job = queue.find_job(id)
     if job["id"] != id:
@@ -4029,8 +4266,8 @@ def find_job(queue, id):
 
 
 @command("logs", "print the output of the latest run of jobs", "logs -f job1",
-         option("ids", "ID", "ids of jobs, or their beginnings, of four characters or"
-                " more", nargs="+"),
+         positional("ids", "ID", "ids of jobs, or their beginnings, of four characters"
+                    " or more", nargs="+"),
          flag("-f --follow", "go on until the run ends; wait for the first to begin"),
          option("--attempt", "N", "of an earlier attempt, its last run",
                 count_from(1, "--attempt")),
@@ -4041,8 +4278,8 @@ def cmd_logs(args, queue):
     choices = len(chosen) + args.follow
     if choices > 1 or (args.follow and args.json) or (choices and len(args.ids) > 1):
         words = "logs: give one of --follow, --run and --attempt, and one job; --follow"
-        raise QueueError(words + " can't be had as JSON", 2)
-    jobs = [find_job(queue, id) for id in args.ids]
+        raise QueueError(words + " can't be had as JSON", code=2)
+    jobs = [job_named(queue, id) for id in args.ids]
     if args.follow:
         return follow(queue, jobs[0])
     if len(jobs) > 1:
@@ -4077,8 +4314,7 @@ def latest_output(queue, job, chosen={}):
     for name, number in chosen.items():
         runs = [run for run in runs if run[name] == number]
         if not runs:
-            words = "job %s has no %s %d"
-            raise QueueError(words % (printable(job["id"]), name, number))
+            raise QueueError("job %s has no %s %d", job["id"], name, number)
     no_run = {"run": job["run"], "error": "has not run yet"}
     run = runs[-1] if runs else no_run
     return job, run, output_of(queue, job, run["run"])
@@ -4093,37 +4329,38 @@ def write_bytes(output):
 def follow(queue, job):
     """Print the output of a job's latest run while it runs; wait for the first run."""
     job, printed = wait_for_run(queue, job), 0
-    id, is_running = printable(job["id"]), True
+    run, is_running = queue.latest_run(job), True
     while is_running:
-        queue.check_exists()
-        is_running = queue.is_current(job)
-        dropped, output = split_dropped(output_of(queue, job, job["run"]))
+        queue.require_file()
+        is_running = queue.is_current(run)
+        dropped, output = split_dropped(output_of(queue, job, run.number))
         if dropped > printed:
             notice("%d bytes of output were dropped here" % (dropped - printed))
         write_bytes(output[max(0, printed - dropped) :])
         printed = max(printed, dropped + len(output))
-        has_worker = is_locked(queue.lease_path(job)) or not queue.is_current(job)
+        has_worker = is_locked(run.lease) or not queue.is_current(run)
         if is_running and not has_worker:
-            raise QueueError("the worker of job %s died; a pool puts it back" % id)
-        time.sleep(POLL_INTERVAL / 2 if is_running else 0)
-    error = [run["error"] for run in queue.runs(job) if run["run"] == job["run"]]
-    if any(error):
-        notice("job %s: %s" % (id, printable(error[0])))
+            raise QueueError("the worker of job %s died; a pool puts it back", run.id)
+        if is_running:
+            time.sleep(WAIT_INTERVAL)
+    for row in queue.runs(job):
+        if row["run"] == run.number and row["error"]:
+            notice("job %s: %s" % (printable(run.id), printable(row["error"])))
 
 
 def wait_for_run(queue, job):
     """Wait until a job has run or runs; return it. Report why it does not run."""
     id = job["id"]
     if not job["run"]:
-        why = why_waiting(queue, job, worker_list(queue))
+        why = why_waiting(queue, job, queue.workers())
         notice("job %s: %s" % (printable(id), why))
-    while not job["run"] and job["state"] != "dead":
-        time.sleep(POLL_INTERVAL / 2)
-        queue.check_exists()
+    while not job["run"] and job["state"] not in FINISHED:
+        time.sleep(WAIT_INTERVAL)
+        queue.require_file()
         job = queue.job(id)
         if job["waits"] and job["seq"] in queue.blocked_seqs():
-            why = why_waiting(queue, job, worker_list(queue))
-            raise QueueError("job %s can't go on: %s" % (printable(id), why))
+            why = why_waiting(queue, job, queue.workers())
+            raise QueueError("job %s can't go on: %s", id, why)
     return job
 
 
@@ -4132,8 +4369,8 @@ def output_of(queue, job, run):
     output = queue.output(job, run)
     if output is None and run == job["run"]:
         # If the run has ended between the two looks, its output is in the database now.
-        limit = queue.settings()["output_limit"]
-        output = read_output(queue.lease_path(job), limit) or queue.output(job, run)
+        lease, limit = queue.latest_run(job).lease, queue.output_limit()
+        output = read_output(lease, limit) or queue.output(job, run)
     return output or b""
 
 
@@ -4153,7 +4390,7 @@ def cmd_wait(args, queue):
     if counts is None:
         notice("still waiting for jobs after %s" % duration_text(args.timeout))
         return 124
-    words = "%(completed)d completed, %(dead)d dead" % counts
+    words = ", ".join("%d %s" % (counts[state], state) for state in FINISHED)
     if counts["removed"]:
         words += ", %d removed before they were seen to end" % counts["removed"]
     if counts["left"]:
@@ -4161,7 +4398,9 @@ def cmd_wait(args, queue):
         why = "; ".join(obstacles(queue)) or "they could again just now"
         words += ", %d can't go on: %s" % (len(counts["left"]), why)
     print_result(args, counts, words)
-    return 1 if counts["dead"] or counts["removed"] or counts["left"] else 0
+    are_successful = sum(counts[state] for state in SUCCESSFUL)
+    return 0 if are_successful == sum(map(counts.get, (*FINISHED, "removed"))) and (
+        not counts["left"]) else 1
 
 
 @command("status", "count the jobs, list the workers", "status --watch",
@@ -4176,7 +4415,7 @@ def cmd_status(args, queue):
             screen.callback(print, end="\x1b[?1049l", flush=True)
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         while True:
-            queue.check_exists()
+            queue.require_file()
             now, status = queue.clock(), read_status(queue)
             lines = list(status_lines(status, now))
             if is_screen:
@@ -4209,28 +4448,18 @@ def cmd_stats(args, queue):
     print_result(args, stats, *stats_lines(stats, terminal_width(sys.stdout) or 80))
 
 
-@command("dashboard", "show a live page of the queue in the browser",
-         "dashboard --port 8321",
-         option("--host", "HOST", "where to listen (default: 127.0.0.1)",
-                default="127.0.0.1"),
-         option("--port", "N", "0 takes a free one (default: 8321)",
-                count_from(0, "--port", 65535), default=8321),
-         creates_queue=True, opens_queue=False)
-def cmd_dashboard(args):
-    serve(args.db, args.host, args.port)
-
-
 # -- change jobs -----------------------------------------------------------------------
 
 
 @command("edit", "change a job that waits", "edit job1 --run-at now",
-         option("job", "ID", "id of a job"),
+         positional("job", "ID", "id of a job"),
          *[field_option(name) for name in FIELDS if name != "id"],
          takes_words=True, usage="queuectl.py edit ID [OPTION]... [-- COMMAND...]")
 def cmd_edit(args, queue):
-    fields = checked_fields(given_fields(args), {})
+    fields = checked_fields(given_fields(args))
     if not fields:
-        raise QueueError("edit: nothing to change (see: queuectl.py edit --help)", 2)
+        words = "edit: nothing to change (see: queuectl.py edit --help)"
+        raise QueueError(words, code=2)
     queue.edit(args.job, fields)
     print_result(
         args, public_job(queue.job(args.job)), "edited " + printable(args.job))
@@ -4240,7 +4469,7 @@ def cmd_edit(args, queue):
          creates_queue=True)
 def cmd_pause(args, queue):
     queue.set_paused(True)
-    print_result(args, {"paused": True}, RESUME)
+    print_result(args, {"paused": True}, PAUSED_HINT)
 
 
 @command("resume", "let jobs start again", "resume", creates_queue=True)
@@ -4252,14 +4481,14 @@ def cmd_resume(args, queue):
 # A command that changes jobs names them by ids, or selects many by options.
 
 
-def check_selection(args, selects_all=False):
-    """Refuse a command line unless it says in one way which jobs it means."""
-    ways = [bool(args.ids), bool(args.state or args.match), selects_all]
-    if ways.count(True) != 1:
+def require_one_selection(args, *ways):
+    """Refuse a command line unless it selects jobs by ids, or in one of these WAYS."""
+    if [bool(way) for way in (args.ids, *ways)].count(True) != 1:
         words = "give ids, or options that select jobs, but not both (see --help)"
-        raise QueueError(words, 2)
+        raise QueueError(words, code=2)
     if args.ids and args.dry_run:
-        raise QueueError("--dry-run needs options that select jobs, not ids", 2)
+        words = "--dry-run needs options that select jobs, not ids"
+        raise QueueError(words, code=2)
 
 
 def selected_states(args, taken):
@@ -4267,61 +4496,74 @@ def selected_states(args, taken):
     for state in args.state:
         if state not in taken:
             words = "--state %s: this is for jobs that are %s"
-            raise QueueError(words % (state, " or ".join(taken)), 2)
+            raise QueueError(words, state, " or ".join(taken), code=2)
     return args.state or taken
 
 
-def print_each(args, done, notes={}):
-    """Print what was done to each id, with a note on some."""
+# What a verb for many takes of the jobs that meet a condition, and what it leaves, for
+# the reason WHY; LEFT is None if it leaves none.
+Selection = collections.namedtuple("Selection", "taken left why")
+
+
+def jobs_to_retry(states, **filters):
+    return Selection(where(states, cancelled=False, **filters),
+                     where(states, cancelled=True, **filters),
+                     "cancelled ones are retried by id")
+
+
+def jobs_to_delete(states, **filters):
+    return Selection(where(states, has_dependents=False, **filters),
+                     where(states, has_dependents=True, **filters),
+                     "other jobs wait for them")
+
+
+def print_each(args, done, note_for=lambda id: ""):
+    """Print what was done to each id, with a note."""
     print_result(args, {done: args.ids}, *(
-        "%s %s%s" % (done, printable(id), notes.get(id, "")) for id in args.ids))
+        "%s %s%s" % (done, printable(id), note_for(id)) for id in args.ids))
 
 
-def apply_to_many(args, queue, verb, done, condition, left=None, why=""):
-    """Apply a verb to the jobs that meet a condition; with --dry-run only list them.
-
-    LEFT is the condition for the jobs that the verb leaves, WHY the reason for that.
-    """
+def apply_to_many(args, queue, verb, done, selection):
+    """Apply a verb to the jobs of a selection; with --dry-run only list them."""
     if args.dry_run:
-        return list_jobs(args, queue, queue.jobs(condition))
-    count = verb(condition)
+        return list_jobs(args, queue, queue.jobs(selection.taken))
+    count = verb(selection.taken)
     result, words = {done: count}, "%s %s" % (done, plural(count, "job"))
-    if left:
-        result["left"] = queue.count(left)
+    if selection.left:
+        result["left"] = queue.count(selection.left)
     if result.get("left"):
-        words += "; %d left: %s" % (result["left"], why)
+        words += "; %d left: %s" % (result["left"], selection.why)
     print_result(args, result, words)
 
 
 @command("cancel", "end jobs that wait or run; they become dead", "cancel job1",
          IDS, STATE, MATCH, DRY_RUN)
 def cmd_cancel(args, queue):
-    check_selection(args)
+    require_one_selection(args, args.state or args.match)
     if args.ids:
         queue.cancel(args.ids)
         # The worker of a running job has to end it first.
-        return print_each(args, "cancelled", {
-            id: ", which is running" for id in args.ids
-            if queue.state(id) == "processing"})
-    chosen = where(selected_states(args, TAKES["cancel"]), args.match)
-    apply_to_many(args, queue, queue.cancel_all, "cancelled", chosen)
+        return print_each(args, "cancelled", lambda id: (
+            ", which is running" if queue.state(id) == "processing" else ""))
+    chosen = where(selected_states(args, TAKES["cancel"]), text=args.match)
+    apply_to_many(
+        args, queue, queue.cancel_all, "cancelled", Selection(chosen, None, None))
 
 
 @command("retry", "run finished jobs again, with attempts 0", "retry job1",
          IDS, STATE, MATCH, DRY_RUN)
 def cmd_retry(args, queue):
-    check_selection(args)
+    require_one_selection(args, args.state or args.match)
     retry_jobs(args, queue, selected_states(args, TAKES["retry"]))
 
 
 def retry_jobs(args, queue, states):
+    """Retry the jobs with the given ids, or those in these states."""
     if args.ids:
         queue.retry(args.ids, states)
         return print_each(args, "retried")
-    chosen, left = [where(states, args.match, cancelled=cancelled)
-                    for cancelled in (False, True)]
-    apply_to_many(args, queue, queue.retry_all, "retried", chosen, left,
-                  "cancelled ones are retried by id")
+    apply_to_many(args, queue, queue.retry_all, "retried",
+                  jobs_to_retry(states, text=args.match))
 
 
 @command("delete", "remove jobs that do not run",
@@ -4332,33 +4574,29 @@ def retry_jobs(args, queue, states):
                 seconds_from(0, "--older-than")),
          DRY_RUN, aliases=("rm",))
 def cmd_delete(args, queue):
-    has_age = args.older_than is not None
-    selects_all = args.all or (has_age and not args.state and not args.match)
-    check_selection(args, selects_all)
+    has_age, has_filter = args.older_than is not None, args.state or args.match
+    require_one_selection(args, has_filter, args.all or (has_age and not has_filter))
     if has_age and {*args.state} - {*FINISHED}:
-        raise QueueError("--older-than: only jobs that have finished have an age", 2)
+        words = "--older-than: only jobs that have finished have an age"
+        raise QueueError(words, code=2)
     if "processing" in args.state:
         raise QueueError("delete: a running job can't be deleted; cancel it first")
-    # People must look at the dead: no --older-than alone takes them.
-    default = ["completed"] if has_age and not args.all else TAKES["delete"]
-    delete_jobs(args, queue, args.state or default, args.older_than,
-                takes_dependencies=args.all and not has_age)
-
-
-def delete_jobs(args, queue, states, age=None, takes_dependencies=False):
-    """Delete jobs by ids, or the jobs in these states that are older than AGE seconds.
-
-    `delete --all` takes a job together with its dependents. Other forms for many leave
-    a job that has dependents.
-    """
     if args.ids:
         queue.delete(args.ids)
         return print_each(args, "deleted")
-    before = None if age is None else queue.clock() - age
-    chosen, left = [where(states, args.match, before, has_dependents=has_dependents)
-                    for has_dependents in (None if takes_dependencies else False, True)]
-    apply_to_many(args, queue, queue.delete_all, "deleted", chosen, left,
-                  "other jobs wait for them")
+    apply_to_many(args, queue, queue.delete_all, "deleted", selection_to_delete(
+        args, None if not has_age else queue.clock() - args.older_than))
+
+
+def selection_to_delete(args, before):
+    """Return the selection of `delete`; jobs that finished BEFORE a time, if given."""
+    states = args.state or TAKES["delete"]
+    if before is not None and not args.all and not args.state:
+        states = ["completed"]  # people must look at the dead before they go
+    selection = jobs_to_delete(states, text=args.match, before=before)
+    if args.all and before is None:  # jobs go together with their dependents
+        selection = selection._replace(taken=where(states))
+    return selection
 
 
 # -- the dead letter queue -------------------------------------------------------------
@@ -4366,7 +4604,7 @@ def delete_jobs(args, queue, states, age=None, takes_dependencies=False):
 
 @command("dlq list", "list the dead jobs", "dlq list", MATCH, creates_queue=True)
 def cmd_dlq_list(args, queue):
-    chosen = where(["dead"], args.match)
+    chosen = where(["dead"], text=args.match)
     if not args.json:
         errors = ["%(jobs)d x %(error)s" % row for row in queue.common_errors(chosen)]
         more = " and %d more" % (len(errors) - 3) if len(errors) > 3 else ""
@@ -4378,22 +4616,21 @@ def cmd_dlq_list(args, queue):
 
 @command("dlq logs", "print the latest output of all dead jobs", "dlq logs", MATCH)
 def cmd_dlq_logs(args, queue):
-    print_logs(args, queue, queue.dead_jobs(where(["dead"], args.match)))
+    print_logs(args, queue, queue.dead_jobs(where(["dead"], text=args.match)))
 
 
 @command("dlq retry", "make dead jobs pending again, with attempts 0", "dlq retry job4",
          IDS, flag("--all", "all but those that were cancelled"), MATCH, DRY_RUN)
 def cmd_dlq_retry(args, queue):
-    args.state = []
-    check_selection(args, args.all)
+    require_one_selection(args, args.match, args.all)
     retry_jobs(args, queue, TAKES["dlq retry"])
 
 
 @command("dlq clear", "remove all dead jobs", "dlq clear", MATCH, DRY_RUN,
          aliases=("dlq purge",))
 def cmd_dlq_clear(args, queue):
-    args.ids = []
-    delete_jobs(args, queue, TAKES["dlq clear"])
+    apply_to_many(args, queue, queue.delete_all, "deleted",
+                  jobs_to_delete(TAKES["dlq clear"], text=args.match))
 
 
 # -- settings --------------------------------------------------------------------------
@@ -4412,7 +4649,7 @@ def cmd_config_show(args, queue):
 
 
 @command("config get", "print the value of a setting", "config get max_retries",
-         option("key", "KEY", "name of a setting (default: all)", setting_name,
+         positional("key", "KEY", "name of a setting (default: all)", setting_name,
                 nargs="?"), creates_queue=True)
 def cmd_config_get(args, queue):
     if args.key is None:
@@ -4422,7 +4659,7 @@ def cmd_config_get(args, queue):
 
 
 @command("config set", "change a setting", "config set max_retries 5", KEY,
-         option("value", "VALUE", "its new value"), creates_queue=True)
+         positional("value", "VALUE", "its new value"), creates_queue=True)
 def cmd_config_set(args, queue):
     check = SETTINGS[args.key].check
     queue.set(args.key, checked(args.key, check, parse_number(args.value)))
@@ -4517,13 +4754,38 @@ def cmd_worker_stop(args):
 
     # A job that stops its own pool would wait for itself.
     is_waiting = not args.no_wait and not within_job_of(args.db)
-    if is_waiting and not wait_until(are_gone, 10, POLL_INTERVAL / 4):
+    if is_waiting and not wait_until(are_gone, 10, STEP_INTERVAL):
         notice("still waiting; if a pool was suspended by Ctrl-Z, resume it: kill -CONT"
                + "".join(map(" {}".format, stopped)))
-        wait_until(are_gone, MAX_DURATION, POLL_INTERVAL / 4)
+        wait_until(are_gone, MAX_DURATION, STEP_INTERVAL)
     names = ", ".join("pool %d" % pid for pid in stopped)
     words = ("stopped " if is_waiting else "stopping ") + names
     print_result(args, {"stopped": stopped}, words if stopped else "no pool is running")
+
+
+def command_named(words):
+    """Split a command line into the name of a command, or of a group, and the rest.
+
+    Options before the command count as if they stood behind it.
+    """
+    aliases = {alias: name for name, entry in COMMANDS.items()
+               for alias in entry.aliases}
+    firsts = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+    groups = [name for name in firsts if name not in COMMANDS]
+    name, options, words = "", [], iter(words)
+    for word in words:
+        if word.startswith("-"):
+            options.append(word)
+            if word == "--db":  # its value is no command
+                options += itertools.islice(words, 1)
+            continue
+        name = (name + " " + word).lstrip()
+        if name not in groups:
+            break
+    name = aliases.get(name, name)
+    if name and name not in COMMANDS and name not in groups:
+        raise unknown_word("command " + name, name, [*COMMANDS, *aliases])
+    return name, [*options, *words]
 
 
 # -- install and completion ------------------------------------------------------------
@@ -4540,8 +4802,8 @@ INSTALLED += " written by queuectl install\n"
 
 @command("install", "put a command queuectl, which starts quicker, into a directory",
          "install ~/.local/bin",
-         option("dir", "DIR", "directory, created if missing (default: ~/.local/bin)",
-                nargs="?", default="~/.local/bin"),
+         positional("dir", "DIR", "directory, created if missing (default:"
+                    " ~/.local/bin)", nargs="?", default="~/.local/bin"),
          opens_queue=False)
 def cmd_install(args):
     home = os.path.abspath(os.path.expanduser(args.dir))
@@ -4550,8 +4812,7 @@ def cmd_install(args):
     os.makedirs(home, exist_ok=True)
     with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as file:
         if file.read(len(INSTALLED)) != INSTALLED:
-            words = "%s is not queuectl's: remove it first"
-            raise QueueError(words % printable(path))
+            raise QueueError("%s is not queuectl's: remove it first", path)
     with open(path + ".new", "wb") as file:
         file.write(content)
     os.chmod(path + ".new", 0o755)
@@ -4568,8 +4829,7 @@ def command_file(own):
     import py_compile
 
     if not re.fullmatch(r"[^.]+\.py", os.path.basename(own)):
-        words = "%s: only a file called NAME.py can be imported"
-        raise QueueError(words % printable(own))
+        raise QueueError("%s: only a file called NAME.py can be imported", own)
     with contextlib.suppress(OSError):  # root can write it, and other users may not
         py_compile.compile(own)
     words = [sys.executable, *IMPORTER, own]
@@ -4579,8 +4839,7 @@ def command_file(own):
     try:
         return (INSTALLED + "@%s %%*\n" % " ".join(words)).encode("oem")
     except UnicodeError:
-        words = "%s: not in the console's code page"
-        raise QueueError(words % printable(own)) from None
+        raise QueueError("%s: not in the console's code page", own) from None
 
 
 # They complete what the command prints, and files where it prints nothing.
@@ -4608,7 +4867,7 @@ CHOICES = {"STATE": STATES, "KEY": SETTINGS, "SHELL": COMPLETIONS}  # by kind of
 
 @command("completion", "print a script that lets a shell complete commands and ids",
          "completion bash",
-         option("shell", "SHELL", "in .bashrc: source <(queuectl completion bash)",
+         positional("shell", "SHELL", "in .bashrc: source <(queuectl completion bash)",
                 nargs="?", choices=[*COMPLETIONS]),
          opens_queue=False, takes_words=True)
 def cmd_completion(args):
@@ -4620,7 +4879,7 @@ def cmd_completion(args):
         script = COMPLETIONS[args.shell]
         print_result(args, script, script.rstrip())
     else:
-        raise QueueError("completion: name one of " + ", ".join(COMPLETIONS), 2)
+        raise QueueError("completion: name one of " + ", ".join(COMPLETIONS), code=2)
 
 
 def candidates(words, path):
@@ -4665,7 +4924,7 @@ def complete_ids(words, begun, path, states):
     path = os.path.expanduser(given[0])
     if not os.path.getsize(path):  # to open it would make it a queue
         return []
-    with Queue(path, lock_timeout=POLL_INTERVAL, new=False) as queue:
+    with Queue(path, lock_timeout=POLL_INTERVAL, new=False) as queue:  # TAB can't wait
         ids = queue.ids_starting_with(begun, states)
     return [id for id in ids if re.fullmatch(r"(?a)\w[\w.-]*", id)]  # needs no quotes
 
@@ -4679,24 +4938,12 @@ def within_job_of(path):
     return os.environ.get("QUEUECTL_RUN", "").startswith(runs)
 
 
-def worker_list(queue):
-    """Return the workers of all pools, with the job that each of them runs."""
-    busy = {run["worker"]: run for run in queue.processing_runs()}
-    idle = {"id": None, "started_at": None}
-    return [
-        {"pid": pid, "pool": pool, "job": run["id"], "since": run["started_at"]}
-        for pool, workers in living_pools(queue.path).items()
-        for pid in workers
-        for run in [busy.get(pid, idle)]
-    ]
-
-
 def read_status(queue):
     """Return the values that `status` shows, with times still as epoch seconds."""
     none = {"id": None, "run_at": None}
     oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
     return {
-        "jobs": queue.counts(), "workers": worker_list(queue),
+        "jobs": queue.counts(), "workers": queue.workers(),
         "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
         "next_due": due["run_at"], "next_job": due["id"],
         "paused": queue.is_paused(), "blocked": queue.first_blocked(),
@@ -4716,7 +4963,7 @@ def status_lines(status, now):
     jobs, workers, due = status["jobs"], status["workers"], status["next_due"]
     for state, count in jobs.items():
         yield Line("%s: %d" % (state.capitalize(), count),
-                   COLOURS.get(state) if count else None, 0, len(state))
+                   STATES[state].colour if count else None, 0, len(state))
     yield "Active Workers: %d" % len(workers)
     if status["oldest_job"]:
         waited = duration_text(now - status["oldest_waiting"])
@@ -4730,7 +4977,7 @@ def status_lines(status, now):
         yield "Blocked: %s; %s" % (
             plural(status["blocked"]["jobs"], "job"), blocked_text(status["blocked"]))
     if status["paused"]:
-        yield RESUME.capitalize()
+        yield PAUSED_HINT.capitalize()
     elif jobs["pending"] + jobs["processing"] + jobs["failed"] and not workers:
         yield NO_POOL.capitalize()
     for worker in workers:
@@ -4744,7 +4991,7 @@ def status_lines(status, now):
 def job_document(queue, job):
     """Return what `show --json` prints."""
     runs = [with_iso_times(run, "started_at", "finished_at") for run in queue.runs(job)]
-    waiting = why_waiting(queue, job, worker_list(queue))
+    waiting = why_waiting(queue, job, queue.workers())
     return dict(public_job(job), waiting=waiting, runs=runs)
 
 
@@ -4752,150 +4999,6 @@ def output_document(job, run, output):
     """Return what `logs --json` prints."""
     text = output.decode("utf-8", "backslashreplace")
     return {"id": job["id"], "run": run, "output": text}
-
-
-# ======================================================================================
-# Main: the parser and the exit code
-# ======================================================================================
-
-EVERYWHERE = [
-    flag("--json", "print one JSON document"),
-    option("--db", "PATH", "the queue (default: QUEUECTL_DB, or queuectl.db)")]
-
-
-def command_named(words):
-    """Split a command line into the name of a command, or of a group, and the rest.
-
-    Options before the command count as if they stood behind it.
-    """
-    aliases = {alias: name for name, entry in COMMANDS.items()
-               for alias in entry.aliases}
-    firsts = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
-    groups = [name for name in firsts if name not in COMMANDS]
-    name, options, words = "", [], iter(words)
-    for word in words:
-        if word.startswith("-"):
-            options += [word, *itertools.islice(words, word == "--db")]
-            continue
-        name = (name + " " + word).lstrip()
-        if name not in groups:
-            break
-    name = aliases.get(name, name)
-    if name and name not in COMMANDS and name not in groups:
-        raise unknown_word("command " + printable(name), name, [*COMMANDS, *aliases])
-    return name, [*options, *words]
-
-
-def overview(group):
-    """Return the short help of all commands, or of those of a group."""
-    chosen = {name: entry for name, entry in COMMANDS.items() if name.startswith(group)}
-    lines = ["usage: queuectl.py [--db PATH] %s ..." % (group + " COMMAND").strip(), ""]
-    lines += ["  %-14s %s" % (name, entry.meaning) for name, entry in chosen.items()]
-    lines += ["", "examples:"]
-    lines += ["  queuectl.py " + entry.example for entry in list(chosen.values())[:5]]
-    lines += ["", "with each: --help, --json for one JSON document,",
-              "           --db PATH for another queue than queuectl.db"]
-    return "\n".join(lines)
-
-
-def parse(name, words):
-    """Return the arguments of one command; no other command's parser is built."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            hint = " (see: queuectl.py %s --help)" % name
-            if name == "enqueue" and words[0][:1] not in ("{", "[", "-"):
-                hint = "; to run a command: queuectl.py enqueue -- " + " ".join(words)
-            raise QueueError("%s: %s" % (name, printable(message + hint)), 2)
-
-    entry = COMMANDS[name]
-    parser = Parser(
-        prog="queuectl.py " + name, usage=entry.usage,
-        description=entry.meaning[0].upper() + entry.meaning[1:] + ".",
-        epilog="example: queuectl.py " + entry.example, allow_abbrev=False,
-        # To ask for the terminal's width, argparse imports modules for a fifth of the
-        # whole time.
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=79),
-    )
-    for argument in [*entry.arguments, *EVERYWHERE]:
-        parser.add_argument(*argument.names, **argument.options)
-    has_words = entry.takes_words and "--" in words
-    end = words.index("--") if has_words else len(words)
-    # Only `parse_args` leaves the words behind a `--` together, so that they are no
-    # options.
-    is_mixed = "--" not in words[:end]
-    parse_args = parser.parse_intermixed_args if is_mixed else parser.parse_args
-    args = parse_args(words[:end])
-    args.words = words[end + 1 :]
-    path = args.db or os.environ.get("QUEUECTL_DB") or "queuectl.db"
-    args.db = os.path.realpath(path)
-    return args
-
-
-def run_command(argv):
-    """Run one command line; return the exit code."""
-    if argv[:1] == ["help"]:
-        argv = [*argv[1:], "--help"]
-    name, words = command_named(argv)
-    if name not in COMMANDS:
-        return show_help(name, words)
-    entry, args = COMMANDS[name], parse(name, words)
-    try:
-        if (entry.creates_queue and sys.stderr.isatty()
-                and not os.path.exists(args.db)):
-            with Queue(args.db):
-                notice("made queue " + printable(args.db))
-        if not entry.opens_queue:
-            return entry.function(args) or 0
-        with Queue(args.db, new=entry.creates_queue) as queue:
-            return entry.function(args, queue) or 0
-    except sqlite3.Error as error:
-        raise QueueError("%s: %s" % (printable(args.db), error)) from None
-
-
-def show_help(group, words):
-    """Print the version, or the help of a group or of all commands."""
-    # Where a group is named, its queue may be named as well: `--db PATH worker`.
-    stray = [word for word in words
-             if not group or not re.match("--db$|--db=|--json$|[^-]", word)]
-    if stray and not {"-h", "--help", "--version"} & set(words):
-        hint = "no command in: %s (see: queuectl.py --help)"
-        raise QueueError(hint % printable(" ".join([*group.split(), *words])), 2)
-    print("queuectl " + __version__ if "--version" in words else overview(group))
-    return 0
-
-
-def main(argv=None):
-    """Run one command; return its exit code. An error is one line on standard error."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed: the database would get its number
-            setattr(sys, name, open(os.devnull, mode))
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-    if WINDOWS and sys.stderr.isatty():
-        os.system("")  # lets a console of Windows 10 take escape sequences
-    try:
-        code = run_command(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-        return code
-    except QueueError as error:
-        notice(error)
-        return error.code
-    except OSError as error:
-        closed = errno.EPIPE, errno.EINVAL if WINDOWS else errno.EPIPE
-        if error.errno in closed and error.filename is None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would complain
-            return 0
-        path = str(error.filename or "system error")
-        hint = owner_hint(path) or ": %s" % (error.strerror or error)
-        notice(printable(path) + hint)
-        return 1
-    except RecursionError:
-        notice("not JSON that a job is made of: nested too deeply")
-        return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 # ======================================================================================
@@ -4915,14 +5018,22 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CACHE_TIME = 5.0  # seconds for which statistics are cached
 
 
-def selection(query, states=STATES, cancelled=None, has_dependents=None):
-    """Return the condition for the jobs in these states that a query selects."""
+class Refusal(Exception):
+    """A request that is refused, with the status of HTTP."""
+
+    def __init__(self, status, words):
+        super().__init__(words)
+        self.status = status
+
+
+def conditions_of(query, states=STATES):
+    """Return the arguments of `where` for the jobs in these states that a query has."""
     if "state" in query:
-        states = [state for state in states if state == check_state(query["state"])]
+        states = [state for state in states if state == state_name(query["state"])]
     text = query.get("q", "")
     if not is_storable(text + query.get("before", "")):
-        raise QueueError("not text", 400)
-    return where(states, text, None, cancelled, has_dependents, in_errors=True)
+        raise Refusal(400, "not text")
+    return dict(states=states, text_or_error=text)
 
 
 def newest_jobs(queue, query):
@@ -4930,8 +5041,8 @@ def newest_jobs(queue, query):
 
     Dead ones stand in the order of their deaths, the latest first.
     """
-    limit = min(count_from(0, "limit")(query.get("limit", "50")) or 50, BATCH)
-    chosen, before = selection(query), query.get("before", "")
+    limit = min(count_from(0, "limit")(query.get("limit", "50")) or 50, BATCH_SIZE)
+    chosen, before = where(**conditions_of(query)), query.get("before", "")
     if query.get("state", "").lower() == "dead":
         jobs = queue.dead_jobs(chosen, below=before)
     else:
@@ -4948,28 +5059,28 @@ def stats_by_the_minute(queue, query):
     return read_stats(queue, since if "since" in query else since // 60 * 60 + 60)
 
 
-def jobs_to_retry(query):
-    return selection(query, TAKES["dlq retry"], cancelled=False)
-
-
-def jobs_to_delete(query):
-    return selection(query, TAKES["delete"], has_dependents=False)
+def taken_by(verb, query):
+    """Return the condition for the jobs of a query that `retry` or `delete` takes."""
+    if verb == "retry":
+        return jobs_to_retry(**conditions_of(query, TAKES["dlq retry"])).taken
+    return jobs_to_delete(**conditions_of(query, TAKES["delete"])).taken
 
 
 def counts_of(queue, query):
-    """Return how many jobs a query selects, and how many a verb for many would take."""
-    conditions = {"jobs": selection, "retry": jobs_to_retry, "delete": jobs_to_delete}
-    return {name: queue.count(conditions[name](query)) for name in conditions}
+    """Return how many jobs a query names, and how many of them each verb would take."""
+    return {"jobs": queue.count(where(**conditions_of(query))),
+            "retry": queue.count(taken_by("retry", query)),
+            "delete": queue.count(taken_by("delete", query))}
 
 
-def job_output(queue, query):
+def output_route(queue, query):
     """Return the output of a run as text; a page that follows it asks for the rest."""
     import codecs
 
     job = queue.job(query["id"])
     run = count_from(0, "run")(query.get("run", str(job["run"])))
     if "run" in query and not 1 <= run <= job["run"]:
-        raise QueueError("no such run", 404)
+        raise Refusal(404, "no such run")
     output = output_of(queue, job, run)
     if "from" not in query:
         return output_document(job, run, output)
@@ -5004,9 +5115,9 @@ def metrics(queue, query):
     return "\n".join(lines) + "\n"
 
 
-# What answers a request, with the queue and the query. ID is in the query. It may have
-# come that way: browsers take `.` and `..` out of a path. A GET returns a document, a
-# POST carries out a verb.
+# What answers a request, with the queue and the query. A GET returns a document, a POST
+# carries out a verb. The id of a job is `query["id"]`: it comes from the path, or from
+# the query for ids like `..`, which browsers take out of a path.
 ROUTES = {
     "GET /metrics": metrics,
     "GET /api/status": lambda queue, query: status_document(read_status(queue)),
@@ -5014,13 +5125,14 @@ ROUTES = {
     "GET /api/jobs": newest_jobs,
     "GET /api/jobs/ID": lambda queue, query: job_document(
         queue, queue.job(query["id"])),
-    "GET /api/jobs/ID/output": job_output,
+    "GET /api/jobs/ID/output": output_route,
     "POST /api/jobs/ID/retry": lambda queue, query: queue.retry([query["id"]]),
     "POST /api/jobs/ID/cancel": lambda queue, query: queue.cancel([query["id"]]),
     "POST /api/jobs/ID/delete": lambda queue, query: queue.delete([query["id"]]),
     "GET /api/count": counts_of,
-    "POST /api/retry": lambda queue, query: queue.retry_all(jobs_to_retry(query)),
-    "POST /api/delete": lambda queue, query: queue.delete_all(jobs_to_delete(query)),
+    "POST /api/retry": lambda queue, query: queue.retry_all(taken_by("retry", query)),
+    "POST /api/delete": lambda queue, query: queue.delete_all(
+        taken_by("delete", query)),
 }
 
 
@@ -5044,13 +5156,15 @@ class Site:
         from urllib.parse import urlsplit
 
         try:
-            self.check_host(headers)
+            self.require_own_host(headers)
             url = urlsplit(target)
             if method == "POST":
-                self.check_write(headers)
+                self.require_own_page(headers)
             return (200, *self.content(method, url))
+        except Refusal as refusal:
+            status, words = refusal.status, str(refusal)
         except (ValueError, QueueError) as error:
-            status, words = max(400, getattr(error, "code", 0)), str(error)
+            status, words = 400, str(error)
         except (sqlite3.Error, OSError) as error:
             status, words = 503, str(error)
         return status, "application/json", json.dumps({"error": words})
@@ -5073,7 +5187,7 @@ class Site:
                 self.cache[url] = now, document
             return document
 
-    def check_host(self, headers):
+    def require_own_host(self, headers):
         """Refuse a name of another site that leads here (DNS rebinding)."""
         from urllib.parse import urlsplit
         import ipaddress
@@ -5083,19 +5197,19 @@ class Site:
             try:
                 ipaddress.ip_address(name)
             except ValueError:
-                raise QueueError("not a name of this dashboard", 403) from None
+                raise Refusal(403, "not a name of this dashboard") from None
 
-    def check_write(self, headers):
+    def require_own_page(self, headers):
         """Refuse a request that does not come from this dashboard's own page."""
         import hmac
 
         if headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in headers:
-            raise QueueError("an action has no body", 413)
+            raise Refusal(413, "an action has no body")
         token = headers.get("X-Token", "").encode()
         if headers.get("Origin") != "http://" + headers["Host"]:
-            raise QueueError("not from this page", 403)
+            raise Refusal(403, "not from this page")
         if not hmac.compare_digest(token, self.token.encode()):
-            raise QueueError("this page is an earlier dashboard's: reload it", 403)
+            raise Refusal(403, "this page is an earlier dashboard's: reload it")
 
     def document(self, method, url):
         """Return type and text of what a route makes; the path quotes a job's id."""
@@ -5108,10 +5222,10 @@ class Site:
             query.setdefault("id", unquote(job[2], errors="replace"))
         route = ROUTES.get(method + " " + path)
         if not route:
-            raise QueueError("no such page", 404)
-        with Queue(self.path, lock_timeout=IDLE_INTERVAL, new=False) as queue:
+            raise Refusal(404, "no such page")
+        with Queue(self.path, lock_timeout=POOL_LOCK_TIMEOUT, new=False) as queue:
             if job and queue.state(query["id"]) is None:
-                raise QueueError("there is no job " + printable(query["id"]), 404)
+                raise Refusal(404, str(no_job(query["id"])))
             value = route(queue, query)
         if isinstance(value, str):
             return "text/plain", value
@@ -5155,24 +5269,34 @@ def listen(site, host, port):
     return Server((host, port), Handler)
 
 
+@command("dashboard", "show a live page of the queue in the browser",
+         "dashboard --port 8321",
+         option("--host", "HOST", "where to listen (default: 127.0.0.1)",
+                default="127.0.0.1"),
+         option("--port", "N", "0 takes a free one (default: 8321)",
+                count_from(0, "--port", 65535), default=8321),
+         creates_queue=True, opens_queue=False)
+def cmd_dashboard(args):
+    serve(args.db, args.host, args.port)
+
+
 def serve(path, host, port):
     """Serve the dashboard until Ctrl-C."""
     if not host:  # that would listen everywhere
-        raise QueueError("--host: name an address, like 127.0.0.1", 2)
+        raise QueueError("--host: name an address, like 127.0.0.1", code=2)
     with Queue(path):  # checks that it is a queue
         site = Site(path, host)
     try:
         server = listen(site, host, port)
     except (OSError, TypeError, UnicodeError) as error:  # the last two: an odd host
-        words = "cannot listen on %s, port %d: %s"
-        why = getattr(error, "strerror", None) or error
-        raise QueueError(words % (printable(host), port, why)) from None
+        why = getattr(error, "strerror", None) or str(error)
+        raise QueueError("cannot listen on %s, port %d: %s", host, port, why) from None
     with server:
         if host not in LOOPBACK:
             words = "warning: whoever reaches %s can read this queue and change it"
             notice(words % host)
-        where = "[%s]" % host if ":" in host else host
-        address = "http://%s:%d/" % (where, server.server_port)
+        name = "[%s]" % host if ":" in host else host
+        address = "http://%s:%d/" % (name, server.server_port)
         print(address + " (to stop: Ctrl-C)", flush=True)
         server.serve_forever()
 
@@ -5437,6 +5561,127 @@ document.onkeydown = event => {
 refresh();
 </script></body></html>
 """
+
+
+# ======================================================================================
+# Main: the parser and the exit code
+# ======================================================================================
+
+def overview(group):
+    """Return the short help of all commands, or of those of a group."""
+    chosen = {name: entry for name, entry in COMMANDS.items() if name.startswith(group)}
+    lines = ["usage: queuectl.py [--db PATH] %s ..." % (group + " COMMAND").strip(), ""]
+    lines += ["  %-14s %s" % (name, entry.meaning) for name, entry in chosen.items()]
+    lines += ["", "examples:"]
+    lines += ["  queuectl.py " + entry.example for entry in list(chosen.values())[:5]]
+    lines += ["", "with each: --help, --json for one JSON document,",
+              "           --db PATH for another queue than queuectl.db"]
+    return "\n".join(lines)
+
+
+def parse_arguments(name, words):
+    """Return the arguments of one command; no other command's parser is built."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            hint = " (see: queuectl.py %s --help)" % name
+            if name == "enqueue" and words[0][:1] not in ("{", "[", "-"):
+                hint = "; to run a command: queuectl.py enqueue -- " + " ".join(words)
+            raise QueueError("%s: %s", name, message + hint, code=2)
+
+    entry = COMMANDS[name]
+    parser = Parser(
+        prog="queuectl.py " + name, usage=entry.usage,
+        description=entry.meaning[0].upper() + entry.meaning[1:] + ".",
+        epilog="example: queuectl.py " + entry.example, allow_abbrev=False,
+        # To ask for the terminal's width, argparse imports modules for a fifth of the
+        # whole time.
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=79),
+    )
+    for argument in [*entry.arguments, *EVERYWHERE]:
+        parser.add_argument(*argument.names, **argument.options)
+    has_words = entry.takes_words and "--" in words
+    end = words.index("--") if has_words else len(words)
+    # Only `parse_args` leaves the words behind a `--` together, so that they are no
+    # options.
+    is_mixed = "--" not in words[:end]
+    parse_args = parser.parse_intermixed_args if is_mixed else parser.parse_args
+    args = parse_args(words[:end])
+    args.words = words[end + 1 :]
+    path = args.db or os.environ.get("QUEUECTL_DB") or "queuectl.db"
+    args.db = os.path.realpath(path)
+    return args
+
+
+def run_command(argv):
+    """Run one command line; return the exit code."""
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
+    name, words = command_named(argv)
+    if name not in COMMANDS:
+        return show_help(name, words)
+    entry, args = COMMANDS[name], parse_arguments(name, words)
+    try:
+        if entry.creates_queue and not os.path.exists(args.db):
+            create_queue(args.db)
+        if not entry.opens_queue:
+            return entry.function(args) or 0
+        with Queue(args.db, new=entry.creates_queue) as queue:
+            return entry.function(args, queue) or 0
+    except sqlite3.Error as error:
+        raise QueueError("%s: %s", args.db, str(error)) from None
+
+
+def create_queue(path):
+    """Create a queue; report that on a terminal, since the folder may be a wrong one."""
+    with Queue(path):
+        if sys.stderr.isatty():
+            notice("made queue " + printable(path))
+
+
+def show_help(group, words):
+    """Print the version, or the help of a group or of all commands."""
+    # Where a group is named, its queue may be named as well: `--db PATH worker`.
+    stray = [word for word in words
+             if not group or not re.match("--db$|--db=|--json$|[^-]", word)]
+    if stray and not {"-h", "--help", "--version"} & set(words):
+        words = " ".join([*group.split(), *words])
+        raise QueueError("no command in: %s (see: queuectl.py --help)", words, code=2)
+    print("queuectl " + __version__ if "--version" in words else overview(group))
+    return 0
+
+
+def main(argv=None):
+    """Run one command; return its exit code. An error is one line on standard error."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: the database would get its number
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    if WINDOWS and sys.stderr.isatty():
+        os.system("")  # lets a console of Windows 10 take escape sequences
+    try:
+        code = run_command(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except QueueError as error:
+        notice(error)
+        return error.code
+    except OSError as error:
+        closed_pipe = errno.EINVAL if WINDOWS else errno.EPIPE
+        if error.errno in (errno.EPIPE, closed_pipe) and error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would complain
+            return 0
+        path = str(error.filename or "system error")
+        hint = owner_hint(path) or ": %s" % (error.strerror or error)
+        notice(printable(path) + hint)
+        return 1
+    except RecursionError:
+        notice("not JSON that a job is made of: nested too deeply")
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
