@@ -26,9 +26,10 @@ leaves:
              FAILED ◀── failed ────┘                                      │
                   └────────────────────────── dlq retry ──────────────────┘
 
-Not drawn: `cancel` makes any unfinished job DEAD. `retry` and `enqueue --unique` make a
-COMPLETED job PENDING as well. A job also becomes DEAD once five workers have died while
-they ran it, or if a job that it comes after was deleted.
+Not drawn: `cancel` makes a waiting job DEAD at once. It asks the worker of a running
+job to end it; that job becomes DEAD unless it completes first. `retry` and `enqueue
+--unique` make a COMPLETED job PENDING as well. A job also becomes DEAD once five
+workers have died while they ran it, or if a job that it comes after was deleted.
 
 What is promised, and how it is kept:
 
@@ -42,17 +43,17 @@ What is promised, and how it is kept:
     worker is gone, the run is an orphan: its processes are ended first.
   - A job runs at least once. If the result of a run can't be recorded, the job runs
     again: commands should be idempotent.
-  - A run that is ended from outside ends with every process that belongs to it.
+  - When queuectl ends a run, it ends every process of that run.
 
 The map. A section uses only those above it.
 
-    settings     constants, states, limits; the one exception
-    policy       settings and fields, and the checks of their values; backoff
+    constants    states, limits, intervals; the error that users see
+    policy       settings and fields of jobs, and the checks of their values; JSON
     locks        locked files, waking, requests; what differs between systems
     database     the file, its connection, transactions, the schema
     queue        the jobs: a method for each verb, with its SQL; statistics
     runs         one command: its lease, its output, its end
-    output       values to text
+    output       text for people; why a job waits
     pool         a worker; the reaper; the supervisor; the log
     commands     a function for each command, with its name and arguments above it
     dashboard    the documents of the commands by HTTP, and the page
@@ -78,10 +79,10 @@ import weakref
 from datetime import datetime, timedelta
 
 # ======================================================================================
-# Settings: constants, states, limits; the one exception
+# Constants: states, limits, intervals; the error that users see
 # ======================================================================================
 
-__version__ = "1.1.0"
+__version__ = "1.2.0"
 
 WINDOWS = os.name == "nt"
 
@@ -99,7 +100,7 @@ STATES = {
 WAITING = tuple(name for name, state in STATES.items() if state.is_waiting)
 FINISHED = tuple(name for name, state in STATES.items() if state.is_finished)
 SUCCESSFUL = tuple(name for name, state in STATES.items() if state.is_success)
-# The states in which each verb takes a job.
+# {command: the states in which it takes a job}.
 TAKES = {
     "cancel": (*WAITING, "processing"),
     "edit": WAITING,
@@ -124,18 +125,21 @@ BATCH_SIZE = 500  # rows of one read or write; more would hold up other processe
 WORK_SLICE = 0.05  # seconds that one transaction of many may take
 LOCK_TIMEOUT = 30.0  # seconds that a command waits for another program's lock
 POOL_LOCK_TIMEOUT = 1.0  # the same for a pool and the dashboard, which try again
-RECOVERY_INTERVAL = 2.0  # seconds between two looks of a pool for lost jobs
+RECOVERY_INTERVAL = 2.0  # seconds between two checks of a pool for lost jobs
 DRAIN_INTERVAL = 0.5  # the same for a drain that shows its progress
-IDLE_INTERVAL = 1.0  # seconds after which an idle worker looks for jobs unasked
+IDLE_INTERVAL = 1.0  # seconds after which an idle worker tries to claim unasked
 TROUBLE_INTERVAL = 1.0  # seconds until a worker tries again after an error
 RESTART_INTERVAL = 1.0  # seconds between two starts of workers that keep dying
-POLL_INTERVAL = 0.2  # seconds between two looks of a worker at its run, for requests
-WAIT_INTERVAL = 0.1  # seconds between two looks of `wait` and `logs -f`
-STEP_INTERVAL = 0.05  # seconds between two looks at what is about to end
-FILE_INTERVAL = 0.02  # seconds between two tries with a file that others look at
+POLL_INTERVAL = 0.2  # seconds between two checks for a request, by worker and pool
+WAIT_INTERVAL = 0.1  # seconds between two checks of `wait` and `logs -f`
+STEP_INTERVAL = 0.05  # seconds between two checks whether processes have ended
+FILE_INTERVAL = 0.02  # seconds between two tries with a file that others probe
+SIGNAL_INTERVAL = 0.2  # seconds within which two signals count as one
+PRUNE_SLICE = 0.2  # seconds that a pool spends at once on deleting old jobs
+COMPLETION_TIMEOUT = 0.2  # seconds that TAB waits for another program's lock
 TERM_GRACE = 3.0  # seconds from SIGTERM to SIGKILL
 KILL_GRACE = 5.0  # seconds after SIGKILL until a process counts as unkillable
-BLAME_DELAY = 0.5  # seconds a pool must live on for a job to be blamed for a death
+BLAME_DELAY = 0.5  # seconds within which a death and a stop count as one event
 EXIT_UNUSABLE = 2  # exit code of a worker that left because its queue can't be used
 LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
 
@@ -150,21 +154,21 @@ def printable(text):
 class QueueError(Exception):
     """An error that the user can mend. Its message is one line.
 
-    VALUES are formatted into the message; texts among them are made printable. CODE is
-    the exit code of the command: 1 for refused or failed, 2 for wrong usage.
+    VALUES are formatted into the message and made printable. CODE is the exit code of
+    the command: 1 for refused or failed, 2 for wrong usage.
     """
 
     def __init__(self, message, *values, code=1):
         if values:
             message %= tuple(
-                printable(value) if isinstance(value, str) else value
+                value if isinstance(value, (int, float)) else printable(str(value))
                 for value in values)
         super().__init__(message)
         self.code = code
 
 
 # ======================================================================================
-# Policy: settings and fields, and the checks of their values; backoff
+# Policy: settings and fields of jobs, and the checks of their values; JSON
 # ======================================================================================
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -219,8 +223,10 @@ def parse_time(value):
     Text without a zone is local time. A number of 9 or 10 digits is epoch seconds, of
     1973 to 2286. Any other text of digits, like 20260131, is meant as a date: refused.
     """
+    if type(value) in (int, float):  # no bool
+        return float(value)
     if not isinstance(value, str):
-        return parse_duration(value)
+        raise ValueError
     text = value.strip().upper().replace("Z", "+00:00")
     if text == "NOW":
         return time.time()
@@ -417,8 +423,8 @@ SETTINGS = {
 }
 
 # A field that is given with a job. Its option of `enqueue` and `edit` is `--name
-# METAVAR`. `parse` makes of the option's text what `check` takes. If it `repeats`, the
-# option may be given several times. The settings max_retries and timeout are the
+# METAVAR`. `parse` converts the option's text to what `check` expects. If it `repeats`,
+# the option may be given several times. The settings max_retries and timeout are the
 # defaults of these fields.
 Field = collections.namedtuple(
     "Field", "check default metavar help parse repeats", defaults=(str, False))
@@ -461,7 +467,7 @@ PUBLIC = (
     *(name for name in COLUMNS if name not in ("id", "command")), "after", "created_at",
     "updated_at", "exit_code", "error", "started_at", "finished_at", "seconds")
 INTERNAL = ("seq", "run", "claimable", "waits")  # columns of a job that JSON omits
-# The keys that `enqueue` accepts. It ignores those that are no fields, so that `list
+# The keys that `enqueue` accepts. Keys that are not fields are ignored, so that `list
 # --json` and `show --json` can be piped into `enqueue -` of another queue.
 KNOWN_KEYS = (*PUBLIC, "delay", "waiting", "runs")
 TIMES = ("run_at", "created_at", "updated_at", "started_at", "finished_at")
@@ -512,7 +518,7 @@ def checked(name, check, value):
     except ValueError as rule:
         given = json.dumps(value, default=str)
         given = given[:57] + "..." if len(given) > 60 else given
-        raise QueueError("%s: %s is not %s", name, given, str(rule), code=2) from None
+        raise QueueError("%s: %s is not %s", name, given, rule, code=2) from None
 
 
 def checked_fields(given, defaults={}):
@@ -570,19 +576,19 @@ def json_error(text, error):
     start = printable(text[:60])
     if re.match(r"\{\s*\w", text) and '"' not in text:
         example = r"{\"id\":\"job1\",\"command\":\"echo hi\"}"
-        words = "not JSON, the shell took the quotes: %s; write in cmd \"%s\", in" \
+        message = "not JSON, the shell took the quotes: %s; write in cmd \"%s\", in" \
             " PowerShell '%s'"
-        return QueueError(words, start, example, example, code=2)
+        return QueueError(message, start, example, example, code=2)
     if start[:1] not in ("{", "["):
         return not_json(start, start)
     hint = "; a job is an object on one line" if start == "{" else ""
-    return QueueError("not JSON: %s: %s%s", str(error), start, hint, code=2)
+    return QueueError("not JSON: %s: %s%s", error, start, hint, code=2)
 
 
 def not_json(text, command):
     """Return the QueueError for a text in place of JSON; it suggests `enqueue --`."""
-    words = "not JSON: %s; to run a command: queuectl.py enqueue -- %s"
-    return QueueError(words, text, command, code=2)
+    message = "not JSON: %s; to run a command: queuectl.py enqueue -- %s"
+    return QueueError(message, text, command, code=2)
 
 
 def number_text(value):
@@ -605,7 +611,8 @@ def setting_name(key):
 # Every living pool, worker and run holds a file: it has the file open and locked. The
 # lock belongs to the open file, so the kernel keeps it until the last process that
 # inherited the descriptor is gone. A file that is not locked is a leftover, whatever it
-# contains. On Windows a lock is not inherited: there a job object ends a run together
+# contains. A pool is named by the PID of its supervisor: parameters called `pool` hold
+# that PID. On Windows a lock is not inherited: there a job object ends a run together
 # with its worker.
 
 if WINDOWS:
@@ -630,9 +637,8 @@ else:
     NO_DIRECTORY = (FileNotFoundError,)
 
 # The requests to a pool: to stop after its running jobs (`stop`), to end them and stop
-# (`now`), and from its own worker to stop since the drain is `over`. Each is a word in
-# the pool's PID file, at an offset of its own: `stop now over`. Of several the first in
-# this order counts.
+# (`now`), and from its own worker to stop since the drain is `over`. {request: its
+# offset in the pool's PID file}, the strongest first: of several, that one counts.
 REQUESTS = {"now": 5, "over": 9, "stop": 0}
 NO_REQUEST = b" " * 15 + b"\n"  # reserves the bytes: a full disk must not block a stop
 
@@ -640,7 +646,8 @@ NO_REQUEST = b" " * 15 + b"\n"  # reserves the bytes: a full disk must not block
 def try_lock(fd, shared=False):
     """Lock an open file; return False if another process has it locked.
 
-    A probe takes a SHARED lock: two probes must not take each other for the holder.
+    A probe takes a SHARED lock, so that two probes do not take each other for the
+    holder. Windows has no shared lock: a caller has to try again.
     """
     try:
         if WINDOWS:
@@ -653,8 +660,8 @@ def try_lock(fd, shared=False):
     except OSError as error:
         if WINDOWS or isinstance(error, (BlockingIOError, PermissionError)):
             return False
-        words = "the file system has no locks (%s); take a local disk"
-        raise QueueError(words, error.strerror) from None
+        message = "the file system has no locks (%s); take a local disk"
+        raise QueueError(message, error.strerror) from None
 
 
 @contextlib.contextmanager
@@ -681,7 +688,7 @@ def may_be_same_file(path, status):
 
 
 def wait_until(condition, seconds, pause=FILE_INTERVAL):
-    """Wait until a condition holds; return False if it does not within SECONDS."""
+    """Call CONDITION until it returns true; return False if it does not in SECONDS."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() >= deadline:
@@ -713,8 +720,8 @@ def lock_file(path):
             return fd
         os.close(fd)
         time.sleep(FILE_INTERVAL / 10)
-    words = "%s is held by another process with that PID, maybe in another container"
-    raise QueueError(words, path)
+    message = "%s is held by another process with that PID, maybe in another container"
+    raise QueueError(message, path)
 
 
 def is_locked(path):
@@ -734,6 +741,8 @@ def remove_leftover(path):
         if WINDOWS:
             return os.remove(path)  # fails while any process has the file open
         with open_descriptor(path) as fd:
+            # First as a probe. Then the lock is made exclusive, once other probes are
+            # over.
             is_free = try_lock(fd, shared=True) and wait_until(
                 lambda: try_lock(fd), 10 * FILE_INTERVAL)
             if is_free and may_be_same_file(path, os.fstat(fd)):
@@ -808,26 +817,28 @@ def remove_stale_pool_files(path):
             remove_leftover(pool_file(path, pool))
 
 
-def drop_lock_file(path, fd, own):
-    """Release and remove a process's own file; the last one removes the directory."""
+def drop_lock_file(path, fd, own_file):
+    """Release and remove a process's own file; the last one removes the directory.
+
+    A probe by another process can prevent both for a moment.
+    """
     directory = path_beside(path, ".runs")
     os.close(fd)
 
     def try_remove():
-        remove_leftover(own)
+        remove_leftover(own_file)
         with contextlib.suppress(OSError):  # not empty: other processes use it
             os.rmdir(directory)
         with contextlib.suppress(*NO_DIRECTORY):
-            others = {*os.listdir(directory)} - {os.path.basename(own)}
-            return bool(others) and not os.path.exists(own)
-        return not os.path.exists(own)
+            if {*os.listdir(directory)} <= {os.path.basename(own_file)}:
+                return False  # it could be removed
+        return not os.path.exists(own_file)
 
-    # On Windows a file can't be removed while another process looks at it.
     wait_until(try_remove, 10 * FILE_INTERVAL)
 
 
 # Waking and requests. Waking is a hint: nothing depends on it, since a PID may be out
-# of date. Workers look at the database every second anyway, and supervisors every two.
+# of date. Workers check the database every second anyway, supervisors every two.
 
 
 def wake(pids):
@@ -863,7 +874,7 @@ def requested_stop(path, pool):
             text = os.read(fd, len(NO_REQUEST))
     except FileNotFoundError:
         return "stop"
-    except OSError:  # for example too many open files; the next look tries again
+    except OSError:  # for example too many open files; the next check tries again
         return None
     return next((request for request in REQUESTS if request.encode() in text), None)
 
@@ -1024,8 +1035,8 @@ CREATE TABLE IF NOT EXISTS untold (         -- deaths that `on_dead` has not ann
 INSERT OR IGNORE INTO counts VALUES {counts};
 INSERT OR IGNORE INTO totals VALUES
     ('completed', 0, 0), ('failed', 0, 0), ('interrupted', 0, 0);
--- It is part of the name of each lease, so that a lease of a removed queue in the same
--- place is not taken for one of this queue.
+-- The token is part of the name of each lease, so that a lease of a removed queue in
+-- the same place is not taken for one of this queue.
 INSERT OR IGNORE INTO config VALUES ('token', lower(hex(randomblob(4))));
 
 -- The jobs to claim in their order, the jobs that wait for a time, the jobs of each
@@ -1098,17 +1109,22 @@ CONNECTED = weakref.WeakSet()  # the databases of this process that have a conne
 class Database:
     """One SQLite file, opened by one thread of one process.
 
-    But for the schema it knows nothing of jobs. It makes and opens the file, begins and
-    ends transactions, and keeps a connection from crossing a fork: all connections are
-    closed before one. A pool opens it with `sync="NORMAL"`: what it commits survives
-    killed processes, but maybe not a power cut. With "FULL" it survives that as well.
+    But for the schema it knows nothing of jobs. It makes and opens the file, and begins
+    and ends transactions. SQLite must not cross a fork: before one, the forking thread
+    closes its connections that are not in a transaction.
+
+    What is committed survives a power cut. `for_pool` spares that time: what a pool
+    commits survives killed processes, and after a power cut a run may be repeated. A
+    pool also waits for locks only shortly, since it tries again.
     """
 
-    def __init__(self, path, sync="FULL", lock_timeout=LOCK_TIMEOUT, new=True):
+    def __init__(self, path, for_pool=False, lock_timeout=None, create=True):
         self.path = os.path.realpath(path)  # one queue, whatever links lead to it
-        self.lock_timeout, self.sync, self._db = lock_timeout, sync, None
+        self.for_pool, self._db = for_pool, None
+        self.lock_timeout = lock_timeout or (
+            POOL_LOCK_TIMEOUT if for_pool else LOCK_TIMEOUT)
         self.owner = os.getpid(), _thread.get_ident()
-        self._find_file(new)
+        self._find_file(create and not for_pool)
         try:
             if not self._is_prepared():
                 self._prepare()
@@ -1124,10 +1140,10 @@ class Database:
 
     # -- the file and its connection ---------------------------------------------------
 
-    def _find_file(self, new):
-        """Find the file, or create a NEW one."""
+    def _find_file(self, create):
+        """Find the file, or CREATE a missing one."""
         if not os.path.exists(self.path):
-            if not new:  # a pool must not bring back what its user removed
+            if not create:  # a pool must not bring back what its user removed
                 raise QueueError("there is no queue %s", self.path)
             # O_EXCL, so that a file that exists is not opened and closed here: by the
             # rules of POSIX that would drop all locks that this process has on it.
@@ -1142,10 +1158,9 @@ class Database:
             raise QueueError("%s is not a regular file", self.path)
         # SQLite finds the write-ahead log by the path, so that a second name would have
         # a second log. A running pool does not ask again, or `cp -al` would end it.
-        is_running_pool = self.sync == "NORMAL"
-        if self.file_status.st_nlink > 1 and not is_running_pool:
-            words = "%s has a second hard link: jobs added through it would be lost;"
-            raise QueueError(words + " remove that link", self.path)
+        if self.file_status.st_nlink > 1 and not self.for_pool:
+            message = "%s has a second hard link: jobs added through it would be lost;"
+            raise QueueError(message + " remove that link", self.path)
         hint = owner_hint(self.path)
         if hint:
             raise QueueError("%s%s", self.path, hint)
@@ -1178,7 +1193,7 @@ class Database:
             database_uri(self.path), uri=True, timeout=self.lock_timeout,
             isolation_level=None)
         self._db.row_factory = sqlite3.Row
-        self._rows("PRAGMA synchronous = " + self.sync)
+        self._rows("PRAGMA synchronous = " + ("NORMAL" if self.for_pool else "FULL"))
         self.require_file()  # another file may just have been put in its place
         self._rows("PRAGMA fullfsync = ON")  # macOS: without it a sync is no sync
         self._rows("PRAGMA journal_size_limit = %d" % 2**24)
@@ -1276,12 +1291,12 @@ class Database:
         if self._value("PRAGMA application_id") != APPLICATION_ID:
             raise QueueError("%s is not a queue of queuectl", self.path)
         if version < 2:
-            words = "%s was made by queuectl 1.0: convert it with queuectl 1.1 first"
-            raise QueueError(words, self.path)
+            message = "%s was made by queuectl 1.0: convert it with queuectl 1.1 first"
+            raise QueueError(message, self.path)
         if version > SCHEMA_VERSION:
-            words = "%s has version %d of the schema, and this queuectl knows version"
-            words += " %d: take a newer queuectl.py"
-            raise QueueError(words, self.path, version, SCHEMA_VERSION)
+            message = "%s has version %d of the schema, and this queuectl knows version"
+            message += " %d: take a newer queuectl.py"
+            raise QueueError(message, self.path, version, SCHEMA_VERSION)
         for kind, made in self._rows(
                 "SELECT type, name FROM sqlite_master"
                 " WHERE type IN ('index', 'trigger') AND sql NOT NULL"):
@@ -1377,7 +1392,7 @@ WORKER_DIED, STOPPED_NOW, STOPPED, CANCELLED = (
 KINDS = {
     "completed": Kind("completed", False),
     "failed": Kind("failed", False),  # an exit code, a signal, a timeout
-    "cancelled": Kind("interrupted", True, (CANCELLED,)),
+    "cancelled": Kind("interrupted", False, (CANCELLED,)),
     # With its pool, or with its whole service.
     "stopped": Kind("interrupted", True, (STOPPED, STOPPED_NOW)),
     "lost": Kind("interrupted", True, (WORKER_DIED,)),
@@ -1393,18 +1408,19 @@ TOTAL_OF_RUN = """CASE WHEN error IS NULL THEN 'completed'
 # and shown, None after success; epoch seconds; bytes.
 Outcome = collections.namedtuple("Outcome", "kind exit_code error finished_at output")
 
-# How much of an output is kept, by the settings.
+# How much of an output is kept. (A record, so that another limit is one field more.)
 OutputLimit = collections.namedtuple("OutputLimit", "bytes")
 
 
 def output_limit(settings):
+    """Return the limit that the settings give."""
     return OutputLimit(settings["output_limit"])
 
 
-# One run of a job, as long as it is not recorded. `number` counts the runs of a job and
-# only ever grows, `attempt` is given back when the job is put back. `pid` and
-# `started_at` are those of the command. The fields from `cwd` on are known to its
-# worker alone.
+# One run of a job, until it is recorded. `number` counts the runs of a job and only
+# ever grows; `attempt` is given back when the job is put back. `pid` and `started_at`
+# are those of the command. The fields from `command` on are set only for the worker
+# that claimed the job.
 Run = collections.namedtuple(
     "Run", "seq number id attempt max_retries worker pid started_at lease"
     " command cwd env timeout launcher limit", defaults=(None,) * 6)
@@ -1420,8 +1436,8 @@ PAUSED = "EXISTS (SELECT 1 FROM config WHERE key = 'paused')"
 
 # A new job, by a tuple of these values: SQLite binds a tuple in half the time of a
 # dict. So `:run_at` becomes `?2`.
-INSERTED = ("id", "run_at", "now", *(
-    name for name in COLUMNS if name not in ("id", "run_at")))
+OTHER_COLUMNS = [name for name in COLUMNS if name not in ("id", "run_at")]
+INSERTED = ("id", "run_at", "now", *OTHER_COLUMNS)
 INSERT_JOB = re.sub(
     r":(\w+)", lambda match: "?%d" % (1 + INSERTED.index(match[1])),
     """INSERT INTO jobs ({columns}, created_at, updated_at, claimable)
@@ -1441,13 +1457,15 @@ RESTART = """UPDATE jobs SET {RESET}, claimable = {CLOSED}, updated_at = :now, {
     RESET=RESET, CLOSED=CLOSED, finished=in_states(FINISHED),
     fields=", ".join("{0} = :{0}".format(name) for name in COLUMNS if name != "id"))
 
-# Changes of jobs: pairs of SQL and the condition that a job has to meet.
+# A change of jobs: SQL, and the condition that a job has to meet. A verb may have two,
+# for jobs in different states.
+Change = collections.namedtuple("Change", "sql condition")
 CANCEL = [
-    ("UPDATE jobs SET state = 'dead', error = '%s', claimable = %d, updated_at = :now"
-     % (CANCELLED, OPEN), in_states(WAITING)),
-    ("UPDATE jobs SET cancelled = 1", "state = 'processing'"),
+    Change("UPDATE jobs SET state = 'dead', error = '%s', claimable = %d,"
+           " updated_at = :now" % (CANCELLED, OPEN), in_states(WAITING)),
+    Change("UPDATE jobs SET cancelled = 1", "state = 'processing'"),
 ]
-DELETE = [("DELETE FROM jobs", in_states(TAKES["delete"]))]
+DELETE = [Change("DELETE FROM jobs", in_states(TAKES["delete"]))]
 
 RUN_SECONDS = "round(finished_at - started_at, 3)"  # NULL until the run has ended
 COLUMN_OF = {
@@ -1480,7 +1498,7 @@ FILTERS = {
     "text": "(instr(id, :text) OR instr(command, :text))",
     "text_or_error": "(instr(id, :text_or_error) OR instr(command, :text_or_error)"
     " OR instr(jobs.error, :text_or_error))",
-    "before": in_states(FINISHED) + " AND updated_at < :before",
+    "finished_before": in_states(FINISHED) + " AND updated_at < :finished_before",
     "cancelled": "(jobs.error IS '%s') = :cancelled" % CANCELLED,
     "has_dependents": HAS_DEPENDENTS + " = :has_dependents",
 }
@@ -1520,9 +1538,10 @@ class NewJobs:
     def rows(self, jobs):
         """Yield the values of INSERT_JOB for each job that has to be inserted.
 
-        With `unique` a job that is there is restarted, or left unchanged.
+        The caller inserts them one by one. With `unique` a job that exists is restarted
+        in the same step, or left unchanged.
         """
-        other_values = operator.itemgetter(*INSERTED[INSERTED.index("now") + 1 :])
+        other_values = operator.itemgetter(*OTHER_COLUMNS)
         for job in jobs:
             self.id, run_at = job["id"], job["run_at"]
             if self.id is None:
@@ -1531,14 +1550,15 @@ class NewJobs:
                 self.id = self.queue._new_id()
             if run_at is None:
                 run_at = min(self.now + (job["delay"] or 0), MAX_TIME)
-            is_there = self.unique and self.queue.state(self.id)
-            if is_there and not self.queue._restart(
-                    dict(job, run_at=run_at, now=self.now)):
-                self.unchanged[self.id] = job["command"]
-                continue
+            exists = self.unique and self.queue.state(self.id) is not None
+            if exists:
+                restarted = self.queue._restart(dict(job, run_at=run_at, now=self.now))
+                if not restarted:
+                    self.unchanged[self.id] = job["command"]
+                    continue
             if job["after"]:
                 self.dependents.append((self.id, job["after"]))
-            if not is_there:
+            if not exists:
                 if job["lock"]:
                     self.locks.add(job["lock"])
                 yield (self.id, run_at, self.now, *other_values(job))
@@ -1552,16 +1572,16 @@ class Queue(Database):
     returns epoch seconds. In SQL `seq` is the number of a job.
     """
 
-    def __init__(self, path, sync="FULL", lock_timeout=LOCK_TIMEOUT, clock=time.time,
-                 new=True):
-        super().__init__(path, sync, lock_timeout, new)
+    def __init__(self, path, for_pool=False, lock_timeout=None, clock=time.time,
+                 create=True):
+        super().__init__(path, for_pool, lock_timeout, create)
         self.clock = clock
         self.token = self._value("SELECT value FROM config WHERE key = 'token'")
 
     # -- enqueue -----------------------------------------------------------------------
 
     def defaults(self, cwd=None):
-        """Return the fields of a job that gives none, by the present settings."""
+        """Return the default value of each field, by the present settings."""
         values = self.settings()
         return dict(
             {name: field.default for name, field in FIELDS.items()},
@@ -1619,7 +1639,7 @@ class Queue(Database):
 
         New jobs can form a circle only if one of them comes after a later one.
         """
-        may_be_circle = not are_new
+        may_be_cycle = not are_new
         for id, dependencies in dependents:
             seq = self.job(id)["seq"]
             for name in dependencies:
@@ -1629,12 +1649,12 @@ class Queue(Database):
                 if dependency["state"] not in SUCCESSFUL:
                     self._change("INSERT OR IGNORE INTO waits VALUES (?, ?)",
                                  seq, dependency["seq"])
-                    may_be_circle |= dependency["seq"] >= seq
-        if may_be_circle:
-            self._refuse_circles()
+                    may_be_cycle |= dependency["seq"] >= seq
+        if may_be_cycle:
+            self._refuse_cycles()
 
-    def _refuse_circles(self):
-        """Raise QueueError unless all jobs can be sorted behind their dependencies."""
+    def _refuse_cycles(self):
+        """Raise QueueError unless the dependencies allow a topological order (Kahn)."""
         dependents, waits = collections.defaultdict(list), collections.Counter()
         for seq, dependency in self._rows("SELECT seq, waits_for FROM waits"):
             dependents[dependency].append(seq)
@@ -1645,8 +1665,9 @@ class Queue(Database):
                 waits[seq] -= 1
                 if not waits[seq]:
                     free.append(seq)
-        for seq in +waits:
-            id = self._value("SELECT id FROM jobs WHERE seq = ?", seq)
+        stuck = next((seq for seq in waits if waits[seq]), None)
+        if stuck is not None:
+            id = self._value("SELECT id FROM jobs WHERE seq = ?", stuck)
             raise QueueError("after: in a circle, so that job %s would never run", id)
 
     # -- the life of a job -------------------------------------------------------------
@@ -1802,7 +1823,7 @@ class Queue(Database):
             " WHERE seq = ? AND run = ? AND finished_at IS NULL",
             run.pid, run.started_at, run.seq, run.number)
 
-    def announce(self, start):
+    def announce_dead_job(self, start):
         """Pass one unannounced death to START. Return False if there is none.
 
         The death is forgotten once START has returned. After a kill before that it is
@@ -1836,11 +1857,10 @@ class Queue(Database):
         if "delay" in fields:
             changes["run_at"] = min(now + fields["delay"], MAX_TIME)
         columns = "".join("%s = :%s, " % (name, name) for name in changes)
-        change = "UPDATE jobs SET %sclaimable = %d, updated_at = :now" % (
-            columns, CLOSED)
+        sql = "UPDATE jobs SET %sclaimable = %d, updated_at = :now" % (columns, CLOSED)
         with self.transaction():
             self._apply(
-                [id], [(change, in_states(TAKES["edit"]))],
+                [id], [Change(sql, in_states(TAKES["edit"]))],
                 "job %(id)s is %(state)s, and only one that waits can be changed",
                 changes)
             if "after" in fields:
@@ -1859,13 +1879,13 @@ class Queue(Database):
 
     def retry(self, ids, states=TAKES["retry"]):
         """COMPLETED or DEAD to PENDING, with attempts 0."""
-        return self._apply(ids, [(RETRY, in_states(states))],
+        return self._apply(ids, [Change(RETRY, in_states(states))],
                            "job %(id)s is %(state)s, not " + " or ".join(states))
 
     def retry_all(self, condition):
         """Retry the jobs that meet a condition."""
         return self._apply_in_batches(
-            condition, [(RETRY, in_states(TAKES["retry"]))])
+            condition, [Change(RETRY, in_states(TAKES["retry"]))])
 
     def delete(self, ids):
         """Remove jobs that are not running, with their runs.
@@ -1880,9 +1900,9 @@ class Queue(Database):
                         "SELECT seq, id FROM jobs JOIN waits USING (seq)"
                         " WHERE waits_for = ?", job["seq"]):
                     if seq not in named:
-                        words = "job %s can't be deleted, because %s waits for it; to"
+                        message = "job %s can't be deleted, because %s waits for it; to"
                         raise QueueError(
-                            words + " delete both, name both", job["id"], id)
+                            message + " delete both, name both", job["id"], id)
             count = self._apply(ids, DELETE, "job %(id)s is running")
         self._vacuum()
         wake_workers(self.path)
@@ -1937,9 +1957,9 @@ class Queue(Database):
             jobs = self._named(ids)
             for job in jobs:
                 changed = 0
-                for change, condition in changes:
+                for change in changes:
                     changed += self._change(
-                        "%s WHERE seq = :seq AND %s" % (change, condition),
+                        "%s WHERE seq = :seq AND %s" % change,
                         **values, seq=job["seq"])
                 if not changed:
                     raise QueueError(refusal % dict(job, id=printable(job["id"])))
@@ -1955,7 +1975,7 @@ class Queue(Database):
         """
         query = "SELECT seq FROM jobs WHERE seq > :last AND %s AND (%s)" \
             " ORDER BY seq LIMIT :length" % (
-                condition.sql, " OR ".join(state for _, state in changes))
+                condition.sql, " OR ".join(change.condition for change in changes))
         values = dict(condition.values, now=self.clock(), last=0)
         count, length = 0, BATCH_SIZE
         while True:
@@ -1965,10 +1985,10 @@ class Queue(Database):
             began = time.monotonic()
             values.update(first=batch[0]["seq"], last=batch[-1]["seq"])
             with self.transaction():
-                for change, state in changes:
+                for change in changes:
                     count += self._change(
                         "%s WHERE seq BETWEEN :first AND :last AND %s AND %s"
-                        % (change, condition.sql, state), **values)
+                        % (change.sql, condition.sql, change.condition), **values)
             took = max(0.001, time.monotonic() - began)  # Windows has a coarse clock
             length = max(1, min(BATCH_SIZE, int(len(batch) * WORK_SLICE / took)))
         wake_workers(self.path)
@@ -2042,13 +2062,13 @@ class Queue(Database):
     def output(self, job, run=None):
         """Return the stored output of a run (default: the latest one), or None.
 
-        The output is stored at the end of the run.
+        RUN is its number. The output is stored at the end of the run.
         """
         query = "SELECT output FROM runs WHERE seq = ? AND run = ?"
         return self._value(query, job["seq"], run or job["run"])
 
     def lease_path(self, seq, number):
-        """Return the path of the lease of a run, from the job's number and its own."""
+        """Return the path of the lease of run NUMBER of the job SEQ."""
         name = "%s-%d-%d" % (self.token, seq, number)
         return os.path.join(path_beside(self.path, ".runs"), name)
 
@@ -2083,13 +2103,15 @@ class Queue(Database):
             elif batch:
                 first = batch[-1]["seq"] + 1
 
-    def dead_jobs(self, condition, below=None):
-        """Yield the dead jobs that meet a condition, the latest death first.
+    def dead_jobs(self, after_id=None, **filters):
+        """Yield the dead jobs that pass the filters of `where`, the latest death first.
 
-        If BELOW is the id of a dead job, only the jobs that died before it are listed.
+        If AFTER_ID is a dead job, the list begins after it.
         """
+        condition = where(["dead"], **filters)
         place = self._row(
-            "SELECT updated_at, seq FROM jobs WHERE id = ? AND state = 'dead'", below)
+            "SELECT updated_at, seq FROM jobs WHERE id = ? AND state = 'dead'",
+            after_id)
         at, number = place if place else (MAX_TIME, MAX_INTEGER)
         query = "SELECT seq FROM jobs WHERE (updated_at, seq) < (:at, :number) AND "
         query += condition.sql + " ORDER BY updated_at DESC, seq DESC"
@@ -2141,7 +2163,11 @@ class Queue(Database):
         return {seq for seq, in self._rows(BLOCKED + "SELECT seq FROM blocked")}
 
     def first_blocked(self):
-        """Return the first job behind a dead one: `id`, `dependency`; `jobs` in all."""
+        """Return a dict about the jobs that wait for dead ones, or None.
+
+        `id` is the first of them, `dependency` the dead job that it waits for, and
+        `jobs` the number of all that wait, directly or not.
+        """
         row = self._row(
             "SELECT id, dependency FROM (" + BEHIND_DEAD + ") JOIN jobs USING (seq)"
             " WHERE state = 'pending' ORDER BY seq LIMIT 1")
@@ -2152,8 +2178,8 @@ class Queue(Database):
     def oldest_claimable(self):
         """Return the job (`id`, `run_at`) that waits longest for a worker, or None.
 
-        Of each priority the first hundred are compared, since a retried job stands
-        before others that have waited longer.
+        Of each priority, found one after the other by the index, the first hundred jobs
+        are compared: a retried job stands before others that have waited longer.
         """
         highest = "SELECT MAX(priority) FROM jobs WHERE " + CLAIMABLE
         return self._row(
@@ -2174,9 +2200,10 @@ class Queue(Database):
         return bool(self._value("SELECT 1 FROM jobs WHERE " + CLAIMABLE + " LIMIT 1"))
 
     def is_drained(self):
-        """Tell whether no job is due, running or waiting for a retry.
+        """Tell whether a drain is over: no job is due, running or waiting for a retry.
 
-        In one statement: between two a job could go from waiting to running.
+        While the queue is paused, only running jobs count. This is one statement:
+        between two a job could go from waiting to running.
         """
         return not self._value(
             "SELECT EXISTS (SELECT 1 FROM counts WHERE jobs > 0 AND"
@@ -2194,12 +2221,12 @@ class Queue(Database):
         return collections.Counter(
             row["state"] for row in rows if row["worker"] in workers)
 
-    def wait(self, ids=None, timeout=None, on_look=lambda counts: None, exclude=None):
+    def wait(self, ids=None, timeout=None, on_check=lambda counts: None, exclude=None):
         """Wait until jobs are completed or dead, or until what is left can't go on.
 
         Without IDS, wait for all jobs that are unfinished now, except EXCLUDE. Return
         how many are in each state, and the ids that are left; None after TIMEOUT
-        seconds. `on_look` is called at each look with the counts of all jobs. A job
+        seconds. `on_check` is called at each check with the counts of all jobs. A job
         that was seen to end is not looked at again, since it may be removed.
         """
         ended = dict.fromkeys((*STATES, "removed"), 0)
@@ -2215,8 +2242,8 @@ class Queue(Database):
             self.require_file()
             counts, blocked = self.counts(), self.blocked_seqs()
             others = counts["processing"] - (1 if exclude else 0)
-            is_resting = self.is_paused() and others <= 0
-            on_look(counts)
+            nothing_starts = self.is_paused() and others <= 0
+            on_check(counts)
             stuck = []
             while left:
                 job = self._row("SELECT seq, state FROM jobs WHERE id = ?", left[-1])
@@ -2224,10 +2251,10 @@ class Queue(Database):
                 if state in (*FINISHED, "removed"):
                     ended[state] += 1
                     left.pop()
-                elif is_resting or job["seq"] in blocked:
+                elif nothing_starts or job["seq"] in blocked:
                     stuck.append(left.pop())
                 else:
-                    break  # this one may go on: no need to look at the others
+                    break  # this one may go on: the others need no check
             left.extendleft(stuck)
             return len(left) == len(stuck)
 
@@ -2408,9 +2435,9 @@ def split_dropped(output):
 
 
 def tail(output, limit):
-    """Return as much of the end of an output as is kept, an `OutputLimit`.
+    """Return the end of an output, of which LIMIT says how much is kept.
 
-    It starts with a note of how many bytes were dropped before it.
+    If bytes were dropped before it, a note with their number comes first.
     """
     dropped, output = split_dropped(output)
     cut = max(0, len(output) - limit.bytes)
@@ -2451,8 +2478,8 @@ def read_output(path, limit):
 class Lease:
     """The file of a run: locked while any process of the run lives, and its output.
 
-    At every moment the file ends with as much of the output as is kept, an
-    `OutputLimit`, even if the worker is killed while it compacts the file.
+    At every moment the file ends with the end of the output that is kept, even if the
+    worker is killed while it compacts the file.
     """
 
     def __init__(self, path, limit):
@@ -2551,7 +2578,7 @@ class Termination:
         return time.monotonic() >= self.kill_at + KILL_GRACE
 
 
-class Command:
+class RunningCommand:
     """The command of a run, from its start until none of its processes is left.
 
     This class has what is the same on all systems. A class for a system has:
@@ -2566,7 +2593,7 @@ class Command:
         Raise OSError if the system refuses to start it.
         """
         self.lease = lease
-        self.was_killed = False  # by SIGKILL, from outside
+        self.kill_was_sent = False  # SIGKILL, by `terminate`
         # A job may name another queue. It can't pretend to be another run, since its
         # processes are found by the path of its lease.
         env = {"QUEUECTL_DB": path, **json.loads(run.env or "{}")}
@@ -2597,19 +2624,19 @@ class Command:
 
         The exit code is -N if signal N ended the command. The `End` says why the
         command was ended from outside: for its timeout, or for what `watchdog()`
-        returned at one of the looks. If a signal killed the leader, all its processes
+        returned at one of the checks. If a signal killed the leader, all its processes
         are ended, or they would meet the next run. Raise Unkillable if one can't be
         ended.
         """
         deadline = time.monotonic() + (timeout or MAX_DURATION)
-        next_look, code, end = time.monotonic() + POLL_INTERVAL, None, None
+        next_check, code, end = time.monotonic() + POLL_INTERVAL, None, None
         while code is None and end is None:
-            self.wait(waiter, min(deadline, next_look) - time.monotonic())
+            self.wait(waiter, min(deadline, next_check) - time.monotonic())
             code, now = self.poll(), time.monotonic()
             if code is None and now >= deadline:
                 end = End("failed", "timeout %ss" % number_text(timeout))
-            elif code is None and now >= next_look:
-                next_look, end = now + POLL_INTERVAL, watchdog()
+            elif code is None and now >= next_check:
+                next_check, end = now + POLL_INTERVAL, watchdog()
         if end or code < 0:
             self.terminate(waiter)
         if end:
@@ -2626,7 +2653,7 @@ class Command:
         termination, left = Termination(), self.processes()
         while left:
             termination.step(left, self.send_signal)
-            self.was_killed = termination.kill_sent
+            self.kill_was_sent = termination.kill_sent
             if termination.is_stuck():
                 raise Unkillable(sorted(left))
             self.wait(waiter, STEP_INTERVAL)
@@ -2638,7 +2665,7 @@ class Command:
         os.close(self.writer)
 
 
-class PosixCommand(Command):
+class PosixCommand(RunningCommand):
     """A command in a session of its own, which inherits the lease."""
 
     def open_pipe(self):
@@ -2654,14 +2681,14 @@ class PosixCommand(Command):
         A run costs two milliseconds. Popen would add 0.25, and before Python 3.10 more
         than a whole one.
         """
-        words = ["/bin/sh", "-c", "--", line]
+        argv = ["/bin/sh", "-c", "--", line]
         if launcher:  # the shell splits it; the line is its $0, and is not split again
-            words = ["/bin/sh", "-c", 'exec %s /bin/sh -c -- "$0"' % launcher, line]
+            argv = ["/bin/sh", "-c", 'exec %s /bin/sh -c -- "$0"' % launcher, line]
         env = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
         # A lease that already has this number would be closed by the exec.
         lease_fd = LEASE_FD + (self.lease.fd == LEASE_FD)
         spawn = functools.partial(
-            os.posix_spawn, words[0], words, {**ENVIRONMENT, **env},
+            os.posix_spawn, argv[0], argv, {**ENVIRONMENT, **env},
             setsigdef=ALL_SIGNALS, setsigmask=(), file_actions=(
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_DUP2, self.writer, 1),
@@ -2696,7 +2723,7 @@ class PosixCommand(Command):
         signal_processes(pids, number)
 
 
-class WindowsCommand(Command):
+class WindowsCommand(RunningCommand):
     """A command in a job object, which ends with this worker."""
 
     job_object = None
@@ -2802,8 +2829,8 @@ def processes_of(runs):
     belongs to a run if it can write to the lease, has the path of the lease in
     QUEUECTL_RUN, or is in the process group of our child. The whole path counts, so
     that a process of another queue, or of a copy of this one, is a stranger. No
-    recorded PID is trusted. If nothing is found of a run, this looks a second time: a
-    process may be forked during the first look.
+    recorded PID is trusted. If nothing is found of a run, this scans again: a
+    process may be forked during the first scan.
     """
     found = {lease: set() for lease in runs}
     if WINDOWS or not runs:  # there a job object ends what a killed worker left
@@ -2813,7 +2840,7 @@ def processes_of(runs):
     for lease in runs:
         owner[lease] = owner[lease + " (deleted)"] = lease  # if it was removed
     has_proc = os.path.exists("/proc/self/fd")
-    # All processes of our child's run are younger than this one: others need no look.
+    # All processes of our child's run are younger than this one: others are left out.
     since = int(proc_stat("self")[19]) if has_proc and all(runs.values()) else 0
     own = os.getpid()  # holds the lease of its run, and does not belong to it
     seen = set()
@@ -2871,10 +2898,10 @@ def scan_with_tools(leases):
     """Yield the same without /proc: process groups from `ps`, files from `lsof`."""
     import subprocess
 
-    def lines_of(*words):
+    def lines_of(*argv):
         with contextlib.suppress(OSError):
             result = subprocess.run(
-                words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             return map(os.fsdecode, result.stdout.splitlines())
         return ()
 
@@ -2894,7 +2921,7 @@ def scan_with_tools(leases):
 
 
 # ======================================================================================
-# Output: values to text
+# Output: text for people; why a job waits
 # ======================================================================================
 
 
@@ -2943,9 +2970,9 @@ def setting_text(name, value):
 
 # Why a job is not running, and how far a queue is.
 
-DIED = "its worker died; the next pool runs the job again"
-LOST = "its worker died, but its processes still run; the next pool ends them and" \
-    " runs the job again"
+LOST_HINT = "its worker died; the next pool runs the job again"
+ORPHAN_HINT = "its worker died, but its processes still run; the next pool ends them" \
+    " and runs the job again"
 PAUSED_HINT = "paused; to go on: queuectl.py resume"
 NO_POOL = "no pool is running; to start one: queuectl.py worker start"
 
@@ -2961,7 +2988,7 @@ def why_waiting(queue, job, workers):
         is_attended = job["id"] in [worker["job"] for worker in workers]
         if is_attended or not queue.is_current(run):
             return None
-        return (LOST if is_locked(run.lease) else DIED) + no_pool
+        return (ORPHAN_HINT if is_locked(run.lease) else LOST_HINT) + no_pool
     if job["state"] not in WAITING:
         return None
     if job["waits"]:
@@ -2976,8 +3003,8 @@ def why_waiting(queue, job, workers):
     holder = queue.lock_holder(job) if job["lock"] else job["id"]
     if holder != job["id"]:
         other = "job " + printable(holder) if holder else "another job"
-        words = "waits for the lock %s: %s has it or gets it first"
-        return words % (printable(job["lock"]), other)
+        message = "waits for the lock %s: %s has it or gets it first"
+        return message % (printable(job["lock"]), other)
     ahead = queue.count_ahead(job)
     return plural(ahead, "job") + " before it" if ahead else "next in line"
 
@@ -2986,22 +3013,22 @@ def why_dependent(queue, job):
     """Return in words for which jobs a job waits, and whether one of them is dead."""
     dependencies = queue.dependencies(job)
     first, others = dependencies[0], len(dependencies) - 1
-    words = "waits for %s, which is %s" % (printable(first["id"]), first["state"])
+    message = "waits for %s, which is %s" % (printable(first["id"]), first["state"])
     if others:
-        words += ", and for " + plural(others, "more job")
+        message += ", and for " + plural(others, "more job")
     if first["state"] != "dead" and job["seq"] in queue.blocked_seqs():
-        words += ", behind a dead one"
-    return words
+        message += ", behind a dead one"
+    return message
 
 
 def obstacles(queue):
     """Return in words what keeps jobs from going on until somebody does something."""
-    words, blocked = [], queue.first_blocked()
+    reasons, blocked = [], queue.first_blocked()
     if blocked:
-        words.append(blocked_text(blocked))
+        reasons.append(blocked_text(blocked))
     if queue.is_paused():
-        words.append("the queue is " + PAUSED_HINT)
-    return words
+        reasons.append("the queue is " + PAUSED_HINT)
+    return reasons
 
 
 def blocked_text(blocked):
@@ -3329,10 +3356,10 @@ class Worker:
         self.log = open_log(path, "worker")
         self.queue = None
         self.lease = None  # of the present run
-        self.trouble = None  # the error that it waits to be over
-        self.noted_run = None  # the run whose start was recorded
+        self.trouble = None  # the error that `with_retries` waits out
+        self.started_run = None  # the run whose start was recorded
         self.got_sigterm = False
-        self.is_refused = False  # a process, by the system
+        self.refusal_logged = False  # that the system has no process to give
         self.waiter = Waiter()
         catch_signals(self.take_signal)
 
@@ -3346,18 +3373,24 @@ class Worker:
     def work(self):
         """Run jobs until asked to stop."""
         self.queue = self.with_retries(
-            lambda: Queue(self.path, "NORMAL", POOL_LOCK_TIMEOUT, new=False))
+            lambda: Queue(self.path, for_pool=True))
         with self.queue:
-            done = None
+            ended = None  # the latest run and its outcome, until they are recorded
             while True:
-                run = self.with_retries(self.record_and_claim, done)
-                done = run and self.execute(run)
-                if run is None:
-                    if self.should_leave():
-                        break
-                    if self.is_drain and self.with_retries(self.queue.is_drained):
-                        request_stop(self.path, self.pool, "over")
-                    self.waiter.wait(self.with_retries(self.idle_time))
+                run = self.with_retries(self.record_and_claim, ended)
+                ended = None
+                if run:
+                    ended = self.execute(run)
+                elif self.should_leave():
+                    break
+                else:
+                    self.rest()
+
+    def rest(self):
+        """Wait until there may be something to claim, or end a drain that is over."""
+        if self.is_drain and self.with_retries(self.queue.is_drained):
+            request_stop(self.path, self.pool, "over")
+        self.waiter.wait(self.with_retries(self.idle_time))
 
     def with_retries(self, action, *args):
         """Call an action until it works, and return its result.
@@ -3376,10 +3409,11 @@ class Worker:
                 is_hopeless = isinstance(error, sqlite3.IntegrityError) or (
                     self.is_database_gone())
                 has_outcome = self.lease is not None
+                # Not after the first error: the next try may already work.
                 may_leave = self.should_leave() and (
                     not has_outcome or requested_stop(self.path, self.pool) == "now")
                 if is_hopeless or (self.trouble and may_leave):
-                    raise QueueError("leaving while there is still: %s", str(error))
+                    raise QueueError("leaving while there is still: %s", error)
                 if str(error) != self.trouble:
                     self.log.error("%s; waiting until it is over", error)
                 self.trouble = str(error)
@@ -3395,7 +3429,7 @@ class Worker:
         return self.got_sigterm or self.is_pool_stopping() or self.is_database_gone()
 
     def idle_time(self):
-        """Return for how many seconds no job is due."""
+        """Return how many seconds to wait for the next claim."""
         if self.queue.is_paused():
             return IDLE_INTERVAL
         due = self.queue.next_due()  # first: what gets due in between is then claimable
@@ -3405,7 +3439,7 @@ class Worker:
             return IDLE_INTERVAL
         return min(due["run_at"] - self.queue.clock(), IDLE_INTERVAL)
 
-    def record_and_claim(self, done):
+    def record_and_claim(self, ended):
         """Record the end of one run and claim the next, in one transaction.
 
         If the worker is killed before the commit, a pool finds the first run without a
@@ -3417,7 +3451,7 @@ class Worker:
         is_leaving = self.should_leave()  # here, since others wait during a transaction
         try:
             with self.queue.transaction():
-                state = self.queue.record(*done) if done else None
+                state = self.queue.record(*ended) if ended else None
                 run = None if is_leaving else self.queue.claim(
                     os.getpid(), self.take_lease)
         except BaseException:
@@ -3430,9 +3464,9 @@ class Worker:
                 # lost.
                 finished.empty()
             raise
-        if done:
+        if ended:
             finished.discard()
-            self.report(state, *done)
+            self.report(state, *ended)
         return run
 
     def take_lease(self, run):
@@ -3442,11 +3476,11 @@ class Worker:
         """Log how a run ended. A result that came too late is logged and dropped."""
         if outcome.kind == "refused":  # already logged
             return
-        words = state or "no longer ours, result dropped"
+        message = state or "no longer ours, result dropped"
         if outcome.error:
-            words += " (%s)" % outcome.error
+            message += " (%s)" % outcome.error
         seconds = outcome.finished_at - run.started_at
-        self.log.info("%s %s in %.3f s", run_label(run), words, seconds)
+        self.log.info("%s %s in %.3f s", run_label(run), message, seconds)
         if state == "dead":
             wake([self.pool])  # which starts `on_dead`
 
@@ -3456,13 +3490,15 @@ class Worker:
             command = SystemCommand(run, self.lease, self.path)
         except (OSError, ValueError) as error:
             return run, self.not_started(run, error)
-        self.is_refused = False
+        self.refusal_logged = False
         began = time.monotonic()
         run = run._replace(pid=command.pid, started_at=self.queue.clock())
         try:
             code, end = command.watch(
-                self.waiter, run.timeout, functools.partial(self.look_after, run))
+                self.waiter, run.timeout, functools.partial(self.check_run, run))
             finished_at = run.started_at + time.monotonic() - began
+            # A stopped service signals all its processes at once. The pool may be about
+            # to hear of the stop that has ended this command.
             if end is None and code in STOP_CODES and wait_until(
                     self.is_pool_stopping, BLAME_DELAY):
                 end = End("stopped", STOPPED)
@@ -3470,13 +3506,13 @@ class Worker:
         except Unkillable as pids:
             # This worker leaves. So a pool finds a run without a worker as soon as
             # these processes are gone.
-            words = "%s can't be ended: processes %s are left alone"
-            raise QueueError(words, run_label(run), str(pids)) from None
+            message = "%s can't be ended: processes %s are left alone"
+            raise QueueError(message, run_label(run), pids) from None
         finally:
             command.close()
-        if command.was_killed and run.launcher:
-            words = "%s: the launcher was killed; what it started may live on"
-            self.log.warning(words, run_label(run))
+        if command.kill_was_sent and run.launcher:
+            message = "%s: the launcher was killed; what it started may live on"
+            self.log.warning(message, run_label(run))
         kind, error = end or exit_end(code)
         exit_code = code if code is not None and code >= 0 else None
         return run, Outcome(kind, exit_code, error, finished_at, self.lease.output())
@@ -3486,22 +3522,29 @@ class Worker:
         kind, text = "failed", "cannot start: %s" % error
         if getattr(error, "errno", None) in NO_PROCESS:
             kind = "refused"
-            if not self.is_refused:
+            if not self.refusal_logged:
                 self.log.error("%s; waiting for room for a process", text)
-            self.is_refused = True
+            self.refusal_logged = True
             self.waiter.wait(TROUBLE_INTERVAL)
         return Outcome(kind, None, text, run.started_at, self.lease.output())
 
-    def look_after(self, run):
-        """Return the `End` of a run that has to end now; None if it may go on.
+    def check_run(self, run):
+        """Record the start of a run; return its `End` if it has to end now.
 
-        The first look records the start: most runs are over before it.
+        The start is recorded at the first check: most runs are over before it.
         """
         with contextlib.suppress(sqlite3.Error):
-            if self.noted_run != run:
-                self.queue.record_pid(run)
-                self.log.info("%s runs, pid %d", run_label(run), run.pid)
-                self.noted_run = run
+            if self.started_run != run:
+                self.record_start(run)
+        return self.reason_to_end(run)
+
+    def record_start(self, run):
+        self.queue.record_pid(run)
+        self.log.info("%s runs, pid %d", run_label(run), run.pid)
+        self.started_run = run
+
+    def reason_to_end(self, run):
+        """Return the `End` of a run that has to end now; None if it may go on."""
         if requested_stop(self.path, self.pool) == "now":
             return End("stopped", STOPPED_NOW)
         with contextlib.suppress(sqlite3.Error):
@@ -3524,15 +3567,19 @@ def worker_main(path, pool, is_drain, pool_fd):
             if supervisor_is_gone(pool):
                 # The last worker removes the file of the pool. On Windows that fails
                 # while another process looks at the file.
-                pid_file = pool_file(path, pool)
-                wait_until(lambda: remove_stale_pool_files(path)
-                           or not os.path.exists(pid_file), 10 * FILE_INTERVAL)
+                wait_until(lambda: try_remove_pool_file(path, pool), 10 * FILE_INTERVAL)
     except (QueueError, OSError) as error:
         worker.log.error("%s", error)
         sys.exit(EXIT_UNUSABLE)
     except Exception:
         worker.log.exception("this worker failed")
         sys.exit(1)
+
+
+def try_remove_pool_file(path, pool):
+    """Remove a pool's file if it is stale; return whether it is gone."""
+    remove_stale_pool_files(path)
+    return not os.path.exists(pool_file(path, pool))
 
 
 class Reaper:
@@ -3544,7 +3591,7 @@ class Reaper:
 
     def __init__(self, path, log):
         self.path, self.log, self.pid = path, log, os.getpid()
-        self.died_at = {}  # {PID of a worker of this pool: when it was found dead}
+        self.worker_died_at = {}  # {PID of a worker of this pool: monotonic time}
         self.recovery_done = True  # for the runs of dead workers
         self.terminations = {}  # {lease of an orphan: its Termination}
         self.hooks = {}  # {a running `on_dead`: the id of its job}
@@ -3556,14 +3603,14 @@ class Reaper:
         return self.recovery_done and all(
             termination.is_stuck() for termination in self.terminations.values())
 
-    def note_death(self, pid, exit_code):
+    def note_worker_death(self, pid, exit_code):
         """Take note that a worker has died. EXIT_UNUSABLE is no fault of its job."""
         self.recovery_done = False
         if exit_code != EXIT_UNUSABLE:
-            self.died_at[pid] = time.monotonic()
+            self.worker_died_at[pid] = time.monotonic()
 
-    def forget_death(self, pid):
-        self.died_at.pop(pid, None)
+    def forget_worker_death(self, pid):
+        self.worker_died_at.pop(pid, None)
 
     def recover_lost(self, queue, workers):
         """Put jobs in PROCESSING back that no process runs; end orphans first.
@@ -3585,7 +3632,7 @@ class Reaper:
             if run.worker in found[lease]:
                 continue  # the worker is there; its file or the lease was removed
             found[lease] -= {self.pid, *workers}  # a run may have started this pool
-            if run.worker in workers or self.died_just_now(run.worker):
+            if run.worker in workers or self.worker_died_just_now(run.worker):
                 self.recovery_done = False
             elif not found[lease]:
                 self.release(queue, run)
@@ -3595,7 +3642,8 @@ class Reaper:
         self.terminations = {lease: termination for lease, termination
                              in self.terminations.items() if lease in lost}
         dead = {run.worker for run in lost.values()}
-        self.died_at = {pid: at for pid, at in self.died_at.items() if pid in dead}
+        self.worker_died_at = {
+            pid: at for pid, at in self.worker_died_at.items() if pid in dead}
 
     def lost_runs(self, queue, own):
         """Return the runs without a worker or without a lease: {lease: run}.
@@ -3611,13 +3659,13 @@ class Reaper:
                 lost[run.lease] = run
         return lost
 
-    def died_just_now(self, worker):
+    def worker_died_just_now(self, worker):
         """Tell whether this pool may be about to be killed together with a worker.
 
         Then the job of the worker must not get the blame.
         """
-        died_at = self.died_at.get(worker, -MAX_DURATION)
-        return time.monotonic() < died_at + BLAME_DELAY
+        worker_died_at = self.worker_died_at.get(worker, -MAX_DURATION)
+        return time.monotonic() < worker_died_at + BLAME_DELAY
 
     def end_orphan(self, run, pids):
         """Signal what a dead worker left running, as the worker would have done."""
@@ -3628,8 +3676,8 @@ class Reaper:
         kill_sent = termination.kill_sent
         termination.step(pids, signal_processes)
         if termination.kill_sent and not kill_sent:
-            words = "%s did not end and is killed: %s"
-            self.log.warning(words, run_label(run), sorted(pids))
+            message = "%s did not end and is killed: %s"
+            self.log.warning(message, run_label(run), sorted(pids))
 
     def release(self, queue, run):
         """Put the job of a lost run back, unless something holds the lease again."""
@@ -3637,13 +3685,13 @@ class Reaper:
         outcome = Outcome("lost", None, WORKER_DIED, queue.clock(), output)
         with queue.transaction():
             state = None if is_locked(run.lease) else queue.release(
-                run, outcome, is_blamed=run.worker in self.died_at)
+                run, outcome, is_blamed=run.worker in self.worker_died_at)
         if state:
             self.log.warning("%s worker died, %s", run_label(run), state)
             remove_leftover(run.lease)
             wake_workers(self.path)
 
-    def announce_deaths(self, queue):
+    def announce_dead_jobs(self, queue):
         """Start `on_dead` for the jobs that died; return how many of them run.
 
         No job waits for these commands, and they may outlive the pool. Their output is
@@ -3656,10 +3704,10 @@ class Reaper:
                 self.log.error("on_dead for %s: exit %d", id, hook.returncode)
         line = queue.settings()["on_dead"]
         try:
-            while len(self.hooks) < MAX_HOOKS and queue.announce(
+            while len(self.hooks) < MAX_HOOKS and queue.announce_dead_job(
                     lambda job: line and self.start_hook(line, job)):
                 self.hook_error = None
-        except OSError as error:  # the next look tries again
+        except OSError as error:  # the next check tries again
             if self.hook_error != str(error):
                 self.log.error("on_dead cannot start: %s", error)
             self.hook_error = str(error)
@@ -3682,12 +3730,13 @@ class Reaper:
     def prune(self, queue):
         """Delete the jobs that are older than `keep`, batch by batch.
 
-        It stops at a batch without such a job, and goes on from there at the next look.
+        It stops at a batch without such a job, and goes on from there at the next
+        check.
         """
         keep = queue.settings()["keep"]
         if keep is None:
             return
-        total, until = 0, time.monotonic() + POLL_INTERVAL
+        total, until = 0, time.monotonic() + PRUNE_SLICE
         while time.monotonic() < until:
             count, self.next_batch = queue.prune(keep, self.next_batch)
             total += count
@@ -3724,10 +3773,10 @@ class Supervisor:
     that it starts, like `on_dead`, close all that by their exec.)
     """
 
-    def __init__(self, path, count, is_drain=False, on_look=None):
+    def __init__(self, path, count, is_drain=False, on_check=None):
         self.path, self.count = os.path.realpath(path), count
         self.is_drain = is_drain
-        self.on_look = on_look  # called with the queue, every DRAIN_INTERVAL
+        self.on_check = on_check  # called with the queue, every DRAIN_INTERVAL
         self.pid = os.getpid()
         self.own_file = pool_file(self.path, self.pid)
         self.fd = None  # of that file
@@ -3736,8 +3785,8 @@ class Supervisor:
         self.waiter = self.log = self.reaper = None
         self.workers = []  # their processes
         self.pids = set()  # of all workers that it ever had
-        self.next_start = self.next_look = self.looked_at = 0.0  # monotonic times
-        self.is_unreadable = False  # the queue, at the latest look
+        self.next_start = self.next_check = self.checked_at = 0.0  # monotonic times
+        self.is_unreadable = False  # the queue, at the latest check
         self.signals, self.signalled_at = 0, -MAX_DURATION
         self.has_failed = is_drain  # until `finish` has found that no job died
         self.result = "the queue could not be read at the end"
@@ -3790,7 +3839,7 @@ class Supervisor:
     def count_signal(self, number, frame):
         """Count a signal, but not one that timeout(1) sends twice at the same time."""
         now = time.monotonic()
-        if now - self.signalled_at > POLL_INTERVAL:
+        if now - self.signalled_at > SIGNAL_INTERVAL:
             self.signals, self.signalled_at = self.signals + 1, now
 
     def loop(self):
@@ -3799,25 +3848,26 @@ class Supervisor:
             if self.signals:  # the first asks to stop, a second to stop now
                 self.ask_to_stop("stop" if self.signals == 1 else "now")
             self.reap()
+            self.require_own_file()
             if self.is_over():
                 return
             are_missing = self.start_missing()
-            if time.monotonic() >= self.next_look:
+            if time.monotonic() >= self.next_check:
                 self.with_queue(self.maintain)
-                self.looked_at = time.monotonic()
-                self.next_look = self.looked_at + self.look_interval()
-            due = self.next_look
+                self.checked_at = time.monotonic()
+                self.next_check = self.checked_at + self.check_interval()
+            due = self.next_check
             if are_missing:
                 due = min(due, self.next_start)
             if self.waiter.wait(due - time.monotonic()):
                 # By a worker or a command. If it wakes often, it does not look each
                 # time.
-                self.next_look = min(self.next_look, self.looked_at + POLL_INTERVAL)
+                self.next_check = min(self.next_check, self.checked_at + POLL_INTERVAL)
 
-    def look_interval(self):
+    def check_interval(self):
         if not self.reaper.is_idle():
             return POLL_INTERVAL
-        return DRAIN_INTERVAL if self.on_look else RECOVERY_INTERVAL
+        return DRAIN_INTERVAL if self.on_check else RECOVERY_INTERVAL
 
     def is_over(self):
         """Tell whether the pool may leave: the runs of its dead workers are recovered.
@@ -3826,8 +3876,6 @@ class Supervisor:
         to the next pool. So is a queue that can't be read, if this pool has to stop
         now.
         """
-        if not self.stop_reason and not os.path.exists(self.own_file):
-            self.give_up("its file %s was removed" % self.own_file)
         request = requested_stop(self.path, self.pid)
         if not request or self.workers:
             return False
@@ -3837,7 +3885,13 @@ class Supervisor:
             return request == "now" and self.is_unreadable
         return self.reaper.is_idle()
 
+    def require_own_file(self):
+        """Stop if the PID file was removed: no command could stop this pool."""
+        if not self.stop_reason and not os.path.exists(self.own_file):
+            self.give_up("its file %s was removed" % self.own_file)
+
     def give_up(self, why):
+        """Note and report why this pool can't go on."""
         self.stop_reason = why
         self.log.info("this pool stops: %s", why)
         notice("this pool stops: " + why)
@@ -3861,10 +3915,10 @@ class Supervisor:
         for worker in [one for one in self.workers if one.exitcode is not None]:
             self.workers.remove(worker)
             if worker.exitcode:
-                words = "worker %d died: exit code %d"
-                self.log.error(words, worker.pid, worker.exitcode)
-                self.reaper.note_death(worker.pid, worker.exitcode)
-                self.next_look = 0.0
+                message = "worker %d died: exit code %d"
+                self.log.error(message, worker.pid, worker.exitcode)
+                self.reaper.note_worker_death(worker.pid, worker.exitcode)
+                self.next_check = 0.0
                 self.next_start = time.monotonic() + RESTART_INTERVAL
 
     def start_missing(self):
@@ -3889,17 +3943,17 @@ class Supervisor:
                 return True
             self.workers.append(worker)
             self.pids.add(worker.pid)
-            self.reaper.forget_death(worker.pid)  # of an earlier worker with this PID
+            self.reaper.forget_worker_death(worker.pid)  # of an earlier one, same PID
         return False
 
     def with_queue(self, action):
         """Call an action with the queue; return its result, None after an error.
 
-        After an error the next look tries again. If the queue is gone, the pool stops.
+        After an error the next check tries again. If the queue is gone, the pool stops.
         """
         try:
             if may_be_same_file(self.path, self.file_status):
-                with Queue(self.path, "NORMAL", POOL_LOCK_TIMEOUT, new=False) as queue:
+                with Queue(self.path, for_pool=True) as queue:
                     self.is_unreadable = False
                     return action(queue)
             if not self.stop_reason:
@@ -3911,18 +3965,21 @@ class Supervisor:
             self.log.error("%s", error)
 
     def maintain(self, queue):
-        """Do what is due for the queue at every look."""
+        """Do what is due for the queue at every check."""
         self.reaper.recover_lost(queue, [worker.pid for worker in self.workers])
         self.reaper.remove_stale_files(queue)
         self.reaper.rotate_log()
-        self.reaper.announce_deaths(queue)
+        self.reaper.announce_dead_jobs(queue)
         queue.promote_after_clock_step()
         self.reaper.prune(queue)
-        if self.on_look:
-            self.on_look(queue)
+        if self.on_check:
+            self.on_check(queue)
 
     def finish(self, queue):
-        """Set `result`, the pool's last line, and `has_failed`; then clear up."""
+        """Set `result`, the pool's last line, and `has_failed`; then clear up.
+
+        Return True, so that the caller does not try again.
+        """
         self.result = "pool %d stopped" % self.pid
         if self.is_drain:
             ended, why = queue.count_ended(self.began, self.pids), obstacles(queue)
@@ -3939,7 +3996,7 @@ class Supervisor:
                 left = plural(counts["pending"] + counts["failed"], "job")
                 self.result += "; %s left: %s" % (left, "; ".join(why))
         self.reaper.remove_stale_files(queue)
-        wait_until(lambda: not self.reaper.announce_deaths(queue), TERM_GRACE)
+        wait_until(lambda: not self.reaper.announce_dead_jobs(queue), TERM_GRACE)
         return True
 
 
@@ -3965,6 +4022,31 @@ def command(name, meaning, example, *arguments, **facts):
         return function
 
     return register
+
+
+def command_named(words):
+    """Split a command line into the name of a command, or of a group, and the rest.
+
+    Options before the command count as if they stood behind it.
+    """
+    aliases = {alias: name for name, entry in COMMANDS.items()
+               for alias in entry.aliases}
+    firsts = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+    groups = [name for name in firsts if name not in COMMANDS]
+    name, options, words = "", [], iter(words)
+    for word in words:
+        if word.startswith("-"):
+            options.append(word)
+            if word == "--db":  # its value is no command
+                options += itertools.islice(words, 1)
+            continue
+        name = (name + " " + word).lstrip()
+        if name not in groups:
+            break
+    name = aliases.get(name, name)
+    if name and name not in COMMANDS and name not in groups:
+        raise unknown_word("command " + name, name, [*COMMANDS, *aliases])
+    return name, [*options, *words]
 
 
 # An argument: its names; the kind of its value, which help shows and completion knows,
@@ -4034,6 +4116,78 @@ EVERYWHERE = [
 DRY_RUN = flag("--dry-run", "only list the jobs that would be changed")
 
 
+# -- what commands and dashboard share -------------------------------------------------
+
+
+def within_job_of(path):
+    """Tell whether a job of the queue has started this command."""
+    runs = os.path.join(path_beside(path, ".runs"), "")
+    return os.environ.get("QUEUECTL_RUN", "").startswith(runs)
+
+
+def read_status(queue):
+    """Return the values that `status` shows, with times still as epoch seconds."""
+    none = {"id": None, "run_at": None}
+    oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
+    return {
+        "jobs": queue.counts(), "workers": queue.workers(),
+        "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
+        "next_due": due["run_at"], "next_job": due["id"],
+        "paused": queue.is_paused(), "blocked": queue.first_blocked(),
+    }
+
+
+def status_document(status):
+    """Return what `status --json` prints."""
+    workers = [with_iso_times(worker, "since") for worker in status["workers"]]
+    document = with_iso_times(status, "oldest_waiting", "next_due")
+    blocked = status["blocked"]["jobs"] if status["blocked"] else 0
+    return dict(document, workers=workers, blocked=blocked)
+
+
+def status_lines(status, now):
+    """Yield what `status` prints."""
+    jobs, workers, due = status["jobs"], status["workers"], status["next_due"]
+    for state, count in jobs.items():
+        yield Line("%s: %d" % (state.capitalize(), count),
+                   STATES[state].colour if count else None, 0, len(state))
+    yield "Active Workers: %d" % len(workers)
+    if status["oldest_job"]:
+        waited = duration_text(now - status["oldest_waiting"])
+        yield "Oldest Waiting: %s, for %s" % (printable(status["oldest_job"]), waited)
+    if due is not None:
+        is_late = due < now and workers
+        message = "was due %s, all workers are busy" if is_late else "due %s"
+        yield "Next Due: %s, %s" % (
+            printable(status["next_job"]), message % relative_time(due, now))
+    if status["blocked"]:
+        yield "Blocked: %s; %s" % (
+            plural(status["blocked"]["jobs"], "job"), blocked_text(status["blocked"]))
+    if status["paused"]:
+        yield PAUSED_HINT.capitalize()
+    elif jobs["pending"] + jobs["processing"] + jobs["failed"] and not workers:
+        yield NO_POOL.capitalize()
+    for worker in workers:
+        doing = "idle"
+        if worker["job"]:
+            doing = "%s for %s" % (
+                printable(worker["job"]), duration_text(now - worker["since"]))
+        yield "  worker %(pid)d of pool %(pool)d: " % worker + doing
+
+
+def job_document(queue, job):
+    """Return what `show --json` prints."""
+    runs = [with_iso_times(run, "started_at", "finished_at") for run in queue.runs(job)]
+    waiting = why_waiting(queue, job, queue.workers())
+    return dict(public_job(job), waiting=waiting, runs=runs)
+
+
+def output_document(job, run, output):
+    """Return what `logs --json` prints."""
+    text = output.decode("utf-8", "backslashreplace")
+    return {"id": job["id"], "run": run, "output": text}
+
+
 # -- enqueue ---------------------------------------------------------------------------
 
 
@@ -4052,6 +4206,8 @@ DRY_RUN = flag("--dry-run", "only list the jobs that would be changed")
     usage="queuectl.py enqueue [OPTION]... -- COMMAND...\n"
     "       queuectl.py enqueue [OPTION]... JSON... | - | --file F | --lines")
 def cmd_enqueue(args, queue):
+    if args.lines and not args.file and not args.jobs:
+        args.jobs = ["-"]
     options, ids, number = enqueue_options(args), [], itertools.count()
     defaults = queue.defaults(args.cwd)  # this directory may be gone
 
@@ -4068,7 +4224,8 @@ def cmd_enqueue(args, queue):
     with contextlib.ExitStack() as files:
         if args.file or args.jobs == ["-"]:
             lines = files.enter_context(spool(args.file))
-            jobs = read_lines(lines, check, args.lines)
+            read = read_commands if args.lines else read_json_lines
+            jobs = read(lines, check)
         else:
             jobs = read_arguments(args.jobs or ["{}"], check)
         added = queue.enqueue(jobs, args.unique)
@@ -4094,28 +4251,31 @@ def enqueued_lines(jobs, unchanged):
 
 
 def enqueue_options(args):
-    """Check that a command line gives jobs in one way; return the fields it gives."""
-    if args.lines and not args.file:
-        args.jobs = args.jobs or ["-"]
-    sources = ["".join(args.jobs), args.file, args.command, args.words]
-    if sum(map(bool, sources)) != 1:
-        trouble = "no job"
-        if any(sources):
-            trouble = "give jobs, a command behind --, or --file"
-        words = "enqueue: %s (see: queuectl.py enqueue --help)"
-        raise QueueError(words, trouble, code=2)
-    if args.jobs and args.jobs != ["-"] and args.jobs[0].lstrip()[:1] not in ("{", "["):
-        raise not_json(args.jobs[0], " ".join(args.jobs))
+    """Return the job fields that a command line gives, for all its jobs."""
+    require_one_source(args)
     given = given_fields(args)
     if given.keys() & {"delay", "run_at"}:  # one of them replaces the other in the JSON
         given = {"delay": None, "run_at": None, **given}
     return given
 
 
+def require_one_source(args):
+    """Refuse a command line unless it gives jobs in one way."""
+    sources = ["".join(args.jobs), args.file, args.command, args.words]
+    if sum(map(bool, sources)) != 1:
+        trouble = "no job"
+        if any(sources):
+            trouble = "give jobs, a command behind --, or --file"
+        message = "enqueue: %s (see: queuectl.py enqueue --help)"
+        raise QueueError(message, trouble, code=2)
+    if args.jobs and args.jobs != ["-"] and args.jobs[0].lstrip()[:1] not in ("{", "["):
+        raise not_json(args.jobs[0], " ".join(args.jobs))
+
+
 def given_fields(args):
     """Return the job fields that options and a command line give."""
     given = dict(vars(args), env=dict(args.env) if args.env else None)
-    given.setdefault("id")  # `edit` can't change it
+    given.setdefault("id")  # `edit` has no --id
     given["after"] = "none" if args.after == ["none"] else args.after
     if args.words:
         given["command"] = shell_line(args.words)
@@ -4140,31 +4300,41 @@ def read_arguments(texts, check):
         yield from map(check, given if isinstance(given, list) else [given])
 
 
-def read_lines(lines, check, are_commands=False):
-    """Yield the checked jobs of an array or of JSON Lines, or of lines with commands.
+def read_commands(lines, check):
+    """Yield the checked jobs of lines with a command each; a refusal names the line."""
+    number = 0
+    try:
+        for number, line in enumerate(lines, 1):
+            if not line.isspace():
+                text = line.decode("utf-8", "surrogateescape")
+                yield check({"command": text.rstrip("\r\n")})
+    except QueueError as error:
+        raise at_line(number, error) from None
 
-    A refusal names the line.
-    """
+
+def read_json_lines(lines, check):
+    """Yield the checked jobs of an array or of JSON Lines; a refusal names the line."""
     number = 0
     try:
         for batch in iter(lambda: list(itertools.islice(lines, BATCH_SIZE)), []):
-            found = [] if are_commands else parse_batch(batch)
+            found = parse_batch(batch)
             for index, line in enumerate(batch):
                 number += 1
                 if found:
                     yield check(found[index])
-                elif line.isspace():
-                    continue
-                elif are_commands:
-                    text = line.decode("utf-8", "surrogateescape").rstrip("\r\n")
-                    yield check({"command": text})
-                elif line.lstrip()[:1] == b"[":
+                elif line.lstrip()[:1] == b"[":  # an array: all the rest
                     rest = b"".join(batch[index:]) + lines.read()
-                    return (yield from map(check, parse_json(rest)))
-                else:
+                    yield from map(check, parse_json(rest))
+                    return
+                elif not line.isspace():
                     yield check(parse_json(line))
     except QueueError as error:
-        raise QueueError("line %d: %s", number, error, code=error.code) from None
+        raise at_line(number, error) from None
+
+
+def at_line(number, error):
+    """Return an error with the number of the line that it is about."""
+    return QueueError("line %d: %s", number, error, code=error.code)
 
 
 def parse_batch(lines):
@@ -4277,14 +4447,15 @@ def cmd_logs(args, queue):
               if getattr(args, name) is not None}
     choices = len(chosen) + args.follow
     if choices > 1 or (args.follow and args.json) or (choices and len(args.ids) > 1):
-        words = "logs: give one of --follow, --run and --attempt, and one job; --follow"
-        raise QueueError(words + " can't be had as JSON", code=2)
+        message = "logs: give one of --follow, --run, --attempt, and one job; --follow"
+        raise QueueError(message + " can't be had as JSON", code=2)
     jobs = [job_named(queue, id) for id in args.ids]
     if args.follow:
         return follow(queue, jobs[0])
     if len(jobs) > 1:
         return print_logs(args, queue, jobs)
-    job, run, output = latest_output(queue, jobs[0], chosen)
+    job = jobs[0]
+    run, output = latest_output(queue, job, chosen)
     if args.json:
         print(json.dumps(output_document(job, run["run"], output)))
     else:
@@ -4295,18 +4466,21 @@ def cmd_logs(args, queue):
 
 def print_logs(args, queue, jobs):
     """Print the latest output of jobs, each under a line with its id and error."""
-    latest = (latest_output(queue, job) for job in jobs)
     if args.json:
-        return print(json.dumps(
-            [output_document(job, run["run"], output) for job, run, output in latest]))
-    for job, run, output in latest:
+        documents = []
+        for job in jobs:
+            run, output = latest_output(queue, job)
+            documents.append(output_document(job, run["run"], output))
+        return print(json.dumps(documents))
+    for job in jobs:
+        run, output = latest_output(queue, job)
         end = run["error"] or ("completed" if run["finished_at"] else "is running")
         print("==> %s: %s" % (printable(job["id"]), printable(end)))
         write_bytes(output if output.endswith(b"\n") else output + b"\n")
 
 
 def latest_output(queue, job, chosen={}):
-    """Return a job, its latest run, and the output of that.
+    """Return the latest run of a job, and its output.
 
     CHOSEN asks for an earlier one: {"run": number} or {"attempt": number}.
     """
@@ -4315,9 +4489,9 @@ def latest_output(queue, job, chosen={}):
         runs = [run for run in runs if run[name] == number]
         if not runs:
             raise QueueError("job %s has no %s %d", job["id"], name, number)
-    no_run = {"run": job["run"], "error": "has not run yet"}
+    no_run = {"run": job["run"], "error": "has not run yet", "finished_at": None}
     run = runs[-1] if runs else no_run
-    return job, run, output_of(queue, job, run["run"])
+    return run, output_of(queue, job, run["run"])
 
 
 def write_bytes(output):
@@ -4338,8 +4512,8 @@ def follow(queue, job):
             notice("%d bytes of output were dropped here" % (dropped - printed))
         write_bytes(output[max(0, printed - dropped) :])
         printed = max(printed, dropped + len(output))
-        has_worker = is_locked(run.lease) or not queue.is_current(run)
-        if is_running and not has_worker:
+        is_lost = not is_locked(run.lease) and queue.is_current(run)
+        if is_running and is_lost:
             raise QueueError("the worker of job %s died; a pool puts it back", run.id)
         if is_running:
             time.sleep(WAIT_INTERVAL)
@@ -4368,7 +4542,7 @@ def output_of(queue, job, run):
     """Return the output of a run; of one that is running what it has printed so far."""
     output = queue.output(job, run)
     if output is None and run == job["run"]:
-        # If the run has ended between the two looks, its output is in the database now.
+        # If the run has ended between the two reads, its output is in the database now.
         lease, limit = queue.latest_run(job).lease, queue.output_limit()
         output = read_output(lease, limit) or queue.output(job, run)
     return output or b""
@@ -4390,17 +4564,15 @@ def cmd_wait(args, queue):
     if counts is None:
         notice("still waiting for jobs after %s" % duration_text(args.timeout))
         return 124
-    words = ", ".join("%d %s" % (counts[state], state) for state in FINISHED)
+    message = ", ".join("%d %s" % (counts[state], state) for state in FINISHED)
     if counts["removed"]:
-        words += ", %d removed before they were seen to end" % counts["removed"]
+        message += ", %d removed before they were seen to end" % counts["removed"]
     if counts["left"]:
-        # Without an obstacle the reason has just gone away.
-        why = "; ".join(obstacles(queue)) or "they could again just now"
-        words += ", %d can't go on: %s" % (len(counts["left"]), why)
-    print_result(args, counts, words)
-    are_successful = sum(counts[state] for state in SUCCESSFUL)
-    return 0 if are_successful == sum(map(counts.get, (*FINISHED, "removed"))) and (
-        not counts["left"]) else 1
+        why = "; ".join(obstacles(queue)) or "what held them up has just ended"
+        message += ", %d can't go on: %s" % (len(counts["left"]), why)
+    print_result(args, counts, message)
+    failed = sum(counts[state] for state in FINISHED if state not in SUCCESSFUL)
+    return 1 if failed or counts["removed"] or counts["left"] else 0
 
 
 @command("status", "count the jobs, list the workers", "status --watch",
@@ -4458,8 +4630,8 @@ def cmd_stats(args, queue):
 def cmd_edit(args, queue):
     fields = checked_fields(given_fields(args))
     if not fields:
-        words = "edit: nothing to change (see: queuectl.py edit --help)"
-        raise QueueError(words, code=2)
+        message = "edit: nothing to change (see: queuectl.py edit --help)"
+        raise QueueError(message, code=2)
     queue.edit(args.job, fields)
     print_result(
         args, public_job(queue.job(args.job)), "edited " + printable(args.job))
@@ -4484,24 +4656,24 @@ def cmd_resume(args, queue):
 def require_one_selection(args, *ways):
     """Refuse a command line unless it selects jobs by ids, or in one of these WAYS."""
     if [bool(way) for way in (args.ids, *ways)].count(True) != 1:
-        words = "give ids, or options that select jobs, but not both (see --help)"
-        raise QueueError(words, code=2)
+        message = "give ids, or options that select jobs, but not both (see --help)"
+        raise QueueError(message, code=2)
     if args.ids and args.dry_run:
-        words = "--dry-run needs options that select jobs, not ids"
-        raise QueueError(words, code=2)
+        message = "--dry-run needs options that select jobs, not ids"
+        raise QueueError(message, code=2)
 
 
 def selected_states(args, taken):
     """Return the states given by --state, or all states that the command accepts."""
     for state in args.state:
         if state not in taken:
-            words = "--state %s: this is for jobs that are %s"
-            raise QueueError(words, state, " or ".join(taken), code=2)
+            message = "--state %s: this is for jobs that are %s"
+            raise QueueError(message, state, " or ".join(taken), code=2)
     return args.state or taken
 
 
-# What a verb for many takes of the jobs that meet a condition, and what it leaves, for
-# the reason WHY; LEFT is None if it leaves none.
+# What a verb for many does: the condition for the jobs that it changes, the condition
+# for the jobs that it leaves alone, or None, and the reason for that, for its message.
 Selection = collections.namedtuple("Selection", "taken left why")
 
 
@@ -4528,12 +4700,12 @@ def apply_to_many(args, queue, verb, done, selection):
     if args.dry_run:
         return list_jobs(args, queue, queue.jobs(selection.taken))
     count = verb(selection.taken)
-    result, words = {done: count}, "%s %s" % (done, plural(count, "job"))
+    result, message = {done: count}, "%s %s" % (done, plural(count, "job"))
     if selection.left:
         result["left"] = queue.count(selection.left)
     if result.get("left"):
-        words += "; %d left: %s" % (result["left"], selection.why)
-    print_result(args, result, words)
+        message += "; %d left: %s" % (result["left"], selection.why)
+    print_result(args, result, message)
 
 
 @command("cancel", "end jobs that wait or run; they become dead", "cancel job1",
@@ -4577,8 +4749,8 @@ def cmd_delete(args, queue):
     has_age, has_filter = args.older_than is not None, args.state or args.match
     require_one_selection(args, has_filter, args.all or (has_age and not has_filter))
     if has_age and {*args.state} - {*FINISHED}:
-        words = "--older-than: only jobs that have finished have an age"
-        raise QueueError(words, code=2)
+        message = "--older-than: only jobs that have finished have an age"
+        raise QueueError(message, code=2)
     if "processing" in args.state:
         raise QueueError("delete: a running job can't be deleted; cancel it first")
     if args.ids:
@@ -4593,7 +4765,7 @@ def selection_to_delete(args, before):
     states = args.state or TAKES["delete"]
     if before is not None and not args.all and not args.state:
         states = ["completed"]  # people must look at the dead before they go
-    selection = jobs_to_delete(states, text=args.match, before=before)
+    selection = jobs_to_delete(states, text=args.match, finished_before=before)
     if args.all and before is None:  # jobs go together with their dependents
         selection = selection._replace(taken=where(states))
     return selection
@@ -4610,13 +4782,13 @@ def cmd_dlq_list(args, queue):
         more = " and %d more" % (len(errors) - 3) if len(errors) > 3 else ""
         if errors:
             print("Most common errors: " + printable(", ".join(errors[:3])) + more)
-    print_jobs(args, queue.dead_jobs(chosen), lambda jobs: job_table(
+    print_jobs(args, queue.dead_jobs(text=args.match), lambda jobs: job_table(
         jobs, queue.clock(), "DIED", "error", "command"), "no dead jobs")
 
 
 @command("dlq logs", "print the latest output of all dead jobs", "dlq logs", MATCH)
 def cmd_dlq_logs(args, queue):
-    print_logs(args, queue, queue.dead_jobs(where(["dead"], text=args.match)))
+    print_logs(args, queue, queue.dead_jobs(text=args.match))
 
 
 @command("dlq retry", "make dead jobs pending again, with attempts 0", "dlq retry job4",
@@ -4675,8 +4847,8 @@ def cmd_config_unset(args, queue):
 
 def print_setting(args, queue):
     value = queue.settings()[args.key]
-    words = "%s = %s" % (args.key, setting_text(args.key, value))
-    print_result(args, {args.key: value}, words)
+    message = "%s = %s" % (args.key, setting_text(args.key, value))
+    print_result(args, {args.key: value}, message)
 
 
 # -- pools -----------------------------------------------------------------------------
@@ -4706,9 +4878,9 @@ def cmd_worker_start(args):
 
 def print_started(args, pid, other_way=""):
     """Print that a pool runs, and how to stop it."""
-    words = "pool %d: %s; to stop: %squeuectl.py worker stop" % (
+    message = "pool %d: %s; to stop: %squeuectl.py worker stop" % (
         pid, plural(args.count, "worker"), other_way)
-    print_result(args, {"pool": pid, "workers": args.count}, words)
+    print_result(args, {"pool": pid, "workers": args.count}, message)
     sys.stdout.flush()
 
 
@@ -4718,12 +4890,12 @@ def start_detached(args):
 
     # It belongs to no run, even if a job has started it.
     env = {name: value for name, value in os.environ.items() if name != "QUEUECTL_RUN"}
-    words = [sys.executable, os.path.abspath(__file__), "worker", "start", "--json",
+    argv = [sys.executable, os.path.abspath(__file__), "worker", "start", "--json",
              "--db", args.db, "--count", str(args.count)]
     if args.drain:
-        words.append("--drain")
+        argv.append("--drain")
     pool = subprocess.Popen(
-        words, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True,
         # With no console at all, each worker would open a visible one.
         creationflags=subprocess.CREATE_NO_WINDOW if WINDOWS else 0)
@@ -4759,33 +4931,10 @@ def cmd_worker_stop(args):
                + "".join(map(" {}".format, stopped)))
         wait_until(are_gone, MAX_DURATION, STEP_INTERVAL)
     names = ", ".join("pool %d" % pid for pid in stopped)
-    words = ("stopped " if is_waiting else "stopping ") + names
-    print_result(args, {"stopped": stopped}, words if stopped else "no pool is running")
-
-
-def command_named(words):
-    """Split a command line into the name of a command, or of a group, and the rest.
-
-    Options before the command count as if they stood behind it.
-    """
-    aliases = {alias: name for name, entry in COMMANDS.items()
-               for alias in entry.aliases}
-    firsts = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
-    groups = [name for name in firsts if name not in COMMANDS]
-    name, options, words = "", [], iter(words)
-    for word in words:
-        if word.startswith("-"):
-            options.append(word)
-            if word == "--db":  # its value is no command
-                options += itertools.islice(words, 1)
-            continue
-        name = (name + " " + word).lstrip()
-        if name not in groups:
-            break
-    name = aliases.get(name, name)
-    if name and name not in COMMANDS and name not in groups:
-        raise unknown_word("command " + name, name, [*COMMANDS, *aliases])
-    return name, [*options, *words]
+    message = ("stopped " if is_waiting else "stopping ") + names
+    if not stopped:
+        message = "no pool is running"
+    print_result(args, {"stopped": stopped}, message)
 
 
 # -- install and completion ------------------------------------------------------------
@@ -4832,12 +4981,12 @@ def command_file(own):
         raise QueueError("%s: only a file called NAME.py can be imported", own)
     with contextlib.suppress(OSError):  # root can write it, and other users may not
         py_compile.compile(own)
-    words = [sys.executable, *IMPORTER, own]
+    argv = [sys.executable, *IMPORTER, own]
     if not WINDOWS:
-        return os.fsencode(INSTALLED + 'exec %s "$@"\n' % shell_line(words))
-    words = ['"%s"' % word.replace("%", "%%") for word in words]
+        return os.fsencode(INSTALLED + 'exec %s "$@"\n' % shell_line(argv))
+    argv = ['"%s"' % word.replace("%", "%%") for word in argv]
     try:
-        return (INSTALLED + "@%s %%*\n" % " ".join(words)).encode("oem")
+        return (INSTALLED + "@%s %%*\n" % " ".join(argv)).encode("oem")
     except UnicodeError:
         raise QueueError("%s: not in the console's code page", own) from None
 
@@ -4917,88 +5066,16 @@ def expected_kind(words, arguments):
 
 
 def complete_ids(words, begun, path, states):
-    """Return ids that start so, of the queue that `--db` names or the one at PATH."""
+    """Return ids that start with BEGUN, of the queue that `--db` names or at PATH."""
     import shlex
 
     given = shlex.split(dict(zip(words, words[1:])).get("--db", "")) or [path]
     path = os.path.expanduser(given[0])
     if not os.path.getsize(path):  # to open it would make it a queue
         return []
-    with Queue(path, lock_timeout=POLL_INTERVAL, new=False) as queue:  # TAB can't wait
+    with Queue(path, lock_timeout=COMPLETION_TIMEOUT, create=False) as queue:
         ids = queue.ids_starting_with(begun, states)
     return [id for id in ids if re.fullmatch(r"(?a)\w[\w.-]*", id)]  # needs no quotes
-
-
-# -- what commands and dashboard share -------------------------------------------------
-
-
-def within_job_of(path):
-    """Tell whether a job of the queue has started this command."""
-    runs = os.path.join(path_beside(path, ".runs"), "")
-    return os.environ.get("QUEUECTL_RUN", "").startswith(runs)
-
-
-def read_status(queue):
-    """Return the values that `status` shows, with times still as epoch seconds."""
-    none = {"id": None, "run_at": None}
-    oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
-    return {
-        "jobs": queue.counts(), "workers": queue.workers(),
-        "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
-        "next_due": due["run_at"], "next_job": due["id"],
-        "paused": queue.is_paused(), "blocked": queue.first_blocked(),
-    }
-
-
-def status_document(status):
-    """Return what `status --json` prints."""
-    workers = [with_iso_times(worker, "since") for worker in status["workers"]]
-    document = with_iso_times(status, "oldest_waiting", "next_due")
-    blocked = status["blocked"]["jobs"] if status["blocked"] else 0
-    return dict(document, workers=workers, blocked=blocked)
-
-
-def status_lines(status, now):
-    """Yield what `status` prints."""
-    jobs, workers, due = status["jobs"], status["workers"], status["next_due"]
-    for state, count in jobs.items():
-        yield Line("%s: %d" % (state.capitalize(), count),
-                   STATES[state].colour if count else None, 0, len(state))
-    yield "Active Workers: %d" % len(workers)
-    if status["oldest_job"]:
-        waited = duration_text(now - status["oldest_waiting"])
-        yield "Oldest Waiting: %s, for %s" % (printable(status["oldest_job"]), waited)
-    if due is not None:
-        is_late = due < now and workers
-        words = "was due %s, all workers are busy" if is_late else "due %s"
-        yield "Next Due: %s, %s" % (
-            printable(status["next_job"]), words % relative_time(due, now))
-    if status["blocked"]:
-        yield "Blocked: %s; %s" % (
-            plural(status["blocked"]["jobs"], "job"), blocked_text(status["blocked"]))
-    if status["paused"]:
-        yield PAUSED_HINT.capitalize()
-    elif jobs["pending"] + jobs["processing"] + jobs["failed"] and not workers:
-        yield NO_POOL.capitalize()
-    for worker in workers:
-        doing = "idle"
-        if worker["job"]:
-            doing = "%s for %s" % (
-                printable(worker["job"]), duration_text(now - worker["since"]))
-        yield "  worker %(pid)d of pool %(pool)d: " % worker + doing
-
-
-def job_document(queue, job):
-    """Return what `show --json` prints."""
-    runs = [with_iso_times(run, "started_at", "finished_at") for run in queue.runs(job)]
-    waiting = why_waiting(queue, job, queue.workers())
-    return dict(public_job(job), waiting=waiting, runs=runs)
-
-
-def output_document(job, run, output):
-    """Return what `logs --json` prints."""
-    text = output.decode("utf-8", "backslashreplace")
-    return {"id": job["id"], "run": run, "output": text}
 
 
 # ======================================================================================
@@ -5026,12 +5103,12 @@ class Refusal(Exception):
         self.status = status
 
 
-def conditions_of(query, states=STATES):
-    """Return the arguments of `where` for the jobs in these states that a query has."""
+def filters_of(query, states=STATES):
+    """Return arguments for `where`: what a query asks for, of these states alone."""
     if "state" in query:
         states = [state for state in states if state == state_name(query["state"])]
     text = query.get("q", "")
-    if not is_storable(text + query.get("before", "")):
+    if not is_storable(text):
         raise Refusal(400, "not text")
     return dict(states=states, text_or_error=text)
 
@@ -5042,18 +5119,21 @@ def newest_jobs(queue, query):
     Dead ones stand in the order of their deaths, the latest first.
     """
     limit = min(count_from(0, "limit")(query.get("limit", "50")) or 50, BATCH_SIZE)
-    chosen, before = where(**conditions_of(query)), query.get("before", "")
+    filters, before = filters_of(query), query.get("before", "")
+    if not is_storable(before):
+        raise Refusal(400, "not text")
     if query.get("state", "").lower() == "dead":
-        jobs = queue.dead_jobs(chosen, below=before)
+        jobs = queue.dead_jobs(before, text_or_error=filters["text_or_error"])
     else:
-        jobs = queue.jobs(chosen, limit, newest=True, last=queue.seq_before(before))
+        jobs = queue.jobs(
+            where(**filters), limit, newest=True, last=queue.seq_before(before))
     return list(map(public_job, itertools.islice(jobs, limit)))
 
 
 def stats_by_the_minute(queue, query):
     """Return `stats`; those of the last hour begin with a full minute.
 
-    So the bars on the page stay where they are from one look to the next.
+    So the bars on the page stay where they are from one refresh to the next.
     """
     since = queue.clock() - seconds_from(1, "since")(query.get("since", "1h"))
     return read_stats(queue, since if "since" in query else since // 60 * 60 + 60)
@@ -5062,13 +5142,13 @@ def stats_by_the_minute(queue, query):
 def taken_by(verb, query):
     """Return the condition for the jobs of a query that `retry` or `delete` takes."""
     if verb == "retry":
-        return jobs_to_retry(**conditions_of(query, TAKES["dlq retry"])).taken
-    return jobs_to_delete(**conditions_of(query, TAKES["delete"])).taken
+        return jobs_to_retry(**filters_of(query, TAKES["dlq retry"])).taken
+    return jobs_to_delete(**filters_of(query, TAKES["delete"])).taken
 
 
 def counts_of(queue, query):
     """Return how many jobs a query names, and how many of them each verb would take."""
-    return {"jobs": queue.count(where(**conditions_of(query))),
+    return {"jobs": queue.count(where(**filters_of(query))),
             "retry": queue.count(taken_by("retry", query)),
             "delete": queue.count(taken_by("delete", query))}
 
@@ -5223,7 +5303,7 @@ class Site:
         route = ROUTES.get(method + " " + path)
         if not route:
             raise Refusal(404, "no such page")
-        with Queue(self.path, lock_timeout=POOL_LOCK_TIMEOUT, new=False) as queue:
+        with Queue(self.path, lock_timeout=POOL_LOCK_TIMEOUT, create=False) as queue:
             if job and queue.state(query["id"]) is None:
                 raise Refusal(404, str(no_job(query["id"])))
             value = route(queue, query)
@@ -5289,7 +5369,7 @@ def serve(path, host, port):
     try:
         server = listen(site, host, port)
     except (OSError, TypeError, UnicodeError) as error:  # the last two: an odd host
-        why = getattr(error, "strerror", None) or str(error)
+        why = getattr(error, "strerror", None) or error
         raise QueueError("cannot listen on %s, port %d: %s", host, port, why) from None
     with server:
         if host not in LOOPBACK:
@@ -5603,11 +5683,9 @@ def parse_arguments(name, words):
         parser.add_argument(*argument.names, **argument.options)
     has_words = entry.takes_words and "--" in words
     end = words.index("--") if has_words else len(words)
-    # Only `parse_args` leaves the words behind a `--` together, so that they are no
-    # options.
-    is_mixed = "--" not in words[:end]
-    parse_args = parser.parse_intermixed_args if is_mixed else parser.parse_args
-    args = parse_args(words[:end])
+    # `parse_intermixed_args` would take words behind a `--` for options.
+    parse = parser.parse_args if "--" in words[:end] else parser.parse_intermixed_args
+    args = parse(words[:end])
     args.words = words[end + 1 :]
     path = args.db or os.environ.get("QUEUECTL_DB") or "queuectl.db"
     args.db = os.path.realpath(path)
@@ -5627,14 +5705,14 @@ def run_command(argv):
             create_queue(args.db)
         if not entry.opens_queue:
             return entry.function(args) or 0
-        with Queue(args.db, new=entry.creates_queue) as queue:
+        with Queue(args.db, create=entry.creates_queue) as queue:
             return entry.function(args, queue) or 0
     except sqlite3.Error as error:
-        raise QueueError("%s: %s", args.db, str(error)) from None
+        raise QueueError("%s: %s", args.db, error) from None
 
 
 def create_queue(path):
-    """Create a queue; report that on a terminal, since the folder may be a wrong one."""
+    """Create a queue; report that on a terminal, as the folder may be a wrong one."""
     with Queue(path):
         if sys.stderr.isatty():
             notice("made queue " + printable(path))
@@ -5678,7 +5756,7 @@ def main(argv=None):
         notice(printable(path) + hint)
         return 1
     except RecursionError:
-        notice("not JSON that a job is made of: nested too deeply")
+        notice("the JSON is nested too deeply")
         return 2
     except KeyboardInterrupt:
         return 130

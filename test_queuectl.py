@@ -3066,11 +3066,11 @@ class TestShow:
         assert why("b", ()).startswith("no pool is running")
         assert why("c") == "due in 12s"
         run = claim(queue)
-        assert why("a") is None and why("a", [{"job": None}]) == queuectl.DIED
+        assert why("a") is None and why("a", [{"job": None}]) == queuectl.LOST_HINT
         lease = queuectl.Lease(run.lease, queuectl.OutputLimit(10))
-        assert why("a", ()) == queuectl.LOST + "; " + queuectl.NO_POOL
+        assert why("a", ()) == queuectl.ORPHAN_HINT + "; " + queuectl.NO_POOL
         os.close(lease.fd)
-        assert why("a", ()) == queuectl.DIED + "; " + queuectl.NO_POOL
+        assert why("a", ()) == queuectl.LOST_HINT + "; " + queuectl.NO_POOL
         queue.fail(run, make_outcome("exit 1"))
         assert why("a") == "try 2 in 2.0s" and why("a", ()).endswith("worker start")
         assert "waiting:     due" in run_ok("show", "c").out
@@ -3361,7 +3361,7 @@ class TestWait:
                 queue.complete(run, make_outcome(None))
             looks.append(counts)
 
-        assert queue.wait(["a", "b"], on_look=tell)["completed"] == 2 == len(looks)
+        assert queue.wait(["a", "b"], on_check=tell)["completed"] == 2 == len(looks)
 
     def test_it_says_when_no_pool_is_running(self):
         configure("backoff_base", "100")
@@ -3543,7 +3543,7 @@ class TestDelete:
         claim(queue)
         assert (
             queue.delete_all(
-                queuectl.where(["completed"], before=clock.now - 8.5 * DAY))
+                queuectl.where(["completed"], finished_before=clock.now - 8.5 * DAY))
             == 1)
         assert set(jobs()) == {"new", "waits", "runs"}
         listed = run_ok("delete", "--all", "--dry-run", "--json").json
@@ -4890,12 +4890,12 @@ class TestOnDead:
         assert drain() == 1 and '"id": "x"' in read_text("told")
         add_job(queue, id="y")
         queue.cancel(["y"])
-        assert not queue.announce(lambda job: pytest.fail("announced"))
+        assert not queue.announce_dead_job(lambda job: pytest.fail("announced"))
         add_job(queue, id="z")
         run = claim(queue)
         queue.cancel(["z"])
         queue.fail(run, make_outcome())
-        assert not queue.announce(lambda job: pytest.fail("announced"))
+        assert not queue.announce_dead_job(lambda job: pytest.fail("announced"))
 
     @mechanism
     def test_it_is_not_started_for_a_cancelled_run(self, queue):
@@ -4904,7 +4904,7 @@ class TestOnDead:
         run = claim(queue)
         queue.cancel(["job"])
         assert queue.release(run, make_outcome("cancelled")) == "dead"
-        assert not queue.announce(pytest.fail)
+        assert not queue.announce_dead_job(pytest.fail)
 
     @mechanism
     def test_it_is_started_once_a_death_and_not_for_retried_jobs(self, queue):
@@ -4919,11 +4919,11 @@ class TestOnDead:
                 queue.fail(claim(queue), make_outcome())
         queue.retry(["a"])
         run_ok("enqueue", "--unique", "--id", "d", "--", "true")
-        while queue.announce(start):
+        while queue.announce_dead_job(start):
             pass
         assert announced == ["b"]
         queue.fail(claim(queue), make_outcome())
-        while queue.announce(start):
+        while queue.announce_dead_job(start):
             pass
         assert announced == ["b", "a"]
 
@@ -4936,7 +4936,7 @@ class TestOnDead:
             queue.fail(claim(queue), make_outcome())
             queue.retry(["job"])
         assert queue.fail(claim(queue), make_outcome()) == "dead"
-        while queue.announce(lambda job: announced.append(job["id"])):
+        while queue.announce_dead_job(lambda job: announced.append(job["id"])):
             pass
         assert announced == ["job"]
 
@@ -4944,9 +4944,9 @@ class TestOnDead:
     def test_deaths_before_it_was_set_are_not_announced(self, queue):
         add_job(queue, max_retries=1)
         queue.fail(claim(queue), make_outcome())
-        make_reaper(queue).announce_deaths(queue)
+        make_reaper(queue).announce_dead_jobs(queue)
         queue.set("on_dead", "true")
-        assert not queue.announce(pytest.fail)
+        assert not queue.announce_dead_job(pytest.fail)
 
     @mechanism
     @posix_only
@@ -4957,13 +4957,13 @@ class TestOnDead:
             queue.fail(claim(queue), make_outcome())
         reaper = make_reaper(queue)
         assert (
-            reaper.announce_deaths(queue)
-            == reaper.announce_deaths(queue)
+            reaper.announce_dead_jobs(queue)
+            == reaper.announce_dead_jobs(queue)
             == queuectl.MAX_HOOKS)
         for hook in reaper.hooks:
             os.killpg(hook.pid, signal.SIGKILL)
             hook.wait(10)
-        assert reaper.announce_deaths(queue) == 3 and not queue.announce(print)
+        assert reaper.announce_dead_jobs(queue) == 3 and not queue.announce_dead_job(print)
         for hook in reaper.hooks:
             os.killpg(hook.pid, signal.SIGKILL)
             hook.wait(10)
