@@ -12,10 +12,11 @@
 One SQLite file is one queue: `queuectl.db` in the current directory, or the file that
 `--db` or QUEUECTL_DB names. Beside it lie `queuectl.log` and, while pools run, a PID
 file for each pool, and `queuectl.runs/` with a file for each worker and running job.
+Beside another database NAME they are called `NAME.queuectl.log`, and so on.
 
 The life of a job. Each arrow is a method of `Queue`: `enqueue`, `claim`, `complete`,
-`fail`, `promote`, `release`, `retry`. It changes a job only in the state that it
-leaves:
+`fail`, `promote`, `release`, `retry`. It changes a job only if the job is in the state
+where the arrow begins:
 
                      claim              exit 0
     enqueue ─▶ PENDING ─────▶ PROCESSING ─────▶ COMPLETED
@@ -38,8 +39,8 @@ What is promised, and how it is kept:
     the command have it open and locked (flock). The kernel frees the lock when the last
     process that inherited the file is gone, even after SIGKILL. There is no heartbeat,
     and a lease never expires.
-  - No job is stuck. Every pool looks for lost jobs at its start and every two seconds.
-    A job in PROCESSING whose lease is free is put back. If the lease is held and the
+  - No running job is lost. Every pool looks for lost jobs at its start and every two
+    seconds. A job in PROCESSING whose lease is free is put back. If the lease is held and the
     worker is gone, the run is an orphan: its processes are ended first.
   - A job runs at least once. If the result of a run can't be recorded, the job runs
     again: commands should be idempotent.
@@ -88,7 +89,8 @@ WINDOWS = os.name == "nt"
 
 # The states of a job, in the order of `status`: whether it waits to be run, or has
 # finished; whether its dependents may then go on; and its colour on a terminal, a code
-# of ANSI. A new state needs a new version of the schema.
+# of ANSI. A new state needs a new version of the schema. RARE, `prune` and the page
+# name states as well.
 State = collections.namedtuple("State", "is_waiting is_finished is_success colour")
 STATES = {
     "pending": State(True, False, False, None),
@@ -103,13 +105,13 @@ SUCCESSFUL = tuple(name for name, state in STATES.items() if state.is_success)
 # {command: the states in which it takes a job}.
 TAKES = {
     "cancel": (*WAITING, "processing"),
-    "edit": WAITING,
+    "edit": (*WAITING, "dead"),
     "retry": FINISHED,
     "delete": (*WAITING, *FINISHED),
     "dlq retry": ("dead",),
     "dlq clear": ("dead",),
 }
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x71637431  # "qct1", in the header of the database
 
 MAX_INTEGER = 2**63 - 1
@@ -131,6 +133,7 @@ IDLE_INTERVAL = 1.0  # seconds after which an idle worker tries to claim unasked
 TROUBLE_INTERVAL = 1.0  # seconds until a worker tries again after an error
 RESTART_INTERVAL = 1.0  # seconds between two starts of workers that keep dying
 POLL_INTERVAL = 0.2  # seconds between two checks for a request, by worker and pool
+REPORT_DELAY = 10.0  # seconds after which `wait` reports what it waits for
 WAIT_INTERVAL = 0.1  # seconds between two checks of `wait` and `logs -f`
 STEP_INTERVAL = 0.05  # seconds between two checks whether processes have ended
 FILE_INTERVAL = 0.02  # seconds between two tries with a file that others probe
@@ -248,7 +251,9 @@ def parse_number(text):
 
 
 def parse_variable(text):
-    """Return name and value of an environment variable from NAME=VALUE."""
+    """Return name and value of a variable from NAME=VALUE, None from `none`."""
+    if text == "none":
+        return None
     name, sign, value = text.partition("=")
     if not sign:
         raise QueueError("--env: %s is not NAME=VALUE", json.dumps(text), code=2)
@@ -370,7 +375,10 @@ def check_dependencies(value):
 
 
 def check_env(value):
-    """Check environment variables, an object of texts; return JSON."""
+    """Check environment variables, an object of texts; return JSON, None for `none`."""
+    if value == "none":
+        return None
+
     def fits(name, text):
         if not name or "=" in name or not isinstance(text, str):
             return False
@@ -458,15 +466,16 @@ FIELDS = {
         "run at most one job with this lock at a time"),
 }
 # The fields that are columns of `jobs`: `delay` becomes a `run_at`, `after` rows of
-# `waits`.
+# `dependencies`.
 COLUMNS = [name for name in FIELDS if name not in ("delay", "after")]
 
 # The keys of a job in JSON, in this order.
 PUBLIC = (
     "id", "command", "state", "attempts",
-    *(name for name in COLUMNS if name not in ("id", "command")), "after", "created_at",
-    "updated_at", "exit_code", "error", "started_at", "finished_at", "seconds")
-INTERNAL = ("seq", "run", "claimable", "waits")  # columns of a job that JSON omits
+    *(name for name in COLUMNS if name not in ("id", "command")), "after", "waits_for",
+    "created_at", "updated_at", "exit_code", "error", "started_at", "finished_at",
+    "seconds")
+INTERNAL = ("seq", "run", "gate", "waits")  # columns of a job that JSON omits
 # The keys that `enqueue` accepts. Keys that are not fields are ignored, so that `list
 # --json` and `show --json` can be piped into `enqueue -` of another queue.
 KNOWN_KEYS = (*PUBLIC, "delay", "waiting", "runs")
@@ -497,7 +506,8 @@ def public_job(job):
     for name in TIMES:
         found[name] = iso(found[name])
     found["env"] = json.loads(found["env"]) if found["env"] else {}
-    found["after"] = found["after"].split("\n") if found["after"] else []
+    for name in ("after", "waits_for"):
+        found[name] = found[name].split("\n") if found[name] else []
     return found
 
 
@@ -542,7 +552,19 @@ def checked_job(given, defaults):
     job = checked_fields(given, defaults)
     if job["command"] is None:
         raise QueueError("command: missing; a job needs a shell command", code=2)
+    job["droppable"] = droppable_dependencies(given, job) if job["after"] else ()
     return job
+
+
+def droppable_dependencies(given, job):
+    """Return the ids in `after` that need not exist, of a job from another queue.
+
+    `list --json` tells by `waits_for` which jobs were not completed. A queue that takes
+    the unfinished jobs alone need not know what they came after.
+    """
+    if given.get("waits_for") is None:
+        return ()
+    return {*job["after"]} - {*checked("waits_for", check_ids, given["waits_for"])}
 
 
 def object_without_duplicates(pairs):
@@ -741,8 +763,8 @@ def remove_leftover(path):
         if WINDOWS:
             return os.remove(path)  # fails while any process has the file open
         with open_descriptor(path) as fd:
-            # First as a probe. Then the lock is made exclusive, once other probes are
-            # over.
+            # The lock is taken as a probe first, then made exclusive once other probes
+            # are over.
             is_free = try_lock(fd, shared=True) and wait_until(
                 lambda: try_lock(fd), 10 * FILE_INTERVAL)
             if is_free and may_be_same_file(path, os.fstat(fd)):
@@ -761,8 +783,15 @@ def owner_hint(path):
 
 
 def path_beside(path, ending):
-    """Return the path of a file that lies beside a queue's database."""
-    return (path[:-3] if path.endswith(".db") else path) + ending
+    """Return the path of a file that lies beside a queue's database.
+
+    Beside `queuectl.db` it is `queuectl.log`, beside `app.db` `app.db.queuectl.log`: an
+    application's `app.log` must not be taken over, and `jobs` and `jobs.db` must not
+    share anything.
+    """
+    directory, name = os.path.split(path)
+    stem = "queuectl" if name == "queuectl.db" else name + ".queuectl"
+    return os.path.join(directory, stem + ending)
 
 
 def pool_file(path, pool):
@@ -775,10 +804,26 @@ def worker_file(path, pool, pid):
 
 def pools_with_files(path):
     """Return the PIDs of the pools that have a file, alive or not."""
-    directory, stem = os.path.split(path_beside(path, "-"))
+    return pids_in_names(path_beside(path, "-"))
+
+
+def pids_in_names(prefix):
+    """Return the PIDs in the names of the PID files whose paths have this prefix."""
+    directory, stem = os.path.split(prefix)
     pids = [name[len(stem) : -4] for name in os.listdir(directory)
             if name.startswith(stem) and name.endswith(".pid")]
     return sorted(int(pid) for pid in pids if pid.isdecimal())
+
+
+def older_pools(path):
+    """Return the PIDs of the living pools of queuectl 1.1, with its names of files.
+
+    A file with such a name may be an application's. It is only probed.
+    """
+    prefix = (path[:-3] if path.endswith(".db") else path) + "-"
+    pools = {pid for pid in pids_in_names(prefix)
+             if is_locked("%s%d.pid" % (prefix, pid))}
+    return sorted(pools.union(living_pools(path)))
 
 
 def workers_with_files(path):
@@ -938,39 +983,65 @@ def inherit_nothing():
 # ======================================================================================
 
 
-def in_states(states):
+def in_states(states, column="state"):
     """Return the SQL condition that a job is in one of these states.
 
     There is no IN in it, since SQLite builds the list of an IN anew for each row.
     """
     if not {*states} <= {*STATES}:  # nothing else may get into a statement
         raise ValueError("no states: %r" % (states,))
-    return "(%s)" % (" OR ".join(map("state = '{}'".format, states)) or "0")
+    parts = ["%s = '%s'" % (column, state) for state in states]
+    return "(%s)" % (" OR ".join(parts) or "0")
 
 
-ORDER = "priority DESC, seq"  # in which jobs are claimed
+ORDER = "priority DESC, run_at, seq"  # in which jobs are claimed
 
-# The gate decides whether a waiting job may be claimed; it is the column `claimable`.
-# Any other job is OPEN.
+# The gate decides whether a waiting job may be claimed. Any other job is OPEN. No verb
+# sets it: `gate_of` is the rule, and the trigger `gate_moved` applies it to each
+# change.
 CLOSED = 0  # its time has not come, or a job that it comes after is not completed
 OPEN = 1  # it may be claimed
 LOCKED = 2  # only its lock is in the way
 
-# True of every job in a rare state. SQLite uses the index of these, jobs_rare, only in
-# a query that contains this condition word by word.
-RARE = "state <> 'pending' AND state <> 'completed'"
 
-# Elects the job that gets the lock of the job OLD next: of the LOCKED jobs with this
-# lock the first one becomes OPEN, unless a job with the lock is running.
-ELECT = """
-    UPDATE jobs SET claimable = {LOCKED}
-        WHERE lock = OLD.lock AND state = 'pending' AND claimable = {OPEN};
-    UPDATE jobs SET claimable = {OPEN}
-        WHERE seq = (SELECT seq FROM jobs WHERE lock = OLD.lock AND state = 'pending'
-            AND claimable = {LOCKED} ORDER BY {ORDER} LIMIT 1)
+# The row is its own clock: a job is due if `run_at` <= `updated_at`, and `promote`,
+# which lets time pass, sets `updated_at`. So no trigger has to know the time, and a job
+# that was due stays due if the clock is set back.
+GATE = """CASE WHEN NOT {waiting} THEN {OPEN}
+        WHEN {row}state = 'failed' OR {row}waits > 0 OR {row}run_at > {row}updated_at
+            THEN {CLOSED}
+        WHEN {row}lock IS NULL THEN {OPEN} ELSE {LOCKED} END"""
+
+
+def gate_of(row=""):
+    """Return the rule for the gate of a ROW, as SQL with this prefix."""
+    return GATE.format(row=row, waiting=in_states(WAITING, row + "state"),
+                       CLOSED=CLOSED, OPEN=OPEN, LOCKED=LOCKED)
+
+
+# True of every job in a rare state, or of every unfinished dependent. SQLite uses the
+# indexes of these, jobs_rare and jobs_dependent, only in a query that contains such a
+# condition word by word.
+RARE = "state <> 'pending' AND state <> 'completed'"
+UNFINISHED_DEPENDENT = "waits > 0 AND NOT " + in_states(FINISHED)
+
+
+def elect(row):
+    """Return the SQL that elects the job that gets the lock of a row next.
+
+    Of the LOCKED jobs with this lock the first one becomes OPEN, unless a job with the
+    lock is running.
+    """
+    return """
+    UPDATE jobs SET gate = {LOCKED}
+        WHERE lock = {row}lock AND state = 'pending' AND gate = {OPEN};
+    UPDATE jobs SET gate = {OPEN}
+        WHERE seq = (SELECT seq FROM jobs WHERE lock = {row}lock AND state = 'pending'
+            AND gate = {LOCKED} ORDER BY {ORDER} LIMIT 1)
         AND NOT EXISTS (SELECT 1 FROM jobs
-            WHERE lock = OLD.lock AND state = 'processing' AND {RARE});""".format(
-    LOCKED=LOCKED, OPEN=OPEN, ORDER=ORDER, RARE=RARE)
+            WHERE lock = {row}lock AND state = 'processing' AND {RARE});""".format(
+        LOCKED=LOCKED, OPEN=OPEN, ORDER=ORDER, RARE=RARE, row=row)
+
 
 # A new queue is made by this alone. A queue of an older version goes through MIGRATIONS
 # first. Then this adds what it still lacks, all indexes and triggers among it.
@@ -983,19 +1054,19 @@ CREATE TABLE IF NOT EXISTS jobs (
     attempts INTEGER NOT NULL DEFAULT 0,    -- claims that count against max_retries
     max_retries INTEGER NOT NULL,
     priority INTEGER NOT NULL DEFAULT 0,
-    run_at REAL NOT NULL,                   -- when its next run is due, or was
-    claimable INTEGER NOT NULL,             -- its gate: CLOSED, OPEN or LOCKED
+    run_at REAL NOT NULL,                   -- when it is, or was, due for a worker
+    gate INTEGER NOT NULL,                  -- CLOSED, OPEN or LOCKED
     timeout REAL,
     cwd TEXT NOT NULL,
     env TEXT,                               -- JSON
     launcher TEXT,                          -- in place of the setting
     lock TEXT,                              -- jobs that share it run one at a time
-    waits INTEGER NOT NULL DEFAULT 0,       -- how many rows of `waits` it has
+    waits INTEGER NOT NULL DEFAULT 0,       -- dependencies that are not completed
     created_at REAL NOT NULL,
-    updated_at REAL NOT NULL,
+    updated_at REAL NOT NULL,               -- when it was moved, edited or became due
     run INTEGER NOT NULL DEFAULT 0,         -- number of its latest run; only ever grows
     deaths INTEGER NOT NULL DEFAULT 0,      -- of workers that ran it
-    cancelled INTEGER NOT NULL DEFAULT 0,   -- a request, carried out by its worker
+    cancelled INTEGER NOT NULL DEFAULT 0,   -- 1: `cancel` was called
     error TEXT                              -- why it is failed or dead
 );
 CREATE TABLE IF NOT EXISTS runs (
@@ -1006,13 +1077,21 @@ CREATE TABLE IF NOT EXISTS runs (
     pid INTEGER,                            -- PID and process group of the command
     started_at REAL NOT NULL,
     finished_at REAL,
+    kind TEXT,                              -- how it ended, one of KINDS
     exit_code INTEGER,
     error TEXT,
-    output BLOB,
     PRIMARY KEY (seq, run)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS waits (          -- the dependencies: job `seq` comes after
-    seq INTEGER NOT NULL,                   -- job `waits_for`, until that is completed
+-- Apart from the runs, and only where something was printed: in a table WITHOUT ROWID
+-- each search that passes a row reads all of it, and an output may have megabytes.
+CREATE TABLE IF NOT EXISTS outputs (
+    seq INTEGER NOT NULL,
+    run INTEGER NOT NULL,
+    output BLOB NOT NULL,
+    PRIMARY KEY (seq, run)
+);
+CREATE TABLE IF NOT EXISTS dependencies (   -- job `seq` comes after job `waits_for`,
+    seq INTEGER NOT NULL,                   -- as long as there are both
     waits_for INTEGER NOT NULL,
     PRIMARY KEY (seq, waits_for)
 ) WITHOUT ROWID;
@@ -1025,75 +1104,154 @@ CREATE TABLE IF NOT EXISTS counts (         -- of all jobs, by state
     jobs INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS totals (         -- of all runs there ever were, by total
-    outcome TEXT PRIMARY KEY,
+    total TEXT PRIMARY KEY,
     runs INTEGER NOT NULL,
     seconds REAL NOT NULL
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS untold (         -- deaths that `on_dead` has not announced
+CREATE TABLE IF NOT EXISTS drains (         -- of the runs of a pool that drains the
+    pool INTEGER NOT NULL,                  -- queue, how many left their job in which
+    state TEXT NOT NULL,                    -- state
+    runs INTEGER NOT NULL,
+    PRIMARY KEY (pool, state)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS unannounced (    -- deaths that `on_dead` has not announced
     seq INTEGER PRIMARY KEY
 );
 INSERT OR IGNORE INTO counts VALUES {counts};
 INSERT OR IGNORE INTO totals VALUES
     ('completed', 0, 0), ('failed', 0, 0), ('interrupted', 0, 0);
--- The token is part of the name of each lease, so that a lease of a removed queue in
--- the same place is not taken for one of this queue.
+-- It is part of the name of each lease, so that a lease of a removed queue in the same
+-- place is not taken for one of this queue.
 INSERT OR IGNORE INTO config VALUES ('token', lower(hex(randomblob(4))));
 
 -- The jobs to claim in their order, the jobs that wait for a time, the jobs of each
--- lock, and the few that are neither pending nor completed: a claim costs the same with
--- a million other jobs. No IN here: SQLite would build its list for each row.
-CREATE INDEX jobs_claimable ON jobs ({ORDER})
-    WHERE state = 'pending' AND claimable = {OPEN};
-CREATE INDEX jobs_waiting ON jobs (run_at) WHERE claimable = {CLOSED} AND waits = 0;
-CREATE INDEX jobs_locked ON jobs (lock, claimable, {ORDER})
+-- lock, those that wait for others, and the few that are neither pending nor completed:
+-- a claim costs the same with a million other jobs. Then the completed jobs by age, and
+-- the dead ones by age and by error. No IN here: SQLite would build its list for each
+-- row.
+CREATE INDEX jobs_claimable ON jobs ({ORDER}) WHERE state = 'pending' AND gate = {OPEN};
+CREATE INDEX jobs_waiting ON jobs (run_at) WHERE gate = {CLOSED} AND waits = 0;
+CREATE INDEX jobs_locked ON jobs (lock, gate, {ORDER})
     WHERE lock NOT NULL AND state = 'pending';
+CREATE INDEX jobs_dependent ON jobs (seq) WHERE waits > 0;
 CREATE INDEX jobs_rare ON jobs (state, seq) WHERE {RARE};
-CREATE INDEX waits_for ON waits (waits_for);
+CREATE INDEX jobs_completed ON jobs (updated_at) WHERE state = 'completed';
+CREATE INDEX jobs_dead ON jobs (updated_at, seq) WHERE state = 'dead';
+CREATE INDEX jobs_dead_error ON jobs (error, updated_at) WHERE state = 'dead';
+CREATE INDEX dependents ON dependencies (waits_for);
 
 -- Counting a million rows takes a third of a second, so triggers keep the counts. New
 -- jobs are counted by `enqueue`: a trigger a row would cost half of its time.
 CREATE TRIGGER job_moved AFTER UPDATE OF state ON jobs WHEN OLD.state <> NEW.state BEGIN
     UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
     UPDATE counts SET jobs = jobs + 1 WHERE state = NEW.state; END;
+
+-- `waits` of a job is the number of its dependencies that are not completed. When the
+-- last of them is, the job waits for a worker from then on, unless a later time was
+-- named. When one leaves COMPLETED, its dependents wait for it again.
+CREATE TRIGGER dependency_completed AFTER UPDATE OF state ON jobs
+    WHEN {new_is_success} AND NOT {old_is_success}
+        AND EXISTS (SELECT 1 FROM dependencies WHERE waits_for = NEW.seq) BEGIN
+    UPDATE jobs SET waits = waits - 1,
+        run_at = CASE WHEN state = 'pending' AND waits = 1
+            THEN max(run_at, NEW.updated_at) ELSE run_at END,
+        updated_at = CASE WHEN state = 'pending' AND waits = 1
+            THEN NEW.updated_at ELSE updated_at END
+        WHERE seq IN (SELECT seq FROM dependencies WHERE waits_for = NEW.seq); END;
+CREATE TRIGGER dependency_reopened AFTER UPDATE OF state ON jobs
+    WHEN {old_is_success} AND NOT {new_is_success} BEGIN
+    UPDATE jobs SET waits = waits + 1
+        WHERE seq IN (SELECT seq FROM dependencies WHERE waits_for = NEW.seq); END;
+CREATE TRIGGER dependency_added AFTER INSERT ON dependencies BEGIN
+    UPDATE jobs SET waits = waits + 1 WHERE seq = NEW.seq
+        AND NOT (SELECT {is_success} FROM jobs WHERE seq = NEW.waits_for); END;
+CREATE TRIGGER dependency_dropped AFTER DELETE ON dependencies BEGIN
+    -- Not if that job was deleted: then `job_removed` counts.
+    UPDATE jobs SET waits = waits - 1 WHERE seq = OLD.seq
+        AND NOT (SELECT {is_success} FROM jobs WHERE seq = OLD.waits_for); END;
+
+-- The only owner of the gate. What was due stays due if the clock was set back. FAILED
+-- is a job that waits for its next try alone: if it waits for others it is PENDING.
+-- (recursive_triggers is off: the trigger does not fire for its own changes.)
+CREATE TRIGGER gate_moved
+    AFTER UPDATE OF state, run_at, updated_at, waits, lock, priority ON jobs
+    WHEN NEW.lock NOT NULL OR OLD.lock NOT NULL OR NEW.run_at > NEW.updated_at
+        OR NEW.state = 'failed' AND NEW.waits > 0 OR NEW.gate <> {gate_of_new} BEGIN
+    UPDATE jobs SET run_at = updated_at WHERE seq = NEW.seq AND run_at > updated_at
+        AND (run_at = OLD.run_at AND OLD.run_at <= OLD.updated_at
+            OR state = 'failed' AND waits > 0);
+    UPDATE jobs SET state = 'pending'
+        WHERE seq = NEW.seq AND state = 'failed' AND waits > 0;
+    UPDATE jobs SET gate = {gate}
+        WHERE seq = NEW.seq AND gate <> {gate};{elect_new}{elect_old} END;
+
+-- A dependent of a job that was deleted before it was completed can't go on, so it
+-- dies. `delete --all` deletes dependents first, but in several transactions.
 CREATE TRIGGER job_removed AFTER DELETE ON jobs BEGIN
     UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
-    DELETE FROM waits WHERE seq = OLD.seq;
+    UPDATE jobs SET state = 'dead', error = 'a job that it came after was deleted',
+        updated_at = (julianday('now') - 2440587.5) * 86400.0
+        WHERE NOT {old_is_success} AND {is_waiting}
+        AND seq IN (SELECT seq FROM dependencies WHERE waits_for = OLD.seq);
+    UPDATE jobs SET waits = waits - 1 WHERE NOT {old_is_success}
+        AND seq IN (SELECT seq FROM dependencies WHERE waits_for = OLD.seq);
+    DELETE FROM dependencies WHERE waits_for = OLD.seq;
+    DELETE FROM dependencies WHERE seq = OLD.seq;
+    DELETE FROM outputs WHERE seq = OLD.seq;
     DELETE FROM runs WHERE seq = OLD.seq; END;
-
--- `waits` of a job is the number of its dependencies; with 0 only its time counts. If a
--- dependency was removed, as `delete --all` does batch by batch, the dependent is dead.
-CREATE TRIGGER wait_added AFTER INSERT ON waits BEGIN
-    UPDATE jobs SET waits = waits + 1, claimable = {CLOSED}, state = 'pending'
-        WHERE seq = NEW.seq; END;
-CREATE TRIGGER wait_ended AFTER DELETE ON waits BEGIN
-    UPDATE jobs SET waits = waits - 1 WHERE seq = OLD.seq; END;
-CREATE TRIGGER job_completed AFTER UPDATE OF state ON jobs WHEN {is_success}
-    BEGIN DELETE FROM waits WHERE waits_for = NEW.seq; END;
-CREATE TRIGGER front_removed AFTER DELETE ON jobs BEGIN
-    UPDATE jobs SET state = 'dead', claimable = {OPEN},
-        updated_at = (julianday('now') - 2440587.5) * 86400.0,
-        error = 'what it waited for was removed' WHERE state = 'pending'
-        AND seq IN (SELECT seq FROM waits WHERE waits_for = OLD.seq);
-    DELETE FROM waits WHERE waits_for = OLD.seq; END;
-
--- Of the jobs that share a lock the first one may be claimed, and none while one of
--- them runs. A changed lock counts as soon as its job is OPEN again. (A trigger for
--- INSERT would cost any job a tenth more: `enqueue` calls one election for each lock.)
-CREATE TRIGGER lock_moved AFTER UPDATE OF state, claimable ON jobs
-    WHEN OLD.lock NOT NULL BEGIN {elect} END;
-CREATE TRIGGER lock_left AFTER DELETE ON jobs WHEN OLD.lock NOT NULL BEGIN {elect} END;
+CREATE TRIGGER lock_left AFTER DELETE ON jobs WHEN OLD.lock NOT NULL BEGIN{elect_old}
+    END;
 PRAGMA application_id = {application};
 PRAGMA user_version = {version};
 """.format(
-    ORDER=ORDER, RARE=RARE, CLOSED=CLOSED, OPEN=OPEN, elect=ELECT,
-    states=in_states(STATES), is_success=in_states(SUCCESSFUL).replace("state",
-    "NEW.state"), counts=", ".join(map("('{}', 0)".format, STATES)),
+    ORDER=ORDER, RARE=RARE, CLOSED=CLOSED, OPEN=OPEN, gate=gate_of(),
+    gate_of_new=gate_of("NEW."), elect_new=elect("NEW."), elect_old=elect("OLD."),
+    states=in_states(STATES), is_waiting=in_states(WAITING),
+    is_success=in_states(SUCCESSFUL), new_is_success=in_states(SUCCESSFUL, "NEW.state"),
+    old_is_success=in_states(SUCCESSFUL, "OLD.state"),
+    counts=", ".join(map("('{}', 0)".format, STATES)),
     application=APPLICATION_ID, version=SCHEMA_VERSION)
 
-# The steps from an older version of the schema to the next one: {older version: SQL}.
-# A step has no index and no trigger: those are dropped before the steps and made anew
-# by SCHEMA. Version 2 is the oldest that is converted; it needs no step so far.
-MIGRATIONS = {}
+# The steps from an older version of the schema to the next one: {older version: SQL}. A
+# step has no index and no trigger: those are dropped before the steps and made anew by
+# SCHEMA. A step renames a column that every claim names, so that a process of an older
+# queuectl that still has the database open fails instead of writing.
+MIGRATIONS = {2: """
+ALTER TABLE jobs RENAME COLUMN claimable TO gate;
+UPDATE jobs SET cancelled = 1 WHERE state = 'dead' AND error = 'cancelled';
+UPDATE jobs SET updated_at = run_at
+    WHERE state = 'pending' AND gate <> 0 AND run_at > updated_at;
+ALTER TABLE waits RENAME TO dependencies;
+ALTER TABLE untold RENAME TO unannounced;
+ALTER TABLE totals RENAME COLUMN outcome TO total;
+CREATE TABLE outputs (
+    seq INTEGER NOT NULL,
+    run INTEGER NOT NULL,
+    output BLOB NOT NULL,
+    PRIMARY KEY (seq, run)
+);
+INSERT INTO outputs SELECT seq, run, output FROM runs WHERE length(output) > 0;
+ALTER TABLE runs RENAME TO runs_2;
+CREATE TABLE runs (
+    seq INTEGER NOT NULL,
+    run INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    worker INTEGER NOT NULL,
+    pid INTEGER,
+    started_at REAL NOT NULL,
+    finished_at REAL,
+    kind TEXT,
+    exit_code INTEGER,
+    error TEXT,
+    PRIMARY KEY (seq, run)
+) WITHOUT ROWID;
+INSERT INTO runs SELECT seq, run, attempt, worker, pid, started_at, finished_at,
+    CASE WHEN finished_at IS NULL THEN NULL WHEN error IS NULL THEN 'completed'
+        WHEN error = 'cancelled' THEN 'cancelled' WHEN error = 'worker died' THEN 'lost'
+        WHEN error = 'stopped' OR error = 'stop --now' THEN 'stopped'
+        ELSE 'failed' END, exit_code, error FROM runs_2;
+DROP TABLE runs_2;
+"""}
 
 
 def database_uri(path):
@@ -1297,6 +1455,7 @@ class Database:
             message = "%s has version %d of the schema, and this queuectl knows version"
             message += " %d: take a newer queuectl.py"
             raise QueueError(message, self.path, version, SCHEMA_VERSION)
+        self._refuse_older_pools()
         for kind, made in self._rows(
                 "SELECT type, name FROM sqlite_master"
                 " WHERE type IN ('index', 'trigger') AND sql NOT NULL"):
@@ -1304,14 +1463,43 @@ class Database:
         for step in range(version, SCHEMA_VERSION):
             self._execute_all(MIGRATIONS[step])
 
+    def _refuse_older_pools(self):
+        """Raise QueueError while a process of queuectl 1.1 may use the database.
+
+        It would fail at its next statement, and its run would be missed: beside a
+        database of another name its lease is not where this version looks for it.
+        """
+        for pool in older_pools(self.path):
+            how = "queuectl.py worker stop"
+            if os.path.basename(self.path) != "queuectl.db":
+                how = "worker stop of queuectl 1.1"
+            raise QueueError("pool %d of queuectl 1.1 runs: stop it with %s, then try"
+                             " again", pool, how)
+        running = self._value("SELECT id FROM jobs WHERE state = 'processing'")
+        if running is None:
+            return
+        leases = path_beside(self.path, ".runs")
+        if os.path.basename(self.path) != "queuectl.db":
+            raise QueueError("job %s is processing: start and stop a pool of queuectl"
+                             " 1.1, then try again", running)
+        with contextlib.suppress(*NO_DIRECTORY):
+            paths = [os.path.join(leases, name) for name in os.listdir(leases)]
+            if any(map(is_locked, paths)):
+                raise QueueError("job %s still runs, without its pool of queuectl 1.1:"
+                                 " wait for its end, then try again", running)
+
     def _execute_all(self, script):
-        """Execute statements within a transaction; `executescript` commits first."""
+        """Execute statements, each ended by a line that ends with `;`.
+
+        Within a transaction: `executescript` would commit first.
+        """
         statement = ""
         for line in script.splitlines(True):
             statement += line
             if sqlite3.complete_statement(statement):
                 self.db.execute(statement)
                 statement = ""
+        assert not statement.strip(), "no ; at the end of: " + statement
 
     # -- transactions and statements ---------------------------------------------------
 
@@ -1384,36 +1572,35 @@ if not WINDOWS:
 
 # What follows from the way in which a run ended: the total that counts it, and whether
 # its job is put back, so that the attempt does not count. A run without a total never
-# began, and is not recorded. Stored runs have no kind, so statistics know those that
-# were interrupted by the texts that are stored for them.
-Kind = collections.namedtuple("Kind", "total is_put_back texts", defaults=((),))
-WORKER_DIED, STOPPED_NOW, STOPPED, CANCELLED = (
-    "worker died", "stop --now", "stopped", "cancelled")
+# began, and is not recorded.
+Kind = collections.namedtuple("Kind", "total is_put_back")
 KINDS = {
     "completed": Kind("completed", False),
     "failed": Kind("failed", False),  # an exit code, a signal, a timeout
-    "cancelled": Kind("interrupted", False, (CANCELLED,)),
-    # With its pool, or with its whole service.
-    "stopped": Kind("interrupted", True, (STOPPED, STOPPED_NOW)),
-    "lost": Kind("interrupted", True, (WORKER_DIED,)),
+    "cancelled": Kind("interrupted", False),
+    "stopped": Kind("interrupted", True),  # with its pool, or with its whole service
+    "lost": Kind("interrupted", True),  # its worker died
     "refused": Kind(None, True),  # the system had no process to give
 }
 TOTALS = ("completed", "failed", "interrupted")
-INTERRUPTED = [text for kind in KINDS.values() for text in kind.texts]
-TOTAL_OF_RUN = """CASE WHEN error IS NULL THEN 'completed'
-    WHEN error IN (%s) THEN 'interrupted' ELSE 'failed' END""" % (
-    ", ".join(map("'{}'".format, INTERRUPTED)))
+# The SQL for the total of a run.
+TOTAL_OF_RUN = "CASE %s END" % " ".join(
+    "WHEN kind = '%s' THEN '%s'" % (name, kind.total)
+    for name, kind in KINDS.items() if kind.total)
+# The errors of runs and jobs that have one in every case.
+WORKER_DIED, STOPPED_NOW, STOPPED, CANCELLED = (
+    "worker died", "stop --now", "stopped", "cancelled")
 
 # How a run ended: one of KINDS; exit code, or None without one; the text that is stored
 # and shown, None after success; epoch seconds; bytes.
 Outcome = collections.namedtuple("Outcome", "kind exit_code error finished_at output")
 
-# How much of an output is kept. (A record, so that another limit is one field more.)
+# How much of an output is kept.
 OutputLimit = collections.namedtuple("OutputLimit", "bytes")
 
 
 def output_limit(settings):
-    """Return the limit that the settings give."""
+    """Return the `OutputLimit` that settings give."""
     return OutputLimit(settings["output_limit"])
 
 
@@ -1425,82 +1612,96 @@ Run = collections.namedtuple(
     "Run", "seq number id attempt max_retries worker pid started_at lease"
     " command cwd env timeout launcher limit", defaults=(None,) * 6)
 
-CLAIMABLE = "state = 'pending' AND claimable = %d" % OPEN
-FOR_A_TIME = "claimable = %d AND waits = 0" % CLOSED  # the job waits for its time alone
-# The gate of a job whose time has come. A job with a lock is LOCKED until the trigger
-# `lock_moved` elects it.
-OPEN_GATE = "CASE WHEN waits > 0 THEN %d WHEN lock IS NULL THEN %d ELSE %d END" % (
-    CLOSED, OPEN, LOCKED)
-HAS_DEPENDENTS = "EXISTS (SELECT 1 FROM waits WHERE waits_for = jobs.seq)"
+CLAIMABLE = "state = 'pending' AND gate = %d" % OPEN
+FOR_A_TIME = "gate = %d AND waits = 0" % CLOSED  # the job waits for its time alone
 PAUSED = "EXISTS (SELECT 1 FROM config WHERE key = 'paused')"
 
-# A new job, by a tuple of these values: SQLite binds a tuple in half the time of a
-# dict. So `:run_at` becomes `?2`.
+# A new job. Its gate is that of a pending row, from three values at the end of the
+# tuple.
 OTHER_COLUMNS = [name for name in COLUMNS if name not in ("id", "run_at")]
-INSERTED = ("id", "run_at", "now", *OTHER_COLUMNS)
-INSERT_JOB = re.sub(
-    r":(\w+)", lambda match: "?%d" % (1 + INSERTED.index(match[1])),
-    """INSERT INTO jobs ({columns}, created_at, updated_at, claimable)
-    VALUES (:{values}, :now, :now, CASE WHEN :run_at > :now THEN {CLOSED}
-        WHEN :lock IS NULL THEN {OPEN} ELSE {LOCKED} END)""".format(
-        columns=", ".join(COLUMNS), values=", :".join(COLUMNS),
-        CLOSED=CLOSED, OPEN=OPEN, LOCKED=LOCKED))
-# Changes nothing, but fires the trigger `lock_moved` for a lock that has new jobs.
-ELECT_BY_TRIGGER = """UPDATE jobs SET claimable = {LOCKED}
-    WHERE seq = (SELECT seq FROM jobs WHERE lock = ? AND state = 'pending'
-        AND claimable = {LOCKED} LIMIT 1)""".format(LOCKED=LOCKED)
+INSERT_JOB = """INSERT INTO jobs (id, run_at, created_at, updated_at, {columns}, gate)
+    VALUES (?, ?, ?, ?, {values}, {gate})""".format(
+    columns=", ".join(OTHER_COLUMNS), values=", ".join("?" for _ in OTHER_COLUMNS),
+    gate=re.sub("run_at|updated_at|lock", "?", gate_of()).replace(
+        "waits", "0").replace("state", "'pending'"))
+# Changes nothing, but fires the trigger `gate_moved` for a lock that has new jobs. (A
+# trigger for INSERT would cost any job a tenth more.)
+ELECT_BY_TRIGGER = """UPDATE jobs SET lock = lock WHERE seq = (SELECT seq FROM jobs
+    WHERE lock = ? AND state = 'pending' AND gate = %d LIMIT 1)""" % LOCKED
 RESET = "state = 'pending', attempts = 0, deaths = 0, cancelled = 0, error = NULL"
-RETRY = """UPDATE jobs SET {RESET}, claimable = {OPEN_GATE}, run_at = :now,
-    updated_at = :now""".format(RESET=RESET, OPEN_GATE=OPEN_GATE)
-RESTART = """UPDATE jobs SET {RESET}, claimable = {CLOSED}, updated_at = :now, {fields}
-    WHERE id = :id AND {finished}""".format(
-    RESET=RESET, CLOSED=CLOSED, finished=in_states(FINISHED),
-    fields=", ".join("{0} = :{0}".format(name) for name in COLUMNS if name != "id"))
+RETRY = "UPDATE jobs SET %s, run_at = :now, updated_at = :now" % RESET
+RESTART = "UPDATE jobs SET {RESET}, updated_at = :now, {fields}" \
+    " WHERE id = :id AND {finished}".format(
+        RESET=RESET, finished=in_states(FINISHED),
+        fields=", ".join("{0} = :{0}".format(name) for name in COLUMNS if name != "id"))
 
 # A change of jobs: SQL, and the condition that a job has to meet. A verb may have two,
 # for jobs in different states.
 Change = collections.namedtuple("Change", "sql condition")
+NEXT_STEPS = {  # for an edit of a job in such a state
+    "processing": "cancel it first, or wait for its end",
+    "completed": "enqueue it again with --unique and what is to change",
+}
 CANCEL = [
-    Change("UPDATE jobs SET state = 'dead', error = '%s', claimable = %d,"
-           " updated_at = :now" % (CANCELLED, OPEN), in_states(WAITING)),
+    Change("UPDATE jobs SET state = 'dead', cancelled = 1, error = '%s',"
+           " updated_at = :now" % CANCELLED, in_states(WAITING)),
     Change("UPDATE jobs SET cancelled = 1", "state = 'processing'"),
 ]
 DELETE = [Change("DELETE FROM jobs", in_states(TAKES["delete"]))]
 
 RUN_SECONDS = "round(finished_at - started_at, 3)"  # NULL until the run has ended
+DEPENDENCY_IDS = "(SELECT group_concat(dependency.id, char(10)) FROM dependencies" \
+    " JOIN jobs AS dependency ON dependency.seq = waits_for" \
+    " WHERE dependencies.seq = jobs.seq)"
 COLUMN_OF = {
     "error": "jobs.error",
     "seconds": RUN_SECONDS,
-    "after": "CASE WHEN waits > 0 THEN (SELECT group_concat(dependency.id, char(10))"
-    " FROM waits JOIN jobs AS dependency ON dependency.seq = waits_for"
-    " WHERE waits.seq = jobs.seq) END",
+    "after": DEPENDENCY_IDS,
+    "waits_for": "CASE WHEN waits > 0 THEN %s END" % DEPENDENCY_IDS.replace(
+        "WHERE", "WHERE NOT %s AND" % in_states(SUCCESSFUL, "dependency.state")),
 }
 SELECT_JOB = "SELECT %s FROM jobs LEFT JOIN runs USING (seq, run) " % ", ".join(
     "%s AS %s" % (COLUMN_OF.get(name, name), name) for name in (*PUBLIC, *INTERNAL))
 
-# The jobs that come after a dead one, each with the id of that one. The EXISTS keeps it
+# The jobs that wait for a dead one, each with the id of that one. The EXISTS keeps it
 # from looking at all dead jobs where no job waits for another.
-BEHIND_DEAD = """SELECT waits.seq AS seq, dependency.id AS dependency
-    FROM jobs AS dependency CROSS JOIN waits ON waits_for = dependency.seq
-    WHERE dependency.state = 'dead' AND %s AND EXISTS (SELECT 1 FROM waits)""" % RARE
-# The same jobs with all that come after them, directly or not.
-BLOCKED = """WITH RECURSIVE blocked (seq) AS (SELECT seq FROM (%s)
-    UNION SELECT waits.seq FROM blocked JOIN waits ON waits_for = blocked.seq)
-    """ % BEHIND_DEAD
+BEHIND_DEAD = """SELECT jobs.seq AS seq, dependency.id AS dependency
+    FROM jobs AS dependency CROSS JOIN dependencies ON waits_for = dependency.seq
+    CROSS JOIN jobs ON jobs.seq = dependencies.seq
+    WHERE dependency.state = 'dead' AND {rare} AND jobs.state = 'pending'
+    AND EXISTS (SELECT 1 FROM jobs WHERE waits > 0)""".format(
+        rare=RARE.replace("state", "dependency.state"))
+# The same jobs with all that wait for them, directly or not.
+BLOCKED = """WITH RECURSIVE blocked (seq) AS (SELECT seq FROM ({})
+    UNION SELECT jobs.seq FROM blocked
+        CROSS JOIN dependencies ON waits_for = blocked.seq
+        CROSS JOIN jobs ON jobs.seq = dependencies.seq WHERE jobs.state = 'pending')
+    """.format(BEHIND_DEAD)
+# True of a job that has to be kept though a condition selects it: it is not completed,
+# and an unfinished job waits for it that is not selected, or is itself kept.
+IS_NEEDED = """(NOT {success} AND seq IN (WITH RECURSIVE needed (seq) AS (
+    SELECT waits_for FROM jobs JOIN dependencies USING (seq)
+        WHERE {dependent} AND ({{}}) IS NOT 1
+    UNION SELECT waits_for FROM needed CROSS JOIN jobs USING (seq)
+        JOIN dependencies USING (seq) WHERE {dependent})
+    SELECT seq FROM needed))""".format(
+    success=in_states(SUCCESSFUL), dependent=UNFINISHED_DEPENDENT)
+
 
 def no_job(id):
     """Return the QueueError for an id that no job has."""
     return QueueError("there is no job %s", id)
 
 
-Condition = collections.namedtuple("Condition", "sql values")
+# A condition that selects jobs: SQL, its values, and the part of it that depends on the
+# row of a job alone.
+Condition = collections.namedtuple("Condition", "sql values of_row")
 FILTERS = {
     "text": "(instr(id, :text) OR instr(command, :text))",
     "text_or_error": "(instr(id, :text_or_error) OR instr(command, :text_or_error)"
     " OR instr(jobs.error, :text_or_error))",
     "finished_before": in_states(FINISHED) + " AND updated_at < :finished_before",
-    "cancelled": "(jobs.error IS '%s') = :cancelled" % CANCELLED,
-    "has_dependents": HAS_DEPENDENTS + " = :has_dependents",
+    "cancelled": "cancelled = :cancelled",
 }
 
 
@@ -1515,14 +1716,23 @@ def where(states=STATES, **filters):
         parts.append(in_states(states))
         if not {"pending", "completed"} & {*states}:
             parts.append(RARE)
-    given = {name: value for name, value in filters.items() if value not in (None, "")}
+    given = {name: value for name, value in filters.items() if value is not None}
     parts += [FILTERS[name] for name in given]
-    return Condition(" AND ".join(parts or ["1"]), given)
+    sql = " AND ".join(parts or ["1"])
+    return Condition(sql, given, sql)
 
 
-# What `enqueue` did: the numbers of the first and the last new job; and of the jobs
-# that `unique` did not change, the command that was given: {id: command}.
-Added = collections.namedtuple("Added", "first last unchanged")
+def needed(condition, is_needed=True):
+    """Narrow a condition to the jobs that have to be kept, or to the others."""
+    negation = "" if is_needed else "NOT "
+    return condition._replace(sql="%s AND %s%s" % (
+        condition.sql, negation, IS_NEEDED.format(condition.sql)))
+
+
+# What `enqueue` did: the numbers of the first and the last new job; of the jobs that
+# `unique` did not change, the command that was given: {id: command}; and the ids that
+# were dropped from `after`: {id: [id]}.
+Added = collections.namedtuple("Added", "first last unchanged dropped")
 
 
 class NewJobs:
@@ -1531,7 +1741,7 @@ class NewJobs:
     def __init__(self, queue, unique):
         self.queue, self.unique, self.now = queue, unique, queue.clock()
         self.id = None  # of the latest job, for the message of an error
-        self.dependents = []  # pairs of an id and the ids that it comes after
+        self.dependents = []  # as for `Queue._add_dependencies`
         self.locks = set()  # of the jobs that are inserted
         self.unchanged = {}  # as in `Added`
 
@@ -1557,11 +1767,12 @@ class NewJobs:
                     self.unchanged[self.id] = job["command"]
                     continue
             if job["after"]:
-                self.dependents.append((self.id, job["after"]))
+                self.dependents.append((self.id, job["after"], job["droppable"]))
             if not exists:
                 if job["lock"]:
                     self.locks.add(job["lock"])
-                yield (self.id, run_at, self.now, *other_values(job))
+                yield (self.id, run_at, self.now, self.now, *other_values(job),
+                       run_at, self.now, job["lock"])
 
 
 class Queue(Database):
@@ -1569,13 +1780,14 @@ class Queue(Database):
 
     Every verb that changes a job names the state that the job leaves. If the job is no
     longer in that state, another process was quicker, and nothing happens. `clock`
-    returns epoch seconds. In SQL `seq` is the number of a job.
+    returns epoch seconds. In SQL `seq` is the number of a job. `drain` is the PID of a
+    pool that drains the queue: then the ends of its runs are counted.
     """
 
     def __init__(self, path, for_pool=False, lock_timeout=None, clock=time.time,
-                 create=True):
+                 create=True, drain=None):
         super().__init__(path, for_pool, lock_timeout, create)
-        self.clock = clock
+        self.clock, self.drain = clock, drain
         self.token = self._value("SELECT value FROM config WHERE key = 'token'")
 
     # -- enqueue -----------------------------------------------------------------------
@@ -1612,18 +1824,18 @@ class Queue(Database):
                 "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'", count)
             last = self._value("SELECT MAX(seq) FROM jobs") or 0
             # Only now, since a job may come after a later one of these jobs.
-            self._add_dependencies(new.dependents, are_new=not unique)
+            dropped = self._add_dependencies(new.dependents, are_new=not unique)
             self.db.executemany(ELECT_BY_TRIGGER, [(lock,) for lock in new.locks])
         wake_workers(self.path)
-        return Added(last - count + 1, last, new.unchanged)
+        return Added(last - count + 1, last, new.unchanged, dropped)
 
     def _restart(self, job):
         """Start a job again with these fields; return False if it was not finished."""
         restarted = self._change(RESTART, **job)
         if restarted:  # its dependencies are among the new fields
             self._change(
-                "DELETE FROM waits WHERE seq = (SELECT seq FROM jobs WHERE id = ?)",
-                job["id"])
+                "DELETE FROM dependencies"
+                " WHERE seq = (SELECT seq FROM jobs WHERE id = ?)", job["id"])
         return bool(restarted)
 
     def _new_id(self):
@@ -1635,40 +1847,55 @@ class Queue(Database):
                 return name
 
     def _add_dependencies(self, dependents, are_new=False):
-        """Let jobs come after others: pairs of an id and the ids that it comes after.
+        """Let jobs come after others: (id, ids that it comes after, ids to drop).
 
-        New jobs can form a circle only if one of them comes after a later one.
+        The ids to drop are dropped if no job has them; return those: {id: [id]}. New
+        jobs can form a cycle only if one of them comes after a later one.
         """
-        may_be_cycle = not are_new
-        for id, dependencies in dependents:
-            seq = self.job(id)["seq"]
+        may_be_cycle, dropped = [], {}
+        for id, dependencies, droppable in dependents:
+            seq = self._seq_of(id)
             for name in dependencies:
-                dependency = self._row("SELECT seq, state FROM jobs WHERE id = ?", name)
-                if not dependency:
+                dependency = self._seq_of(name)
+                if dependency is None and name in droppable:
+                    dropped.setdefault(id, []).append(name)
+                    continue
+                if dependency is None:
                     raise QueueError("after: %s", no_job(name))
-                if dependency["state"] not in SUCCESSFUL:
-                    self._change("INSERT OR IGNORE INTO waits VALUES (?, ?)",
-                                 seq, dependency["seq"])
-                    may_be_cycle |= dependency["seq"] >= seq
-        if may_be_cycle:
-            self._refuse_cycles()
+                self._change("INSERT OR IGNORE INTO dependencies VALUES (?, ?)",
+                             seq, dependency)
+                if dependency >= seq or not are_new:
+                    may_be_cycle.append(seq)
+        self._in_order(may_be_cycle)
+        return dropped
 
-    def _refuse_cycles(self):
-        """Raise QueueError unless the dependencies allow a topological order (Kahn)."""
-        dependents, waits = collections.defaultdict(list), collections.Counter()
-        for seq, dependency in self._rows("SELECT seq, waits_for FROM waits"):
-            dependents[dependency].append(seq)
-            waits[seq] += 1
-        free = [seq for seq in dependents if not waits[seq]]
-        while free:
-            for seq in dependents[free.pop()]:
-                waits[seq] -= 1
-                if not waits[seq]:
-                    free.append(seq)
-        stuck = next((seq for seq in waits if waits[seq]), None)
-        if stuck is not None:
-            id = self._value("SELECT id FROM jobs WHERE seq = ?", stuck)
-            raise QueueError("after: in a circle, so that job %s would never run", id)
+    def _in_order(self, seqs):
+        """Return jobs and all that they come after, each behind its dependencies.
+
+        Completed jobs are no exception. If there is a cycle, there is no such order:
+        QueueError is raised.
+        """
+        order, entered, path = {}, set(), [*reversed(seqs)]
+        while path:
+            seq = path[-1]
+            if seq in entered:  # all that it comes after is in the order by now
+                order[path.pop()] = True
+                continue
+            entered.add(seq)
+            for dependency, in self._rows(
+                    "SELECT waits_for FROM dependencies WHERE seq = ?", seq):
+                if dependency in entered and dependency not in order:
+                    words = "after: in a circle, so that job %s would never run"
+                    id = self._value("SELECT id FROM jobs WHERE seq = ?", seq)
+                    raise QueueError(words, id)
+                if dependency not in order:
+                    path.append(dependency)
+        return order
+
+    def _seq_of(self, id):
+        """Return the number of a job, None if there is none."""
+        query = "SELECT seq FROM jobs WHERE id = ?"
+        return self._value(query, id) if is_storable(id) else None
 
     # -- the life of a job -------------------------------------------------------------
 
@@ -1706,17 +1933,17 @@ class Queue(Database):
             return run
 
     def promote(self, now):
-        """Open the gate of jobs whose time has come; FAILED to PENDING.
+        """Let the time of jobs come that wait for it alone; FAILED to PENDING.
 
         If a hundred thousand jobs become due together, it stops after a while: the
         claim that called it would take seconds. The next claim promotes the rest.
         """
         until = time.monotonic() + WORK_SLICE
         while self._change(
-                "UPDATE jobs SET state = 'pending', claimable = " + OPEN_GATE +
-                " WHERE " + in_states(WAITING) + " AND seq IN (SELECT seq FROM jobs"
-                "  WHERE " + FOR_A_TIME + " AND run_at <= ? ORDER BY run_at LIMIT 100)",
-                now) == 100 and time.monotonic() < until:
+                "UPDATE jobs SET state = 'pending', updated_at = :now"
+                " WHERE seq IN (SELECT seq FROM jobs WHERE " + FOR_A_TIME +
+                " AND run_at <= :now ORDER BY run_at LIMIT 100)",
+                now=now) == 100 and time.monotonic() < until:
             pass
 
     def promote_after_clock_step(self):
@@ -1726,9 +1953,9 @@ class Queue(Database):
         """
         now = self.clock()
         self._change(
-            "UPDATE jobs SET state = 'pending', claimable = " + OPEN_GATE +
-            ", run_at = ? WHERE state = 'failed' AND " + RARE + " AND " + FOR_A_TIME +
-            " AND updated_at > ?", now, now + 1)
+            "UPDATE jobs SET state = 'pending', run_at = :now, updated_at = :now"
+            " WHERE state = 'failed' AND " + RARE + " AND updated_at > :now + 1",
+            now=now)
 
     def record(self, run, outcome):
         """Record the end of a run, by the verb for its kind.
@@ -1753,11 +1980,10 @@ class Queue(Database):
         values = self.settings()
         wait = backoff(values["backoff_base"], run.attempt, values["backoff_max"])
         due = min(self.clock() + wait, MAX_TIME)
-        return self._finish(
-            run, outcome, "failed", outcome.error, claimable=CLOSED, run_at=due)
+        return self._finish(run, outcome, "failed", outcome.error, run_at=due)
 
     def release(self, run, outcome, is_blamed=False):
-        """PROCESSING back to PENDING. The attempt does not count.
+        """PROCESSING back to PENDING, to be claimed at once. No attempt is counted.
 
         A job that is blamed too often for the death of its worker is DEAD: it may be
         the cause of these deaths.
@@ -1777,9 +2003,11 @@ class Queue(Database):
         If `cancel` was called for the job, it is DEAD, unless it has completed.
         """
         with self.transaction():
-            if state != "completed" and self.cancel_requested(run):
+            is_cancelled = state not in SUCCESSFUL and self.cancel_requested(run)
+            if is_cancelled:
                 state, error, changes = "dead", CANCELLED, {}
-            changes.update(state=state, error=error, updated_at=self.clock())
+            changes.update(state=state, error=error, updated_at=self.clock(),
+                           cancelled=is_cancelled)
             columns = ", ".join(name + " = ?" for name in changes)
             moved = self._change(
                 "UPDATE jobs SET " + columns +
@@ -1788,8 +2016,12 @@ class Queue(Database):
             if not moved:
                 return None
             self._record_run(run, outcome)
-            if state == "dead" and error != CANCELLED:
-                self._change("INSERT OR IGNORE INTO untold VALUES (?)", run.seq)
+            if state == "dead" and not is_cancelled:
+                self._change("INSERT OR IGNORE INTO unannounced VALUES (?)", run.seq)
+            if self.drain and state in FINISHED:
+                self._change(
+                    "INSERT INTO drains VALUES (?, ?, 1)"
+                    " ON CONFLICT DO UPDATE SET runs = runs + 1", self.drain, state)
             return state
 
     def _record_run(self, run, outcome):
@@ -1798,14 +2030,19 @@ class Queue(Database):
             self._change(
                 "DELETE FROM runs WHERE seq = ? AND run = ?", run.seq, run.number)
             return
+        # If the clock was set back during the run, it took at least no time.
+        finished_at = max(run.started_at, outcome.finished_at)
         self._change(
-            "UPDATE runs SET pid = ?, started_at = ?, finished_at = ?, exit_code = ?,"
-            " error = ?, output = ? WHERE seq = ? AND run = ?",
-            run.pid, run.started_at, outcome.finished_at, outcome.exit_code,
-            outcome.error, outcome.output, run.seq, run.number)
+            "UPDATE runs SET pid = ?, started_at = ?, finished_at = ?, kind = ?,"
+            " exit_code = ?, error = ? WHERE seq = ? AND run = ?",
+            run.pid, run.started_at, finished_at, outcome.kind, outcome.exit_code,
+            outcome.error, run.seq, run.number)
+        if outcome.output:
+            self._change("INSERT INTO outputs VALUES (?, ?, ?)",
+                         run.seq, run.number, outcome.output)
         self._change(
             "UPDATE totals SET runs = runs + 1, seconds = seconds + ?"
-            " WHERE outcome = ?", outcome.finished_at - run.started_at, total)
+            " WHERE total = ?", finished_at - run.started_at, total)
 
     def is_current(self, run):
         """Tell whether a run still owns its job."""
@@ -1830,14 +2067,14 @@ class Queue(Database):
         announced again. START may use Popen within the transaction: its child runs no
         Python, and exec closes the database. A plain fork would carry it over.
         """
-        if self._value("SELECT 1 FROM untold LIMIT 1") is None:
+        if self._value("SELECT 1 FROM unannounced LIMIT 1") is None:
             return False
         with self.transaction():
-            seq = self._value("SELECT seq FROM untold LIMIT 1")
+            seq = self._value("SELECT seq FROM unannounced LIMIT 1")
             job = self._row(SELECT_JOB + "WHERE seq = ? AND state = 'dead'", seq)
             if job:  # it may have been retried or deleted
                 start(job)
-            self._change("DELETE FROM untold WHERE seq = ?", seq)
+            self._change("DELETE FROM unannounced WHERE seq = ?", seq)
         return True
 
     # -- what people do with jobs ------------------------------------------------------
@@ -1847,26 +2084,34 @@ class Queue(Database):
     # how many jobs they changed.
 
     def edit(self, id, fields):
-        """Change fields of a waiting job, PENDING or FAILED.
+        """Change fields of a job that waits, PENDING or FAILED, or is DEAD.
 
-        FIELDS are as `checked_fields` makes them. The gate of the job is set anew. If
-        it then waits for others, it is no longer FAILED.
+        FIELDS are as `checked_fields` makes them. Variables are added to those that the
+        job has. A DEAD job stays so, with its age, until it is retried: then its time
+        is set to that moment.
         """
         now = self.clock()
         changes = {name: fields[name] for name in COLUMNS if name in fields}
         if "delay" in fields:
             changes["run_at"] = min(now + fields["delay"], MAX_TIME)
         columns = "".join("%s = :%s, " % (name, name) for name in changes)
-        sql = "UPDATE jobs SET %sclaimable = %d, updated_at = :now" % (columns, CLOSED)
+        sql = "UPDATE jobs SET " + columns + "updated_at = CASE state" \
+            " WHEN 'dead' THEN updated_at ELSE :now END"
         with self.transaction():
-            self._apply(
-                [id], [Change(sql, in_states(TAKES["edit"]))],
-                "job %(id)s is %(state)s, and only one that waits can be changed",
-                changes)
+            job = self.job(id)
+            if job["state"] == "dead" and "run_at" in changes:
+                raise QueueError("job %s is dead, and `retry` sets its time to now:"
+                                 " retry it, then edit its time", id)
+            if changes.get("env") and job["env"]:
+                changes["env"] = json.dumps(
+                    {**json.loads(job["env"]), **json.loads(changes["env"])})
+            next_step = NEXT_STEPS.get(job["state"], "")
+            self._apply([id], [Change(sql, in_states(TAKES["edit"]))],
+                        "job %(id)s is %(state)s: " + next_step, changes)
             if "after" in fields:
-                self._change("DELETE FROM waits WHERE seq = ?", self.job(id)["seq"])
-                self._add_dependencies([(id, fields["after"])])
-            self.promote(now)
+                self._change("DELETE FROM dependencies WHERE seq = ?", job["seq"])
+                self._add_dependencies([(id, fields["after"], ())])
+            self.promote(now)  # the job may be FAILED, and its time be now
         wake_workers(self.path)
 
     def cancel(self, ids):
@@ -1875,30 +2120,32 @@ class Queue(Database):
 
     def cancel_all(self, condition):
         """Cancel the jobs that meet a condition."""
-        return self._apply_in_batches(condition, CANCEL)
+        return self._apply_to_many(condition, CANCEL)
 
     def retry(self, ids, states=TAKES["retry"]):
-        """COMPLETED or DEAD to PENDING, with attempts 0."""
+        """COMPLETED or DEAD to PENDING, with attempts 0.
+
+        Jobs that come after one another run in that order again.
+        """
         return self._apply(ids, [Change(RETRY, in_states(states))],
                            "job %(id)s is %(state)s, not " + " or ".join(states))
 
     def retry_all(self, condition):
         """Retry the jobs that meet a condition."""
-        return self._apply_in_batches(
+        return self._apply_to_many(
             condition, [Change(RETRY, in_states(TAKES["retry"]))])
 
     def delete(self, ids):
         """Remove jobs that are not running, with their runs.
 
-        A job with dependents can be removed only together with them.
+        A job that is not completed, and for which an unfinished job waits, is removed
+        only together with that one.
         """
         with self.transaction():
             jobs = self._named(ids)
             named = {job["seq"] for job in jobs}
             for job in jobs:
-                for seq, id in self._rows(
-                        "SELECT seq, id FROM jobs JOIN waits USING (seq)"
-                        " WHERE waits_for = ?", job["seq"]):
+                for seq, id in self._dependents(job):
                     if seq not in named:
                         message = "job %s can't be deleted, because %s waits for it; to"
                         raise QueueError(
@@ -1908,38 +2155,36 @@ class Queue(Database):
         wake_workers(self.path)
         return count
 
-    def delete_all(self, condition):
-        """Remove the jobs that meet a condition.
+    def _dependents(self, job):
+        """Return number and id of the unfinished jobs that wait for a job."""
+        if job["state"] in SUCCESSFUL:
+            return []
+        return self._rows(
+            "SELECT seq, id FROM jobs JOIN dependencies USING (seq)"
+            " WHERE waits_for = ? AND " + UNFINISHED_DEPENDENT, job["seq"])
 
-        If the condition leaves out jobs with dependents, a chain is removed from its
-        end, one job a pass.
-        """
-        count, may_go_on = 0, True
-        while may_go_on:
-            has_dependencies = self._value("SELECT 1 FROM waits LIMIT 1")
-            removed = self._apply_in_batches(condition, DELETE)
-            count += removed
-            may_go_on = removed and has_dependencies
+    def delete_all(self, condition):
+        """Remove the jobs that meet a condition, dependents first."""
+        changes = DELETE
+        if condition.sql != condition.of_row:
+            # It spares jobs that are needed. A dependent may have come since.
+            is_free = "(%s OR NOT EXISTS (SELECT 1 FROM jobs JOIN dependencies" \
+                " USING (seq) WHERE waits_for = :seq AND %s))" % (
+                    in_states(SUCCESSFUL), UNFINISHED_DEPENDENT)
+            changes = [change._replace(condition=change.condition + " AND " + is_free)
+                       for change in DELETE]
+        count = self._apply_to_many(condition, changes, dependents_first=True)
         self._vacuum()
         return count
 
-    def prune(self, keep, first):
-        """Remove the jobs of one batch that were completed more than KEEP seconds ago.
-
-        The batch begins at number FIRST. Return how many were removed, and where the
-        next batch begins.
-        """
-        batch = self._rows(
-            "SELECT seq FROM jobs WHERE seq >= ? ORDER BY seq LIMIT ?",
-            first, BATCH_SIZE)
-        if not batch:
-            return 0, 1
-        last = batch[-1]["seq"]
+    def prune(self, keep):
+        """Remove a batch of jobs that were completed more than KEEP seconds ago."""
         count = self._change(
-            "DELETE FROM jobs WHERE seq BETWEEN ? AND ? AND updated_at < ?"
-            " AND state = 'completed'", first, last, self.clock() - keep)
+            "DELETE FROM jobs WHERE seq IN (SELECT seq FROM jobs"
+            "  WHERE state = 'completed' AND updated_at < ?"
+            "  ORDER BY updated_at LIMIT ?)", self.clock() - keep, BATCH_SIZE)
         self._vacuum()
-        return count, last + 1
+        return count
 
     def _named(self, ids):
         if isinstance(ids, str):
@@ -1956,43 +2201,57 @@ class Queue(Database):
         with self.transaction():
             jobs = self._named(ids)
             for job in jobs:
-                changed = 0
-                for change in changes:
-                    changed += self._change(
-                        "%s WHERE seq = :seq AND %s" % change,
-                        **values, seq=job["seq"])
-                if not changed:
+                if not self._apply_to([job["seq"]], changes, values):
                     raise QueueError(refusal % dict(job, id=printable(job["id"])))
         if not self.db.in_transaction:  # the workers would see no change before its end
             wake_workers(self.path)
         return len(jobs)
 
-    def _apply_in_batches(self, condition, changes):
-        """Apply changes to all jobs that meet a condition.
+    def _apply_to(self, seqs, changes, values):
+        """Apply changes to jobs; return how many were changed."""
+        rows = [dict(values, seq=seq) for seq in seqs]
+        return sum(
+            self.db.executemany("%s WHERE seq = :seq AND %s" % change, rows).rowcount
+            for change in changes)
+
+    def _apply_to_many(self, condition, changes, dependents_first=False):
+        """Apply changes to all jobs that meet a condition now; return how many.
 
         In many short transactions: a single one for a million jobs, or for a few
-        hundred with large outputs, would hold up all others for seconds.
+        hundred with large outputs, would hold up all others for seconds. A job that
+        meets the condition later, like one that a pool completes in the meantime, is
+        left. Jobs come behind their dependencies, or before them, so that none is run,
+        or left, without the others in between.
         """
-        query = "SELECT seq FROM jobs WHERE seq > :last AND %s AND (%s)" \
-            " ORDER BY seq LIMIT :length" % (
-                condition.sql, " OR ".join(change.condition for change in changes))
-        values = dict(condition.values, now=self.clock(), last=0)
-        count, length = 0, BATCH_SIZE
-        while True:
-            batch = self._rows(query, **values, length=length)
-            if not batch:
-                break
+        seqs = self._seqs(condition)
+        if dependents_first:
+            seqs = seqs[::-1]
+        changes = [change._replace(condition="%s AND %s" % (
+            condition.of_row, change.condition)) for change in changes]
+        values = dict(condition.values, now=self.clock())
+        count, first, length = 0, 0, BATCH_SIZE
+        while first < len(seqs):
+            batch = seqs[first : first + length]
+            first += length
             began = time.monotonic()
-            values.update(first=batch[0]["seq"], last=batch[-1]["seq"])
             with self.transaction():
-                for change in changes:
-                    count += self._change(
-                        "%s WHERE seq BETWEEN :first AND :last AND %s AND %s"
-                        % (change.sql, condition.sql, change.condition), **values)
+                count += self._apply_to(batch, changes, values)
             took = max(0.001, time.monotonic() - began)  # Windows has a coarse clock
             length = max(1, min(BATCH_SIZE, int(len(batch) * WORK_SLICE / took)))
         wake_workers(self.path)
         return count
+
+    def _seqs(self, condition):
+        """Return the numbers of the jobs that meet a condition, dependencies first."""
+        from array import array
+
+        rows = self.db.execute("SELECT seq FROM jobs WHERE " + condition.sql +
+                               " ORDER BY seq", condition.values)
+        seqs = array("q", (seq for seq, in rows))  # eight bytes each
+        if not self._value("SELECT 1 FROM dependencies WHERE waits_for > seq LIMIT 1"):
+            return seqs  # every job has a higher number than its dependencies
+        chosen = {*seqs}
+        return array("q", [seq for seq in self._in_order(seqs) if seq in chosen])
 
     def _vacuum(self):
         """Return the space of removed rows to the file system, if it is much."""
@@ -2035,8 +2294,9 @@ class Queue(Database):
     def dependencies(self, job):
         """Return the jobs that a job waits for, dead ones first."""
         return self._rows(
-            "SELECT id, state FROM waits JOIN jobs ON jobs.seq = waits_for"
-            " WHERE waits.seq = ? ORDER BY state = 'dead' DESC, waits_for", job["seq"])
+            "SELECT id, state FROM dependencies JOIN jobs ON jobs.seq = waits_for"
+            " WHERE dependencies.seq = ? AND NOT " + in_states(SUCCESSFUL) +
+            " ORDER BY state = 'dead' DESC, waits_for", job["seq"])
 
     def lock_holder(self, job):
         """Return the id of the job that has the lock of this one, or gets it next."""
@@ -2049,8 +2309,8 @@ class Queue(Database):
         """Return how many jobs are claimed before this one."""
         return self._value(
             "SELECT COUNT(*) FROM jobs WHERE " + CLAIMABLE +
-            " AND (priority > ? OR priority = ? AND seq < ?)",
-            job["priority"], job["priority"], job["seq"])
+            " AND (priority > ? OR priority = ? AND (run_at, seq) < (?, ?))",
+            job["priority"], job["priority"], job["run_at"], job["seq"])
 
     def runs(self, job):
         """Return the runs of a job, the first one first, without their output."""
@@ -2062,9 +2322,9 @@ class Queue(Database):
     def output(self, job, run=None):
         """Return the stored output of a run (default: the latest one), or None.
 
-        RUN is its number. The output is stored at the end of the run.
+        RUN is its number. An output is stored at the end of the run, if there is any.
         """
-        query = "SELECT output FROM runs WHERE seq = ? AND run = ?"
+        query = "SELECT output FROM outputs WHERE seq = ? AND run = ?"
         return self._value(query, job["seq"], run or job["run"])
 
     def lease_path(self, seq, number):
@@ -2097,10 +2357,12 @@ class Queue(Database):
             batch = self._rows(query, **condition.values, first=first, last=last,
                                size=min(left, BATCH_SIZE))
             yield from batch
-            left = left - len(batch) if len(batch) == BATCH_SIZE else 0
-            if batch and newest:
+            left -= len(batch)
+            if len(batch) < BATCH_SIZE:
+                return
+            if newest:
                 last = batch[-1]["seq"] - 1
-            elif batch:
+            else:
                 first = batch[-1]["seq"] + 1
 
     def dead_jobs(self, after_id=None, **filters):
@@ -2170,25 +2432,24 @@ class Queue(Database):
         """
         row = self._row(
             "SELECT id, dependency FROM (" + BEHIND_DEAD + ") JOIN jobs USING (seq)"
-            " WHERE state = 'pending' ORDER BY seq LIMIT 1")
+            " ORDER BY seq LIMIT 1")
         return row and dict(row, jobs=self._value(
-            BLOCKED + "SELECT COUNT(*) FROM blocked JOIN jobs USING (seq)"
-            " WHERE state = 'pending'"))
+            BLOCKED + "SELECT COUNT(*) FROM blocked"))
 
     def oldest_claimable(self):
         """Return the job (`id`, `run_at`) that waits longest for a worker, or None.
 
-        Of each priority, found one after the other by the index, the first hundred jobs
-        are compared: a retried job stands before others that have waited longer.
+        It is the first one of its priority. The priorities are found one after the
+        other by the index, up to a hundred.
         """
         highest = "SELECT MAX(priority) FROM jobs WHERE " + CLAIMABLE
         return self._row(
             "WITH RECURSIVE level (priority) AS (" + highest + " UNION ALL SELECT ("
             + highest + " AND jobs.priority < level.priority)"
             " FROM level WHERE priority IS NOT NULL LIMIT 100)"
-            " SELECT id, run_at FROM level CROSS JOIN jobs ON seq IN (SELECT seq"
+            " SELECT id, run_at FROM level CROSS JOIN jobs ON seq = (SELECT seq"
             "  FROM jobs WHERE " + CLAIMABLE + " AND jobs.priority = level.priority"
-            "  ORDER BY seq LIMIT 100) ORDER BY run_at, seq LIMIT 1")
+            "  ORDER BY run_at, seq LIMIT 1) ORDER BY run_at, seq LIMIT 1")
 
     def next_due(self):
         """Return the job (`id`, `run_at`) that is due next, or None."""
@@ -2200,78 +2461,67 @@ class Queue(Database):
         return bool(self._value("SELECT 1 FROM jobs WHERE " + CLAIMABLE + " LIMIT 1"))
 
     def is_drained(self):
-        """Tell whether a drain is over: no job is due, running or waiting for a retry.
+        """Tell whether no job is due, running or waiting for a retry.
 
-        While the queue is paused, only running jobs count. This is one statement:
-        between two a job could go from waiting to running.
+        This is one statement: between two a job could go from waiting to running.
         """
         return not self._value(
-            "SELECT EXISTS (SELECT 1 FROM counts WHERE jobs > 0 AND"
-            "  (state = 'processing' OR state = 'failed' AND NOT " + PAUSED + "))"
-            " OR NOT " + PAUSED + " AND ("
-            "  EXISTS (SELECT 1 FROM jobs WHERE " + CLAIMABLE + ")"
-            "  OR EXISTS (SELECT 1 FROM jobs WHERE " + FOR_A_TIME +
-            "   AND run_at <= ?))", self.clock())
+            "SELECT EXISTS (SELECT 1 FROM counts WHERE jobs > 0"
+            "  AND (state = 'processing' OR state = 'failed'))"
+            " OR EXISTS (SELECT 1 FROM jobs WHERE " + CLAIMABLE + ")"
+            " OR EXISTS (SELECT 1 FROM jobs WHERE " + FOR_A_TIME + " AND run_at <= ?)",
+            self.clock())
 
-    def count_ended(self, since, workers):
-        """Return how many jobs these workers have ended since a time, by state."""
-        rows = self._rows(
-            "SELECT worker, state FROM runs JOIN jobs USING (seq, run)"
-            " WHERE finished_at >= ? AND " + in_states(FINISHED), since)
-        return collections.Counter(
-            row["state"] for row in rows if row["worker"] in workers)
+    def begin_drain(self):
+        """Forget the counts of pools that are gone; count for this pool from 0."""
+        living = {*living_pools(self.path)} - {self.drain}
+        with self.transaction():
+            for pool, in self._rows("SELECT DISTINCT pool FROM drains"):
+                if pool not in living:
+                    self._change("DELETE FROM drains WHERE pool = ?", pool)
+
+    def drain_counts(self):
+        """Return how many runs of this pool left their job in each finished state."""
+        rows = self._rows("SELECT state, runs FROM drains WHERE pool = ?", self.drain)
+        return {**dict.fromkeys(FINISHED, 0), **dict(rows)}
 
     def wait(self, ids=None, timeout=None, on_check=lambda counts: None, exclude=None):
         """Wait until jobs are completed or dead, or until what is left can't go on.
 
         Without IDS, wait for all jobs that are unfinished now, except EXCLUDE. Return
-        how many are in each state, and the ids that are left; None after TIMEOUT
-        seconds. `on_check` is called at each check with the counts of all jobs. A job
-        that was seen to end is not looked at again, since it may be removed.
+        how many ended in each state and how many were `removed`; as `left` the ids of
+        those that wait for a dead job; and without IDS as `died_before` how many dead
+        jobs there were that nobody cancelled, since what became of a job must not
+        depend on how soon it died. Return None after TIMEOUT seconds. `on_check` is
+        called at each check with the counts of all jobs.
         """
-        ended = dict.fromkeys((*STATES, "removed"), 0)
-        # A job that `keep` deleted was completed. Without `keep` it can't be known.
-        removed = "removed" if self.settings()["keep"] is None else "completed"
+        died_before = 0
         if ids is None:
-            ids = [id for id in self._unfinished_ids() if id != exclude]
+            ids, died_before = self._unfinished_and_dead()
+            ids = [id for id in ids if id != exclude]
         else:
             ids = [job["id"] for job in self._named(ids)]
-        left = collections.deque(ids)
-
-        def is_over():
-            self.require_file()
-            counts, blocked = self.counts(), self.blocked_seqs()
-            others = counts["processing"] - (1 if exclude else 0)
-            nothing_starts = self.is_paused() and others <= 0
-            on_check(counts)
-            stuck = []
-            while left:
-                job = self._row("SELECT seq, state FROM jobs WHERE id = ?", left[-1])
-                state = job["state"] if job else removed
-                if state in (*FINISHED, "removed"):
-                    ended[state] += 1
-                    left.pop()
-                elif nothing_starts or job["seq"] in blocked:
-                    stuck.append(left.pop())
-                else:
-                    break  # this one may go on: the others need no check
-            left.extendleft(stuck)
-            return len(left) == len(stuck)
-
+        wait = Wait(self, ids, on_check)
         seconds = MAX_DURATION if timeout is None else timeout
-        if not wait_until(is_over, seconds, WAIT_INTERVAL):
+        if not wait_until(wait.is_over, seconds, WAIT_INTERVAL):
             return None
-        return dict(ended, left=[*left])
+        return dict(wait.ended, died_before=died_before, left=[*wait.left])
 
-    def _unfinished_ids(self):
-        return [id for id, in self._rows(
-            "SELECT id FROM jobs WHERE state = 'pending' UNION ALL"
-            " SELECT id FROM jobs WHERE " + RARE + " AND NOT " + in_states(FINISHED))]
+    def _unfinished_and_dead(self):
+        """Return the ids of all unfinished jobs, and how many died uncancelled.
+
+        In one statement: a job that dies between two would be in neither.
+        """
+        rows = self._rows(
+            "SELECT id, 0 AS died FROM jobs WHERE state = 'pending' UNION ALL"
+            " SELECT id, state = 'dead' FROM jobs WHERE " + RARE +
+            " AND (state <> 'dead' OR NOT cancelled)")
+        return [id for id, died in rows if not died], sum(died for _, died in rows)
 
     # -- settings ----------------------------------------------------------------------
 
     def output_limit(self):
-        """Return how much of an output is kept now."""
+        """Return the present `OutputLimit`."""
         return output_limit(self.settings())
 
     def settings(self):
@@ -2305,7 +2555,7 @@ class Queue(Database):
 
     def totals(self):
         """Return number and seconds of all runs there ever were: {total: (n, s)}."""
-        rows = self._rows("SELECT outcome, runs, seconds FROM totals")
+        rows = self._rows("SELECT total, runs, seconds FROM totals")
         return {total: (runs, seconds) for total, runs, seconds in rows}
 
     def run_bars(self, since, width, bars):
@@ -2321,18 +2571,58 @@ class Queue(Database):
             since, width, bars - 1, self.clock() - 60, since)
 
     def run_sample(self, since):
-        """Return command, error, run time and wait of runs that finished since a time.
+        """Return command, kind, error, run time and wait of runs finished since a time.
 
         At most fifty thousand, those of the jobs that were enqueued last: a million
         would take seconds.
         """
         return self._rows(
-            "SELECT command, runs.error, finished_at - started_at AS spent,"
+            "SELECT command, kind, runs.error, finished_at - started_at AS spent,"
             # `run_at` is a later time if the job was put back into the queue since.
             " CASE WHEN jobs.run = runs.run AND started_at >= run_at"
             "  THEN started_at - run_at END AS waited"
             " FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?"
             " ORDER BY seq DESC LIMIT 50000", since)
+
+
+class Wait:
+    """The jobs that `Queue.wait` waits for, and what became of them."""
+
+    def __init__(self, queue, ids, on_check):
+        self.queue, self.on_check = queue, on_check
+        self.left = collections.deque(ids)
+        self.ended = dict.fromkeys((*STATES, "removed"), 0)
+        self.began = time.monotonic()
+        self.seen_at = {}  # {id: when the job was last seen unfinished}
+
+    def is_over(self):
+        """Tell whether all jobs have ended, or those that are left can't go on.
+
+        A job that was seen to end is not checked again, since it may be removed.
+        """
+        self.queue.require_file()
+        self.on_check(self.queue.counts())
+        blocked, stuck = self.queue.blocked_seqs(), []
+        while self.left:
+            id = self.left[-1]
+            job = self.queue._row("SELECT seq, state FROM jobs WHERE id = ?", id)
+            state = job["state"] if job else self.state_of_gone(id)
+            if state in FINISHED or state == "removed":
+                self.ended[state] += 1
+                self.left.pop()
+                continue
+            self.seen_at[id] = time.monotonic()
+            if job["seq"] not in blocked:
+                break  # this one may go on: the others need no check
+            stuck.append(self.left.pop())
+        self.left.extendleft(stuck)
+        return len(self.left) == len(stuck)
+
+    def state_of_gone(self, id):
+        """Return `completed` for a job that `keep` may have deleted, or `removed`."""
+        keep = self.queue.settings()["keep"]
+        unseen = time.monotonic() - self.seen_at.get(id, self.began)
+        return "removed" if keep is None or unseen < keep else "completed"
 
 
 # Statistics: what `stats` shows, made of the queue's rows.
@@ -2377,7 +2667,7 @@ def sample_stats(rows):
           "longest": max(times)} for command, times in commands.items()),
         key=lambda entry: -entry["mean"])
     errors = collections.Counter(
-        row["error"] for row in rows if row["error"] not in (None, *INTERRUPTED))
+        row["error"] for row in rows if row["kind"] == "failed")
     waited = [row["waited"] for row in rows if row["waited"] is not None]
     return {
         "run_time": percentiles(row["spent"] for row in rows),
@@ -2752,17 +3042,18 @@ class WindowsCommand(RunningCommand):
             creationflags=subprocess.CREATE_NEW_PROCESS_GROUP | CREATE_SUSPENDED)
         self.pid, process = self.popen.pid, wintypes.HANDLE(int(self.popen._handle))
         try:
-            handle = self.succeeded(KERNEL.CreateJobObjectW(None, None))
+            handle = self.require_success(KERNEL.CreateJobObjectW(None, None))
             self.job_object = wintypes.HANDLE(handle)
             self.set_limits(KILL_ON_CLOSE)
-            self.succeeded(KERNEL.AssignProcessToJobObject(self.job_object, process))
+            self.require_success(
+                KERNEL.AssignProcessToJobObject(self.job_object, process))
         except OSError:
             self.popen.kill()
             raise
         ctypes.WinDLL("ntdll").NtResumeProcess(process)
 
     @staticmethod
-    def succeeded(value):
+    def require_success(value):
         """Return the result of a call of the system, or raise its error."""
         if not value:
             raise ctypes.WinError(ctypes.get_last_error())
@@ -2772,7 +3063,7 @@ class WindowsCommand(RunningCommand):
         # JOBOBJECT_EXTENDED_LIMIT_INFORMATION: two 64-bit times, then the flags.
         limits = (wintypes.DWORD * (36 if sys.maxsize > 2**32 else 28))()
         limits[4] = flags
-        self.succeeded(KERNEL.SetInformationJobObject(
+        self.require_success(KERNEL.SetInformationJobObject(
             self.job_object, 9, limits, ctypes.sizeof(limits)))
 
     def poll(self):
@@ -2995,7 +3286,7 @@ def why_waiting(queue, job, workers):
         return why_dependent(queue, job)
     if queue.is_paused():
         return "the queue is " + PAUSED_HINT
-    if job["claimable"] == CLOSED:
+    if job["gate"] == CLOSED:
         what = "try %d" % (job["attempts"] + 1) if job["attempts"] else "due"
         return "%s %s%s" % (what, relative_time(job["run_at"], queue.clock()), no_pool)
     if not workers:
@@ -3022,13 +3313,9 @@ def why_dependent(queue, job):
 
 
 def obstacles(queue):
-    """Return in words what keeps jobs from going on until somebody does something."""
-    reasons, blocked = [], queue.first_blocked()
-    if blocked:
-        reasons.append(blocked_text(blocked))
-    if queue.is_paused():
-        reasons.append("the queue is " + PAUSED_HINT)
-    return reasons
+    """Return in words why jobs can't go on until somebody does something."""
+    blocked = queue.first_blocked()
+    return [blocked_text(blocked)] if blocked else []
 
 
 def blocked_text(blocked):
@@ -3038,7 +3325,7 @@ def blocked_text(blocked):
 
 def progress_text(counts, done, seconds):
     """Return a line on the progress of a queue, which ended DONE jobs in SECONDS."""
-    running, waiting = counts["processing"], counts["pending"] + counts["failed"]
+    running, waiting = counts["processing"], sum(counts[state] for state in WAITING)
     line = "completed %d, dead %d, running %d, waiting %d" % (
         counts["completed"], counts["dead"], running, waiting)
     if done <= 0 or seconds <= 0:
@@ -3104,13 +3391,13 @@ def truncate(text, width):
     return text + drawable("…", "~")
 
 
-def drawable(characters, ascii):
-    """Return characters for a picture, in ASCII if the standard output needs that."""
+def drawable(characters, fallback):
+    """Return characters for a picture, or FALLBACK if the output can't show them."""
     try:
         characters.encode(sys.stdout.encoding or "ascii")
         return characters
     except UnicodeEncodeError:
-        return ascii
+        return fallback
 
 
 def table(titles, rows, width=None, state_column=None):
@@ -3154,7 +3441,7 @@ def job_table(jobs, now, changed, *fields):
 
 def changed_text(job, now):
     """Return when a job changed, or when it is due if it waits for that time alone."""
-    if job["claimable"] == CLOSED and not job["waits"] and job["run_at"] > now:
+    if job["gate"] == CLOSED and not job["waits"] and job["run_at"] > now:
         return "due " + relative_time(job["run_at"], now)
     return relative_time(job["updated_at"], now)
 
@@ -3353,6 +3640,7 @@ class Worker:
 
     def __init__(self, path, pool, is_drain):
         self.path, self.pool, self.is_drain = path, pool, is_drain
+        self.drain = pool if is_drain else None  # as for `Queue`
         self.log = open_log(path, "worker")
         self.queue = None
         self.lease = None  # of the present run
@@ -3373,7 +3661,7 @@ class Worker:
     def work(self):
         """Run jobs until asked to stop."""
         self.queue = self.with_retries(
-            lambda: Queue(self.path, for_pool=True))
+            lambda: Queue(self.path, for_pool=True, drain=self.drain))
         with self.queue:
             ended = None  # the latest run and its outcome, until they are recorded
             while True:
@@ -3448,7 +3736,7 @@ class Worker:
         a pool would put the job back while its end is being recorded.
         """
         finished, self.lease = self.lease, None
-        is_leaving = self.should_leave()  # here, since others wait during a transaction
+        is_leaving = self.should_leave()  # asked before the transaction: others wait
         try:
             with self.queue.transaction():
                 state = self.queue.record(*ended) if ended else None
@@ -3503,11 +3791,11 @@ class Worker:
                     self.is_pool_stopping, BLAME_DELAY):
                 end = End("stopped", STOPPED)
                 command.terminate(self.waiter)  # what a shell may have left
-        except Unkillable as pids:
+        except Unkillable as left:
             # This worker leaves. So a pool finds a run without a worker as soon as
             # these processes are gone.
             message = "%s can't be ended: processes %s are left alone"
-            raise QueueError(message, run_label(run), pids) from None
+            raise QueueError(message, run_label(run), left) from None
         finally:
             command.close()
         if command.kill_was_sent and run.launcher:
@@ -3518,7 +3806,10 @@ class Worker:
         return run, Outcome(kind, exit_code, error, finished_at, self.lease.output())
 
     def not_started(self, run, error):
-        """Return the outcome of a run whose command could not be started."""
+        """Return the outcome of a run whose command could not be started.
+
+        If the system has no process to give, wait a little before that.
+        """
         kind, text = "failed", "cannot start: %s" % error
         if getattr(error, "errno", None) in NO_PROCESS:
             kind = "refused"
@@ -3596,7 +3887,6 @@ class Reaper:
         self.terminations = {}  # {lease of an orphan: its Termination}
         self.hooks = {}  # {a running `on_dead`: the id of its job}
         self.hook_error = None  # why `on_dead` could not be started
-        self.next_batch = 1  # of the jobs that `keep` may remove
 
     def is_idle(self):
         """Tell whether there is no more to do for lost runs, or nothing that helps."""
@@ -3635,7 +3925,7 @@ class Reaper:
             if run.worker in workers or self.worker_died_just_now(run.worker):
                 self.recovery_done = False
             elif not found[lease]:
-                self.release(queue, run)
+                self.put_back(queue, run)
             elif queue.is_current(run):
                 self.end_orphan(run, found[lease])
             # Otherwise the run has ended in between. Its background children go on.
@@ -3679,7 +3969,7 @@ class Reaper:
             message = "%s did not end and is killed: %s"
             self.log.warning(message, run_label(run), sorted(pids))
 
-    def release(self, queue, run):
+    def put_back(self, queue, run):
         """Put the job of a lost run back, unless something holds the lease again."""
         output = read_output(run.lease, queue.output_limit())
         outcome = Outcome("lost", None, WORKER_DIED, queue.clock(), output)
@@ -3728,20 +4018,14 @@ class Reaper:
         self.hooks[hook] = printable(job["id"])
 
     def prune(self, queue):
-        """Delete the jobs that are older than `keep`, batch by batch.
-
-        It stops at a batch without such a job, and goes on from there at the next
-        check.
-        """
+        """Delete the jobs that are older than `keep`. Of many it leaves a rest."""
         keep = queue.settings()["keep"]
         if keep is None:
             return
-        total, until = 0, time.monotonic() + PRUNE_SLICE
-        while time.monotonic() < until:
-            count, self.next_batch = queue.prune(keep, self.next_batch)
+        total, count, until = 0, BATCH_SIZE, time.monotonic() + PRUNE_SLICE
+        while count == BATCH_SIZE and time.monotonic() < until:
+            count = queue.prune(keep)
             total += count
-            if not count:
-                break
         if total:
             self.log.info("keep: removed %s", plural(total, "job"))
 
@@ -3775,16 +4059,17 @@ class Supervisor:
 
     def __init__(self, path, count, is_drain=False, on_check=None):
         self.path, self.count = os.path.realpath(path), count
-        self.is_drain = is_drain
-        self.on_check = on_check  # called with the queue, every DRAIN_INTERVAL
         self.pid = os.getpid()
+        self.is_drain = is_drain
+        self.drain = self.pid if is_drain else None  # as for `Queue`
+        self.on_check = on_check  # called with the queue, every DRAIN_INTERVAL
         self.own_file = pool_file(self.path, self.pid)
         self.fd = None  # of that file
         self.file_status = None  # of the database
-        self.began = None  # by the clock of the queue
+        self.was_paused = False  # the queue, at the latest check
         self.waiter = self.log = self.reaper = None
         self.workers = []  # their processes
-        self.pids = set()  # of all workers that it ever had
+        self.worker_pids = set()  # of all workers that it ever had
         self.next_start = self.next_check = self.checked_at = 0.0  # monotonic times
         self.is_unreadable = False  # the queue, at the latest check
         self.signals, self.signalled_at = 0, -MAX_DURATION
@@ -3809,6 +4094,9 @@ class Supervisor:
             self.log = open_log(self.path, "pool")
             self.reaper = Reaper(self.path, self.log)
             self.log.info("pool of %d started", self.count)
+            with Queue(self.path, drain=self.drain) as queue:
+                queue.begin_drain()
+                self.report_pause(queue)
             started()
             self.loop()
             # A drain has to say how it ended, even if another program has the lock.
@@ -3826,9 +4114,7 @@ class Supervisor:
         """Check the queue and its files; take the PID file."""
         inherit_nothing()
         with Queue(self.path) as queue:
-            self.file_status, self.began = queue.file_status, queue.clock()
-            if queue.is_paused():
-                notice("the queue is " + PAUSED_HINT)
+            self.file_status = queue.file_status
         for path in (path_beside(self.path, ".runs"), path_beside(self.path, ".log")):
             hint = owner_hint(path)
             if hint:
@@ -3860,8 +4146,8 @@ class Supervisor:
             if are_missing:
                 due = min(due, self.next_start)
             if self.waiter.wait(due - time.monotonic()):
-                # By a worker or a command. If it wakes often, it does not look each
-                # time.
+                # A worker or a command has woken this pool. However often that happens,
+                # it checks the queue only every POLL_INTERVAL.
                 self.next_check = min(self.next_check, self.checked_at + POLL_INTERVAL)
 
     def check_interval(self):
@@ -3879,7 +4165,7 @@ class Supervisor:
         request = requested_stop(self.path, self.pid)
         if not request or self.workers:
             return False
-        if not may_be_same_file(self.path, self.file_status):
+        if self.stop_reason or not may_be_same_file(self.path, self.file_status):
             return True
         if not self.reaper.recovery_done:
             return request == "now" and self.is_unreadable
@@ -3887,14 +4173,17 @@ class Supervisor:
 
     def require_own_file(self):
         """Stop if the PID file was removed: no command could stop this pool."""
-        if not self.stop_reason and not os.path.exists(self.own_file):
+        if not os.path.exists(self.own_file):
             self.give_up("its file %s was removed" % self.own_file)
 
     def give_up(self, why):
-        """Note and report why this pool can't go on."""
+        """Stop this pool, which can't go on; report why, once."""
+        if self.stop_reason:
+            return
         self.stop_reason = why
         self.log.info("this pool stops: %s", why)
         notice("this pool stops: " + why)
+        self.ask_to_stop("stop")
 
     def ask_to_stop(self, request):
         """Request a stop of this pool, unless it was requested before."""
@@ -3905,7 +4194,8 @@ class Supervisor:
         request_stop(self.path, self.pid, request)
         if request == "stop" and sys.stderr.isatty():
             running = self.with_queue(lambda queue: [
-                run for run in queue.processing_runs() if run.worker in self.pids])
+                run for run in queue.processing_runs()
+                if run.worker in self.worker_pids])
             if running:
                 notice("finishing %s; Ctrl-C again ends them now"
                        % plural(len(running), "running job"))
@@ -3942,30 +4232,33 @@ class Supervisor:
                 self.next_start = time.monotonic() + RESTART_INTERVAL
                 return True
             self.workers.append(worker)
-            self.pids.add(worker.pid)
+            self.worker_pids.add(worker.pid)
             self.reaper.forget_worker_death(worker.pid)  # of an earlier one, same PID
         return False
 
     def with_queue(self, action):
         """Call an action with the queue; return its result, None after an error.
 
-        After an error the next check tries again. If the queue is gone, the pool stops.
+        After an error the next check tries again. If the queue is gone, or this
+        queuectl can't use it any more, the pool stops.
         """
         try:
             if may_be_same_file(self.path, self.file_status):
-                with Queue(self.path, for_pool=True) as queue:
+                with Queue(self.path, for_pool=True, drain=self.drain) as queue:
                     self.is_unreadable = False
                     return action(queue)
-            if not self.stop_reason:
-                self.give_up("%s was removed" % printable(self.path))
-                self.ask_to_stop("stop")
-        except (sqlite3.Error, OSError, QueueError) as error:
+            self.give_up("%s was removed" % printable(self.path))
+        except QueueError as error:
+            self.give_up(str(error))
+        except (sqlite3.Error, OSError) as error:
             self.is_unreadable = True
             self.reaper.recovery_done = False
             self.log.error("%s", error)
 
     def maintain(self, queue):
         """Do what is due for the queue at every check."""
+        if self.is_drain:  # it waits while the queue is paused
+            self.report_pause(queue)
         self.reaper.recover_lost(queue, [worker.pid for worker in self.workers])
         self.reaper.remove_stale_files(queue)
         self.reaper.rotate_log()
@@ -3975,6 +4268,13 @@ class Supervisor:
         if self.on_check:
             self.on_check(queue)
 
+    def report_pause(self, queue):
+        """Report that the queue is paused, once for each pause."""
+        is_paused = queue.is_paused()
+        if is_paused and not self.was_paused:
+            notice("the queue is " + PAUSED_HINT)
+        self.was_paused = is_paused
+
     def finish(self, queue):
         """Set `result`, the pool's last line, and `has_failed`; then clear up.
 
@@ -3982,7 +4282,7 @@ class Supervisor:
         """
         self.result = "pool %d stopped" % self.pid
         if self.is_drain:
-            ended, why = queue.count_ended(self.began, self.pids), obstacles(queue)
+            ended, why = queue.drain_counts(), obstacles(queue)
             is_over = requested_stop(self.path, self.pid) == "over"
             if not is_over and not queue.is_drained():
                 why.append("the pool was stopped before")
@@ -3993,7 +4293,7 @@ class Supervisor:
                 why.append("the next is due " + when)
             self.result = "%d completed, %d dead" % (ended["completed"], ended["dead"])
             if why:
-                left = plural(counts["pending"] + counts["failed"], "job")
+                left = plural(sum(counts[state] for state in WAITING), "job")
                 self.result += "; %s left: %s" % (left, "; ".join(why))
         self.reaper.remove_stale_files(queue)
         wait_until(lambda: not self.reaper.announce_dead_jobs(queue), TERM_GRACE)
@@ -4165,7 +4465,7 @@ def status_lines(status, now):
             plural(status["blocked"]["jobs"], "job"), blocked_text(status["blocked"]))
     if status["paused"]:
         yield PAUSED_HINT.capitalize()
-    elif jobs["pending"] + jobs["processing"] + jobs["failed"] and not workers:
+    elif any(jobs[state] for state in jobs if state not in FINISHED) and not workers:
         yield NO_POOL.capitalize()
     for worker in workers:
         doing = "idle"
@@ -4229,6 +4529,7 @@ def cmd_enqueue(args, queue):
         else:
             jobs = read_arguments(args.jobs or ["{}"], check)
         added = queue.enqueue(jobs, args.unique)
+    report_dropped(added.dropped)
     if args.quiet:
         return
     jobs = queue.jobs(first=added.first, last=added.last, brief=not args.json)
@@ -4236,6 +4537,15 @@ def cmd_enqueue(args, queue):
         jobs = map(queue.job, dict.fromkeys(ids))
     print_jobs(args, jobs, functools.partial(enqueued_lines, unchanged=added.unchanged),
                "no jobs were given")
+
+
+def report_dropped(dropped):
+    """Report the dependencies that were dropped: {id: [id]}, as in `Added`."""
+    ids = sorted({*itertools.chain(*dropped.values())})
+    if ids:
+        more = " and %d more" % (len(ids) - 5) if len(ids) > 5 else ""
+        notice("this queue has no jobs %s%s: dropped from `after` of %s" % (
+            printable(", ".join(ids[:5])), more, plural(len(dropped), "job")))
 
 
 def enqueued_lines(jobs, unchanged):
@@ -4274,12 +4584,21 @@ def require_one_source(args):
 
 def given_fields(args):
     """Return the job fields that options and a command line give."""
-    given = dict(vars(args), env=dict(args.env) if args.env else None)
+    given = dict(vars(args), env=given_env(args.env))
     given.setdefault("id")  # `edit` has no --id
     given["after"] = "none" if args.after == ["none"] else args.after
     if args.words:
         given["command"] = shell_line(args.words)
     return {name: given[name] for name in FIELDS if given[name] is not None}
+
+
+def given_env(pairs):
+    """Return the variables that --env gives, `none`, or None without the option."""
+    if pairs == [None]:
+        return "none"
+    if pairs and None in pairs:
+        raise QueueError("--env: none drops all variables, and stands alone", code=2)
+    return dict(pairs) if pairs else None
 
 
 def shell_line(words):
@@ -4340,8 +4659,8 @@ def at_line(number, error):
 def parse_batch(lines):
     """Return the objects of JSON Lines; an empty list if one line is anything else.
 
-    This takes a third of the time of line by line. A random number stands between the
-    lines. No line can contain it, so it proves that each object ends where its line
+    To parse a batch at once takes a third of the time. A random number stands between
+    the lines. No line can contain it, so it proves that each object ends where its line
     does.
     """
     mark = int.from_bytes(os.urandom(7), "big")
@@ -4408,7 +4727,8 @@ def job_lines(queue, job):
         if job[name] is not None:
             fields[name] += ", " + relative_time(job[name], now)
     fields["env"] = " ".join("%s=%s" % pair for pair in fields["env"].items())
-    fields["after"] = ", ".join(fields["after"])
+    for name in ("after", "waits_for"):
+        fields[name] = ", ".join(fields[name])
     fields["waiting"] = why_waiting(queue, job, queue.workers())
     for name, value in fields.items():
         if value not in (None, ""):
@@ -4539,7 +4859,7 @@ def wait_for_run(queue, job):
 
 
 def output_of(queue, job, run):
-    """Return the output of a run; of one that is running what it has printed so far."""
+    """Return the output of a run; of a running one what it has printed so far."""
     output = queue.output(job, run)
     if output is None and run == job["run"]:
         # If the run has ended between the two reads, its output is in the database now.
@@ -4553,26 +4873,55 @@ def output_of(queue, job, run):
          option("--timeout", "T", "give up with exit code 124",
                 seconds_from(0, "--timeout")))
 def cmd_wait(args, queue):
-    states = {queue.job(id)["state"] for id in args.ids} or {
-        state for state, count in queue.counts().items() if count}
-    if not states <= {*FINISHED} and not living_pools(queue.path):
-        notice(NO_POOL)
     own_job = os.environ.get("QUEUECTL_JOB_ID") if within_job_of(queue.path) else None
     with contextlib.closing(ProgressLine()) as progress:
+        report = WaitReport(queue, progress)
         counts = queue.wait(
-            args.ids or None, args.timeout, progress.show, exclude=own_job)
+            args.ids or None, args.timeout, report.check, exclude=own_job)
     if counts is None:
-        notice("still waiting for jobs after %s" % duration_text(args.timeout))
+        message = "still waiting for jobs after %s" % duration_text(args.timeout)
+        notice("; ".join([message, *standstill(queue)]))
         return 124
     message = ", ".join("%d %s" % (counts[state], state) for state in FINISHED)
+    if counts["died_before"]:
+        message += ", %d died before" % counts["died_before"]
     if counts["removed"]:
         message += ", %d removed before they were seen to end" % counts["removed"]
     if counts["left"]:
         why = "; ".join(obstacles(queue)) or "what held them up has just ended"
         message += ", %d can't go on: %s" % (len(counts["left"]), why)
     print_result(args, counts, message)
-    failed = sum(counts[state] for state in FINISHED if state not in SUCCESSFUL)
-    return 1 if failed or counts["removed"] or counts["left"] else 0
+    failures = [state for state in FINISHED if state not in SUCCESSFUL]
+    failures += ["died_before", "removed", "left"]
+    return 1 if any(counts[name] for name in failures) else 0
+
+
+class WaitReport:
+    """What `wait` prints while it waits: its progress, and why nothing happens."""
+
+    def __init__(self, queue, progress):
+        self.queue, self.progress = queue, progress
+        self.began, self.reported = time.monotonic(), set()
+
+    def check(self, counts):
+        """Show the progress. After REPORT_DELAY report each standstill once."""
+        self.progress.show(counts)
+        if time.monotonic() < self.began + REPORT_DELAY:
+            return
+        for reason in standstill(self.queue):
+            if reason not in self.reported:
+                notice(reason)
+            self.reported.add(reason)
+
+
+def standstill(queue):
+    """Return in words why no job is started at all: a pause, no pool."""
+    reasons = []
+    if queue.is_paused():
+        reasons.append("the queue is " + PAUSED_HINT)
+    if not living_pools(queue.path):
+        reasons.append(NO_POOL)
+    return reasons
 
 
 @command("status", "count the jobs, list the workers", "status --watch",
@@ -4623,7 +4972,7 @@ def cmd_stats(args, queue):
 # -- change jobs -----------------------------------------------------------------------
 
 
-@command("edit", "change a job that waits", "edit job1 --run-at now",
+@command("edit", "change a job that waits or is dead", "edit job1 --run-at now",
          positional("job", "ID", "id of a job"),
          *[field_option(name) for name in FIELDS if name != "id"],
          takes_words=True, usage="queuectl.py edit ID [OPTION]... [-- COMMAND...]")
@@ -4684,9 +5033,8 @@ def jobs_to_retry(states, **filters):
 
 
 def jobs_to_delete(states, **filters):
-    return Selection(where(states, has_dependents=False, **filters),
-                     where(states, has_dependents=True, **filters),
-                     "other jobs wait for them")
+    chosen = where(states, **filters)
+    return Selection(needed(chosen, False), needed(chosen), "other jobs wait for them")
 
 
 def print_each(args, done, note_for=lambda id: ""):
@@ -5110,10 +5458,10 @@ def filters_of(query, states=STATES):
     text = query.get("q", "")
     if not is_storable(text):
         raise Refusal(400, "not text")
-    return dict(states=states, text_or_error=text)
+    return dict(states=states, text_or_error=text or None)
 
 
-def newest_jobs(queue, query):
+def jobs_route(queue, query):
     """Return a page of jobs, newest first; it begins after the id in `before`.
 
     Dead ones stand in the order of their deaths, the latest first.
@@ -5130,7 +5478,7 @@ def newest_jobs(queue, query):
     return list(map(public_job, itertools.islice(jobs, limit)))
 
 
-def stats_by_the_minute(queue, query):
+def stats_route(queue, query):
     """Return `stats`; those of the last hour begin with a full minute.
 
     So the bars on the page stay where they are from one refresh to the next.
@@ -5146,7 +5494,7 @@ def taken_by(verb, query):
     return jobs_to_delete(**filters_of(query, TAKES["delete"])).taken
 
 
-def counts_of(queue, query):
+def counts_route(queue, query):
     """Return how many jobs a query names, and how many of them each verb would take."""
     return {"jobs": queue.count(where(**filters_of(query))),
             "retry": queue.count(taken_by("retry", query)),
@@ -5173,7 +5521,7 @@ def output_route(queue, query):
     return {"id": job["id"], "run": run, "output": text, "start": start, "end": end}
 
 
-def metrics(queue, query):
+def metrics_route(queue, query):
     """Return the numbers of the queue in the text format of Prometheus."""
     status, totals = read_status(queue), queue.totals()
     busy = sum(worker["job"] is not None for worker in status["workers"])
@@ -5199,17 +5547,17 @@ def metrics(queue, query):
 # carries out a verb. The id of a job is `query["id"]`: it comes from the path, or from
 # the query for ids like `..`, which browsers take out of a path.
 ROUTES = {
-    "GET /metrics": metrics,
+    "GET /metrics": metrics_route,
     "GET /api/status": lambda queue, query: status_document(read_status(queue)),
-    "GET /api/stats": stats_by_the_minute,
-    "GET /api/jobs": newest_jobs,
+    "GET /api/stats": stats_route,
+    "GET /api/jobs": jobs_route,
     "GET /api/jobs/ID": lambda queue, query: job_document(
         queue, queue.job(query["id"])),
     "GET /api/jobs/ID/output": output_route,
     "POST /api/jobs/ID/retry": lambda queue, query: queue.retry([query["id"]]),
     "POST /api/jobs/ID/cancel": lambda queue, query: queue.cancel([query["id"]]),
     "POST /api/jobs/ID/delete": lambda queue, query: queue.delete([query["id"]]),
-    "GET /api/count": counts_of,
+    "GET /api/count": counts_route,
     "POST /api/retry": lambda queue, query: queue.retry_all(taken_by("retry", query)),
     "POST /api/delete": lambda queue, query: queue.delete_all(
         taken_by("delete", query)),
@@ -5242,12 +5590,12 @@ class Site:
                 self.require_own_page(headers)
             return (200, *self.content(method, url))
         except Refusal as refusal:
-            status, words = refusal.status, str(refusal)
+            status, message = refusal.status, str(refusal)
         except (ValueError, QueueError) as error:
-            status, words = 400, str(error)
+            status, message = 400, str(error)
         except (sqlite3.Error, OSError) as error:
-            status, words = 503, str(error)
-        return status, "application/json", json.dumps({"error": words})
+            status, message = 503, str(error)
+        return status, "application/json", json.dumps({"error": message})
 
     def content(self, method, url):
         """Return type and text of what an address names."""
@@ -5647,6 +5995,7 @@ refresh();
 # Main: the parser and the exit code
 # ======================================================================================
 
+
 def overview(group):
     """Return the short help of all commands, or of those of a group."""
     chosen = {name: entry for name, entry in COMMANDS.items() if name.startswith(group)}
@@ -5747,8 +6096,8 @@ def main(argv=None):
         notice(error)
         return error.code
     except OSError as error:
-        closed_pipe = errno.EINVAL if WINDOWS else errno.EPIPE
-        if error.errno in (errno.EPIPE, closed_pipe) and error.filename is None:
+        closed_pipe = {errno.EPIPE, errno.EINVAL} if WINDOWS else {errno.EPIPE}
+        if error.errno in closed_pipe and error.filename is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would complain
             return 0
         path = str(error.filename or "system error")

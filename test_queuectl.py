@@ -9,6 +9,7 @@
         TestEndedFromOutsideEndsWhole  timeout, cancel and stop end all processes
         TestGracefulStop               signals let running jobs finish
         TestOutputIsKept               the last bytes of the output are kept in order
+        TestNamesOfFiles               the files beside a database
         TestPrivateFiles               file modes, descriptors, other users
         TestErrorsAreOneLine           bad queues, full disks, locked databases
         TestNothingElseIsSignalled     strangers and copies of a queue are spared
@@ -1954,7 +1955,7 @@ class TestOutputIsKept:
             job = queue.job("x")
             assert [run["error"] for run in queue.runs(job)] == ["worker died", None]
             dropped = max(0, size - 2**20)
-            assert queuectl.split_dropped(queue.output(job, 1)) == (
+            assert queuectl.split_dropped(queue.output(job, 1) or b"") == (
                 dropped, numbered_output(dropped, size))
 
     def test_a_background_child_does_not_delay_the_end_of_a_run(self):
@@ -2045,6 +2046,28 @@ AS_ANOTHER_USER = """
 queuectl.os.geteuid = lambda: 65534
 queuectl.os.access = lambda path, mode: queuectl.os.stat(path).st_uid == 65534
 """
+
+
+class TestNamesOfFiles:
+    """The files beside a database can't be taken for those of others."""
+
+    def test_an_applications_log_is_left_alone(self):
+        for name in ("app.log", "app.log.1"):
+            with open(name, "w") as file:
+                file.write("of the application")
+        run_ok("enqueue", "--db", "app.db", "--", "true")
+        pool = start_pool("--drain", "--db", "app.db", count=1)
+        assert pool.wait(20) == 0
+        assert read_text("app.log") == read_text("app.log.1") == "of the application"
+        assert "completed" in read_text("app.db.queuectl.log")
+
+    def test_databases_of_similar_names_share_nothing(self):
+        for name in ("jobs", "jobs.db", "queuectl"):
+            run_ok("enqueue", "--db", name, "--id", name, "--", "true")
+        assert run_ok("list", "--db", "jobs", "--json").json[0]["id"] == "jobs"
+        names = {queuectl.path_beside(os.path.abspath(name), ".log")
+                 for name in ("jobs", "jobs.db", "queuectl", "queuectl.db")}
+        assert len(names) == 4
 
 
 class TestPrivateFiles:
@@ -2237,8 +2260,7 @@ class TestErrorsAreOneLine:
                 waiting.wait(0.2)
         assert waiting.wait(20) == 0
         assert waiting.stdout.read() == "deleted x\n" and waiting.stderr.read() == ""
-        monkeypatch.setattr(
-            queuectl.Queue.__init__, "__defaults__", ("FULL", 0.1, time.time, True))
+        monkeypatch.setattr(queuectl, "LOCK_TIMEOUT", 0.1)
         with locked_database():
             assert "database is locked" in run_refused("enqueue", '{"command":"true"}')
             assert run_ok("list").out  # readers do not wait
@@ -2355,6 +2377,11 @@ class TestErrorsAreOneLine:
         assert pool.wait(10) == 1 and "no locks" in pool.stderr.read()
 
 
+def log_of(path):
+    """Return the path of the log of the queue at PATH."""
+    return queuectl.path_beside(os.path.realpath(path), ".log")
+
+
 class TestNothingElseIsSignalled:
     """Nothing that is not this queue's is ever signalled."""
 
@@ -2396,7 +2423,7 @@ class TestNothingElseIsSignalled:
             "worker died", None]
         assert run_ok("worker", "stop", "--now").out.startswith("stopped pool")
         assert live_commands() == original
-        assert "died, ending" not in read_text(copy[:-3] + ".log")
+        assert "died, ending" not in read_text(log_of(copy))
         monkeypatch.setenv("QUEUECTL_DB", "a/queuectl.db")
         assert len(details_of("x")["runs"]) == 1 and pool.poll() is None
         run_ok("worker", "stop", "--now")
@@ -2427,7 +2454,7 @@ class TestNothingElseIsSignalled:
         start_pool(count=1)
         wait_until(lambda: len(live_commands()) == 2)  # The copy's job runs as well.
         assert set(original) < set(live_commands())
-        assert "died, ending" not in read_text(copy[:-3] + ".log")
+        assert "died, ending" not in read_text(log_of(copy))
         run_ok("worker", "stop", "--now")
         assert live_commands() == original
         monkeypatch.setenv("QUEUECTL_DB", str(home / "a" / "queuectl.db"))
@@ -2475,6 +2502,142 @@ class TestNothingElseIsSignalled:
         assert queue.job("job")["state"] == "completed"
 
 
+# The schema of queuectl 1.1, with which a queue in every state is made.
+SCHEMA_2 = """
+CREATE TABLE jobs (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    command TEXT NOT NULL,
+    state TEXT NOT NULL DEFAULT 'pending' CHECK (state = 'pending'
+        OR state = 'processing'
+        OR state = 'completed'
+        OR state = 'failed'
+        OR state = 'dead'),
+    attempts INTEGER NOT NULL DEFAULT 0,
+    max_retries INTEGER NOT NULL,
+    priority INTEGER NOT NULL DEFAULT 0,
+    run_at REAL NOT NULL,
+    claimable INTEGER NOT NULL,
+    timeout REAL,
+    cwd TEXT NOT NULL,
+    env TEXT,
+    launcher TEXT,
+    created_at REAL NOT NULL,
+    updated_at REAL NOT NULL,
+    run INTEGER NOT NULL DEFAULT 0,
+    deaths INTEGER NOT NULL DEFAULT 0,
+    cancelled INTEGER NOT NULL DEFAULT 0,
+    error TEXT
+, lock TEXT, waits INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE runs (
+    seq INTEGER NOT NULL,
+    run INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    worker INTEGER NOT NULL,
+    pid INTEGER,
+    started_at REAL NOT NULL,
+    finished_at REAL,
+    exit_code INTEGER,
+    error TEXT,
+    output BLOB,
+    PRIMARY KEY (seq, run)
+) WITHOUT ROWID;
+CREATE TABLE config (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE counts (state TEXT PRIMARY KEY, jobs INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE waits (seq INTEGER NOT NULL, waits_for INTEGER NOT NULL,
+    PRIMARY KEY (seq, waits_for)) WITHOUT ROWID;
+CREATE INDEX waits_for ON waits (waits_for);
+CREATE TABLE totals (outcome TEXT PRIMARY KEY, runs INTEGER NOT NULL,
+    seconds REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE untold (seq INTEGER PRIMARY KEY);
+CREATE INDEX jobs_claimable ON jobs (priority DESC, seq)
+    WHERE state = 'pending' AND claimable = 1;
+CREATE INDEX jobs_waiting ON jobs (run_at) WHERE claimable = 0 AND waits = 0;
+CREATE INDEX jobs_locked ON jobs (lock, claimable, priority DESC, seq)
+    WHERE lock NOT NULL AND state = 'pending';
+CREATE INDEX jobs_rare ON jobs (state, seq)
+    WHERE state <> 'pending' AND state <> 'completed';
+CREATE TRIGGER job_moved AFTER UPDATE OF state ON jobs WHEN OLD.state <> NEW.state BEGIN
+    UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
+    UPDATE counts SET jobs = jobs + 1 WHERE state = NEW.state; END;
+CREATE TRIGGER job_removed AFTER DELETE ON jobs BEGIN
+    UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
+    DELETE FROM waits WHERE seq = OLD.seq;
+    DELETE FROM runs WHERE seq = OLD.seq; END;
+CREATE TRIGGER wait_added AFTER INSERT ON waits BEGIN
+    UPDATE jobs SET waits = waits + 1, claimable = 0, state = 'pending'
+        WHERE seq = NEW.seq; END;
+CREATE TRIGGER wait_ended AFTER DELETE ON waits BEGIN
+    UPDATE jobs SET waits = waits - 1 WHERE seq = OLD.seq; END;
+CREATE TRIGGER job_completed AFTER UPDATE OF state ON jobs WHEN NEW.state = 'completed'
+    BEGIN DELETE FROM waits WHERE waits_for = NEW.seq; END;
+CREATE TRIGGER front_removed AFTER DELETE ON jobs BEGIN
+    UPDATE jobs SET state = 'dead', claimable = 1,
+        updated_at = (julianday('now') - 2440587.5) * 86400.0,
+        error = 'what it waited for was removed' WHERE state = 'pending'
+        AND seq IN (SELECT seq FROM waits WHERE waits_for = OLD.seq);
+    DELETE FROM waits WHERE waits_for = OLD.seq; END;
+CREATE TRIGGER lock_moved AFTER UPDATE OF state, claimable ON jobs
+    WHEN OLD.lock NOT NULL BEGIN
+    UPDATE jobs SET claimable = 2
+        WHERE lock = OLD.lock AND state = 'pending' AND claimable = 1;
+    UPDATE jobs SET claimable = 1
+        WHERE seq = (SELECT seq FROM jobs WHERE lock = OLD.lock AND state = 'pending'
+            AND claimable = 2 ORDER BY priority DESC, seq LIMIT 1)
+        AND NOT EXISTS (SELECT 1 FROM jobs
+            WHERE lock = OLD.lock AND state = 'processing'
+                AND state <> 'pending' AND state <> 'completed'); END;
+CREATE TRIGGER lock_left AFTER DELETE ON jobs WHEN OLD.lock NOT NULL BEGIN
+    UPDATE jobs SET claimable = 2
+        WHERE lock = OLD.lock AND state = 'pending' AND claimable = 1;
+    UPDATE jobs SET claimable = 1
+        WHERE seq = (SELECT seq FROM jobs WHERE lock = OLD.lock AND state = 'pending'
+            AND claimable = 2 ORDER BY priority DESC, seq LIMIT 1)
+        AND NOT EXISTS (SELECT 1 FROM jobs
+            WHERE lock = OLD.lock AND state = 'processing'
+                AND state <> 'pending' AND state <> 'completed'); END;
+INSERT INTO counts VALUES
+    ('pending', 4), ('processing', 1), ('completed', 1), ('failed', 1), ('dead', 2);
+INSERT INTO totals VALUES
+    ('completed', 5, 2.5), ('failed', 2, 1), ('interrupted', 1, 9);
+INSERT INTO config VALUES ('token', '00c0ffee'), ('backoff_base', '5');
+PRAGMA application_id = 1902343217;
+PRAGMA user_version = 2;
+PRAGMA journal_mode = WAL;
+"""
+JOBS_2 = [  # id, state, claimable, lock, run, error, output
+    ("done", "completed", 1, None, 1, None, b"out"),
+    ("failed", "failed", 0, None, 1, "exit 3", b""),
+    ("dead", "dead", 1, None, 1, "exit 4", b"\xff"),
+    ("cut", "dead", 1, None, 0, "cancelled", None),
+    ("lost", "processing", 1, None, 1, None, None),
+    ("first", "pending", 1, "l", 0, None, None),
+    ("second", "pending", 2, "l", 0, None, None),
+    ("behind", "pending", 0, None, 0, None, None),
+    ("chain", "pending", 0, None, 0, None, None)]
+
+
+def make_queue_of_version_2(path="queuectl.db"):
+    """Make a queue as queuectl 1.1 leaves it when all its processes were killed."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.executescript(SCHEMA_2)
+        for id, state, claimable, lock, run, error, output in JOBS_2:
+            db.execute(
+                "INSERT INTO jobs (id, command, state, max_retries, run_at, claimable,"
+                " cwd, created_at, updated_at, run, lock, error, attempts)"
+                " VALUES (?, 'echo new', ?, 3, 1e9, ?, ?, 1e9, 1e9, ?, ?, ?, ?)",
+                (id, state, claimable, os.getcwd(), run, lock, error, run))
+            if run:
+                ended = None if state == "processing" else 1e9 + 2
+                db.execute(
+                    "INSERT INTO runs SELECT seq, 1, 1, 77, 78, 1e9, ?, ?, ?, ?"
+                    " FROM jobs WHERE id = ?",
+                    (ended, None if error is None else 3, error, output, id))
+        for id, other in (("behind", "dead"), ("chain", "behind")):
+            db.execute("INSERT INTO waits SELECT a.seq, b.seq FROM jobs a, jobs b"
+                       " WHERE a.id = ? AND b.id = ?", (id, other))
+
+
 def schema_of_queue():
     """Return the SQL of everything in a queue's database: {name: SQL}."""
     return dict(query("SELECT name, sql FROM sqlite_master WHERE sql NOT NULL"))
@@ -2482,6 +2645,91 @@ def schema_of_queue():
 
 class TestMigration:
     """A queue of an older version is converted."""
+
+    def test_a_queue_of_1_1_is_converted_with_all_that_is_in_it(self):
+        make_queue_of_version_2()
+        assert {id: job["state"] for id, job in jobs().items()} == {
+            row[0]: row[1] for row in JOBS_2}
+        assert query("PRAGMA user_version") == [(queuectl.SCHEMA_VERSION,)]
+        assert query(WRONG_GATES.replace("?", "0")) == []
+        converted = schema_of_queue()
+        run_ok("list", "--db", "new.db")
+        with contextlib.closing(sqlite3.connect("new.db")) as db:
+            new = dict(db.execute(
+                "SELECT name, sql FROM sqlite_master WHERE sql NOT NULL"))
+        assert converted.keys() == new.keys()
+        made_anew = query("SELECT name FROM sqlite_master WHERE sql NOT NULL"
+                          " AND (type = 'index' OR type = 'trigger')")
+        assert all(converted[name] == new[name] for name, in made_anew)
+        assert run_ok("logs", "done").out == "out"
+        assert details_of("dead")["exit_code"] == 3
+        assert run_ok("logs", "dead", "--json").json["output"] == "\\xff"
+        assert run_ok("config", "get", "backoff_base").out == "5\n"
+        assert details_of("chain")["after"] == ["behind"]
+        assert run_ok("dlq", "retry", "--all").out == (
+            "retried 1 job; 1 left: cancelled ones are retried by id\n")
+        run_ok("edit", "failed", "--run-at", "now")
+        assert drain() == 0
+        assert {id for id, job in jobs().items() if job["state"] != "completed"} == {
+            "cut"}
+        assert [run["error"] for run in details_of("lost")["runs"]] == [
+            "worker died", None]
+
+    def test_commands_at_once_convert_a_queue(self):
+        make_queue_of_version_2()
+        commands = [start_process("enqueue", "--", "true") for _ in range(8)]
+        assert [each.stderr.read() for each in commands] == [""] * 8
+        assert len(jobs()) == len(JOBS_2) + 8
+
+    def test_a_process_of_1_1_fails_instead_of_writing(self):
+        make_queue_of_version_2()
+        with contextlib.closing(sqlite3.connect("queuectl.db")) as db:
+            assert jobs()
+            with pytest.raises(sqlite3.OperationalError, match="claimable"):
+                db.execute("UPDATE jobs SET state = 'processing' WHERE claimable = 1")
+
+    @posix_only
+    @pytest.mark.parametrize("name, file, words", [
+        ("queuectl.db", "queuectl-77.pid", "pool 77 of queuectl 1.1 runs: stop it with"
+         " queuectl.py worker stop, then try again"),
+        ("queuectl.db", "queuectl.runs/worker-77-78", "pool 77 of queuectl 1.1 runs"),
+        ("queuectl.db", "queuectl.runs/00c0ffee-5-1", "job lost still runs"),
+        ("app.db", "app-77.pid", "stop it with worker stop of queuectl 1.1"),
+        ("app.db", "app.log", "job lost is processing")])
+    def test_it_is_not_converted_while_1_1_may_run(self, name, file, words):
+        make_queue_of_version_2(name)
+        os.makedirs("queuectl.runs", exist_ok=True)
+        fd = queuectl.lock_file(os.path.abspath(file))
+        for argv in (["list"], ["enqueue", "--", "true"], ["worker", "start"]):
+            assert words in run_refused("--db", name, *argv)
+        os.close(fd)
+        os.remove(file)
+        if name == "app.db":
+            with contextlib.closing(sqlite3.connect(name)) as db:
+                assert db.execute("PRAGMA user_version").fetchone() == (2,)
+                db.execute("UPDATE jobs SET state = 'pending' WHERE id = 'lost'")
+                db.commit()
+        assert len(jobs("--db", name)) == len(JOBS_2)
+
+    @fork_only
+    @pytest.mark.parametrize("moment", range(8))
+    def test_a_killed_conversion_changes_nothing(self, moment):
+        make_queue_of_version_2()
+        program = """
+def killed(self, script, left=[%d]):
+    for statement in script.split(";\\n"):
+        left[0] -= 1
+        if left[0] < 0:
+            queuectl.os.kill(queuectl.os.getpid(), 9)
+        if queuectl.sqlite3.complete_statement(statement + ";"):
+            self.db.execute(statement)
+queuectl.Database._execute_all = killed
+""" % (2 * moment)
+        process = start_process("list", program=program)
+        assert process.wait(20) == -9
+        with contextlib.closing(sqlite3.connect("queuectl.db")) as db:
+            assert db.execute("PRAGMA user_version").fetchone() == (2,)
+        assert len(jobs()) == len(JOBS_2)
 
     @mechanism
     def test_a_migration_makes_indexes_and_triggers_anew(self, monkeypatch):
@@ -2550,6 +2798,58 @@ class TestLifeOfAJob:
     def test_max_retries_0_and_1_mean_one_run(self, queue, max_retries):
         add_job(queue, max_retries=max_retries)
         assert queue.fail(claim(queue), make_outcome()) == "dead"
+
+    @pytest.mark.parametrize("put_back", [
+        lambda queue: queue.fail(claim(queue), make_outcome()),
+        lambda queue: (queue.complete(claim(queue), make_outcome(None)),
+                       queue.retry(["again"])),
+        lambda queue: (queue.complete(claim(queue), make_outcome(None)), run_ok(
+            "enqueue", "--unique", "--id", "again", "--", "true")),
+    ], ids=["failed", "retried", "unique"])
+    def test_what_comes_again_goes_behind_its_equals(self, queue, clock, put_back):
+        add_job(queue, id="again")
+        clock.now += 1
+        add_job(queue, id="other")
+        clock.now += 1
+        put_back(queue)
+        clock.now += 100
+        assert claim(queue).id == "other"
+
+    @pytest.mark.parametrize("change", ["new", "edit", "unique", "freed", "retry",
+                                        "release", "fail"])
+    def test_a_clock_set_back_makes_no_job_wait(self, queue, clock, change):
+        add_job(queue, id="first")
+        add_job(queue, id="job", after=["first"] if change == "freed" else [])
+        run = claim(queue)
+        if change == "freed":
+            clock.now -= 3600
+            queue.complete(run, make_outcome(None))
+            assert claim(queue).id == "job"
+            return
+        queue.complete(run, make_outcome(None))
+        if change == "edit":
+            clock.now -= 3600
+            queue.edit("job", {"priority": 5, "lock": "l"})
+        elif change in ("release", "fail"):
+            run = claim(queue)
+            if change == "fail":
+                queue.fail(run, make_outcome())
+            clock.now -= 3600
+            if change == "release":
+                queue.release(run, make_outcome("worker died"))
+            queue.promote_after_clock_step()
+        elif change != "new":
+            queue.complete(claim(queue), make_outcome(None))
+            clock.now -= 3600
+            if change == "retry":
+                queue.retry(["job"])
+            else:
+                job = queuectl.checked_job(
+                    {"id": "job", "command": "true"}, queue.defaults())
+                queue.enqueue([job], unique=True)
+        else:
+            clock.now -= 3600
+        assert claim(queue).id == "job"
 
     def test_release_gives_the_attempt_back(self, queue):
         add_job(queue)
@@ -3298,7 +3598,14 @@ class TestWait:
         assert "no job x" in run_refused("wait", "x")
         assert run_ok("wait", "good", "--json").json["completed"] == 1
         run_ok("delete", "later")
-        assert cli("wait").code == 0  # jobs that died before do not count
+        answer = cli("wait")  # whether it died before or after the wait began
+        assert answer.code == 1
+        assert answer.out == "0 completed, 0 dead, 1 died before\n"
+        assert cli("wait", "--json").code == 1
+        run_ok("delete", "bad")
+        enqueue(id="cut")
+        run_ok("cancel", "cut")
+        assert cli("wait").code == 0  # a cancelled job does not count
 
     def test_it_ends_as_soon_as_the_job_does(self):
         pool = start_pool(count=1)
@@ -3307,8 +3614,6 @@ class TestWait:
         assert state_of("x") == "completed" and pool.poll() is None
 
     def test_without_ids_it_waits_for_all_unfinished_jobs(self):
-        enqueue("exit 1", id="before", max_retries=1)
-        drain()
         enqueue(id="now")
         drain()
         assert run_ok("wait").out == "0 completed, 0 dead\n"
@@ -3316,6 +3621,27 @@ class TestWait:
         start_pool(count=1)
         # It may have ended before the wait began.
         assert run_ok("wait", "--json").json["completed"] in (0, 1)
+
+    @pytest.mark.parametrize("keep, state", [(None, "removed"), ("7d", "removed"),
+                                             ("0", "completed")])
+    def test_a_deleted_job_counts_as_removed(self, queue, keep, state):
+        if keep:
+            configure("keep", keep)
+        add_job(queue, id="build")
+        checks = []
+
+        def delete_it(counts):
+            if checks:
+                queue.delete(["build"])
+            checks.append(counts)
+
+        assert queue.wait(["build"], on_check=delete_it)[state] == 1
+
+    def test_it_waits_while_the_queue_is_paused(self, queue):
+        add_job(queue)
+        queue.set_paused(True)
+        assert queue.wait(timeout=0) is None
+        assert queue.wait(["job"], timeout=0) is None
 
     @posix_only
     def test_a_job_that_waits_for_all_does_not_wait_for_itself(self):
@@ -3326,14 +3652,13 @@ class TestWait:
         start_pool()
         wait_until(lambda: state_of("waits") == "completed")
 
-    def test_a_waiting_job_in_a_paused_queue_does_not_count_itself(self, queue):
+    def test_a_job_that_waits_does_not_count_itself(self, queue):
         for name in ("waits", "other"):
             add_job(queue, id=name)
         claim(queue)
-        queue.set_paused(True)
-        # For a caller that is no job, one job still runs.
-        assert queue.wait(timeout=0) is None
-        assert queue.wait(timeout=0, exclude="waits")["left"] == ["other"]
+        assert queue.wait(timeout=0, exclude="waits") is None
+        queue.complete(claim(queue), make_outcome(None))
+        assert queue.wait(timeout=0, exclude="waits")["left"] == []
 
     def test_it_ends_early_only_when_no_job_left_can_go_on(self, queue):
         add_job(queue, id="dead", max_retries=1)
@@ -3373,6 +3698,16 @@ class TestWait:
         answer = cli("wait", "x", "--timeout", "0")
         assert answer.code == 124 and "no pool is running" in answer.err
 
+    def test_after_a_while_it_reports_why_nothing_happens(self, monkeypatch):
+        monkeypatch.setattr(queuectl, "REPORT_DELAY", 0.01)
+        enqueue(id="x")
+        run_ok("pause")
+        lines = cli("wait", "x", "--timeout", "0.1").err.splitlines()
+        assert lines[:2] == [
+            "queuectl: the queue is paused; to go on: queuectl.py resume",
+            "queuectl: no pool is running; to start one: queuectl.py worker start"]
+        assert len(lines) == 3  # each reason once, and the timeout
+
 
 class TestEdit:
     """`edit` changes a job that waits."""
@@ -3389,14 +3724,16 @@ class TestEdit:
             "pending")
         run = claim(queue)
         assert run.id == "x"
-        assert "job x is processing" in run_refused("edit", "x", "--priority", "1")
+        assert "job x is processing: cancel it first" in run_refused(
+            "edit", "x", "--priority", "1")
         queue.fail(run, make_outcome())
         # A failed job is tried at once.
         run_ok("edit", "x", "--command", "true", "--run-at", "now")
         run = claim(queue)
         assert (run.attempt, run.command) == (2, "true")
         queue.complete(run, make_outcome(None))
-        assert "job x is completed" in run_refused("edit", "x", "--priority", "1")
+        assert "job x is completed: enqueue it again with --unique" in run_refused(
+            "edit", "x", "--priority", "1")
         assert "nothing to change" in run_refused("edit", "x", code=2)
         assert "no job y" in run_refused("edit", "y", "--priority", "1")
         assert "priority" in run_refused("edit", "x", "--priority", "high", code=2)
@@ -3404,8 +3741,61 @@ class TestEdit:
         run_refused("edit", "x", "--run-at", "now", "--delay", "3", code=2)
 
 
+    def test_env_adds_or_changes_one_variable_and_none_drops_all(self):
+        enqueue(id="x", env={"TOKEN": "secret", "LEVEL": "1"})
+        run_ok("edit", "x", "--env", "LEVEL=2", "--env", "NEW=")
+        assert details_of("x")["env"] == {"TOKEN": "secret", "LEVEL": "2", "NEW": ""}
+        assert "stands alone" in run_refused(
+            "edit", "x", "--env", "none", "--env", "A=1", code=2)
+        run_ok("edit", "x", "--env", "none")
+        assert details_of("x")["env"] == {}
+
+    def test_a_dead_job_is_repaired_and_then_retried(self):
+        enqueue("exit 1", id="x", max_retries=1)
+        drain()
+        died = details_of("x")["updated_at"]
+        run_ok("edit", "x", "--command", "true", "--max-retries", "2")
+        assert details_of("x")["state"] == "dead"
+        assert details_of("x")["updated_at"] == died
+        for words in (["--run-at", "now"], ["--delay", "1h"]):
+            assert "retry it, then edit its time" in run_refused("edit", "x", *words)
+        run_ok("retry", "x")
+        assert drain() == 0 and run_errors("x") == ["exit 1", None]
+
+
 class TestRetry:
     """`retry` runs finished jobs again."""
+
+    CHAIN = {"a": None, "b": ["a"], "c": ["b"]}
+
+    @pytest.mark.parametrize("words", [
+        ["a", "b", "c"], ["c", "b", "a"], ["b", "c", "a"], ["--state", "completed"],
+        ["--match", "true"]])
+    @pytest.mark.parametrize("order", ["abc", "cba"])
+    def test_a_chain_runs_in_order_again(self, words, order):
+        run_ok("enqueue", json.dumps([
+            {"id": id, "command": "true", "after": self.CHAIN[id]} for id in order]))
+        assert drain() == 0
+        run_ok("retry", *words)
+        assert [job["waits_for"] for job in jobs().values()] == [
+            self.CHAIN[id] or [] for id in order]
+        assert drain(count=2) == 0
+        began = query("SELECT id FROM runs JOIN jobs USING (seq, run)"
+                      " ORDER BY started_at")
+        assert began == [("a",), ("b",), ("c",)]
+
+    def test_a_failed_dependent_waits_for_its_dependency_again(self, queue, clock):
+        add_job(queue, id="a")
+        add_job(queue, id="b", after=["a"])
+        queue.complete(claim(queue), make_outcome(None))
+        queue.fail(claim(queue), make_outcome())
+        queue.retry(["a"])
+        assert state_of("b") == "pending"  # FAILED is what waits for its next try alone
+        clock.now += 100
+        run = claim(queue)
+        assert run.id == "a" and claim(queue) is None
+        queue.complete(run, make_outcome(None))
+        assert claim(queue).id == "b"
 
     def test_a_finished_job_runs_again_and_keeps_its_runs(self):
         enqueue("echo $QUEUECTL_ATTEMPT" if os.name == "posix" else "echo 1", id="x")
@@ -3418,7 +3808,7 @@ class TestRetry:
         assert run_errors("y") == ["exit 3", "exit 3"]
         assert attempts_of("x") == 1 and run_ok("logs", "x").out.split() == ["1"]
 
-    def test_a_retried_job_keeps_its_place_but_not_its_age(self, queue, clock):
+    def test_a_retried_job_goes_behind_its_equals(self, queue, clock):
         add_job(queue, id="retried", max_retries=1)
         queue.fail(claim(queue), make_outcome())
         clock.now += 1
@@ -3426,7 +3816,7 @@ class TestRetry:
         clock.now += 1
         queue.retry(["retried"])
         assert tuple(queue.oldest_claimable()) == ("waits", clock.now - 1)
-        assert claim(queue).id == "retried"  # it keeps its place
+        assert [claim(queue).id, claim(queue).id] == ["waits", "retried"]
 
 
 class TestPauseAndResume:
@@ -3445,29 +3835,32 @@ class TestPauseAndResume:
         assert words.capitalize() in run_ok("status").out
         assert words in run_ok("show", "y").out
         assert read_status()["paused"] is True
-        answer = cli("wait")
-        assert answer.code == 1 and "1 can't go on: the queue is paused" in answer.out
-        answer = drain_answer()
-        assert answer.code == 1 and answer.err.splitlines() == [
-            "queuectl: the queue is " + words,
-            "queuectl: 0 completed, 0 dead; 1 job left: the queue is " + words]
-        assert state_of("y") == "pending" and pool.poll() is None
+        drain = start_pool("--drain", count=1)
+        assert drain.stderr.readline() == "queuectl: the queue is %s\n" % words
+        assert state_of("y") == "pending" and pool.poll() is drain.poll() is None
         assert run_ok("resume", "--json").json == {"paused": False}
         wait_until(lambda: state_of("y") == "completed")
+        assert drain.wait(10) == 0
         assert "aused" not in run_ok("status").out
 
     @posix_only
-    def test_a_pause_lets_the_running_job_finish_and_a_drain_end(self):
+    def test_a_pause_lets_the_running_job_finish_and_a_drain_wait(self):
         enqueue(UNTIL_GO, id="runs", priority=1)
         enqueue(id="next")
         pool = start_pool("--drain", count=1)
         wait_until(lambda: state_of("runs") == "processing")
         run_ok("pause")
-        assert cli("wait", "--timeout", "0").code == 124  # one job still runs
         open("go", "w").close()
-        assert pool.wait(20) == 1
-        assert "1 completed, 0 dead; 1 job left" in pool.stderr.read()
-        assert (state_of("runs"), state_of("next")) == ("completed", "pending")
+        wait_until(lambda: state_of("runs") == "completed")
+        assert pool.stderr.readline().startswith("queuectl: the queue is paused")
+        assert pool.poll() is None and state_of("next") == "pending"
+        run_ok("resume")
+        assert pool.wait(20) == 0 and state_of("next") == "completed"
+        assert "2 completed, 0 dead" in pool.stderr.read()
+
+    def test_a_drain_of_a_paused_queue_with_nothing_to_run_ends(self):
+        run_ok("pause")
+        assert drain_answer().code == 0
 
     @fork_only
     def test_resume_wakes_idle_workers(self):
@@ -3477,15 +3870,6 @@ class TestPauseAndResume:
             enqueue(id=name)
             run_ok("resume")
             wait_until(lambda: state_of(name) == "completed", timeout=10)
-
-    @fork_only
-    def test_pause_wakes_the_idle_workers_of_a_drain(self):
-        configure("backoff_base", "1000")
-        enqueue("exit 1", id="x")
-        pool = start_pool("--drain", count=1, script="queuectl.IDLE_INTERVAL = 60")
-        wait_until(lambda: state_of("x") == "failed")
-        run_ok("pause")
-        assert pool.wait(10) == 1
 
     @mechanism
     @posix_only
@@ -3508,7 +3892,7 @@ class TestPauseAndResume:
         worker = queuectl.Worker.__new__(queuectl.Worker)
         worker.queue, worker.drain = queue, False
         assert worker.idle_time() == queuectl.IDLE_INTERVAL and claim(queue) is None
-        assert queue.is_drained()
+        assert not queue.is_drained()  # a drain waits
 
 
 class TestCancel:
@@ -3569,7 +3953,7 @@ class TestDelete:
             else:
                 verb = queue.fail if name == "dead" else queue.complete
                 verb(claim(queue), make_outcome(None))
-        assert queue.prune(0.5 * DAY, 1)[0] == 1 and "done" not in jobs()
+        assert queue.prune(0.5 * DAY) == 1 and "done" not in jobs()
         add_job(queue, id="done")
         queue.complete(claim(queue), make_outcome(None))
         clock.now += DAY
@@ -3595,10 +3979,10 @@ class TestDelete:
         words = "job %s can't be deleted, because %s waits for it; to delete both, name"
         assert words % ("a", "b") in run_refused("delete", "a")
         assert words % ("b", "c") in run_refused("delete", "a", "b")
-        queue.cancel(["c"])  # a cancelled job waits as well: it may be retried
-        assert words % ("b", "c") in run_refused("delete", "b")
-        run_ok("delete", "a", "b", "c")
-        assert jobs() == {} and queue._rows("SELECT * FROM waits") == []
+        queue.cancel(["c"])  # a finished dependent protects nothing
+        assert run_ok("delete", "b").out == "deleted b\n"
+        run_ok("delete", "a", "c")
+        assert jobs() == {} and query("SELECT * FROM dependencies") == []
         for id, after in (("a", []), ("b", ["a"])):
             add_job(queue, id=id, after=after, max_retries=1)
         queue.fail(claim(queue), make_outcome())
@@ -3607,6 +3991,38 @@ class TestDelete:
         assert run_ok("delete", "--state", "pending").out == "deleted 1 job\n"
         add_job(queue, id="b", after=["a"])
         assert run_ok("delete", "--all").out == "deleted 2 jobs\n" and jobs() == {}
+
+    @pytest.mark.parametrize("words", [
+        ["delete", "--match", "x"], ["delete", "--state", "pending"],
+        ["dlq", "clear"], ["dlq", "clear", "--match", "x"], ["delete", "--all"]])
+    def test_a_dry_run_lists_what_is_deleted(self, queue, words):
+        for n in range(5):
+            add_job(queue, id="x%d" % n, after=["x%d" % (n - 1)] if n else [])
+        add_job(queue, id="y", after=["x3"])
+        if words[0] == "dlq":
+            queue.cancel(["x0", "x1", "x2", "x3", "x4"])
+        listed = {job["id"] for job in run_ok(*words, "--dry-run", "--json").json}
+        before = {*jobs()}
+        count = run_ok(*words, "--json").json["deleted"]
+        assert before - {*jobs()} == listed and count == len(listed)
+        expected = {  # `y` waits for x3, and so, as x3 is unfinished, for all before it
+            "delete --match x": {"x4"}, "dlq clear": {"x0", "x1", "x2", "x4"},
+            "dlq clear --match x": {"x0", "x1", "x2", "x4"}}
+        assert listed == expected.get(" ".join(words), before)
+
+    @mechanism
+    def test_a_chain_of_thousands_is_deleted_as_quickly_as_others(self, queue):
+        def seconds(chained):
+            add_jobs(queue, ({"id": "%d" % n, "command": "true",
+                              "after": ["%d" % (n - 1)] if n and chained else None}
+                             for n in range(3000)))
+            began = time.monotonic()
+            chosen = queuectl.needed(queuectl.where(["pending"]), False)
+            assert queue.delete_all(chosen) == 3000
+            return time.monotonic() - began
+
+        seconds(False)
+        assert seconds(True) < 4 * seconds(False)
 
     def test_a_chain_is_deleted_as_a_whole(self, queue):
         for name, after in (("a", []), ("b", ["a"]), ("c", ["b"])):
@@ -3882,6 +4298,29 @@ class TestWorkerStart:
 
 class TestDrain:
     """`worker start --drain` ends when no job is due."""
+
+    @posix_only
+    def test_it_counts_its_own_runs_whatever_keep_and_clock_do(self):
+        configure("keep", "0")
+        enqueue(id="first", priority=2)
+        enqueue(UNTIL_GO, id="second", priority=1)
+        enqueue("exit 1", id="bad", max_retries=1)
+        pool = start_pool("--drain", count=1, script=CLOCK_SET_BACK)
+        wait_until(lambda: {*jobs()} == {"second", "bad"})
+        open("back", "w").close()
+        open("go", "w").close()
+        assert pool.wait(20) == 1
+        assert "2 completed, 1 dead" in pool.stderr.read()
+
+    def test_of_two_drains_each_counts_its_own(self):
+        for n in range(20):
+            enqueue(id="x%d" % n)
+        pools = [start_pool("--drain", count=1), start_pool("--drain", count=1)]
+        counts = []
+        for pool in pools:
+            assert pool.wait(20) == 0
+            counts.append(int(re.search(r"(\d+) completed", pool.stderr.read())[1]))
+        assert sum(counts) == 20
 
     def test_it_waits_for_retries_but_not_for_delayed_jobs(self):
         configure("backoff_base", "0.1")
@@ -4787,18 +5226,26 @@ class TestKeep:
     """The setting `keep`: pools delete jobs completed long ago."""
 
     @mechanism
-    def test_old_completed_jobs_are_deleted_page_by_page(self, queue, clock):
+    def test_old_completed_jobs_are_deleted_in_batches(self, queue, clock, monkeypatch):
+        monkeypatch.setattr(queuectl, "BATCH_SIZE", 2)
         for n in range(3):
             add_job(queue, id="done%d" % n)
             queue.complete(claim(queue), make_outcome(None))
         add_job(queue, id="waits")
         clock.now += 100
-        assert queue.prune(100, 1) == (0, 5) and len(jobs()) == 4
-        assert queue.prune(99, 3) == (1, 5)
-        assert set(jobs()) == {"done0", "done1", "waits"}
-        assert queue.prune(99, 1) == (2, 5) and set(jobs()) == {"waits"}
-        # 0 jobs from there on: the next round begins.
-        assert queue.prune(99, 5) == (0, 1)
+        assert queue.prune(100) == 0 and len(jobs()) == 4
+        assert [queue.prune(99), queue.prune(99), queue.prune(99)] == [2, 1, 0]
+        assert set(jobs()) == {"waits"}
+
+    @mechanism
+    def test_old_jobs_behind_many_others_are_found_at_once(self, queue, clock):
+        add_jobs(queue, ({"command": "true", "delay": DAY} for _ in range(20000)))
+        for n in range(20):
+            add_job(queue, id="done%d" % n)
+            queue.complete(claim(queue), make_outcome(None))
+        clock.now += 100
+        began = time.monotonic()
+        assert queue.prune(99) == 20 and time.monotonic() - began < 0.2
 
     def test_a_pool_deletes_completed_jobs_while_it_runs(self):
         configure("keep", "0")
@@ -4963,7 +5410,8 @@ class TestOnDead:
         for hook in reaper.hooks:
             os.killpg(hook.pid, signal.SIGKILL)
             hook.wait(10)
-        assert reaper.announce_dead_jobs(queue) == 3 and not queue.announce_dead_job(print)
+        assert reaper.announce_dead_jobs(queue) == 3
+        assert not queue.announce_dead_job(print)
         for hook in reaper.hooks:
             os.killpg(hook.pid, signal.SIGKILL)
             hook.wait(10)
@@ -5029,7 +5477,8 @@ class TestDependencies:
         began = run_order()
         assert (began[0], sorted(began[1:3]), began[3:]) == (
             "a", ["b", "c"], ["d", "e"])
-        assert all(job["after"] == [] for job in jobs().values())
+        assert sorted(jobs()["d"]["after"]) == ["b", "c"]
+        assert jobs()["d"]["waits_for"] == []
 
     @posix_only
     def test_a_job_behind_a_dead_one_runs_after_its_retry(self):
@@ -5073,7 +5522,7 @@ class TestDependencies:
         add_job(queue, id="b", after=["a"])
         queue.cancel(["b"])
         queue.retry(["b"])
-        assert queue.job("b")["claimable"] == 0
+        assert queue.job("b")["gate"] == queuectl.CLOSED
         queue.complete(claim(queue), make_outcome(None))
         assert claim(queue).id == "b"
 
@@ -5101,10 +5550,50 @@ class TestDependencies:
         run_ok("edit", "c", "--after", "a")
         assert details_of("c")["after"] == ["a"]
         run_ok("edit", "c", "--after", "none")
-        assert queue.job("c")["claimable"] == 1 and queue.job("b")["claimable"] == 0
+        gates = [queue.job(id)["gate"] for id in ("b", "c")]
+        assert gates == [queuectl.CLOSED, queuectl.OPEN]
         queue.complete(claim(queue), make_outcome(None))
         run_ok("edit", "c", "--after", "a")  # it is completed: nothing to wait for
         assert queue.job("c")["waits"] == 0
+
+    def test_completed_jobs_are_part_of_a_circle(self, queue):
+        add_job(queue, id="a")
+        add_job(queue, id="b", after=["a"])
+        for _ in range(2):
+            queue.complete(claim(queue), make_outcome(None))
+        assert "circle" in run_refused(
+            "enqueue", "--unique", "--id", "a", "--after", "b", "--", "true")
+        assert state_of("a") == "completed"
+        add_job(queue, id="c")
+        run_ok("edit", "c", "--after", "b")
+        assert "circle" in run_refused(
+            "enqueue", "--unique", "--id", "a", "--after", "c", "--", "true")
+
+    def test_a_dependent_waits_for_a_worker_since_it_was_freed(self, queue, clock):
+        add_job(queue, id="a")
+        add_job(queue, id="b", after=["a"])
+        add_job(queue, id="later", after=["a"], delay=500)
+        run = claim(queue)
+        clock.now += 100
+        queue.complete(run, make_outcome(None))
+        assert tuple(queue.oldest_claimable()) == ("b", clock.now)
+        assert tuple(queue.next_due()) == ("later", clock.now + 400)
+
+    def test_of_another_queue_it_drops_what_need_not_be_there(self):
+        run_ok("enqueue", json.dumps([
+            {"id": "a", "command": "true"},
+            {"id": "b", "command": "true", "after": ["a"], "delay": 3600},
+            {"id": "c", "command": "true", "after": ["a", "b"]}]))
+        drain()
+        moved = run_ok("list", "--state", "pending", "--json").out.encode()
+        answer = run_ok("enqueue", "-", "--db", "other.db", stdin=moved)
+        assert answer.err == ("queuectl: this queue has no jobs a: dropped from `after`"
+                              " of 2 jobs\n")
+        copied = jobs("--db", "other.db")
+        assert copied["b"]["after"] == [] and copied["c"]["after"] == ["b"]
+        lost = json.loads(moved)[1:]  # without b, which was not completed
+        assert "no job b" in run_refused(
+            "enqueue", "-", "--db", "third.db", stdin=json.dumps(lost).encode())
 
     def test_edits_make_no_circle_over_earlier_edits(self):
         for name in ("a", "b", "c"):
@@ -5123,7 +5612,7 @@ class TestDependencies:
         add_job(queue, id="y", after=["x"])
         queue.delete_all(queuectl.where(text="front"))
         assert (state_of("x"), queue.job("x")["error"]) == (
-            "dead", "what it waited for was removed")
+            "dead", "a job that it came after was deleted")
         assert queue.counts()["dead"] == 1 and details_of("y")["after"] == ["x"]
         assert queue.next_due() is None  # it does not wait for a time
         queue.retry(["x"])
@@ -5154,14 +5643,14 @@ class TestDependencies:
         assert claim(queue) is None
         began = time.monotonic()
         queue.complete(run, make_outcome(None))
-        assert time.monotonic() - began < 2 and queue._rows("SELECT * FROM waits") == []
+        assert time.monotonic() - began < 2
         assert claim(queue) and claim(queue)
 
 
 def open_jobs_of_locks(queue):
     """Return the id of the job that may be claimed, for each lock."""
     return {job["lock"]: job["id"] for job in queue.jobs() if job["lock"]
-            and job["state"] == "pending" and job["claimable"] == 1}
+            and job["state"] == "pending" and job["gate"] == queuectl.OPEN}
 
 
 # Each way in which a run ends.
@@ -5217,7 +5706,7 @@ class TestLocks:
         assert open_jobs_of_locks(queue) == {"db": "b", "gpu": "c"}
         queue.edit("c", {"lock": None})
         assert open_jobs_of_locks(queue) == {"db": "b"}
-        assert queue.job("c")["claimable"] == 1
+        assert queue.job("c")["gate"] == queuectl.OPEN
         queue.edit("c", {"lock": "db"})
         assert open_jobs_of_locks(queue) == {"db": "c"}
         clock.now += 61
@@ -5267,31 +5756,33 @@ class TestLocks:
 # Each row of this query is a mistake.
 WRONG_GATES = """
 SELECT 'two of a lock', lock FROM jobs
-    WHERE lock NOT NULL
-    AND (state = 'processing' OR state = 'pending' AND claimable = 1)
+    WHERE lock NOT NULL AND (state = 'processing' OR state = 'pending' AND gate = 1)
     GROUP BY lock HAVING COUNT(*) > 1
 UNION ALL SELECT 'none of a lock', lock FROM jobs
-    WHERE lock NOT NULL
-    AND (state = 'processing' OR state = 'pending' AND claimable > 0)
-    GROUP BY lock HAVING SUM(state = 'processing' OR claimable = 1) = 0
+    WHERE lock NOT NULL AND (state = 'processing' OR state = 'pending' AND gate > 0)
+    GROUP BY lock HAVING SUM(state = 'processing' OR gate = 1) = 0
 UNION ALL SELECT 'not the first of a lock', a.id
     FROM jobs a JOIN jobs b ON a.lock = b.lock
-    WHERE a.state = 'pending' AND a.claimable = 1
-    AND b.state = 'pending' AND b.claimable = 2
-    AND (b.priority > a.priority OR b.priority = a.priority AND b.seq < a.seq)
+    WHERE a.state = 'pending' AND a.gate = 1 AND b.state = 'pending' AND b.gate = 2
+    AND (b.priority > a.priority
+        OR b.priority = a.priority AND (b.run_at, b.seq) < (a.run_at, a.seq))
 UNION ALL SELECT 'waits miscounted', id FROM jobs
-    WHERE waits <> (SELECT COUNT(*) FROM waits WHERE waits.seq = jobs.seq)
-UNION ALL SELECT 'behind a lock without one', id FROM jobs
-    WHERE claimable = 2 AND lock IS NULL
-UNION ALL SELECT 'claimable, but waits', id FROM jobs
-    WHERE waits > 0 AND state = 'pending' AND claimable > 0
-UNION ALL SELECT 'not claimable, but waits for nothing', id FROM jobs
-    WHERE waits = 0 AND claimable = 0
-    AND (state NOT IN ('pending', 'failed') OR run_at <= ?)
-UNION ALL SELECT 'waits for what is completed', id
-    FROM jobs JOIN waits ON waits_for = jobs.seq WHERE state = 'completed'
-UNION ALL SELECT 'waits for nobody', seq FROM waits
+    WHERE waits <> (SELECT COUNT(*) FROM dependencies JOIN jobs AS other
+        ON other.seq = waits_for
+        WHERE dependencies.seq = jobs.seq AND other.state <> 'completed')
+UNION ALL SELECT 'locked without a lock', id FROM jobs WHERE gate = 2 AND lock IS NULL
+UNION ALL SELECT 'not waiting, but not open', id FROM jobs
+    WHERE state <> 'pending' AND state <> 'failed' AND gate <> 1
+UNION ALL SELECT 'open, but it waits for others or a time', id FROM jobs
+    WHERE state = 'pending' AND gate > 0 AND (waits > 0 OR run_at > updated_at)
+UNION ALL SELECT 'failed, but it waits for others, or is open', id FROM jobs
+    WHERE state = 'failed' AND (waits > 0 OR gate <> 0)
+UNION ALL SELECT 'closed, though nothing will open it', id FROM jobs
+    WHERE waits = 0 AND gate = 0 AND run_at <= ?
+UNION ALL SELECT 'depends on nobody', seq FROM dependencies
     WHERE waits_for NOT IN (SELECT seq FROM jobs)
+UNION ALL SELECT 'is nobody', seq FROM dependencies
+    WHERE seq NOT IN (SELECT seq FROM jobs)
 UNION ALL SELECT 'counts are wrong', state FROM counts
     WHERE jobs <> (SELECT COUNT(*) FROM jobs WHERE jobs.state = counts.state)
 """
@@ -5353,9 +5844,9 @@ class RandomOperations:
 
     def do_to_many(self, verb):
         if self.rnd.random() < 0.1:
-            verb(queuectl.where(
-                self.rnd.sample([*queuectl.STATES], 2), text=self.rnd.choice(["", "1"]),
-                has_dependents=self.rnd.choice([None, False])))
+            chosen = queuectl.where(
+                self.rnd.sample([*queuectl.STATES], 2), text=self.rnd.choice(["", "1"]))
+            verb(self.rnd.choice([chosen, queuectl.needed(chosen, False)]))
 
     def complete_one(self):
         """Claim a job if one is claimable, and complete a run."""
@@ -5372,10 +5863,13 @@ class TestGate:
     def test_the_gate_is_right_after_random_operations(self, queue, clock, seed):
         operations = RandomOperations(queue, seed)
         for _ in range(400):
-            clock.now += operations.rnd.choice([0, 0, 1, 10])
+            clock.now += operations.rnd.choice([0, 0, 0, 0, 1, 1, 10, 10, -30])
             operations.step()
             queue.promote(clock.now)
+            queue.promote_after_clock_step()
             assert [tuple(row) for row in queue._rows(WRONG_GATES, clock.now)] == []
+            # There is an order, so there is no circle.
+            queue._in_order([seq for seq, in query("SELECT seq FROM dependencies")])
         # None is stuck.
         while operations.runs or queue.next_due() or queue.has_claimable():
             clock.now += 10**6
@@ -5630,8 +6124,9 @@ class TestStatistics:
     def test_the_bars_of_the_page_are_whole_minutes(self, queue, clock):
         clock.now = 1e9 // 60 * 60 + 90  # half a minute after a minute began
         add_job(queue, id="x")
-        queue.complete(claim(queue), make_outcome(None, finished_at=clock.now - 45))
-        stats = queuectl.stats_by_the_minute(queue, {})
+        run = claim(queue)._replace(started_at=clock.now - 60)
+        queue.complete(run, make_outcome(None, finished_at=clock.now - 45))
+        stats = queuectl.stats_route(queue, {})
         assert stats["bar_seconds"] == 60 and len(stats["throughput"]) == 60
         assert [bar["completed"] for bar in stats["throughput"]][-2:] == [1, 0]
 
@@ -5827,7 +6322,7 @@ class TestPage:
         run_ok("cancel", "cut")
         enqueue(id="waits", after=["b1"])
         enqueue(id="a3", delay=3600)
-        assert dashboard.json("/api/count") == {"jobs": 7, "retry": 4, "delete": 6}
+        assert dashboard.json("/api/count") == {"jobs": 7, "retry": 4, "delete": 7}
         assert dashboard.json("/api/count?q=a") == {"jobs": 5, "retry": 2, "delete": 5}
         # An error matches as well.
         assert dashboard.json("/api/count?q=exit+2")["jobs"] == 1
@@ -6296,12 +6791,13 @@ def run_readme_line(line):
 WITHOUT_PRIORITIES = [
     (r'(?s)    "priority": .*?\),\n(?=    "run_at")', ""),
     (r"    priority INTEGER NOT NULL DEFAULT 0,\n", ""),
-    (r'ORDER = "priority DESC, seq"', 'ORDER = "seq"'),
-    (r"(?s)\(priority > \? OR priority = \? AND seq < \?\)\",\n.*?job\[\"seq\"\]\)",
-     'seq < ?", job["seq"])'),
+    (r", priority ON jobs\n", " ON jobs\n"),
+    (r'ORDER = "priority DESC, run_at, seq"', 'ORDER = "run_at, seq"'),
+    (r"(?s)\(priority > \? OR priority = \? AND (\(run_at, seq\) < \(\?, \?\))\)\",\n.*?"
+     r"(job\[\"run_at\"\], job\[\"seq\"\]\))", r'\1", \2'),
     (r'(?s)(def oldest_claimable.*?\n).*?LIMIT 1"\)\n',
      r'\1        return self._row("SELECT id, run_at FROM jobs WHERE " + CLAIMABLE'
-     r' + " ORDER BY seq LIMIT 1")\n'),
+     r' + " ORDER BY run_at, seq LIMIT 1")\n'),
 ]
 
 
