@@ -40,8 +40,8 @@ What is promised, and how it is kept:
     process that inherited the file is gone, even after SIGKILL. There is no heartbeat,
     and a lease never expires.
   - No running job is lost. Every pool looks for lost jobs at its start and every two
-    seconds. A job in PROCESSING whose lease is free is put back. If the lease is held and the
-    worker is gone, the run is an orphan: its processes are ended first.
+    seconds. A job in PROCESSING whose lease is free is put back. If the lease is held
+    and the worker is gone, the run is an orphan: its processes are ended first.
   - A job runs at least once. If the result of a run can't be recorded, the job runs
     again: commands should be idempotent.
   - When queuectl ends a run, it ends every process of that run.
@@ -1026,21 +1026,21 @@ RARE = "state <> 'pending' AND state <> 'completed'"
 UNFINISHED_DEPENDENT = "waits > 0 AND NOT " + in_states(FINISHED)
 
 
-def elect(row):
+def elect(row, if_needed="1"):
     """Return the SQL that elects the job that gets the lock of a row next.
 
     Of the LOCKED jobs with this lock the first one becomes OPEN, unless a job with the
     lock is running.
     """
     return """
-    UPDATE jobs SET gate = {LOCKED}
-        WHERE lock = {row}lock AND state = 'pending' AND gate = {OPEN};
-    UPDATE jobs SET gate = {OPEN}
-        WHERE seq = (SELECT seq FROM jobs WHERE lock = {row}lock AND state = 'pending'
+    UPDATE jobs SET gate = {LOCKED} WHERE {if_needed}
+        AND lock = {row}lock AND state = 'pending' AND gate = {OPEN};
+    UPDATE jobs SET gate = {OPEN} WHERE {if_needed}
+        AND seq = (SELECT seq FROM jobs WHERE lock = {row}lock AND state = 'pending'
             AND gate = {LOCKED} ORDER BY {ORDER} LIMIT 1)
         AND NOT EXISTS (SELECT 1 FROM jobs
             WHERE lock = {row}lock AND state = 'processing' AND {RARE});""".format(
-        LOCKED=LOCKED, OPEN=OPEN, ORDER=ORDER, RARE=RARE, row=row)
+        LOCKED=LOCKED, OPEN=OPEN, ORDER=ORDER, RARE=RARE, row=row, if_needed=if_needed)
 
 
 # A new queue is made by this alone. A queue of an older version goes through MIGRATIONS
@@ -1183,7 +1183,7 @@ CREATE TRIGGER gate_moved
     UPDATE jobs SET state = 'pending'
         WHERE seq = NEW.seq AND state = 'failed' AND waits > 0;
     UPDATE jobs SET gate = {gate}
-        WHERE seq = NEW.seq AND gate <> {gate};{elect_new}{elect_old} END;
+        WHERE seq = NEW.seq AND gate <> {gate};{elect_new}{elect_left} END;
 
 -- A dependent of a job that was deleted before it was completed can't go on, so it
 -- dies. `delete --all` deletes dependents first, but in several transactions.
@@ -1205,7 +1205,8 @@ PRAGMA application_id = {application};
 PRAGMA user_version = {version};
 """.format(
     ORDER=ORDER, RARE=RARE, CLOSED=CLOSED, OPEN=OPEN, gate=gate_of(),
-    gate_of_new=gate_of("NEW."), elect_new=elect("NEW."), elect_old=elect("OLD."),
+    gate_of_new=gate_of("NEW."), elect_new=elect("NEW."),
+    elect_left=elect("OLD.", "OLD.lock IS NOT NEW.lock"), elect_old=elect("OLD."),
     states=in_states(STATES), is_waiting=in_states(WAITING),
     is_success=in_states(SUCCESSFUL), new_is_success=in_states(SUCCESSFUL, "NEW.state"),
     old_is_success=in_states(SUCCESSFUL, "OLD.state"),
