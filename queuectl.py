@@ -121,6 +121,8 @@ MAX_TIME = 253402300799.0  # 9999-12-31T23:59:59Z, the last time that ISO 8601 c
 MAX_COMMAND = 8191 if WINDOWS else 131071  # bytes: limits of cmd.exe and of Linux
 MAX_WORKERS = 256
 MAX_HOOKS = 8  # `on_dead` commands that a pool runs at a time
+HOOK_TIMEOUT = 300.0  # seconds after which an `on_dead` command is ended
+HOOKS_AT_END = 30.0  # seconds that a pool takes at its end to announce dead jobs
 MAX_DEATHS = 5  # worker deaths after which their job is taken for the cause
 
 BATCH_SIZE = 500  # rows of one read or write; more would hold up other processes
@@ -141,6 +143,7 @@ SIGNAL_INTERVAL = 0.2  # seconds within which two signals count as one
 PRUNE_SLICE = 0.2  # seconds that a pool spends at once on deleting old jobs
 COMPLETION_TIMEOUT = 0.2  # seconds that TAB waits for another program's lock
 TERM_GRACE = 3.0  # seconds from SIGTERM to SIGKILL
+REST_TIMEOUT = 0.5  # seconds that output is read after the exit of a command
 KILL_GRACE = 5.0  # seconds after SIGKILL until a process counts as unkillable
 BLAME_DELAY = 0.5  # seconds within which a death and a stop count as one event
 EXIT_UNUSABLE = 2  # exit code of a worker that left because its queue can't be used
@@ -224,9 +227,9 @@ def parse_time(value):
     """Return epoch seconds from a number or ISO 8601 text.
 
     Text without a zone is local time. A number of 9 or 10 digits is epoch seconds, of
-    1973 to 2286. Any other text of digits, like 20260131, is meant as a date: refused.
+    1973 to 2286. Any other number, like 20260131, is meant as a date: refused.
     """
-    if type(value) in (int, float):  # no bool
+    if type(value) in (int, float) and 10**8 <= value < 10**10:  # no bool
         return float(value)
     if not isinstance(value, str):
         raise ValueError
@@ -350,15 +353,28 @@ def check_directory(value):
     return os.path.normpath(os.path.join(current_directory(), value))
 
 
+# Programs that join the words of a command line, or take only one of them: behind these
+# something else than the command would run, or nothing, and the job would be completed.
+JOINING = {
+    "sh", "bash", "dash", "zsh", "ksh", "fish", "cmd", "powershell", "pwsh", "ssh", "su",
+    "runuser", "script"}
+
+
 def check_launcher(value):
     """Check a launcher: the beginning of a command line, such as `srun -Q -n1`."""
     import shlex
     import shutil
 
     try:
-        program = shlex.split(check_command(value))[0]
-        if not shutil.which(program):
-            raise ValueError("no program " + printable(program))
+        words = shlex.split(check_command(value))
+        if not shutil.which(words[0]):
+            raise ValueError("no program " + printable(words[0]))
+        for word in words:
+            name = re.split(r"[/\\]", word)[-1].lower()
+            name = name[:-4] if name.endswith(".exe") else name
+            if name in JOINING:
+                raise ValueError("%s joins the words behind it, so that the command"
+                                 " would not run as it is; write a script" % name)
     except ValueError as error:
         raise ValueError("the beginning of a command: %s" % error) from None
     return value
@@ -771,6 +787,23 @@ def remove_leftover(path):
                 os.remove(path)
 
 
+def is_mount_point(path):
+    """Tell whether a file is mounted by itself, as `docker run -v ./q.db:/q.db` does.
+
+    By the number of the mount, proc(5), fdinfo: `st_dev` does not tell. An O_PATH
+    descriptor drops no locks when it is closed. Without /proc it can't be known.
+    """
+    def mount_of(path):
+        with open_descriptor(path, os.O_PATH) as fd:
+            with open("/proc/self/fdinfo/%d" % fd) as file:
+                return re.search(r"mnt_id:\s*(\d+)", file.read())[1]
+
+    try:
+        return mount_of(path) != mount_of(os.path.dirname(path))
+    except (AttributeError, OSError, TypeError):  # not Linux
+        return False
+
+
 def owner_hint(path):
     """Return what to do about a file of another user; an empty text if it is ours."""
     with contextlib.suppress(OSError, AttributeError):
@@ -956,6 +989,38 @@ class Waiter:
         return self.reader in ready and os.read(self.reader, 2**16)  # all it holds
 
 
+def require_descriptors(count):
+    """Raise the limit of open files so that a pool of COUNT workers fits, or refuse.
+
+    A supervisor has one descriptor open for each worker, and workers inherit them.
+    """
+    if WINDOWS:
+        return
+    import resource
+
+    spare = 64  # for files of the pool, of SQLite and of commands
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count + spare:
+        return
+    if hard != resource.RLIM_INFINITY and hard < count + spare:
+        raise QueueError("--count %d needs %d open files, and this system allows %d: at"
+                         " most --count %d", count, count + spare, hard,
+                         max(1, hard - spare))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count + spare, hard))
+
+
+def is_reader_gone(stream):
+    """Tell whether nobody can read any more what is written to a stream."""
+    if WINDOWS:
+        return False
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), select.POLLERR | select.POLLHUP)
+    except (OSError, ValueError):  # in a test it is no file
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
 def catch_signals(handler):
     """Let HANDLER take the stop signals; SIGHUP stays ignored under nohup.
 
@@ -997,9 +1062,9 @@ def in_states(states, column="state"):
 ORDER = "priority DESC, run_at, seq"  # in which jobs are claimed
 
 # The gate decides whether a waiting job may be claimed. Any other job is OPEN. No verb
-# sets it: `gate_of` is the rule, and the trigger `gate_moved` applies it to each
-# change.
-CLOSED = 0  # its time has not come, or a job that it comes after is not completed
+# computes it: `gate_of` is the rule. INSERT_JOB applies it to a new job, the trigger
+# `gate_moved` to each change, and `elect` decides between OPEN and LOCKED.
+CLOSED = 0  # `promote` has not let its time come, or a dependency is not completed
 OPEN = 1  # it may be claimed
 LOCKED = 2  # only its lock is in the way
 
@@ -1019,9 +1084,8 @@ def gate_of(row=""):
                        CLOSED=CLOSED, OPEN=OPEN, LOCKED=LOCKED)
 
 
-# True of every job in a rare state, or of every unfinished dependent. SQLite uses the
-# indexes of these, jobs_rare and jobs_dependent, only in a query that contains such a
-# condition word by word.
+# RARE holds for the jobs in rare states. SQLite uses the index jobs_rare only in a
+# query that contains all of it, word by word; likewise jobs_dependent for `waits > 0`.
 RARE = "state <> 'pending' AND state <> 'completed'"
 UNFINISHED_DEPENDENT = "waits > 0 AND NOT " + in_states(FINISHED)
 
@@ -1029,8 +1093,8 @@ UNFINISHED_DEPENDENT = "waits > 0 AND NOT " + in_states(FINISHED)
 def elect(row, if_needed="1"):
     """Return the SQL that elects the job that gets the lock of a row next.
 
-    Of the LOCKED jobs with this lock the first one becomes OPEN, unless a job with the
-    lock is running.
+    All OPEN jobs with this lock become LOCKED. Then the first of the LOCKED ones
+    becomes OPEN, unless a job with the lock is running.
     """
     return """
     UPDATE jobs SET gate = {LOCKED} WHERE {if_needed}
@@ -1063,7 +1127,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     lock TEXT,                              -- jobs that share it run one at a time
     waits INTEGER NOT NULL DEFAULT 0,       -- dependencies that are not completed
     created_at REAL NOT NULL,
-    updated_at REAL NOT NULL,               -- when it was moved, edited or became due
+    updated_at REAL NOT NULL,               -- when it was moved, edited or became due:
+                                            -- the clock of its gate
     run INTEGER NOT NULL DEFAULT 0,         -- number of its latest run; only ever grows
     deaths INTEGER NOT NULL DEFAULT 0,      -- of workers that ran it
     cancelled INTEGER NOT NULL DEFAULT 0,   -- 1: `cancel` was called
@@ -1108,13 +1173,14 @@ CREATE TABLE IF NOT EXISTS totals (         -- of all runs there ever were, by t
     runs INTEGER NOT NULL,
     seconds REAL NOT NULL
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS drains (         -- of the runs of a pool that drains the
-    pool INTEGER NOT NULL,                  -- queue, how many left their job in which
-    state TEXT NOT NULL,                    -- state
+CREATE TABLE IF NOT EXISTS drains (         -- of the runs that a draining pool ended,
+    pool INTEGER NOT NULL,                  -- how many left their job in which state
+    state TEXT NOT NULL,
     runs INTEGER NOT NULL,
     PRIMARY KEY (pool, state)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS unannounced (    -- deaths that `on_dead` has not announced
+CREATE TABLE IF NOT EXISTS unannounced (    -- jobs that died by a run, and for which
+                                            -- `on_dead` has not been started
     seq INTEGER PRIMARY KEY
 );
 INSERT OR IGNORE INTO counts VALUES {counts};
@@ -1170,23 +1236,24 @@ CREATE TRIGGER dependency_dropped AFTER DELETE ON dependencies BEGIN
     UPDATE jobs SET waits = waits - 1 WHERE seq = OLD.seq
         AND NOT (SELECT {is_success} FROM jobs WHERE seq = OLD.waits_for); END;
 
--- The only owner of the gate. What was due stays due if the clock was set back. FAILED
--- is a job that waits for its next try alone: if it waits for others it is PENDING.
--- (recursive_triggers is off: the trigger does not fire for its own changes.)
+-- Keeps the gate of a changed job, and elects anew for its lock. A waiting job that was
+-- due stays due if the clock was set back since. FAILED is a job that waits for its
+-- next try alone: if it waits for others it is PENDING. (recursive_triggers is off: the
+-- trigger does not fire for its own changes.)
 CREATE TRIGGER gate_moved
     AFTER UPDATE OF state, run_at, updated_at, waits, lock, priority ON jobs
     WHEN NEW.lock NOT NULL OR OLD.lock NOT NULL OR NEW.run_at > NEW.updated_at
         OR NEW.state = 'failed' AND NEW.waits > 0 OR NEW.gate <> {gate_of_new} BEGIN
-    UPDATE jobs SET run_at = updated_at WHERE seq = NEW.seq AND run_at > updated_at
-        AND (run_at = OLD.run_at AND OLD.run_at <= OLD.updated_at
-            OR state = 'failed' AND waits > 0);
+    UPDATE jobs SET run_at = updated_at WHERE seq = NEW.seq AND {is_waiting}
+        AND run_at > updated_at
+        AND run_at = OLD.run_at AND OLD.run_at <= OLD.updated_at;
     UPDATE jobs SET state = 'pending'
         WHERE seq = NEW.seq AND state = 'failed' AND waits > 0;
     UPDATE jobs SET gate = {gate}
         WHERE seq = NEW.seq AND gate <> {gate};{elect_new}{elect_left} END;
 
--- A dependent of a job that was deleted before it was completed can't go on, so it
--- dies. `delete --all` deletes dependents first, but in several transactions.
+-- A waiting dependent of a job that was deleted before it was completed can't go on, so
+-- it dies. `delete --all` deletes dependents first, but in several transactions.
 CREATE TRIGGER job_removed AFTER DELETE ON jobs BEGIN
     UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
     UPDATE jobs SET state = 'dead', error = 'a job that it came after was deleted',
@@ -1320,6 +1387,9 @@ class Database:
         if self.file_status.st_nlink > 1 and not self.for_pool:
             message = "%s has a second hard link: jobs added through it would be lost;"
             raise QueueError(message + " remove that link", self.path)
+        if not self.for_pool and is_mount_point(self.path):
+            message = "%s is mounted as a single file: jobs would be lost, since its"
+            raise QueueError(message + " log lies elsewhere; mount its folder", self.path)
         hint = owner_hint(self.path)
         if hint:
             raise QueueError("%s%s", self.path, hint)
@@ -1465,9 +1535,9 @@ class Database:
             self._execute_all(MIGRATIONS[step])
 
     def _refuse_older_pools(self):
-        """Raise QueueError while a process of queuectl 1.1 may use the database.
+        """Raise QueueError while a pool of queuectl 1.1 lives, or a run of one may.
 
-        It would fail at its next statement, and its run would be missed: beside a
+        The pool would fail at its next claim, and the run would be missed: beside a
         database of another name its lease is not where this version looks for it.
         """
         for pool in older_pools(self.path):
@@ -1521,6 +1591,18 @@ class Database:
         except BaseException:
             self.db.rollback()  # if SQLite has not done so
             raise
+
+    @contextlib.contextmanager
+    def _snapshot(self):
+        """Let several queries see the same state of the database."""
+        if self.db.in_transaction:
+            yield
+            return
+        self.db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self.db.rollback()
 
     def _begin(self):
         """Take the write lock; try until `lock_timeout` has passed.
@@ -1695,7 +1777,7 @@ def no_job(id):
 
 
 # A condition that selects jobs: SQL, its values, and the part of it that depends on the
-# row of a job alone.
+# row of a job alone, which is checked again when the job is changed.
 Condition = collections.namedtuple("Condition", "sql values of_row")
 FILTERS = {
     "text": "(instr(id, :text) OR instr(command, :text))",
@@ -1848,10 +1930,10 @@ class Queue(Database):
                 return name
 
     def _add_dependencies(self, dependents, are_new=False):
-        """Let jobs come after others: (id, ids that it comes after, ids to drop).
+        """Let jobs come after others: (id, ids that it comes after, droppable ids).
 
-        The ids to drop are dropped if no job has them; return those: {id: [id]}. New
-        jobs can form a cycle only if one of them comes after a later one.
+        A droppable id is dropped if no job has it. Return what was dropped: {id: [id]}.
+        New jobs can form a cycle only if one of them comes after a later one.
         """
         may_be_cycle, dropped = [], {}
         for id, dependencies, droppable in dependents:
@@ -1879,7 +1961,7 @@ class Queue(Database):
         order, entered, path = {}, set(), [*reversed(seqs)]
         while path:
             seq = path[-1]
-            if seq in entered:  # all that it comes after is in the order by now
+            if seq in entered:  # all that it comes after, or it itself, is in the order
                 order[path.pop()] = True
                 continue
             entered.add(seq)
@@ -2022,7 +2104,8 @@ class Queue(Database):
             if self.drain and state in FINISHED:
                 self._change(
                     "INSERT INTO drains VALUES (?, ?, 1)"
-                    " ON CONFLICT DO UPDATE SET runs = runs + 1", self.drain, state)
+                    " ON CONFLICT (pool, state) DO UPDATE SET runs = runs + 1",
+                    self.drain, state)
             return state
 
     def _record_run(self, run, outcome):
@@ -2044,6 +2127,10 @@ class Queue(Database):
         self._change(
             "UPDATE totals SET runs = runs + 1, seconds = seconds + ?"
             " WHERE total = ?", finished_at - run.started_at, total)
+
+    def count_unannounced(self):
+        """Return how many dead jobs `on_dead` has not announced."""
+        return self._value("SELECT COUNT(*) FROM unannounced")
 
     def is_current(self, run):
         """Tell whether a run still owns its job."""
@@ -2246,16 +2333,20 @@ class Queue(Database):
         """Return the numbers of the jobs that meet a condition, dependencies first."""
         from array import array
 
-        rows = self.db.execute("SELECT seq FROM jobs WHERE " + condition.sql +
-                               " ORDER BY seq", condition.values)
-        seqs = array("q", (seq for seq, in rows))  # eight bytes each
-        if not self._value("SELECT 1 FROM dependencies WHERE waits_for > seq LIMIT 1"):
-            return seqs  # every job has a higher number than its dependencies
-        chosen = {*seqs}
-        return array("q", [seq for seq in self._in_order(seqs) if seq in chosen])
+        with self._snapshot():
+            rows = self.db.execute("SELECT seq FROM jobs WHERE " + condition.sql +
+                                   " ORDER BY seq", condition.values)
+            seqs = array("q", (seq for seq, in rows))  # eight bytes each
+            if not self._value(
+                    "SELECT 1 FROM dependencies WHERE waits_for > seq LIMIT 1"):
+                return seqs  # every job has a higher number than its dependencies
+            chosen = {*seqs}
+            return array("q", [seq for seq in self._in_order(seqs) if seq in chosen])
 
     def _vacuum(self):
         """Return the space of removed rows to the file system, if it is much."""
+        if self.db.in_transaction:  # the script below would commit it
+            return
         for _ in range(self._value("PRAGMA freelist_count") // 1000):
             # As a script, since `execute` ends it after the first page.
             self.db.executescript("PRAGMA incremental_vacuum(1000)")
@@ -2270,7 +2361,10 @@ class Queue(Database):
         return job
 
     def find_job(self, prefix):
-        """Return the job with this id, or the only one whose id starts with it."""
+        """Return the job with this id, or the only one whose id starts with it.
+
+        A prefix has four characters or more.
+        """
         if self.state(prefix) is None and len(prefix) >= 4:
             ids = self.ids_starting_with(prefix, limit=2)
             if len(ids) == 2:
@@ -2398,7 +2492,7 @@ class Queue(Database):
         return self._rows(sql, **condition.values)
 
     def seq_before(self, id):
-        """Return the number before that of a job; the highest number if it is gone."""
+        """Return the number before that of a job; one above all if it is gone."""
         number = self._value("SELECT seq FROM jobs WHERE id = ?", id) or MAX_INTEGER
         return number - 1
 
@@ -2462,9 +2556,10 @@ class Queue(Database):
         return bool(self._value("SELECT 1 FROM jobs WHERE " + CLAIMABLE + " LIMIT 1"))
 
     def is_drained(self):
-        """Tell whether no job is due, running or waiting for a retry.
+        """Tell whether no job may be claimed, is running or waits for a retry.
 
-        This is one statement: between two a job could go from waiting to running.
+        Jobs that wait for a later time or for others do not count. This is one
+        statement: between two a job could go from waiting to running.
         """
         return not self._value(
             "SELECT EXISTS (SELECT 1 FROM counts WHERE jobs > 0"
@@ -2475,38 +2570,70 @@ class Queue(Database):
 
     def begin_drain(self):
         """Forget the counts of pools that are gone; count for this pool from 0."""
-        living = {*living_pools(self.path)} - {self.drain}
         with self.transaction():
+            # Within it: a pool that counts has its file before its first count.
+            living = {*living_pools(self.path)} - {self.drain}
             for pool, in self._rows("SELECT DISTINCT pool FROM drains"):
                 if pool not in living:
                     self._change("DELETE FROM drains WHERE pool = ?", pool)
 
     def drain_counts(self):
-        """Return how many runs of this pool left their job in each finished state."""
+        """Return how many runs ended by this pool left their job in each finished state.
+
+        Lost runs of other pools that it put an end to are among them.
+        """
         rows = self._rows("SELECT state, runs FROM drains WHERE pool = ?", self.drain)
         return {**dict.fromkeys(FINISHED, 0), **dict(rows)}
 
-    def wait(self, ids=None, timeout=None, on_check=lambda counts: None, exclude=None):
+    def wait(self, ids=None, timeout=None, on_check=lambda counts: None):
         """Wait until jobs are completed or dead, or until what is left can't go on.
 
-        Without IDS, wait for all jobs that are unfinished now, except EXCLUDE. Return
-        how many ended in each state and how many were `removed`; as `left` the ids of
-        those that wait for a dead job; and without IDS as `died_before` how many dead
-        jobs there were that nobody cancelled, since what became of a job must not
-        depend on how soon it died. Return None after TIMEOUT seconds. `on_check` is
-        called at each check with the counts of all jobs.
+        Without IDS, wait for all jobs that are unfinished now. Within a job of this
+        queue QueueError is raised for what would wait for that very job. Return how
+        many ended in each state and how many were `removed`; as `left` the ids of those
+        that wait for a dead job; and without IDS as `died_before` how many dead jobs
+        there were that nobody cancelled, since what became of a job must not depend on
+        how soon it died. Return None after TIMEOUT seconds. `on_check` is called at
+        each check with the counts of all jobs.
         """
         died_before = 0
-        if ids is None:
+        jobs = None if ids is None else self._named(ids)
+        own = self.own_job()
+        if own:
+            self._refuse_waiting_for_itself(own, jobs)
+        if jobs is None:
             ids, died_before = self._unfinished_and_dead()
-            ids = [id for id in ids if id != exclude]
         else:
-            ids = [job["id"] for job in self._named(ids)]
+            ids = [job["id"] for job in jobs if job["state"] not in FINISHED]
         wait = Wait(self, ids, on_check)
+        for job in jobs or ():
+            if job["state"] in FINISHED:
+                wait.ended[job["state"]] += 1
         seconds = MAX_DURATION if timeout is None else timeout
         if not wait_until(wait.is_over, seconds, WAIT_INTERVAL):
             return None
         return dict(wait.ended, died_before=died_before, left=[*wait.left])
+
+    def own_job(self):
+        """Return the job of this queue whose present run has started this process."""
+        lease = os.environ.get("QUEUECTL_RUN")
+        for run in self.processing_runs() if lease else ():
+            if run.lease == lease:
+                return self.job(run.id)
+        return None
+
+    def _refuse_waiting_for_itself(self, own, jobs):
+        """Raise QueueError if one of these jobs needs the end of the job OWN."""
+        if jobs is None:
+            raise QueueError("wait: within job %s name ids, or it would wait for"
+                             " itself", own["id"])
+        for waited in jobs:
+            for seq in self._in_order([waited["seq"]]):
+                job = self._row("SELECT state, lock FROM jobs WHERE seq = ?", seq)
+                shares_lock = own["lock"] and job["lock"] == own["lock"]
+                if seq == own["seq"] or (shares_lock and job["state"] not in FINISHED):
+                    raise QueueError("wait: job %s needs the end of job %s, which would"
+                                     " wait for itself", waited["id"], own["id"])
 
     def _unfinished_and_dead(self):
         """Return the ids of all unfinished jobs, and how many died uncancelled.
@@ -2613,14 +2740,17 @@ class Wait:
                 self.left.pop()
                 continue
             self.seen_at[id] = time.monotonic()
-            if job["seq"] not in blocked:
+            if job["state"] == "processing" or job["seq"] not in blocked:
                 break  # this one may go on: the others need no check
             stuck.append(self.left.pop())
         self.left.extendleft(stuck)
         return len(self.left) == len(stuck)
 
     def state_of_gone(self, id):
-        """Return `completed` for a job that `keep` may have deleted, or `removed`."""
+        """Return `completed` for a job that `keep` may have deleted, or `removed`.
+
+        The job was unfinished when the wait began.
+        """
         keep = self.queue.settings()["keep"]
         unseen = time.monotonic() - self.seen_at.get(id, self.began)
         return "removed" if keep is None or unseen < keep else "completed"
@@ -2900,7 +3030,7 @@ class RunningCommand:
             raise
 
     def read(self):
-        """Take over what the command has printed so far.
+        """Take over what the command has printed so far; return True at the end.
 
         With one read: for `yes` a loop would never end.
         """
@@ -2909,6 +3039,8 @@ class RunningCommand:
             data = size and os.read(self.reader, size)
             if data:
                 self.lease.write(data)
+            return data == b""
+        return False
 
     def watch(self, waiter, timeout, watchdog):
         """Wait for the end of the command; return its exit code and None or an `End`.
@@ -2935,6 +3067,17 @@ class RunningCommand:
         self.read()
         return code, end
 
+    def read_rest(self, waiter):
+        """Read the pipe to its end, for at most REST_TIMEOUT while it is held open.
+
+        A `tee` behind `exec > >(tee log)` gets the last lines after the leader's exit.
+        """
+        os.close(self.writer)
+        self.writer = None
+        deadline = time.monotonic() + REST_TIMEOUT
+        while not self.read() and time.monotonic() < deadline:
+            self.wait_for_output(waiter, deadline - time.monotonic())
+
     def terminate(self, waiter):
         """End every process that belongs to the run, or that the command has left.
 
@@ -2953,7 +3096,8 @@ class RunningCommand:
     def close(self):
         """Close the pipe. Processes left in the background go on."""
         os.close(self.reader)
-        os.close(self.writer)
+        if self.writer is not None:
+            os.close(self.writer)
 
 
 class PosixCommand(RunningCommand):
@@ -3006,9 +3150,19 @@ class PosixCommand(RunningCommand):
         waiter.wait(timeout, self.reader)
         self.read()
 
+    def wait_for_output(self, waiter, timeout):
+        waiter.wait(timeout, self.reader)
+
     def processes(self):
-        """Return the PIDs of the living processes."""
-        return processes_of({self.lease.path: self.pid})[self.lease.path]
+        """Return the PIDs of the living processes.
+
+        The leader needs no list of processes: it is our child, and not reaped yet.
+        """
+        found = processes_of({self.lease.path: self.pid})[self.lease.path]
+        if self.pid and os.waitid(
+                os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            found.add(self.pid)
+        return found
 
     def send_signal(self, pids, number):
         signal_processes(pids, number)
@@ -3025,7 +3179,11 @@ class WindowsCommand(RunningCommand):
 
     def readable_bytes(self):  # to read more would wait
         handle = msvcrt.get_osfhandle(self.reader)
-        return min(_winapi.PeekNamedPipe(handle, 0)[0], READ_SIZE)
+        try:
+            available = _winapi.PeekNamedPipe(handle, 0)[0]
+        except BrokenPipeError:
+            return 1  # its end: the read returns nothing
+        return min(available, READ_SIZE)
 
     def start(self, line, launcher, cwd, env):
         """Start the command suspended, until its job object can catch all children."""
@@ -3074,6 +3232,9 @@ class WindowsCommand(RunningCommand):
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(max(0.0, min(timeout, STEP_INTERVAL / 5)))
         self.read()
+
+    def wait_for_output(self, waiter, timeout):
+        time.sleep(max(0.0, min(timeout, STEP_INTERVAL / 5)))
 
     def processes(self):
         """Return as many numbers as the run has living processes."""
@@ -3143,6 +3304,15 @@ def processes_of(runs):
         if all(found.values()):
             break
     return found
+
+
+def require_process_list():
+    """Raise QueueError if this system can't list processes: runs could overlap."""
+    if WINDOWS or os.path.exists("/proc/self/fd"):
+        return
+    if os.getpid() not in {pid for pid, _ in scan_with_tools([])}:
+        raise QueueError("processes can't be listed: there is no /proc, and no working"
+                         " ps; without them two runs of a job could overlap")
 
 
 # A process that has just gone, or another user's. Any other error is raised: otherwise
@@ -3367,10 +3537,20 @@ def painter():
 
 def terminal_width(stream):
     """Return how many columns a terminal has, None if the stream is not one."""
-    try:  # a terminal that does not know its size says 0
-        return os.get_terminal_size(stream.fileno()).columns or 80
+    size = terminal_size(stream)
+    return size and size.columns
+
+
+def terminal_size(stream):
+    """Return the size of a terminal, None for another stream or a dumb terminal."""
+    if os.environ.get("TERM") == "dumb":
+        return None
+    try:
+        size = os.get_terminal_size(stream.fileno())
     except (OSError, ValueError):
         return None
+    # A terminal that does not know its size says 0.
+    return os.terminal_size((size.columns or 80, size.lines or 24))
 
 
 def display_width(text):
@@ -3531,12 +3711,56 @@ class ProgressLine:
                     for state in FINISHED}
             seconds = time.monotonic() - self.began
             line = progress_text({**counts, **done}, sum(done.values()), seconds)
-            print(end="\r\x1b[K" + line[: width - 1], file=sys.stderr, flush=True)
+            self.redraw(line[: width - 1])
 
     def close(self):
         """Clear the line, to make room for the result."""
         if self.first is not None:
-            print(end="\r\x1b[K", file=sys.stderr, flush=True)
+            self.redraw("")
+
+    def redraw(self, line):
+        with contextlib.suppress(OSError):  # the terminal is gone
+            print(end="\r\x1b[K" + line, file=sys.stderr, flush=True)
+
+
+class LenientOutput:
+    """Standard output of a command whose exit code must not depend on it.
+
+    An `enqueue` that is committed ends with 0 also on a full disk, or `until enqueue`
+    would double the job; a pool without a reader runs on. The first error is kept.
+    """
+
+    def __init__(self, stream):
+        self.stream, self.error = stream, None
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+
+    def writelines(self, lines):
+        for line in lines:
+            self.write(line)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action, *args):
+        """Call an action of the stream, unless an earlier one has failed."""
+        if self.error:
+            return
+        try:
+            action(*args)
+        except OSError as error:
+            self.error = error
+            # Python would try to write the rest at its end, and change the exit code.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def report(self):
+        """Report the error, but not that the reader is gone."""
+        if self.error and self.error.errno not in (errno.EPIPE, errno.EINVAL):
+            notice("the result could not be printed: %s" % self.error.strerror)
 
 
 def print_result(args, value, *lines):
@@ -3792,6 +4016,7 @@ class Worker:
                     self.is_pool_stopping, BLAME_DELAY):
                 end = End("stopped", STOPPED)
                 command.terminate(self.waiter)  # what a shell may have left
+            command.read_rest(self.waiter)
         except Unkillable as left:
             # This worker leaves. So a pool finds a run without a worker as soon as
             # these processes are gone.
@@ -3886,7 +4111,8 @@ class Reaper:
         self.worker_died_at = {}  # {PID of a worker of this pool: monotonic time}
         self.recovery_done = True  # for the runs of dead workers
         self.terminations = {}  # {lease of an orphan: its Termination}
-        self.hooks = {}  # {a running `on_dead`: the id of its job}
+        self.hooks = {}  # {a running `on_dead`: (the id of its job, when to end it)}
+        self.are_hooks_busy = False  # whether that was logged
         self.hook_error = None  # why `on_dead` could not be started
 
     def is_idle(self):
@@ -3989,10 +4215,7 @@ class Reaper:
         dropped, and a failure is logged. Only a few run at a time: if they hang, there
         must not be one for each of a thousand dead jobs.
         """
-        for hook in [hook for hook in self.hooks if hook.poll() is not None]:
-            id = self.hooks.pop(hook)
-            if hook.returncode:
-                self.log.error("on_dead for %s: exit %d", id, hook.returncode)
+        self.reap_hooks()
         line = queue.settings()["on_dead"]
         try:
             while len(self.hooks) < MAX_HOOKS and queue.announce_dead_job(
@@ -4002,21 +4225,63 @@ class Reaper:
             if self.hook_error != str(error):
                 self.log.error("on_dead cannot start: %s", error)
             self.hook_error = str(error)
+        self.report_busy_hooks(queue)
         return len(self.hooks)
+
+    def reap_hooks(self):
+        """Take note of the `on_dead` commands that have ended; end those that hang."""
+        for hook, (id, end_at) in list(self.hooks.items()):
+            if hook.poll() is not None:
+                del self.hooks[hook]
+                if hook.returncode:
+                    self.log.error("on_dead for %s: exit %d", id, hook.returncode)
+            elif time.monotonic() >= end_at:
+                self.log.error("on_dead for %s is ended after %s", id,
+                               duration_text(HOOK_TIMEOUT))
+                self.end_hook(hook)
+
+    def end_hook(self, hook):
+        """Kill an `on_dead` command, on POSIX with its process group."""
+        with contextlib.suppress(OSError):
+            if WINDOWS:
+                hook.kill()
+            else:
+                os.killpg(hook.pid, KILL)
+
+    def report_busy_hooks(self, queue):
+        """Log that all places for `on_dead` are taken, once for each time."""
+        is_busy = len(self.hooks) >= MAX_HOOKS and queue.count_unannounced() > 0
+        if is_busy and not self.are_hooks_busy:
+            self.log.warning("on_dead: %d run, %s wait", len(self.hooks),
+                             plural(queue.count_unannounced(), "dead job"))
+        self.are_hooks_busy = is_busy
+
+    def announce_rest(self, queue):
+        """Announce the dead jobs that are left, at the end of a pool."""
+        deadline = time.monotonic() + HOOKS_AT_END
+        wait_until(lambda: not self.announce_dead_jobs(queue), HOOKS_AT_END,
+                   STEP_INTERVAL)
+        rest = queue.count_unannounced()
+        if time.monotonic() >= deadline and rest:
+            self.log.warning("on_dead: %s left to the next pool",
+                             plural(rest, "dead job"))
 
     def start_hook(self, line, job):
         """Start the `on_dead` command for a job, with the job's JSON as its input."""
         import subprocess
         import tempfile
 
-        with tempfile.TemporaryFile() as text:
+        # Beside the queue, since a read-only system may have no other place for files.
+        directory = path_beside(self.path, ".runs")
+        os.makedirs(directory, 0o700, exist_ok=True)  # it goes with the last worker
+        with tempfile.TemporaryFile(dir=directory) as text:
             text.write(json.dumps(public_job(job)).encode() + b"\n")
             text.seek(0)
             hook = subprocess.Popen(
                 line, shell=True, cwd=os.path.dirname(self.path), stdin=text,
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                start_new_session=True)
-        self.hooks[hook] = printable(job["id"])
+                start_new_session=True, env={**os.environ, "QUEUECTL_DB": self.path})
+        self.hooks[hook] = printable(job["id"]), time.monotonic() + HOOK_TIMEOUT
 
     def prune(self, queue):
         """Delete the jobs that are older than `keep`. Of many it leaves a rest."""
@@ -4112,10 +4377,15 @@ class Supervisor:
         return 1 if self.has_failed or self.stop_reason else 0
 
     def prepare(self):
-        """Check the queue and its files; take the PID file."""
+        """Check the system, the queue and its files; take the PID file."""
         inherit_nothing()
+        require_process_list()
+        require_descriptors(self.count)
         with Queue(self.path) as queue:
-            self.file_status = queue.file_status
+            self.file_status, own = queue.file_status, queue.own_job()
+            if own:
+                raise QueueError("worker start: within job %s only with --detach, or"
+                                 " the job would wait for its own pool", own["id"])
         for path in (path_beside(self.path, ".runs"), path_beside(self.path, ".log")):
             hint = owner_hint(path)
             if hint:
@@ -4296,8 +4566,8 @@ class Supervisor:
             if why:
                 left = plural(sum(counts[state] for state in WAITING), "job")
                 self.result += "; %s left: %s" % (left, "; ".join(why))
+        self.reaper.announce_rest(queue)
         self.reaper.remove_stale_files(queue)
-        wait_until(lambda: not self.reaper.announce_dead_jobs(queue), TERM_GRACE)
         return True
 
 
@@ -4309,10 +4579,11 @@ class Supervisor:
 # must not, or `wait && deploy` would deploy in a wrong folder. `opens_queue`: its
 # function gets the queue as a second argument; others need none, or open it themselves,
 # since SQLite must cross neither a fork nor threads. `takes_words`: the words after
-# `--` are a command.
+# `--` are a command. `only_reads`: it fails if its result can't be printed; the exit
+# code of others is about what they have done.
 Entry = collections.namedtuple(
     "Entry", "function meaning example arguments creates_queue opens_queue takes_words"
-    " usage aliases", defaults=(False, True, False, None, ()))
+    " only_reads usage aliases", defaults=(False, True, False, False, None, ()))
 COMMANDS = {}  # {name: Entry}, in the order in which help lists them
 
 
@@ -4701,7 +4972,7 @@ def spool(path):
          option("--limit", "N", "at most N jobs (default: 0, all)",
                 count_from(0, "--limit"), default=0),
          flag("--newest", "newest first"),
-         creates_queue=True, aliases=("ls",))
+         creates_queue=True, only_reads=True, aliases=("ls",))
 def cmd_list(args, queue):
     chosen = where(args.state or STATES, text=args.match)
     list_jobs(args, queue, queue.jobs(chosen, args.limit, args.newest))
@@ -4715,7 +4986,8 @@ def list_jobs(args, queue, jobs):
         jobs, queue.clock(), "CHANGED", "command"), "no jobs")
 
 
-@command("show", "show a job and its runs", "show job1", ID)
+@command("show", "show a job and its runs", "show job1", ID,
+         only_reads=True)
 def cmd_show(args, queue):
     job = job_named(queue, args.id)
     print_result(args, job_document(queue, job), *job_lines(queue, job))
@@ -4762,7 +5034,8 @@ def job_named(queue, id):
          flag("-f --follow", "go on until the run ends; wait for the first to begin"),
          option("--attempt", "N", "of an earlier attempt, its last run",
                 count_from(1, "--attempt")),
-         option("--run", "N", "of an earlier run", count_from(1, "--run")))
+         option("--run", "N", "of an earlier run", count_from(1, "--run")),
+         only_reads=True)
 def cmd_logs(args, queue):
     chosen = {name: getattr(args, name) for name in ("run", "attempt")
               if getattr(args, name) is not None}
@@ -4837,6 +5110,8 @@ def follow(queue, job):
         if is_running and is_lost:
             raise QueueError("the worker of job %s died; a pool puts it back", run.id)
         if is_running:
+            if is_reader_gone(sys.stdout):
+                return
             time.sleep(WAIT_INTERVAL)
     for row in queue.runs(job):
         if row["run"] == run.number and row["error"]:
@@ -4874,11 +5149,9 @@ def output_of(queue, job, run):
          option("--timeout", "T", "give up with exit code 124",
                 seconds_from(0, "--timeout")))
 def cmd_wait(args, queue):
-    own_job = os.environ.get("QUEUECTL_JOB_ID") if within_job_of(queue.path) else None
     with contextlib.closing(ProgressLine()) as progress:
         report = WaitReport(queue, progress)
-        counts = queue.wait(
-            args.ids or None, args.timeout, report.check, exclude=own_job)
+        counts = queue.wait(args.ids or None, args.timeout, report.check)
     if counts is None:
         message = "still waiting for jobs after %s" % duration_text(args.timeout)
         notice("; ".join([message, *standstill(queue)]))
@@ -4920,15 +5193,18 @@ def standstill(queue):
     reasons = []
     if queue.is_paused():
         reasons.append("the queue is " + PAUSED_HINT)
+    workers = queue.workers()
     if not living_pools(queue.path):
         reasons.append(NO_POOL)
+    elif queue.own_job() and all(worker["job"] for worker in workers):
+        reasons.append("no worker is free; one runs this very job")
     return reasons
 
 
 @command("status", "count the jobs, list the workers", "status --watch",
          option("--watch", "SECONDS", "refresh every SECONDS (default: 1)",
                 seconds_from(0.1, "--watch"), nargs="?", const=1.0),
-         creates_queue=True)
+         creates_queue=True, only_reads=True)
 def cmd_status(args, queue):
     is_screen = args.watch and not args.json and terminal_width(sys.stdout)
     with contextlib.ExitStack() as screen:
@@ -4952,7 +5228,7 @@ def cmd_status(args, queue):
 
 def screenful(lines):
     """Return the text that redraws these lines, as many as fit on the terminal."""
-    width, height = os.get_terminal_size(sys.stdout.fileno())
+    width, height = terminal_size(sys.stdout)
     if len(lines) > height - 1:
         rest = len(lines) - height + 2
         lines = lines[: height - 2] + ["  and %d more" % rest]
@@ -4964,7 +5240,7 @@ def screenful(lines):
          "stats --since 1d",
          option("--since", "T", "over this time (default: 1h)",
                 seconds_from(1, "--since"), default=3600.0),
-         creates_queue=True, aliases=("metrics",))
+         creates_queue=True, only_reads=True, aliases=("metrics",))
 def cmd_stats(args, queue):
     stats = read_stats(queue, queue.clock() - args.since)
     print_result(args, stats, *stats_lines(stats, terminal_width(sys.stdout) or 80))
@@ -5123,7 +5399,8 @@ def selection_to_delete(args, before):
 # -- the dead letter queue -------------------------------------------------------------
 
 
-@command("dlq list", "list the dead jobs", "dlq list", MATCH, creates_queue=True)
+@command("dlq list", "list the dead jobs", "dlq list", MATCH, creates_queue=True,
+         only_reads=True)
 def cmd_dlq_list(args, queue):
     chosen = where(["dead"], text=args.match)
     if not args.json:
@@ -5135,7 +5412,8 @@ def cmd_dlq_list(args, queue):
         jobs, queue.clock(), "DIED", "error", "command"), "no dead jobs")
 
 
-@command("dlq logs", "print the latest output of all dead jobs", "dlq logs", MATCH)
+@command("dlq logs", "print the latest output of all dead jobs", "dlq logs", MATCH,
+         only_reads=True)
 def cmd_dlq_logs(args, queue):
     print_logs(args, queue, queue.dead_jobs(text=args.match))
 
@@ -5158,7 +5436,7 @@ def cmd_dlq_clear(args, queue):
 
 
 @command("config show", "show all settings", "config show",
-         creates_queue=True, aliases=("config list",))
+         creates_queue=True, only_reads=True, aliases=("config list",))
 def cmd_config_show(args, queue):
     values = queue.settings()
     rows = [
@@ -5171,7 +5449,7 @@ def cmd_config_show(args, queue):
 
 @command("config get", "print the value of a setting", "config get max_retries",
          positional("key", "KEY", "name of a setting (default: all)", setting_name,
-                nargs="?"), creates_queue=True)
+                nargs="?"), creates_queue=True, only_reads=True)
 def cmd_config_get(args, queue):
     if args.key is None:
         return cmd_config_show(args, queue)
@@ -5367,7 +5645,7 @@ CHOICES = {"STATE": STATES, "KEY": SETTINGS, "SHELL": COMPLETIONS}  # by kind of
          "completion bash",
          positional("shell", "SHELL", "in .bashrc: source <(queuectl completion bash)",
                 nargs="?", choices=[*COMPLETIONS]),
-         opens_queue=False, takes_words=True)
+         opens_queue=False, only_reads=True, takes_words=True)
 def cmd_completion(args):
     if args.words:  # those of a command line, up to the one to be completed
         with contextlib.suppress(QueueError, OSError, ValueError, sqlite3.Error):
@@ -5704,7 +5982,7 @@ def listen(site, host, port):
                 default="127.0.0.1"),
          option("--port", "N", "0 takes a free one (default: 8321)",
                 count_from(0, "--port", 65535), default=8321),
-         creates_queue=True, opens_queue=False)
+         creates_queue=True, only_reads=True, opens_queue=False)
 def cmd_dashboard(args):
     serve(args.db, args.host, args.port)
 
@@ -6050,6 +6328,8 @@ def run_command(argv):
     if name not in COMMANDS:
         return show_help(name, words)
     entry, args = COMMANDS[name], parse_arguments(name, words)
+    if not entry.only_reads:
+        sys.stdout = LenientOutput(sys.stdout)
     try:
         if entry.creates_queue and not os.path.exists(args.db):
             create_queue(args.db)
@@ -6089,9 +6369,12 @@ def main(argv=None):
         stream.reconfigure(errors="backslashreplace")
     if WINDOWS and sys.stderr.isatty():
         os.system("")  # lets a console of Windows 10 take escape sequences
+    stdout = sys.stdout
     try:
         code = run_command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
+        if isinstance(sys.stdout, LenientOutput):
+            sys.stdout.report()
         return code
     except QueueError as error:
         notice(error)
@@ -6110,6 +6393,8 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        sys.stdout = stdout
 
 
 if __name__ == "__main__":
