@@ -60,6 +60,14 @@ The map. A section uses only those above it.
     dashboard    the documents of the commands by HTTP, and the page
     main         the parser and the exit code
 """
+import os
+import sys
+
+# A logging.py or a token.py that lies beside this file is not the library's.
+if __name__ == "__main__" and __spec__ is None and sys.path and (
+        os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__))):
+    del sys.path[0]
+
 import _thread
 import bisect
 import collections
@@ -69,12 +77,10 @@ import functools
 import itertools
 import json
 import operator
-import os
 import re
 import signal
 import sqlite3
 import stat
-import sys
 import time
 import weakref
 from datetime import datetime, timedelta
@@ -1027,6 +1033,8 @@ def catch_signals(handler):
     Return the previous handlers: {signal: handler}.
     """
     previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    if not WINDOWS:  # a parent that blocks them would make a pool that can't be stopped
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     for number in STOP_SIGNALS:
         is_nohup = not WINDOWS and number == signal.SIGHUP and (
             previous[number] is signal.SIG_IGN)
@@ -1368,6 +1376,9 @@ class Database:
 
     def _find_file(self, create):
         """Find the file, or CREATE a missing one."""
+        # SQLite's limit of 512 bytes holds for its journal, PATH-journal.
+        if not WINDOWS and len(os.fsencode(self.path)) > 504:
+            raise QueueError("%s: this path is longer than SQLite's 504 bytes", self.path)
         if not os.path.exists(self.path):
             if not create:  # a pool must not bring back what its user removed
                 raise QueueError("there is no queue %s", self.path)
@@ -1393,6 +1404,8 @@ class Database:
         hint = owner_hint(self.path)
         if hint:
             raise QueueError("%s%s", self.path, hint)
+        if not os.access(self.path, os.W_OK):
+            raise QueueError("%s is read-only: its mode or its file system", self.path)
 
     def require_file(self):
         """Raise QueueError if the file is gone. A wait for it would never end."""
@@ -1871,6 +1884,7 @@ class Queue(Database):
                  create=True, drain=None):
         super().__init__(path, for_pool, lock_timeout, create)
         self.clock, self.drain = clock, drain
+        self.clock_offset = None  # to the monotonic clock, at the last look
         self.token = self._value("SELECT value FROM config WHERE key = 'token'")
 
     # -- enqueue -----------------------------------------------------------------------
@@ -2030,15 +2044,23 @@ class Queue(Database):
             pass
 
     def promote_after_clock_step(self):
-        """Move jobs whose failure lies in the future from FAILED to PENDING.
+        """Let jobs go on, after the clock was set back, that named no time themselves.
 
-        They failed before the clock was set back.
+        FAILED ones whose failure lies in the future would wait for it. PENDING ones
+        that are due would stand behind every new job. To look for those takes a while
+        in a long queue, so it is done only at the first look and after a step.
         """
         now = self.clock()
-        self._change(
-            "UPDATE jobs SET state = 'pending', run_at = :now, updated_at = :now"
-            " WHERE state = 'failed' AND " + RARE + " AND updated_at > :now + 1",
-            now=now)
+        update = "UPDATE jobs SET state = 'pending', run_at = :now, updated_at = :now" \
+            " WHERE "
+        self._change(update + "state = 'failed' AND " + RARE +
+                     " AND updated_at > :now + 1", now=now)
+        offset = now - time.monotonic()
+        if self.clock_offset is None or offset < self.clock_offset - 1:
+            for gate in OPEN, LOCKED:
+                self._change(update + "state = 'pending' AND gate = %d" % gate +
+                             " AND run_at > :now + 1", now=now)
+        self.clock_offset = offset
 
     def record(self, run, outcome):
         """Record the end of a run, by the verb for its kind.
@@ -2186,6 +2208,7 @@ class Queue(Database):
         sql = "UPDATE jobs SET " + columns + "updated_at = CASE state" \
             " WHEN 'dead' THEN updated_at ELSE :now END"
         with self.transaction():
+            self.promote_after_clock_step()  # a change would hide that it failed before
             job = self.job(id)
             if job["state"] == "dead" and "run_at" in changes:
                 raise QueueError("job %s is dead, and `retry` sets its time to now:"
@@ -3119,7 +3142,11 @@ class PosixCommand(RunningCommand):
         argv = ["/bin/sh", "-c", "--", line]
         if launcher:  # the shell splits it; the line is its $0, and is not split again
             argv = ["/bin/sh", "-c", 'exec %s /bin/sh -c -- "$0"' % launcher, line]
-        env = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
+        # Texts of a queue are UTF-8, whatever the locale of the pool is.
+        argv = [word.encode() for word in argv]
+        cwd = cwd.encode()
+        env = {name.encode(): value.encode(errors="surrogateescape")
+               for name, value in env.items()}
         # A lease that already has this number would be closed by the exec.
         lease_fd = LEASE_FD + (self.lease.fd == LEASE_FD)
         spawn = functools.partial(
@@ -5566,12 +5593,15 @@ def cmd_worker_stop(args):
 
 # -- install and completion ------------------------------------------------------------
 
-# Without -I, Python would import a json.py of the current directory. What -S leaves out
-# costs time, and only packages of others need it.
+# Without -I, Python would import a json.py of the current directory, and by a name
+# instead of the file one that lies beside this one. What -S leaves out costs time, and
+# only packages of others need it.
 IMPORTER = [
-    "-ISc", "import os, sys; file = sys.argv.pop(1); home, name = os.path.split(file);"
-    " sys.path.insert(0, home); os.path.exists(file) or sys.exit('queuectl: ' + file +"
-    " ' is gone: install it again'); sys.exit(__import__(name[:-3]).main())"]
+    "-ISc", "import os, sys, importlib.util as util; file = sys.argv.pop(1);"
+    " os.path.exists(file) or sys.exit('queuectl: ' + file + ' is gone: install it"
+    " again'); spec = util.spec_from_file_location('queuectl', file);"
+    " sys.modules['queuectl'] = module = util.module_from_spec(spec);"
+    " spec.loader.exec_module(module); sys.exit(module.main())"]
 INSTALLED = "@rem" if WINDOWS else "#!/bin/sh\n#"
 INSTALLED += " written by queuectl install\n"
 
@@ -5582,7 +5612,13 @@ INSTALLED += " written by queuectl install\n"
                     " ~/.local/bin)", nargs="?", default="~/.local/bin"),
          opens_queue=False)
 def cmd_install(args):
-    home = os.path.abspath(os.path.expanduser(args.dir))
+    if not os.path.isfile(__file__):
+        raise QueueError("%s: a copy within an archive can't be installed: unpack it",
+                         __file__)
+    home = os.path.expanduser(args.dir)
+    if home.startswith("~"):
+        raise QueueError("%s: there is no home directory: name a directory", args.dir)
+    home = os.path.abspath(home)
     path = os.path.join(home, "queuectl.cmd" if WINDOWS else "queuectl")
     content = command_file(os.path.abspath(__file__))
     os.makedirs(home, exist_ok=True)
