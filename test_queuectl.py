@@ -32,6 +32,7 @@
     Dependencies and locks
         TestDependencies               jobs wait for the jobs named in `after`
         TestLocks                      jobs that share a lock run one at a time
+        TestClockSteps                 what a clock that is set back may not do
         TestGate                       random operations keep the gate right
     Launchers
         TestLaunchers                  commands that run elsewhere
@@ -87,6 +88,7 @@ import traceback
 import types
 import urllib.parse
 import warnings
+import zipfile
 from collections import Counter
 
 import pytest
@@ -118,6 +120,14 @@ not_on_wine = pytest.mark.skipif(
 needs_proc = pytest.mark.skipif(
     os.name != "posix" or not os.path.exists("/proc/self/stat"), reason="needs /proc")
 needs_lsof = pytest.mark.skipif(not shutil.which("lsof"), reason="needs lsof")
+def can_mount():
+    """Tell whether this process may mount file systems, in a namespace of its own."""
+    return bool(shutil.which("unshare")) and subprocess.run(
+        ["unshare", "-m", "true"], stderr=subprocess.DEVNULL).returncode == 0
+
+
+needs_mounts = pytest.mark.skipif(
+    os.name != "posix" or not can_mount(), reason="needs the right to mount")
 needs_root = pytest.mark.skipif(
     os.name != "posix" or os.geteuid() != 0, reason="only root can act as other users")
 
@@ -448,6 +458,15 @@ def run_process(*argv, **options):
         stderr=subprocess.PIPE, encoding="utf-8", timeout=60, **options)
 
 
+def run_with_mounts(script):
+    """Run a shell script in which `queuectl` is the program, and mounts are its own."""
+    own = queuectl.shell_line([sys.executable, COMPILED])
+    return subprocess.run(
+        ["unshare", "-m", "--propagation", "private", "sh", "-c",
+         "queuectl() { %s \"$@\"; }\n%s" % (own, script)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", timeout=60)
+
+
 def python_environment(**variables):
     """Return an environment in which Python imports the compiled program."""
     return dict(os.environ, PYTHONPATH=TOOLS, **variables)
@@ -691,6 +710,13 @@ def make_outcome(error="exit 1", **fields):
              "stop --now": "stopped", "stopped": "stopped"}
     outcome = queuectl.Outcome(kinds.get(error, "failed"), 1, error, 1e9, b"")
     return outcome._replace(**fields)
+
+
+def claim_and_complete(queue):
+    """Let the next job be completed. Return its id."""
+    run = claim(queue)
+    queue.complete(run, make_outcome(None))
+    return run.id
 
 
 @contextlib.contextmanager
@@ -1856,6 +1882,23 @@ class KilledForTest(BaseException):
 class TestOutputIsKept:
     """The last bytes of the output are kept in order, whatever is killed."""
 
+    @posix_only
+    def test_what_comes_through_a_pipe_after_the_exit_is_kept(self):
+        # As `exec > >(tee log)` does: another process writes the last lines.
+        command = "(sleep 0.1; echo the reason) & exit 7"
+        enqueue(command, id="x", max_retries=1)
+        drain(1)
+        assert run_ok("logs", "x").out == "the reason\n"
+        assert jobs()["x"]["exit_code"] == 7
+
+    @posix_only
+    def test_a_process_that_keeps_the_pipe_delays_the_end_by_a_moment(self):
+        enqueue("sleep 15 & echo started", id="x", max_retries=1)
+        began = time.monotonic()
+        drain(1)
+        assert time.monotonic() - began < 10 and state_of("x") == "completed"
+        assert run_ok("logs", "x").out == "started\n"
+
     def test_a_job_runs_and_its_output_is_kept(self):
         run_ok("enqueue", '{"id":"job1","command":"echo Hello Deepak"}')
         assert drain() == 0
@@ -2139,6 +2182,58 @@ def fill_disk():
 
 class TestErrorsAreOneLine:
     """An error is a single line, and nothing is half done."""
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+    def test_a_result_that_cannot_be_printed_fails_no_change(self):
+        with open("/dev/full", "w") as full:
+            added, drained, shown = [
+                subprocess.run([sys.executable, COMPILED, *words], stdout=full,
+                               stderr=subprocess.PIPE, encoding="utf-8", timeout=30)
+                for words in (["enqueue", "--id", "x", "--", "true"],
+                              ["worker", "start", "--drain"], ["list"])]
+        assert (added.returncode, added.stderr) == (
+            0, "queuectl: the result could not be printed: No space left on device\n")
+        assert drained.returncode == 0 and state_of("x") == "completed"
+        assert shown.returncode == 1 and shown.stderr.count("\n") == 1
+
+    @posix_only
+    def test_a_pool_without_a_reader_of_its_output_runs_on(self):
+        enqueue(id="x")
+        reader, writer = os.pipe()
+        os.close(reader)
+        assert subprocess.run(
+            [sys.executable, COMPILED, "worker", "start", "--drain"], stdout=writer,
+            timeout=30).returncode == 0
+        os.close(writer)
+        assert state_of("x") == "completed"
+
+    @posix_only
+    def test_a_path_that_sqlite_cannot_take_is_refused_in_words(self):
+        folder = "/".join(["x" * 200] * 3)
+        os.makedirs(folder)
+        assert "longer than SQLite's 504 bytes" in run_refused(
+            "enqueue", "--db", folder + "/q.db", "--", "true")
+        assert os.listdir(folder) == []
+
+    @needs_mounts
+    def test_a_queue_of_a_read_only_mount_is_refused_in_words(self):
+        os.mkdir("disk")
+        answer = run_with_mounts("""
+            mount -t tmpfs none disk; queuectl --db disk/q.db enqueue -- true
+            mount -o remount,ro disk; queuectl --db disk/q.db list""")
+        assert "is read-only: its mode or its file system" in answer.stderr
+
+    @needs_mounts
+    def test_a_database_that_is_mounted_as_one_file_is_refused(self):
+        enqueue(id="x")
+        open("mounted.db", "w").close()
+        answer = run_with_mounts("""
+            mount --bind queuectl.db mounted.db
+            queuectl --db mounted.db enqueue -- true; echo $?
+            mkdir folder; mount --bind . folder
+            queuectl --db folder/queuectl.db enqueue --id y -- true""")
+        assert answer.stdout == "1\nenqueued y\n" and set(jobs()) == {"x", "y"}
+        assert "mount its folder" in answer.stderr
 
     def test_unusable_queues_are_refused_in_words(self, home):
         os.mkdir("folder.db")
@@ -3510,6 +3605,18 @@ class TestLogs:
         assert answer.out == "" and "job x: cannot start: " in answer.err
         assert run_ok("logs", "waits").err == "queuectl: job waits: has not run yet\n"
 
+    @posix_only
+    def test_follow_ends_when_its_reader_is_gone(self):
+        enqueue("echo READY; " + LONG_COMMAND, id="x")
+        pool = start_pool(count=1)
+        wait_until(live_commands)
+        follower = subprocess.Popen(
+            [sys.executable, COMPILED, "logs", "-f", "x"], stdout=subprocess.PIPE)
+        assert follower.stdout.readline() == b"READY\n"
+        follower.stdout.close()
+        follower.wait(20)
+        assert pool.poll() is None and state_of("x") == "processing"
+
     def test_bytes_that_are_not_utf8_are_escaped_in_json(self):
         enqueue(
             python_command("import sys; sys.stdout.buffer.write(b'\\xff')"), id="x",
@@ -3665,12 +3772,32 @@ class TestWait:
 
     @posix_only
     def test_a_job_cannot_start_a_pool_that_it_would_wait_for(self):
-        line = queuectl.shell_line([sys.executable, SCRIPT, "worker", "start", "--drain"])
+        line = queuectl.shell_line(
+            [sys.executable, SCRIPT, "worker", "start", "--drain"])
         enqueue(line, id="x", max_retries=1)
         assert drain(1) == 1
         assert run_ok("logs", "x").out == (
             "queuectl: worker start: within job x only with --detach, or the job would"
             " wait for its own pool\n")
+
+    def test_jobs_that_had_ended_count(self, queue):
+        add_job(queue, id="done")
+        queue.complete(claim(queue), make_outcome(None))
+        ended = queue.wait(["done"])
+        assert (ended["completed"], ended["dead"], ended["left"]) == (1, 0, [])
+
+    def test_a_job_that_had_ended_may_be_removed_by_keep(self, queue):
+        for name in ("done", "last"):
+            add_job(queue, id=name)
+        queue.complete(claim(queue), make_outcome(None))
+
+        def remove(counts):
+            if queue.has_claimable():
+                queue.delete(["done"])
+                queue.complete(claim(queue), make_outcome(None))
+
+        ended = queue.wait(["done", "last"], 20, remove)
+        assert (ended["completed"], ended["left"]) == (2, [])
 
     def test_it_ends_early_only_when_no_job_left_can_go_on(self, queue):
         add_job(queue, id="dead", max_retries=1)
@@ -4605,6 +4732,21 @@ class TestInstall:
             os.umask(before)
         assert os.stat(".local/bin/queuectl").st_mode & 0o777 == 0o755
 
+    @posix_only
+    def test_without_a_home_directory_it_makes_no_folder(self, monkeypatch):
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+        assert "there is no home directory" in run_refused("install")
+        assert os.listdir() == []
+
+    def test_it_cannot_install_a_copy_within_an_archive(self):
+        with zipfile.ZipFile("app.zip", "w") as archive:
+            archive.write(SCRIPT, "__main__.py")
+        answer = subprocess.run(
+            [sys.executable, "app.zip", "install", "bin"], stderr=subprocess.PIPE,
+            encoding="utf-8")
+        assert answer.returncode == 1 and "unpack it" in answer.stderr
+        assert os.listdir() == ["app.zip"]
+
     def test_it_overwrites_no_file_of_another_program(self, monkeypatch):
         os.mkdir("bin")
         path = os.path.join("bin", INSTALLED_AS)
@@ -5049,6 +5191,34 @@ class TestTerminal:
         assert "echo hello" in run_on_terminal("list", columns=0)[1]
 
     @posix_only
+    @pytest.mark.parametrize("size, shown", [
+        ((0, 0), (80, 24)), ((1, 1), (1, 1)), ((0, 30), (80, 30))])
+    def test_a_terminal_that_does_not_know_its_size(self, monkeypatch, size, shown):
+        monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size(size))
+        assert queuectl.terminal_size(sys.stdout) == shown
+        monkeypatch.setenv("TERM", "dumb")
+        assert queuectl.terminal_size(sys.stdout) is None
+
+    @pytest.mark.parametrize("columns", range(-1, 4))
+    def test_a_text_is_cut_to_any_width(self, columns):
+        assert len(queuectl.truncate("hello", columns)) <= max(columns, 1)
+
+    @posix_only
+    def test_a_terminal_that_is_gone_fails_no_drain(self):
+        enqueue("read line < go", id="x")
+        os.mkfifo("go")
+        pid, terminal = pty.fork()
+        if pid == 0:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            os.execv(sys.executable,
+                     [sys.executable, COMPILED, "worker", "start", "--drain"])
+        wait_until(lambda: state_of("x") == "processing")
+        os.close(terminal)
+        with open("go", "w") as file:
+            file.write("\n")
+        assert os.waitpid(pid, 0)[1] == 0 and state_of("x") == "completed"
+
+    @posix_only
     def test_states_have_colours_unless_no_color_is_set(self, monkeypatch):
         run_ok("enqueue", "--id", "failed", "--", "true")
         run_ok(
@@ -5446,6 +5616,58 @@ class TestOnDead:
         wait_until(lambda: len(set(announced())) == 60)
         assert dead() == 60
         assert set(re.findall(r'"state": "(\w+)"', read_text("told"))) == {"dead"}
+
+    @posix_only
+    def test_a_drain_announces_every_death_before_it_ends(self):
+        configure("on_dead", "sleep 0.1; echo told >> told")
+        lines = b"".join(
+            b'{"command":"exit 1","max_retries":1}\n' for _ in range(30))
+        run_ok("enqueue", "-", stdin=lines)
+        drain()
+        wait_until(lambda: read_text("told").count("told") == 30)
+
+    @posix_only
+    def test_its_queue_is_that_of_the_job(self):
+        other = os.path.abspath("jobs.db")
+        run_ok("config", "set", "on_dead", "echo $QUEUECTL_DB > told", "--db", other)
+        run_ok("enqueue", "--db", other, "--max-retries", "1", "--", "exit 1")
+        start_pool("--drain", "--db", other, count=1).wait()
+        wait_until(lambda: os.path.exists("told") and read_text("told"))
+        assert read_text("told") == other + "\n"
+
+    @posix_only
+    def test_it_needs_no_temporary_folder(self):
+        configure("on_dead", "cat > told")
+        enqueue("exit 1", id="x", max_retries=1)
+        pool = start_pool("--drain", count=1, script="""
+import tempfile
+def find_none():
+    raise FileNotFoundError("no usable temporary directory")
+tempfile.tempdir, tempfile._get_default_tempdir = None, find_none
+""")
+        pool.wait()
+        wait_until(lambda: os.path.exists("told") and '"id": "x"' in read_text("told"))
+
+    @mechanism
+    @posix_only
+    def test_one_that_hangs_is_ended_and_lets_the_next_start(self, queue, monkeypatch):
+        monkeypatch.setattr(queuectl, "MAX_HOOKS", 1)
+        monkeypatch.setattr(queuectl, "HOOK_TIMEOUT", 0.1)
+        queue.set("on_dead", LONG_COMMAND)
+        for name in ("x", "y"):
+            add_job(queue, id=name, max_retries=1)
+            queue.fail(claim(queue), make_outcome())
+        reaper = make_reaper(queue)
+
+        def told():
+            reaper.announce_dead_jobs(queue)
+            return re.findall(r"on_dead.*", read_text("queuectl.log"))
+
+        wait_until(lambda: "on_dead for y is ended after 0.1s" in told())
+        wait_until(lambda: not reaper.announce_dead_jobs(queue))
+        assert told()[:2] == [
+            "on_dead: 1 run, 1 dead job wait", "on_dead for x is ended after 0.1s"]
+        assert not live_commands()
 
     @fork_only
     def test_a_pool_killed_during_an_announcement_repeats_it(self):
@@ -5868,6 +6090,55 @@ class RandomOperations:
             self.queue.complete(self.runs.pop(), make_outcome(None))
 
 
+class TestClockSteps:
+    """A clock that was set back makes nobody wait who named no time."""
+
+    @pytest.mark.parametrize("lock", [None, "l"])
+    def test_a_due_job_does_not_stand_behind_new_ones(self, queue, clock, lock):
+        for name in ("first", "second"):
+            add_job(queue, id=name, lock=lock)
+            clock.now += 1
+        clock.now -= 3600
+        add_job(queue, id="new", lock=lock)
+        clock.now += 1
+        queue.promote_after_clock_step()
+        assert queue.job("first")["run_at"] == clock.now
+        assert [claim_and_complete(queue) for _ in range(3)] == [
+            "new", "first", "second"]
+
+    def test_a_step_back_is_noticed_while_a_pool_runs(self, queue, clock):
+        queue.promote_after_clock_step()
+        add_job(queue, id="old")
+        add_job(queue, id="later", run_at=clock.now + 7200)
+        queue.promote_after_clock_step()
+        due = clock.now
+        clock.now -= 3600
+        queue.promote_after_clock_step()
+        assert queue.job("old")["run_at"] == clock.now
+        assert queue.job("later")["run_at"] == due + 7200
+
+    @pytest.mark.parametrize("change", [
+        {"priority": 1}, {"command": "exit 2"}, {"lock": "l"}, {"after": ["done"]}])
+    def test_an_edit_does_not_hide_that_a_job_failed_before(self, queue, clock, change):
+        add_job(queue, id="done")
+        queue.complete(claim(queue), make_outcome(None))
+        add_job(queue, id="x")
+        queue.fail(claim(queue), make_outcome())
+        clock.now -= 86400
+        queue.edit("x", change)
+        queue.promote_after_clock_step()
+        assert claim(queue).id == "x"
+
+    def test_an_edit_of_a_failed_job_keeps_the_time_of_its_next_try(self, queue, clock):
+        add_job(queue, id="x")
+        queue.fail(claim(queue), make_outcome())
+        due = queue.job("x")["run_at"]
+        add_job(queue, id="first")
+        queue.edit("x", {"after": ["first"]})
+        queue.complete(claim(queue), make_outcome(None))
+        assert queue.job("x")["run_at"] == due > clock.now and claim(queue) is None
+
+
 class TestGate:
     """The gate decides whether a job may be claimed."""
 
@@ -5943,6 +6214,28 @@ class TestLaunchers:
         ] == ["a  b\n", "own\ntold\n", "told\n"]
         assert jobs()["x"]["exit_code"] == 3 and jobs()["x"]["launcher"] is None
         assert via("own") in run_ok("show", "own").out
+
+    @posix_only
+    @pytest.mark.parametrize("launcher", [
+        "sh -c", "env X=1 /bin/sh -ec", "nice sh -lc", "env ssh host", "env SSH.EXE h",
+        "nice su -c", "env script -qc"])
+    def test_launchers_that_join_words_are_refused(self, launcher):
+        assert "write a script" in run_refused(
+            "config", "set", "launcher", launcher, code=2)
+        assert "write a script" in run_refused(
+            "enqueue", "--launcher", launcher, "--", "true", code=2)
+
+    @posix_only
+    @pytest.mark.parametrize("launcher", [
+        "nice -n 1", "env shell=sh", "./srun -Q -c 4"])
+    def test_launchers_that_keep_words_apart_run(self, launcher):
+        with open("srun", "w") as file:
+            file.write('#!/bin/sh\nshift 3; exec "$@"\n')
+        os.chmod("srun", 0o755)
+        enqueue("echo 'a  b'; exit 3", id="x", launcher=launcher)
+        configure("max_retries", "1")
+        drain(1)
+        assert run_ok("logs", "x").out == "a  b\n" and jobs()["x"]["exit_code"] == 3
 
     @pytest.mark.parametrize("launcher", ["no-such-program -n1", "nice 'x", " ", "\0"])
     def test_bad_launchers_are_refused(self, launcher):
@@ -6044,6 +6337,70 @@ class TestSystems:
             assert answer.returncode == 0, answer.stderr
         assert run_ok("logs", "ü", "--db", "é/q.db").out == "ö\n%s/é\n" % os.getcwd()
         assert run_ok("show", "ü", "--json", "--db", "é/q.db").json["env"] == {"Ä": "ß"}
+
+    @posix_only
+    def test_a_pool_in_another_locale_runs_commands_that_are_not_ascii(self):
+        os.mkdir("é")
+        enqueue("echo ö $A; pwd", id="x", cwd="é", env={"A": "ß"})
+        env = dict(os.environ, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+        answer = run_process("worker", "start", "--drain", env=env)
+        assert answer.returncode == 0, answer.stderr
+        assert run_ok("logs", "x").out == "ö ß\n%s/é\n" % os.getcwd()
+
+    @posix_only
+    def test_a_pool_raises_its_limit_of_open_files_or_refuses(self):
+        enqueue(id="x")
+        limited = lambda limit: subprocess.run(
+            ["sh", "-c", "ulimit %s; shift; exec \"$@\"" % limit, "sh", "",
+             sys.executable, COMPILED, "worker", "start", "--count", "40", "--drain"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+            timeout=60)
+        answer = limited("-n 90")
+        assert answer.returncode == 1 and answer.stderr == (
+            "queuectl: --count 40 needs 104 open files, and this system allows 90: at"
+            " most --count 26\n")
+        assert limited("-S -n 90").returncode == 0 and state_of("x") == "completed"
+
+    @posix_only
+    def test_a_pool_that_cannot_list_processes_does_not_start(self):
+        enqueue(id="x")
+        pool = start_process("worker", "start", program=QUICK + WITHOUT_PROC + """
+queuectl.os.environ["PATH"] = "/nowhere"
+""")
+        assert pool.wait() == 1
+        assert "processes can't be listed" in pool.stderr.read()
+        assert state_of("x") == "pending"
+
+    @posix_only
+    def test_a_blocked_signal_stops_a_pool(self):
+        pool = subprocess.Popen(
+            [sys.executable, COMPILED, "worker", "start"], stdout=subprocess.PIPE,
+            preexec_fn=lambda: signal.pthread_sigmask(
+                signal.SIG_BLOCK, queuectl.STOP_SIGNALS))
+        pool.stdout.readline()
+        pool.terminate()
+        assert pool.wait(20) == 0
+        pool.stdout.close()
+
+    @pytest.mark.parametrize("linked", [False, True])
+    def test_a_file_beside_the_script_is_not_the_library(self, linked):
+        os.mkdir("app")
+        for name in ("logging", "select", "token", "json", "subprocess", "sqlite3"):
+            with open(os.path.join("app", name + ".py"), "w") as file:
+                file.write("raise SystemExit('mine')")
+        own = shutil.copy(SCRIPT, os.path.join("app", "queuectl.py"))
+        if linked:
+            try:
+                os.symlink(os.path.abspath(own), "link.py")
+            except OSError:
+                pytest.skip("this user may make no links")
+            own = "link.py"
+        for words in (["enqueue", "--id", "x", "--", "exit 0"],
+                      ["worker", "start", "--drain"]):
+            answer = subprocess.run([sys.executable, own, *words],
+                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            assert (answer.returncode, b"mine" in answer.stderr) == (0, False)
+        assert state_of("x") == "completed"
 
     @fork_only
     def test_a_clock_set_back_changes_no_timeout_and_no_run_time(self):
