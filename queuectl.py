@@ -2196,11 +2196,11 @@ class Queue(Database):
     def edit(self, id, fields):
         """Change fields of a job that waits, PENDING or FAILED, or is DEAD.
 
-        FIELDS are as `checked_fields` makes them. Variables are added to those that the
-        job has. A DEAD job stays so, with its age, until it is retried: then its time
-        is set to that moment.
+        FIELDS are those of a job in JSON; `none` drops a value. Variables are added to
+        those that the job has. A DEAD job stays so, with its age, until it is retried:
+        then its time is set to that moment.
         """
-        now = self.clock()
+        fields, now = checked_fields(fields), self.clock()
         changes = {name: fields[name] for name in COLUMNS if name in fields}
         if "delay" in fields:
             changes["run_at"] = min(now + fields["delay"], MAX_TIME)
@@ -2682,20 +2682,27 @@ class Queue(Database):
                 for name, setting in SETTINGS.items()}
 
     def set(self, name, value):
-        """Store the value of a setting, as its check returned it."""
-        query = "INSERT OR REPLACE INTO config VALUES (?, ?)"
-        self._change(query, name, json.dumps(value))
+        """Check and store the value of a setting. Durations are seconds or texts."""
+        name = setting_name(name)
+        self._store(name, checked(name, SETTINGS[name].check, value))
 
     def unset(self, name):
         """Go back to the default of a setting."""
-        self._change("DELETE FROM config WHERE key = ?", name)
+        self._remove(setting_name(name))
+
+    def _store(self, key, value):
+        query = "INSERT OR REPLACE INTO config VALUES (?, ?)"
+        self._change(query, key, json.dumps(value))
+
+    def _remove(self, key):
+        self._change("DELETE FROM config WHERE key = ?", key)
 
     def set_paused(self, paused):
         """Let no job be claimed from now on, or let jobs be claimed again."""
         if paused:
-            self.set("paused", True)
+            self._store("paused", True)
         else:
-            self.unset("paused")
+            self._remove("paused")
         wake_workers(self.path)
 
     def is_paused(self):
@@ -5281,7 +5288,7 @@ def cmd_stats(args, queue):
          *[field_option(name) for name in FIELDS if name != "id"],
          takes_words=True, usage="queuectl.py edit ID [OPTION]... [-- COMMAND...]")
 def cmd_edit(args, queue):
-    fields = checked_fields(given_fields(args))
+    fields = given_fields(args)
     if not fields:
         message = "edit: nothing to change (see: queuectl.py edit --help)"
         raise QueueError(message, code=2)
@@ -5487,8 +5494,7 @@ def cmd_config_get(args, queue):
 @command("config set", "change a setting", "config set max_retries 5", KEY,
          positional("value", "VALUE", "its new value"), creates_queue=True)
 def cmd_config_set(args, queue):
-    check = SETTINGS[args.key].check
-    queue.set(args.key, checked(args.key, check, parse_number(args.value)))
+    queue.set(args.key, parse_number(args.value))
     print_setting(args, queue)
 
 

@@ -5939,7 +5939,7 @@ class TestLocks:
         assert open_jobs_of_locks(queue) == {"db": "c"}
         queue.edit("c", {"lock": "gpu"})
         assert open_jobs_of_locks(queue) == {"db": "b", "gpu": "c"}
-        queue.edit("c", {"lock": None})
+        queue.edit("c", {"lock": "none"})
         assert open_jobs_of_locks(queue) == {"db": "b"}
         assert queue.job("c")["gate"] == queuectl.OPEN
         queue.edit("c", {"lock": "db"})
@@ -6062,8 +6062,7 @@ class RandomOperations:
         self.queue.enqueue([checked], unique=self.rnd.random() < 0.5)
 
     def edit(self):
-        fields = queuectl.checked_fields(self.some_fields(), {})
-        self.queue.edit(self.name(), fields)
+        self.queue.edit(self.name(), self.some_fields())
 
     def claim(self):
         run = claim(self.queue)
@@ -6793,6 +6792,19 @@ def raised_by(action):
 
 class TestLibrary:
     """The class Queue in programs of others."""
+
+    @pytest.mark.parametrize("change, text", [
+        (lambda queue: queue.edit("x", {"priority": "high"}), "priority"),
+        (lambda queue: queue.edit("x", {"colour": 1}), "unknown field"),
+        (lambda queue: queue.set("keep", "long"), "keep"),
+        (lambda queue: queue.set("colour", 1), "unknown setting"),
+        (lambda queue: queue.unset("paused"), "unknown setting")])
+    def test_its_values_are_checked_as_those_of_the_commands(self, queue, change, text):
+        add_job(queue, id="x")
+        before = queue.job("x"), queue.settings()
+        with pytest.raises(queuectl.QueueError, match=text):
+            change(queue)
+        assert (queue.job("x"), queue.settings()) == before
 
     def test_a_program_can_add_wait_and_read_the_output(self):
         with queuectl.Queue("queuectl.db") as queue:
