@@ -5599,14 +5599,16 @@ def cmd_worker_stop(args):
 
 # -- install and completion ------------------------------------------------------------
 
-# Without -I, Python would import a json.py of the current directory, and by a name
-# instead of the file one that lies beside this one. What -S leaves out costs time, and
-# only packages of others need it.
+# Without -I, Python would import a json.py of the current directory. What -S leaves out
+# costs time, and only packages of others need it. A json.py that lies beside this file
+# is not the library's either, so its folder comes last: workers on Windows look for
+# this module there.
 IMPORTER = [
     "-ISc", "import os, sys, importlib.util as util; file = sys.argv.pop(1);"
     " os.path.exists(file) or sys.exit('queuectl: ' + file + ' is gone: install it"
-    " again'); spec = util.spec_from_file_location('queuectl', file);"
-    " sys.modules['queuectl'] = module = util.module_from_spec(spec);"
+    " again'); home, name = os.path.split(file[:-3]); sys.path.append(home);"
+    " spec = util.spec_from_file_location(name, file);"
+    " sys.modules[name] = module = util.module_from_spec(spec);"
     " spec.loader.exec_module(module); sys.exit(module.main())"]
 INSTALLED = "@rem" if WINDOWS else "#!/bin/sh\n#"
 INSTALLED += " written by queuectl install\n"
