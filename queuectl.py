@@ -362,8 +362,8 @@ def check_directory(value):
 # Programs that join the words of a command line, or take only one of them: behind these
 # something else than the command would run, or nothing, and the job would be completed.
 JOINING = {
-    "sh", "bash", "dash", "zsh", "ksh", "fish", "cmd", "powershell", "pwsh", "ssh", "su",
-    "runuser", "script"}
+    "sh", "bash", "dash", "zsh", "ksh", "fish", "cmd", "powershell", "pwsh", "ssh", "rsh",
+    "su", "sg", "runuser", "script", "parallel", "sem", "watch"}
 
 
 def check_launcher(value):
@@ -4290,13 +4290,12 @@ class Reaper:
                              plural(queue.count_unannounced(), "dead job"))
         self.are_hooks_busy = is_busy
 
-    def announce_rest(self, queue):
-        """Announce the dead jobs that are left, at the end of a pool."""
-        deadline = time.monotonic() + HOOKS_AT_END
-        wait_until(lambda: not self.announce_dead_jobs(queue), HOOKS_AT_END,
-                   STEP_INTERVAL)
+    def announce_rest(self, queue, is_urgent):
+        """Announce the dead jobs that are left, until the end of a pool IS_URGENT."""
+        wait_until(lambda: not self.announce_dead_jobs(queue) or is_urgent(),
+                   HOOKS_AT_END, STEP_INTERVAL)
         rest = queue.count_unannounced()
-        if time.monotonic() >= deadline and rest:
+        if self.hooks and rest:
             self.log.warning("on_dead: %s left to the next pool",
                              plural(rest, "dead job"))
 
@@ -4600,7 +4599,8 @@ class Supervisor:
             if why:
                 left = plural(sum(counts[state] for state in WAITING), "job")
                 self.result += "; %s left: %s" % (left, "; ".join(why))
-        self.reaper.announce_rest(queue)
+        self.reaper.announce_rest(queue, is_urgent=lambda: (
+            self.signals > 1 or requested_stop(self.path, self.pid) == "now"))
         self.reaper.remove_stale_files(queue)
         return True
 

@@ -5627,6 +5627,22 @@ class TestOnDead:
         wait_until(lambda: read_text("told").count("told") == 30)
 
     @posix_only
+    def test_a_stop_now_does_not_wait_for_those_that_hang(self):
+        configure("on_dead", LONG_COMMAND)
+        lines = b'{"command":"exit 1","max_retries":1}\n' * (queuectl.MAX_HOOKS + 2)
+        run_ok("enqueue", "-", stdin=lines)
+        pool = start_pool("--drain")
+        wait_until(lambda: read_status()["jobs"]["dead"] == queuectl.MAX_HOOKS + 2)
+        run_ok("worker", "stop", "--now")
+        pool.wait(10)
+        wait_until(lambda: "2 dead jobs left to the next pool" in read_text(
+            "queuectl.log"))
+        wait_until(lambda: len(live_commands()) == queuectl.MAX_HOOKS)
+        for pid in live_commands():
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not live_commands())
+
+    @posix_only
     def test_its_queue_is_that_of_the_job(self):
         other = os.path.abspath("jobs.db")
         run_ok("config", "set", "on_dead", "echo $QUEUECTL_DB > told", "--db", other)
@@ -6217,7 +6233,7 @@ class TestLaunchers:
     @posix_only
     @pytest.mark.parametrize("launcher", [
         "sh -c", "env X=1 /bin/sh -ec", "nice sh -lc", "env ssh host", "env SSH.EXE h",
-        "nice su -c", "env script -qc"])
+        "nice su -c", "env script -qc", "env parallel --", "env sg root"])
     def test_launchers_that_join_words_are_refused(self, launcher):
         assert "write a script" in run_refused(
             "config", "set", "launcher", launcher, code=2)
