@@ -362,8 +362,14 @@ def check_directory(value):
 # Programs that join the words of a command line, or take only one of them: behind these
 # something else than the command would run, or nothing, and the job would be completed.
 JOINING = {
-    "sh", "bash", "dash", "zsh", "ksh", "fish", "cmd", "powershell", "pwsh", "ssh", "rsh",
-    "su", "sg", "runuser", "script", "parallel", "sem", "watch"}
+    "sh", "bash", "dash", "zsh", "ksh", "fish", "cmd", "powershell", "pwsh", "ssh",
+    "rsh", "su", "sg", "runuser", "script", "parallel", "sem", "watch"}
+
+
+def program_name(word):
+    """Return the name of the program that a word of a command line may be."""
+    name = re.split(r"[/\\]", word)[-1].lower()
+    return name[:-4] if name.endswith(".exe") else name
 
 
 def check_launcher(value):
@@ -375,12 +381,9 @@ def check_launcher(value):
         words = shlex.split(check_command(value))
         if not shutil.which(words[0]):
             raise ValueError("no program " + printable(words[0]))
-        for word in words:
-            name = re.split(r"[/\\]", word)[-1].lower()
-            name = name[:-4] if name.endswith(".exe") else name
-            if name in JOINING:
-                raise ValueError("%s joins the words behind it, so that the command"
-                                 " would not run as it is; write a script" % name)
+        for name in JOINING.intersection(map(program_name, words)):
+            raise ValueError("%s joins the words behind it, so that the command would"
+                             " not run as it is; write a script" % name)
     except ValueError as error:
         raise ValueError("the beginning of a command: %s" % error) from None
     return value
@@ -1378,7 +1381,8 @@ class Database:
         """Find the file, or CREATE a missing one."""
         # SQLite's limit of 512 bytes holds for its journal, PATH-journal.
         if not WINDOWS and len(os.fsencode(self.path)) > 504:
-            raise QueueError("%s: this path is longer than SQLite's 504 bytes", self.path)
+            raise QueueError("%s: this path is longer than SQLite's 504 bytes",
+                             self.path)
         if not os.path.exists(self.path):
             if not create:  # a pool must not bring back what its user removed
                 raise QueueError("there is no queue %s", self.path)
@@ -1399,8 +1403,8 @@ class Database:
             message = "%s has a second hard link: jobs added through it would be lost;"
             raise QueueError(message + " remove that link", self.path)
         if not self.for_pool and is_mount_point(self.path):
-            message = "%s is mounted as a single file: jobs would be lost, since its"
-            raise QueueError(message + " log lies elsewhere; mount its folder", self.path)
+            message = "%s is mounted as a single file: jobs would be lost, as its log"
+            raise QueueError(message + " lies elsewhere; mount its folder", self.path)
         hint = owner_hint(self.path)
         if hint:
             raise QueueError("%s%s", self.path, hint)
@@ -2043,24 +2047,30 @@ class Queue(Database):
                 now=now) == 100 and time.monotonic() < until:
             pass
 
-    def promote_after_clock_step(self):
-        """Let jobs go on, after the clock was set back, that named no time themselves.
+    # A clock that was set back makes nobody wait who named no time.
 
-        FAILED ones whose failure lies in the future would wait for it. PENDING ones
-        that are due would stand behind every new job. To look for those takes a while
-        in a long queue, so it is done only at the first look and after a step.
+    def promote_after_clock_step(self):
+        """Let jobs go on that failed, or were due, before the clock was set back.
+
+        Jobs that were due would stand behind every new job. To look for them takes a
+        while in a long queue, so it is done only at the first look and after a step.
         """
+        self._promote_failed_in_future()
         now = self.clock()
-        update = "UPDATE jobs SET state = 'pending', run_at = :now, updated_at = :now" \
-            " WHERE "
-        self._change(update + "state = 'failed' AND " + RARE +
-                     " AND updated_at > :now + 1", now=now)
         offset = now - time.monotonic()
         if self.clock_offset is None or offset < self.clock_offset - 1:
             for gate in OPEN, LOCKED:
-                self._change(update + "state = 'pending' AND gate = %d" % gate +
-                             " AND run_at > :now + 1", now=now)
+                self._change(
+                    "UPDATE jobs SET run_at = :now, updated_at = :now WHERE state ="
+                    " 'pending' AND gate = %d AND run_at > :now + 1" % gate, now=now)
         self.clock_offset = offset
+
+    def _promote_failed_in_future(self):
+        """Move jobs whose failure lies in the future from FAILED to PENDING."""
+        self._change(
+            "UPDATE jobs SET state = 'pending', run_at = :now, updated_at = :now"
+            " WHERE state = 'failed' AND " + RARE + " AND updated_at > :now + 1",
+            now=self.clock())
 
     def record(self, run, outcome):
         """Record the end of a run, by the verb for its kind.
@@ -2208,7 +2218,8 @@ class Queue(Database):
         sql = "UPDATE jobs SET " + columns + "updated_at = CASE state" \
             " WHEN 'dead' THEN updated_at ELSE :now END"
         with self.transaction():
-            self.promote_after_clock_step()  # a change would hide that it failed before
+            # The change would hide that a job failed before the clock was set back.
+            self._promote_failed_in_future()
             job = self.job(id)
             if job["state"] == "dead" and "run_at" in changes:
                 raise QueueError("job %s is dead, and `retry` sets its time to now:"
@@ -2601,7 +2612,7 @@ class Queue(Database):
                     self._change("DELETE FROM drains WHERE pool = ?", pool)
 
     def drain_counts(self):
-        """Return how many runs ended by this pool left their job in each finished state.
+        """Return how many runs that this pool ended left a job in each finished state.
 
         Lost runs of other pools that it put an end to are among them.
         """

@@ -5683,7 +5683,7 @@ tempfile.tempdir, tempfile._get_default_tempdir = None, find_none
         wait_until(lambda: not reaper.announce_dead_jobs(queue))
         assert told()[:2] == [
             "on_dead: 1 run, 1 dead job wait", "on_dead for x is ended after 0.1s"]
-        assert not live_commands()
+        wait_until(lambda: not live_commands())
 
     @fork_only
     def test_a_pool_killed_during_an_announcement_repeats_it(self):
