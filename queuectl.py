@@ -260,9 +260,9 @@ def parse_number(text):
 
 
 def parse_variable(text):
-    """Return name and value of a variable from NAME=VALUE, None from `none`."""
+    """Return name and value of a variable from NAME=VALUE, or `none` as it is."""
     if text == "none":
-        return None
+        return text
     name, sign, value = text.partition("=")
     if not sign:
         raise QueueError("--env: %s is not NAME=VALUE", json.dumps(text), code=2)
@@ -359,8 +359,8 @@ def check_directory(value):
     return os.path.normpath(os.path.join(current_directory(), value))
 
 
-# Programs that join the words of a command line, or take only one of them: behind these
-# something else than the command would run, or nothing, and the job would be completed.
+# Programs that join the words of a command line, or take only one of them. Behind these
+# something else would run, or nothing. The job would still be completed.
 JOINING = {
     "sh", "bash", "dash", "zsh", "ksh", "fish", "cmd", "powershell", "pwsh", "ssh",
     "rsh", "su", "sg", "runuser", "script", "parallel", "sem", "watch"}
@@ -426,7 +426,7 @@ def optional(check, word):
     return check_or_none
 
 
-# A setting. If it has no value by default, `none` is the word for that.
+# A setting. `none` is the word that means no value, None where there is always one.
 Setting = collections.namedtuple(
     "Setting", "check default meaning none", defaults=(None,))
 
@@ -452,7 +452,7 @@ SETTINGS = {
     "keep": optional_setting(
         duration_from(0), "seconds that completed jobs are kept", none="forever"),
     "on_dead": optional_setting(
-        check_command, "command started for each job that dies"),
+        check_command, "command started for each job that failed for good"),
 }
 
 # A field that is given with a job. Its option of `enqueue` and `edit` is `--name
@@ -918,7 +918,7 @@ def drop_lock_file(path, fd, own_file):
             os.rmdir(directory)
         with contextlib.suppress(*NO_DIRECTORY):
             if {*os.listdir(directory)} <= {os.path.basename(own_file)}:
-                return False  # it could be removed
+                return False  # empty but for this file: try again
         return not os.path.exists(own_file)
 
     wait_until(try_remove, 10 * FILE_INTERVAL)
@@ -1073,9 +1073,9 @@ def in_states(states, column="state"):
 ORDER = "priority DESC, run_at, seq"  # in which jobs are claimed
 
 # The gate decides whether a waiting job may be claimed. Any other job is OPEN. No verb
-# computes it: `gate_rule` is the rule. `insert_job` applies it to a new job, the trigger
-# `gate_moved` to each change, and `elect` decides between OPEN and LOCKED.
-CLOSED = 0  # `promote` has not let its time come, or a dependency is not completed
+# computes it: `gate_rule` is the rule. `insert_job` applies it to a new job, and the
+# trigger `gate_moved` to each change. `elect` decides between OPEN and LOCKED.
+CLOSED = 0  # its time has not come (see `promote`), or a dependency is not completed
 OPEN = 1  # it may be claimed
 LOCKED = 2  # only its lock is in the way
 
@@ -1099,9 +1099,14 @@ GATE_OF_NEW = gate_rule(
     "NEW.state", "NEW.waits", "NEW.run_at", "NEW.updated_at", "NEW.lock")
 
 
-# RARE holds for the jobs in rare states. SQLite uses the index jobs_rare only in a
-# query that contains all of it, word by word; likewise jobs_dependent for `waits > 0`.
-RARE = "state <> 'pending' AND state <> 'completed'"
+# SQLite uses the index jobs_rare only in a query that contains all of its condition,
+# word by word; likewise jobs_dependent for `waits > 0`.
+def rare(column="state"):
+    """Return the SQL that is true of a rare state in a column."""
+    return "{0} <> 'pending' AND {0} <> 'completed'".format(column)
+
+
+RARE = rare()
 UNFINISHED_DEPENDENT = "waits > 0 AND NOT " + in_states(FINISHED)
 
 
@@ -1251,17 +1256,17 @@ CREATE TRIGGER dependency_dropped AFTER DELETE ON dependencies BEGIN
     UPDATE jobs SET waits = waits - 1 WHERE seq = OLD.seq
         AND NOT (SELECT {is_success} FROM jobs WHERE seq = OLD.waits_for); END;
 
--- Keeps the gate of a changed job, and elects anew for its lock. A waiting job that was
--- due stays due if the clock was set back since. FAILED is a job that waits for its
--- next try alone: if it waits for others it is PENDING. (recursive_triggers is off: the
--- trigger does not fire for its own changes.)
+-- Keeps the gate of a changed job, and elects anew for its lock. (recursive_triggers is
+-- off: the trigger does not fire for its own changes.)
 CREATE TRIGGER gate_moved
     AFTER UPDATE OF state, run_at, updated_at, waits, lock, priority ON jobs
     WHEN NEW.lock NOT NULL OR OLD.lock NOT NULL OR NEW.run_at > NEW.updated_at
         OR NEW.state = 'failed' AND NEW.waits > 0 OR NEW.gate <> {GATE_OF_NEW} BEGIN
+    -- A waiting job that was due stays due if the clock was set back since.
     UPDATE jobs SET run_at = updated_at WHERE seq = NEW.seq AND {is_waiting}
         AND run_at > updated_at
         AND run_at = OLD.run_at AND OLD.run_at <= OLD.updated_at;
+    -- A FAILED job waits for its next try alone. One that waits for others is PENDING.
     UPDATE jobs SET state = 'pending'
         WHERE seq = NEW.seq AND state = 'failed' AND waits > 0;
     UPDATE jobs SET gate = {GATE}
@@ -1764,15 +1769,21 @@ CANCEL = [
 DELETE = [Change("DELETE FROM jobs", in_states(TAKES["delete"]))]
 
 RUN_SECONDS = "round(finished_at - started_at, 3)"  # NULL until the run has ended
-DEPENDENCY_IDS = "(SELECT group_concat(dependency.id, char(10)) FROM dependencies" \
-    " JOIN jobs AS dependency ON dependency.seq = waits_for" \
-    " WHERE dependencies.seq = jobs.seq)"
+
+
+def dependency_ids(condition="1"):
+    """Return the SQL for the ids, a line each, that a job comes after."""
+    return "(SELECT group_concat(dependency.id, char(10)) FROM dependencies" \
+        " JOIN jobs AS dependency ON dependency.seq = waits_for" \
+        " WHERE dependencies.seq = jobs.seq AND %s)" % condition
+
+
 COLUMN_OF = {
     "error": "jobs.error",
     "seconds": RUN_SECONDS,
-    "after": DEPENDENCY_IDS,
-    "waits_for": "CASE WHEN waits > 0 THEN %s END" % DEPENDENCY_IDS.replace(
-        "WHERE", "WHERE NOT %s AND" % in_states(SUCCESSFUL, "dependency.state")),
+    "after": dependency_ids(),
+    "waits_for": "CASE WHEN waits > 0 THEN %s END" % dependency_ids(
+        "NOT " + in_states(SUCCESSFUL, "dependency.state")),
 }
 SELECT_JOB = "SELECT %s FROM jobs LEFT JOIN runs USING (seq, run) " % ", ".join(
     "%s AS %s" % (COLUMN_OF.get(name, name), name) for name in (*PUBLIC, *INTERNAL))
@@ -1784,22 +1795,22 @@ BEHIND_DEAD = """SELECT jobs.seq AS seq, dependency.id AS dependency
     CROSS JOIN jobs ON jobs.seq = dependencies.seq
     WHERE dependency.state = 'dead' AND {rare} AND jobs.state = 'pending'
     AND EXISTS (SELECT 1 FROM jobs WHERE waits > 0)""".format(
-        rare=RARE.replace("state", "dependency.state"))
+        rare=rare("dependency.state"))
 # The same jobs with all that wait for them, directly or not.
 BLOCKED = """WITH RECURSIVE blocked (seq) AS (SELECT seq FROM ({})
     UNION SELECT jobs.seq FROM blocked
         CROSS JOIN dependencies ON waits_for = blocked.seq
         CROSS JOIN jobs ON jobs.seq = dependencies.seq WHERE jobs.state = 'pending')
     """.format(BEHIND_DEAD)
-# True of a job that has to be kept though a condition selects it: it is not completed,
-# and an unfinished job waits for it that is not selected, or is itself kept.
-IS_NEEDED = """(NOT {success} AND seq IN (WITH RECURSIVE needed (seq) AS (
-    SELECT waits_for FROM jobs JOIN dependencies USING (seq)
-        WHERE {dependent} AND ({{}}) IS NOT 1
-    UNION SELECT waits_for FROM needed CROSS JOIN jobs USING (seq)
-        JOIN dependencies USING (seq) WHERE {dependent})
-    SELECT seq FROM needed))""".format(
-    success=in_states(SUCCESSFUL), dependent=UNFINISHED_DEPENDENT)
+
+# 1 if a job needs the end of another one: that one itself or its lock. The first job has
+# the number :waited. It needs its unfinished dependencies, and what those need.
+NEEDS_END = """WITH RECURSIVE needed (seq) AS (
+    SELECT seq FROM jobs WHERE seq = :waited AND NOT {finished}
+    UNION SELECT waits_for FROM needed JOIN dependencies USING (seq)
+        JOIN jobs ON jobs.seq = waits_for WHERE NOT {finished})
+    SELECT 1 FROM needed JOIN jobs USING (seq) WHERE seq = :seq OR lock = :lock LIMIT 1
+    """.format(finished=in_states(FINISHED))
 
 
 def no_job(id):
@@ -1807,9 +1818,11 @@ def no_job(id):
     return QueueError("there is no job %s", id)
 
 
-# A condition that selects jobs: SQL, its values, and the part of it that depends on the
-# row of a job alone, which is checked again when the job is changed.
-Condition = collections.namedtuple("Condition", "sql values of_row")
+# A condition that selects jobs: SQL, its values, and `of_row`, the part of it that
+# depends on the row of a job alone, which is checked again when the job is changed. If
+# it `spares_needed`, it is narrowed to jobs that need not be kept.
+Condition = collections.namedtuple(
+    "Condition", "sql values of_row spares_needed", defaults=(False,))
 FILTERS = {
     "text": "(instr(id, :text) OR instr(command, :text))",
     "text_or_error": "(instr(id, :text_or_error) OR instr(command, :text_or_error)"
@@ -1837,10 +1850,21 @@ def where(states=STATES, **filters):
 
 
 def needed(condition, is_needed=True):
-    """Narrow a condition to the jobs that have to be kept, or to the others."""
-    negation = "" if is_needed else "NOT "
-    return condition._replace(sql="%s AND %s%s" % (
-        condition.sql, negation, IS_NEEDED.format(condition.sql)))
+    """Narrow a condition to the jobs that have to be kept, or to the others.
+
+    A job that is selected has to be kept if it is not completed and an unfinished job
+    waits for it that is not selected, or that has to be kept itself.
+    """
+    is_kept = """(NOT {success} AND seq IN (WITH RECURSIVE needed (seq) AS (
+        SELECT waits_for FROM jobs JOIN dependencies USING (seq)
+            WHERE {dependent} AND ({selected}) IS NOT 1
+        UNION SELECT waits_for FROM needed CROSS JOIN jobs USING (seq)
+            JOIN dependencies USING (seq) WHERE {dependent})
+        SELECT seq FROM needed))""".format(
+        success=in_states(SUCCESSFUL), dependent=UNFINISHED_DEPENDENT,
+        selected=condition.sql)  # NULL, where a job has no error, is no selection
+    return condition._replace(spares_needed=not is_needed, sql="%s AND %s%s" % (
+        condition.sql, "" if is_needed else "NOT ", is_kept))
 
 
 # What `enqueue` did: the numbers of the first and the last new job; of the jobs that
@@ -1986,7 +2010,7 @@ class Queue(Database):
                              seq, dependency)
                 if dependency >= seq or not are_new:
                     may_be_cycle.append(seq)
-        self._in_order(may_be_cycle)
+        self._in_order(may_be_cycle)  # only to refuse a cycle
         return dropped
 
     def _in_order(self, seqs):
@@ -2053,7 +2077,7 @@ class Queue(Database):
             return run
 
     def promote(self, now):
-        """Let the time of jobs come that wait for it alone; FAILED to PENDING.
+        """Make jobs claimable whose time has come; FAILED becomes PENDING.
 
         If a hundred thousand jobs become due together, it stops after a while: the
         claim that called it would take seconds. The next claim promotes the rest.
@@ -2066,10 +2090,10 @@ class Queue(Database):
                 now=now) == 100 and time.monotonic() < until:
             pass
 
-    # A clock that was set back makes nobody wait who named no time.
+    # If the clock is set back, a job that named no time waits no longer than before.
 
     def promote_after_clock_step(self):
-        """Let jobs go on that failed, or were due, before the clock was set back.
+        """Make jobs due again that failed or were due before the clock was set back.
 
         Jobs that were due would stand behind every new job. To look for them takes a
         while in a long queue, so it is done only at the first look and after a step.
@@ -2105,16 +2129,16 @@ class Queue(Database):
 
     def complete(self, run, outcome):
         """PROCESSING to COMPLETED."""
-        return self._finish(run, outcome, "completed", None)
+        return self._leave_processing(run, outcome, "completed", None)
 
     def fail(self, run, outcome):
         """PROCESSING to FAILED, to be tried again after the backoff, or to DEAD."""
         if run.attempt >= tries_allowed(run.max_retries):
-            return self._finish(run, outcome, "dead", outcome.error)
+            return self._leave_processing(run, outcome, "dead", outcome.error)
         values = self.settings()
         wait = backoff(values["backoff_base"], run.attempt, values["backoff_max"])
         due = min(self.clock() + wait, MAX_TIME)
-        return self._finish(run, outcome, "failed", outcome.error, run_at=due)
+        return self._leave_processing(run, outcome, "failed", outcome.error, run_at=due)
 
     def release(self, run, outcome, is_blamed=False):
         """PROCESSING back to PENDING, to be claimed at once. No attempt is counted.
@@ -2127,11 +2151,11 @@ class Queue(Database):
             deaths += 1
         if deaths >= MAX_DEATHS:
             error = "worker died %d times" % deaths
-            return self._finish(run, outcome, "dead", error, deaths=deaths)
-        return self._finish(
+            return self._leave_processing(run, outcome, "dead", error, deaths=deaths)
+        return self._leave_processing(
             run, outcome, "pending", None, attempts=run.attempt - 1, deaths=deaths)
 
-    def _finish(self, run, outcome, state, error, **changes):
+    def _leave_processing(self, run, outcome, state, error, **changes):
         """Move a job out of PROCESSING if this run still owns it; record the run.
 
         If `cancel` was called for the job, it is DEAD, unless it has completed.
@@ -2230,6 +2254,8 @@ class Queue(Database):
         then its time is set to that moment.
         """
         fields, now = checked_fields(fields), self.clock()
+        if "id" in fields:
+            raise QueueError("id: a job keeps its id", code=2)
         changes = {name: fields[name] for name in COLUMNS if name in fields}
         if "delay" in fields:
             changes["run_at"] = min(now + fields["delay"], MAX_TIME)
@@ -2307,8 +2333,7 @@ class Queue(Database):
     def delete_all(self, condition):
         """Remove the jobs that meet a condition, dependents first."""
         changes = DELETE
-        if condition.sql != condition.of_row:
-            # It spares jobs that are needed. A dependent may have come since.
+        if condition.spares_needed:  # a dependent may have come since
             is_free = "(%s OR NOT EXISTS (SELECT 1 FROM jobs JOIN dependencies" \
                 " USING (seq) WHERE waits_for = :seq AND %s))" % (
                     in_states(SUCCESSFUL), UNFINISHED_DEPENDENT)
@@ -2681,12 +2706,10 @@ class Queue(Database):
             raise QueueError("wait: within job %s name ids, or it would wait for"
                              " itself", own["id"])
         for waited in jobs:
-            for seq in self._in_order([waited["seq"]]):
-                job = self._row("SELECT state, lock FROM jobs WHERE seq = ?", seq)
-                shares_lock = own["lock"] and job["lock"] == own["lock"]
-                if seq == own["seq"] or (shares_lock and job["state"] not in FINISHED):
-                    raise QueueError("wait: job %s needs the end of job %s, which would"
-                                     " wait for itself", waited["id"], own["id"])
+            if self._value(
+                    NEEDS_END, waited=waited["seq"], seq=own["seq"], lock=own["lock"]):
+                raise QueueError("wait: job %s needs the end of job %s, which would"
+                                 " wait for itself", waited["id"], own["id"])
 
     def _unfinished_and_dead(self):
         """Return the ids of all unfinished jobs, and how many died uncancelled.
@@ -3403,7 +3426,7 @@ def scan_proc(since, seen):
             state, group, threads, started = operator.itemgetter(0, 2, 17, 19)(
                 proc_stat(pid))
             directory, has_ended = "/proc/%s/" % pid, state in b"ZX"
-            if has_ended and threads == b"1" or int(started) < since:
+            if (has_ended and threads == b"1") or int(started) < since:
                 seen.add(pid)
                 continue
             if has_ended:  # its main thread; the one that is listed last lives on
@@ -4180,7 +4203,7 @@ class Reaper:
         self.hook_error = None  # why `on_dead` could not be started
 
     def is_idle(self):
-        """Tell whether there is no more to do for lost runs, or nothing that helps."""
+        """Tell whether no lost run is left, or only such that can't be ended."""
         return self.recovery_done and all(
             termination.is_stuck() for termination in self.terminations.values())
 
@@ -4199,10 +4222,10 @@ class Reaper:
         WORKERS are the PIDs of this pool's living workers. What makes this safe:
 
         A claim locks the lease before its commit, and a worker locks its own file
-        before it claims. So if a run is listed first, and one of the two files is found
-        unlocked afterwards, then the worker has died, or it has recorded the end in
-        between and no longer owns the job. Processes that still belong to the run of a
-        dead worker are ended first. The lease is tested again within the transaction
+        before it claims. So the runs are listed first, and the files are tested then.
+        If one of the two is unlocked, the worker has died, or it has recorded the end
+        in between and no longer owns the job. Processes that still belong to the run of
+        a dead worker are ended first. The lease is tested again within the transaction
         that puts the job back: if it is unlocked then, no process is left that could
         fork another.
         """
@@ -4321,7 +4344,7 @@ class Reaper:
         self.are_hooks_busy = is_busy
 
     def announce_rest(self, queue, is_urgent):
-        """Announce the dead jobs that are left, until the end of a pool IS_URGENT."""
+        """Announce the dead jobs that are left, until IS_URGENT() is true."""
         wait_until(lambda: not self.announce_dead_jobs(queue) or is_urgent(),
                    HOOKS_AT_END, STEP_INTERVAL)
         rest = queue.count_unannounced()
@@ -4347,7 +4370,7 @@ class Reaper:
         self.hooks[hook] = printable(job["id"]), time.monotonic() + HOOK_TIMEOUT
 
     def prune(self, queue):
-        """Delete the jobs that are older than `keep`. Of many it leaves a rest."""
+        """Delete jobs that are older than `keep`, some of them if there are many."""
         keep = queue.settings()["keep"]
         if keep is None:
             return
@@ -4402,6 +4425,7 @@ class Supervisor:
         self.next_start = self.next_check = self.checked_at = 0.0  # monotonic times
         self.is_unreadable = False  # the queue, at the latest check
         self.signals, self.signalled_at = 0, -MAX_DURATION
+        self.asked = None  # by a signal; its file has more, unless that was removed
         self.has_failed = is_drain  # until `finish` has found that no job died
         self.result = "the queue could not be read at the end"
         self.stop_reason = None  # why it can't go on
@@ -4506,9 +4530,17 @@ class Supervisor:
         return self.reaper.is_idle()
 
     def require_own_file(self):
-        """Stop if the PID file was removed: no command could stop this pool."""
-        if not os.path.exists(self.own_file):
-            self.give_up("its file %s was removed" % self.own_file)
+        """Stop if the PID file was removed: no command could find this pool.
+
+        It makes the file anew, to be asked to stop now while its last jobs run.
+        """
+        if os.path.exists(self.own_file):
+            return
+        if os.path.isdir(os.path.dirname(self.own_file)):
+            os.close(self.fd)
+            self.fd = lock_file(self.own_file)
+            os.write(self.fd, NO_REQUEST)
+        self.give_up("its file %s was removed" % self.own_file)
 
     def give_up(self, why):
         """Stop this pool, which can't go on; report why, once."""
@@ -4522,8 +4554,9 @@ class Supervisor:
     def ask_to_stop(self, request):
         """Request a stop of this pool, unless it was requested before."""
         earlier = requested_stop(self.path, self.pid)
-        if earlier and (request != "now" or earlier == "now"):
+        if earlier and (request != "now" or "now" in (earlier, self.asked)):
             return
+        self.asked = request
         self.log.info("asked to stop now" if request == "now" else "asked to stop")
         request_stop(self.path, self.pid, request)
         if request == "stop" and sys.stderr.isatty():
@@ -4619,7 +4652,7 @@ class Supervisor:
             ended, why = queue.drain_counts(), obstacles(queue)
             is_over = requested_stop(self.path, self.pid) == "over"
             if not is_over and not queue.is_drained():
-                why.append("the pool was stopped before")
+                why.append("the pool was stopped early")
             self.has_failed = bool(ended["dead"] or why)
             counts, due = queue.counts(), queue.next_due()
             if due:  # it is left as well, but that is no failure
@@ -4701,7 +4734,7 @@ def option(names, kind, meaning, convert=str, **options):
         names.split(), kind, dict(options, help=meaning, metavar=kind, type=convert))
 
 
-positional = option  # an argument without a name; argparse tells them by the dashes
+positional = option  # without a name; argparse tells them apart by the dashes
 
 
 def field_option(name):
@@ -4863,6 +4896,7 @@ def cmd_enqueue(args, queue):
             read = read_commands if args.lines else read_json_lines
             jobs = read(lines, check)
         else:
+            # A command behind -- is an option for this empty job.
             jobs = read_arguments(args.jobs or ["{}"], check)
         added = queue.enqueue(jobs, args.unique)
     report_dropped(added.dropped)
@@ -4902,6 +4936,8 @@ def enqueue_options(args):
     given = given_fields(args)
     if given.keys() & {"delay", "run_at"}:  # one of them replaces the other in the JSON
         given = {"delay": None, "run_at": None, **given}
+    if "after" in given:  # `waits_for` tells about the `after` in the JSON
+        given["waits_for"] = None
     return given
 
 
@@ -4920,21 +4956,26 @@ def require_one_source(args):
 
 def given_fields(args):
     """Return the job fields that options and a command line give."""
-    given = dict(vars(args), env=given_env(args.env))
+    given = dict(vars(args))
     given.setdefault("id")  # `edit` has no --id
-    given["after"] = "none" if args.after == ["none"] else args.after
+    given["after"] = repeated("--after", args.after)
+    given["env"] = repeated("--env", args.env)
+    if isinstance(given["env"], list):
+        given["env"] = dict(given["env"])
+    if args.words and args.command:
+        raise QueueError("command: give it by --command or behind --", code=2)
     if args.words:
         given["command"] = shell_line(args.words)
     return {name: given[name] for name in FIELDS if given[name] is not None}
 
 
-def given_env(pairs):
-    """Return the variables that --env gives, `none`, or None without the option."""
-    if pairs == [None]:
-        return "none"
-    if pairs and None in pairs:
-        raise QueueError("--env: none drops all variables, and stands alone", code=2)
-    return dict(pairs) if pairs else None
+def repeated(option, values):
+    """Return the values of an option that may be repeated, or its only one, `none`."""
+    if "none" not in (values or ()):
+        return values
+    if len(values) > 1:
+        raise QueueError("%s: none stands alone", option, code=2)
+    return "none"
 
 
 def shell_line(words):
@@ -5137,6 +5178,9 @@ def print_logs(args, queue, jobs):
         write_bytes(output if output.endswith(b"\n") else output + b"\n")
 
 
+NO_RUN = "has not run yet"  # in place of the end of a run
+
+
 def latest_output(queue, job, chosen={}):
     """Return the latest run of a job, and its output.
 
@@ -5147,7 +5191,7 @@ def latest_output(queue, job, chosen={}):
         runs = [run for run in runs if run[name] == number]
         if not runs:
             raise QueueError("job %s has no %s %d", job["id"], name, number)
-    no_run = {"run": job["run"], "error": "has not run yet", "finished_at": None}
+    no_run = {"run": job["run"], "error": NO_RUN, "finished_at": None}
     run = runs[-1] if runs else no_run
     return run, output_of(queue, job, run["run"])
 
@@ -5177,15 +5221,16 @@ def follow(queue, job):
             if is_reader_gone(sys.stdout):
                 return
             time.sleep(WAIT_INTERVAL)
-    for row in queue.runs(job):
-        if row["run"] == run.number and row["error"]:
-            notice("job %s: %s" % (printable(run.id), printable(row["error"])))
+    ends = [row["error"] for row in queue.runs(job) if row["run"] == run.number]
+    end = ends[0] if ends else NO_RUN
+    if end:
+        notice("job %s: %s" % (printable(run.id), printable(end)))
 
 
 def wait_for_run(queue, job):
     """Wait until a job has run or runs; return it. Report why it does not run."""
     id = job["id"]
-    if not job["run"]:
+    if not job["run"] and job["state"] not in FINISHED:
         why = why_waiting(queue, job, queue.workers())
         notice("job %s: %s" % (printable(id), why))
     while not job["run"] and job["state"] not in FINISHED:
@@ -5362,8 +5407,8 @@ def selected_states(args, taken):
     return args.state or taken
 
 
-# What a verb for many does: the condition for the jobs that it changes, the condition
-# for the jobs that it leaves alone, or None, and the reason for that, for its message.
+# `taken` is the condition for the jobs that a verb for many changes. `left` is that for
+# those which it leaves alone, or None, and `why` the reason, for the message.
 Selection = collections.namedtuple("Selection", "taken left why")
 
 

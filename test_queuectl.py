@@ -3668,7 +3668,9 @@ class TestLogs:
     def test_follow_of_a_job_that_will_not_run_ends(self):
         enqueue(id="x", delay=3600)
         run_ok("cancel", "x")
-        assert run_ok("logs", "-f", "x").out == ""
+        followed = run_ok("logs", "-f", "x")
+        assert followed.out == ""
+        assert followed.err == "queuectl: job x: has not run yet\n"
         assert "--follow" in run_refused("logs", "-f", "--json", "x", code=2)
 
     def test_follow_ends_when_the_worker_died_without_a_pool(self, queue):
@@ -3769,6 +3771,19 @@ class TestWait:
         for id in ("all", "own", "chain", "lock"):
             assert "would wait for itself" in run_ok("logs", id).out
         assert state_of("can") == state_of("rival") == "completed"
+
+    @posix_only
+    def test_a_job_may_wait_for_what_does_not_need_its_end(self):
+        waits = queuectl.shell_line(
+            [sys.executable, SCRIPT, "wait", "--timeout", "20", "behind", "free"])
+        enqueue("test ! -e again || " + waits, id="first")
+        enqueue(id="behind", after=["first"])
+        drain(1)
+        open("again", "w").close()
+        enqueue(id="free", after=["behind"])
+        run_ok("retry", "first")
+        drain(2)
+        assert state_of("first") == state_of("free") == "completed"
 
     @posix_only
     def test_a_job_cannot_start_a_pool_that_it_would_wait_for(self):
@@ -3877,6 +3892,8 @@ class TestEdit:
         assert "no job y" in run_refused("edit", "y", "--priority", "1")
         assert "priority" in run_refused("edit", "x", "--priority", "high", code=2)
         run_refused("edit", "x", "--id", "y", code=2)
+        assert "give it by --command or behind --" in run_refused(
+            "edit", "x", "--command", "one", "--", "two", code=2)
         run_refused("edit", "x", "--run-at", "now", "--delay", "3", code=2)
 
 
@@ -4418,6 +4435,18 @@ class TestWorkerStart:
         assert printed.count("\n") == 1
 
     @posix_only
+    def test_a_pool_whose_pid_file_was_removed_can_stop_now(self):
+        enqueue("sleep 60", id="job")
+        pool = start_pool(count=1)
+        wait_until(lambda: state_of("job") == "processing")
+        os.remove("queuectl-%d.pid" % pool.pid)
+        wait_until(lambda: "asked to stop" in read_text("queuectl.log"))
+        run_ok("worker", "stop", "--now")
+        assert pool.wait(10) == 1
+        assert (state_of("job"), attempts_of("job")) == ("pending", 0)
+        assert read_text("queuectl.log").count("asked to stop") < 3
+
+    @posix_only
     def test_jobs_are_printed_on_a_terminal_only(self):
         enqueue("exit 3", id="x", max_retries=1)
         enqueue("sleep 0.2", id="y")
@@ -4495,7 +4524,7 @@ class TestDrain:
             run_ok("worker", "stop", "--now", "--no-wait")
         again = os.name != "posix"  # on Windows the running job is put back as well
         assert pool.wait(20) == (left != "later" or again)
-        reported = "left: the pool was stopped before" in pool.stderr.read()
+        reported = "left: the pool was stopped early" in pool.stderr.read()
         assert reported == (left != "later" or again)
 
     @posix_only
@@ -4600,16 +4629,21 @@ class TestWorkerStop:
         pool.pid, pool.log = 0, queuectl.open_log(queue.path, "pool")
         for before, words, after in (("", "stop", "stop"), ("stop", "now", "now"),
                                      ("over", "stop", "over"), ("over", "now", "now"),
-                                     ("now", "stop", "now"), ("now", "now", "now")):
+                                     ("now", "now", "now"), ("now", "stop", "now")):
             with open(file, "wb") as room:
                 room.write(b" " * 16)
             before and queuectl.request_stop(queue.path, 0, before)
+            pool.asked = None
             for _ in range(3):  # the main loop asks again and again
                 pool.ask_to_stop(words)
             assert queuectl.requested_stop(queue.path, 0) == after
             lines = read_text("queuectl.log").count("asked to stop")
             assert lines == (before != after), (before, words)
             open("queuectl.log", "w").close()
+        os.remove(file)
+        for _ in range(3):
+            pool.ask_to_stop("now")
+        assert read_text("queuectl.log").count("asked to stop now") == 1
 
 
 class TestConfig:
@@ -4892,11 +4926,11 @@ class TestCompletion:
 
 # The replaced database file breaks in some way when a result is recorded in it.
 REPLACED_FILE_BREAKS = """
-def gives(queue, *args, verb=queuectl.Queue._finish):
+def gives(queue, *args, verb=queuectl.Queue._leave_processing):
     if not queuectl.may_be_same_file(queue.path, queue.file_status):
         %s
     return verb(queue, *args)
-queuectl.Queue._finish = gives
+queuectl.Queue._leave_processing = gives
 """
 
 
@@ -5845,6 +5879,12 @@ class TestDependencies:
         lost = json.loads(moved)[1:]  # without b, which was not completed
         assert "no job b" in run_refused(
             "enqueue", "-", "--db", "third.db", stdin=json.dumps(lost).encode())
+
+    def test_an_option_after_is_never_dropped(self):
+        job = '{"command": "true", "after": ["gone"], "waits_for": []}'
+        assert "there is no job nosuch" in run_refused("enqueue", job, "--after=nosuch")
+        assert "none stands alone" in run_refused(
+            "enqueue", job, "--after", "none", "--after", "a", code=2)
 
     def test_edits_make_no_circle_over_earlier_edits(self):
         for name in ("a", "b", "c"):
@@ -6809,6 +6849,7 @@ class TestLibrary:
 
     @pytest.mark.parametrize("change, text", [
         (lambda queue: queue.edit("x", {"priority": "high"}), "priority"),
+        (lambda queue: queue.edit("x", {"id": "y"}), "a job keeps its id"),
         (lambda queue: queue.edit("x", {"colour": 1}), "unknown field"),
         (lambda queue: queue.set("keep", "long"), "keep"),
         (lambda queue: queue.set("colour", 1), "unknown setting"),
