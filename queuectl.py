@@ -142,6 +142,7 @@ TROUBLE_INTERVAL = 1.0  # seconds until a worker tries again after an error
 RESTART_INTERVAL = 1.0  # seconds between two starts of workers that keep dying
 POLL_INTERVAL = 0.2  # seconds between two checks for a request, by worker and pool
 REPORT_DELAY = 10.0  # seconds after which `wait` reports what it waits for
+STOP_REPORT_DELAY = 1.0  # seconds after which `worker stop` does
 WAIT_INTERVAL = 0.1  # seconds between two checks of `wait` and `logs -f`
 STEP_INTERVAL = 0.05  # seconds between two checks whether processes have ended
 FILE_INTERVAL = 0.02  # seconds between two tries with a file that others probe
@@ -333,7 +334,7 @@ def check_ids(value):
 def check_command(value):
     """Check a line for the shell."""
     if not isinstance(value, str) or not value.strip() or not is_storable(value):
-        raise ValueError("a shell command: UTF-8 that is not blank and has no NUL")
+        raise ValueError("a shell command: text in UTF-8 without NUL")
     if len(value.encode()) > MAX_COMMAND:
         raise ValueError("at most %d bytes, which is what the system can start"
                          % MAX_COMMAND)
@@ -452,7 +453,7 @@ SETTINGS = {
     "keep": optional_setting(
         duration_from(0), "seconds that completed jobs are kept", none="forever"),
     "on_dead": optional_setting(
-        check_command, "command started for each job that failed for good"),
+        check_command, "command for each job that fails for good"),
 }
 
 # A field that is given with a job. Its option of `enqueue` and `edit` is `--name
@@ -536,13 +537,16 @@ def public_job(job):
     return found
 
 
-def unknown_word(what, word, words):
-    """Return the QueueError for a word that is not in WORDS, with a suggestion."""
+def unknown_word(what, word, words, meant={}):
+    """Return the QueueError for a word that is not in WORDS, with a suggestion.
+
+    MEANT has what people type by the words of other tools: {word: what they mean}.
+    """
     from difflib import get_close_matches
 
-    close = [known for known in words if known.endswith(" " + word.lower())] or (
-        get_close_matches(word.lower(), words, 1, 0.65))
-    hint = "did you mean %s?" % close[0] if close else "there are: " + ", ".join(words)
+    word = word.lower()
+    hint = meant.get(word) or "".join(get_close_matches(word, words, 1, 0.7))
+    hint = "did you mean %s?" % hint if hint else "there are: " + ", ".join(words)
     return QueueError("unknown %s; %s", what, hint, code=2)
 
 
@@ -551,8 +555,11 @@ def checked(name, check, value):
     try:
         return check(value)
     except ValueError as rule:
+        if isinstance(value, str) and not value.strip():
+            message = "the %s is empty; it has to be %s"
+            raise QueueError(message, name.lstrip("-"), rule, code=2) from None
         given = json.dumps(value, default=str)
-        given = given[:57] + "..." if len(given) > 60 else given
+        given = given[:27] + "..." if len(given) > 30 else given
         raise QueueError("%s: %s is not %s", name, given, rule, code=2) from None
 
 
@@ -621,21 +628,21 @@ def parse_json(text):
 def json_error(text, error):
     """Return the QueueError for a text that is not JSON; it suggests what was meant."""
     start = printable(text[:60])
+    example = '{"id":"job1","command":"echo hi"}'
     if re.match(r"\{\s*\w", text) and '"' not in text:
-        example = r"{\"id\":\"job1\",\"command\":\"echo hi\"}"
         message = "not JSON, the shell took the quotes: %s; write in cmd \"%s\", in" \
             " PowerShell '%s'"
-        return QueueError(message, start, example, example, code=2)
+        escaped = example.replace('"', r'\"')
+        return QueueError(message, start, escaped, escaped, code=2)
+    if re.match(r'\{\s*\\"', text):
+        message = "not JSON: the backslashes are for cmd; write here '%s'"
+        return QueueError(message, example, code=2)
     if start[:1] not in ("{", "["):
-        return not_json(start, start)
+        return QueueError("not JSON: %s; a job is an object like %s", start, example,
+                          code=2)
+    message = "not JSON: %s at character %d: %s%s"
     hint = "; a job is an object on one line" if start == "{" else ""
-    return QueueError("not JSON: %s: %s%s", error, start, hint, code=2)
-
-
-def not_json(text, command):
-    """Return the QueueError for a text in place of JSON; it suggests `enqueue --`."""
-    message = "not JSON: %s; to run a command: queuectl.py enqueue -- %s"
-    return QueueError(message, text, command, code=2)
+    return QueueError(message, error.msg, error.pos + 1, start, hint, code=2)
 
 
 def number_text(value):
@@ -647,7 +654,9 @@ def setting_name(key):
     """Return the name of a setting, spelt with - or _ and in any case."""
     name = key.lower().replace("-", "_")
     if name not in SETTINGS:
-        raise unknown_word("setting " + printable(key), name, SETTINGS)
+        raise unknown_word("setting " + printable(key), name, SETTINGS, {
+            "backoff": "backoff_base", "backoff_factor": "backoff_base",
+            "retries": "max_retries", "max_attempts": "max_retries"})
     return name
 
 
@@ -1016,6 +1025,21 @@ def require_descriptors(count):
                          " most --count %d", count, count + spare, hard,
                          max(1, hard - spare))
     resource.setrlimit(resource.RLIMIT_NOFILE, (count + spare, hard))
+
+
+def is_writable(stream):
+    """Tell whether a line can be written to a stream now, without waiting.
+
+    On Windows nobody can tell: then it is taken for granted.
+    """
+    if WINDOWS:
+        return True
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), select.POLLOUT)
+    except (OSError, ValueError):  # in a test it is no file
+        return True
+    return any(event & select.POLLOUT for _, event in poll.poll(0))
 
 
 def is_reader_gone(stream):
@@ -1698,7 +1722,7 @@ TOTAL_OF_RUN = "CASE %s END" % " ".join(
     for name, kind in KINDS.items() if kind.total)
 # The errors of runs and jobs that have one in every case.
 WORKER_DIED, STOPPED_NOW, STOPPED, CANCELLED = (
-    "worker died", "stop --now", "stopped", "cancelled")
+    "worker died", "stopped now", "stopped", "cancelled")
 
 # How a run ended: one of KINDS; exit code, or None without one; the text that is stored
 # and shown, None after success; epoch seconds; bytes.
@@ -1758,7 +1782,7 @@ RESTART = "UPDATE jobs SET {RESET}, updated_at = :now, {fields}" \
 # for jobs in different states.
 Change = collections.namedtuple("Change", "sql condition")
 NEXT_STEPS = {  # for an edit of a job in such a state
-    "processing": "cancel it first, or wait for its end",
+    "processing": "cancel it, edit it, then retry it",
     "completed": "enqueue it again with --unique and what is to change",
 }
 CANCEL = [
@@ -1803,8 +1827,8 @@ BLOCKED = """WITH RECURSIVE blocked (seq) AS (SELECT seq FROM ({})
         CROSS JOIN jobs ON jobs.seq = dependencies.seq WHERE jobs.state = 'pending')
     """.format(BEHIND_DEAD)
 
-# 1 if a job needs the end of another one: that one itself or its lock. The first job has
-# the number :waited. It needs its unfinished dependencies, and what those need.
+# 1 if the job with the number :waited needs the end of another one: of that one itself,
+# or of its lock. A job needs its unfinished dependencies, and what those need.
 NEEDS_END = """WITH RECURSIVE needed (seq) AS (
     SELECT seq FROM jobs WHERE seq = :waited AND NOT {finished}
     UNION SELECT waits_for FROM needed JOIN dependencies USING (seq)
@@ -1828,6 +1852,7 @@ FILTERS = {
     "text_or_error": "(instr(id, :text_or_error) OR instr(command, :text_or_error)"
     " OR instr(jobs.error, :text_or_error))",
     "finished_before": in_states(FINISHED) + " AND updated_at < :finished_before",
+    "changed_since": "updated_at >= :changed_since",
     "cancelled": "cancelled = :cancelled",
 }
 
@@ -2597,6 +2622,14 @@ class Queue(Database):
         """Return the numbers of the jobs that wait, directly or not, for a dead one."""
         return {seq for seq, in self._rows(BLOCKED + "SELECT seq FROM blocked")}
 
+    def count_blocked(self):
+        """Return how many jobs wait, directly or not, for a dead one."""
+        return self._value(BLOCKED + "SELECT COUNT(*) FROM blocked")
+
+    def count_delayed(self):
+        """Return how many jobs wait for their time alone."""
+        return self._value("SELECT COUNT(*) FROM jobs WHERE " + FOR_A_TIME)
+
     def first_blocked(self):
         """Return a dict about the jobs that wait for dead ones, or None.
 
@@ -2606,8 +2639,7 @@ class Queue(Database):
         row = self._row(
             "SELECT id, dependency FROM (" + BEHIND_DEAD + ") JOIN jobs USING (seq)"
             " ORDER BY seq LIMIT 1")
-        return row and dict(row, jobs=self._value(
-            BLOCKED + "SELECT COUNT(*) FROM blocked"))
+        return row and dict(row, jobs=self.count_blocked())
 
     def oldest_claimable(self):
         """Return the job (`id`, `run_at`) that waits longest for a worker, or None.
@@ -3413,6 +3445,14 @@ def proc_stat(pid):
         return os.read(fd, 4096).rpartition(b")")[2].split()
 
 
+def is_suspended(pid):
+    """Tell whether a process was stopped by a signal, as Ctrl-Z sends it."""
+    try:
+        return proc_stat(pid)[0] == b"T"
+    except OSError:  # without /proc it can't be known
+        return False
+
+
 def scan_proc(since, seen):
     """Yield (PID, trace) for each trace of each living process.
 
@@ -3677,9 +3717,8 @@ def table(titles, rows, width=None, state_column=None):
     rows = iter(rows)
     batch = list(itertools.islice(rows, BATCH_SIZE))
     widths = [max(map(display_width, column)) for column in zip(titles, *batch)]
-    if width:  # one long id must not push all else off the screen
-        widths = [min(each, max(12, min(40, width // 3))) for each in widths]
-        widths[-1] = max(8, width - sum(widths[:-1]) - 2 * len(widths[:-1]))
+    if width:
+        widths = fitted(widths, width - 2 * (len(widths) - 1))
 
     def padded(row):
         for cell, room in zip(row, widths):
@@ -3696,22 +3735,68 @@ def table(titles, rows, width=None, state_column=None):
         yield line
 
 
-def job_table(jobs, now, changed, *fields):
-    """Return the lines of a table of jobs that ends with these fields."""
-    titles = ["ID", "STATE", "TRIES", changed, *map(str.upper, fields)]
-    rows = (
-        [printable(job["id"]), job["state"],
-         "%d/%d" % (job["attempts"], tries_allowed(job["max_retries"])),
-         changed_text(job, now), *[printable(job[name]) for name in fields]]
-        for job in jobs)
-    return table(titles, rows, terminal_width(sys.stdout), state_column=1)
+def fitted(widths, room):
+    """Return the widths of columns that fit into this room: the widest get narrower."""
+    # One long id must not push all else off the screen.
+    widths = [min(width, 40) for width in widths[:-1]] + [min(widths[-1], room)]
+    while sum(widths) > room:
+        widths[widths.index(max(widths))] -= 1
+    return widths
 
 
-def changed_text(job, now):
-    """Return when a job changed, or when it is due if it waits for that time alone."""
+# A column of a table of jobs: its title; how wide a terminal has to be to show it; and
+# the function of job and present time that makes its text.
+Column = collections.namedtuple("Column", "title terminal text")
+
+
+def due_text(job, now):
+    """Return when a job is due that waits for this time alone, else nothing."""
     if job["gate"] == CLOSED and not job["waits"] and job["run_at"] > now:
-        return "due " + relative_time(job["run_at"], now)
-    return relative_time(job["updated_at"], now)
+        return relative_time(job["run_at"], now)
+    return ""
+
+
+def short_reason(job, now):
+    """Return why a job has failed or died, or what it waits for, in a few words."""
+    due = due_text(job, now)
+    if job["state"] == "failed" and due:
+        return "%s, again %s" % (job["error"], due)
+    if job["state"] in ("failed", "dead"):
+        return job["error"]
+    if job["waits"]:
+        return "after " + job["waits_for"].replace("\n", ", ")
+    if job["gate"] == LOCKED:
+        return "lock " + job["lock"]
+    return due and "due " + due
+
+
+def last_columns(changed, reason):
+    """Return the columns that differ: their titles are CHANGED and REASON."""
+    return [
+        Column(changed, 76, lambda job, now: relative_time(job["updated_at"], now)),
+        Column(reason, 64, lambda job, now: printable(short_reason(job, now))),
+        Column("COMMAND", 50, lambda job, now: printable(job["command"])),
+    ]
+
+
+JOB_COLUMNS = [
+    Column("ID", 0, lambda job, now: printable(job["id"])),
+    Column("STATE", 0, lambda job, now: job["state"]),
+    Column("TRIES", 0, lambda job, now: "%d/%d" % (
+        job["attempts"], tries_allowed(job["max_retries"]))),
+    *last_columns("CHANGED", "WHY"),
+]
+DLQ_COLUMNS = [*JOB_COLUMNS[:3], *last_columns("DIED", "ERROR")]
+
+
+def job_table(jobs, now, columns):
+    """Return the lines of a table of jobs, with the columns that a terminal has room
+    for, or all.
+    """
+    width = terminal_width(sys.stdout)
+    columns = [one for one in columns if width is None or width >= one.terminal]
+    rows = ([column.text(job, now) for column in columns] for job in jobs)
+    return table([column.title for column in columns], rows, width, state_column=1)
 
 
 def run_table(runs, now):
@@ -3788,14 +3873,18 @@ class ProgressLine:
 
     def __init__(self):
         self.began = time.monotonic()
-        self.first = None  # the counts at the beginning: only what came since is shown
+        self.first = None  # the counts at the beginning
 
-    def show(self, counts):
+    def show(self, counts, done=None):
+        """Show the counts of a queue, of finished jobs those that were DONE.
+
+        By default those are the jobs that have finished since the beginning.
+        """
         width = terminal_width(sys.stderr)
         if width:
             self.first = self.first or counts
-            done = {state: max(0, counts[state] - self.first[state])
-                    for state in FINISHED}
+            done = done or {state: max(0, counts[state] - self.first[state])
+                            for state in FINISHED}
             seconds = time.monotonic() - self.began
             line = progress_text({**counts, **done}, sum(done.values()), seconds)
             self.redraw(line[: width - 1])
@@ -3856,24 +3945,26 @@ def print_result(args, value, *lines):
         print(line)
 
 
-def print_jobs(args, jobs, lines_of, empty=None):
+def print_jobs(args, jobs, lines_of, empty):
     """Print jobs: as a JSON array, or else as the lines that `lines_of(jobs)` makes.
 
-    They are streamed: a million cost no memory. A terminal shows EMPTY for none.
+    They are streamed: a million cost no memory. If there are none, print EMPTY, and
+    return True.
     """
+    jobs = iter(jobs)
+    first = list(itertools.islice(jobs, 1))
+    jobs = itertools.chain(first, jobs)
     if not args.json:
-        jobs = iter(jobs)
-        first = list(itertools.islice(jobs, 1))
-        if not first and empty and terminal_width(sys.stdout):
-            return print(empty)
-        lines = map(painter(), lines_of(itertools.chain(first, jobs)))
-        return sys.stdout.writelines(line + "\n" for line in lines)
+        lines = map(painter(), lines_of(jobs)) if first else [empty]
+        sys.stdout.writelines(line + "\n" for line in lines)
+        return not first
     print(end="[")
     jobs, comma = map(public_job, jobs), ""
     for batch in iter(lambda: list(itertools.islice(jobs, BATCH_SIZE)), []):
         print(end=comma + json.dumps(batch)[1:-1])
         comma = ", "
     print("]")
+    return not first
 
 
 # ======================================================================================
@@ -3892,8 +3983,11 @@ def print_jobs(args, jobs, lines_of, empty=None):
 #   list of processes        which processes belong to a run         worker, pools
 
 
-def open_log(queue_path, role):
-    """Return the logger of this process: to the queue's log, or else standard error."""
+def open_log(queue_path, role, is_quiet=True):
+    """Return the logger of this process: to the queue's log, or else standard error.
+
+    Unless it IS_QUIET, a worker's lines are printed as well, and a pool's warnings.
+    """
     import logging
     import logging.handlers
 
@@ -3916,22 +4010,44 @@ def open_log(queue_path, role):
     # Python's logging HOWTO, "Optimization": what no line shows is not gathered.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    terminal = logging.StreamHandler()
+    printer = printing_handler("INFO" if role == "worker" else "WARNING")
     try:
         os.close(open_private(path, os.O_WRONLY | os.O_CREAT))
-        handlers = [Log(path)]
-        if sys.stderr.isatty():  # over the progress line: how runs end, and troubles
-            terminal.setFormatter(logging.Formatter("\r\x1b[K%(message)s"))
-            terminal.setLevel("INFO" if role == "worker" else "WARNING")
-            handlers.append(terminal)
+        handlers = [Log(path)] if is_quiet else [Log(path), printer]
     except OSError as error:
-        handlers = [terminal]
+        handlers = [logging.StreamHandler()]
         notice("cannot write the log, logging here instead: %s" % error)
     layout = "%%(asctime)s %%(levelname)s %s[%d] %%(message)s" % (role, os.getpid())
     logging.Formatter.converter = time.gmtime  # as in JSON
     logging.basicConfig(handlers=handlers, level=logging.INFO, format=layout,
                         datefmt="%Y-%m-%dT%H:%M:%SZ", force=True)
     return logging.getLogger()
+
+
+def printing_handler(level):
+    """Return a handler of `logging` that prints lines of this level on standard error.
+
+    A reader that has stopped reading must hold up neither a job nor a stop: a line that
+    would block is dropped. (O_NONBLOCK would hold for all processes on the terminal.)
+    """
+    import logging
+
+    start = "\r\x1b[K" if terminal_width(sys.stderr) else ""  # over the progress line
+
+    class Printer(logging.Handler):
+        def emit(self, record):
+            line = start + record.getMessage() + "\n"
+            with contextlib.suppress(OSError, ValueError):  # nobody is there
+                if is_writable(sys.stderr):
+                    os.write(sys.stderr.fileno(), line.encode(errors="replace"))
+
+    return Printer(level)
+
+
+def pool_notice(message):
+    """Print a line of a pool for people, unless that would block the pool."""
+    if is_writable(sys.stderr):
+        notice(message)
 
 
 def run_label(run):
@@ -3950,10 +4066,10 @@ NO_PROCESS = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE  # errors of
 class Worker:
     """One process of a pool. It runs one job at a time."""
 
-    def __init__(self, path, pool, is_drain):
+    def __init__(self, path, pool, is_drain, is_quiet):
         self.path, self.pool, self.is_drain = path, pool, is_drain
         self.drain = pool if is_drain else None  # as for `Queue`
-        self.log = open_log(path, "worker")
+        self.log = open_log(path, "worker", is_quiet)
         self.queue = None
         self.lease = None  # of the present run
         self.trouble = None  # the error that `with_retries` waits out
@@ -4080,9 +4196,17 @@ class Worker:
         if outcome.error:
             message += " (%s)" % outcome.error
         seconds = outcome.finished_at - run.started_at
-        self.log.info("%s %s in %.3f s", run_label(run), message, seconds)
+        self.log.info("%s %s in %.2fs%s", run_label(run), message, seconds,
+                      self.next_try(run) if state == "failed" else "")
         if state == "dead":
             wake([self.pool])  # which starts `on_dead`
+
+    def next_try(self, run):
+        """Return in words when a job that has failed runs again, if it still waits."""
+        with contextlib.suppress(sqlite3.Error, QueueError):
+            due = due_text(self.queue.job(run.id), self.queue.clock())
+            return due and ", again " + due
+        return ""
 
     def execute(self, run):
         """Run a claimed job; return its run and its outcome."""
@@ -4157,11 +4281,12 @@ class Worker:
         return None
 
 
-def worker_main(path, pool, is_drain, pool_fd):
+def worker_main(path, pool, is_drain, is_quiet, pool_fd):
     """Be a worker, in a process of its own."""
     if not WINDOWS:
         os.close(pool_fd)  # or the supervisor would seem to live as long as this worker
-    worker, own = Worker(path, pool, is_drain), worker_file(path, pool, os.getpid())
+    worker = Worker(path, pool, is_drain, is_quiet)
+    own = worker_file(path, pool, os.getpid())
     try:
         fd = worker.with_retries(lock_file, own)
         try:
@@ -4409,10 +4534,10 @@ class Supervisor:
     that it starts, like `on_dead`, close all that by their exec.)
     """
 
-    def __init__(self, path, count, is_drain=False, on_check=None):
+    def __init__(self, path, count, is_drain=False, is_quiet=True, on_check=None):
         self.path, self.count = os.path.realpath(path), count
         self.pid = os.getpid()
-        self.is_drain = is_drain
+        self.is_drain, self.is_quiet = is_drain, is_quiet
         self.drain = self.pid if is_drain else None  # as for `Queue`
         self.on_check = on_check  # called with the queue, every DRAIN_INTERVAL
         self.own_file = pool_file(self.path, self.pid)
@@ -4427,7 +4552,8 @@ class Supervisor:
         self.signals, self.signalled_at = 0, -MAX_DURATION
         self.asked = None  # by a signal; its file has more, unless that was removed
         self.has_failed = is_drain  # until `finish` has found that no job died
-        self.result = "the queue could not be read at the end"
+        self.result = {"pool": self.pid}  # of a drain, as JSON
+        self.summary = "the queue could not be read at the end"
         self.stop_reason = None  # why it can't go on
 
     def run(self, started):
@@ -4444,7 +4570,7 @@ class Supervisor:
             raise
         try:
             os.write(self.fd, NO_REQUEST)
-            self.log = open_log(self.path, "pool")
+            self.log = open_log(self.path, "pool", self.is_quiet)
             self.reaper = Reaper(self.path, self.log)
             self.log.info("pool of %d started", self.count)
             with Queue(self.path, drain=self.drain) as queue:
@@ -4548,7 +4674,7 @@ class Supervisor:
             return
         self.stop_reason = why
         self.log.info("this pool stops: %s", why)
-        notice("this pool stops: " + why)
+        pool_notice("this pool stops: " + why)
         self.ask_to_stop("stop")
 
     def ask_to_stop(self, request):
@@ -4559,13 +4685,20 @@ class Supervisor:
         self.asked = request
         self.log.info("asked to stop now" if request == "now" else "asked to stop")
         request_stop(self.path, self.pid, request)
-        if request == "stop" and sys.stderr.isatty():
-            running = self.with_queue(lambda queue: [
-                run for run in queue.processing_runs()
-                if run.worker in self.worker_pids])
-            if running:
-                notice("finishing %s; Ctrl-C again ends them now"
-                       % plural(len(running), "running job"))
+        if self.signals and sys.stderr.isatty():
+            self.announce_stop(request)
+
+    def announce_stop(self, request):
+        """Print what becomes of the running jobs, on a new line after the `^C`."""
+        print(file=sys.stderr)
+        running = self.with_queue(lambda queue: [
+            run for run in queue.processing_runs() if run.worker in self.worker_pids])
+        if running and request == "stop":
+            pool_notice("finishing %s; Ctrl-C again ends them now"
+                        % plural(len(running), "running job"))
+        elif running:
+            pool_notice("ending %s; they will be pending again"
+                        % plural(len(running), "running job"))
 
     def reap(self):
         """Take note of the workers that have ended."""
@@ -4591,7 +4724,8 @@ class Supervisor:
             if time.monotonic() < self.next_start:
                 return True
             worker = context.Process(
-                target=worker_main, args=(self.path, self.pid, self.is_drain, self.fd))
+                target=worker_main, args=(
+                    self.path, self.pid, self.is_drain, self.is_quiet, self.fd))
             try:
                 worker.start()
             except OSError as error:  # too many processes or files
@@ -4639,33 +4773,44 @@ class Supervisor:
         """Report that the queue is paused, once for each pause."""
         is_paused = queue.is_paused()
         if is_paused and not self.was_paused:
-            notice("the queue is " + PAUSED_HINT)
+            pool_notice("the queue is " + PAUSED_HINT)
         self.was_paused = is_paused
 
     def finish(self, queue):
-        """Set `result`, the pool's last line, and `has_failed`; then clear up.
+        """Set `summary`, the pool's last line, and what a drain has done; clear up.
 
         Return True, so that the caller does not try again.
         """
-        self.result = "pool %d stopped" % self.pid
+        self.summary = "pool %d stopped" % self.pid
         if self.is_drain:
-            ended, why = queue.drain_counts(), obstacles(queue)
-            is_over = requested_stop(self.path, self.pid) == "over"
-            if not is_over and not queue.is_drained():
-                why.append("the pool was stopped early")
-            self.has_failed = bool(ended["dead"] or why)
-            counts, due = queue.counts(), queue.next_due()
-            if due:  # it is left as well, but that is no failure
-                when = relative_time(due["run_at"], queue.clock())
-                why.append("the next is due " + when)
-            self.result = "%d completed, %d dead" % (ended["completed"], ended["dead"])
-            if why:
-                left = plural(sum(counts[state] for state in WAITING), "job")
-                self.result += "; %s left: %s" % (left, "; ".join(why))
+            self.finish_drain(queue)
         self.reaper.announce_rest(queue, is_urgent=lambda: (
             self.signals > 1 or requested_stop(self.path, self.pid) == "now"))
         self.reaper.remove_stale_files(queue)
         return True
+
+    def finish_drain(self, queue):
+        """Set `result` and `summary`: what this pool has done, and what is left.
+
+        Delayed jobs are no failure. Others that are left are one.
+        """
+        counts, due = queue.drain_counts(), queue.next_due()
+        counts.update(delayed=queue.count_delayed(), blocked=queue.count_blocked())
+        failures, notes = obstacles(queue), []
+        is_over = requested_stop(self.path, self.pid) == "over"
+        if not is_over and not queue.is_drained():
+            failures.append("the pool was stopped early")
+        self.result = {"pool": self.pid, **counts}
+        self.has_failed = bool(counts["dead"] or failures)
+        self.summary = ", ".join(
+            "%d %s" % (count, name) for name, count in counts.items()
+            if count or name in FINISHED)
+        if due:
+            when = relative_time(due["run_at"], queue.clock())
+            notes.append("the next is due " + when)
+        if failures or notes:
+            left = plural(sum(queue.counts()[state] for state in WAITING), "job")
+            self.summary += "; %s left: %s" % (left, "; ".join(failures + notes))
 
 
 # ======================================================================================
@@ -4693,6 +4838,23 @@ def command(name, meaning, example, *arguments, **facts):
     return register
 
 
+# The commands that people mean by the words of other tools.
+MEANT = {
+    "jobs": "list", "ps": "status", "top": "status --watch", "info": "show",
+    "worker list": "status", "worker status": "status", "worker ps": "status",
+    "workers": "status", "start": "worker start", "stop": "worker stop",
+    "run": "worker start", "worker run": "worker start", "worker kill": "worker stop",
+    "add": "enqueue", "submit": "enqueue", "push": "enqueue", "kill": "cancel",
+    "abort": "cancel", "tail": "logs", "cat": "logs", "log": "logs", "output": "logs",
+    "remove": "delete", "prune": "delete", "clean": "delete", "clear": "dlq clear",
+    "restart": "retry", "rerun": "retry", "requeue": "retry", "unpause": "resume",
+    "dlq requeue": "dlq retry", "dlq show": "dlq list", "dlq delete": "dlq clear",
+    "dead": "dlq list", "settings": "config show", "set": "config set",
+    "config reset": "config unset", "version": "--version", "web": "dashboard",
+    "reset": "delete --all, or to remove queuectl.db",
+}
+
+
 def command_named(words):
     """Split a command line into the name of a command, or of a group, and the rest.
 
@@ -4714,7 +4876,9 @@ def command_named(words):
             break
     name = aliases.get(name, name)
     if name and name not in COMMANDS and name not in groups:
-        raise unknown_word("command " + name, name, [*COMMANDS, *aliases])
+        group = name.split()[0]
+        known = [each for each in COMMANDS if each.startswith(group + " ")]
+        raise unknown_word("command " + name, name, known or firsts, MEANT)
     return name, [*options, *words]
 
 
@@ -4762,6 +4926,12 @@ def text_to_match(text):
     return text
 
 
+def setting_as_typed(text):
+    """Return the name of a setting, spelt as it was typed."""
+    setting_name(text)
+    return text
+
+
 def count_from(low, name, high=MAX_INTEGER):
     """Return a converter to a whole number, for the option NAME."""
     return lambda text: checked(name, whole_number(low, high), parse_number(text))
@@ -4774,9 +4944,13 @@ def seconds_from(low, name):
 
 IDS = positional("ids", "ID", "ids of jobs", nargs="*")
 ID = positional("id", "ID", "id of a job, or its beginning, of four characters or more")
-KEY = positional("key", "KEY", "name of a setting", setting_name)
+KEY = positional(
+    "key", "KEY", "name of a setting: " + ", ".join(SETTINGS), setting_as_typed)
 STATE = option("--state", "STATE", "one of %s (repeatable)" % ", ".join(STATES),
                state_name, action="append", default=[])
+SINCE, DIED_SINCE = (
+    option("--since", "T", "only jobs that %s within this time" % verb,
+           seconds_from(0, "--since")) for verb in ("changed", "died"))
 MATCH = option("--match", "TEXT", "only jobs with TEXT in their id or command",
                text_to_match)
 EVERYWHERE = [
@@ -4944,6 +5118,12 @@ def enqueue_options(args):
 def require_one_source(args):
     """Refuse a command line unless it gives jobs in one way."""
     sources = ["".join(args.jobs), args.file, args.command, args.words]
+    if args.lines and args.jobs and args.jobs != ["-"]:
+        raise QueueError("enqueue: --lines reads standard input, or a file: %s", usage(
+            "enqueue", "--lines", "--file", args.jobs[0]), code=2)
+    if args.words == ["-"]:
+        raise QueueError("enqueue: - is no command; to read jobs from standard input:"
+                         " %s", usage("enqueue", "-"), code=2)
     if sum(map(bool, sources)) != 1:
         trouble = "no job"
         if any(sources):
@@ -4951,7 +5131,14 @@ def require_one_source(args):
         message = "enqueue: %s (see: queuectl.py enqueue --help)"
         raise QueueError(message, trouble, code=2)
     if args.jobs and args.jobs != ["-"] and args.jobs[0].lstrip()[:1] not in ("{", "["):
-        raise not_json(args.jobs[0], " ".join(args.jobs))
+        options = [word for word in args.given if word not in args.jobs]
+        raise QueueError("not JSON: %s; to run a command: %s", args.jobs[0], usage(
+            "enqueue", *options, "--", *args.jobs), code=2)
+
+
+def usage(*words):
+    """Return a command line of queuectl that can be pasted into a shell."""
+    return quoted(["queuectl.py", *words])
 
 
 def given_fields(args):
@@ -4980,8 +5167,11 @@ def repeated(option, values):
 
 def shell_line(words):
     """Return the shell line that runs these words; a single one is a line already."""
-    if len(words) == 1:
-        return words[0]
+    return words[0] if len(words) == 1 else quoted(words)
+
+
+def quoted(words):
+    """Return the line that a shell takes apart into these words."""
     if WINDOWS:
         return subprocess.list2cmdline(words)
     import shlex
@@ -5073,22 +5263,47 @@ def spool(path):
 
 
 @command("list", "list jobs, oldest first", "list --state pending --limit 20",
-         STATE, MATCH,
-         option("--limit", "N", "at most N jobs (default: 0, all)",
-                count_from(0, "--limit"), default=0),
+         STATE, MATCH, SINCE,
+         option("--limit", "N", "at most N jobs, or 0 for all (default: all; on a"
+                " terminal the newest that fit)", count_from(0, "--limit")),
          flag("--newest", "newest first"),
          creates_queue=True, only_reads=True, aliases=("ls",))
 def cmd_list(args, queue):
-    chosen = where(args.state or STATES, text=args.match)
-    list_jobs(args, queue, queue.jobs(chosen, args.limit, args.newest))
-    left = queue.count(chosen) - args.limit if args.limit and not args.json else 0
+    chosen = where(args.state or STATES, text=args.match,
+                   changed_since=time_since(args, queue))
+    size = terminal_size(sys.stdout) if args.limit is None and not args.json else None
+    if size:  # the newest that fit between the titles and the prompt, oldest first
+        limit = max(1, size.lines - 3)
+        jobs = list(queue.jobs(chosen, limit, newest=True))
+        jobs = jobs if args.newest else jobs[::-1]
+    else:
+        limit = args.limit or 0
+        jobs = queue.jobs(chosen, limit, args.newest)
+    list_jobs(args, queue, jobs)
+    left = queue.count(chosen) - limit if limit and not args.json else 0
     if left > 0:
-        notice(plural(left, "more job") + "; --limit 0 lists all")
+        more = plural(left, "older job" if size else "more job")
+        notice(more + "; --limit 0 lists all")
 
 
-def list_jobs(args, queue, jobs):
-    print_jobs(args, jobs, lambda jobs: job_table(
-        jobs, queue.clock(), "CHANGED", "command"), "no jobs")
+def time_since(args, queue):
+    """Return the time that --since names, or None."""
+    return None if args.since is None else queue.clock() - args.since
+
+
+def list_jobs(args, queue, jobs, columns=JOB_COLUMNS, empty="no jobs"):
+    """Print a table of jobs; if there are none, report which queue was looked at."""
+    now = queue.clock()
+    is_empty = print_jobs(
+        args, jobs, lambda jobs: job_table(jobs, now, columns), empty)
+    if is_empty:
+        report_queue(args)
+
+
+def report_queue(args):
+    """Report which queue a command has found empty: it may not be the one meant."""
+    if not args.json:
+        notice("looked at %s" % printable(args.db))
 
 
 @command("show", "show a job and its runs", "show job1", ID,
@@ -5174,8 +5389,9 @@ def print_logs(args, queue, jobs):
     for job in jobs:
         run, output = latest_output(queue, job)
         end = run["error"] or ("completed" if run["finished_at"] else "is running")
-        print("==> %s: %s" % (printable(job["id"]), printable(end)))
-        write_bytes(output if output.endswith(b"\n") else output + b"\n")
+        print("==> %s: %s: %s" % tuple(map(printable, (
+            job["id"], end, job["command"]))))
+        write_bytes(output + b"\n" * bool(output and not output.endswith(b"\n")))
 
 
 NO_RUN = "has not run yet"  # in place of the end of a run
@@ -5390,9 +5606,13 @@ def cmd_resume(args, queue):
 
 def require_one_selection(args, *ways):
     """Refuse a command line unless it selects jobs by ids, or in one of these WAYS."""
-    if [bool(way) for way in (args.ids, *ways)].count(True) != 1:
-        message = "give ids, or options that select jobs, but not both (see --help)"
-        raise QueueError(message, code=2)
+    given = [bool(way) for way in (args.ids, *ways)].count(True)
+    options = ", ".join("--" + name.replace("_", "-") for name in (
+        "all", "state", "match", "older_than") if hasattr(args, name))
+    if not given:
+        raise QueueError("which jobs? name ids, or %s", options, code=2)
+    if given > 1:
+        raise QueueError("name ids, or one of %s, but not both", options, code=2)
     if args.ids and args.dry_run:
         message = "--dry-run needs options that select jobs, not ids"
         raise QueueError(message, code=2)
@@ -5423,10 +5643,10 @@ def jobs_to_delete(states, **filters):
     return Selection(needed(chosen, False), needed(chosen), "other jobs wait for them")
 
 
-def print_each(args, done, note_for=lambda id: ""):
-    """Print what was done to each id, with a note."""
-    print_result(args, {done: args.ids}, *(
-        "%s %s%s" % (done, printable(id), note_for(id)) for id in args.ids))
+def print_each(args, done, *lines):
+    """Print what was done to the ids: a line for each, or LINES in place of them."""
+    lines = lines or ["%s %s" % (done, printable(id)) for id in args.ids]
+    print_result(args, {done: args.ids}, *lines)
 
 
 def apply_to_many(args, queue, verb, done, selection):
@@ -5449,8 +5669,10 @@ def cmd_cancel(args, queue):
     if args.ids:
         queue.cancel(args.ids)
         # The worker of a running job has to end it first.
-        return print_each(args, "cancelled", lambda id: (
-            ", which is running" if queue.state(id) == "processing" else ""))
+        return print_each(args, "cancelled", *(
+            "cancelling %s: ending its processes" % printable(id)
+            if queue.state(id) == "processing" else "cancelled " + printable(id)
+            for id in args.ids))
     chosen = where(selected_states(args, TAKES["cancel"]), text=args.match)
     apply_to_many(
         args, queue, queue.cancel_all, "cancelled", Selection(chosen, None, None))
@@ -5467,7 +5689,9 @@ def retry_jobs(args, queue, states):
     """Retry the jobs with the given ids, or those in these states."""
     if args.ids:
         queue.retry(args.ids, states)
-        return print_each(args, "retried")
+        return print_each(args, "retried", *(
+            "retried %s: pending again, with 0 attempts" % printable(id)
+            for id in args.ids))
     apply_to_many(args, queue, queue.retry_all, "retried",
                   jobs_to_retry(states, text=args.match))
 
@@ -5508,23 +5732,24 @@ def selection_to_delete(args, before):
 # -- the dead letter queue -------------------------------------------------------------
 
 
-@command("dlq list", "list the dead jobs", "dlq list", MATCH, creates_queue=True,
-         only_reads=True)
+@command("dlq list", "list the dead jobs, the latest first", "dlq list --since 12h",
+         MATCH, DIED_SINCE, creates_queue=True, only_reads=True)
 def cmd_dlq_list(args, queue):
-    chosen = where(["dead"], text=args.match)
+    filters = dict(text=args.match, changed_since=time_since(args, queue))
     if not args.json:
-        errors = ["%(jobs)d x %(error)s" % row for row in queue.common_errors(chosen)]
+        errors = ["%(jobs)d x %(error)s" % row
+                  for row in queue.common_errors(where(["dead"], **filters))]
         more = " and %d more" % (len(errors) - 3) if len(errors) > 3 else ""
         if errors:
             print("Most common errors: " + printable(", ".join(errors[:3])) + more)
-    print_jobs(args, queue.dead_jobs(text=args.match), lambda jobs: job_table(
-        jobs, queue.clock(), "DIED", "error", "command"), "no dead jobs")
+    list_jobs(args, queue, queue.dead_jobs(**filters), DLQ_COLUMNS, "no dead jobs")
 
 
-@command("dlq logs", "print the latest output of all dead jobs", "dlq logs", MATCH,
-         only_reads=True)
+@command("dlq logs", "print the latest output of dead jobs", "dlq logs --since 12h",
+         MATCH, DIED_SINCE, only_reads=True)
 def cmd_dlq_logs(args, queue):
-    print_logs(args, queue, queue.dead_jobs(text=args.match))
+    print_logs(args, queue, queue.dead_jobs(
+        text=args.match, changed_since=time_since(args, queue)))
 
 
 @command("dlq retry", "make dead jobs pending again, with attempts 0", "dlq retry job4",
@@ -5557,13 +5782,15 @@ def cmd_config_show(args, queue):
 
 
 @command("config get", "print the value of a setting", "config get max_retries",
-         positional("key", "KEY", "name of a setting (default: all)", setting_name,
-                nargs="?"), creates_queue=True, only_reads=True)
+         positional("key", "KEY", "name of a setting (default: all)", setting_as_typed,
+                    nargs="?"),
+         creates_queue=True, only_reads=True)
 def cmd_config_get(args, queue):
     if args.key is None:
         return cmd_config_show(args, queue)
-    value = queue.settings()[args.key]
-    print_result(args, value, setting_text(args.key, value))
+    name = setting_name(args.key)
+    value = queue.settings()[name]
+    print_result(args, value, setting_text(name, value))
 
 
 @command("config set", "change a setting", "config set max_retries 5", KEY,
@@ -5581,9 +5808,11 @@ def cmd_config_unset(args, queue):
 
 
 def print_setting(args, queue):
-    value = queue.settings()[args.key]
-    message = "%s = %s" % (args.key, setting_text(args.key, value))
-    print_result(args, {args.key: value}, message)
+    """Print the value of a setting, under the name as it was typed."""
+    name = setting_name(args.key)
+    value = queue.settings()[name]
+    message = "%s = %s" % (args.key, setting_text(name, value))
+    print_result(args, {name: value}, message)
 
 
 # -- pools -----------------------------------------------------------------------------
@@ -5592,29 +5821,43 @@ def print_setting(args, queue):
 @command("worker start", "run jobs until stopped", "worker start --count 2",
          option("--count", "N", "how many at a time (default: 1)",
                 count_from(1, "--count", MAX_WORKERS), default=1),
-         flag("--drain", "stop when no job is due, running or waiting for a retry"),
+         flag("--drain", "end when nothing is due, running or waiting for a retry"),
          flag("--detach", "go on in the background"),
+         flag("--quiet", "print only the first and the last line"),
          creates_queue=True, opens_queue=False)
 def cmd_worker_start(args):
-    def started():
-        print_started(args, os.getpid(), "Ctrl-C, or ")
-
     if args.detach:
         return start_detached(args)
-    has_progress = args.drain and terminal_width(sys.stderr)
+    is_detached = os.environ.pop("QUEUECTL_DETACHED", None)
+    # A drain in the foreground prints one JSON document, at its end.
+    is_silent = args.json and args.drain and not is_detached
+
+    def started():
+        if not is_silent:
+            print_started(args, os.getpid(), "Ctrl-C, or ")
+
+    is_quiet = args.quiet or args.json
+    has_progress = args.drain and not is_quiet and terminal_width(sys.stderr)
     with contextlib.closing(ProgressLine()) as progress:
-        show = (lambda queue: progress.show(queue.counts())) if has_progress else None
-        pool = Supervisor(args.db, args.count, args.drain, show)
+        show = None
+        if has_progress:
+            show = lambda queue: progress.show(queue.counts(), queue.drain_counts())
+        pool = Supervisor(args.db, args.count, args.drain, is_quiet, show)
         code = pool.run(started)
-    if not pool.stop_reason:  # which was already reported
-        notice(pool.result)
+    if is_silent:
+        print(json.dumps(pool.result))
+    elif not pool.stop_reason:  # which was already reported
+        pool_notice(pool.summary)
     return code
 
 
 def print_started(args, pid, other_way=""):
-    """Print that a pool runs, and how to stop it."""
-    message = "pool %d: %s; to stop: %squeuectl.py worker stop" % (
-        pid, plural(args.count, "worker"), other_way)
+    """Print that a pool runs, where, and how to stop it."""
+    place = "log " + printable(os.path.basename(path_beside(args.db, ".log")))
+    if args.db != os.path.realpath("queuectl.db"):
+        place += ", queue " + printable(args.db)
+    message = "pool %d: %s, %s; to stop: %squeuectl.py worker stop" % (
+        pid, plural(args.count, "worker"), place, other_way)
     print_result(args, {"pool": pid, "workers": args.count}, message)
     sys.stdout.flush()
 
@@ -5625,6 +5868,7 @@ def start_detached(args):
 
     # It belongs to no run, even if a job has started it.
     env = {name: value for name, value in os.environ.items() if name != "QUEUECTL_RUN"}
+    env["QUEUECTL_DETACHED"] = "1"
     argv = [sys.executable, os.path.abspath(__file__), "worker", "start", "--json",
              "--db", args.db, "--count", str(args.count)]
     if args.drain:
@@ -5652,24 +5896,41 @@ def cmd_worker_stop(args):
     stopped = sorted(living_pools(args.db))
     for pool in stopped:
         request_stop(args.db, pool, "now" if args.now else "stop")
-    if stopped:
-        notice("stopping; running jobs are "
-               + ("ended" if args.now else "finished first"))
 
     def are_gone():
         return not {*living_pools(args.db)} & {*stopped}
 
     # A job that stops its own pool would wait for itself.
-    is_waiting = not args.no_wait and not within_job_of(args.db)
-    if is_waiting and not wait_until(are_gone, 10, STEP_INTERVAL):
-        notice("still waiting; if a pool was suspended by Ctrl-Z, resume it: kill -CONT"
-               + "".join(map(" {}".format, stopped)))
+    is_waiting = stopped and not args.no_wait and not within_job_of(args.db)
+    if is_waiting and not wait_until(are_gone, STOP_REPORT_DELAY, STEP_INTERVAL):
+        report_stop(args, stopped)
         wait_until(are_gone, MAX_DURATION, STEP_INTERVAL)
     names = ", ".join("pool %d" % pid for pid in stopped)
     message = ("stopped " if is_waiting else "stopping ") + names
     if not stopped:
         message = "no pool is running"
     print_result(args, {"stopped": stopped}, message)
+    if not stopped:
+        report_queue(args)
+
+
+def report_stop(args, pools):
+    """Report for which jobs a stop waits, and what else may hold it up."""
+    with contextlib.suppress(QueueError, sqlite3.Error):
+        with Queue(args.db, create=False) as queue:
+            running = ["%s (for %s)" % (
+                printable(worker["job"]), duration_text(queue.clock() - worker["since"]))
+                for worker in queue.workers() if worker["pool"] in pools
+                and worker["job"]]
+            more = running[5:] and [plural(len(running) - 5, "more job")]
+            if running:
+                notice("waiting for %s%s" % (
+                    ", ".join(running[:5] + more),
+                    "" if args.now else "; to end them: queuectl.py worker stop --now"))
+    suspended = [pid for pid in pools if is_suspended(pid)]
+    if suspended:
+        notice("suspended, as by Ctrl-Z; to resume: kill -CONT"
+               + "".join(map(" {}".format, suspended)))
 
 
 # -- install and completion ------------------------------------------------------------
@@ -6406,17 +6667,32 @@ def overview(group):
     return "\n".join(lines)
 
 
+def refuse_mistaken(name, words):
+    """Refuse words that a command would take for something else than was meant."""
+    message = None
+    if name in ("retry", "dlq retry") and "--" in words:
+        message = "%s: to change the command of a job: %s, then retry it", name, usage(
+            "edit", *words)
+    setting = re.match("--([^=]+)=?", words[0]) if words else None
+    if name == "config set" and setting and not setting[1] in ("json", "db", "help"):
+        message = "config set: write: %s", usage(
+            "config", "set", setting[1], words[0][setting.end() :] or words[-1])
+    if message:
+        raise QueueError(*message, code=2)
+
+
 def parse_arguments(name, words):
     """Return the arguments of one command; no other command's parser is built."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            hint = " (see: queuectl.py %s --help)" % name
+            hint = "see: queuectl.py %s --help" % name
             if name == "enqueue" and words[0][:1] not in ("{", "[", "-"):
-                hint = "; to run a command: queuectl.py enqueue -- " + " ".join(words)
-            raise QueueError("%s: %s", name, message + hint, code=2)
+                hint = "to run a command: " + usage("enqueue", "--", *words)
+            raise QueueError("%s: %s; %s", name, message, hint, code=2)
 
+    refuse_mistaken(name, words)
     entry = COMMANDS[name]
     parser = Parser(
         prog="queuectl.py " + name, usage=entry.usage,
@@ -6433,7 +6709,7 @@ def parse_arguments(name, words):
     # `parse_intermixed_args` would take words behind a `--` for options.
     parse = parser.parse_args if "--" in words[:end] else parser.parse_intermixed_args
     args = parse(words[:end])
-    args.words = words[end + 1 :]
+    args.given, args.words = words, words[end + 1 :]
     path = args.db or os.environ.get("QUEUECTL_DB") or "queuectl.db"
     args.db = os.path.realpath(path)
     return args

@@ -359,7 +359,7 @@ def configure(name, value):
 
 def drain_answer(count=1):
     """Let a pool run every job that can run. Return the answer of the pool."""
-    pool = start_pool("--drain", count=count)
+    pool = start_pool("--drain", "--quiet", count=count)
     return Answer(pool.wait(60), pool.stdout.read(), pool.stderr.read())
 
 
@@ -707,7 +707,7 @@ def claim(queue):
 def make_outcome(error="exit 1", **fields):
     """Return the outcome of a run, of the kind that has this error."""
     kinds = {None: "completed", "worker died": "lost", "cancelled": "cancelled",
-             "stop --now": "stopped", "stopped": "stopped"}
+             "stopped now": "stopped", "stopped": "stopped"}
     outcome = queuectl.Outcome(kinds.get(error, "failed"), 1, error, 1e9, b"")
     return outcome._replace(**fields)
 
@@ -1643,7 +1643,7 @@ class TestEndedFromOutsideEndsWhole:
         pool = start_pool(count=1)
         wait_until(lambda: len(live_commands()) == 2)
         if how == "cancel":
-            assert run_ok("cancel", "x").out == "cancelled x, which is running\n"
+            assert run_ok("cancel", "x").out == "cancelling x: ending its processes\n"
         elif how == "stop --now":
             run_ok("worker", "stop", "--now")
         elif how == "kill":
@@ -2948,7 +2948,7 @@ class TestLifeOfAJob:
 
     def test_release_gives_the_attempt_back(self, queue):
         add_job(queue)
-        assert queue.release(claim(queue), make_outcome("stop --now")) == "pending"
+        assert queue.release(claim(queue), make_outcome("stopped now")) == "pending"
         assert queue.job("job")["attempts"] == 0
         assert claim(queue).attempt == 1
 
@@ -3414,7 +3414,9 @@ class TestList:
             ["cancel"], ["retry"], ["delete"], ["dlq", "retry"],
             ["retry", "x", "--match", "a"], ["cancel", "a1", "--state", "pending"]
         ):
-            assert "give ids, or options" in run_refused(*words, code=2)
+            assert "name ids, or " in run_refused(*words, code=2)
+        assert run_refused("dlq", "retry", code=2) == (
+            "queuectl: which jobs? name ids, or --all, --match\n")
 
     def test_more_jobs_than_a_page_holds_are_all_listed(self):
         count = 2 * queuectl.BATCH_SIZE + 7
@@ -3439,11 +3441,10 @@ class TestList:
     @posix_only
     def test_an_empty_list_says_so_on_a_terminal(self):
         made = "queuectl: made queue %s\r\n" % os.path.abspath("queuectl.db")
-        assert run_on_terminal("list", columns=300) == (0, made + "no jobs\r\n")
-        assert run_on_terminal("list") == (0, "no jobs\r\n")
-        assert run_on_terminal("dlq", "list") == (0, "no dead jobs\r\n")
-        assert run_ok("list").out.split() == [
-            "ID", "STATE", "TRIES", "CHANGED", "COMMAND"]
+        looked = "queuectl: looked at %s\r\n" % os.path.abspath("queuectl.db")
+        assert run_on_terminal("list") == (0, made + "no jobs\r\n" + looked)
+        assert run_on_terminal("dlq", "list") == (0, "no dead jobs\r\n" + looked)
+        assert run_ok("list").out == "no jobs\n"
 
 
 class TestShow:
@@ -3586,9 +3587,10 @@ class TestLogs:
         enqueue("exit 4", id="c", max_retries=1)
         drain(1)
         assert run_ok("logs", "a", "b").out.split("\n") == [
-            "==> a: completed", "one", "==> b: exit 3", "two", ""]
+            "==> a: completed: echo one", "one",
+            "==> b: exit 3: echo two&& exit 3", "two", ""]
         assert run_ok("dlq", "logs").out.split("\n") == [
-            "==> c: exit 4", "", "==> b: exit 3", "two", ""]
+            "==> c: exit 4: exit 4", "==> b: exit 3: echo two&& exit 3", "two", ""]
         assert [log["id"] for log in run_ok("dlq", "logs", "--json").json] == ["c", "b"]
         assert [log["id"] for log in run_ok("logs", "a", "c", "--json").json] == [
             "a", "c"]
@@ -3878,7 +3880,7 @@ class TestEdit:
             "pending")
         run = claim(queue)
         assert run.id == "x"
-        assert "job x is processing: cancel it first" in run_refused(
+        assert "job x is processing: cancel it, edit it, then retry it" in run_refused(
             "edit", "x", "--priority", "1")
         queue.fail(run, make_outcome())
         # A failed job is tried at once.
@@ -3957,7 +3959,9 @@ class TestRetry:
         enqueue("echo $QUEUECTL_ATTEMPT" if os.name == "posix" else "echo 1", id="x")
         enqueue("exit 3", id="y", max_retries=1)
         drain()
-        assert run_ok("retry", "x", "y").out == "retried x\nretried y\n"
+        assert run_ok("retry", "x", "y").out == (
+            "retried x: pending again, with 0 attempts\n"
+            "retried y: pending again, with 0 attempts\n")
         assert "job x is pending, not completed or dead" in run_refused("retry", "x")
         assert drain() == 1
         assert run_errors("x") == [None, None]
@@ -4003,7 +4007,7 @@ class TestPauseAndResume:
     def test_a_pause_lets_the_running_job_finish_and_a_drain_wait(self):
         enqueue(UNTIL_GO, id="runs", priority=1)
         enqueue(id="next")
-        pool = start_pool("--drain", count=1)
+        pool = start_pool("--drain", "--quiet", count=1)
         wait_until(lambda: state_of("runs") == "processing")
         run_ok("pause")
         open("go", "w").close()
@@ -4070,7 +4074,7 @@ class TestDelete:
     @pytest.mark.parametrize("words", [
         [], ["x", "--all"], ["x", "--older-than", "0"], ["--all", "--state", "dead"]])
     def test_it_wants_ids_or_a_state_or_all(self, queue, words):
-        assert "give ids, or options" in run_refused("delete", *words, code=2)
+        assert "name ids, or " in run_refused("delete", *words, code=2)
 
     def test_jobs_are_deleted_by_state_and_age(self, queue, clock):
         for name in ("old", "new"):
@@ -4280,7 +4284,8 @@ class TestDeadLetterQueue:
         assert printed.startswith("retried 2 jobs; 2 left: cancelled")
         assert [job["state"] for job in jobs().values()] == [
             "pending", "pending", "dead", "dead"]
-        assert run_ok("dlq", "retry", "c").out == "retried c\n"
+        assert run_ok("dlq", "retry", "c").out == (
+            "retried c: pending again, with 0 attempts\n")
         assert (state_of("c"), state_of("d")) == ("pending", "dead")
         assert run_ok("dlq", "retry", "--all", "--json").json == {
             "retried": 0, "left": 1}
@@ -4382,7 +4387,7 @@ class TestStats:
         first = "4 runs in 1h: 1 completed, 0 failed (0 retries); 3 interrupted"
         assert first in printed
         assert "100.0 % succeed" in printed
-        assert run_errors("x") == ["stop --now", "stop --now", "cancelled"]
+        assert run_errors("x") == ["stopped now", "stopped now", "cancelled"]
 
 
 class TestWorkerStart:
@@ -4447,14 +4452,42 @@ class TestWorkerStart:
         assert read_text("queuectl.log").count("asked to stop") < 3
 
     @posix_only
-    def test_jobs_are_printed_on_a_terminal_only(self):
-        enqueue("exit 3", id="x", max_retries=1)
-        enqueue("sleep 0.2", id="y")
+    def test_what_becomes_of_each_job_is_printed(self):
+        configure("backoff_base", "0.5")
+        enqueue("exit 3", id="x", max_retries=2)
+        enqueue("sleep 0.3", id="y")
         code, shown = run_on_terminal("worker", "start", "--drain", columns=200)
-        assert code == 1 and re.search(r"x 1/1 dead \(exit 3\) in", shown)
-        assert "y 1/3 runs, pid " in shown and "y 1/3 completed in 0.2" in shown
-        enqueue("exit 3", id="z", max_retries=1)
-        assert drain_answer().err == "queuectl: 0 completed, 1 dead\n"
+        assert code == 1
+        assert re.search(r"x 1/2 failed \(exit 3\) in 0.\d\ds, again in 0.[45]s", shown)
+        assert re.search(r"x 2/2 dead \(exit 3\) in 0.\d\ds\r\n", shown)
+        assert "y 1/3 runs, pid " in shown and "y 1/3 completed in 0.3" in shown
+        enqueue(id="z")
+        answer = run_process("worker", "start", "--drain")
+        assert re.fullmatch(r"z 1/3 completed in 0.\d\ds\n"
+                            r"queuectl: 1 completed, 0 dead\n", answer.stderr)
+        assert answer.stdout.count("\n") == 1 and "log queuectl.log;" in answer.stdout
+
+    @posix_only
+    def test_quiet_prints_the_first_and_the_last_line(self):
+        enqueue()
+        answer = run_process("worker", "start", "--drain", "--quiet")
+        assert answer.stdout.count("\n") == 1
+        assert answer.stderr == "queuectl: 1 completed, 0 dead\n"
+
+    def test_another_queue_is_named_in_the_first_line(self):
+        answer = run_process("worker", "start", "--drain", "--db", "other.db")
+        path = os.path.realpath("other.db")
+        assert "log other.db.queuectl.log, queue %s;" % path in answer.stdout
+
+    @posix_only
+    def test_a_reader_that_does_not_read_holds_nothing_up(self):
+        pool = start_pool(count=2)
+        fcntl.fcntl(pool.stderr, 1031, 8192)  # F_SETPIPE_SZ: room for some 200 lines
+        run_ok("enqueue", "-", stdin=b'{"command": "true"}\n' * 400)
+        wait_until(lambda: read_status()["jobs"]["completed"] == 400)
+        run_ok("worker", "stop")
+        assert pool.wait(10) == 0
+        assert 50 < pool.stderr.read().count("\n") < 400
 
     @mechanism
     def test_progress_is_one_line_with_rate_and_time_left(self):
@@ -4483,12 +4516,24 @@ class TestDrain:
     def test_of_two_drains_each_counts_its_own(self):
         for n in range(20):
             enqueue(id="x%d" % n)
-        pools = [start_pool("--drain", count=1), start_pool("--drain", count=1)]
+        pools = [start_pool("--drain", "--quiet", count=1) for _ in range(2)]
         counts = []
         for pool in pools:
             assert pool.wait(20) == 0
             counts.append(int(re.search(r"(\d+) completed", pool.stderr.read())[1]))
         assert sum(counts) == 20
+
+    def test_json_is_one_document_at_its_end(self):
+        enqueue("exit 1", id="dead", max_retries=1)
+        enqueue(id="blocked", after=["dead"])
+        enqueue(id="later", delay=3600)
+        answer = run_process("worker", "start", "--drain", "--json")
+        result = json.loads(answer.stdout)
+        assert result.pop("pool") > 0 and answer.stderr == ""
+        assert answer.returncode == 1
+        assert result == {"completed": 0, "dead": 1, "delayed": 1, "blocked": 1}
+        assert run_process(
+            "worker", "start", "--drain", "--detach", "--json").stdout.count(":") == 2
 
     def test_it_waits_for_retries_but_not_for_delayed_jobs(self):
         configure("backoff_base", "0.1")
@@ -4505,7 +4550,8 @@ class TestDrain:
         enqueue(id="last", after=["later"])
         answer = drain_answer()
         assert answer.code == 0
-        assert "0 completed, 0 dead; 2 jobs left: the next is due in 59m" in answer.err
+        assert answer.err.startswith("queuectl: 0 completed, 0 dead, 1 delayed;"
+                                     " 2 jobs left: the next is due in 59m")
         run_ok("edit", "later", "--run-at", "now")
         assert drain() == 0 and run_order() == ["later", "last"]
 
@@ -4557,6 +4603,19 @@ class TestWorkerStop:
         assert [pool.wait(10) for pool in pools] == [0, 0]
         assert leftover_files() == []
 
+    @posix_only
+    def test_it_says_for_which_jobs_it_waits(self):
+        enqueue(UNTIL_GO, id="long")
+        pool = start_pool(count=1)
+        wait_until(lambda: state_of("long") == "processing")
+        stop = start_process("worker", "stop")
+        line = stop.stderr.readline()
+        assert re.fullmatch(r"queuectl: waiting for long \(for \d+\.\ds\); to end them:"
+                            r" queuectl.py worker stop --now\n", line)
+        open("go", "w").close()
+        assert stop.wait(10) == 0 == pool.wait(10)
+        assert stop.stderr.read() == ""
+
     def test_without_a_pool_it_says_so_and_stops_no_later_pool(self):
         assert run_ok("worker", "stop").out == "no pool is running\n"
         assert os.listdir(".") == []
@@ -4599,7 +4658,7 @@ class TestWorkerStop:
         answer = run_ok("worker", "stop")
         assert "kill -CONT %d" % pool.pid in answer.err
         assert answer.out.startswith("stopped pool")
-        assert waits[0] == 10 and pool.wait(10) == 0
+        assert waits[0] == 1 and pool.wait(10) == 0
 
     @posix_only
     def test_ctrl_c_says_which_jobs_the_pool_waits_for(self):
@@ -4981,7 +5040,7 @@ class TestRemovedQueue:
     def test_replacing_the_database_ends_an_idle_pool(self, how):
         os.mkdir("new")
         enqueue(id="x")
-        pool = start_pool()
+        pool = start_pool("--quiet")
         wait_until(lambda: state_of("x") == "completed")
         replace_database()
         assert pool.wait(10) == 1 and pool.stderr.read().count("\n") == 1
@@ -5135,7 +5194,17 @@ class TestCommandLine:
         (["stop"], "did you mean worker stop?"),
         (["start"], "did you mean worker start?"),
         (["clear"], "did you mean dlq clear?"), (["retyr"], "did you mean retry?"),
-        (["run"], "there are: enqueue, "),
+        (["frobnicate"], "there are: enqueue, "), (["run"], "mean worker start?"),
+        (["worker", "list"], "mean status?"), (["worker", "strt"], "mean worker start?"),
+        (["dlq", "requeue"], "mean dlq retry?"), (["kill", "x"], "mean cancel?"),
+        (["reset"], "to remove queuectl.db?"),
+        (["config", "set", "backoff-factor", "2"], "mean backoff_base?"),
+        (["config", "set", "--max-retries", "3"],
+         "write: queuectl.py config set max-retries 3"),
+        (["config", "set", "--max-retries=3"], "config set max-retries 3"),
+        (["enqueue", "--lines", "jobs.txt"], "enqueue --lines --file jobs.txt"),
+        (["enqueue", "--", "-"], "queuectl.py enqueue -\n"),
+        (["retry", "x", "--", "true"], "queuectl.py edit x -- true, then retry it"),
         (["dlq", "rety"], "did you mean dlq retry?"),
         (["enqueue", "echo", "hello"],
          "to run a command: queuectl.py enqueue -- echo hello"),
@@ -5406,7 +5475,12 @@ class TestPolicy:
         (['{"command":"a"}', "--", "b"], "give"), (["--id", "x"], "no job"),
         ([""], "no job"), (["--unique", "--", "x"], "id: missing"),
         (["--delay", "1", "--run-at", "1000000000", "--", "x"], "not both"),
-        (["echo hi"], "enqueue -- echo hi")])
+        (["echo hi"], "enqueue -- %s\n" % queuectl.quoted(["echo hi"])),
+        (["a && b", "--priority", "5"],
+         "enqueue --priority 5 -- %s\n" % queuectl.quoted(["a && b"])),
+        (["--", ""], "the command is empty"), (["--id", " ", "--", "x"], "id is empty"),
+        ([r'{\"id\":\"x\"}'], "the backslashes are for cmd"),
+        (['{"command": "x",}'], "at character 17")])
     def test_a_bad_option_is_refused_by_its_name(self, words, printed):
         assert printed in run_refused("enqueue", *words, code=2)
         assert jobs() == {}
@@ -5775,7 +5849,7 @@ class TestDependencies:
         answer = drain_answer()
         assert answer.code == 1
         assert answer.err == (
-            "queuectl: 0 completed, 1 dead; 2 jobs left:"
+            "queuectl: 0 completed, 1 dead, 2 blocked; 2 jobs left:"
             " test waits for build, which is dead\n")
         words = "waits for build, which is dead"
         assert words in run_ok("show", "test").out
@@ -6523,7 +6597,7 @@ class TestStatistics:
         assert longest_wait(queue) == 7
 
     def test_interrupted_runs_are_neither_completed_nor_failed(self, queue, dashboard):
-        for error in (None, "stop --now", "worker died", "stopped", "cancelled"):
+        for error in (None, "stopped now", "worker died", "stopped", "cancelled"):
             add_job(queue, id=str(error))
             run = claim(queue)
             if error == "cancelled":
@@ -7029,7 +7103,7 @@ class Chaos:
             self.feed(self.rnd.random() < 0.3)
         elif what == "start" and len(alive) < 3:
             count = str(self.rnd.randint(1, 4))
-            self.pools.append(self.start("worker", "start", "--count", count))
+            self.pools.append(self.start("worker", "start", "--quiet", "--count", count))
         elif what == "kill worker":
             self.hit(signal.SIGKILL, "workers killed", *pids)
         elif what == "freeze":
@@ -7114,7 +7188,7 @@ class Chaos:
             self.until(
                 lambda: query(COUNT_SOON, time.time(), last) == [(0,)], 30,
                 "delayed jobs")
-            drain = self.start("worker", "start", "--count", "8", "--drain")
+            drain = self.start("worker", "start", "--quiet", "--count", "8", "--drain")
             self.until(lambda: drain.poll() is not None, 90, "the drain runs")
             dead = query("SELECT id, error FROM jobs WHERE state = 'dead'")
             self.wrong += [
@@ -7254,7 +7328,8 @@ class TestReadme:
         for step in steps:
             line, _, expected = step.partition("\n")
             printed, expected = (
-                re.sub(r"\d+\.\ds ago|pool \d+", "…", text).split()
+                sorted(map(str.split, re.sub(
+                    r"\d+\.\d+s( ago)?|pool \d+", "…", text).splitlines()))
                 for text in (run_readme_line(line), expected))
             assert printed == expected, line
 
