@@ -457,36 +457,37 @@ SETTINGS = {
 }
 
 # A field that is given with a job. Its option of `enqueue` and `edit` is `--name
-# METAVAR`. `parse` converts the option's text to what `check` expects. If it `repeats`,
-# the option may be given several times. The settings max_retries and timeout are the
-# defaults of these fields.
+# METAVAR`. `otherwise` tells in words what a new job has without it. `parse` converts
+# the option's text to what `check` expects. If it `repeats`, the option may be given
+# several times. The settings max_retries and timeout are the defaults of these fields.
 Field = collections.namedtuple(
-    "Field", "check default metavar help parse repeats", defaults=(str, False))
+    "Field", "check default metavar help otherwise parse repeats",
+    defaults=("none", str, False))
 FIELDS = {
-    "id": Field(check_id, None, "ID", "id of the job (default: a short random one)"),
-    "command": Field(check_command, None, "LINE", "the same as -- LINE"),
+    "id": Field(check_id, None, "ID", "id of the job", "a short random one"),
+    "command": Field(
+        check_command, None, "LINE", "the same as -- LINE", "the words behind --"),
     "max_retries": Field(
         SETTINGS["max_retries"].check, None, "N",
-        "failed attempts until the job is dead", parse_number),
+        "failed attempts until the job is dead", "the setting", parse_number),
     "priority": Field(
-        whole_number(-MAX_INTEGER - 1, MAX_INTEGER), 0, "N",
-        "higher ones first (default: 0)", parse_number),
-    "run_at": Field(check_time, None, "TIME", "ISO 8601, epoch seconds, or now"),
+        whole_number(-MAX_INTEGER - 1, MAX_INTEGER), 0, "N", "higher ones first", "0",
+        parse_number),
+    "run_at": Field(check_time, None, "TIME", "ISO 8601, epoch seconds, or now", "now"),
     "delay": Field(duration_from(0), None, "T", "like 90s, 10m, 1h30m, 7d"),
     "timeout": Field(
-        SETTINGS["timeout"].check, None, "T", "end a run that takes longer"),
-    "cwd": Field(
-        check_directory, None, "DIR", "where to run it (default: this directory)"),
+        SETTINGS["timeout"].check, None, "T", "end a run that takes longer, or none",
+        "the setting"),
+    "cwd": Field(check_directory, None, "DIR", "where to run it", "this directory"),
     "env": Field(
-        check_env, None, "NAME=VALUE", "an environment variable (repeatable)",
-        parse_variable, repeats=True),
+        check_env, None, "NAME=VALUE", "an environment variable; repeatable",
+        parse=parse_variable, repeats=True),
     "launcher": Field(
         check_job_launcher, None, "PREFIX",
-        "start the command through this, like srun"),
+        "start the command through this, like srun, or none", "the setting"),
     "after": Field(
         check_dependencies, None, "ID",
-        "start only when job ID is completed (repeatable)",
-        repeats=True),
+        "start only when job ID is completed; repeatable", repeats=True),
     "lock": Field(
         optional(check_id, "none"), None, "NAME",
         "run at most one job with this lock at a time"),
@@ -4901,12 +4902,16 @@ def option(names, kind, meaning, convert=str, **options):
 positional = option  # without a name; argparse tells them apart by the dashes
 
 
-def field_option(name):
-    """Return the option of `enqueue` and `edit` for a field of a job."""
-    field = FIELDS[name]
+def field_option(name, of_new_job=True):
+    """Return the option of `enqueue`, or of `edit`, for a field of a job."""
+    field, note = FIELDS[name], ""
     repeated = {"action": "append"} if field.repeats else {}
-    return option("--" + name.replace("_", "-"), field.metavar, field.help, field.parse,
-                  **repeated)
+    if of_new_job:
+        note = " (default: %s)" % field.otherwise
+    elif field.otherwise == "none" and name != "delay":
+        note = ", or none"
+    return option("--" + name.replace("_", "-"), field.metavar, field.help + note,
+                  field.parse, **repeated)
 
 
 # Converters of arguments: they take the text from the command line.
@@ -4946,12 +4951,13 @@ IDS = positional("ids", "ID", "ids of jobs", nargs="*")
 ID = positional("id", "ID", "id of a job, or its beginning, of four characters or more")
 KEY = positional(
     "key", "KEY", "name of a setting: " + ", ".join(SETTINGS), setting_as_typed)
-STATE = option("--state", "STATE", "one of %s (repeatable)" % ", ".join(STATES),
+STATE = option("--state", "STATE", "one of %s (repeatable; default: all)"
+               % ", ".join(STATES),
                state_name, action="append", default=[])
 SINCE, DIED_SINCE = (
-    option("--since", "T", "only jobs that %s within this time" % verb,
+    option("--since", "T", "only jobs that %s within T, like 12h (default: all)" % verb,
            seconds_from(0, "--since")) for verb in ("changed", "died"))
-MATCH = option("--match", "TEXT", "only jobs with TEXT in their id or command",
+MATCH = option("--match", "TEXT", "only jobs with TEXT in id or command (default: all)",
                text_to_match)
 EVERYWHERE = [
     flag("--json", "print one JSON document"),
@@ -5249,6 +5255,9 @@ def spool(path):
     import shutil
     import tempfile
 
+    if not path and sys.stdin.isatty():
+        notice("reading jobs from standard input, to its end: "
+               + ("Ctrl-Z and Enter" if WINDOWS else "Ctrl-D"))
     with tempfile.SpooledTemporaryFile(2**24) as spooled:
         stdin = contextlib.nullcontext(sys.stdin.buffer)
         with open(path, "rb") if path else stdin as source:
@@ -5352,9 +5361,9 @@ def job_named(queue, id):
          positional("ids", "ID", "ids of jobs, or their beginnings, of four characters"
                     " or more", nargs="+"),
          flag("-f --follow", "go on until the run ends; wait for the first to begin"),
-         option("--attempt", "N", "of an earlier attempt, its last run",
+         option("--attempt", "N", "the last run of this attempt (default: the latest)",
                 count_from(1, "--attempt")),
-         option("--run", "N", "of an earlier run", count_from(1, "--run")),
+         option("--run", "N", "this run (default: the latest)", count_from(1, "--run")),
          only_reads=True)
 def cmd_logs(args, queue):
     chosen = {name: getattr(args, name) for name in ("run", "attempt")
@@ -5469,9 +5478,9 @@ def output_of(queue, job, run):
     return output or b""
 
 
-@command("wait", "wait until jobs, or all, are completed (0) or dead (1)",
+@command("wait", "wait until pools have ended jobs, or all (1: one died)",
          "wait job1 --timeout 10m", IDS,
-         option("--timeout", "T", "give up with exit code 124",
+         option("--timeout", "T", "give up with exit code 124 (default: never)",
                 seconds_from(0, "--timeout")))
 def cmd_wait(args, queue):
     with contextlib.closing(ProgressLine()) as progress:
@@ -5576,7 +5585,7 @@ def cmd_stats(args, queue):
 
 @command("edit", "change a job that waits or is dead", "edit job1 --run-at now",
          positional("job", "ID", "id of a job"),
-         *[field_option(name) for name in FIELDS if name != "id"],
+         *[field_option(name, False) for name in FIELDS if name != "id"],
          takes_words=True, usage="queuectl.py edit ID [OPTION]... [-- COMMAND...]")
 def cmd_edit(args, queue):
     fields = given_fields(args)
@@ -5918,10 +5927,11 @@ def report_stop(args, pools):
     """Report for which jobs a stop waits, and what else may hold it up."""
     with contextlib.suppress(QueueError, sqlite3.Error):
         with Queue(args.db, create=False) as queue:
+            busy = [worker for worker in queue.workers()
+                    if worker["pool"] in pools and worker["job"]]
             running = ["%s (for %s)" % (
-                printable(worker["job"]), duration_text(queue.clock() - worker["since"]))
-                for worker in queue.workers() if worker["pool"] in pools
-                and worker["job"]]
+                printable(worker["job"]),
+                duration_text(queue.clock() - worker["since"])) for worker in busy]
             more = running[5:] and [plural(len(running) - 5, "more job")]
             if running:
                 notice("waiting for %s%s" % (
@@ -5950,7 +5960,7 @@ INSTALLED = "@rem" if WINDOWS else "#!/bin/sh\n#"
 INSTALLED += " written by queuectl install\n"
 
 
-@command("install", "put a command queuectl, which starts quicker, into a directory",
+@command("install", "put a command queuectl, which starts quicker, into DIR",
          "install ~/.local/bin",
          positional("dir", "DIR", "directory, created if missing (default:"
                     " ~/.local/bin)", nargs="?", default="~/.local/bin"),
@@ -6021,7 +6031,7 @@ complete -c queuectl -f -a '(_queuectl)'
 CHOICES = {"STATE": STATES, "KEY": SETTINGS, "SHELL": COMPLETIONS}  # by kind of value
 
 
-@command("completion", "print a script that lets a shell complete commands and ids",
+@command("completion", "print a script for a shell to complete commands and ids",
          "completion bash",
          positional("shell", "SHELL", "in .bashrc: source <(queuectl completion bash)",
                 nargs="?", choices=[*COMPLETIONS]),
@@ -6655,15 +6665,40 @@ refresh();
 # ======================================================================================
 
 
-def overview(group):
-    """Return the short help of all commands, or of those of a group."""
-    chosen = {name: entry for name, entry in COMMANDS.items() if name.startswith(group)}
-    lines = ["usage: queuectl.py [--db PATH] %s ..." % (group + " COMMAND").strip(), ""]
+# The commands and groups, by what people want to do.
+TOPICS = {
+    "add": ["enqueue"],
+    "watch": ["status", "list", "show", "logs", "wait", "stats", "dashboard"],
+    "repair": ["edit", "cancel", "retry", "delete", "dlq"],
+    "run": ["worker", "pause", "resume", "config", "install", "completion"],
+}
+GROUPS = {"worker": "pools", "dlq": "the dead letter queue", "config": "settings"}
+
+
+def overview():
+    """Return the short help of all commands, which fits on a terminal of 24 lines."""
+    lines = ["usage: queuectl.py COMMAND ... [--db PATH] [--json]"
+             "     (more: COMMAND --help)"]
+    for topic, names in TOPICS.items():
+        for name in names:
+            verbs = [each.split()[1] for each in COMMANDS if each.startswith(name + " ")]
+            meaning = GROUPS[name] if verbs else COMMANDS[name].meaning
+            lines.append("  %-7s %-11s %s" % (
+                "" if name != names[0] else topic, name,
+                ": ".join([meaning, ", ".join(verbs)]) if verbs else meaning))
+    lines += ["examples:", "  queuectl.py enqueue -- echo Hello",
+              "  queuectl.py worker start --count 2"]
+    return "\n".join(lines)
+
+
+def group_overview(group):
+    """Return the short help of the commands of a group."""
+    chosen = {name: entry for name, entry in COMMANDS.items()
+              if name.startswith(group + " ")}
+    lines = ["usage: queuectl.py %s COMMAND ... [--db PATH] [--json]" % group, ""]
     lines += ["  %-14s %s" % (name, entry.meaning) for name, entry in chosen.items()]
     lines += ["", "examples:"]
-    lines += ["  queuectl.py " + entry.example for entry in list(chosen.values())[:5]]
-    lines += ["", "with each: --help, --json for one JSON document,",
-              "           --db PATH for another queue than queuectl.db"]
+    lines += ["  queuectl.py " + entry.example for entry in chosen.values()]
     return "\n".join(lines)
 
 
@@ -6748,10 +6783,13 @@ def show_help(group, words):
     # Where a group is named, its queue may be named as well: `--db PATH worker`.
     stray = [word for word in words
              if not group or not re.match("--db$|--db=|--json$|[^-]", word)]
-    if stray and not {"-h", "--help", "--version"} & set(words):
+    if stray and not {"-h", "--help", "-V", "--version"} & set(words):
         words = " ".join([*group.split(), *words])
         raise QueueError("no command in: %s (see: queuectl.py --help)", words, code=2)
-    print("queuectl " + __version__ if "--version" in words else overview(group))
+    if {"-V", "--version"} & set(words):
+        print("queuectl " + __version__)
+    else:
+        print(group_overview(group) if group else overview())
     return 0
 
 

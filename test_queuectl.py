@@ -5353,6 +5353,19 @@ class TestTerminal:
         assert "\x1b" not in run_refused(
             "config", "set", "max_retries", "\x1b[2J", code=2)
 
+    def test_the_first_help_fits_a_terminal_and_names_every_command(self):
+        lines = run_ok().out.splitlines()
+        assert len(lines) <= 24
+        named = sum(queuectl.TOPICS.values(), [])
+        assert set(named) == {name.split()[0] for name in queuectl.COMMANDS}
+        assert run_ok("-V").out == run_ok("--version").out
+
+    def test_help_gives_defaults_where_they_hold(self):
+        assert "(default: 0)" in run_ok("enqueue", "--help").out
+        assert "default" not in run_ok("edit", "--help").out.replace(
+            "(default: QUEUECTL_DB", "")
+        assert "max_retries, backoff_base" in run_ok("config", "set", "--help").out
+
     def test_every_help_text_fits_into_80_columns(self):
         texts = [run_ok("config", "show").out, run_ok().out]
         for name in queuectl.COMMANDS:
