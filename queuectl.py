@@ -1904,7 +1904,7 @@ class NewJobs:
 
     def __init__(self, queue, unique):
         self.queue, self.unique, self.now = queue, unique, queue.clock()
-        self.id = None  # of the latest job, for the message of an error
+        self.id, self.count = None, 0  # of the latest job, and how many there were
         self.dependents = []  # as for `Queue._add_dependencies`
         self.locks = set()  # of the jobs that are inserted
         self.unchanged = {}  # as in `Added`
@@ -1915,7 +1915,7 @@ class NewJobs:
         The caller inserts them one by one. With `unique` a job that exists is restarted
         in the same step, or left unchanged.
         """
-        for job in jobs:
+        for self.count, job in enumerate(jobs, 1):
             self.id, run_at = job["id"], job["run_at"]
             if self.id is None:
                 if self.unique:
@@ -1989,7 +1989,7 @@ class Queue(Database):
                     for columns, rows in itertools.groupby(
                         new.rows(jobs), key=operator.itemgetter(0)))
             except sqlite3.IntegrityError:
-                raise QueueError("there is a job %s already", new.id) from None
+                raise self._id_taken(new) from None
             self._change(
                 "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'", count)
             last = self._value("SELECT MAX(seq) FROM jobs") or 0
@@ -1998,6 +1998,15 @@ class Queue(Database):
             self.db.executemany(ELECT_BY_TRIGGER, [(lock,) for lock in new.locks])
         wake_workers(self.path)
         return Added(last - count + 1, last, new.unchanged, dropped)
+
+    def _id_taken(self, new):
+        """Return the QueueError for the latest of NEW jobs: its id is taken."""
+        first = self._value("SELECT MAX(seq) FROM jobs") - (new.count - 2)
+        twin = self._seq_of(new.id) - first + 1
+        if twin < 1:
+            return QueueError("there is a job %s already", new.id)
+        return QueueError("jobs %d and %d of this batch have the same id: %s",
+                          twin, new.count, new.id)
 
     def _restart(self, job):
         """Start a job again with these fields; return False if it was not finished."""
@@ -3546,9 +3555,9 @@ def relative_time(moment, now):
 
 
 def plural(count, noun):
-    """Return a count with its noun: 1 job, 2 jobs."""
+    """Return a count with its noun: 1 job, 2,000 jobs."""
     many = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
-    return "%d %s" % (count, noun if count == 1 else many)
+    return "{:,} {}".format(count, noun if count == 1 else many)
 
 
 def setting_text(name, value):
@@ -5290,9 +5299,13 @@ def cmd_list(args, queue):
         jobs = queue.jobs(chosen, limit, args.newest)
     list_jobs(args, queue, jobs)
     left = queue.count(chosen) - limit if limit and not args.json else 0
-    if left > 0:
-        more = plural(left, "older job" if size else "more job")
-        notice(more + "; --limit 0 lists all")
+    if left > 0 and size:
+        print_result(args, left, Line(plural(left, "older job") + MORE_HINT, DIM))
+    elif left > 0:
+        notice(plural(left, "more job") + MORE_HINT)
+
+
+MORE_HINT = "; --limit 0 lists all"
 
 
 def time_since(args, queue):

@@ -3127,6 +3127,15 @@ class TestEnqueue:
         message = run_refused("enqueue", "-", stdin=given.encode(), code=2)
         assert "line %d: " % (good + 1) in message and words in message and not jobs()
 
+    def test_two_jobs_with_one_id_are_named_both(self):
+        enqueue(id="there")
+        lines = b"".join(b'{"id": "j%d", "command": "x"}\n' % n for n in (1, 2, 3, 2))
+        assert "jobs 2 and 4 of this batch have the same id: j2" in run_refused(
+            "enqueue", "-", stdin=lines)
+        assert "there is a job there already" in run_refused(
+            "enqueue", "-", stdin=lines[:29] + b'{"id": "there", "command": "x"}')
+        assert list(jobs()) == ["there"]
+
     def test_an_array_may_follow_lines_and_blank_lines_count(self):
         lines = (
             '{"command":"true"}\n\n' * 300
@@ -3437,6 +3446,52 @@ class TestList:
             == ""
             == run_ok("list", "--limit", "1", "--json").err)
         assert run_ok("list", "--limit", "1", "--match", "later").err == ""
+
+    def test_it_says_why_a_job_failed_or_waits(self):
+        run_ok("enqueue", json.dumps([
+            {"id": "dead", "command": "exit 3", "max_retries": 1},
+            {"id": "failed", "command": "exit 4"},
+            {"id": "behind", "command": "true", "after": ["dead", "failed"]},
+            {"id": "locks", "command": "true", "lock": "db", "delay": 3600},
+            {"id": "first", "command": "true", "lock": "l", "after": ["dead"]},
+            {"id": "gone", "command": "true"}]))
+        run_ok("cancel", "gone")
+        configure("backoff_base", "1000")
+        pool = start_pool(count=1)
+        wait_until(lambda: (state_of("dead"), state_of("failed")) == ("dead", "failed"))
+        run_ok("worker", "stop")
+        assert pool.wait(10) == 0
+        lines = dict(line.split(None, 1) for line in run_ok("list").out.splitlines())
+        assert "exit 3" in lines["dead"] and "cancelled" in lines["gone"]
+        assert re.search(r"exit 4, again in 16m \d+s", lines["failed"])
+        assert "after dead, failed" in lines["behind"]
+        assert "due in 59m" in lines["locks"]
+
+    def test_since_takes_jobs_that_changed_within_a_time(self, queue, clock):
+        for name, age in (("old", 3600), ("new", 0)):
+            clock.now = time.time() - age
+            add_job(queue, id=name, max_retries=1)
+            queue.fail(claim(queue), make_outcome())
+        for words in (["list"], ["dlq", "list"], ["dlq", "logs"]):
+            found = run_ok(*words, "--json", "--since", "30m").json
+            assert [each["id"] for each in found] == ["new"], words
+            assert len(run_ok(*words, "--json", "--since", "2h").json) == 2
+        run_refused("list", "--since", "soon", code=2)
+
+    @posix_only
+    @pytest.mark.parametrize("columns, titles", [
+        (40, "ID STATE TRIES"), (80, "ID STATE TRIES CHANGED WHY COMMAND")])
+    def test_a_terminal_shows_the_newest_that_fit(self, columns, titles):
+        for n in range(40):
+            enqueue("echo " + "x" * 200, id="job-with-a-long-name-%02d" % n)
+        code, shown = run_on_terminal("list", columns=columns)
+        plain = re.sub(r"\x1b\[\d*m", "", shown).splitlines()
+        assert code == 0 and plain[0].split() == titles.split()
+        assert max(map(len, plain)) <= columns
+        ids = [line.split()[0] for line in plain[1:-1]]
+        assert len(ids) == 21 and ids[-1].startswith("job-with-a")
+        assert plain[-1] == "19 older jobs; --limit 0 lists all"
+        assert run_on_terminal("list", "--limit", "2")[1].count("job-with") == 2
 
     @posix_only
     def test_an_empty_list_says_so_on_a_terminal(self):
