@@ -3595,8 +3595,9 @@ def why_waiting(queue, job, workers):
     if queue.is_paused():
         return "the queue is " + PAUSED_HINT
     if job["gate"] == CLOSED:
-        what = "try %d" % (job["attempts"] + 1) if job["attempts"] else "due"
-        return "%s %s%s" % (what, relative_time(job["run_at"], queue.clock()), no_pool)
+        what = "try %d is due" % (job["attempts"] + 1) if job["attempts"] else "due"
+        when = due_text(job, queue.clock()) or "now"
+        return "%s %s%s" % (what, when, no_pool)
     if not workers:
         return NO_POOL
     holder = queue.lock_holder(job) if job["lock"] else job["id"]

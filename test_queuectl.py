@@ -3523,7 +3523,7 @@ class TestShow:
         os.close(lease.fd)
         assert why("a", ()) == queuectl.LOST_HINT + "; " + queuectl.NO_POOL
         queue.fail(run, make_outcome("exit 1"))
-        assert why("a") == "try 2 in 2.0s" and why("a", ()).endswith("worker start")
+        assert why("a") == "try 2 is due in 2.0s" and why("a", ()).endswith("worker start")
         assert "waiting:     due" in run_ok("show", "c").out
 
     @fork_only
