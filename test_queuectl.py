@@ -4309,6 +4309,68 @@ class TestStatus:
                    in run_ok("status").out)
         open("go", "w").close()
 
+    def test_the_verdict_says_what_a_queue_comes_down_to(self, queue, clock):
+        def judge(workers=2, growth=0):
+            status = queuectl.read_status(queue)
+            status["workers"] = [dict(pid=1, pool=1, job=None, since=None)] * workers
+            return tuple(queuectl.verdict(status, clock.now, growth))[:2]
+
+        assert judge() == ("pending", "No jobs yet")
+        add_job(queue, id="x", max_retries=1)
+        assert judge(workers=0) == ("dead", "No pool is running: 1 job waits")
+        assert judge() == ("processing", "Working: 1 waiting")  # no run has ended
+        run = claim(queue)
+        assert judge()[1] == "Keeping up: no job waits for a worker"
+        clock.now += 90
+        queue.fail(run, make_outcome(finished_at=clock.now))
+        assert judge() == ("completed", "Idle: every job has ended")
+        add_job(queue, id="behind", after=["x"])
+        assert judge() == ("dead", "Stuck: the jobs that are left wait for dead ones")
+        add_job(queue, id="later", delay=60)
+        assert judge() == ("completed", "Idle: the next job is due in 60 s")
+        add_jobs(queue, [{"command": "true"}] * 4000)
+        assert judge()[1] == "Working: 4,000 waiting, done in about 2 d"  # 90 s each
+        assert judge(growth=1300.6) == (
+            "failed", "Falling behind: 4,000 waiting, 1,301 more a minute")
+        assert judge(workers=0)[1] == "No pool is running: 4,002 jobs wait"
+        queue.set_paused(True)
+        assert judge(workers=0) == ("failed", "Paused")
+
+    @pytest.mark.parametrize("counts, growth", [
+        ([5], 0), ([5, 9], 0), ([5, 9, 15], 4), ([0, 900, 880, 860], -20),
+        ([9, 5, 9], -4)])
+    def test_a_queue_grows_if_it_does_so_from_minute_to_minute(self, counts, growth):
+        trend = queuectl.Trend()
+        for minute, left in enumerate(counts):
+            seen = trend.growth(60 * minute, left)
+            assert trend.growth(60 * minute + 1, 0) == seen  # another look, too soon
+        assert round(seen) == growth
+
+    def test_the_verdict_is_in_json_and_not_in_a_pipe(self, dashboard):
+        enqueue()
+        printed = read_status()
+        assert printed["verdict"] == "No pool is running: 1 job waits"
+        assert printed == dashboard.json("/api/status") and "ready" not in printed
+        assert printed["verdict"] not in run_ok("status").out
+
+    @posix_only
+    def test_a_terminal_shows_the_verdict_and_the_dead_by_error(self):
+        enqueue("printf 'so\nno \033[31mfile\n\n'; exit 2", id="a", max_retries=1)
+        enqueue("exit 2", id="b", max_retries=1)
+        for number in range(5):
+            enqueue("exit 1%d" % number, max_retries=1)
+        drain(1)
+        enqueue(id="cut", delay=3600)
+        run_ok("cancel", "cut")
+        lines = run_on_terminal("status", columns=0)[1].split("\r\n")
+        assert "Idle: every job has ended" in lines[0] and lines[1] == "Pending: 0"
+        assert lines[7].startswith("  2 dead of exit 2, the latest 0.")
+        assert lines[8].startswith("  1 dead of exit 10, ")
+        assert lines[11] == "  and of 2 more errors; to see all: queuectl.py dlq list"
+        run_ok("delete", "b")
+        shown = run_on_terminal("status", columns=0)[1]
+        assert re.search(r"1 dead of exit 2, the latest .* ago: no file\r", shown)
+
     @posix_only
     def test_watch_leaves_the_terminal_as_it_was(self):
         run_ok("status")
@@ -4325,8 +4387,9 @@ class TestStatus:
             "status", "--watch", "0.1", keys=b"\x03", columns=40)
         screen = shown.split("\x1b[H")[1].split("\x1b[J")[0]
         lines = screen.replace("\x1b[K", "").splitlines()
-        assert lines[0] == "Pending: 0" and lines[5] == "Active Workers: 30"
-        assert len(lines) == 23 and lines[-1] == "  and 14 more"
+        assert lines[0].startswith("No jobs yet; to add")
+        assert lines[1] == "Pending: 0" and lines[6] == "Active Workers: 30"
+        assert len(lines) == 23 and lines[-1] == "  and 15 more"
         assert max(map(len, lines)) < 40 and pool.poll() is None
 
 
@@ -5229,8 +5292,8 @@ class TestTerminal:
         assert shown.count("\x1b") == 6 and red in shown and green in shown
         assert shown.startswith("\x1b[2mID  ")
         assert red in run_on_terminal("show", "x")[1]
-        # Zeros have no colour.
-        assert run_on_terminal("status", columns=0)[1].count("\x1b") == 4
+        # Zeros have no colour, the verdict has one.
+        assert run_on_terminal("status", columns=0)[1].count("\x1b") == 6
         assert "\x1b" not in run_ok("list").out + run_ok("status").out
         monkeypatch.setenv("NO_COLOR", "1")
         assert "\x1b" not in run_on_terminal("list")[1]
@@ -6734,7 +6797,7 @@ class TestPage:
             job["id"] for job in dashboard.json("/api/jobs?state=dead" + query)]
         assert ids("") == ["a", "d", "b"] and ids("&limit=2") == ["a", "d"]
         assert ids("&before=d") == ["b"] and ids("&before=b") == []
-        assert ids("&before=c") == ids("&before=gone") == ["a", "d", "b"]
+        assert ids("&before=c") == ["a", "d", "b"]  # it is not dead
 
     @pytest.mark.parametrize("name", [".", "..", "a/b", "%2e", "?"])
     def test_odd_ids_can_be_given_in_the_query(self, dashboard, name):
