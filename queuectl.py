@@ -2555,8 +2555,8 @@ class Queue(Database):
         """
         groups = self._rows(
             "SELECT error, COUNT(*) AS jobs, MAX(updated_at) AS latest FROM jobs"
-            " WHERE state = 'dead' GROUP BY error ORDER BY jobs DESC, error LIMIT ?",
-            MAX_ERRORS)
+            " WHERE state = 'dead' GROUP BY error ORDER BY jobs DESC, latest DESC"
+            " LIMIT ?", MAX_ERRORS)
         return [dict(group, **self._latest_death(group["error"])) for group in groups]
 
     def _latest_death(self, error):
@@ -3743,7 +3743,7 @@ def progress_text(counts, done, seconds):
 # Sequences of a terminal: colours and what moves its cursor; titles; others.
 # (Texts, since to compile them at each start takes time.)
 SEQUENCE = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[^\[\]])"
-COLOURS = r"\x1b\[([\d;]*)m"
+COLOURS = r"\x1b\[([0-9;]{0,99})m"
 
 
 def last_line(output):
