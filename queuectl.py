@@ -7114,7 +7114,7 @@ class Site:
             with self.open_queue() as queue:
                 request = Request(queue, query_fields(url), self.memory)
                 content, trouble = main_route(request, is_whole=True), ""
-        except (QueueError, sqlite3.Error, OSError) as error:
+        except (Refusal, QueueError, sqlite3.Error, OSError) as error:
             content, trouble = page_title("queuectl") + element("main"), str(error)
         title, end, content = content.partition("</title>")
         parts = {"TOKEN": self.token, "TITLE": title + end, "ICONS": icons(),

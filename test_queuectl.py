@@ -6656,7 +6656,7 @@ class TestServer:
             run_ok("stats", "--json").json.keys())
         assert [job["id"] for job in dashboard.json("/api/jobs?state=dead")] == [
             NASTY_ID]
-        assert [job["id"] for job in dashboard.json("/api/jobs?q=late")] == ["later"]
+        assert [job["id"] for job in dashboard.json("/api/jobs?q=LATE")] == ["later"]
         assert [job["id"] for job in dashboard.json("/api/jobs?before=later")] == [
             NASTY_ID]
         assert len(dashboard.json("/api/jobs?limit=1")) == 1
@@ -6665,6 +6665,10 @@ class TestServer:
         ("/no", 404), ("/api", 404), ("/api/jobs/x", 404), ("/api/jobs/%00", 404),
         ("/api/jobs?before=%00", 400), ("/api/jobs?limit=-1", 400),
         ("/api/jobs?state=x", 400), ("/api/stats?since=x", 400),
+        ("/api/jobs?before=gone", 404), ("/api/jobs?state=dead&before=gone", 404),
+        ("/api/jobs?error=%00", 400), ("/api/count?state=x", 400),
+        ("/output", 404), ("/output?id=x", 404), ("/output.log?id=%00", 404),
+        ("/question?verb=delete", 200), ("/?state=x&q=%00&before=x&job=x", 200),
         ("/api/jobs/x/output?run=1e9", 404), ("/api/jobs?" + "a=1&" * 20, 400),
         ("/api/jobs?limit=" + "9" * 30, 400),
         pytest.param("/" + "a" * 70000, 414, id="long"), ("/api/status?%", 200)])
@@ -6693,10 +6697,31 @@ class TestServer:
     ])
     def test_changes_need_the_token_and_origin_of_the_page(self, dashboard, headers):
         enqueue(id="x", delay=3600)
+        enqueue(id="y", delay=3600)
+        run_ok("cancel", "y")
+        before = jobs(), read_status()["paused"]
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        assert dashboard.post("/api/jobs/x/cancel", **headers).status == 403
-        assert dashboard.ask("/api/jobs/x/cancel").status == 404  # GET changes nothing
-        assert state_of("x") == "pending"
+        changes = [name.split()[1].replace("ID", "x") for name in queuectl.ROUTES
+                   if name.startswith("POST")]
+        assert len(changes) == 8
+        for path in changes:
+            assert dashboard.post(path, **headers).status == 403, path
+            assert dashboard.ask(path).status == 404, path  # GET changes nothing
+        assert (jobs(), read_status()["paused"]) == before
+
+    def test_the_token_of_an_earlier_dashboard_is_refused(self, dashboard):
+        enqueue(id="x", delay=3600)
+        earlier = Dashboard().own_headers()["X-Token"]
+        answer = dashboard.post("/api/pause", **{"X-Token": earlier})
+        assert answer.status == 403 and "reload" in answer.text
+        assert not read_status()["paused"]
+
+    @pytest.mark.parametrize("path", [
+        "/", "/main", "/charts", "/output?id=x", "/output.log?id=x", "/api/dead",
+        "/question", "/api/jobs"])
+    def test_a_rebound_name_reads_nothing(self, empty_dashboard, path):
+        answer = empty_dashboard.ask(path, Host="evil.example")
+        assert answer.status == 403 and answer.text.startswith('{"error"')
 
     def test_a_body_and_unknown_methods_are_refused(self, dashboard):
         own = dashboard.own_headers()
@@ -6767,6 +6792,45 @@ class TestServer:
 
 class TestApi:
     """What the dashboard's API gives and changes."""
+
+    def test_an_error_is_taken_exactly(self, dashboard, queue):
+        for number, error in enumerate(["exit 1", "exit 1", "exit 127", "killed"]):
+            let_die(queue, "j%d" % number, error)
+        add_job(queue, id="j4")
+        queue.fail(claim(queue), make_outcome("exit 1"))  # it is failed, not dead
+        ids = lambda path: [job["id"] for job in dashboard.json("/api/jobs" + path)]
+        assert ids("?error=exit+1") == ["j4", "j1", "j0"]
+        assert ids("?state=dead&error=exit+1") == ["j1", "j0"] and ids("?error=exit") == []
+        assert dashboard.json("/api/count?error=exit+1") == {
+            "jobs": 3, "retry": 2, "delete": 3}
+        assert dashboard.post("/api/retry?error=exit+1").text == "2"
+        assert dashboard.post("/api/delete?state=dead&error=exit+127").text == "1"
+        assert sorted(jobs("--state", "dead")) == ["j3"]
+
+    def test_it_groups_the_dead_by_their_errors(self, dashboard, queue):
+        let_die(queue, "a", "exit 1", b"one\n\x1b[1mlast\x1b[0m\n\n")
+        let_die(queue, "b", "exit 127")
+        queue.clock.now += 60
+        let_die(queue, "c", "exit 127", b"1%\r100%\r\n")
+        assert dashboard.json("/api/dead") == [
+            {"error": "exit 127", "jobs": 2, "latest": "2001-09-09T01:47:40Z",
+             "id": "c", "line": "100%"},
+            {"error": "exit 1", "jobs": 1, "latest": "2001-09-09T01:46:40Z",
+             "id": "a", "line": "last"}]
+
+    def test_it_can_pause_and_resume(self, dashboard):
+        for path, paused in (("pause", True), ("pause", True), ("resume", False)):
+            assert dashboard.post("/api/" + path).status == 200
+            assert dashboard.json("/api/status")["paused"] is paused
+
+    def test_the_last_bytes_of_an_output_can_be_asked_for(self, dashboard, queue):
+        add_job(queue, id="x")
+        queue.complete(claim(queue), make_outcome(None, output=b"0123456789"))
+        for query, text, start in (("tail=3", "789", 7), ("tail=99", "0123456789", 0),
+                                   ("tail=3&from=8", "89", 8), ("tail=0", "", 10)):
+            part = dashboard.json("/api/jobs/x/output?" + query)
+            assert (part["output"], part["start"], part["end"]) == (text, start, 10)
+        assert dashboard.ask("/api/jobs/x/output?tail=-1").status == 400
 
     def test_it_can_cancel_retry_and_delete(self, dashboard):
         enqueue(id="x", delay=3600)
@@ -7090,6 +7154,14 @@ class TestPage:
         # They are anew after each action, which may have changed them.
         site.answer("GET", "/main", {"Host": "localhost"})
         assert len(groupings) == 2
+
+    def test_an_odd_address_is_reported_on_the_page(self, dashboard):
+        enqueue()
+        for query in ("state=x", "q=%00"):
+            whole = dashboard.ask("/?" + query)
+            assert whole.status == 200 and re.search(
+                '<p id="trouble"[^>]*role="alert">[^<]', whole.text)
+            assert dashboard.ask("/main?" + query).status == 400
 
     def test_a_removed_queue_is_reported_on_the_page(self):
         site = queuectl.Site(os.path.abspath("none.db"), "localhost")
