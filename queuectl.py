@@ -1766,13 +1766,14 @@ COLUMN_OF = {
 SELECT_JOB = "SELECT %s FROM jobs LEFT JOIN runs USING (seq, run) " % ", ".join(
     "%s AS %s" % (COLUMN_OF.get(name, name), name) for name in (*PUBLIC, *INTERNAL))
 
-# The jobs that wait for a dead one, each with the id of that one. The EXISTS keeps it
-# from looking at all dead jobs where no job waits for another.
+# The jobs that wait for a dead one, each with the id of that one. The first of the
+# tables keeps it from looking at all dead jobs where no job waits for another.
 BEHIND_DEAD = """SELECT jobs.seq AS seq, dependency.id AS dependency
-    FROM jobs AS dependency CROSS JOIN dependencies ON waits_for = dependency.seq
+    FROM (SELECT 1 FROM jobs WHERE waits > 0 LIMIT 1)
+    CROSS JOIN jobs AS dependency
+    CROSS JOIN dependencies ON waits_for = dependency.seq
     CROSS JOIN jobs ON jobs.seq = dependencies.seq
-    WHERE dependency.state = 'dead' AND {rare} AND jobs.state = 'pending'
-    AND EXISTS (SELECT 1 FROM jobs WHERE waits > 0)""".format(
+    WHERE dependency.state = 'dead' AND {rare} AND jobs.state = 'pending'""".format(
         rare=RARE.replace("state", "dependency.state"))
 # The same jobs with all that wait for them, directly or not.
 BLOCKED = """WITH RECURSIVE blocked (seq) AS (SELECT seq FROM ({})
@@ -2519,12 +2520,13 @@ class Queue(Database):
 
         If AFTER_ID is a dead job, the list begins after it. A LIMIT below 0 is none.
         """
-        condition = where(["dead"], **filters)
+        condition = where(**filters)  # without RARE, whose index has another order
         place = self._row(
             "SELECT updated_at, seq FROM jobs WHERE id = ? AND state = 'dead'",
             after_id)
         at, number = place if place else (MAX_TIME, MAX_INTEGER)
-        query = "SELECT seq FROM jobs WHERE (updated_at, seq) < (:at, :number) AND "
+        query = "SELECT seq FROM jobs WHERE state = 'dead'" \
+            " AND (updated_at, seq) < (:at, :number) AND "
         query += condition.sql + " ORDER BY updated_at DESC, seq DESC LIMIT :limit"
         for seq, in self._rows(
                 query, **condition.values, at=at, number=number, limit=limit):
