@@ -3517,14 +3517,14 @@ def duration_text(seconds, precise=False):
 
 
 def roughly(seconds):
-    """Return a duration in one unit: 0.4 s, 12 s, 19 min, 30 h, 4 d.
+    """Return a duration in one unit: 0 s, 12 s, 19 min, 30 h, 4 d.
 
-    A verdict and a page that refresh every two seconds stay calm that way.
+    A page that refreshes every two seconds stays calm that way.
     """
     for least, unit, name in ((172800, "d", "d"), (5400, "h", "h"), (120, "m", "min")):
         if seconds >= least:
             return "%.0f %s" % (seconds / UNITS[unit], name)
-    return ("%.0f s" if seconds >= 9.95 else "%.1f s") % max(0.0, seconds)
+    return "%d s" % max(0, seconds)
 
 
 def relative_time(moment, now, text_of=duration_text):
@@ -3703,7 +3703,7 @@ def time_left(status):
     if not workers or mean is None:
         return None
     jobs = status["ready"] + status["jobs"]["processing"]
-    return roughly(mean * max(1, jobs / workers))
+    return roughly(max(1, mean * max(1, jobs / workers)))
 
 
 def count_unfinished(counts):
@@ -6264,13 +6264,13 @@ def link(words, address, kind=None, **attributes):
     return element("a", words, href=address, kind=kind, **attributes)
 
 
-def button(words, post, **data):
+def button(words, post, kind=None, **data):
     """Return a button whose click the script turns into a POST.
 
-    `ask` is asked before it, or what the address in `question` answers. `done` is shown
-    after it.
+    `ask` is asked before it, or what the address in `question` answers, with `do` on
+    the button that goes on. `done` is shown after it.
     """
-    return element("button", words, type="button", data_post=post, **{
+    return element("button", words, type="button", kind=kind, data_post=post, **{
         "data_" + name: value for name, value in data.items()})
 
 
@@ -6346,37 +6346,55 @@ def icon(word):
 # -- the page: the verdict, and what needs somebody ------------------------------------
 
 
+LOGO = "M2 4h12M2 8h8M2 12h11"
+
+
 def page_header(page):
     """Return the name of the queue, and the button that pauses or resumes it."""
     folder, name = os.path.split(page.queue.path)
     switch = button("Pause", "/api/pause", done="Paused: no further job starts")
     if page.status["paused"]:
-        switch = button("Resume", "/api/resume", done="Resumed: jobs start again")
+        switch = button(
+            "Resume", "/api/resume", "main", done="Resumed: jobs start again")
     return element(
-        "header", element("h1", "queuectl"),
+        "header", element("h1", element("svg", element("path", d=LOGO), kind="logo",
+                                        viewBox="0 0 16 16", aria_hidden="true"),
+                          "queuectl"),
         element("span", element("span", folder + os.sep, kind="wide"), name,
                 kind="mono dim line", title=page.queue.path), switch, kind="row")
 
 
 def page_now(page):
-    """Return the verdict, then the dead and the blocked jobs with what can be done."""
+    """Return the verdict, then the dead and the blocked jobs with what can be done.
+
+    A queue without jobs gets the first steps instead.
+    """
     state, sentence, advice = verdict(page.status, page.now, page.growth)
-    words = joined(load_text(page), advice and advice[0].upper() + advice[1:], by=" · ")
-    return element(
-        "section", element("h2", sentence, id="verdict", tabindex=-1),
-        element("p", words, kind="dim") if words else None,
-        element("ul", *alerts(page)), id="now", kind="card " + state)
+    words = joined(load_text(page), advice[:1].upper() + advice[1:], by=" · ")
+    more = [element("p", words, kind="dim") if words else None,
+            element("ul", *alerts(page))]
+    if not any(page.status["jobs"].values()):
+        more = [first_steps()]
+    return element("section", element("h2", sentence, id="verdict", tabindex=-1), *more,
+                   id="now", kind="card " + state)
+
+
+def first_steps():
+    """Return the commands that make and run a job."""
+    steps = [("Add a job:", "enqueue -- echo hello"), ("Run it:", "worker start")]
+    return element("ol", *[
+        element("li", words + " ", element("code", "queuectl.py " + command, kind="mono"))
+        for words, command in steps])
 
 
 def load_text(page):
-    """Return in words how many jobs run and wait, and how long the first has waited."""
-    jobs, oldest = page.status["jobs"], page.status["oldest_waiting"]
-    if not count_unfinished(jobs):
-        return ""
-    waiting = sum(jobs[state] for state in WAITING)
-    words = "%s running, %s waiting" % (grouped(jobs["processing"]), grouped(waiting))
-    return words + ("" if oldest is None else
-                    ", the longest for " + roughly(page.now - oldest))
+    """Return in words how many jobs run, and how many others can't run yet."""
+    jobs = page.status["jobs"]
+    running = jobs["processing"]
+    later = sum(jobs[state] for state in WAITING) - page.status["ready"]
+    return joined(
+        running and grouped(running) + " running",
+        later > 0 and grouped(later) + " waiting for a time or for another job")
 
 
 def alerts(page):
@@ -6407,7 +6425,8 @@ def error_alert(group, page):
 
 def alert(count, error, words, *actions):
     return element(
-        "li", element("b", count, kind="hue"), element("span", error, kind="mono line"),
+        "li", element("b", count, kind="hue"),
+        element("span", error, kind="mono line", title=error or None),
         element("span", words, kind="dim line", title=words),
         element("span", *actions, kind="row"), kind="dead", data_key=error or words)
 
@@ -6460,8 +6479,8 @@ def page_tiles(page):
 def tile(page, state, hint):
     count = count_in(page, state)
     return element(
-        "a", element("b", grouped(count)), element("span", state or "all"),
-        element("span", hint(page) if count else None, kind="dim"),
+        "a", element("b", grouped(count)), " ", element("span", state or "all"),
+        element("span", hint(page) if count else None, kind="dim line"),
         href=page.view.only(state=state),
         kind=joined("card", state, "hue" if state == "dead" and count else "", by=" "),
         aria_current="true" if page.view.state == state else None)
@@ -6510,30 +6529,33 @@ def charts_route(request):
     """Return the chart of the last hour, and in words what its runs were like."""
     stats = stats_by_minute(request)
     bars = [(bar["completed"], bar["failed"]) for bar in stats["throughput"]]
-    most = max(map(sum, bars))
-    top = max(4, most)
+    top = max(4, *map(sum, bars))
     words = "%s completed, %s failed in the last hour" % (
         grouped(stats["completed"]), grouped(stats["failed"]))
     return Html("".join([
         element("div", element("h2", "Runs a minute"),
                 element("span", stats_text(stats), kind="dim"), kind="row"),
+        element("span", grouped(top), kind="axis dim"),
         element("svg", *chart_bars(bars, top), viewBox="0 0 %d %d" % (len(bars), top),
                 role="img", aria_label=words, preserveAspectRatio="none"),
-        element("div", *[element("span", words) for words in (
-            "1 h ago", "at most " + grouped(most), "now")], kind="axis dim row")]))
+        element("div", element("span", "1 h ago"), element(
+            "span", *[element("span", state, kind="legend " + state)
+                      for state in ("completed", "failed")]),
+            element("span", "now"), kind="axis dim row")]))
 
 
 def stats_text(stats):
     """Return in words what the runs of the last hour were like."""
     if not stats["runs"]:
         return "nothing ran in the last hour"
-    run, wait = stats["run_time"], stats["waiting_time"]["median"]
-    rate = stats["success_rate"]
+    rate, wait = stats["success_rate"], stats["waiting_time"]["median"]
+    took = [duration_text(stats["run_time"][part], precise=True)
+            for part in ("median", "p95")]
     return joined(
-        "%s in the last" % grouped(round(60 * stats["per_second_now"])),
+        "%s in the last minute" % grouped(round(60 * stats["per_second_now"])),
         rate is not None and "%d %% succeed" % int(100 * rate),
-        "take %s, 95 %% within %s" % (roughly(run["median"]), roughly(run["p95"])),
-        wait is not None and "wait " + roughly(wait), by=" · ")
+        "take %s, 95 %% within %s" % tuple(took),
+        wait is not None and "wait " + duration_text(wait, precise=True), by=" · ")
 
 
 def chart_bars(bars, top):
@@ -6664,7 +6686,8 @@ def jobs_header(page, rows, total):
         element("span", grouped(total) + words, id="total", kind="dim"),
         element("input", id="q", type="search", aria_label="Search jobs",
                 placeholder="Search id, command, error", value=view.q),
-        *filter_links(view), *bulk_buttons(page, rows), kind="row")
+        *filter_links(view),
+        element("span", *bulk_buttons(page, rows), kind="row end"), kind="row")
 
 
 def filter_links(view):
@@ -6699,24 +6722,25 @@ def question_route(request):
     """
     queue, query, _ = request
     verb = query.get("verb", "retry")
-    selection, names = selected_by(verb, query), bulk_names(verb, query)
+    selection = selected_by(verb, query)
     count, left = queue.count(selection.taken), queue.count(selection.left)
     stays = left and "%s stay%s: %s." % (
         grouped_jobs(left), "s" if left == 1 else "", selection.why)
     if not count:
         return {"none": joined("There is nothing to %s." % verb, stays, by=" ")}
-    words = "%s %s%s?" % (verb.capitalize(), grouped_jobs(count), names)
+    words = "%s %s?" % (verb.capitalize(), jobs_of_query(count, verb, query))
     loss = verb == "delete" and "Their runs and their output go as well."
     return {"ask": joined(words, loss, stays, by=" ")}
 
 
-def bulk_names(verb, query):
-    """Return in words, in brackets, which jobs a verb for many takes."""
-    words = joined(
-        query.get("state", "dead" if verb == "retry" else ""),
-        query.get("error") and "with the error “%(error)s”" % query,
-        query.get("q") and "with “%(q)s”" % query)
-    return words and " (%s)" % words
+def jobs_of_query(count, verb, query):
+    """Return in words which jobs a verb for many takes: 3 dead jobs with “exit 1”."""
+    state = query.get("state", "dead" if verb == "retry" else "")
+    with_text = joined(
+        query.get("error") and "the error “%(error)s”" % query,
+        query.get("q") and "“%(q)s” in them" % query, by=" and ")
+    return joined(grouped(count), state, "job" if count == 1 else "jobs",
+                  with_text and "with " + with_text, by=" ")
 
 
 def page_links(page, rows, first, total, has_more):
@@ -6762,7 +6786,8 @@ def run_shown(job, view):
 
 
 # An action for a job: the words of its button, the verb of its address, whether it can
-# be done with the job, the question before it, or None, and the answer after it.
+# be done with the job, the question before it, or None, and the answer after it. What
+# destroys has a question.
 Action = collections.namedtuple("Action", "words verb is_offered ask done")
 
 
@@ -6805,6 +6830,7 @@ def job_buttons(job, page):
             yield button(
                 action.words, job_address(job, action.verb),
                 ask=action.ask and action.ask(job, page),
+                kind="danger" if action.ask else "main",
                 done=action.done % job["id"], do=action.verb.capitalize())
     yield element("button", "Copy", type="button", data_copy="command",
                   aria_label="Copy the command")
@@ -6831,7 +6857,7 @@ def job_facts(job, page):
 
     def moment(name):
         when = relative_time(job[name], page.now, roughly)
-        return "%s, %s" % (fields[name], when)
+        return "%s · %s" % (when, re.sub("[TZ]", " ", fields[name]) + "UTC")
 
     facts = {
         "comes after": job_links(
@@ -6961,9 +6987,9 @@ def main_route(request, is_whole=False):
 
 
 def page_main(page):
-    parts = [page_now(page), page_tiles(page)]
+    parts = [page_now(page)]
     if any(page.status["jobs"].values()):
-        parts += [page_middle(page), page_jobs(page)]
+        parts = [page_now(page), page_tiles(page), page_middle(page), page_jobs(page)]
     return Html("".join([
         page_title("%d dead – %s" % (
             page.status["jobs"]["dead"], os.path.basename(page.queue.path))),
@@ -6976,8 +7002,8 @@ def page_title(words):
 
 def page_trouble(words):
     """Return the place of why what is shown is old, or why there is nothing."""
-    return element("p", words, id="trouble", kind="card", role="alert",
-                   hidden=None if words else "")
+    return element("p", words[:1].upper() + words[1:], id="trouble", kind="card",
+                   role="alert", hidden=None if words else "")
 
 
 def open_panel(page):
@@ -7273,7 +7299,9 @@ PAGE_CSS = """
 .a4 { color: var(--blue); } .a5 { color: var(--pink); } .a6 { color: var(--cyan); }
 
 * { box-sizing: border-box; margin: 0; }
-[hidden], body:not(.live) button, body:not(.live) input { display: none !important; }
+/* Without the script nothing answers these. */
+body:not(.live) :is(button, input, #charts) { display: none; }
+[hidden] { display: none !important; }
 body {
   margin: 0 auto; max-width: 92rem; padding: .8rem 1.2rem 3rem;
   background: var(--bg); color: var(--text);
@@ -7281,6 +7309,10 @@ body {
 }
 b, h1, h2, th { font-weight: 600; }
 h1, h2 { font-size: 1rem; }
+.logo {
+  width: 1.35em; height: 1.35em; padding: .2em; margin-right: .45em; vertical-align: -.32em;
+  border-radius: .3em; background: var(--blue); stroke: var(--card); stroke-width: 2.4; fill: none;
+}
 a { color: inherit; text-underline-offset: .2em; }
 ul { list-style: none; padding: 0; }
 :focus-visible { outline: 2px solid var(--blue); outline-offset: 1px; }
@@ -7299,6 +7331,8 @@ button, .button, input {
 }
 button { cursor: pointer; }
 button:hover, .button:hover { border-color: var(--text); }
+.main { background: var(--blue); border-color: var(--blue); color: var(--card); }
+.danger { color: var(--red); }
 .button { max-width: 100%; overflow-wrap: anywhere; }
 .icon {
   width: 1em; height: 1em; fill: none; stroke: var(--c); stroke-width: 2;
@@ -7307,6 +7341,16 @@ button:hover, .button:hover { border-color: var(--text); }
 #trouble {
   position: sticky; top: .4rem; z-index: 3; margin: 0 0 .7rem;
   background: var(--red); color: var(--card);
+}
+/* Without anything good to show it is all of the page. */
+body:not(:has(#now)) #trouble {
+  position: static; max-width: 44rem; margin: 12vh auto; padding: 1.4rem 1.8rem;
+  background: var(--card); color: var(--text); border-left: 4px solid var(--red);
+  font-size: 1.2rem; overflow-wrap: anywhere;
+}
+body:not(:has(#now)) #trouble::after {
+  content: "This page tries again every two seconds."; display: block; margin-top: .4rem;
+  color: var(--dim); font-size: 1rem;
 }
 #said {
   position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%); z-index: 2;
@@ -7331,33 +7375,51 @@ dialog .row { justify-content: flex-end; margin-top: 1.1rem; }
 
 header { flex-wrap: nowrap; }
 header .line { flex: 1; }
-#now { border-left: 4px solid var(--c); }
-#verdict { font-size: 1.3rem; outline: 0; }
+#now {
+  border-left: 4px solid var(--c); padding: .9rem 1.1rem .8rem;
+  background: color-mix(in srgb, var(--c) 5%, var(--card));
+}
+#verdict { font-size: 1.5rem; line-height: 1.25; outline: 0; }
+#verdict::before {
+  content: ""; display: inline-block; width: .5em; height: .5em; margin-right: .4em;
+  border-radius: 50%; background: var(--c); vertical-align: .1em;
+}
+#now p { margin-top: .15rem; }
+#now ul { margin-top: .5rem; }
 #now li {
-  display: grid; grid-template-columns: 7rem 9rem 1fr auto; gap: .7rem; align-items: center;
-  padding-top: .4rem; margin-top: .4rem; border-top: 1px solid var(--line);
+  display: grid; grid-template-columns: 7rem 11rem 1fr auto; gap: .7rem; align-items: center;
+  padding: .35rem 0; border-top: 1px solid var(--line);
 }
 #tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 0 .7rem; }
-#tiles a { text-decoration: none; padding: .4rem .9rem; min-width: 0; }
+#tiles a { text-decoration: none; padding: .45rem .9rem .55rem; min-width: 0; }
 #tiles a:hover { border-color: var(--edge); }
-#tiles b { font-size: 1.35rem; display: block; }
-#tiles .dim { margin-left: .5em; }
+#tiles b { font-size: 1.4rem; line-height: 1.3; margin-right: .15em; }
+#tiles .dim { display: block; min-height: 1.45em; }
 #tiles [aria-current] { box-shadow: inset 0 -3px var(--c, var(--edge)); }
+ol { padding-left: 1.2rem; margin-top: .5rem; }
+#now ol li { display: list-item; padding: .2rem 0; border: 0; }
+ol code { background: var(--bg); padding: .15rem .5rem; border-radius: .3rem; }
 
 .two { display: grid; grid-template-columns: 3fr 2fr; column-gap: .7rem; }
 .two > * { min-width: 0; min-height: 9.4rem; }
 #charts { display: flex; flex-direction: column; }
 #charts svg {
-  width: 100%; flex: 1 0 4.5rem; height: 0; margin-top: .4rem;
-  border-bottom: 1px solid var(--edge);
+  width: 100%; flex: 1 0 4.5rem; height: 0; margin-bottom: .15rem;
+  border: solid var(--line); border-width: 1px 0;
 }
 rect { fill: var(--c); }
-.axis { justify-content: space-between; font-size: .9em; }
+.axis { justify-content: space-between; font-size: .86em; }
+.legend { margin: 0 .6em; }
+.legend::before {
+  content: ""; display: inline-block; width: .65em; height: .65em; margin-right: .4em;
+  border-radius: .15em; background: var(--c);
+}
 #running li { display: flex; gap: .6rem; padding-top: .25rem; }
 #running li span { flex: 1; }
 #running li a { max-width: 50%; flex: none; }
 
-#q { flex: 1 1 14rem; min-width: 0; }
+#q { flex: 1 1 14rem; min-width: 0; max-width: 34rem; }
+#total { min-width: 10em; }
 ::placeholder { color: var(--dim); opacity: 1; }
 table { width: 100%; border-collapse: collapse; table-layout: fixed; margin-top: .5rem; }
 td, th { text-align: left; padding: .35rem .5rem; border-top: 1px solid var(--line); }
@@ -7402,17 +7464,16 @@ dd a { margin-right: 1em; }
   th { width: 10rem; }
   .mid { width: 8.6rem; }
   .slim { width: 4.5rem; }
-  #tiles .dim { display: block; margin: 0; min-height: 1.45em; }
 }
 /* On a phone a job is two lines: state, id and time above its command. */
 @media (max-width: 44rem) {
   body { padding: .6rem .6rem 3rem; }
-  #tiles { grid-template-columns: repeat(3, 1fr); }
-  #tiles .dim, thead { display: none; }
+  #tiles { grid-template-columns: repeat(2, 1fr); }
+  thead { display: none; }
   td { border: 0; padding: .05rem .4rem; }
   tr {
-    display: grid; grid-template-columns: auto 1fr auto; padding: .35rem 0;
-    border-top: 1px solid var(--line);
+    display: grid; grid-template-columns: auto minmax(6rem, 1fr) fit-content(10rem);
+    padding: .35rem 0; border-top: 1px solid var(--line);
   }
   td.rest { grid-row: 2; grid-column: 1 / 4; }
   td.mid { width: auto; }
@@ -7429,6 +7490,7 @@ dd a { margin-right: 1em; }
 PAGE_SCRIPT = r"""
 "use strict";
 const find = id => document.getElementById(id);
+const wait = isBusy => document.body.classList.toggle("busy", isBusy);
 const parse = text => new DOMParser().parseFromString(text, "text/html");
 let turn = 0, timer, chartDue = 0, seen = performance.now(), toastTimer;
 
@@ -7492,7 +7554,7 @@ async function refresh() {
     if (mine === turn) trouble(error.message);
   }
   if (mine !== turn) return;
-  document.body.classList.remove("busy");
+  wait(false);
   timer = setTimeout(refresh, document.hidden ? 15000 : 2000);
 }
 
@@ -7509,9 +7571,12 @@ function moveFocus(opened, focused) {
   if (target) target.focus({preventScroll: true});
 }
 
+const sentence = words => words[0].toUpperCase() + words.slice(1);
+
 function trouble(words) {
   const age = Math.round((performance.now() - seen) / 1000);
-  find("trouble").textContent = words + (find("now") ? `. What is shown is ${age} s old.` : "");
+  const old = find("now") ? `. What is shown is ${age} s old.` : "";
+  find("trouble").textContent = sentence(words) + old;
   find("trouble").hidden = false;
 }
 
@@ -7539,7 +7604,7 @@ async function tail(box) {
 
 function go(address) {
   history.pushState(null, "", address);
-  document.body.classList.add("busy");
+  wait(true);
   refresh().then(() => {
     const target = find(location.hash.slice(1));
     if (target) target.scrollIntoView();
@@ -7548,7 +7613,7 @@ function go(address) {
 
 /* Actions. */
 function say(words) {
-  find("said").textContent = words;
+  find("said").textContent = sentence(words);
   find("said").hidden = false;
   clearTimeout(toastTimer);
   toastTimer = setTimeout(() => { find("said").hidden = true; }, 6000);
@@ -7556,13 +7621,14 @@ function say(words) {
 
 function confirmed(question, words) {
   const box = find("sure");
+  wait(false);
   find("question").textContent = question;
   find("yes").textContent = words;
   box.returnValue = "";
   box.showModal();
   return new Promise(resolve => {
     box.onclose = () => resolve(box.returnValue === "yes");
-  });
+  }).finally(() => wait(true));
 }
 
 async function act({post, question, ask, do: words, done}) {
@@ -7587,10 +7653,8 @@ function copy(node) {
 function press(button) {
   if (button.dataset.copy) return copy(find(button.dataset.copy));
   if (!button.dataset.post) return find("sure").close(button.value);
-  document.body.classList.add("busy");
-  act(button.dataset).catch(error => say(error.message)).then(() => {
-    document.body.classList.remove("busy");
-  });
+  wait(true);
+  act(button.dataset).catch(error => say(error.message)).then(() => wait(false));
 }
 
 document.onclick = event => {
