@@ -6349,6 +6349,12 @@ def icon(word):
 LOGO = "M2 4h12M2 8h8M2 12h11"
 
 
+def headline():
+    logo = element("svg", element("path", d=LOGO), kind="logo", viewBox="0 0 16 16",
+                   aria_hidden="true")
+    return element("h1", logo, "queuectl")
+
+
 def page_header(page):
     """Return the name of the queue, and the button that pauses or resumes it."""
     folder, name = os.path.split(page.queue.path)
@@ -6357,9 +6363,7 @@ def page_header(page):
         switch = button(
             "Resume", "/api/resume", "main", done="Resumed: jobs start again")
     return element(
-        "header", element("h1", element("svg", element("path", d=LOGO), kind="logo",
-                                        viewBox="0 0 16 16", aria_hidden="true"),
-                          "queuectl"),
+        "header", headline(),
         element("span", element("span", folder + os.sep, kind="wide"), name,
                 kind="mono dim line", title=page.queue.path), switch, kind="row")
 
@@ -6695,7 +6699,7 @@ def filter_links(view):
     for name, words in view.filters().items():
         if name != "q":
             yield link("✕ " + words, view.only(**dict(view.filters(), **{name: ""})),
-                       "button", aria_label="Remove the filter " + words)
+                       "button filter", aria_label="Remove the filter " + words)
 
 
 def bulk_buttons(page, rows):
@@ -6709,6 +6713,7 @@ def bulk_buttons(page, rows):
 
 def bulk_button(words, verb, filters, what=None):
     return button(words, "/api/" + verb + query_of(**filters),
+                  "danger" if verb == "delete" else None,
                   question="/question" + query_of(verb=verb, **filters),
                   done="Retried" if verb == "retry" else "Deleted",
                   do=verb.capitalize(),
@@ -6814,7 +6819,7 @@ def ask_to_cancel(job, page):
 JOB_ACTIONS = [
     Action("Retry", "retry", lambda job, page: job["state"] in TAKES["retry"],
            None, "Retried %s"),
-    Action("Run now", "run", can_run_now, None, "%s is due now"),
+    Action("Run now", "run", can_run_now, None, "Due now: %s"),
     Action("Cancel…", "cancel", lambda job, page: job["state"] in TAKES["cancel"],
            ask_to_cancel, "Cancelled %s"),
     Action("Delete…", "delete", can_delete, lambda job, page:
@@ -6997,7 +7002,12 @@ def page_main(page):
 
 
 def page_title(words):
+    """Return the title of the window."""
     return element("title", words)
+
+
+def page_without_queue():
+    return page_title("queuectl") + element("header", headline()) + element("main")
 
 
 def page_trouble(words):
@@ -7143,7 +7153,7 @@ class Site:
                 request = Request(queue, query_fields(url), self.memory)
                 content, trouble = main_route(request, is_whole=True), ""
         except (Refusal, QueueError, sqlite3.Error, OSError) as error:
-            content, trouble = page_title("queuectl") + element("main"), str(error)
+            content, trouble = page_without_queue(), str(error)
         title, end, content = content.partition("</title>")
         parts = {"TOKEN": self.token, "TITLE": title + end, "ICONS": icons(),
                  "TROUBLE": page_trouble(trouble), "CONTENT": content}
@@ -7331,6 +7341,7 @@ button, .button, input {
 }
 button { cursor: pointer; }
 button:hover, .button:hover { border-color: var(--text); }
+.filter { border-radius: 1rem; background: var(--bg); }
 .main { background: var(--blue); border-color: var(--blue); color: var(--card); }
 .danger { color: var(--red); }
 .button { max-width: 100%; overflow-wrap: anywhere; }
@@ -7343,8 +7354,10 @@ button:hover, .button:hover { border-color: var(--text); }
   background: var(--red); color: var(--card);
 }
 /* Without anything good to show it is all of the page. */
+body:not(:has(#now)) { display: flex; flex-direction: column; }
 body:not(:has(#now)) #trouble {
-  position: static; max-width: 44rem; margin: 12vh auto; padding: 1.4rem 1.8rem;
+  position: static; order: 1; width: 100%; max-width: 44rem; margin: 10vh auto;
+  padding: 1.4rem 1.8rem;
   background: var(--card); color: var(--text); border-left: 4px solid var(--red);
   font-size: 1.2rem; overflow-wrap: anywhere;
 }
@@ -7464,6 +7477,7 @@ dd a { margin-right: 1em; }
   th { width: 10rem; }
   .mid { width: 8.6rem; }
   .slim { width: 4.5rem; }
+  #tiles { grid-template-columns: repeat(3, 1fr); }
 }
 /* On a phone a job is two lines: state, id and time above its command. */
 @media (max-width: 44rem) {
