@@ -6312,7 +6312,7 @@ class View(collections.namedtuple("View", "state q error before first job run"))
     def only(self, **filters):
         """Return the address of the jobs that these filters leave, from the newest."""
         nothing = dict(state="", q="", error="", before="", first="")
-        return self.address(**dict(nothing, **filters))
+        return self.address("#jobs", **dict(nothing, **filters))
 
     def open(self, id):
         """Return the address with the panel of a job."""
@@ -6484,7 +6484,7 @@ def tile(page, state, hint):
     count = count_in(page, state)
     return element(
         "a", element("b", grouped(count)), " ", element("span", state or "all"),
-        element("span", hint(page) if count else None, kind="dim line"),
+        element("span", hint(page) if count else None, kind="dim"),
         href=page.view.only(state=state),
         kind=joined("card", state, "hue" if state == "dead" and count else "", by=" "),
         aria_current="true" if page.view.state == state else None)
@@ -7621,7 +7621,8 @@ function go(address) {
   wait(true);
   refresh().then(() => {
     const target = find(location.hash.slice(1));
-    if (target) target.scrollIntoView();
+    const top = target ? target.getBoundingClientRect().top : 0;
+    if (top < 0 || top > innerHeight / 2) target.scrollIntoView();
   });
 }
 

@@ -7023,7 +7023,7 @@ class TestPage:
         clock.now += 200
         running = named_part(page(), "running")
         assert words_of(running.find("ul/li")) == "j0echo 03 min"
-        assert links_of(running)["2 more"] == "/?state=processing"
+        assert links_of(running)["2 more"] == "/?state=processing#jobs"
 
     def test_its_chart_shows_minutes(self, queue, clock, page):
         assert "nothing ran in the last hour" in words_of(page("/charts"))
@@ -7126,8 +7126,8 @@ class TestPage:
         let_die(queue, "x")
         shown = page("/?state=dead&error=exit+1&q=x&job=x")
         assert {words: href for words, href in links_of(shown).items() if "✕" in words
-                } == {"✕ dead": "/?q=x&error=exit+1&job=x",
-                      "✕ exit 1": "/?state=dead&q=x&job=x"}
+                } == {"✕ dead": "/?q=x&error=exit+1&job=x#jobs",
+                      "✕ exit 1": "/?state=dead&q=x&job=x#jobs"}
         delete = buttons_of(named_part(shown, "jobs"))["Delete…"]
         assert delete["data-post"] == "/api/delete?state=dead&q=x&error=exit+1"
 
