@@ -6264,14 +6264,15 @@ def link(words, address, kind=None, **attributes):
     return element("a", words, href=address, kind=kind, **attributes)
 
 
-def button(words, post, kind=None, **data):
+def button(words, post, kind=None, label=None, **data):
     """Return a button whose click the script turns into a POST.
 
     `ask` is asked before it, or what the address in `question` answers, with `do` on
     the button that goes on. `done` is shown after it.
     """
-    return element("button", words, type="button", kind=kind, data_post=post, **{
-        "data_" + name: value for name, value in data.items()})
+    data = {"data_" + name: value for name, value in data.items()}
+    return element("button", words, type="button", kind=kind, aria_label=label,
+                   data_post=post, **data)
 
 
 def joined(*words, by=", "):
@@ -6350,6 +6351,7 @@ LOGO = "M2 4h12M2 8h8M2 12h11"
 
 
 def headline():
+    """Return the name of the program with its logo."""
     logo = element("svg", element("path", d=LOGO), kind="logo", viewBox="0 0 16 16",
                    aria_hidden="true")
     return element("h1", logo, "queuectl")
@@ -6361,7 +6363,7 @@ def page_header(page):
     switch = button("Pause", "/api/pause", done="Paused: no further job starts")
     if page.status["paused"]:
         switch = button(
-            "Resume", "/api/resume", "main", done="Resumed: jobs start again")
+            "Resume", "/api/resume", "primary", done="Resumed: jobs start again")
     return element(
         "header", headline(),
         element("span", element("span", folder + os.sep, kind="wide"), name,
@@ -6424,10 +6426,11 @@ def error_alert(group, page):
     return alert(
         grouped(group["jobs"]) + " dead", group["error"], joined(line, latest, by=" · "),
         show_link(page.view.only(**chosen), "the dead of " + group["error"]),
-        bulk_button("Retry…", "retry", chosen, "the dead of " + group["error"]))
+        bulk_button("Retry…", "retry", chosen, "Retry the dead of " + group["error"]))
 
 
 def alert(count, error, words, *actions):
+    """Return a line about jobs that need somebody."""
     return element(
         "li", element("b", count, kind="hue"),
         element("span", error, kind="mono line", title=error or None),
@@ -6657,10 +6660,7 @@ def page_jobs(page):
     found = newest_jobs(page.queue, dict(
         view.filters(), before=view.before, limit=str(PAGE_ROWS + 1)))
     rows, has_more = found[:PAGE_ROWS], len(found) > PAGE_ROWS
-    first = int(view.first) if view.first.isdecimal() else 1
-    total = first + len(rows) - 1
-    if has_more or not rows:
-        total = count_of_view(page) if has_more or view.before else 0
+    total = count_of_view(page, None if has_more or view.before else len(rows))
     heads = [element("th", column.title, kind=column.kind, scope="col")
              for column in JOB_COLUMNS]
     return element(
@@ -6669,14 +6669,19 @@ def page_jobs(page):
                 element("tbody", *[job_row(job, page) for job in rows]),
                 aria_label="Jobs"),
         None if rows else element("p", "No job is like that", kind="dim"),
-        page_links(page, rows, first, total, has_more), id="jobs", kind="card")
+        page_links(page, rows, total, has_more), id="jobs", kind="card")
 
 
-def count_of_view(page):
-    """Return how many jobs the filters leave. To search takes a while: it is cached."""
+def count_of_view(page, known):
+    """Return how many jobs the filters leave, the KNOWN number if it is not None.
+
+    To count what a search finds takes a while, so that is cached.
+    """
     filters = page.view.filters()
     if not {"q", "error"} & {*filters}:
         return count_in(page, page.view.state)
+    if known is not None:
+        return known
     key = "count" + query_of(**filters)
     return page.memory.counts.get(
         key, lambda: page.queue.count(where(**filters_of(filters))))
@@ -6711,13 +6716,13 @@ def bulk_buttons(page, rows):
         yield bulk_button("Delete…", "delete", filters)
 
 
-def bulk_button(words, verb, filters, what=None):
+def bulk_button(words, verb, filters, label=None):
+    """Return the button of a verb for many, which asks how many first."""
     return button(words, "/api/" + verb + query_of(**filters),
-                  "danger" if verb == "delete" else None,
+                  "danger" if verb == "delete" else None, label,
                   question="/question" + query_of(verb=verb, **filters),
                   done="Retried" if verb == "retry" else "Deleted",
-                  do=verb.capitalize(),
-                  key=None if what is None else verb + what)
+                  do=verb.capitalize())
 
 
 def question_route(request):
@@ -6748,10 +6753,11 @@ def jobs_of_query(count, verb, query):
                   with_text and "with " + with_text, by=" ")
 
 
-def page_links(page, rows, first, total, has_more):
+def page_links(page, rows, total, has_more):
     """Return the place of this page among all, and links to others."""
     if not has_more and not page.view.before:
         return None
+    first = int(page.view.first) if page.view.first.isdecimal() else 1
     last = first + len(rows) - 1
     place = "%s–%s of %s" % (grouped(first), grouped(last), grouped(max(last, total)))
     newest = page.view.address("#jobs", before="", first="")
@@ -6835,7 +6841,7 @@ def job_buttons(job, page):
             yield button(
                 action.words, job_address(job, action.verb),
                 ask=action.ask and action.ask(job, page),
-                kind="danger" if action.ask else "main",
+                kind="danger" if action.ask else "primary",
                 done=action.done % job["id"], do=action.verb.capitalize())
     yield element("button", "Copy", type="button", data_copy="command",
                   aria_label="Copy the command")
@@ -7342,7 +7348,7 @@ button, .button, input {
 button { cursor: pointer; }
 button:hover, .button:hover { border-color: var(--text); }
 .filter { border-radius: 1rem; background: var(--bg); }
-.main { background: var(--blue); border-color: var(--blue); color: var(--card); }
+.primary { background: var(--blue); border-color: var(--blue); color: var(--card); }
 .danger { color: var(--red); }
 .button { max-width: 100%; overflow-wrap: anywhere; }
 .icon {
