@@ -6624,7 +6624,7 @@ class TestStatistics:
         add_job(queue, id="x")
         run = claim(queue)._replace(started_at=clock.now - 60)
         queue.complete(run, make_outcome(None, finished_at=clock.now - 45))
-        stats = queuectl.stats_route(queue, {})
+        stats = queuectl.stats_by_minute(queuectl.Request(queue, {}, None))
         assert stats["bar_seconds"] == 60 and len(stats["throughput"]) == 60
         assert [bar["completed"] for bar in stats["throughput"]][-2:] == [1, 0]
 
@@ -7143,6 +7143,23 @@ class TestPage:
         assert kind.startswith("text/plain")
 
     @mechanism
+    def test_all_of_it_is_of_one_moment(self, queue, page, monkeypatch):
+        add_job(queue, id="a")
+        add_job(queue, id="b", after=["a"])
+        read = queuectl.read_status
+
+        def read_then_complete(queue):
+            status = read(queue)
+            with queuectl.Queue("queuectl.db") as other:
+                claim_and_complete(other)
+            return status
+
+        monkeypatch.setattr(queuectl, "read_status", read_then_complete)
+        shown = page("/?job=b")
+        assert [row[0] for row in table_of(shown)] == ["behind a job", "pending"]
+        assert "a (pending)" in links_of(shown.find("aside/dl"))
+
+    @mechanism
     def test_the_dead_are_not_grouped_at_each_refresh(self, queue, monkeypatch):
         site, groupings = queuectl.Site(queue.path, "localhost"), []
         monkeypatch.setattr(queuectl.Queue, "dead_by_error",
@@ -7250,11 +7267,13 @@ class TestPanel:
         assert named_part(gone, "gone").get("data-back") == "/?q=x"
 
     def test_run_now_makes_a_job_due(self, queue, page, dashboard):
-        add_job(queue, id="x", delay=3600)
+        queue.clock.now = time.time()
+        enqueue(id="x", delay=3600)
         run_now = buttons_of(page("/?job=x").find("aside"))["Run now"]
+        assert not queue.has_claimable()
         assert dashboard.post(run_now["data-post"]).status == 200
-        assert jobs()["x"]["run_at"] < "2001-09-10" or jobs()["x"]["run_at"] > "2020"
-        assert dashboard.post("/api/jobs/x/run").status == 200  # it is due already
+        assert claim(queue).id == "x"
+        assert dashboard.post("/api/jobs/x/run").status == 400  # it runs already
 
     def test_runs_lead_to_their_outputs(self, queue, page):
         add_job(queue, id="x")
@@ -7302,6 +7321,7 @@ class TestPanel:
             lease.write("é".encode()[-1:] + b"\n 1%\r 2%\r")
             shown, last, following = look(following)
             assert (shown, last) == ("half é 2%", "2%")
+            assert "from=25" in following  # what was written over is not given again
             lease.write(b" 3%\rdone\n")
             assert look(following)[:2] == ("done", "")
             queue.complete(run, make_outcome(None, output=b"one\ntwo\n"))
