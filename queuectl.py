@@ -3691,8 +3691,8 @@ def verdict(status, now, growth=0):
     unfinished = count_unfinished(status["jobs"])
     facts = dict(
         status, growth=growth, next_due=due, time_left=time_left(status),
-        ready=grouped(max(1, status["ready"])),
-        unfinished=grouped_jobs(unfinished) + (" waits" if unfinished == 1 else " wait"))
+        ready=grouped(max(1, status["ready"])), unfinished="%s wait%s" % (
+            grouped_jobs(unfinished), "s" if unfinished == 1 else ""))
     found = next(verdict for holds, verdict in RULES if holds(facts))
     return found._replace(sentence=found.sentence.format(**facts))
 
@@ -6119,7 +6119,8 @@ def filters_of(query, states=STATES):
     text, error = query.get("q", ""), query.get("error")
     if not is_storable(text + (error or "")):
         raise Refusal(400, "not text")
-    return dict(states=states, pattern=like_pattern(text) if text else None, error=error)
+    pattern = like_pattern(text) if text else None
+    return dict(states=states, pattern=pattern, error=error)
 
 
 def newest_jobs(queue, query):
@@ -6387,9 +6388,9 @@ def page_now(page):
 
 def first_steps():
     """Return the commands that make and run a job."""
-    steps = [("Add a job:", "enqueue -- echo hello"), ("Run it:", "worker start")]
+    steps = [("Add a job: ", "enqueue -- echo hello"), ("Run it: ", "worker start")]
     return element("ol", *[
-        element("li", words + " ", element("code", "queuectl.py " + command, kind="mono"))
+        element("li", words, element("code", "queuectl.py " + command, kind="mono"))
         for words, command in steps])
 
 
@@ -6421,10 +6422,11 @@ def alerts(page):
 def error_alert(group, page):
     """Return the line about the jobs that died of one error."""
     chosen = {"state": "dead", "error": group["error"]}
-    latest = "latest " + relative_time(group["latest"], page.now, roughly)
-    line = group["line"] and "“%s”" % group["line"]
+    words = "latest " + relative_time(group["latest"], page.now, roughly)
+    if group["line"]:
+        words = "“%s” · %s" % (group["line"], words)
     return alert(
-        grouped(group["jobs"]) + " dead", group["error"], joined(line, latest, by=" · "),
+        grouped(group["jobs"]) + " dead", group["error"], words,
         show_link(page.view.only(**chosen), "the dead of " + group["error"]),
         bulk_button("Retry…", "retry", chosen, "Retry the dead of " + group["error"]))
 
@@ -6859,6 +6861,7 @@ def page_reason(job, page):
                    id="why", kind=JOB_KINDS[word].state)
 
 
+# Fields that the panel shows in other places, or as a part of others.
 SHOWN_ELSEWHERE = ("id", "command", "max_retries", "run_at")
 
 
@@ -6877,7 +6880,8 @@ def job_facts(job, page):
         "comes before": job_links(*dependents_of(job, page), page),
         "enqueued": moment("created_at"),
         "due": can_run_now(job, page) and moment("run_at")}
-    facts.update((name, fields[name]) for name in COLUMNS if name not in SHOWN_ELSEWHERE)
+    facts.update(
+        (name, fields[name]) for name in COLUMNS if name not in SHOWN_ELSEWHERE)
     facts["timeout"] = fields["timeout"] and duration_text(fields["timeout"])
     facts["env"] = " ".join(map("=".join, fields["env"].items()))
     return facts
