@@ -54,7 +54,7 @@ The map. A section uses only those above it.
     database     the file, its connection, transactions, the schema
     queue        the jobs: a method for each verb, with its SQL; statistics
     runs         one command: its lease, its output, its end
-    output       text for people; why a job waits
+    output       text for people; why a job waits; the verdict on a queue
     pool         a worker; the reaper; the supervisor; the log
     commands     a function for each command, with its name and arguments above it
     dashboard    the documents of the commands by HTTP, and the page
@@ -3489,7 +3489,7 @@ def scan_with_tools(leases):
 
 
 # ======================================================================================
-# Output: text for people; why a job waits
+# Output: text for people; why a job waits; the verdict on a queue
 # ======================================================================================
 
 
@@ -6174,8 +6174,7 @@ def dead_route(request):
 
 
 def run_of(request):
-    """Return the job that a query names, and the number of the run (default: latest).
-    """
+    """Return the job that a query names, and the number of its run."""
     queue, query, _ = request
     require_job(queue, query.get("id", ""))
     job = queue.job(query["id"])
@@ -6186,8 +6185,7 @@ def run_of(request):
 
 
 def output_route(request):
-    """Return the output of a run as text: all, its last bytes, or what follows a place.
-    """
+    """Return the output of a run as text: all of it, its end, or a part."""
     import codecs
 
     job, run = run_of(request)
@@ -6289,8 +6287,7 @@ def query_of(**fields):
 
 
 def job_address(job, what):
-    """Return the address of an action for a job. The id may be `..`: not in the path.
-    """
+    """Return the address of an action for a job. Its id may be `..`: not in the path."""
     return "/api/jobs/-/" + what + query_of(id=job["id"])
 
 
@@ -6568,8 +6565,7 @@ def stats_text(stats):
 
 
 def chart_bars(bars, top):
-    """Yield the bars of a chart: the completed runs of each minute, on top the failed.
-    """
+    """Yield the bars of a chart: for each minute the completed runs, then the failed."""
     for x, (completed, failed) in enumerate(bars):
         title = element("title", "%d completed, %d failed, %d min ago" % (
             completed, failed, len(bars) - 1 - x))
