@@ -6287,7 +6287,7 @@ def query_of(**fields):
 
 
 def job_address(job, what):
-    """Return the address of an action for a job. Its id may be `..`: not in the path."""
+    """Return the address of an action for a job. Its id may be `..`: no path."""
     return "/api/jobs/-/" + what + query_of(id=job["id"])
 
 
@@ -6565,7 +6565,7 @@ def stats_text(stats):
 
 
 def chart_bars(bars, top):
-    """Yield the bars of a chart: for each minute the completed runs, then the failed."""
+    """Yield the bars of a chart: completed runs of each minute, then failed ones."""
     for x, (completed, failed) in enumerate(bars):
         title = element("title", "%d completed, %d failed, %d min ago" % (
             completed, failed, len(bars) - 1 - x))
