@@ -7489,6 +7489,7 @@ dd a { margin-right: 1em; }
 @media (max-width: 44rem) {
   body { padding: .6rem .6rem 3rem; }
   #tiles { grid-template-columns: repeat(2, 1fr); }
+  #tiles .dim { min-height: 0; }
   thead { display: none; }
   td { border: 0; padding: .05rem .4rem; }
   tr {
