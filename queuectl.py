@@ -2277,7 +2277,7 @@ class Queue(Database):
             jobs = self._named(ids)
             named = {job["seq"] for job in jobs}
             for job in jobs:
-                for seq, id in self.unfinished_dependents(job):
+                for seq, id in self._dependents(job):
                     if seq not in named:
                         message = "job %s can't be deleted, because %s waits for it; to"
                         raise QueueError(
@@ -2287,7 +2287,7 @@ class Queue(Database):
         wake_workers(self.path)
         return count
 
-    def unfinished_dependents(self, job):
+    def _dependents(self, job):
         """Return number and id of the unfinished jobs that wait for a job."""
         if job["state"] in SUCCESSFUL:
             return []
@@ -2437,11 +2437,17 @@ class Queue(Database):
             " WHERE dependencies.seq = ? AND NOT " + in_states(SUCCESSFUL) +
             " ORDER BY state = 'dead' DESC, waits_for", job["seq"])
 
-    def dependents(self, job):
+    def dependents(self, job, limit):
         """Return the first jobs (`id`, `state`) that come after a job."""
         return self._rows(
             "SELECT id, state FROM dependencies JOIN jobs USING (seq)"
-            " WHERE waits_for = ? ORDER BY seq LIMIT 100", job["seq"])
+            " WHERE waits_for = ? ORDER BY seq LIMIT ?", job["seq"], limit)
+
+    def is_needed(self, job):
+        """Tell whether an unfinished job waits for a job that is not completed."""
+        return job["state"] not in SUCCESSFUL and bool(self._value(
+            "SELECT 1 FROM jobs JOIN dependencies USING (seq) WHERE waits_for = ? AND "
+            + UNFINISHED_DEPENDENT + " LIMIT 1", job["seq"]))
 
     def lock_holder(self, job):
         """Return the id of the job that has the lock of this one, or gets it next."""
@@ -3721,6 +3727,8 @@ class Trend:
 
         So a heap that was enqueued at once, and has shrunk since, is no growth.
         """
+        if self.looks and now < self.looks[-1][0]:  # the clock was set back
+            self.looks.clear()
         if not self.looks or now >= self.looks[-1][0] + 60:
             self.looks.append((now, left))
         looks = [*self.looks]
@@ -6184,6 +6192,11 @@ def run_of(request):
     return job, run
 
 
+def is_live(job, run):
+    """Tell whether a run still goes on."""
+    return job["state"] == "processing" and run == job["run"]
+
+
 def output_route(request):
     """Return the output of a run as text: all of it, its end, or a part."""
     import codecs
@@ -6199,8 +6212,7 @@ def output_route(request):
         start = max(start, end - count_from(0, "tail")(query["tail"]))
     start = max(dropped, start)
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-    is_running = run == job["run"] and job["state"] == "processing"
-    text = decoder.decode(output[start - dropped :], final=not is_running)
+    text = decoder.decode(output[start - dropped :], final=not is_live(job, run))
     end -= len(decoder.getstate()[0])  # half a character is left for the next time
     return {"id": job["id"], "run": run, "output": text, "start": start, "end": end}
 
@@ -6801,23 +6813,22 @@ Action = collections.namedtuple("Action", "words verb is_offered ask done")
 
 
 def can_run_now(job, page):
+    """Tell whether a job waits for nothing but a time."""
     return job["state"] in WAITING and job["run_at"] > page.now and not job["waits"]
 
 
 def can_delete(job, page):
     """Tell whether a job can be deleted: not while unfinished jobs wait for it."""
-    return job["state"] in TAKES["delete"] and not (
-        page.queue.unfinished_dependents(job))
+    return job["state"] in TAKES["delete"] and not page.queue.is_needed(job)
 
 
 def ask_to_cancel(job, page):
     """Return the question before a job is cancelled, with what that means."""
-    dependents = len(page.queue.unfinished_dependents(job))
     is_running = job["state"] == "processing"
     return joined(
         "Cancel %s?" % job["id"], is_running and "All its processes are ended.",
-        dependents and "%s for it, until it is retried and completed." % (
-            "1 job waits" if dependents == 1 else "%d jobs wait" % dependents), by=" ")
+        page.queue.is_needed(job) and "The jobs that come after it stay, and wait until"
+        " it is retried and completed.", by=" ")
 
 
 JOB_ACTIONS = [
@@ -6858,7 +6869,7 @@ def page_reason(job, page):
 
 
 # Fields that the panel shows in other places, or as a part of others.
-SHOWN_ELSEWHERE = ("id", "command", "max_retries", "run_at")
+SHOWN_ELSEWHERE = ("id", "command", "run_at")
 
 
 def job_facts(job, page):
@@ -6869,11 +6880,10 @@ def job_facts(job, page):
         when = relative_time(job[name], page.now, roughly)
         return "%s · %s" % (when, re.sub("[TZ]", " ", fields[name]) + "UTC")
 
+    after = [(id, page.queue.state(id)) for id in fields["after"][: LINKS_SHOWN + 1]]
     facts = {
-        "comes after": job_links(
-            [(id, page.queue.state(id)) for id in fields["after"][:LINKS_SHOWN]],
-            len(fields["after"]), page),
-        "comes before": job_links(*dependents_of(job, page), page),
+        "comes after": job_links(after, page),
+        "comes before": job_links(page.queue.dependents(job, LINKS_SHOWN + 1), page),
         "enqueued": moment("created_at"),
         "due": can_run_now(job, page) and moment("run_at")}
     facts.update(
@@ -6883,22 +6893,16 @@ def job_facts(job, page):
     return facts
 
 
-def dependents_of(job, page):
-    """Return the first jobs that come after a job, and the number of all."""
-    dependents = page.queue.dependents(job)
-    return [tuple(row) for row in dependents[:LINKS_SHOWN]], len(dependents)
-
-
 def fact(name, value):
+    """Return a line of the list: a name, and a text or links."""
     content = value if isinstance(value, list) else [value]
     return element("div", element("dt", name), element("dd", *content))
 
 
-def job_links(jobs, count, page):
-    """Return links to jobs, given by id and state, and how many more there are."""
+def job_links(jobs, page):
+    """Return links to the first jobs, given by id and state."""
     links = [link("%s (%s)" % (id, state), page.view.open(id)) for id, state in jobs]
-    more = count - len(links)
-    return links + ["and %d more" % more] if more else links
+    return [*links[:LINKS_SHOWN], "and more"] if len(links) > LINKS_SHOWN else links
 
 
 def run_links(job, shown, page):
@@ -6924,8 +6928,7 @@ def panel_output(job, run, page):
         yield element("h2", "Not run yet")
         return
     size, asked = page.queue.output_size(job, run), {"id": job["id"], "run": run}
-    is_live = job["state"] == "processing" and run == job["run"]
-    words = "following" if is_live else grouped(size or 0) + " bytes"
+    words = "following" if is_live(job, run) else grouped(size or 0) + " bytes"
     yield element(
         "div", element("h2", "Output"), element("span", words, kind="dim"),
         link("Download", "/output.log" + query_of(**asked), "button end",
@@ -6959,9 +6962,9 @@ def output_piece(request):
     last, _ = coloured(output[end:], colour)
     following = {"id": job["id"], "run": run, "colour": colour,
                  "from": start + end + overwritten(output[end:])}
-    is_live = job["state"] == "processing" and run == job["run"]
+    address = "/output" + query_of(**following) if is_live(job, run) else None
     return element("code", note if start > begin else None, *lines, element("i", *last),
-                   data_next="/output" + query_of(**following) if is_live else None)
+                   data_next=address)
 
 
 def output_from(begin, dropped, output):
@@ -6992,12 +6995,15 @@ def main_route(request, is_whole=False):
     groups = memory.counts.get("dead", lambda: errors_of(queue))
     with queue.snapshot():
         status, now = read_status(queue), queue.clock()
-        growth = memory.trend.growth(now, count_unfinished(status["jobs"]))
+        # In the cache, too, since two requests at once would make two looks.
+        growth = memory.counts.get("growth", lambda: memory.trend.growth(
+            now, count_unfinished(status["jobs"])))
         return page_main(Page(
             queue, View.of(query), now, status, groups, growth, memory, is_whole))
 
 
 def page_main(page):
+    """Return the title, the parts of the page, and the panel of the job that is open."""
     parts = [page_now(page)]
     if any(page.status["jobs"].values()):
         parts = [page_now(page), page_tiles(page), page_middle(page), page_jobs(page)]
