@@ -6331,8 +6331,8 @@ class View(collections.namedtuple("View", "state q error before first job run"))
 
 
 # What the parts of the page are made of: the queue; the `View`; the time; the values of
-# `read_status`; those of `errors_of`; the growth for `verdict`; what the dashboard
-# keeps; whether the output of the open job is in it, which the script else asks for.
+# `read_status`; those of `errors_of`; the growth for `verdict`; the `Memory`; whether
+# the page holds the output of the open job (otherwise the script fetches it).
 Page = collections.namedtuple(
     "Page", "queue view now status groups growth memory is_whole")
 
@@ -6948,7 +6948,7 @@ def panel_output(job, run, page):
 def output_piece(request):
     """Return what a run has printed from a place on, and the address of the next piece.
 
-    The next piece begins with the last line while that has no end: it is given again
+    The next piece begins with the last line if that has no end: the line is given again
     with what follows, so that nobody has to keep half a line, or half a character.
     """
     job, run = run_of(request)
@@ -6991,11 +6991,11 @@ def coloured(output, colour):
 def main_route(request, is_whole=False):
     """Return all of the page but its chart and its output, which may take a while."""
     queue, query, memory = request
-    # Kept, since to group a hundred thousand takes longer than all the rest.
+    # From the cache: to group a hundred thousand takes longer than all the rest.
     groups = memory.counts.get("dead", lambda: errors_of(queue))
     with queue.snapshot():
         status, now = read_status(queue), queue.clock()
-        # In the cache, too, since two requests at once would make two looks.
+        # From the cache as well: two requests at once would make two looks.
         growth = memory.counts.get("growth", lambda: memory.trend.growth(
             now, count_unfinished(status["jobs"])))
         return page_main(Page(
@@ -7023,7 +7023,7 @@ def page_without_queue():
 
 
 def page_trouble(words):
-    """Return the place of why what is shown is old, or why there is nothing."""
+    """Return the place that tells why the page is old or empty."""
     return element("p", words[:1].upper() + words[1:], id="trouble", kind="card",
                    role="alert", hidden=None if words else "")
 
