@@ -54,7 +54,7 @@ The map. A section uses only those above it.
     database     the file, its connection, transactions, the schema
     queue        the jobs: a method for each verb, with its SQL; statistics
     runs         one command: its lease, its output, its end
-    output       text for people; why a job waits
+    output       text for people; why a job waits; the verdict on a queue
     pool         a worker; the reaper; the supervisor; the log
     commands     a function for each command, with its name and arguments above it
     dashboard    the documents of the commands by HTTP, and the page
@@ -131,6 +131,8 @@ HOOK_TIMEOUT = 300.0  # seconds after which an `on_dead` command is ended
 HOOKS_AT_END = 30.0  # seconds that a pool takes at its end to announce dead jobs
 MAX_DEATHS = 5  # worker deaths after which their job is taken for the cause
 
+SHOWN_ERRORS = 4  # most common errors of dead jobs, in `status` and on the page
+MAX_ERRORS = 100  # most common errors of dead jobs that are told apart
 BATCH_SIZE = 500  # rows of one read or write; more would hold up other processes
 WORK_SLICE = 0.05  # seconds that one transaction of many may take
 LOCK_TIMEOUT = 30.0  # seconds that a command waits for another program's lock
@@ -502,7 +504,8 @@ PUBLIC = (
     *(name for name in COLUMNS if name not in ("id", "command")), "after", "waits_for",
     "created_at", "updated_at", "exit_code", "error", "started_at", "finished_at",
     "seconds")
-INTERNAL = ("seq", "run", "gate", "waits")  # columns of a job that JSON omits
+# Columns of a job that JSON omits.
+INTERNAL = ("seq", "run", "gate", "waits", "cancelled")
 # The keys that `enqueue` accepts. Keys that are not fields are ignored, so that `list
 # --json` and `show --json` can be piped into `enqueue -` of another queue.
 KNOWN_KEYS = (*PUBLIC, "delay", "waiting", "runs")
@@ -1644,7 +1647,7 @@ class Database:
             raise
 
     @contextlib.contextmanager
-    def _snapshot(self):
+    def snapshot(self):
         """Let several queries see the same state of the database."""
         if self.db.in_transaction:
             yield
@@ -1813,13 +1816,14 @@ COLUMN_OF = {
 SELECT_JOB = "SELECT %s FROM jobs LEFT JOIN runs USING (seq, run) " % ", ".join(
     "%s AS %s" % (COLUMN_OF.get(name, name), name) for name in (*PUBLIC, *INTERNAL))
 
-# The jobs that wait for a dead one, each with the id of that one. The EXISTS keeps it
-# from looking at all dead jobs where no job waits for another.
+# The jobs that wait for a dead one, each with the id of that one. The first of the
+# tables keeps it from looking at all dead jobs where no job waits for another.
 BEHIND_DEAD = """SELECT jobs.seq AS seq, dependency.id AS dependency
-    FROM jobs AS dependency CROSS JOIN dependencies ON waits_for = dependency.seq
+    FROM (SELECT 1 FROM jobs WHERE waits > 0 LIMIT 1)
+    CROSS JOIN jobs AS dependency
+    CROSS JOIN dependencies ON waits_for = dependency.seq
     CROSS JOIN jobs ON jobs.seq = dependencies.seq
-    WHERE dependency.state = 'dead' AND {rare} AND jobs.state = 'pending'
-    AND EXISTS (SELECT 1 FROM jobs WHERE waits > 0)""".format(
+    WHERE dependency.state = 'dead' AND {rare} AND jobs.state = 'pending'""".format(
         rare=rare("dependency.state"))
 # The same jobs with all that wait for them, directly or not.
 BLOCKED = """WITH RECURSIVE blocked (seq) AS (SELECT seq FROM ({})
@@ -1850,19 +1854,25 @@ Condition = collections.namedtuple(
     "Condition", "sql values of_row spares_needed", defaults=(False,))
 FILTERS = {
     "text": "(instr(id, :text) OR instr(command, :text))",
-    "text_or_error": "(instr(id, :text_or_error) OR instr(command, :text_or_error)"
-    " OR instr(jobs.error, :text_or_error))",
+    "pattern": r"(id LIKE :pattern ESCAPE '\' OR command LIKE :pattern ESCAPE '\'"
+    r" OR jobs.error LIKE :pattern ESCAPE '\')",
+    "error": "jobs.error = :error",
     "finished_before": in_states(FINISHED) + " AND updated_at < :finished_before",
     "changed_since": "updated_at >= :changed_since",
     "cancelled": "cancelled = :cancelled",
 }
 
 
+def like_pattern(text):
+    """Return the pattern of LIKE for a text, in which only the case of a-z is free."""
+    return "%" + re.sub(r"([\\%_])", r"\\\1", text) + "%"
+
+
 def where(states=STATES, **filters):
     """Return the condition that selects the jobs in one of these states.
 
-    They also pass all FILTERS that are given a value: a text, a time before which they
-    finished, or True or False.
+    They also pass all FILTERS that are given a value: a text, a pattern, an error, a
+    time before which they finished, or True or False.
     """
     parts = []
     if {*states} != {*STATES}:
@@ -2446,7 +2456,7 @@ class Queue(Database):
         """Return the numbers of the jobs that meet a condition, dependencies first."""
         from array import array
 
-        with self._snapshot():
+        with self.snapshot():
             rows = self.db.execute("SELECT seq FROM jobs WHERE " + condition.sql +
                                    " ORDER BY seq", condition.values)
             seqs = array("q", (seq for seq, in rows))  # eight bytes each
@@ -2506,6 +2516,18 @@ class Queue(Database):
             " WHERE dependencies.seq = ? AND NOT " + in_states(SUCCESSFUL) +
             " ORDER BY state = 'dead' DESC, waits_for", job["seq"])
 
+    def dependents(self, job, limit):
+        """Return the first jobs (`id`, `state`) that come after a job."""
+        return self._rows(
+            "SELECT id, state FROM dependencies JOIN jobs USING (seq)"
+            " WHERE waits_for = ? ORDER BY seq LIMIT ?", job["seq"], limit)
+
+    def is_needed(self, job):
+        """Tell whether an unfinished job waits for a job that is not completed."""
+        return job["state"] not in SUCCESSFUL and bool(self._value(
+            "SELECT 1 FROM jobs JOIN dependencies USING (seq) WHERE waits_for = ? AND "
+            + UNFINISHED_DEPENDENT + " LIMIT 1", job["seq"]))
+
     def lock_holder(self, job):
         """Return the id of the job that has the lock of this one, or gets it next."""
         return self._value(
@@ -2534,6 +2556,11 @@ class Queue(Database):
         """
         query = "SELECT output FROM outputs WHERE seq = ? AND run = ?"
         return self._value(query, job["seq"], run or job["run"])
+
+    def output_size(self, job, run):
+        """Return the bytes of the stored output of a run, None without any."""
+        query = "SELECT length(output) FROM outputs WHERE seq = ? AND run = ?"
+        return self._value(query, job["seq"], run)
 
     def lease_path(self, seq, number):
         """Return the path of the lease of run NUMBER of the job SEQ."""
@@ -2573,19 +2600,21 @@ class Queue(Database):
             else:
                 first = batch[-1]["seq"] + 1
 
-    def dead_jobs(self, after_id=None, **filters):
+    def dead_jobs(self, after_id=None, limit=-1, **filters):
         """Yield the dead jobs that pass the filters of `where`, the latest death first.
 
-        If AFTER_ID is a dead job, the list begins after it.
+        If AFTER_ID is a dead job, the list begins after it. A LIMIT below 0 is none.
         """
-        condition = where(["dead"], **filters)
+        condition = where(**filters)  # without RARE, whose index has another order
         place = self._row(
             "SELECT updated_at, seq FROM jobs WHERE id = ? AND state = 'dead'",
             after_id)
         at, number = place if place else (MAX_TIME, MAX_INTEGER)
-        query = "SELECT seq FROM jobs WHERE (updated_at, seq) < (:at, :number) AND "
-        query += condition.sql + " ORDER BY updated_at DESC, seq DESC"
-        for seq, in self._rows(query, **condition.values, at=at, number=number):
+        query = "SELECT seq FROM jobs WHERE state = 'dead'" \
+            " AND (updated_at, seq) < (:at, :number) AND "
+        query += condition.sql + " ORDER BY updated_at DESC, seq DESC LIMIT :limit"
+        for seq, in self._rows(
+                query, **condition.values, at=at, number=number, limit=limit):
             yield from self._rows(SELECT_JOB + "WHERE seq = ? AND state = 'dead'", seq)
 
     def count(self, condition):
@@ -2603,6 +2632,44 @@ class Queue(Database):
         sql = "SELECT error, COUNT(*) AS jobs FROM jobs WHERE " + condition.sql
         sql += " GROUP BY error ORDER BY jobs DESC"
         return self._rows(sql, **condition.values)
+
+    def dead_by_error(self):
+        """Return the errors of dead jobs as dicts, the most common first.
+
+        `jobs` is their number, `latest` the time of the latest death, `id` that job,
+        `tail` the end of what it printed, which says more than `exit 1`, and
+        `is_cancelled` whether somebody cancelled it.
+        """
+        groups = self._rows(
+            "SELECT error, COUNT(*) AS jobs, MAX(updated_at) AS latest FROM jobs"
+            " WHERE state = 'dead' GROUP BY error ORDER BY jobs DESC, latest DESC"
+            " LIMIT ?", MAX_ERRORS)
+        return [dict(group, **self._latest_death(group["error"])) for group in groups]
+
+    def _latest_death(self, error):
+        """Return what `dead_by_error` tells of the job that died of an error last."""
+        row = self._row(
+            "SELECT id, cancelled AS is_cancelled, substr(output, -2000) AS tail"
+            " FROM jobs LEFT JOIN outputs USING (seq, run) WHERE state = 'dead'"
+            " AND error IS ? ORDER BY updated_at DESC LIMIT 1", error)
+        return dict(row or {"id": None, "is_cancelled": 0, "tail": None})
+
+    def work_left(self):
+        """Return how many jobs wait for a worker or a lock, and seconds for a run.
+
+        The first is the kept count of waiting jobs without those that wait for a time
+        or for others: they are not many, or an index counts them. The second is the
+        average of the last runs of the jobs that were enqueued last: no index leads to
+        the runs that ended last. It is None before the first run has ended.
+        """
+        waiting = sum(self.counts()[state] for state in WAITING)
+        delayed = self._value("SELECT COUNT(*) FROM jobs WHERE " + FOR_A_TIME)
+        dependent = self._value(
+            "SELECT COUNT(*) FROM (SELECT 1 FROM jobs WHERE " + UNFINISHED_DEPENDENT +
+            " LIMIT 10000)")
+        return waiting - delayed - dependent, self._value(
+            "SELECT AVG(spent) FROM (SELECT finished_at - started_at AS spent FROM runs"
+            " ORDER BY seq DESC, run DESC LIMIT 200)")
 
     def seq_before(self, id):
         """Return the number before that of a job; one above all if it is gone."""
@@ -3520,7 +3587,7 @@ def scan_with_tools(leases):
 
 
 # ======================================================================================
-# Output: text for people; why a job waits
+# Output: text for people; why a job waits; the verdict on a queue
 # ======================================================================================
 
 
@@ -3547,17 +3614,33 @@ def duration_text(seconds, precise=False):
     return " ".join(part for part in parts[:2] if part[0] != "0")
 
 
-def relative_time(moment, now):
+def roughly(seconds):
+    """Return a duration in one unit: 0 s, 12 s, 19 min, 30 h, 4 d.
+
+    A page that refreshes every two seconds stays calm that way.
+    """
+    for least, unit, name in ((172800, "d", "d"), (5400, "h", "h"), (120, "m", "min")):
+        if seconds >= least:
+            return "%.0f %s" % (seconds / UNITS[unit], name)
+    return "%d s" % max(0, seconds)
+
+
+def relative_time(moment, now, text_of=duration_text):
     """Return a time as people say it: 2m 5s ago, in 4.0s."""
     if moment <= now:
-        return duration_text(now - moment) + " ago"
-    return "in " + duration_text(moment - now)
+        return text_of(now - moment) + " ago"
+    return "in " + text_of(moment - now)
 
 
 def plural(count, noun):
     """Return a count with its noun: 1 job, 2,000 jobs."""
     many = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
     return "{:,} {}".format(count, noun if count == 1 else many)
+
+
+def grouped(count):
+    """Return a count with its thousands apart: 3,012."""
+    return "{:,}".format(count)
 
 
 def setting_text(name, value):
@@ -3632,6 +3715,116 @@ def blocked_text(blocked):
     return "%s waits for %s, which is dead" % names
 
 
+# What people call a job: the queue knows some of these as one state. `state` gives the
+# colour, `icon` the lines of a picture of 16 x 16.
+JobKind = collections.namedtuple("JobKind", "state icon")
+RING = "M8 2a6 6 0 1 1 0 12 6 6 0 0 1 0-12"
+JOB_KINDS = {
+    "pending": JobKind("pending", RING),
+    "delayed": JobKind("pending", RING + "M8 5v3.5l2.5 1"),
+    "behind a job": JobKind("pending", "M2 8h7M6 4l4 4-4 4M14 2v12"),
+    "behind a lock": JobKind("pending", "M3 7h10v7H3zM5 7V5a3 3 0 0 1 6 0v2"),
+    "processing": JobKind("processing", "M8 2a6 6 0 1 1-6 6"),
+    "completed": JobKind("completed", "M2 9l4 4 8-9"),
+    "failed": JobKind("failed", "M13 10a5.5 5.5 0 1 1 0-4M14 1v5H9"),
+    "dead": JobKind("dead", "M3 3l10 10M13 3 3 13"),
+    "cancelled": JobKind("pending", RING + "M4 12l8-8"),
+}
+
+
+def kind_of(job, now):
+    """Return which of JOB_KINDS a job is."""
+    if job["state"] == "dead" and job["cancelled"]:
+        return "cancelled"
+    if job["state"] != "pending":
+        return job["state"]
+    if job["waits"]:
+        return "behind a job"
+    if job["gate"] == LOCKED:
+        return "behind a lock"
+    return "delayed" if job["run_at"] > now else "pending"
+
+
+# What a queue comes down to: the first rule that holds. `state` gives the colour;
+# `advice` is the next step, where there is one.
+Verdict = collections.namedtuple("Verdict", "state sentence advice")
+RULES = [
+    (lambda status: status["paused"],
+     Verdict("failed", *PAUSED_HINT.capitalize().split("; "))),
+    (lambda status: not any(status["jobs"].values()),
+     Verdict("pending", "No jobs yet",
+             "to add one: queuectl.py enqueue -- echo hello")),
+    (lambda status: not count_unfinished(status["jobs"]),
+     Verdict("completed", "Idle: every job has ended", "")),
+    (lambda status: not status["workers"],
+     Verdict("dead", "No pool is running: {unfinished}",
+             NO_POOL.split("; ")[1])),
+    (lambda status: status["growth"] >= 1,
+     Verdict("failed", "Falling behind: {ready} waiting, {growth:,.0f} more a minute",
+             "")),
+    (lambda status: status["oldest_job"] and status["time_left"],
+     Verdict("processing", "Working: {ready} waiting, done in about {time_left}", "")),
+    (lambda status: status["oldest_job"],
+     Verdict("processing", "Working: {ready} waiting", "")),
+    (lambda status: status["jobs"]["processing"],
+     Verdict("processing", "Keeping up: no job waits for a worker", "")),
+    (lambda status: status["next_job"],
+     Verdict("completed", "Idle: the next job is due {next_due}", "")),
+    (lambda status: True,
+     Verdict("dead", "Stuck: the jobs that are left wait for dead ones", "")),
+]
+
+
+def verdict(status, now, growth=0):
+    """Return the `Verdict` on a queue.
+
+    STATUS has the values of `read_status`. GROWTH is how many more jobs are left each
+    minute, for a caller that has looked before.
+    """
+    due = status["next_job"] and relative_time(status["next_due"], now, roughly)
+    unfinished = count_unfinished(status["jobs"])
+    facts = dict(
+        status, growth=growth, next_due=due, time_left=time_left(status),
+        ready=grouped(max(1, status["ready"])), unfinished="%s wait%s" % (
+            plural(unfinished, "job"), "s" if unfinished == 1 else ""))
+    found = next(verdict for holds, verdict in RULES if holds(facts))
+    return found._replace(sentence=found.sentence.format(**facts))
+
+
+def time_left(status):
+    """Return about how long the waiting jobs will take, None if nobody can tell."""
+    workers, mean = len(status["workers"]), status["run_seconds"]
+    if not workers or mean is None:
+        return None
+    jobs = status["ready"] + status["jobs"]["processing"]
+    return roughly(max(1, mean * max(1, jobs / workers)))
+
+
+def count_unfinished(counts):
+    return sum(count for state, count in counts.items() if state not in FINISHED)
+
+
+class Trend:
+    """Whether a queue grows, by the looks of a caller; one look a minute is kept."""
+
+    def __init__(self):
+        self.looks = collections.deque(maxlen=3)
+
+    def growth(self, now, left):
+        """Return how many more jobs are left each minute: the least of two steps.
+
+        So a heap that was enqueued at once, and has shrunk since, is no growth.
+        """
+        if self.looks and now < self.looks[-1][0]:  # the clock was set back
+            self.looks.clear()
+        if not self.looks or now >= self.looks[-1][0] + 60:
+            self.looks.append((now, left))
+        looks = [*self.looks]
+        steps = [60 * (more - less) / (end - begin)
+                 for (begin, less), (end, more) in zip(looks, looks[1:])]
+        return min(steps) if len(steps) > 1 else 0
+
+
 def progress_text(counts, done, seconds):
     """Return a line on the progress of a queue, which ended DONE jobs in SECONDS."""
     running, waiting = counts["processing"], sum(counts[state] for state in WAITING)
@@ -3641,6 +3834,73 @@ def progress_text(counts, done, seconds):
         return line
     left = duration_text((running + waiting) * seconds / done)
     return line + ", %.1f/s, %s left" % (done / seconds, left)
+
+
+# The output of a run as a terminal would show it.
+
+# Sequences of a terminal: colours and what moves its cursor; titles; others.
+# (Texts, since to compile them at each start takes time.)
+SEQUENCE = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[^\[\]])"
+COLOURS = r"\x1b\[([0-9;]{0,99})m"
+
+
+def last_line(output):
+    """Return the last line of an output that is not blank, without its colours."""
+    text = split_dropped(output)[1].decode("utf-8", "replace")
+    text = re.sub(SEQUENCE, "", text)
+    lines = text.replace("\r", "\n").split("\n")
+    return next((line.strip()[-200:] for line in reversed(lines) if line.strip()), "")
+
+
+def painted(output, colour=0):
+    """Return the parts of an output, each with its colour, and the colour at the end.
+
+    A colour is a number of ANSI from 1 to 6, or 0. All other sequences are left out. Of
+    a line that was written over after \\r the last text is left.
+    """
+    lines = output.decode("utf-8", "backslashreplace").split("\n")
+    text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
+    parts = []
+    for at, part in enumerate(re.split(COLOURS, text)):
+        if at % 2:
+            colour = colour_after(iter(part.split(";")), colour)
+        elif part:
+            parts.append((re.sub(SEQUENCE, "", part), colour))
+    return parts, colour
+
+
+def colour_after(codes, colour):
+    """Return the colour after the codes of one sequence."""
+    for code in codes:
+        if code in ("38", "48"):  # followed by 5;N or by 2;R;G;B
+            mode = next(codes, "")
+            values = [int(value or 0) for value in itertools.islice(
+                codes, 3 if mode == "2" else 1)]
+            if code == "38":
+                colour = nearest_colour(values)
+        elif code.strip("0") in ("", "39"):
+            colour = 0
+        elif re.fullmatch("[39][0-7]", code):
+            colour = int(code[1]) % 7
+    return colour
+
+
+def nearest_colour(values):
+    """Return the colour nearest to one of 256, or to red, green and blue up to 255."""
+    if len(values) == 1:
+        number = values[0]
+        if number < 16:
+            return number % 8 % 7
+        if number > 231:  # greys
+            return 0
+        values = [(number - 16) // 36, (number - 16) // 6 % 6, (number - 16) % 6]
+    bits = [2 * value > max(values) for value in values]
+    return sum(bit << at for at, bit in enumerate(bits)) % 7
+
+
+def overwritten(line):
+    """Return how many bytes of a line it has written over itself."""
+    return line.rstrip(b"\r").rfind(b"\r") + 1
 
 
 # Lines for people.
@@ -4993,19 +5253,67 @@ def read_status(queue):
         "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
         "next_due": due["run_at"], "next_job": due["id"],
         "paused": queue.is_paused(), "blocked": queue.first_blocked(),
+        **dict(zip(("ready", "run_seconds"), queue.work_left())),
     }
 
 
-def status_document(status):
+def status_document(status, now):
     """Return what `status --json` prints."""
     workers = [with_iso_times(worker, "since") for worker in status["workers"]]
     document = with_iso_times(status, "oldest_waiting", "next_due")
+    del document["ready"], document["run_seconds"]  # what the verdict is made of
     blocked = status["blocked"]["jobs"] if status["blocked"] else 0
-    return dict(document, workers=workers, blocked=blocked)
+    return dict(document, workers=workers, blocked=blocked,
+                verdict=verdict(status, now).sentence)
+
+
+def errors_of(queue):
+    """Return `dead_by_error` with the last line of each tail as `line`."""
+    groups = queue.dead_by_error()
+    for group in groups:
+        group["line"] = last_line(group.pop("tail") or b"")
+    return groups
+
+
+def died(groups):
+    """Return the errors of dead jobs without those that somebody cancelled."""
+    return [group for group in groups if not group["is_cancelled"]]
+
+
+def status_screen(status, groups, now, growth):
+    """Yield what `status` shows on a terminal, where people look."""
+    state, sentence, advice = verdict(status, now, growth)
+    yield Line("; ".join(filter(None, [sentence, advice])), STATES[state].colour, 0,
+               len(sentence))
+    yield from count_lines(status, now)
+    yield from error_lines(died(groups), now)
+    yield from worker_lines(status, now)
+
+
+def error_lines(groups, now):
+    """Yield a line for each of the most common errors of dead jobs."""
+    for group in groups[:SHOWN_ERRORS]:
+        line = group["line"] and ": " + printable(group["line"])
+        yield "  %d dead of %s, the latest %s%s" % (
+            group["jobs"], printable(group["error"]),
+            relative_time(group["latest"], now, roughly), line)
+    if groups[SHOWN_ERRORS:]:
+        more = plural(len(groups) - SHOWN_ERRORS, "more error")
+        yield "  and of %s; to see all: queuectl.py dlq list" % more
 
 
 def status_lines(status, now):
-    """Yield what `status` prints."""
+    """Yield what `status` prints into a pipe or a file."""
+    yield from count_lines(status, now)
+    if status["paused"]:
+        yield PAUSED_HINT.capitalize()
+    elif count_unfinished(status["jobs"]) and not status["workers"]:
+        yield NO_POOL.capitalize()
+    yield from worker_lines(status, now)
+
+
+def count_lines(status, now):
+    """Yield the counts of `status`, and which jobs wait."""
     jobs, workers, due = status["jobs"], status["workers"], status["next_due"]
     for state, count in jobs.items():
         yield Line("%s: %d" % (state.capitalize(), count),
@@ -5022,11 +5330,11 @@ def status_lines(status, now):
     if status["blocked"]:
         yield "Blocked: %s; %s" % (
             plural(status["blocked"]["jobs"], "job"), blocked_text(status["blocked"]))
-    if status["paused"]:
-        yield PAUSED_HINT.capitalize()
-    elif any(jobs[state] for state in jobs if state not in FINISHED) and not workers:
-        yield NO_POOL.capitalize()
-    for worker in workers:
+
+
+def worker_lines(status, now):
+    """Yield a line for each worker."""
+    for worker in status["workers"]:
         doing = "idle"
         if worker["job"]:
             doing = "%s for %s" % (
@@ -5554,7 +5862,8 @@ def standstill(queue):
                 seconds_from(0.1, "--watch"), nargs="?", const=1.0),
          creates_queue=True, only_reads=True)
 def cmd_status(args, queue):
-    is_screen = args.watch and not args.json and terminal_width(sys.stdout)
+    is_terminal = not args.json and terminal_width(sys.stdout)
+    is_screen, trend = args.watch and is_terminal, Trend()
     with contextlib.ExitStack() as screen:
         if is_screen:  # the other screen, so that this one is afterwards as it was
             print(end="\x1b[?1049h")
@@ -5563,11 +5872,14 @@ def cmd_status(args, queue):
         while True:
             queue.require_file()
             now, status = queue.clock(), read_status(queue)
-            lines = list(status_lines(status, now))
+            lines = status_lines(status, now)
+            if is_terminal:
+                growth = trend.growth(now, count_unfinished(status["jobs"]))
+                lines = status_screen(status, errors_of(queue), now, growth)
             if is_screen:
-                print(end=screenful(lines))
+                print(end=screenful([*lines]))
             else:
-                print_result(args, status_document(status), *lines)
+                print_result(args, status_document(status, now), *lines)
             if not args.watch:
                 return
             sys.stdout.flush()
@@ -6123,7 +6435,12 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-CACHE_TIME = 5.0  # seconds for which statistics are cached
+CACHE_TIME = 5.0  # seconds for which statistics and counts are cached
+PAGE_ROWS = 50  # jobs in the table of the page
+RUNNING_SHOWN = 5  # jobs under "Running now"
+RUNS_SHOWN = 9  # runs of the job in the panel
+LINKS_SHOWN = 20  # jobs that the one in the panel comes after, or that come after it
+PIECE = 100000  # bytes of an output that the page fetches at most at once
 
 
 class Refusal(Exception):
@@ -6134,17 +6451,31 @@ class Refusal(Exception):
         self.status = status
 
 
+# -- the documents of the commands -----------------------------------------------------
+
+# What a route gets: the queue, the query of the address, and what the dashboard keeps
+# from one request to the next. The id of a job is `query["id"]`.
+Request = collections.namedtuple("Request", "queue query memory")
+
+
+def require_job(queue, id):
+    """Refuse an id that no job has."""
+    if queue.state(id) is None:
+        raise Refusal(404, str(no_job(id)))
+
+
 def filters_of(query, states=STATES):
     """Return arguments for `where`: what a query asks for, of these states alone."""
     if "state" in query:
         states = [state for state in states if state == state_name(query["state"])]
-    text = query.get("q", "")
-    if not is_storable(text):
+    text, error = query.get("q", ""), query.get("error")
+    if not is_storable(text + (error or "")):
         raise Refusal(400, "not text")
-    return dict(states=states, text_or_error=text or None)
+    pattern = like_pattern(text) if text else None
+    return dict(states=states, pattern=pattern, error=error)
 
 
-def jobs_route(queue, query):
+def newest_jobs(queue, query):
     """Return a page of jobs, newest first; it begins after the id in `before`.
 
     Dead ones stand in the order of their deaths, the latest first.
@@ -6153,60 +6484,93 @@ def jobs_route(queue, query):
     filters, before = filters_of(query), query.get("before", "")
     if not is_storable(before):
         raise Refusal(400, "not text")
+    if before:
+        require_job(queue, before)
     if query.get("state", "").lower() == "dead":
-        jobs = queue.dead_jobs(before, text_or_error=filters["text_or_error"])
-    else:
-        jobs = queue.jobs(
-            where(**filters), limit, newest=True, last=queue.seq_before(before))
-    return list(map(public_job, itertools.islice(jobs, limit)))
+        del filters["states"]
+        return list(queue.dead_jobs(before, limit, **filters))
+    return list(queue.jobs(
+        where(**filters), limit, newest=True, last=queue.seq_before(before)))
 
 
-def stats_route(queue, query):
+def stats_by_minute(request):
     """Return `stats`; those of the last hour begin with a full minute.
 
     So the bars on the page stay where they are from one refresh to the next.
     """
+    queue, query, _ = request
     since = queue.clock() - seconds_from(1, "since")(query.get("since", "1h"))
     return read_stats(queue, since if "since" in query else since // 60 * 60 + 60)
 
 
-def taken_by(verb, query):
-    """Return the condition for the jobs of a query that `retry` or `delete` takes."""
+def selected_by(verb, query):
+    """Return the selection of the jobs of a query that `retry` or `delete` takes."""
     if verb == "retry":
-        return jobs_to_retry(**filters_of(query, TAKES["dlq retry"])).taken
-    return jobs_to_delete(**filters_of(query, TAKES["delete"])).taken
+        return jobs_to_retry(**filters_of(query, TAKES["dlq retry"]))
+    return jobs_to_delete(**filters_of(query, TAKES["delete"]))
 
 
-def counts_route(queue, query):
+def counts_route(request):
     """Return how many jobs a query names, and how many of them each verb would take."""
+    queue, query, _ = request
     return {"jobs": queue.count(where(**filters_of(query))),
-            "retry": queue.count(taken_by("retry", query)),
-            "delete": queue.count(taken_by("delete", query))}
+            "retry": queue.count(selected_by("retry", query).taken),
+            "delete": queue.count(selected_by("delete", query).taken)}
 
 
-def output_route(queue, query):
-    """Return the output of a run as text; a page that follows it asks for the rest."""
-    import codecs
+def dead_route(request):
+    """Return the dead jobs by their errors, the most common first."""
+    names = "error", "jobs", "latest", "id", "line"
+    return [with_iso_times({name: group[name] for name in names}, "latest")
+            for group in errors_of(request.queue)]
 
+
+def run_of(request):
+    """Return the job that a query names, and the number of its run."""
+    queue, query, _ = request
+    require_job(queue, query.get("id", ""))
     job = queue.job(query["id"])
     run = count_from(0, "run")(query.get("run", str(job["run"])))
     if "run" in query and not 1 <= run <= job["run"]:
         raise Refusal(404, "no such run")
-    output = output_of(queue, job, run)
-    if "from" not in query:
+    return job, run
+
+
+def is_live(job, run):
+    """Tell whether a run still goes on."""
+    return job["state"] == "processing" and run == job["run"]
+
+
+def output_route(request):
+    """Return the output of a run as text: all of it, its end, or a part."""
+    import codecs
+
+    job, run = run_of(request)
+    query, output = request.query, output_of(request.queue, job, run)
+    if not {"from", "tail"} & {*query}:
         return output_document(job, run, output)
     dropped, output = split_dropped(output)
-    start = max(dropped, count_from(0, "from")(query["from"]))
+    end = dropped + len(output)
+    start = count_from(0, "from")(query.get("from", "0"))
+    if "tail" in query:
+        start = max(start, end - count_from(0, "tail")(query["tail"]))
+    start = max(dropped, start)
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-    is_running = run == job["run"] and job["state"] == "processing"
-    text = decoder.decode(output[start - dropped :], final=not is_running)
-    end = dropped + len(output) - len(decoder.getstate()[0])  # half a character is left
+    text = decoder.decode(output[start - dropped :], final=not is_live(job, run))
+    end -= len(decoder.getstate()[0])  # half a character is left for the next time
     return {"id": job["id"], "run": run, "output": text, "start": start, "end": end}
 
 
-def metrics_route(queue, query):
+def download_route(request):
+    """Return what is kept of an output, as text to save."""
+    job, run = run_of(request)
+    output = split_dropped(output_of(request.queue, job, run))[1]
+    return output.decode("utf-8", "backslashreplace")
+
+
+def metrics_route(request):
     """Return the numbers of the queue in the text format of Prometheus."""
-    status, totals = read_status(queue), queue.totals()
+    status, totals = read_status(request.queue), request.queue.totals()
     busy = sum(worker["job"] is not None for worker in status["workers"])
     families = [
         ("jobs", "gauge", "jobs by state", "state", status["jobs"]),
@@ -6226,25 +6590,873 @@ def metrics_route(queue, query):
     return "\n".join(lines) + "\n"
 
 
-# What answers a request, with the queue and the query. A GET returns a document, a POST
-# carries out a verb. The id of a job is `query["id"]`: it comes from the path, or from
-# the query for ids like `..`, which browsers take out of a path.
-ROUTES = {
-    "GET /metrics": metrics_route,
-    "GET /api/status": lambda queue, query: status_document(read_status(queue)),
-    "GET /api/stats": stats_route,
-    "GET /api/jobs": jobs_route,
-    "GET /api/jobs/ID": lambda queue, query: job_document(
-        queue, queue.job(query["id"])),
-    "GET /api/jobs/ID/output": output_route,
-    "POST /api/jobs/ID/retry": lambda queue, query: queue.retry([query["id"]]),
-    "POST /api/jobs/ID/cancel": lambda queue, query: queue.cancel([query["id"]]),
-    "POST /api/jobs/ID/delete": lambda queue, query: queue.delete([query["id"]]),
-    "GET /api/count": counts_route,
-    "POST /api/retry": lambda queue, query: queue.retry_all(taken_by("retry", query)),
-    "POST /api/delete": lambda queue, query: queue.delete_all(
-        taken_by("delete", query)),
+# -- the page: its bricks, made here, where they are tested without a browser ----------
+
+
+class Html(str):
+    """Markup. Any other text is escaped when it is put into an element."""
+
+
+def element(name, *content, **attributes):
+    """Return an element, without content and attributes that are None.
+
+    `kind` is the class. Nothing else makes markup, so nothing else has to escape.
+    """
+    from html import escape
+
+    written = "".join(
+        ' %s="%s"' % ("class" if key == "kind" else key.replace("_", "-"),
+                      escape(str(value)))
+        for key, value in attributes.items() if value is not None)
+    inside = "".join(part if isinstance(part, Html) else escape(str(part))
+                     for part in content if part is not None)
+    if name == "input":
+        return Html("<input%s/>" % written)
+    return Html("<%s%s>%s</%s>" % (name, written, inside, name))
+
+
+def link(words, address, kind=None, **attributes):
+    return element("a", words, href=address, kind=kind, **attributes)
+
+
+def button(words, post, kind=None, label=None, **data):
+    """Return a button whose click the script turns into a POST.
+
+    `ask` is asked before it, or what the address in `question` answers, with `do` on
+    the button that goes on. `done` is shown after it.
+    """
+    data = {"data_" + name: value for name, value in data.items()}
+    return element("button", words, type="button", kind=kind, aria_label=label,
+                   data_post=post, **data)
+
+
+def joined(*words, by=", "):
+    """Return those of the words that are not empty, joined."""
+    return by.join(filter(None, words))
+
+
+def query_of(**fields):
+    """Return the query of an address."""
+    from urllib.parse import urlencode
+
+    return "?" + urlencode(fields) if fields else ""
+
+
+def job_address(job, what):
+    """Return the address of an action for a job. Its id may be `..`: no path."""
+    return "/api/jobs/-/" + what + query_of(id=job["id"])
+
+
+class View(collections.namedtuple("View", "state q error before first job run")):
+    """What the page shows: the query of its address."""
+
+    @classmethod
+    def of(cls, query):
+        return cls(*(query.get(name, "") for name in cls._fields))
+
+    def filters(self):
+        """Return what narrows the list of jobs, as the actions for many take it."""
+        return {name: getattr(self, name) for name in ("state", "q", "error")
+                if getattr(self, name)}
+
+    def address(self, part="", **changes):
+        """Return the address of the page after these changes."""
+        fields = self._replace(**changes)._asdict().items()
+        return "/" + query_of(**{name: value for name, value in fields if value}) + part
+
+    def only(self, **filters):
+        """Return the address of the jobs that these filters leave, from the newest."""
+        nothing = dict(state="", q="", error="", before="", first="")
+        return self.address("#jobs", **dict(nothing, **filters))
+
+    def open(self, id):
+        """Return the address with the panel of a job."""
+        return self.address(job=id, run="")
+
+
+# What the parts of the page are made of: the queue; the `View`; the time; the values of
+# `read_status`; those of `errors_of`; the growth for `verdict`; the `Memory`; whether
+# the page holds the output of the open job (otherwise the script fetches it).
+Page = collections.namedtuple(
+    "Page", "queue view now status groups growth memory is_whole")
+
+
+def icons():
+    """Return the icons of all kinds of jobs, hidden; `icon` shows one."""
+    return element("svg", *[
+        element("symbol", element("path", d=kind.icon), id=icon_name(word),
+                viewBox="0 0 16 16")
+        for word, kind in JOB_KINDS.items()], hidden="")
+
+
+def icon_name(word):
+    return "icon-" + word.replace(" ", "-")
+
+
+def icon(word):
+    return element("svg", element("use", href="#" + icon_name(word)), kind="icon",
+                   aria_hidden="true")
+
+
+# -- the page: the verdict, and what needs somebody ------------------------------------
+
+
+LOGO = "M2 4h12M2 8h8M2 12h11"
+
+
+def headline():
+    """Return the name of the program with its logo."""
+    logo = element("svg", element("path", d=LOGO), kind="logo", viewBox="0 0 16 16",
+                   aria_hidden="true")
+    return element("h1", logo, "queuectl")
+
+
+def page_header(page):
+    """Return the name of the queue, and the button that pauses or resumes it."""
+    folder, name = os.path.split(page.queue.path)
+    switch = button("Pause", "/api/pause", done="Paused: no further job starts")
+    if page.status["paused"]:
+        switch = button(
+            "Resume", "/api/resume", "primary", done="Resumed: jobs start again")
+    return element(
+        "header", headline(),
+        element("span", element("span", folder + os.sep, kind="wide"), name,
+                kind="mono dim line", title=page.queue.path), switch, kind="row")
+
+
+def page_now(page):
+    """Return the verdict, then the dead and the blocked jobs with what can be done.
+
+    A queue without jobs gets the first steps instead.
+    """
+    state, sentence, advice = verdict(page.status, page.now, page.growth)
+    words = joined(load_text(page), advice[:1].upper() + advice[1:], by=" · ")
+    more = [element("p", words, kind="dim") if words else None,
+            element("ul", *alerts(page))]
+    if not any(page.status["jobs"].values()):
+        more = [first_steps()]
+    return element("section", element("h2", sentence, id="verdict", tabindex=-1), *more,
+                   id="now", kind="card " + state)
+
+
+def first_steps():
+    """Return the commands that make and run a job."""
+    steps = [("Add a job: ", "enqueue -- echo hello"), ("Run it: ", "worker start")]
+    return element("ol", *[
+        element("li", words, element("code", "queuectl.py " + command, kind="mono"))
+        for words, command in steps])
+
+
+def load_text(page):
+    """Return in words how many jobs run, and how many others can't run yet."""
+    jobs = page.status["jobs"]
+    running = jobs["processing"]
+    later = sum(jobs[state] for state in WAITING) - page.status["ready"]
+    return joined(
+        running and grouped(running) + " running",
+        later > 0 and grouped(later) + " waiting for a time or for another job")
+
+
+def alerts(page):
+    """Yield a line for each of the most common errors, and one for what is blocked."""
+    groups, blocked = died(page.groups), page.status["blocked"]
+    for group in groups[:SHOWN_ERRORS]:
+        yield error_alert(group, page)
+    rest = sum(group["jobs"] for group in groups[SHOWN_ERRORS:])
+    if rest:
+        yield alert(grouped(rest) + " dead", "", "of other errors",
+                    show_link(page.view.only(state="dead"), "all dead jobs"))
+    if blocked:
+        yield alert(
+            grouped(blocked["jobs"]) + " blocked", "", blocked_text(blocked),
+            show_link(page.view.open(blocked["dependency"]), blocked["dependency"]))
+
+
+def error_alert(group, page):
+    """Return the line about the jobs that died of one error."""
+    chosen = {"state": "dead", "error": group["error"]}
+    words = "latest " + relative_time(group["latest"], page.now, roughly)
+    if group["line"]:
+        words = "“%s” · %s" % (group["line"], words)
+    return alert(
+        grouped(group["jobs"]) + " dead", group["error"], words,
+        show_link(page.view.only(**chosen), "the dead of " + group["error"]),
+        bulk_button("Retry…", "retry", chosen, "Retry the dead of " + group["error"]))
+
+
+def alert(count, error, words, *actions):
+    """Return a line about jobs that need somebody."""
+    return element(
+        "li", element("b", count, kind="hue"),
+        element("span", error, kind="mono line", title=error or None),
+        element("span", words, kind="dim line", title=words),
+        element("span", *actions, kind="row"), kind="dead", data_key=error or words)
+
+
+def show_link(address, what):
+    return link("Show", address, "button", aria_label="Show " + what)
+
+
+# What stands in a tile beside the number of jobs in a state, if there are any.
+
+
+def longest_wait(page):
+    """Return how long the first pending job has waited, or when the next is due."""
+    if page.status["oldest_job"]:
+        waited = roughly(page.now - page.status["oldest_waiting"])
+        return "the longest waits " + waited
+    return next_due(page, "pending")
+
+
+def next_due(page, state):
+    """Return when the next job is due, if it is in this state."""
+    job, due = page.status["next_job"], page.status["next_due"]
+    if job and page.queue.state(job) == state:
+        return "next " + relative_time(due, page.now, roughly)
+    return None
+
+
+def cancelled_text(page):
+    """Return how many of the dead jobs somebody cancelled."""
+    count = sum(group["jobs"] for group in page.groups if group["is_cancelled"])
+    return "%s cancelled" % grouped(count) if count else None
+
+
+TILES = {
+    "": lambda page: None,
+    "pending": longest_wait,
+    "processing": lambda page: "of " + plural(len(page.status["workers"]), "worker"),
+    "completed": lambda page: None,
+    "failed": lambda page: next_due(page, "failed"),
+    "dead": cancelled_text,
 }
+
+
+def page_tiles(page):
+    """Return a tile for all jobs and one for those of each state, which shows them."""
+    return element("nav", *[tile(page, state, hint) for state, hint in TILES.items()],
+                   id="tiles", aria_label="Jobs by state")
+
+
+def tile(page, state, hint):
+    count = count_in(page, state)
+    return element(
+        "a", element("b", grouped(count)), " ", element("span", state or "all"),
+        element("span", hint(page) if count else None, kind="dim"),
+        href=page.view.only(state=state),
+        kind=joined("card", state, "hue" if state == "dead" and count else "", by=" "),
+        aria_current="true" if page.view.state == state else None)
+
+
+def count_in(page, state):
+    """Return how many jobs are in a state, or in all of them."""
+    jobs = page.status["jobs"]
+    return jobs.get(state, 0) if state else sum(jobs.values())
+
+
+# -- the page: the last hour, and what runs now ----------------------------------------
+
+
+def page_middle(page):
+    """Return the place of the chart, which the script fetches, and what runs now."""
+    place = element("section", element("h2", "Runs a minute"), id="charts", kind="card",
+                    data_keep="yes")
+    return element("div", place, page_running(page), kind="two")
+
+
+def page_running(page):
+    """Return the first jobs that run, with their commands and times."""
+    jobs = list(page.queue.jobs(where(["processing"]), RUNNING_SHOWN))
+    more = page.status["jobs"]["processing"] - RUNNING_SHOWN
+    return element(
+        "section", element("h2", "Running now"),
+        element("ul", *[running_job(job, page) for job in jobs]),
+        None if jobs else element("p", "Nothing", kind="dim"),
+        link(grouped(more) + " more", page.view.only(state="processing"), "dim")
+        if more > 0 else None, id="running", kind="card")
+
+
+def running_job(job, page):
+    return element(
+        "li", link(job["id"], page.view.open(job["id"]), "mono line"),
+        element("span", one_line(job["command"]), kind="mono dim line"),
+        element("b", running_time(job, page.now)), data_key=job["id"])
+
+
+def running_time(job, now):
+    return roughly(now - (now if job["started_at"] is None else job["started_at"]))
+
+
+def charts_route(request):
+    """Return the chart of the last hour, and in words what its runs were like."""
+    stats = stats_by_minute(request)
+    bars = [(bar["completed"], bar["failed"]) for bar in stats["throughput"]]
+    top = max(4, *map(sum, bars))
+    words = "%s completed, %s failed in the last hour" % (
+        grouped(stats["completed"]), grouped(stats["failed"]))
+    return Html("".join([
+        element("div", element("h2", "Runs a minute"),
+                element("span", stats_text(stats), kind="dim"), kind="row"),
+        element("span", grouped(top), kind="axis dim"),
+        element("svg", *chart_bars(bars, top), viewBox="0 0 %d %d" % (len(bars), top),
+                role="img", aria_label=words, preserveAspectRatio="none"),
+        element("div", element("span", "1 h ago"), element(
+            "span", *[element("span", state, kind="legend " + state)
+                      for state in ("completed", "failed")]),
+            element("span", "now"), kind="axis dim row")]))
+
+
+def stats_text(stats):
+    """Return in words what the runs of the last hour were like."""
+    if not stats["runs"]:
+        return "nothing ran in the last hour"
+    rate, wait = stats["success_rate"], stats["waiting_time"]["median"]
+    took = [duration_text(stats["run_time"][part], precise=True)
+            for part in ("median", "p95")]
+    return joined(
+        "%s in the last minute" % grouped(round(60 * stats["per_second_now"])),
+        rate is not None and "%d %% succeed" % int(100 * rate),
+        "take %s, 95 %% within %s" % tuple(took),
+        wait is not None and "wait " + duration_text(wait, precise=True), by=" · ")
+
+
+def chart_bars(bars, top):
+    """Yield the bars of a chart: completed runs of each minute, then failed ones."""
+    for x, (completed, failed) in enumerate(bars):
+        title = element("title", "%d completed, %d failed, %d min ago" % (
+            completed, failed, len(bars) - 1 - x))
+        for kind, base, height in (
+                ("completed", 0, completed), ("failed", completed, failed)):
+            if height:
+                yield element("rect", title, kind=kind, x="%.2f" % (x + 0.06),
+                              y=top - base - height, width=0.88, height=height)
+
+
+# -- the page: the table of jobs -------------------------------------------------------
+
+# A column of the table: its title, its classes, and what a job shows in it.
+Column = collections.namedtuple("Column", "title kind show")
+
+
+def kind_cell(job, page):
+    word = kind_of(job, page.now)
+    return Html(icon(word) + element("span", word))
+
+
+def id_cell(job, page):
+    return link(job["id"], page.view.open(job["id"]))
+
+
+def command_cell(job, page):
+    error = failure_of(job)
+    return element("span", element("b", error, kind="hue") if error else None,
+                   " " if error else None, one_line(job["command"]))
+
+
+def tries_cell(job, page):
+    most = tries_allowed(job["max_retries"])
+    return "%d/%d" % (job["attempts"], most) if job["attempts"] else ""
+
+
+def took_cell(job, page):
+    if job["seconds"] is None:
+        return ""
+    return duration_text(job["seconds"], precise=True)
+
+
+def time_cell(job, page):
+    """Return the time that says most about a job in its state."""
+    if job["state"] == "processing":
+        return "for " + running_time(job, page.now)
+    if job["state"] in FINISHED:
+        return relative_time(job["updated_at"], page.now, roughly)
+    if job["waits"]:
+        return "after " + job["waits_for"].partition("\n")[0]
+    if job["run_at"] <= page.now:
+        return "waits " + roughly(page.now - job["run_at"])
+    due = relative_time(job["run_at"], page.now, roughly)
+    return "retry " + due if job["state"] == "failed" else due
+
+
+JOB_COLUMNS = [
+    Column("State", "hue mid", kind_cell),
+    Column("Id", "mono", id_cell),
+    Column("Command", "mono rest", command_cell),
+    Column("Tries", "slim wide num", tries_cell),
+    Column("Took", "slim wide num", took_cell),
+    Column("When", "mid num", time_cell),
+]
+
+
+def one_line(command):
+    return re.sub(r"\s*\n\s*", " ⏎ ", command.strip())
+
+
+def failure_of(job):
+    """Return why a job failed; nothing if it did not, or if somebody cancelled it."""
+    has_failed = job["state"] in ("failed", "dead") and not job["cancelled"]
+    return job["error"] if has_failed else ""
+
+
+def job_row(job, page):
+    state = JOB_KINDS[kind_of(job, page.now)].state
+    cells = [element("td", column.show(job, page), kind=column.kind)
+             for column in JOB_COLUMNS]
+    return element("tr", *cells, data_key=job["id"], kind=state, title=job["command"],
+                   aria_current="true" if page.view.job == job["id"] else None)
+
+
+def page_jobs(page):
+    """Return the search, the actions for many, and a page of jobs, newest first."""
+    if page.queue.state(page.view.before) is None:  # deleted meanwhile
+        page = page._replace(view=page.view._replace(before="", first=""))
+    view = page.view
+    found = newest_jobs(page.queue, dict(
+        view.filters(), before=view.before, limit=str(PAGE_ROWS + 1)))
+    rows, has_more = found[:PAGE_ROWS], len(found) > PAGE_ROWS
+    total = count_of_view(page, None if has_more or view.before else len(rows))
+    heads = [element("th", column.title, kind=column.kind, scope="col")
+             for column in JOB_COLUMNS]
+    return element(
+        "section", jobs_header(page, rows, total),
+        element("table", element("thead", element("tr", *heads)),
+                element("tbody", *[job_row(job, page) for job in rows]),
+                aria_label="Jobs"),
+        None if rows else element("p", "No job is like that", kind="dim"),
+        page_links(page, rows, total, has_more), id="jobs", kind="card")
+
+
+def count_of_view(page, known):
+    """Return how many jobs the filters leave, the KNOWN number if it is not None.
+
+    To count what a search finds takes a while, so that is cached.
+    """
+    filters = page.view.filters()
+    if not {"q", "error"} & {*filters}:
+        return count_in(page, page.view.state)
+    if known is not None:
+        return known
+    key = "count" + query_of(**filters)
+    return page.memory.counts.get(
+        key, lambda: page.queue.count(where(**filters_of(filters))))
+
+
+def jobs_header(page, rows, total):
+    view = page.view
+    words = ", the latest death first" if view.state == "dead" else ", newest first"
+    return element(
+        "div", element("h2", "Jobs"),
+        element("span", grouped(total) + words, id="total", kind="dim"),
+        element("input", id="q", type="search", aria_label="Search jobs",
+                placeholder="Search id, command, error", value=view.q),
+        *filter_links(view),
+        element("span", *bulk_buttons(page, rows), kind="row end"), kind="row")
+
+
+def filter_links(view):
+    """Yield a link that removes it for each filter, but for what the search shows."""
+    for name, words in view.filters().items():
+        if name != "q":
+            yield link("✕ " + words, view.only(**dict(view.filters(), **{name: ""})),
+                       "button filter", aria_label="Remove the filter " + words)
+
+
+def bulk_buttons(page, rows):
+    """Yield what can be done with all jobs that the filters leave."""
+    filters, state = page.view.filters(), page.view.state
+    if state in ("", "dead") and page.status["jobs"]["dead"]:
+        yield bulk_button("Retry dead…", "retry", filters)
+    if filters and rows and state != "processing":
+        yield bulk_button("Delete…", "delete", filters)
+
+
+def bulk_button(words, verb, filters, label=None):
+    """Return the button of a verb for many, which asks how many first."""
+    return button(words, "/api/" + verb + query_of(**filters),
+                  "danger" if verb == "delete" else None, label,
+                  question="/question" + query_of(verb=verb, **filters),
+                  done="Retried" if verb == "retry" else "Deleted",
+                  do=verb.capitalize())
+
+
+def question_route(request):
+    """Return the question before a verb for many, or why there is nothing to do.
+
+    The jobs are counted only now: with a million of them that takes a while.
+    """
+    queue, query, _ = request
+    verb = query.get("verb", "retry")
+    selection = selected_by(verb, query)
+    count, left = queue.count(selection.taken), queue.count(selection.left)
+    stays = left and "%s stay%s: %s." % (
+        plural(left, "job"), "s" if left == 1 else "", selection.why)
+    if not count:
+        return {"none": joined("There is nothing to %s." % verb, stays, by=" ")}
+    words = "%s %s?" % (verb.capitalize(), jobs_of_query(count, verb, query))
+    loss = verb == "delete" and "Their runs and their output go as well."
+    return {"ask": joined(words, loss, stays, by=" ")}
+
+
+def jobs_of_query(count, verb, query):
+    """Return in words which jobs a verb for many takes: 3 dead jobs with “exit 1”."""
+    state = query.get("state", "dead" if verb == "retry" else "")
+    with_text = joined(
+        query.get("error") and "the error “%(error)s”" % query,
+        query.get("q") and "“%(q)s” in them" % query, by=" and ")
+    return joined(grouped(count), state, "job" if count == 1 else "jobs",
+                  with_text and "with " + with_text, by=" ")
+
+
+def page_links(page, rows, total, has_more):
+    """Return the place of this page among all, and links to others."""
+    if not has_more and not page.view.before:
+        return None
+    first = int(page.view.first) if page.view.first.isdecimal() else 1
+    last = first + len(rows) - 1
+    place = "%s–%s of %s" % (grouped(first), grouped(last), grouped(max(last, total)))
+    newest = page.view.address("#jobs", before="", first="")
+    older = rows and page.view.address(
+        "#jobs", before=rows[-1]["id"], first=str(first + PAGE_ROWS))
+    return element(
+        "nav", link("Newest", newest, "button") if page.view.before else None,
+        element("span", place, kind="dim"),
+        link("Older", older, "button") if has_more else None,
+        kind="row", id="pages", aria_label="Pages")
+
+
+# -- the page: the panel of a job ------------------------------------------------------
+
+
+def page_panel(page):
+    """Return the panel of a job: the reason first, the rest of the height to output."""
+    job = page.queue.job(page.view.job)
+    run = run_shown(job, page.view)
+    return element(
+        "aside",
+        element("div", element("h2", job["id"], id="name", tabindex=-1, kind="mono"),
+                element("span", *job_buttons(job, page), kind="row end"), kind="row"),
+        page_reason(job, page),
+        element("pre", job["command"], id="command", tabindex=0, role="region",
+                aria_label="Command"),
+        element("dl", *[fact(name, value)
+                        for name, value in job_facts(job, page).items() if value]),
+        run_links(job, run, page), *panel_output(job, run, page),
+        id="job", kind="card", aria_labelledby="name", data_key=job["id"])
+
+
+def run_shown(job, view):
+    """Return the number of the run whose output is shown (default: the latest)."""
+    run = int(view.run) if view.run.isdecimal() else 0
+    return run if 1 <= run <= job["run"] else job["run"]
+
+
+# An action for a job: the words of its button, the verb of its address, whether it can
+# be done with the job, the question before it, or None, and the answer after it. What
+# destroys has a question.
+Action = collections.namedtuple("Action", "words verb is_offered ask done")
+
+
+def can_run_now(job, page):
+    """Tell whether a job waits for nothing but a time."""
+    return job["state"] in WAITING and job["run_at"] > page.now and not job["waits"]
+
+
+def can_delete(job, page):
+    """Tell whether a job can be deleted: not while unfinished jobs wait for it."""
+    return job["state"] in TAKES["delete"] and not page.queue.is_needed(job)
+
+
+def ask_to_cancel(job, page):
+    """Return the question before a job is cancelled, with what that means."""
+    is_running = job["state"] == "processing"
+    return joined(
+        "Cancel %s?" % job["id"], is_running and "All its processes are ended.",
+        page.queue.is_needed(job) and "The jobs that come after it stay, and wait until"
+        " it is retried and completed.", by=" ")
+
+
+JOB_ACTIONS = [
+    Action("Retry", "retry", lambda job, page: job["state"] in TAKES["retry"],
+           None, "Retried %s"),
+    Action("Run now", "run", can_run_now, None, "Due now: %s"),
+    Action("Cancel…", "cancel", lambda job, page: job["state"] in TAKES["cancel"],
+           ask_to_cancel, "Cancelled %s"),
+    Action("Delete…", "delete", can_delete, lambda job, page:
+           "Delete %s? Its runs and their output go as well." % job["id"],
+           "Deleted %s"),
+]
+
+
+def job_buttons(job, page):
+    """Yield a button for each action that is possible, then Copy and Close."""
+    for action in JOB_ACTIONS:
+        if action.is_offered(job, page):
+            yield button(
+                action.words, job_address(job, action.verb),
+                ask=action.ask and action.ask(job, page),
+                kind="danger" if action.ask else "primary",
+                done=action.done % job["id"], do=action.verb.capitalize())
+    yield element("button", "Copy", type="button", data_copy="command",
+                  aria_label="Copy the command")
+    yield link("Close", page.view.open(""), "button", id="close")
+
+
+def page_reason(job, page):
+    """Return in words what a job is, and why."""
+    word = kind_of(job, page.now)
+    waiting = why_waiting(page.queue, job, page.status["workers"])
+    tries = job["attempts"] and not waiting and "try %d of %d" % (
+        job["attempts"], tries_allowed(job["max_retries"]))
+    words = joined(failure_of(job), waiting or time_cell(job, page), tries)
+    return element("p", icon(word), element("b", word, kind="hue"), " – " + words,
+                   id="why", kind=JOB_KINDS[word].state)
+
+
+# Fields that the panel shows in other places, or as a part of others.
+SHOWN_ELSEWHERE = ("id", "command", "run_at")
+
+
+def job_facts(job, page):
+    """Return what the panel lists of a job, by name; empty values are not shown."""
+    fields = public_job(job)
+
+    def moment(name):
+        when = relative_time(job[name], page.now, roughly)
+        return "%s · %s" % (when, re.sub("[TZ]", " ", fields[name]) + "UTC")
+
+    after = [(id, page.queue.state(id)) for id in fields["after"][: LINKS_SHOWN + 1]]
+    facts = {
+        "comes after": job_links(after, page),
+        "comes before": job_links(page.queue.dependents(job, LINKS_SHOWN + 1), page),
+        "enqueued": moment("created_at"),
+        "due": can_run_now(job, page) and moment("run_at")}
+    facts.update(
+        (name, fields[name]) for name in COLUMNS if name not in SHOWN_ELSEWHERE)
+    facts["timeout"] = fields["timeout"] and duration_text(fields["timeout"])
+    facts["env"] = " ".join(map("=".join, fields["env"].items()))
+    return facts
+
+
+def fact(name, value):
+    """Return a line of the list: a name, and a text or links."""
+    content = value if isinstance(value, list) else [value]
+    return element("div", element("dt", name), element("dd", *content))
+
+
+def job_links(jobs, page):
+    """Return links to the first jobs, given by id and state."""
+    links = [link("%s (%s)" % (id, state), page.view.open(id)) for id, state in jobs]
+    return [*links[:LINKS_SHOWN], "and more"] if len(links) > LINKS_SHOWN else links
+
+
+def run_links(job, shown, page):
+    """Return links to the latest runs, the last one first."""
+    runs = page.queue.runs(job)[: -RUNS_SHOWN - 1 : -1]
+    return element("nav", *[run_link(run, shown, page) for run in runs], kind="row",
+                   id="runs", aria_label="Runs")
+
+
+def run_link(run, shown, page):
+    words = "running"
+    if run["finished_at"] is not None:
+        took = duration_text(run["seconds"], precise=True)
+        words = joined(run["error"] or "exit 0", took)
+    return link("run %d: %s" % (run["run"], words),
+                page.view.address(run=str(run["run"])), "button",
+                aria_current="true" if run["run"] == shown else None)
+
+
+def panel_output(job, run, page):
+    """Yield the title of an output and its box, which the script fills."""
+    if not run:
+        yield element("h2", "Not run yet")
+        return
+    size, asked = page.queue.output_size(job, run), {"id": job["id"], "run": run}
+    words = "following" if is_live(job, run) else grouped(size or 0) + " bytes"
+    yield element(
+        "div", element("h2", "Output"), element("span", words, kind="dim"),
+        link("Download", "/output.log" + query_of(**asked), "button end",
+             download="%s-%d.log" % (job["id"], run)), kind="row")
+    piece = element("code", data_next="/output" + query_of(**asked))
+    if page.is_whole:
+        piece = output_piece(Request(
+            page.queue, {name: str(value) for name, value in asked.items()}, None))
+    yield element("pre", piece, id="output", tabindex=0, role="region",
+                  aria_label="Output", data_key="%s %s" % (job["id"], run),
+                  data_keep="yes")
+
+
+# -- the page: the output of a run, piece by piece -------------------------------------
+
+
+def output_piece(request):
+    """Return what a run has printed from a place on, and the address of the next piece.
+
+    The next piece begins with the last line if that has no end: the line is given again
+    with what follows, so that nobody has to keep half a line, or half a character.
+    """
+    job, run = run_of(request)
+    begin = count_from(0, "from")(request.query.get("from", "0"))
+    colour = count_from(0, "colour", 6)(request.query.get("colour", "0"))
+    start, output = output_from(
+        begin, *split_dropped(output_of(request.queue, job, run)))
+    end = output.rfind(b"\n") + 1
+    note = "[%s bytes before this are not shown here]\n" % grouped(start)
+    lines, colour = coloured(output[:end], colour)
+    last, _ = coloured(output[end:], colour)
+    following = {"id": job["id"], "run": run, "colour": colour,
+                 "from": start + end + overwritten(output[end:])}
+    address = "/output" + query_of(**following) if is_live(job, run) else None
+    return element("code", note if start > begin else None, *lines, element("i", *last),
+                   data_next=address)
+
+
+def output_from(begin, dropped, output):
+    """Return what is shown of an output from a place on, and where that begins.
+
+    That is later if the beginning was dropped, or is too long to be shown.
+    """
+    start = max(begin, dropped, dropped + len(output) - PIECE)
+    output = output[start - dropped :]
+    cut = output.find(b"\n") + 1 if start > begin else 0  # in the middle of a line
+    return start + cut, output[cut:]
+
+
+def coloured(output, colour):
+    """Return an output in elements with its colours, and the colour at its end."""
+    parts, colour = painted(output, colour)
+    return [element("span", text, kind="a%d" % hue) if hue else text
+            for text, hue in parts], colour
+
+
+# -- the page: all of it ---------------------------------------------------------------
+
+
+def main_route(request, is_whole=False):
+    """Return all of the page but its chart and its output, which may take a while."""
+    queue, query, memory = request
+    # From the cache: to group a hundred thousand takes longer than all the rest.
+    groups = memory.counts.get("dead", lambda: errors_of(queue))
+    with queue.snapshot():
+        status, now = read_status(queue), queue.clock()
+        # From the cache as well: two requests at once would make two looks.
+        growth = memory.counts.get("growth", lambda: memory.trend.growth(
+            now, count_unfinished(status["jobs"])))
+        return page_main(Page(
+            queue, View.of(query), now, status, groups, growth, memory, is_whole))
+
+
+def page_main(page):
+    """Return the title, the parts of the page, and the panel of the job that is open."""
+    parts = [page_now(page)]
+    if any(page.status["jobs"].values()):
+        parts = [page_now(page), page_tiles(page), page_middle(page), page_jobs(page)]
+    return Html("".join([
+        page_title("%d dead – %s" % (
+            page.status["jobs"]["dead"], os.path.basename(page.queue.path))),
+        page_header(page), element("main", *parts), *open_panel(page)]))
+
+
+def page_title(words):
+    """Return the title of the window."""
+    return element("title", words)
+
+
+def page_without_queue():
+    return page_title("queuectl") + element("header", headline()) + element("main")
+
+
+def page_trouble(words):
+    """Return the place that tells why the page is old or empty."""
+    return element("p", words[:1].upper() + words[1:], id="trouble", kind="card",
+                   role="alert", hidden=None if words else "")
+
+
+def open_panel(page):
+    """Yield the panel of the job that is open, or that there is no job of that id."""
+    if not page.view.job:
+        return
+    if page.queue.state(page.view.job) is None:
+        yield element("p", str(no_job(page.view.job)), id="gone",
+                      data_back=page.view.open(""))
+    else:
+        yield page_panel(page)
+
+
+# What answers a request. A GET returns a document, a POST carries out a verb. The id of
+# a job comes from the path, or from the query for ids like `..`, which browsers take
+# out of a path.
+ROUTES = {
+    "GET /main": main_route,
+    "GET /charts": charts_route,
+    "GET /question": question_route,
+    "GET /output": output_piece,
+    "GET /output.log": download_route,
+    "GET /metrics": metrics_route,
+    "GET /api/status": lambda request: status_document(
+        read_status(request.queue), request.queue.clock()),
+    "GET /api/stats": stats_by_minute,
+    "GET /api/dead": dead_route,
+    "GET /api/count": counts_route,
+    "GET /api/jobs": lambda request: list(
+        map(public_job, newest_jobs(request.queue, request.query))),
+    "GET /api/jobs/ID": lambda request: job_document(
+        request.queue, request.queue.job(request.query["id"])),
+    "GET /api/jobs/ID/output": output_route,
+    "POST /api/jobs/ID/retry": lambda request: request.queue.retry(
+        [request.query["id"]]),
+    "POST /api/jobs/ID/cancel": lambda request: request.queue.cancel(
+        [request.query["id"]]),
+    "POST /api/jobs/ID/delete": lambda request: request.queue.delete(
+        [request.query["id"]]),
+    "POST /api/jobs/ID/run": lambda request: request.queue.edit(
+        request.query["id"], {"run_at": request.queue.clock()}),
+    "POST /api/retry": lambda request: request.queue.retry_all(
+        selected_by("retry", request.query).taken),
+    "POST /api/delete": lambda request: request.queue.delete_all(
+        selected_by("delete", request.query).taken),
+    "POST /api/pause": lambda request: request.queue.set_paused(True),
+    "POST /api/resume": lambda request: request.queue.set_paused(False),
+}
+# With a million runs they take a while: whoever asks, one request makes them.
+SLOW_ROUTES = ("GET /api/stats", "GET /charts")
+
+
+# -- the server ------------------------------------------------------------------------
+
+
+class Cache:
+    """Values that are made anew only when they are CACHE_TIME old, by one thread."""
+
+    def __init__(self):
+        import threading
+
+        self.lock = threading.Lock()
+        self.values = {}  # {key: (monotonic time, value)}
+
+    def get(self, key, make):
+        """Return the value of a key, which MAKE returns anew."""
+        with self.lock:
+            made_at, value = self.values.get(key, (-CACHE_TIME, None))
+            if time.monotonic() >= made_at + CACHE_TIME:
+                if len(self.values) > 16:
+                    self.values.clear()
+                value = make()
+                self.values[key] = time.monotonic(), value
+            return value
+
+    def clear(self):
+        with self.lock:
+            self.values.clear()
+
+
+class Memory:
+    """What a dashboard keeps from one request to the next, for everybody."""
+
+    def __init__(self):
+        self.trend = Trend()
+        self.statistics = Cache()
+        self.counts = Cache()  # of its own: statistics must not delay a refresh
 
 
 class Site:
@@ -6253,14 +7465,12 @@ class Site:
     def __init__(self, path, host):
         import secrets
         import socket
-        import threading
 
         self.path, self.names = path, {"localhost", host.lower()}
         if host not in LOOPBACK:  # it is reached by the names of its machine as well
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
         self.token = secrets.token_hex(16)
-        self.lock = threading.Lock()
-        self.cache = {}  # {address: (monotonic time, document)}
+        self.memory = Memory()
 
     def answer(self, method, target, headers):
         """Return status, type and text of the answer, or of the refusal."""
@@ -6282,21 +7492,31 @@ class Site:
 
     def content(self, method, url):
         """Return type and text of what an address names."""
-        import html
-
         if url.path == "/" and method == "GET":
-            page = PAGE_HTML.replace("TOKEN", self.token)
-            return "text/html", page.replace("QUEUE", html.escape(self.path))
-        if url.path != "/api/stats":
+            return "text/html", self.page(url)
+        if method + " " + url.path in SLOW_ROUTES:
+            return self.memory.statistics.get(url, lambda: self.document(method, url))
+        try:
             return self.document(method, url)
-        with self.lock:  # with a million runs they take a while: one request makes them
-            now = time.monotonic()
-            made_at, document = self.cache.get(url, (-CACHE_TIME, None))
-            if now >= made_at + CACHE_TIME:
-                self.cache = {} if len(self.cache) > 16 else self.cache
-                document = self.document(method, url)
-                self.cache[url] = now, document
-            return document
+        finally:
+            if method == "POST":  # the page must show what was done
+                self.memory.counts.clear()
+
+    def page(self, url):
+        """Return the page; of a queue that can't be read, why that is so."""
+        try:
+            with self.open_queue() as queue:
+                request = Request(queue, query_fields(url), self.memory)
+                content, trouble = main_route(request, is_whole=True), ""
+        except (Refusal, QueueError, sqlite3.Error, OSError) as error:
+            content, trouble = page_without_queue(), str(error)
+        title, end, content = content.partition("</title>")
+        parts = {"TOKEN": self.token, "TITLE": title + end, "ICONS": icons(),
+                 "TROUBLE": page_trouble(trouble), "CONTENT": content}
+        return re.sub("|".join(parts), lambda name: parts[name[0]], PAGE_HTML)
+
+    def open_queue(self):
+        return Queue(self.path, lock_timeout=POOL_LOCK_TIMEOUT, create=False)
 
     def require_own_host(self, headers):
         """Refuse a name of another site that leads here (DNS rebinding)."""
@@ -6324,9 +7544,9 @@ class Site:
 
     def document(self, method, url):
         """Return type and text of what a route makes; the path quotes a job's id."""
-        from urllib.parse import parse_qsl, unquote
+        from urllib.parse import unquote
 
-        path, query = url.path, dict(parse_qsl(url.query, max_num_fields=10))
+        path, query = url.path, query_fields(url)
         job = re.fullmatch("(/api/jobs/)([^/]*)(/.+)?/?", path)
         if job:
             path = job[1] + "ID" + (job[3] or "")
@@ -6334,13 +7554,20 @@ class Site:
         route = ROUTES.get(method + " " + path)
         if not route:
             raise Refusal(404, "no such page")
-        with Queue(self.path, lock_timeout=POOL_LOCK_TIMEOUT, create=False) as queue:
-            if job and queue.state(query["id"]) is None:
-                raise Refusal(404, str(no_job(query["id"])))
-            value = route(queue, query)
+        with self.open_queue() as queue:
+            if job:
+                require_job(queue, query["id"])
+            value = route(Request(queue, query, self.memory))
         if isinstance(value, str):
-            return "text/plain", value
+            return "text/html" if isinstance(value, Html) else "text/plain", value
         return "application/json", json.dumps(value)
+
+
+def query_fields(url):
+    """Return the fields of an address's query."""
+    from urllib.parse import parse_qsl
+
+    return dict(parse_qsl(url.query, max_num_fields=10))
 
 
 def listen(site, host, port):
@@ -6412,265 +7639,460 @@ def serve(path, host, port):
         server.serve_forever()
 
 
-PAGE_HTML = r"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>queuectl</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>
-<rect width='16' height='16' rx='3' fill='%231a5fd0'/><path stroke='white' stroke-width='2' d='M3 5h10M3 8h7M3 11h4'/></svg>">
-<style nonce="TOKEN">
-:root { color-scheme: light dark; --bg: #f5f6f8; --card: #fff; --text: #1b2330; --dim: #566070; --line: #dfe3e9;
-  --edge: #87919f; --blue: #1a5fd0; --green: #17733d; --red: #b4232f; --amber: #825600; --pink: #8b3fb0; --cyan: #0b6b7d; }
-@media (prefers-color-scheme: dark) { :root { --bg: #10141a; --card: #191f28; --text: #e4e9f0; --dim: #9aa6b6;
-  --line: #2b3441; --edge: #6c7888; --blue: #74b0ff; --green: #5ccb8a; --red: #ff8a8f; --amber: #e5b747; --pink: #d2a8ff;
-  --cyan: #5fd7e0; } }
-* { box-sizing: border-box; margin: 0; } [hidden] { display: none !important; }
-.pending { --c: var(--dim); } .processing { --c: var(--blue); } .completed { --c: var(--green); }
-.failed { --c: var(--amber); } .dead { --c: var(--red); } .state { color: var(--c); font-weight: 600; }
-.a1 { color: var(--red); } .a2 { color: var(--green); } .a3 { color: var(--amber); } .a4 { color: var(--blue); }
-.a5 { color: var(--pink); } .a6 { color: var(--cyan); }
+PAGE_CSS = """
+:root {
+  color-scheme: light dark;
+  --bg: #f6f8fa; --card: #fff; --text: #1f2328; --dim: #59636e; --line: #d8dee4;
+  --edge: #868f99; --blue: #0860ca; --green: #157a34; --red: #c21c2c; --amber: #8a5c00;
+  --pink: #8b3fb0; --cyan: #0b6b7d;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --bg: #0d1117; --card: #161b22; --text: #e6edf3; --dim: #9aa4af; --line: #2b323b;
+    --edge: #6e7781; --blue: #6cb6ff; --green: #4cc764; --red: #ff7b72; --amber: #e3b341;
+    --pink: #d2a8ff; --cyan: #5fd7e0;
+  }
+}
+
+/* --c is the colour of a state; a1 to a6 are those of a terminal. */
+.pending { --c: var(--dim); }
+.processing { --c: var(--blue); }
+.completed { --c: var(--green); }
+.failed { --c: var(--amber); }
+.dead { --c: var(--red); }
+.hue { color: var(--c); }
+.a1 { color: var(--red); } .a2 { color: var(--green); } .a3 { color: var(--amber); }
+.a4 { color: var(--blue); } .a5 { color: var(--pink); } .a6 { color: var(--cyan); }
+
+* { box-sizing: border-box; margin: 0; }
+/* Without the script nothing answers these. */
+body:not(.live) :is(button, input, #charts) { display: none; }
+[hidden] { display: none !important; }
+body {
+  margin: 0 auto; max-width: 92rem; padding: .8rem 1.2rem 3rem;
+  background: var(--bg); color: var(--text);
+  font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+}
+b, h1, h2, th { font-weight: 600; }
+h1, h2 { font-size: 1rem; }
+.logo {
+  width: 1.35em; height: 1.35em; padding: .2em; margin-right: .45em; vertical-align: -.32em;
+  border-radius: .3em; background: var(--blue); stroke: var(--card); stroke-width: 2.4; fill: none;
+}
+a { color: inherit; text-underline-offset: .2em; }
+ul { list-style: none; padding: 0; }
 :focus-visible { outline: 2px solid var(--blue); outline-offset: 1px; }
-body { margin: 0 auto; max-width: 88rem; padding: 1rem; background: var(--bg); color: var(--text);
-  font: 15px/1.45 system-ui, sans-serif; }
-header, .row { display: flex; flex-wrap: wrap; gap: .3rem .7rem; align-items: baseline; margin-bottom: .6rem; }
-h1 { font-size: 1.15rem; } h2 { font-size: .95rem; } a { color: inherit; text-underline-offset: .2em; }
-.dim { color: var(--dim); font-weight: 400; } .end { margin-left: auto; } .mono, pre { font: .84rem/1.5 ui-monospace, monospace; }
-.card, button, input { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
-.card { padding: .8rem; margin-top: .6rem; }
-button, input { font: inherit; color: inherit; padding: .25rem .7rem; border-color: var(--edge); }
-button { cursor: pointer; } button:disabled { opacity: .5; cursor: default; } button:hover:enabled { border-color: var(--blue); }
-input { flex: 1; min-width: 10rem; } ::placeholder { color: var(--dim); opacity: 1; }
-#lost { background: var(--red); color: var(--card); padding: .5rem .8rem; border-radius: .5rem; margin-bottom: .6rem; }
-#paused { color: var(--amber); font-weight: 600; }
-#tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)); gap: .5rem; }
-#tiles button { text-align: left; padding: .5rem .8rem; border: 1px solid var(--line); border-top: 3px solid var(--c); }
-#tiles button[aria-pressed=true] { box-shadow: 0 0 0 2px var(--c); }
-#tiles b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
-.two { display: grid; grid-template-columns: 3fr 2fr; column-gap: .6rem; }
-svg { display: block; width: 100%; height: 5rem; border-bottom: 1px solid var(--edge); }
-.good { fill: var(--blue); } .bad { fill: var(--amber); } .axis { display: flex; justify-content: space-between; font-size: .8rem; }
-ul { list-style: none; padding: 0; columns: 20rem; } li, td, th { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-table { width: 100%; border-collapse: collapse; table-layout: fixed; font-variant-numeric: tabular-nums; }
-td, th { text-align: left; padding: .35rem .5rem; border-bottom: 1px solid var(--line); }
-th { color: var(--dim); font-weight: 600; width: 7rem; } th:first-child { width: 20%; } th:last-child { width: auto; }
-th.slim { width: 4.5rem; } td a { text-decoration: none; } tbody tr { cursor: pointer; }
-tbody tr:hover, tr[aria-current] { background: color-mix(in srgb, var(--blue) 8%, transparent); }
-tr[aria-current] { box-shadow: inset 3px 0 var(--blue); } #none { padding: .8rem .5rem 0; }
-#job { position: fixed; inset: 0 0 0 auto; width: min(46rem, 100%); margin: 0; border-radius: 0; overflow: auto;
-  overscroll-behavior: contain; box-shadow: 0 0 2rem #0007; } #job h2 { overflow-wrap: anywhere; outline: 0; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--bg); border-radius: .4rem; padding: .6rem; margin-bottom: .7rem; }
-#command { max-height: 10rem; overflow: auto; user-select: all; } #output { max-height: 55vh; overflow: auto; margin: .7rem 0 0; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .9rem; margin-bottom: .7rem; }
-dl div { display: contents; } dt { color: var(--dim); } dd { overflow-wrap: anywhere; }
-@media (max-width: 45rem) { body, .card { padding: .6rem; } .two { grid-template-columns: 1fr; } .wide { display: none; }
-  #tiles { grid-template-columns: repeat(3, 1fr); } #tiles b { font-size: 1rem; }
-  #tiles button { padding: .4rem .5rem; } th:first-child { width: 38%; } }
-</style></head><body>
-<header><h1>queuectl</h1><span class="mono dim" id="where">QUEUE</span><span id="paused" hidden>paused</span>
-<span class="dim end" id="next"></span></header><main>
-<div id="lost" role="alert" hidden></div><div id="tiles" role="group" aria-label="Jobs by state"></div>
-<div class="two"><section class="card" aria-labelledby="t1"><div class="row"><h2 id="t1">Runs a minute</h2>
-<span class="dim" id="ran"></span></div><svg id="rate" role="img" preserveAspectRatio="none"></svg>
-<div class="axis dim"><span>1 h ago</span><span id="top"></span><span>now</span></div></section>
-<section class="card" aria-labelledby="t2"><div class="row"><h2 id="t2">Run times</h2><span class="dim" id="median"></span></div>
-<svg id="times" role="img" preserveAspectRatio="none"></svg>
-<div class="axis dim"><span>&lt; 10 ms</span><span>0.1 s</span><span>1 s</span><span>10 s</span><span>100 s</span><span>&gt; 1000 s</span></div>
-</section></div>
-<section class="card" aria-labelledby="crew"><h2 id="crew">Workers</h2><ul id="workers"></ul></section>
-<section class="card" aria-labelledby="t3"><div class="row"><h2 id="t3">Jobs</h2><span class="dim" id="count"></span>
-<input id="q" type="search" placeholder="Search id, command, error" aria-label="Search">
-<button id="retry" hidden></button><button id="delete" hidden>Delete these…</button></div><div class="row dim" id="errors"></div>
-<table aria-labelledby="t3"><thead><tr><th>Id<th>State<th class="slim wide">Tries<th>When<th class="slim wide">Took<th class="wide">Command
-</tr></thead><tbody id="rows"></tbody></table><p class="dim" id="none" hidden></p>
-<div class="row" id="pages"><button id="newest">Newest</button><button id="older">Older</button></div></section></main>
-<aside class="card" id="job" aria-labelledby="name" hidden><div class="row"><h2 class="mono" id="name" tabindex="-1"></h2>
-<span class="state" id="state"></span><span class="row end" id="acts"></span></div><pre id="command" tabindex="0" aria-label="Command"></pre>
-<dl id="facts"></dl><table aria-label="Runs"><tbody id="runs"></tbody></table>
-<pre id="output" tabindex="0" aria-label="Output"></pre></aside>
-<script nonce="TOKEN">
+.dim, dt, th { color: var(--dim); }
+.end { margin-left: auto; }
+.mono, pre { font: .92em/1.5 ui-monospace, monospace; }
+.row { display: flex; flex-wrap: wrap; gap: .3rem .7rem; align-items: center; }
+.line, td, th { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.card {
+  background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
+  padding: .7rem 1rem; margin-top: .7rem;
+}
+button, .button, input {
+  font: inherit; color: inherit; background: var(--card); text-decoration: none;
+  padding: .2rem .65rem; border: 1px solid var(--edge); border-radius: .4rem;
+}
+button { cursor: pointer; }
+button:hover, .button:hover { border-color: var(--text); }
+.filter { border-radius: 1rem; background: var(--bg); }
+.primary { background: var(--blue); border-color: var(--blue); color: var(--card); }
+.danger { color: var(--red); }
+.button { max-width: 100%; overflow-wrap: anywhere; }
+.icon {
+  width: 1em; height: 1em; fill: none; stroke: var(--c); stroke-width: 2;
+  vertical-align: -.12em; margin-right: .4em;
+}
+#trouble {
+  position: sticky; top: .4rem; z-index: 3; margin: 0 0 .7rem;
+  background: var(--red); color: var(--card);
+}
+/* Without anything good to show it is all of the page. */
+body:not(:has(#now)) { display: flex; flex-direction: column; }
+body:not(:has(#now)) #trouble {
+  position: static; order: 1; width: 100%; max-width: 44rem; margin: 10vh auto;
+  padding: 1.4rem 1.8rem;
+  background: var(--card); color: var(--text); border-left: 4px solid var(--red);
+  font-size: 1.2rem; overflow-wrap: anywhere;
+}
+body:not(:has(#now)) #trouble::after {
+  content: "This page tries again every two seconds."; display: block; margin-top: .4rem;
+  color: var(--dim); font-size: 1rem;
+}
+#said {
+  position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%); z-index: 2;
+  max-width: calc(100% - 2rem); padding: .5rem 1rem; border-radius: .4rem;
+  background: var(--text); color: var(--bg); overflow-wrap: anywhere;
+}
+dialog {
+  margin: auto; width: min(30rem, calc(100% - 2rem)); padding: 1.2rem 1.4rem;
+  background: var(--card); color: var(--text); overflow-wrap: anywhere;
+  border: 1px solid var(--line); border-radius: .6rem; box-shadow: 0 .5rem 3rem #0006;
+}
+dialog::backdrop { background: #0007; }
+dialog .row { justify-content: flex-end; margin-top: 1.1rem; }
+#yes { background: var(--red); border-color: var(--red); color: var(--card); }
+/* An answer that takes longer than a moment is announced. */
+.busy::before {
+  content: ""; position: fixed; inset: 0 0 auto; height: 3px; z-index: 3;
+  background: var(--blue); transform-origin: 0;
+  animation: busy 8s .3s both cubic-bezier(0, .8, .6, 1);
+}
+@keyframes busy { from { scale: 0 1; } to { scale: 1 1; } }
+
+header { flex-wrap: nowrap; }
+header .line { flex: 1; }
+#now {
+  border-left: 4px solid var(--c); padding: .9rem 1.1rem .8rem;
+  background: color-mix(in srgb, var(--c) 5%, var(--card));
+}
+#verdict { font-size: 1.5rem; line-height: 1.25; outline: 0; }
+#verdict::before {
+  content: ""; display: inline-block; width: .5em; height: .5em; margin-right: .4em;
+  border-radius: 50%; background: var(--c); vertical-align: .1em;
+}
+#now p { margin-top: .15rem; }
+#now ul { margin-top: .5rem; }
+#now li {
+  display: grid; grid-template-columns: 7rem 11rem 1fr auto; gap: .7rem; align-items: center;
+  padding: .35rem 0; border-top: 1px solid var(--line);
+}
+#tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 0 .7rem; }
+#tiles a { text-decoration: none; padding: .45rem .9rem .55rem; min-width: 0; }
+#tiles a:hover { border-color: var(--edge); }
+#tiles b { font-size: 1.4rem; line-height: 1.3; margin-right: .15em; }
+#tiles .dim { display: block; min-height: 1.45em; }
+#tiles [aria-current] { box-shadow: inset 0 -3px var(--c, var(--edge)); }
+ol { padding-left: 1.2rem; margin-top: .5rem; }
+#now ol li { display: list-item; padding: .2rem 0; border: 0; }
+ol code { background: var(--bg); padding: .15rem .5rem; border-radius: .3rem; }
+
+.two { display: grid; grid-template-columns: 3fr 2fr; column-gap: .7rem; }
+.two > * { min-width: 0; min-height: 9.4rem; }
+#charts { display: flex; flex-direction: column; }
+#charts svg {
+  width: 100%; flex: 1 0 4.5rem; height: 0; margin-bottom: .15rem;
+  border: solid var(--line); border-width: 1px 0;
+}
+rect { fill: var(--c); }
+.axis { justify-content: space-between; font-size: .86em; }
+.legend { margin: 0 .6em; }
+.legend::before {
+  content: ""; display: inline-block; width: .65em; height: .65em; margin-right: .4em;
+  border-radius: .15em; background: var(--c);
+}
+#running li { display: flex; gap: .6rem; padding-top: .25rem; }
+#running li span { flex: 1; }
+#running li a { max-width: 50%; flex: none; }
+
+#q { flex: 1 1 14rem; min-width: 0; max-width: 34rem; }
+#total { min-width: 10em; }
+::placeholder { color: var(--dim); opacity: 1; }
+table { width: 100%; border-collapse: collapse; table-layout: fixed; margin-top: .5rem; }
+td, th { text-align: left; padding: .35rem .5rem; border-top: 1px solid var(--line); }
+th { width: 14rem; border: 0; }
+th.hue, th.mono { color: var(--dim); font: inherit; font-weight: 600; }
+td a { text-decoration: none; }
+.num { text-align: right; }
+.slim { width: 5.5rem; }
+.mid { width: 9rem; }
+.rest { width: auto; }
+tbody tr { cursor: pointer; }
+tbody tr:hover, tr[aria-current] { background: color-mix(in srgb, var(--blue) 9%, transparent); }
+#pages { justify-content: center; margin-top: .7rem; }
+
+/* The job: its output gets all the height that is left. */
+#job {
+  position: fixed; inset: 0 0 0 auto; width: min(54rem, 100%); margin: 0; border-radius: 0;
+  display: flex; flex-direction: column; gap: .7rem; z-index: 1;
+  overflow: auto; overscroll-behavior: contain; box-shadow: 0 0 2.5rem #0006;
+}
+#name { font-size: 1.15rem; overflow-wrap: anywhere; outline: 0; }
+pre {
+  white-space: pre-wrap; overflow-wrap: anywhere; overflow: auto; padding: .6rem .7rem;
+  background: var(--bg); border: 1px solid var(--line); border-radius: .4rem;
+}
+code { font: inherit; }
+pre i { font-style: normal; }
+#command { max-height: 9rem; flex: none; }
+#output { flex: 1 0 12rem; height: 0; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
+dl div { display: contents; }
+dd { overflow-wrap: anywhere; }
+dd a { margin-right: 1em; }
+#runs [aria-current] { box-shadow: inset 0 -3px var(--blue); }
+
+@media (max-width: 60rem) {
+  .two { grid-template-columns: 1fr; }
+  #running { min-height: 0; }
+  .wide { display: none; }
+}
+@media (max-width: 75rem) {
+  th { width: 10rem; }
+  .mid { width: 8.6rem; }
+  .slim { width: 4.5rem; }
+  #tiles { grid-template-columns: repeat(3, 1fr); }
+}
+/* On a phone a job is two lines: state, id and time above its command. */
+@media (max-width: 44rem) {
+  body { padding: .6rem .6rem 3rem; }
+  #tiles { grid-template-columns: repeat(2, 1fr); }
+  #tiles .dim { min-height: 0; }
+  thead { display: none; }
+  td { border: 0; padding: .05rem .4rem; }
+  tr {
+    display: grid; grid-template-columns: auto minmax(6rem, 1fr) fit-content(10rem);
+    padding: .35rem 0; border-top: 1px solid var(--line);
+  }
+  td.rest { grid-row: 2; grid-column: 1 / 4; }
+  td.mid { width: auto; }
+  #now li { grid-template-columns: auto 1fr auto; gap: .1rem .7rem; }
+  #charts { min-height: 10.8rem; }
+  #now li .dim { grid-row: 2; grid-column: 1 / 4; }
+  #page:has(#job) main, #page:has(#job) header { visibility: hidden; }
+}
+"""
+
+# What the page shows is made by `main_route`, `charts_route` and `output_piece`. The
+# script fetches them again and again, and lets what is shown become what came. It knows
+# no state, no duration, no colour and no text of a job.
+PAGE_SCRIPT = r"""
 "use strict";
-const $ = id => document.getElementById(id), SIZE = 50, number = n => n.toLocaleString();
-const states = ["pending", "processing", "completed", "failed", "dead"];
-let view = new URLSearchParams(), turn = 0, timer, statsAt = 0, printed = {};
-const path = (id, what = "", more = "") => "/api/jobs/-" + what + "?id=" + encodeURIComponent(id) + more;
+const find = id => document.getElementById(id);
+const wait = isBusy => document.body.classList.toggle("busy", isBusy);
+const parse = text => new DOMParser().parseFromString(text, "text/html");
+let turn = 0, timer, chartDue = 0, seen = performance.now(), toastTimer;
 
-/* Words for values. */
-const span = s => s === null ? "" : s < 1 ? Math.round(1000 * s) + " ms" : s < 10 ? s.toFixed(1) + " s" : s < 120 ? Math.round(s) + " s"
-  : s < 5400 ? Math.round(s / 60) + " min" : s < 172800 ? Math.round(s / 3600) + " h" : Math.round(s / 86400) + " d";
-const since = time => (Date.now() - Date.parse(time)) / 1000;
-const ago = time => since(time) < 0 ? "in " + span(-since(time)) : span(since(time)) + " ago";
-const moment = time => new Date(time).toLocaleString() + ", " + ago(time);
-const took = run => span(run.seconds);
-const when = job => job.state === "processing" ? "for " + span(since(job.started_at))
-  : job.state === "completed" || job.state === "dead" ? ago(job.updated_at)
-  : since(job.run_at) < 0 ? ago(job.run_at) : "waits " + span(since(job.run_at));
+async function get(url, options) {
+  const silent = () => { throw new Error("The dashboard does not answer"); };
+  const answer = await fetch(url, options).catch(silent);
+  const body = await answer.text().catch(silent);
+  if (answer.ok) return body;
+  throw new Error(JSON.parse(body).error);
+}
 
-/* What is looked at is in the address, so that it can be kept, sent, and gone back from. */
-const at = name => view.get(name) || "";
-function address(changes) {
-  const next = new URLSearchParams(view);
-  for (const [name, value] of Object.entries(changes)) value ? next.set(name, value) : next.delete(name);
-  return "#" + next; }
-const go = changes => { location.hash = address(changes); };
-const chosen = more => new URLSearchParams({state: at("state"), q: at("q"), ...more});
-async function ask(url, options) {
-  const answer = await fetch(url, options), body = await answer.json();
-  if (!answer.ok) throw Object.assign(new Error(body.error || answer.status), {status: answer.status});
-  return body; }
-async function post(url, question) {
-  if (question && !confirm(question)) return;
-  await ask(url, {method: "POST", headers: {"X-Token": "TOKEN"}}).catch(error => alert(error.message));
-  refresh(); }
+/* Let a node become another. Only what differs is changed: nothing flickers, scrolls or loses
+   its selection. Nodes with a key stay the same ones when others come or go before them. */
+function become(node, wanted) {
+  if (node.nodeType === Node.TEXT_NODE) {
+    if (node.data !== wanted.data) node.data = wanted.data;
+    return;
+  }
+  for (const {name} of [...node.attributes])
+    if (!wanted.hasAttribute(name)) node.removeAttribute(name);
+  for (const {name, value} of wanted.attributes)
+    if (node.getAttribute(name) !== value) node.setAttribute(name, value);
+  if (!node.hasAttribute("data-keep")) becomeChildren(node, wanted);
+}
 
-/* Nodes are kept, and only what changed in them: nothing flickers, scrolls or loses its selection. */
-function make(tag, kind = "", ...children) {
-  const node = document.createElement(tag);
-  node.className = kind; node.append(...children); return node; }
-const text = (node, value) => { if (node.textContent !== String(value)) node.textContent = value; };
-const texts = (node, ...values) => values.forEach((value, i) => text(node.children[i], value));
-const link = (node, words, changes) => { text(node, words); node.href = address(changes); };
-const current = (node, is) => is ? node.setAttribute("aria-current", "true") : node.removeAttribute("aria-current");
-function fit(parent, items, key, build, show) { /* by key: who has the focus keeps it when its row moves */
-  const old = new Map([...parent.children].map(node => [node.dataset.key, node]));
-  items.forEach((item, i) => {
-    const name = String(key(item, i)), node = old.get(name) || build();
-    old.delete(name); node.dataset.key = name;
-    if (parent.children[i] !== node) parent.insertBefore(node, parent.children[i] || null);
-    show(node, item, i); });
-  old.forEach(node => node.remove()); }
-const index = (item, i) => i;
-function chart(picture, columns, label) { /* columns of parts, each a kind, a height and its words */
-  const svg = tag => document.createElementNS("http://www.w3.org/2000/svg", tag);
-  const top = Math.max(4, ...columns.map(parts => parts.reduce((sum, part) => sum + part[1], 0)));
-  picture.setAttribute("viewBox", `0 0 ${columns.length} ${top * 1.04}`); picture.setAttribute("aria-label", label);
-  const bars = columns.flatMap((parts, x) => { let base = top * 1.04; return parts.map(part => [...part, x, base -= part[1]]); });
-  fit(picture, bars, index, () => { const bar = svg("rect"); bar.append(svg("title")); return bar; }, (bar, [kind, height, words, x, y]) => {
-    Object.entries({class: kind, x: x + .06, y, width: .88, height}).forEach(pair => bar.setAttribute(...pair));
-    text(bar.firstChild, words); });
-  return top; }
+const key = node => node.dataset && (node.dataset.key || node.id);
 
-function showStatus(s) {
-  fit($("tiles"), states, index, () => make("button", "", make("b"), make("span")), (tile, state) => {
-    texts(tile, number(s.jobs[state]), state); tile.className = state;
-    tile.setAttribute("aria-pressed", at("state") === state);
-    tile.onclick = () => go({state: at("state") === state ? "" : state, before: ""}); });
-  const busy = s.workers.filter(worker => worker.job !== null);
-  text($("crew"), s.workers.length ? `Workers: ${busy.length} busy, ${s.workers.length - busy.length} idle`
-    : "No pool is running; to start one: queuectl.py worker start");
-  fit($("workers"), busy, worker => worker.pid, () => make("li", "", make("a", "mono"), make("span", "dim")), (li, worker) => {
-    link(li.firstChild, worker.job, {job: worker.job, run: ""});
-    text(li.lastChild, ` for ${span(since(worker.since))}, worker ${worker.pid}`); });
-  text($("next"), [s.blocked && number(s.blocked) + " blocked by dead ones", s.oldest_waiting && "longest wait " + span(since(s.oldest_waiting)),
-    s.next_due && "next due " + ago(s.next_due)].filter(Boolean).join(" · "));
-  $("paused").hidden = !s.paused;
-  document.title = `${s.jobs.processing} running, ${s.jobs.dead} dead – ` + $("where").textContent.split(/[\\/]/).pop(); }
-function showStats(s) {
-  const minute = (bar, i) => `${number(bar.completed)} completed, ${number(bar.failed)} failed, ${i === 59 ? "this minute" : 59 - i + " min ago"}`;
-  const top = chart($("rate"), s.throughput.map((bar, i) => [["good", bar.completed, minute(bar, i)], ["bad", bar.failed, minute(bar, i)]]),
-    `${s.completed} completed and ${s.failed} failed runs in the last hour`);
-  chart($("times"), s.run_times.map(bin => [["good", bin.runs, number(bin.runs) + (bin.below ? " took less than " + span(bin.below) : " took longer")]]),
-    "How many runs took how long");
-  text($("top"), "top: " + number(top));
-  text($("ran"), s.runs ? `${number(s.completed)} completed, ${number(s.failed)} failed; now ${s.per_second_now.toFixed(1)}/s` : "nothing ran in the last hour");
-  text($("median"), s.runs ? `median ${span(s.run_time.median)}, 95 % within ${span(s.run_time.p95)}, longest ${span(s.run_time.longest)}` : "");
-  fit($("errors"), s.common_errors, entry => entry.error, () => make("a"), (a, entry) =>
-    link(a, `${number(entry.runs)} × ${entry.error}`, {q: entry.error, state: "", before: ""})); }
-async function bulk(verb) { /* counted when it is asked: with a million jobs that takes a while */
-  const query = chosen(), count = (await ask("/api/count?" + query))[verb];
-  const which = [at("state") || (verb === "retry" ? "dead" : ""), count === 1 ? "job" : "jobs", at("q") && `with “${at("q")}”`];
-  if (!count) alert("There is none to " + verb + ".");
-  else await post(`/api/${verb}?` + query, `${verb[0].toUpperCase() + verb.slice(1)} ${number(count)} ${which.filter(Boolean).join(" ")}?`); }
-function showJobs(jobs, counts) {
-  const page = jobs.slice(0, SIZE), narrowed = at("q") || at("state");
-  fit($("rows"), page, job => job.id, () => make("tr", "", make("td", "mono", make("a")), ...["state", "wide", "", "wide"].map(kind => make("td", kind)),
-    make("td", "mono wide", make("span", "state"), make("span"))), (tr, job) => {
-    const [id, state, tries, time, length, command] = tr.children, error = job.state === "completed" ? "" : job.error;
-    link(id.firstChild, job.id, {job: job.id, run: ""}); text(state, job.state);
-    text(tries, job.attempts + "/" + Math.max(1, job.max_retries)); text(time, when(job)); text(length, took(job));
-    texts(command, error ? error + "  " : "", job.command.replaceAll("\n", " ⏎ "));
-    tr.className = job.state; tr.title = job.command; current(tr, at("job") === job.id);
-    tr.onclick = event => { if (event.target.tagName !== "A") go({job: job.id, run: ""}); }; });
-  const all = states.filter(state => !at("state") || at("state") === state).reduce((sum, state) => sum + counts[state], 0);
-  text($("count"), (at("q") ? "" : number(all) + ", ") + "newest first");
-  $("none").hidden = page.length > 0; text($("none"), narrowed || at("before") ? "No job is like that." : "No jobs yet: queuectl.py enqueue -- echo hello");
-  $("retry").hidden = !counts.dead || !["", "dead"].includes(at("state")); text($("retry"), narrowed ? "Retry these…" : "Retry dead…");
-  $("delete").hidden = !narrowed || !page.length || at("state") === "processing";
-  $("pages").hidden = jobs.length <= SIZE && !at("before"); $("newest").disabled = !at("before"); $("older").disabled = jobs.length <= SIZE;
-  $("older").onclick = () => { go({before: page[SIZE - 1].id}); $("t3").scrollIntoView(); }; }
-function showJob(job) {
-  const {id, state, command, attempts, max_retries, run_at, created_at, updated_at, started_at, finished_at, seconds, exit_code,
-    error, waiting, after, env, runs, ...others} = job, ended = state === "completed" || state === "dead", acts = [
-    ["Retry", ended, () => post(path(id, "/retry"))], ["Cancel", !ended, () => post(path(id, "/cancel"), `Cancel ${id}?`)],
-    ["Delete", state !== "processing", () => post(path(id, "/delete"), `Delete ${id} and its runs?`)],
-    ["Copy", true, () => navigator.clipboard.writeText(command)], ["Close", true, () => go({job: "", run: ""})]];
-  fit($("acts"), acts.filter(act => act[1]), act => act[0], () => make("button"), (button, [name, , act]) => { text(button, name); button.onclick = act; });
-  const facts = {waiting, error: state === "completed" ? "" : error, tries: `${attempts} of ${Math.max(1, max_retries)}`,
-    due: since(run_at) < 0 && !ended ? moment(run_at) : "", enqueued: moment(created_at), after: after.join(", "), ...others,
-    env: Object.entries(env).map(pair => pair.join("=")).join(" ")};
-  fit($("facts"), Object.entries(facts).filter(fact => fact[1]), fact => fact[0], () => make("div", "", make("dt"), make("dd")), (div, fact) => texts(div, ...fact));
-  const run = +at("run") || (runs.length && runs[runs.length - 1].run);
-  fit($("runs"), runs.slice().reverse(), entry => entry.run, () => make("tr", "", make("td", "", make("a")), make("td"), make("td"), make("td")), (tr, entry) => {
-    const [name, time, length, end] = tr.children;
-    link(name.firstChild, "run " + entry.run, {run: entry.run}); text(time, ago(entry.started_at)); text(length, took(entry) || "running");
-    text(end, entry.finished_at ? entry.error || "exit 0" : ""); tr.title = moment(entry.started_at); current(tr, entry.run === run);
-    tr.onclick = () => go({run: entry.run}); });
-  text($("name"), id); text($("state"), state); $("state").className = "state " + state; text($("command"), command);
-  return run; }
+function becomeChildren(node, wanted) {
+  const children = [...wanted.childNodes], stays = new Set(children.map(key));
+  for (const child of [...node.children])  // first, or all behind it would have to move
+    if (key(child) && !stays.has(key(child))) child.remove();
+  const named = new Map([...node.children].map(child => [key(child), child]));
+  children.forEach((child, i) => {
+    const there = node.childNodes[i];
+    const known = key(child) ? named.get(key(child)) : there && !key(there) && there;
+    if (!known || known.nodeName !== child.nodeName) return node.insertBefore(child, there || null);
+    if (known !== there) node.insertBefore(known, there);
+    become(known, child);
+  });
+  while (node.childNodes.length > children.length) node.lastChild.remove();
+}
 
-/* Output is appended as it comes. Colours are shown; of lines that were written over by \r the last. */
-function print(box, output) {
-  const end = box.scrollTop + box.clientHeight >= box.scrollHeight - 5;
-  const plain = /\x1b(?:\[[0-?]*[ -\/]*[@-ln-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[^[\]])/g;
-  const lines = (printed.line + output).replace(plain, "").replace(/\r+\n/g, "\n").split("\n").map(line => line.replace(/[^]*\r(?=.)/, ""));
-  if (printed.node) printed.node.remove();
-  const colour = line => line.split(/\x1b\[([\d;]*)m/).map((part, i) => {
-    if (i % 2 === 0) return part && make("span", printed.kind, part);
-    for (const n of part.split(";")) printed.kind = +n === 0 ? "" : /^[39][0-6]$/.test(n) ? "a" + n[1] : printed.kind;
-    return ""; });
-  printed.line = lines.pop();
-  if (lines.length) box.append(...colour(lines.join("\n") + "\n"));
-  const kind = printed.kind; printed.node = make("span", "", ...colour(printed.line)); printed.kind = kind;
-  box.append(printed.node);
-  if (end) box.scrollTop = box.scrollHeight; }
-async function showOpen(id) {
-  const job = await ask(path(id)), first = $("job").hidden;
-  if (at("job") !== id) return;
-  const run = showJob(job), key = `${id} ${run}`, box = $("output");
-  $("job").hidden = false; if (first) $("name").focus({preventScroll: true});
-  if (printed.key !== key) { box.replaceChildren(); printed = {key, from: 0, line: "", kind: "", over: false}; }
-  if (!run) return text(box, "It has not run yet.");
-  if (printed.over) return;
-  const running = job.state === "processing" && run === job.runs[job.runs.length - 1].run, mine = printed;
-  const {output, start, end} = await ask(path(id, "/output", `&run=${run}&from=${mine.from}`));
-  if (mine !== printed || at("job") !== id) return;
-  if (start > mine.from) print(box, `[${number(start - mine.from)} bytes of output were dropped here]\n`);
-  if (output) print(box, output);
-  mine.from = end; mine.over = !running;
-  if (mine.over && !box.textContent) text(box, "It has printed nothing."); }
+/* The page is fetched again and again; of answers that cross only the latest counts. */
 async function refresh() {
-  clearTimeout(timer); view = new URLSearchParams(location.hash.slice(1));
-  const mine = ++turn, id = at("job");
-  if (document.activeElement !== $("q")) $("q").value = at("q");
-  if (!id && !$("job").hidden) { $("job").hidden = true; printed = {};
-    const row = $("rows").querySelector("[aria-current] a"); if (row) row.focus({preventScroll: true}); }
+  clearTimeout(timer);
+  const mine = ++turn, opened = find("job") && find("job").dataset.key;
   try {
-    const [status, jobs] = await Promise.all([ask("/api/status"), ask("/api/jobs?" + chosen({before: at("before"), limit: SIZE + 1}))]);
+    const came = parse(await get("/main" + location.search));
     if (mine !== turn) return;
-    showStatus(status); showJobs(jobs, status.jobs);
-    if (id) await showOpen(id).catch(error => { if (error.status !== 404) throw error; go({job: "", run: ""}); });
-    if (mine === turn && Date.now() > statsAt) { statsAt = Date.now() + 10000; showStats(await ask("/api/stats")); }
-    $("lost").hidden = true;
-  } catch (error) { $("lost").hidden = false; text($("lost"), error.message + ". What is shown may be old."); }
-  if (mine === turn) timer = setTimeout(refresh, document.hidden ? 15000 : 2000); }
-$("q").oninput = () => {
-  history.replaceState(null, "", address({q: $("q").value, before: ""})); clearTimeout(timer); timer = setTimeout(refresh, 200); };
-for (const verb of ["retry", "delete"]) $(verb).onclick = () => bulk(verb).catch(error => alert(error.message));
-$("newest").onclick = () => go({before: ""});
-window.onhashchange = document.onvisibilitychange = refresh;
+    const focused = document.activeElement;
+    becomeChildren(find("page"), came.body);
+    document.title = came.title;
+    const search = find("q");
+    if (search && search !== focused) search.value = search.defaultValue;
+    moveFocus(opened, focused);
+    seen = performance.now();
+    find("trouble").hidden = true;
+    chart().catch(() => { chartDue = 0; });  // which may take a while: nobody waits for it
+    await tail(find("output"));
+  } catch (error) {
+    if (mine === turn) trouble(error.message);
+  }
+  if (mine !== turn) return;
+  wait(false);
+  timer = setTimeout(refresh, document.hidden ? 15000 : 2000);
+}
+
+function moveFocus(opened, focused) {
+  if (find("gone")) {  // of an action here it is known already
+    if (find("said").hidden) say(find("gone").textContent);
+    history.replaceState(null, "", find("gone").dataset.back);
+    find("gone").remove();
+  }
+  const job = find("job") && find("job").dataset.key;
+  const row = opened && document.querySelector(`tr[data-key="${CSS.escape(opened)}"] a`);
+  let target = focused.isConnected ? null : find("verdict");
+  if (job !== opened) target = job ? find("name") : row || target;
+  if (target) target.focus({preventScroll: true});
+}
+
+const sentence = words => words[0].toUpperCase() + words.slice(1);
+
+function trouble(words) {
+  const age = Math.round((performance.now() - seen) / 1000);
+  const old = find("now") ? `. What is shown is ${age} s old.` : "";
+  find("trouble").textContent = sentence(words) + old;
+  find("trouble").hidden = false;
+}
+
+async function chart() {
+  if (performance.now() < chartDue || !find("charts")) return;
+  chartDue = performance.now() + 10000;
+  becomeChildren(find("charts"), parse(await get("/charts")).body);
+}
+
+/* Each piece of an output names the address of what follows it, which begins with its last
+   line again while that has no end. */
+async function tail(box) {
+  const piece = box && box.lastElementChild, next = piece && piece.dataset.next;
+  if (!next) return;
+  const came = parse(await get(next)).body.firstChild, last = piece.querySelector("i");
+  const old = last ? last.textContent : "";
+  if (piece !== box.lastElementChild) return;
+  if (came.dataset.next === next && came.textContent === old) return;
+  const atEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 5;
+  if (last) last.remove();
+  box.append(came);
+  while (box.childElementCount > 1 && box.textContent.length > 2e6) box.firstChild.remove();
+  if (atEnd) box.scrollTop = box.scrollHeight;
+}
+
+function go(address) {
+  history.pushState(null, "", address);
+  wait(true);
+  refresh().then(() => {
+    const target = find(location.hash.slice(1));
+    const top = target ? target.getBoundingClientRect().top : 0;
+    if (top < 0 || top > innerHeight / 2) target.scrollIntoView();
+  });
+}
+
+/* Actions. */
+function say(words) {
+  find("said").textContent = sentence(words);
+  find("said").hidden = false;
+  clearTimeout(toastTimer);
+  toastTimer = setTimeout(() => { find("said").hidden = true; }, 6000);
+}
+
+function confirmed(question, words) {
+  const box = find("sure");
+  wait(false);
+  find("question").textContent = question;
+  find("yes").textContent = words;
+  box.returnValue = "";
+  box.showModal();
+  return new Promise(resolve => {
+    box.onclose = () => resolve(box.returnValue === "yes");
+  }).finally(() => wait(true));
+}
+
+async function act({post, question, ask, do: words, done}) {
+  if (question) {
+    const answer = JSON.parse(await get(question));
+    if (answer.none) return say(answer.none);
+    ask = answer.ask;
+  }
+  if (ask && !await confirmed(ask, words)) return;
+  const changed = JSON.parse(await get(post, {method: "POST", headers: {"X-Token": "TOKEN"}}));
+  const jobs = changed === 1 ? " job" : " jobs";
+  say(question ? done + " " + changed.toLocaleString("en") + jobs : done);
+  await refresh();
+}
+
+/* Not by navigator.clipboard, which browsers have on https and on localhost alone. */
+function copy(node) {
+  getSelection().selectAllChildren(node);
+  say(document.execCommand("copy") ? "Copied" : "Selected: copy it with Ctrl+C");
+}
+
+function press(button) {
+  if (button.dataset.copy) return copy(find(button.dataset.copy));
+  if (!button.dataset.post) return find("sure").close(button.value);
+  wait(true);
+  act(button.dataset).catch(error => say(error.message)).then(() => wait(false));
+}
+
+document.onclick = event => {
+  const {target} = event, plain = !(event.ctrlKey || event.metaKey || event.shiftKey);
+  const button = target.closest("button"), link = target.closest("a");
+  const row = target.closest("tbody tr");
+  if (button) press(button);
+  else if (link && plain && !link.download) {
+    event.preventDefault();
+    go(link.href);
+  } else if (row && !link && !String(getSelection())) go(row.querySelector("a").href);
+};
+
+document.oninput = event => {
+  const address = new URL(location.href);
+  address.searchParams.set("q", event.target.value);
+  for (const name of ["before", "first"]) address.searchParams.delete(name);
+  history.replaceState(null, "", address.pathname + address.search);
+  clearTimeout(timer);
+  timer = setTimeout(refresh, 200);
+};
+
 document.onkeydown = event => {
-  if (event.key === "Escape" && event.target !== $("q") && at("job")) go({job: "", run: ""});
-  if (event.key === "/" && event.target === document.body) { event.preventDefault(); $("q").focus(); } };
+  const search = find("q");
+  if (event.target === search || find("sure").open) return;
+  if (event.key === "Escape" && find("close")) find("close").click();
+  if (event.key === "/" && search) {
+    event.preventDefault();
+    search.focus();
+  }
+};
+
+window.onpopstate = document.onvisibilitychange = refresh;
+document.body.classList.add("live");
+if (find("output")) find("output").scrollTop = find("output").scrollHeight;
+if (find("name")) find("name").focus();
 refresh();
-</script></body></html>
+"""
+
+PAGE_HTML = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:image/svg+xml,\
+<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>\
+<rect width='16' height='16' rx='3' fill='%231a5fd0'/>\
+<path stroke='white' stroke-width='2' d='M3 5h10M3 8h7M3 11h4'/></svg>">
+TITLE
+<style nonce="TOKEN">""" + PAGE_CSS + """</style>
+</head>
+<body>
+TROUBLE
+ICONS
+<div id="page">CONTENT</div>
+<p id="said" role="status" hidden></p>
+<dialog id="sure" aria-labelledby="question">
+<p id="question"></p>
+<div class="row">
+<button type="button" value="no">Keep</button>
+<button type="button" id="yes" value="yes"></button>
+</div>
+</dialog>
+<script nonce="TOKEN">""" + PAGE_SCRIPT + """</script>
+</body>
+</html>
 """
 
 

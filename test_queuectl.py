@@ -42,7 +42,9 @@
         TestStatistics                 rates, run times, waiting times, errors
     The page
         TestServer                     requests, answers, refusals, metrics
-        TestPage                       what the page shows and does
+        TestApi                        what the API gives and changes
+        TestPage                       the parts of the page: verdict, tiles, table
+        TestPanel                      the panel of a job, and its output
     The library
         TestLibrary                    the class Queue, in forks and threads
     Chaos
@@ -90,6 +92,7 @@ import urllib.parse
 import warnings
 import zipfile
 from collections import Counter
+from xml.etree import ElementTree
 
 import pytest
 
@@ -853,6 +856,57 @@ def empty_dashboard(tmp_path_factory):
     yield dashboard
     STARTED.append(dashboard.process)
     end_process(dashboard.process)
+
+
+@pytest.fixture
+def page(queue):
+    """Make a part of the page by its address. Return it as a tree of elements.
+
+    So each test of the page also tests that its markup is well-formed.
+    """
+    routes = {"/charts": queuectl.charts_route, "/output": queuectl.output_piece}
+
+    def ask(address="/", **options):
+        path, _, query = address.partition("?")
+        query = dict(urllib.parse.parse_qsl(query.partition("#")[0]))
+        request = queuectl.Request(queue, query, queuectl.Memory())
+        made = routes.get(path, queuectl.main_route)(request, **options)
+        return ElementTree.fromstring("<body>%s</body>" % made)
+
+    return ask
+
+
+def words_of(node):
+    """Return the text of an element, with single spaces."""
+    return " ".join("".join(node.itertext()).split())
+
+
+def named_part(node, name):
+    """Return the element with this id."""
+    return node.find(".//*[@id='%s']" % name)
+
+
+def table_of(page):
+    """Return the cells of the table of jobs."""
+    return [[words_of(cell) for cell in row] for row in page.findall(".//tbody/tr")]
+
+
+def links_of(node):
+    """Return the addresses of all links, by their words."""
+    return {words_of(link): link.get("href") for link in node.iter("a")}
+
+
+def buttons_of(node):
+    """Return the attributes of all buttons, by their words."""
+    return {button.text: dict(button.attrib) for button in node.iter("button")}
+
+
+def let_die(queue, id, error="exit 1", output=b"", **fields):
+    """Enqueue a job and let it die of an error."""
+    add_job(queue, id=id, max_retries=1, **fields)
+    run = claim(queue)
+    assert run.id == id
+    queue.fail(run, make_outcome(error, output=output, finished_at=queue.clock()))
 
 
 # An id that is markup, a path and a quotation at the same time.
@@ -4386,6 +4440,67 @@ class TestStatus:
                    in run_ok("status").out)
         open("go", "w").close()
 
+    def test_the_verdict_says_what_a_queue_comes_down_to(self, queue, clock):
+        def judge(workers=2, growth=0):
+            status = queuectl.read_status(queue)
+            status["workers"] = [dict(pid=1, pool=1, job=None, since=None)] * workers
+            return tuple(queuectl.verdict(status, clock.now, growth))[:2]
+
+        assert judge() == ("pending", "No jobs yet")
+        add_job(queue, id="x", max_retries=1)
+        assert judge(workers=0) == ("dead", "No pool is running: 1 job waits")
+        assert judge() == ("processing", "Working: 1 waiting")  # no run has ended
+        run = claim(queue)
+        assert judge()[1] == "Keeping up: no job waits for a worker"
+        clock.now += 90
+        queue.fail(run, make_outcome(finished_at=clock.now))
+        assert judge() == ("completed", "Idle: every job has ended")
+        add_job(queue, id="behind", after=["x"])
+        assert judge() == ("dead", "Stuck: the jobs that are left wait for dead ones")
+        add_job(queue, id="later", delay=60)
+        assert judge() == ("completed", "Idle: the next job is due in 60 s")
+        add_jobs(queue, [{"command": "true"}] * 4000)
+        assert judge()[1] == "Working: 4,000 waiting, done in about 2 d"  # 90 s each
+        assert judge(growth=1300.6) == (
+            "failed", "Falling behind: 4,000 waiting, 1,301 more a minute")
+        assert judge(workers=0)[1] == "No pool is running: 4,002 jobs wait"
+        queue.set_paused(True)
+        assert judge(workers=0) == ("failed", "Paused")
+
+    @pytest.mark.parametrize("counts, growth", [
+        ([5], 0), ([5, 9], 0), ([5, 9, 15], 4), ([0, 900, 880, 860], -20),
+        ([9, 5, 9], -4)])
+    def test_a_queue_grows_if_it_does_so_from_minute_to_minute(self, counts, growth):
+        trend = queuectl.Trend()
+        for minute, left in enumerate(counts):
+            seen = trend.growth(60 * minute, left)
+            assert trend.growth(60 * minute + 1, 0) == seen  # another look, too soon
+        assert round(seen) == growth
+        assert trend.growth(0, 10**6) == 0  # the clock was set back
+
+    def test_the_verdict_is_in_json_and_not_in_a_pipe(self, dashboard):
+        enqueue()
+        printed = read_status()
+        assert printed["verdict"] == "No pool is running: 1 job waits"
+        assert printed == dashboard.json("/api/status") and "ready" not in printed
+        assert printed["verdict"] not in run_ok("status").out
+
+    @posix_only
+    def test_a_terminal_shows_the_verdict_and_the_dead_by_error(self):
+        enqueue("exit 2", max_retries=1)
+        enqueue("printf 'so\\nno \\033[31mfile\\n\\n'; exit 2", max_retries=1)
+        for number in range(5):
+            enqueue("exit 1%d" % number, max_retries=1)
+        drain(1)
+        enqueue(id="cut", delay=3600)
+        run_ok("cancel", "cut")
+        lines = run_on_terminal("status", columns=0)[1].split("\r\n")
+        assert "Idle: every job has ended" in lines[0] and lines[1] == "Pending: 0"
+        assert re.fullmatch(
+            r"  2 dead of exit 2, the latest \d s ago: no file", lines[7])
+        assert lines[8].startswith("  1 dead of exit 14, ")
+        assert lines[11] == "  and of 2 more errors; to see all: queuectl.py dlq list"
+
     @posix_only
     def test_watch_leaves_the_terminal_as_it_was(self):
         run_ok("status")
@@ -4402,8 +4517,9 @@ class TestStatus:
             "status", "--watch", "0.1", keys=b"\x03", columns=40)
         screen = shown.split("\x1b[H")[1].split("\x1b[J")[0]
         lines = screen.replace("\x1b[K", "").splitlines()
-        assert lines[0] == "Pending: 0" and lines[5] == "Active Workers: 30"
-        assert len(lines) == 23 and lines[-1] == "  and 14 more"
+        assert lines[0].startswith("No jobs yet; to add")
+        assert lines[1] == "Pending: 0" and lines[6] == "Active Workers: 30"
+        assert len(lines) == 23 and lines[-1] == "  and 15 more"
         assert max(map(len, lines)) < 40 and pool.poll() is None
 
 
@@ -5387,8 +5503,8 @@ class TestTerminal:
         assert shown.count("\x1b") == 6 and red in shown and green in shown
         assert shown.startswith("\x1b[2mID  ")
         assert red in run_on_terminal("show", "x")[1]
-        # Zeros have no colour.
-        assert run_on_terminal("status", columns=0)[1].count("\x1b") == 4
+        # Zeros have no colour, the verdict has one.
+        assert run_on_terminal("status", columns=0)[1].count("\x1b") == 6
         assert "\x1b" not in run_ok("list").out + run_ok("status").out
         monkeypatch.setenv("NO_COLOR", "1")
         assert "\x1b" not in run_on_terminal("list")[1]
@@ -6691,7 +6807,7 @@ class TestStatistics:
         add_job(queue, id="x")
         run = claim(queue)._replace(started_at=clock.now - 60)
         queue.complete(run, make_outcome(None, finished_at=clock.now - 45))
-        stats = queuectl.stats_route(queue, {})
+        stats = queuectl.stats_by_minute(queuectl.Request(queue, {}, None))
         assert stats["bar_seconds"] == 60 and len(stats["throughput"]) == 60
         assert [bar["completed"] for bar in stats["throughput"]][-2:] == [1, 0]
 
@@ -6723,7 +6839,7 @@ class TestServer:
             run_ok("stats", "--json").json.keys())
         assert [job["id"] for job in dashboard.json("/api/jobs?state=dead")] == [
             NASTY_ID]
-        assert [job["id"] for job in dashboard.json("/api/jobs?q=late")] == ["later"]
+        assert [job["id"] for job in dashboard.json("/api/jobs?q=LATE")] == ["later"]
         assert [job["id"] for job in dashboard.json("/api/jobs?before=later")] == [
             NASTY_ID]
         assert len(dashboard.json("/api/jobs?limit=1")) == 1
@@ -6732,6 +6848,10 @@ class TestServer:
         ("/no", 404), ("/api", 404), ("/api/jobs/x", 404), ("/api/jobs/%00", 404),
         ("/api/jobs?before=%00", 400), ("/api/jobs?limit=-1", 400),
         ("/api/jobs?state=x", 400), ("/api/stats?since=x", 400),
+        ("/api/jobs?before=gone", 404), ("/api/jobs?state=dead&before=gone", 404),
+        ("/api/jobs?error=%00", 400), ("/api/count?state=x", 400),
+        ("/output", 404), ("/output?id=x", 404), ("/output.log?id=%00", 404),
+        ("/question?verb=delete", 200), ("/?state=x&q=%00&before=x&job=x", 200),
         ("/api/jobs/x/output?run=1e9", 404), ("/api/jobs?" + "a=1&" * 20, 400),
         ("/api/jobs?limit=" + "9" * 30, 400),
         pytest.param("/" + "a" * 70000, 414, id="long"), ("/api/status?%", 200)])
@@ -6760,10 +6880,31 @@ class TestServer:
     ])
     def test_changes_need_the_token_and_origin_of_the_page(self, dashboard, headers):
         enqueue(id="x", delay=3600)
+        enqueue(id="y", delay=3600)
+        run_ok("cancel", "y")
+        before = jobs(), read_status()["paused"]
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        assert dashboard.post("/api/jobs/x/cancel", **headers).status == 403
-        assert dashboard.ask("/api/jobs/x/cancel").status == 404  # GET changes nothing
-        assert state_of("x") == "pending"
+        changes = [name.split()[1].replace("ID", "x") for name in queuectl.ROUTES
+                   if name.startswith("POST")]
+        assert len(changes) == 8
+        for path in changes:
+            assert dashboard.post(path, **headers).status == 403, path
+            assert dashboard.ask(path).status == 404, path  # GET changes nothing
+        assert (jobs(), read_status()["paused"]) == before
+
+    def test_the_token_of_an_earlier_dashboard_is_refused(self, dashboard):
+        enqueue(id="x", delay=3600)
+        earlier = Dashboard().own_headers()["X-Token"]
+        answer = dashboard.post("/api/pause", **{"X-Token": earlier})
+        assert answer.status == 403 and "reload" in answer.text
+        assert not read_status()["paused"]
+
+    @pytest.mark.parametrize("path", [
+        "/", "/main", "/charts", "/output?id=x", "/output.log?id=x", "/api/dead",
+        "/question", "/api/jobs"])
+    def test_a_rebound_name_reads_nothing(self, empty_dashboard, path):
+        answer = empty_dashboard.ask(path, Host="evil.example")
+        assert answer.status == 403 and answer.text.startswith('{"error"')
 
     def test_a_body_and_unknown_methods_are_refused(self, dashboard):
         own = dashboard.own_headers()
@@ -6832,37 +6973,48 @@ class TestServer:
             ), line
 
 
-class TestPage:
-    """What the page shows and does."""
+class TestApi:
+    """What the dashboard's API gives and changes."""
 
-    def test_nothing_that_a_job_prints_is_markup(self, dashboard):
-        enqueue("echo '" + "<img src=x onerror=alert(1)>" + "'", id=NASTY_ID)
-        drain()
-        page = dashboard.ask("/")
-        assert NASTY_ID not in page.text and "innerHTML" not in page.text
-        policy = page.headers["Content-Security-Policy"]
-        assert "default-src 'none'" in policy and "unsafe" not in policy
-        for path in ("/", "/api/jobs", "/metrics", "/no"):
-            headers = dashboard.ask(path).headers
-            assert headers["X-Content-Type-Options"] == "nosniff"
-            assert headers["X-Frame-Options"] == "DENY" and (
-                path == "/" or "html" not in headers["Content-Type"])
+    def test_an_error_is_taken_exactly(self, dashboard, queue):
+        for number, error in enumerate(["exit 1", "exit 1", "exit 127", "killed"]):
+            let_die(queue, "j%d" % number, error)
+        add_job(queue, id="j4")
+        queue.fail(claim(queue), make_outcome("exit 1"))  # it is failed, not dead
+        ids = lambda path: [job["id"] for job in dashboard.json("/api/jobs" + path)]
+        assert ids("?error=exit+1") == ["j4", "j1", "j0"]
+        assert ids("?state=dead&error=exit+1") == ["j1", "j0"]
+        assert ids("?error=exit") == []
+        assert dashboard.json("/api/count?error=exit+1") == {
+            "jobs": 3, "retry": 2, "delete": 3}
+        assert dashboard.post("/api/retry?error=exit+1").text == "2"
+        assert dashboard.post("/api/delete?state=dead&error=exit+127").text == "1"
+        assert sorted(jobs("--state", "dead")) == ["j3"]
 
-    @mechanism
-    @posix_only
-    def test_the_name_of_the_queue_is_escaped(self, monkeypatch):
-        os.mkdir("a<b>'&")
-        monkeypatch.chdir("a<b>'&")
-        site = queuectl.Site(os.path.abspath("queuectl.db"), "localhost")
-        _, kind, page = site.answer("GET", "/", {"Host": "localhost"})
-        assert kind == "text/html"
-        assert "a&lt;b&gt;&#x27;&amp;" in page
-        assert "a<b>" not in page
+    def test_it_groups_the_dead_by_their_errors(self, dashboard, queue):
+        let_die(queue, "a", "exit 1", b"one\n\x1b[1mlast\x1b[0m\n\n")
+        let_die(queue, "b", "exit 127")
+        queue.clock.now += 60
+        let_die(queue, "c", "exit 127", b"1%\r100%\r\n")
+        assert dashboard.json("/api/dead") == [
+            {"error": "exit 127", "jobs": 2, "latest": "2001-09-09T01:47:40Z",
+             "id": "c", "line": "100%"},
+            {"error": "exit 1", "jobs": 1, "latest": "2001-09-09T01:46:40Z",
+             "id": "a", "line": "last"}]
 
-    def test_it_loads_nothing_from_elsewhere(self):
-        links = re.findall(r"(?:https?:)?//[\w.]+", queuectl.PAGE_HTML)
-        # The name of SVG, which no browser fetches.
-        assert set(links) == {"http://www.w3.org"}
+    def test_it_can_pause_and_resume(self, dashboard):
+        for path, paused in (("pause", True), ("pause", True), ("resume", False)):
+            assert dashboard.post("/api/" + path).status == 200
+            assert dashboard.json("/api/status")["paused"] is paused
+
+    def test_the_last_bytes_of_an_output_can_be_asked_for(self, dashboard, queue):
+        add_job(queue, id="x")
+        queue.complete(claim(queue), make_outcome(None, output=b"0123456789"))
+        for query, text, start in (("tail=3", "789", 7), ("tail=99", "0123456789", 0),
+                                   ("tail=3&from=8", "89", 8), ("tail=0", "", 10)):
+            part = dashboard.json("/api/jobs/x/output?" + query)
+            assert (part["output"], part["start"], part["end"]) == (text, start, 10)
+        assert dashboard.ask("/api/jobs/x/output?tail=-1").status == 400
 
     def test_it_can_cancel_retry_and_delete(self, dashboard):
         enqueue(id="x", delay=3600)
@@ -6916,7 +7068,7 @@ class TestPage:
             job["id"] for job in dashboard.json("/api/jobs?state=dead" + query)]
         assert ids("") == ["a", "d", "b"] and ids("&limit=2") == ["a", "d"]
         assert ids("&before=d") == ["b"] and ids("&before=b") == []
-        assert ids("&before=c") == ids("&before=gone") == ["a", "d", "b"]
+        assert ids("&before=c") == ["a", "d", "b"]  # it is not dead
 
     @pytest.mark.parametrize("name", [".", "..", "a/b", "%2e", "?"])
     def test_odd_ids_can_be_given_in_the_query(self, dashboard, name):
@@ -6945,6 +7097,443 @@ class TestPage:
             assert (part["output"], part["start"], part["end"]) == ("6789abcdef", 6, 16)
             assert dashboard.json("/api/jobs/x/output?from=16")["output"] == ""
             assert dashboard.ask("/api/jobs/x/output?from=-1").status == 400
+
+
+class TestPage:
+    """The parts of the page, made without a browser."""
+
+    def test_nothing_that_a_job_prints_is_markup(self, queue, page):
+        add_job(queue, id=NASTY_ID, command=NASTY_ID, lock=NASTY_ID, max_retries=1,
+                env={"A": NASTY_ID})
+        queue.fail(claim(queue), make_outcome(NASTY_ID, output=NASTY_ID.encode()))
+        query = urllib.parse.urlencode({"job": NASTY_ID, "q": NASTY_ID})
+        whole = page("/?" + query, is_whole=True)
+        assert whole.find("aside//h2").text == NASTY_ID
+        assert NASTY_ID in words_of(named_part(whole, "output"))
+        assert not [*whole.iter("script")] + [*page("/charts").iter("script")]
+
+    def test_its_policy_allows_its_own_script_alone(self, empty_dashboard):
+        whole = empty_dashboard.ask("/")
+        assert "innerHTML" not in whole.text and "style=" not in whole.text
+        policy = whole.headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy
+        for path in ("/", "/main", "/charts", "/api/jobs", "/metrics", "/no"):
+            headers = empty_dashboard.ask(path).headers
+            assert headers["X-Content-Type-Options"] == "nosniff"
+            assert headers["X-Frame-Options"] == "DENY"
+            assert headers["Content-Security-Policy"].startswith("default-src 'none'")
+
+    @mechanism
+    @posix_only
+    def test_the_name_of_the_queue_is_escaped(self, monkeypatch):
+        os.mkdir("a<b>'&")
+        monkeypatch.chdir("a<b>'&")
+        queuectl.Queue("queuectl.db").close()
+        site = queuectl.Site(os.path.abspath("queuectl.db"), "localhost")
+        _, kind, page = site.answer("GET", "/", {"Host": "localhost"})
+        assert kind == "text/html"
+        assert "a&lt;b&gt;&#x27;&amp;" in page
+        assert "a<b>" not in page
+
+    def test_it_loads_nothing_from_elsewhere(self):
+        links = re.findall(r"(?:https?:)?//[\w.]+", queuectl.PAGE_HTML)
+        # The name of SVG, which no browser fetches.
+        assert set(links) == {"http://www.w3.org"}
+
+    def test_it_begins_with_the_verdict_and_what_needs_somebody(self, queue, page):
+        let_die(queue, "a", output=b"reading\n\x1b[31mno such\x1b[0m row\r\n\n")
+        let_die(queue, "b", "exit 12")
+        let_die(queue, "c", "exit 12")
+        add_job(queue, id="waits", after=["a"])
+        add_job(queue, id="cut")
+        queue.cancel(["cut"])
+        now = named_part(page(), "now")
+        assert words_of(named_part(now, "verdict")) == "No pool is running: 1 job waits"
+        assert now.find("p").text == (
+            "1 waiting for a time or for another job"
+            " · To start one: queuectl.py worker start")
+        rows = [[words_of(part) for part in row] for row in now.findall("ul/li")]
+        assert rows == [
+            ["2 dead", "exit 12", "latest 0 s ago", "ShowRetry…"],
+            ["1 dead", "exit 1", "“no such row” · latest 0 s ago", "ShowRetry…"],
+            ["1 blocked", "", "waits waits for a, which is dead", "Show"]]
+
+    def test_show_and_retry_take_the_jobs_of_exactly_one_error(
+            self, queue, page, dashboard):
+        let_die(queue, "a", "exit 1")
+        let_die(queue, "b", "exit 127")
+        row = named_part(page(), "now").find("ul/li[@data-key='exit 1']")
+        assert [job[1] for job in table_of(page(links_of(row)["Show"]))] == ["a"]
+        retry = buttons_of(row)["Retry…"]
+        assert dashboard.json(retry["data-question"]) == {
+            "ask": "Retry 1 dead job with the error “exit 1”?"}
+        assert dashboard.post(retry["data-post"]).text == "1"
+        assert (state_of("a"), state_of("b")) == ("pending", "dead")
+
+    def test_only_the_most_common_errors_are_named(self, queue, page):
+        for number in range(6):
+            let_die(queue, "j%d" % number, "exit %d" % number)
+        rows = named_part(page(), "now").findall("ul/li")
+        assert [words_of(row)[:11] for row in rows][4:] == ["2 deadof ot"]
+
+    def test_it_can_pause_and_resume(self, queue, page, dashboard):
+        for word, verdict in (("Pause", "Paused"), ("Resume", "No jobs yet")):
+            switch = buttons_of(page().find("header"))[word]
+            assert dashboard.post(switch["data-post"]).status == 200
+            assert words_of(named_part(page(), "verdict")) == verdict
+
+    def test_tiles_count_and_lead_to_their_jobs(self, queue, clock, page):
+        add_job(queue, id="fails")
+        queue.fail(claim(queue), make_outcome())
+        add_job(queue, id="cut")
+        queue.cancel(["cut"])
+        add_job(queue, id="ready", delay=0.5)
+        clock.now += 1140
+        queue.promote(clock.now)
+        queue.fail(queue.claim(1, lambda run: None), make_outcome())
+        add_job(queue, id="late", delay=3600)
+        tiles = named_part(page(), "tiles").findall("a")
+        assert [words_of(tile) for tile in tiles] == [
+            "4 all", "2 pendingthe longest waits 19 min", "0 processing", "0 completed",
+            "1 failednext in 2 s", "1 dead1 cancelled"]
+        assert [row[0] for row in table_of(page(tiles[5].get("href")))] == ["cancelled"]
+        current = named_part(page("/?state=dead"), "tiles").find("a[@aria-current]")
+        assert current[1].text == "dead"
+
+    def test_it_shows_what_runs_now(self, queue, clock, page):
+        for number in range(queuectl.RUNNING_SHOWN + 2):
+            add_job(queue, id="j%d" % number, command="echo %d" % number)
+            claim(queue)
+        clock.now += 200
+        running = named_part(page(), "running")
+        assert words_of(running.find("ul/li")) == "j0echo 03 min"
+        assert links_of(running)["2 more"] == "/?state=processing#jobs"
+
+    def test_its_chart_shows_minutes(self, queue, clock, page):
+        assert "nothing ran in the last hour" in words_of(page("/charts"))
+        add_job(queue)
+        queue.complete(claim(queue), make_outcome(None, finished_at=clock.now + 0.5))
+        chart = page("/charts")
+        assert [title.text for title in chart.iter("title")] == [
+            "1 completed, 0 failed, 0 min ago"]
+        assert "100 % succeed · take 500ms, 95 % within 500ms" in words_of(chart)
+        assert chart.find("svg").get("aria-label") == (
+            "1 completed, 0 failed in the last hour")
+
+    def test_its_table_has_a_row_a_job_newest_first(self, queue, clock, page):
+        add_job(queue, id="early", command="echo 1\n  echo 2")
+        run = claim(queue)
+        clock.now += 3
+        queue.fail(run, make_outcome(finished_at=clock.now))
+        add_job(queue, id="later", delay=60)
+        assert table_of(page()) == [
+            ["delayed", "later", "true", "", "", "in 60 s"],
+            ["failed", "early", "exit 1 echo 1 ⏎ echo 2", "1/3", "3.0s",
+             "retry in 2 s"]]
+
+    def test_each_kind_of_job_has_a_word_and_an_icon(self, queue, clock, page):
+        add_job(queue, id="cut")
+        queue.cancel(["cut"])
+        for name, fields in (("holds", {"lock": "l"}), ("locked", {"lock": "l"}),
+                             ("behind", {"after": ["holds"]}), ("ready", {}),
+                             ("delayed", {"delay": 60})):
+            add_job(queue, id=name, **fields)
+        assert claim(queue).id == "holds"
+        shown = {row[1]: (row[0], row[5]) for row in table_of(page())}
+        assert shown == {
+            "cut": ("cancelled", "0 s ago"), "holds": ("processing", "for 0 s"),
+            "locked": ("behind a lock", "waits 0 s"),
+            "ready": ("pending", "waits 0 s"), "delayed": ("delayed", "in 60 s"),
+            "behind": ("behind a job", "after holds")}
+        symbols = ElementTree.fromstring(queuectl.icons())
+        assert {use.get("href") for use in page().iter("use")} <= {
+            "#" + symbol.get("id") for symbol in symbols}
+
+    def test_a_search_takes_any_case_and_no_wildcards(self, queue, page):
+        add_job(queue, id="Early", command="echo 100%_")
+        add_job(queue, id="other", command="ls")
+        for text in ("ECHO", "early", "0%_", "0%25_"):
+            assert [row[1] for row in table_of(page("/?q=" + text))] == ["Early"], text
+        for text in ("ech_", "e%25o", "\\"):
+            assert table_of(page("/?q=" + text)) == [], text
+        nothing = named_part(page("/?q=no"), "jobs")
+        assert nothing.find("p").text == "No job is like that"
+
+    def test_it_leads_to_older_jobs_and_tells_its_place(self, queue, page):
+        add_jobs(queue, [{"command": "true", "id": "job%d" % n}
+                         for n in range(queuectl.PAGE_ROWS + 1)])
+        first = page()
+        assert words_of(named_part(first, "pages")) == "1–50 of 51Older"
+        assert words_of(named_part(first, "total")) == "51, newest first"
+        last = page(links_of(first)["Older"])
+        assert [row[1] for row in table_of(last)] == ["job0"]
+        assert words_of(named_part(last, "pages")) == "Newest51–51 of 51"
+        assert table_of(page(links_of(last)["Newest"])) == table_of(first)
+        queue.delete(["job1"])  # the other page began behind it
+        assert words_of(named_part(page(links_of(first)["Older"]), "pages") or
+                        named_part(page(), "total")) == "50, newest first"
+
+    def test_a_search_and_an_error_are_counted(self, queue, page):
+        for n in range(queuectl.PAGE_ROWS + 2):
+            let_die(queue, "job%d" % n, "exit %d" % (1 + n % 51 // 50))
+        for query, total in (("q=JOB", 52), ("state=dead&error=exit+1", 51),
+                             ("q=job1", 11), ("q=no", 0), ("state=dead&q=exit+2", 1)):
+            shown = words_of(named_part(page("/?" + query), "total"))
+            assert shown.split(",")[0] == str(total), query
+
+    @pytest.mark.parametrize("address, offered", [
+        ("/", ["Retry dead…"]), ("/?q=x", ["Retry dead…", "Delete…"]),
+        ("/?state=dead", ["Retry dead…", "Delete…"]), ("/?state=pending", ["Delete…"]),
+        ("/?state=processing", []), ("/?q=nothing", ["Retry dead…"])])
+    def test_it_offers_for_many_what_can_be_done(self, queue, page, address, offered):
+        add_job(queue, id="x1"), add_job(queue, id="x2")
+        queue.cancel(["x2"])
+        assert list(buttons_of(named_part(page(address), "jobs"))) == offered
+
+    def test_a_question_tells_what_stays_and_why(self, queue, page, dashboard):
+        let_die(queue, "a")
+        let_die(queue, "b")
+        add_job(queue, id="cut")
+        queue.cancel(["cut"])
+        add_job(queue, id="waits", after=["b"])
+        offered = buttons_of(named_part(page("/?state=dead"), "jobs"))
+        assert dashboard.json(offered["Delete…"]["data-question"]) == {
+            "ask": "Delete 2 dead jobs? Their runs and their output go as well."
+            " 1 job stays: other jobs wait for them."}
+        assert dashboard.json(offered["Retry dead…"]["data-question"]) == {
+            "ask": "Retry 2 dead jobs? 1 job stays: cancelled ones are retried by id."}
+        assert dashboard.json("/question?verb=retry&q=cut") == {
+            "none": "There is nothing to retry."
+            " 1 job stays: cancelled ones are retried by id."}
+
+    def test_filters_are_shown_and_can_be_removed(self, queue, page):
+        let_die(queue, "x")
+        shown = page("/?state=dead&error=exit+1&q=x&job=x")
+        assert {words: href for words, href in links_of(shown).items() if "✕" in words
+                } == {"✕ dead": "/?q=x&error=exit+1&job=x#jobs",
+                      "✕ exit 1": "/?state=dead&q=x&job=x#jobs"}
+        delete = buttons_of(named_part(shown, "jobs"))["Delete…"]
+        assert delete["data-post"] == "/api/delete?state=dead&q=x&error=exit+1"
+
+    def test_a_refresh_is_the_page_without_what_stays(self, dashboard):
+        enqueue("echo hi", id="x")
+        drain()
+        whole, part = dashboard.ask("/?job=x").text, dashboard.ask("/main?job=x").text
+        assert "<style" in whole and "hi\n" in whole and "<style" not in part
+        assert 'data-next="/output?id=x&amp;run=1"' in part
+        for text in (whole, part):
+            assert "<title>0 dead – queuectl.db</title>" in text
+        kind = dashboard.ask("/output.log?id=x").headers["Content-Type"]
+        assert kind.startswith("text/plain")
+
+    @mechanism
+    def test_all_of_it_is_of_one_moment(self, queue, page, monkeypatch):
+        add_job(queue, id="a")
+        add_job(queue, id="b", after=["a"])
+        read = queuectl.read_status
+
+        def read_then_complete(queue):
+            status = read(queue)
+            with queuectl.Queue("queuectl.db") as other:
+                claim_and_complete(other)
+            return status
+
+        monkeypatch.setattr(queuectl, "read_status", read_then_complete)
+        shown = page("/?job=b")
+        assert [row[0] for row in table_of(shown)] == ["behind a job", "pending"]
+        assert "a (pending)" in links_of(shown.find("aside/dl"))
+
+    @mechanism
+    def test_the_dead_are_not_grouped_at_each_refresh(self, queue, monkeypatch):
+        site, groupings = queuectl.Site(queue.path, "localhost"), []
+        monkeypatch.setattr(queuectl.Queue, "dead_by_error",
+                            lambda self: groupings.append(1) or [])
+        for _ in range(3):
+            assert site.answer("GET", "/main", {"Host": "localhost"})[0] == 200
+        assert len(groupings) == 1
+        own = {"Host": "localhost", "Origin": "http://localhost", "X-Token": site.token}
+        assert site.answer("POST", "/api/pause", own)[0] == 200
+        # They are anew after each action, which may have changed them.
+        site.answer("GET", "/main", {"Host": "localhost"})
+        assert len(groupings) == 2
+
+    def test_an_odd_address_is_reported_on_the_page(self, dashboard):
+        enqueue()
+        for query in ("state=x", "q=%00"):
+            whole = dashboard.ask("/?" + query)
+            assert whole.status == 200 and re.search(
+                '<p id="trouble"[^>]*role="alert">[^<]', whole.text)
+            assert dashboard.ask("/main?" + query).status == 400
+
+    def test_a_removed_queue_is_reported_on_the_page(self):
+        site = queuectl.Site(os.path.abspath("none.db"), "localhost")
+        status, kind, text = site.answer("GET", "/", {"Host": "localhost"})
+        trouble, = re.findall('<p id="trouble"[^>]*>.*?</p>', text)
+        assert (status, kind) == (200, "text/html")
+        assert "There is no queue" in trouble and "hidden" not in trouble
+        assert site.answer("GET", "/main", {"Host": "localhost"})[0] == 400
+
+    @mechanism
+    def test_its_functions_are_short_and_its_lines_narrow(self):
+        text = read_text(SCRIPT)
+        begin = text[: text.index("# -- the page: its bricks")].count("\n")
+        end = text[: text.index("# -- the server")].count("\n")
+        functions = [node for node in ast.walk(ast.parse(text))
+                     if isinstance(node, ast.FunctionDef)]
+        lengths = [node.end_lineno - node.lineno + 1 for node in functions
+                   if begin < node.lineno < end]
+        assert max(lengths) <= 25 and sorted(lengths)[len(lengths) // 2] <= 8
+        literals = text[text.index("PAGE_CSS = ") : text.index("# Main: ")]
+        assert max(map(len, literals.splitlines())) <= 100
+
+    @posix_only
+    @pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
+    def test_a_browser_runs_its_script(self, dashboard):
+        enqueue("printf 'a\\033[31mb\\033[0m\\rc<i>'; exit 3", id="x", max_retries=1)
+        drain()
+        with tempfile.TemporaryDirectory() as profile:
+            shown = subprocess.run(
+                ["chromium", "--headless", "--no-sandbox", "--disable-gpu",
+                 "--disable-background-networking", "--user-data-dir=" + profile,
+                 "--virtual-time-budget=5000", "--dump-dom",
+                 "http://%s/?job=x" % dashboard.own], stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, timeout=60, encoding="utf-8").stdout
+        output, = re.findall('(?s)<pre id="output".*?</pre>', shown)
+        assert "c&lt;i&gt;" in output and output.count("<code") == 1
+        assert re.search('id="trouble"[^>]*hidden', shown) and 'class="live' in shown
+        assert "succeed" in shown  # the chart, which only the script fetches
+
+
+class TestPanel:
+    """The panel of a job on the page, and its output."""
+
+    @pytest.mark.parametrize("state, offered, why", [
+        ("pending", ["Cancel…", "Delete…"], "pending – no pool is running"),
+        ("failed", ["Run now", "Cancel…", "Delete…"], "failed – exit 1, try 2 is due in"),
+        ("completed", ["Retry", "Delete…"], "completed – 0 s ago, try 1 of 3"),
+        ("dead", ["Retry", "Delete…"], "dead – exit 1, 0 s ago, try 3 of 3")])
+    def test_it_begins_with_the_reason(self, queue, page, state, offered, why):
+        add_job(queue)
+        for _ in range({"failed": 1, "completed": 1, "dead": 3}.get(state, 0)):
+            queue.clock.now += 100
+            verb = queue.complete if state == "completed" else queue.fail
+            verb(claim(queue), make_outcome(finished_at=queue.clock.now))
+        panel = page("/?job=job").find("aside")
+        assert list(buttons_of(panel)) == [*offered, "Copy"]
+        assert words_of(named_part(panel, "why")).startswith(why)
+        assert [link.get("id") for link in panel.iter("a")][0] == "close"
+
+    def test_a_running_job_can_only_be_cancelled(self, queue, page):
+        add_job(queue)
+        claim(queue)
+        cancel, _ = buttons_of(page("/?job=job").find("aside")).items()
+        assert cancel[1]["data-ask"] == "Cancel job? All its processes are ended."
+
+    def test_a_job_that_others_wait_for_is_not_deleted(self, queue, page):
+        add_job(queue, id="a")
+        add_job(queue, id="b", after=["a"])
+        buttons = buttons_of(page("/?job=a").find("aside"))
+        assert "Delete…" not in buttons
+        assert "come after it stay" in buttons["Cancel…"]["data-ask"]
+
+    def test_a_chain_can_be_followed_both_ways(self, queue, page):
+        for name, after in (("a", []), ("b", ["a"]), ("c", ["b"])):
+            add_job(queue, id=name, after=after)
+        claim_and_complete(queue)
+        assert links_of(page("/?job=b").find("aside/dl")) == {
+            "a (completed)": "/?job=a", "c (pending)": "/?job=c"}
+        for n in range(queuectl.LINKS_SHOWN + 9):
+            add_job(queue, id="d%d" % n, after=["c"])
+        facts = page("/?job=c").find("aside/dl")
+        assert len(links_of(facts)) == 1 + queuectl.LINKS_SHOWN
+        assert "d19 (pending)and more" in words_of(facts)
+
+    def test_a_job_that_is_gone_has_none_and_that_is_reported(self, queue, page):
+        gone = page("/?job=gone&q=x")
+        assert gone.find("aside") is None
+        assert words_of(named_part(gone, "gone")) == "there is no job gone"
+        assert named_part(gone, "gone").get("data-back") == "/?q=x"
+
+    def test_run_now_makes_a_job_due(self, queue, page, dashboard):
+        queue.clock.now = time.time()
+        enqueue(id="x", delay=3600)
+        run_now = buttons_of(page("/?job=x").find("aside"))["Run now"]
+        assert not queue.has_claimable()
+        assert dashboard.post(run_now["data-post"]).status == 200
+        assert claim(queue).id == "x"
+        assert dashboard.post("/api/jobs/x/run").status == 400  # it runs already
+
+    def test_runs_lead_to_their_outputs(self, queue, page):
+        add_job(queue, id="x")
+        for text in (b"one", b"two"):
+            queue.fail(claim(queue), make_outcome(output=text))
+            queue.clock.now += 10
+        panel = page("/?job=x", is_whole=True).find("aside")
+        assert words_of(named_part(panel, "output")) == "two"
+        links = links_of(named_part(panel, "runs"))
+        assert list(links) == ["run 2: exit 1, 0ms", "run 1: exit 1, 0ms"]
+        earlier = page(links["run 1: exit 1, 0ms"], is_whole=True)
+        assert words_of(named_part(earlier, "output")) == "one"
+
+    @pytest.mark.parametrize("printed, shown", [
+        (b"a\r\nb\r\n", "a\nb\n"), (b" 1%\r 50%\r100%\nok", "100%\nok"),
+        (b"1%\r2%\r", "2%"), (b"\x1b]0;title\x07x\x1b[2K\x1b[?25l\x1b(By", "xBy"),
+        (b"\x1b[38;5;" + 5000 * b"1" + b"mx", "x"),
+        (b"\xff\xc3\xa9", "\\xffé"), (b"<i>\x1b[1m&\x1b[0m", "<i>&")])
+    def test_an_output_reads_as_on_a_terminal(self, printed, shown):
+        parts, _ = queuectl.painted(printed)
+        assert "".join(text for text, _ in parts) == shown
+
+    @pytest.mark.parametrize("codes, colour", [
+        ("31", 1), ("1;92", 2), ("0", 0), ("", 0), ("39", 0), ("37", 0), ("7", 4),
+        ("38;5;1", 1), ("38;5;9", 1), ("38;5;15", 0), ("38;5;196", 1), ("38;5;46", 2),
+        ("38;5;21", 4), ("38;5;245", 0), ("48;5;31", 4), ("48;2;31;32;33", 4),
+        ("38;2;250;240;10", 3), ("38;5;196;32", 2), ("38;5", 0), ("38", 0),
+        ("38;2;", 0)])
+    def test_colours_are_those_of_a_terminal(self, codes, colour):
+        assert queuectl.colour_after(iter(codes.split(";")), 4) == colour
+
+    @posix_only
+    def test_an_output_comes_piece_by_piece_as_it_grows(self, queue, page):
+        add_job(queue, id="x")
+        with leased_run(queue, os.getpid()) as (run, lease):
+            def look(address):
+                code = page(address)[0]
+                return words_of(code), words_of(code.find("i")), code.get("data-next")
+
+            lease.write(b"one\n\x1b[31mtwo\nhal")
+            shown, last, following = look("/output?id=x")
+            assert (shown, last) == ("one two hal", "hal")
+            assert "colour=1&from=13" in following
+            assert look(following) == ("hal", "hal", following)  # nothing new
+            lease.write("f é".encode()[:-1])
+            lease.write("é".encode()[-1:] + b"\n 1%\r 2%\r")
+            shown, last, following = look(following)
+            assert (shown, last) == ("half é 2%", "2%")
+            assert "from=25" in following  # what was written over is not given again
+            lease.write(b" 3%\rdone\n")
+            assert look(following)[:2] == ("done", "")
+            queue.complete(run, make_outcome(None, output=b"one\ntwo\n"))
+        assert page("/output?id=x")[0].get("data-next") is None
+
+    def test_the_tail_of_a_long_output_is_shown_and_all_is_saved(self, queue, page):
+        output = b"".join(b"line %d\n" % number for number in range(50000))
+        add_job(queue, id="x")
+        queue.complete(claim(queue), make_outcome(None, output=output))
+        code = page("/output?id=x")[0]
+        assert len(code.text) < queuectl.PIECE + 100
+        note, first, _ = code.text.split("\n", 2)
+        before = int(re.sub(r"\D", "", note))
+        assert re.fullmatch(r"line \d+", first)
+        assert code.text.endswith("\nline 49999\n")
+        assert output[before:].decode().startswith(first)
+        panel = page("/?job=x").find("aside")
+        assert "{:,} bytes".format(len(output)) in words_of(panel)
+        saved = panel.find(".//a[@download]")
+        assert saved.get("download") == "x-1.log"
+        request = queuectl.Request(queue, {"id": "x", "run": "1"}, None)
+        assert saved.get("href") == "/output.log?id=x&run=1"
+        assert queuectl.download_route(request) == output.decode()
 
 
 # ======================================================================================
