@@ -7865,7 +7865,8 @@ const wait = isBusy => document.body.classList.toggle("busy", isBusy);
 const parse = text => new DOMParser().parseFromString(text, "text/html");
 let turn = 0, timer, chartDue = 0, seen = performance.now(), toastTimer;
 
-async function get(url, options) {
+/* A line that was cut gives no error by itself. An action may take as long as it needs. */
+async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
   const silent = () => { throw new Error("The dashboard does not answer"); };
   const answer = await fetch(url, options).catch(silent);
   const body = await answer.text().catch(silent);
