@@ -3756,7 +3756,7 @@ RULES = [
              "to add one: queuectl.py enqueue -- echo hello")),
     (lambda status: not count_unfinished(status["jobs"]),
      Verdict("completed", "Idle: every job has ended", "")),
-    (lambda status: not status["workers"],
+    (lambda status: not status["has_pool"],
      Verdict("dead", "No pool is running: {unfinished}",
              NO_POOL.split("; ")[1])),
     (lambda status: status["growth"] >= 1,
@@ -3844,12 +3844,16 @@ SEQUENCE = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[^\[\]])"
 COLOURS = r"\x1b\[([0-9;]{0,99})m"
 
 
-def last_line(output):
-    """Return the last line of an output that is not blank, without its colours."""
+def last_lines(output, count):
+    """Return the last lines of an output that are not blank, without their colours."""
     text = split_dropped(output)[1].decode("utf-8", "replace")
-    text = re.sub(SEQUENCE, "", text)
-    lines = text.replace("\r", "\n").split("\n")
-    return next((line.strip()[-200:] for line in reversed(lines) if line.strip()), "")
+    lines = re.sub(SEQUENCE, "", text).replace("\r", "\n").split("\n")
+    return [line.rstrip()[-200:] for line in lines if line.strip()][-count:]
+
+
+def last_line(output):
+    """Return the last line of an output that is not blank, or nothing."""
+    return "".join(last_lines(output, 1)).strip()
 
 
 def painted(output, colour=0):
@@ -4017,7 +4021,7 @@ def fitted(widths, room):
 
 # A column of a table of jobs: its title; how wide a terminal has to be to show it; and
 # the function of job and present time that makes its text.
-Column = collections.namedtuple("Column", "title terminal text")
+ListColumn = collections.namedtuple("ListColumn", "title terminal text")
 
 
 def due_text(job, now):
@@ -4044,20 +4048,20 @@ def short_reason(job, now):
 def last_columns(changed, reason):
     """Return the columns that differ: their titles are CHANGED and REASON."""
     return [
-        Column(changed, 76, lambda job, now: relative_time(job["updated_at"], now)),
-        Column(reason, 64, lambda job, now: printable(short_reason(job, now))),
-        Column("COMMAND", 50, lambda job, now: printable(job["command"])),
+        ListColumn(changed, 76, lambda job, now: relative_time(job["updated_at"], now)),
+        ListColumn(reason, 64, lambda job, now: printable(short_reason(job, now))),
+        ListColumn("COMMAND", 50, lambda job, now: printable(job["command"])),
     ]
 
 
-JOB_COLUMNS = [
-    Column("ID", 0, lambda job, now: printable(job["id"])),
-    Column("STATE", 0, lambda job, now: job["state"]),
-    Column("TRIES", 0, lambda job, now: "%d/%d" % (
+LIST_COLUMNS = [
+    ListColumn("ID", 0, lambda job, now: printable(job["id"])),
+    ListColumn("STATE", 0, lambda job, now: job["state"]),
+    ListColumn("TRIES", 0, lambda job, now: "%d/%d" % (
         job["attempts"], tries_allowed(job["max_retries"]))),
     *last_columns("CHANGED", "WHY"),
 ]
-DLQ_COLUMNS = [*JOB_COLUMNS[:3], *last_columns("DIED", "ERROR")]
+DLQ_COLUMNS = [*LIST_COLUMNS[:3], *last_columns("DIED", "ERROR")]
 
 
 def job_table(jobs, now, columns):
@@ -5248,8 +5252,14 @@ def read_status(queue):
     """Return the values that `status` shows, with times still as epoch seconds."""
     none = {"id": None, "run_at": None}
     oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
+    workers = queue.workers()
+    pools = {worker["pool"] for worker in workers}
+    killed = {pool for pool in pools if not is_locked(pool_file(queue.path, pool))}
     return {
-        "jobs": queue.counts(), "workers": queue.workers(),
+        "jobs": queue.counts(), "workers": workers,
+        "commands": {job["id"]: job["command"] for job in queue.jobs(
+            where(["processing"]), limit=MAX_WORKERS, brief=True)},
+        "killed_pools": killed, "has_pool": bool(pools - killed),
         "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
         "next_due": due["run_at"], "next_job": due["id"],
         "paused": queue.is_paused(), "blocked": queue.first_blocked(),
@@ -5261,7 +5271,8 @@ def status_document(status, now):
     """Return what `status --json` prints."""
     workers = [with_iso_times(worker, "since") for worker in status["workers"]]
     document = with_iso_times(status, "oldest_waiting", "next_due")
-    del document["ready"], document["run_seconds"]  # what the verdict is made of
+    for name in ("ready", "run_seconds", "commands", "killed_pools", "has_pool"):
+        del document[name]  # what lines for people are made of
     blocked = status["blocked"]["jobs"] if status["blocked"] else 0
     return dict(document, workers=workers, blocked=blocked,
                 verdict=verdict(status, now).sentence)
@@ -5307,39 +5318,43 @@ def status_lines(status, now):
     yield from count_lines(status, now)
     if status["paused"]:
         yield PAUSED_HINT.capitalize()
-    elif count_unfinished(status["jobs"]) and not status["workers"]:
+    elif count_unfinished(status["jobs"]) and not status["has_pool"]:
         yield NO_POOL.capitalize()
     yield from worker_lines(status, now)
 
 
 def count_lines(status, now):
     """Yield the counts of `status`, and which jobs wait."""
-    jobs, workers, due = status["jobs"], status["workers"], status["next_due"]
+    jobs, due = status["jobs"], status["next_due"]
     for state, count in jobs.items():
         yield Line("%s: %d" % (state.capitalize(), count),
                    STATES[state].colour if count else None, 0, len(state))
-    yield "Active Workers: %d" % len(workers)
+    yield "Active Workers: %d" % len(status["workers"])
     if status["oldest_job"]:
         waited = duration_text(now - status["oldest_waiting"])
         yield "Oldest Waiting: %s, for %s" % (printable(status["oldest_job"]), waited)
     if due is not None:
-        is_late = due < now and workers
-        message = "was due %s, all workers are busy" if is_late else "due %s"
-        yield "Next Due: %s, %s" % (
-            printable(status["next_job"]), message % relative_time(due, now))
+        when = relative_time(due, now) if due > now else "now"
+        if due < now and status["has_pool"]:
+            when = "late by %s, as all workers are busy" % duration_text(now - due)
+        yield "Next Due: %s, %s" % (printable(status["next_job"]), when)
     if status["blocked"]:
         yield "Blocked: %s; %s" % (
             plural(status["blocked"]["jobs"], "job"), blocked_text(status["blocked"]))
 
 
 def worker_lines(status, now):
-    """Yield a line for each worker."""
+    """Yield a line for each worker, with the command that it runs."""
     for worker in status["workers"]:
         doing = "idle"
         if worker["job"]:
-            doing = "%s for %s" % (
-                printable(worker["job"]), duration_text(now - worker["since"]))
-        yield "  worker %(pid)d of pool %(pool)d: " % worker + doing
+            doing = "%s for %s: %s" % (
+                printable(worker["job"]), duration_text(now - worker["since"]),
+                printable(status["commands"].get(worker["job"], "")))
+        line = "  worker %(pid)d of pool %(pool)d: "
+        if worker["pool"] in status["killed_pools"]:
+            line = "  worker %(pid)d, whose pool %(pool)d was killed: "
+        yield line % worker + doing
 
 
 def job_document(queue, job):
@@ -5622,7 +5637,7 @@ def time_since(args, queue):
     return None if args.since is None else queue.clock() - args.since
 
 
-def list_jobs(args, queue, jobs, columns=JOB_COLUMNS, empty="no jobs"):
+def list_jobs(args, queue, jobs, columns=LIST_COLUMNS, empty="no jobs"):
     """Print a table of jobs; if there are none, report which queue was looked at."""
     now = queue.clock()
     is_empty = print_jobs(
@@ -5645,8 +5660,10 @@ def cmd_show(args, queue):
 
 
 def job_lines(queue, job):
-    """Yield the fields and the runs of a job."""
+    """Yield what is asked first about a job, then its fields and its runs."""
     now, fields, runs = queue.clock(), public_job(job), queue.runs(job)
+    yield from answer_lines(queue, job, now)
+    yield ""
     for name in TIMES:
         if job[name] is not None:
             fields[name] += ", " + relative_time(job[name], now)
@@ -5660,6 +5677,51 @@ def job_lines(queue, job):
     if runs:
         yield ""
         yield from run_table(runs, now)
+
+
+# The next step for a job in a state: what it does, and the command.
+NEXT_COMMANDS = {
+    "processing": ("to follow its output", "logs -f %s"),
+    "completed": ("to run it again", "retry %s"),
+    "failed": ("to try it now", "edit %s --run-at now"),
+    "dead": ("to run it again", "retry %s"),
+}
+
+
+def answer_lines(queue, job, now):
+    """Yield why a job is what it is, what it printed last, and the next step."""
+    id, state, width = printable(job["id"]), job["state"], terminal_width(sys.stdout)
+    start = len(id) + len(" is ")
+    reason = ": " + printable("; ".join(state_reasons(queue, job, now)))
+    yield Line("%s is %s%s" % (id, state, reason), STATES[state].colour, start,
+               start + len(state))
+    yield truncate("  $ " + printable(job["command"]), width)
+    for line in last_lines(output_of(queue, job, job["run"])[-4000:], 5):
+        yield truncate("  | " + printable(line), width)
+    behind = [other["id"] for other in queue.dependents(job, 1000)
+              if other["state"] not in FINISHED and state not in SUCCESSFUL]
+    if behind:
+        more = ", …" if len(behind) > 3 else ""
+        yield "%s for it: %s%s" % (
+            "1 job waits" if len(behind) == 1 else "%d jobs wait" % len(behind),
+            printable(", ".join(behind[:3])), more)
+    if state in NEXT_COMMANDS:
+        what, line = NEXT_COMMANDS[state]
+        yield "%s: queuectl.py %s" % (what, line % quoted([job["id"]]))
+
+
+def state_reasons(queue, job, now):
+    """Return in words why a job is in its state, and since when."""
+    tries = "try %d of %d" % (job["attempts"], tries_allowed(job["max_retries"]))
+    waiting = why_waiting(queue, job, queue.workers())
+    if waiting:
+        return [job["error"], waiting] if job["state"] == "failed" else [waiting]
+    if job["state"] == "processing":
+        return [tries, "for " + duration_text(now - job["updated_at"])]
+    changed = relative_time(job["updated_at"], now)
+    if job["error"]:
+        return [job["error"], tries, changed]
+    return ["took " + duration_text(job["seconds"], precise=True), changed]
 
 
 def field_line(name, value):
@@ -5881,6 +5943,8 @@ def cmd_status(args, queue):
             else:
                 print_result(args, status_document(status, now), *lines)
             if not args.watch:
+                if not any(status["jobs"].values()) and not status["workers"]:
+                    report_queue(args)
                 return
             sys.stdout.flush()
             time.sleep(args.watch)

@@ -3590,6 +3590,21 @@ class TestShow:
         assert "next in line" in run_ok("show", "first").out
 
     @posix_only
+    def test_it_begins_with_why_what_was_printed_and_what_to_do(self):
+        enqueue("echo one&& echo two&& exit 3", id="a", max_retries=1)
+        enqueue(id="b", after=["a"])
+        enqueue(id="c")
+        drain()
+        answer = [re.sub(r"\d+\.\ds ago|\d+ms", "…", line)
+                  for line in run_ok("show", "a").out.split("\n\n")[0].splitlines()]
+        assert answer == [
+            "a is dead: exit 3; try 1 of 1; …", "  $ echo one&& echo two&& exit 3",
+            "  | one", "  | two", "1 job waits for it: b",
+            "to run it again: queuectl.py retry a"]
+        assert run_ok("show", "b").out.startswith(
+            "b is pending: waits for a, which is dead\n  $ true\n\n")
+        assert re.match(r"c is completed: took \d+ms; ", run_ok("show", "c").out)
+
     def test_it_prints_every_line_of_a_command_and_a_table_of_runs(self):
         enqueue("echo one\nexit 3", id="x", max_retries=2)
         configure("backoff_base", "0")
@@ -4429,21 +4444,37 @@ class TestStatus:
         assert printed["oldest_waiting"] is None
         assert printed["next_due"] == "2001-09-09T01:49:20Z"
         assert printed["next_job"] == "later"
-        assert "Next Due: later, due " in run_ok("status").out
+        assert "Next Due: later, now\n" in run_ok("status").out
 
     def test_it_says_when_a_due_job_waits_for_a_worker(self):
         enqueue(UNTIL_GO, id="runs")
         start_pool(count=1)
         wait_until(lambda: state_of("runs") == "processing")
         enqueue(id="next", delay=0.05)
-        wait_until(lambda: "Next Due: next, was due 0.1s ago, all workers are busy"
+        wait_until(lambda: "Next Due: next, late by 0.1s, as all workers are busy"
                    in run_ok("status").out)
+        open("go", "w").close()
+
+    @posix_only
+    def test_a_worker_whose_pool_was_killed_is_said_to_be_without_it(self):
+        enqueue(UNTIL_GO, id="runs")
+        pool = start_pool(count=1)
+        worker, = workers_of(pool.pid)
+        wait_until(lambda: state_of("runs") == "processing")
+        line = "  worker %d of pool %d: runs for " % (worker, pool.pid)
+        assert line in run_ok("status").out and UNTIL_GO in run_ok("status").out
+        os.kill(pool.pid, signal.SIGKILL)
+        pool.wait(10)
+        shown = run_ok("status").out
+        line = "  worker %d, whose pool %d was killed: runs for" % (worker, pool.pid)
+        assert line in shown and "No pool is running" in shown
         open("go", "w").close()
 
     def test_the_verdict_says_what_a_queue_comes_down_to(self, queue, clock):
         def judge(workers=2, growth=0):
             status = queuectl.read_status(queue)
             status["workers"] = [dict(pid=1, pool=1, job=None, since=None)] * workers
+            status["has_pool"] = workers > 0
             return tuple(queuectl.verdict(status, clock.now, growth))[:2]
 
         assert judge() == ("pending", "No jobs yet")
@@ -7932,6 +7963,16 @@ class TestSource:
 
     def test_the_source_is_python_3_8(self):
         ast.parse(read_text(SCRIPT), feature_version=(3, 8))
+
+    def test_no_name_is_defined_twice(self):
+        names = Counter()
+        for node in ast.parse(read_text(SCRIPT)).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                names[node.name] += 1
+            elif isinstance(node, ast.Assign):
+                names.update(name.id for target in node.targets
+                             for name in ast.walk(target) if isinstance(name, ast.Name))
+        assert [name for name, count in names.items() if count > 1] == []
 
     def test_a_command_imports_nothing_that_only_pools_need(self):
         code = "import sys, queuectl; queuectl.main(['status']); print(*sys.modules)"
