@@ -124,7 +124,9 @@ MAX_INTEGER = 2**63 - 1
 MAX_DURATION = 10.0**9  # seconds, some 30 years
 EPOCH = datetime(1970, 1, 1)
 MAX_TIME = 253402300799.0  # 9999-12-31T23:59:59Z, the last time that ISO 8601 can name
-MAX_COMMAND = 8191 if WINDOWS else 131071  # bytes: limits of cmd.exe and of Linux
+# The longest line that the system can start: in bytes on Linux; for cmd.exe 8191
+# characters, in which its own path and option stand as well (Microsoft, KB 830473).
+MAX_COMMAND, LENGTH_UNIT = (8091, "characters") if WINDOWS else (131071, "bytes")
 MAX_WORKERS = 256
 MAX_HOOKS = 8  # `on_dead` commands that a pool runs at a time
 HOOK_TIMEOUT = 300.0  # seconds after which an `on_dead` command is ended
@@ -249,7 +251,21 @@ def parse_time(value):
         return float(text)
     if text.isdecimal():
         raise ValueError
-    return datetime.fromisoformat(text).timestamp()
+    return epoch_seconds(datetime.fromisoformat(text))
+
+
+def epoch_seconds(moment):
+    """Return the epoch seconds of a datetime; one without a zone is local time.
+
+    Windows knows local times from 1971 to 3000 only. The calendar is the same every
+    400 years.
+    """
+    try:
+        return moment.timestamp()
+    except OSError:
+        cycles = moment.year // 400 - 5
+        twin = moment.replace(year=moment.year - 400 * cycles)
+        return twin.timestamp() + cycles * 146097 * 86400.0
 
 
 def parse_number(text):
@@ -337,10 +353,18 @@ def check_command(value):
     """Check a line for the shell."""
     if not isinstance(value, str) or not value.strip() or not is_storable(value):
         raise ValueError("a shell command: text in UTF-8 without NUL")
-    if len(value.encode()) > MAX_COMMAND:
-        raise ValueError("at most %d bytes, which is what the system can start"
-                         % MAX_COMMAND)
+    if system_length(value) > MAX_COMMAND:
+        raise ValueError("at most %d %s, which is what the system can start"
+                         % (MAX_COMMAND, LENGTH_UNIT))
+    if WINDOWS and re.search("[\r\n]", value.rstrip("\r\n")):
+        raise ValueError("a single line: cmd.exe would run the first one, and report"
+                         " success; join commands by &&, or write a script")
     return value
+
+
+def system_length(text):
+    """Return the length of a text, in the unit in which the system limits it."""
+    return len(text.encode("utf-16-le")) // 2 if WINDOWS else len(text.encode())
 
 
 def current_directory():
@@ -359,7 +383,17 @@ def check_directory(value):
     """Check the path of a directory; return it as an absolute path."""
     if not isinstance(value, str) or not is_storable(value) or not os.path.isdir(value):
         raise ValueError("a directory that exists and has a name in UTF-8")
-    return os.path.normpath(os.path.join(current_directory(), value))
+    # Not by `normpath`, which leaves C:.. relative to a drive on Windows.
+    path = os.path.abspath(os.path.join(current_directory(), value))
+    if is_network_path(path):
+        raise ValueError("a directory on a drive: cmd.exe would run the command in"
+                         " C:\\Windows; give the share a letter by `net use`")
+    return path
+
+
+def is_network_path(path):
+    """Tell whether cmd.exe can't run in a directory, like \\\\server\\share."""
+    return WINDOWS and path.startswith("\\\\")
 
 
 # Programs that join the words of a command line, or take only one of them. Behind these
@@ -367,6 +401,8 @@ def check_directory(value):
 JOINING = {
     "sh", "bash", "dash", "zsh", "ksh", "fish", "cmd", "powershell", "pwsh", "ssh",
     "rsh", "su", "sg", "runuser", "script", "parallel", "sem", "watch"}
+BATCH_ENDINGS = ".cmd", ".bat"
+PROGRAM_ENDINGS = (".exe", ".com", *BATCH_ENDINGS)  # what Windows itself can start
 
 
 def program_name(word):
@@ -382,8 +418,11 @@ def check_launcher(value):
 
     try:
         words = shlex.split(check_command(value))
-        if not shutil.which(words[0]):
+        found = shutil.which(words[0])
+        if not found:
             raise ValueError("no program " + printable(words[0]))
+        if WINDOWS and not found.lower().endswith(PROGRAM_ENDINGS):  # like a .py
+            raise ValueError(found + " is no program; name its interpreter before it")
         for name in JOINING.intersection(map(program_name, words)):
             raise ValueError("%s joins the words behind it, so that the command would"
                              " not run as it is; write a script" % name)
@@ -410,11 +449,11 @@ def check_env(value):
     def fits(name, text):
         if not name or "=" in name or not isinstance(text, str):
             return False
-        return is_storable(name + text) and len((name + text).encode()) < MAX_COMMAND
+        return is_storable(name + text) and system_length(name + text) < MAX_COMMAND
 
     if not isinstance(value, dict) or not all(itertools.starmap(fits, value.items())):
         raise ValueError("an object of texts, with names without = and no NUL, each of"
-                         " less than %d bytes" % MAX_COMMAND)
+                         " less than %d %s" % (MAX_COMMAND, LENGTH_UNIT))
     return json.dumps(value)
 
 
@@ -3383,6 +3422,8 @@ class WindowsCommand(RunningCommand):
 
     def start(self, line, launcher, cwd, env):
         """Start the command suspended, until its job object can catch all children."""
+        if is_network_path(cwd):  # of an older queue
+            raise OSError(errno.EINVAL, "cmd.exe can't run in " + cwd)
         if launcher:
             import shlex
 
@@ -4757,6 +4798,8 @@ class Reaper:
         import subprocess
         import tempfile
 
+        if is_network_path(self.path):
+            raise OSError(errno.EINVAL, "cmd.exe can't run beside " + self.path)
         # Beside the queue, since a read-only system may have no other place for files.
         directory = path_beside(self.path, ".runs")
         os.makedirs(directory, 0o700, exist_ok=True)  # it goes with the last worker
@@ -5470,6 +5513,9 @@ def require_one_source(args):
         message = "enqueue: %s (see: queuectl.py enqueue --help)"
         raise QueueError(message, trouble, code=2)
     if args.jobs and args.jobs != ["-"] and args.jobs[0].lstrip()[:1] not in ("{", "["):
+        text = " ".join(args.jobs)
+        if re.match(r"'\s*[{[]", text):  # cmd passes '…' on, and takes it apart
+            parse_json(text.strip("'"))
         options = [word for word in args.given if word not in args.jobs]
         raise QueueError("not JSON: %s; to run a command: %s", args.jobs[0], usage(
             "enqueue", *options, "--", *args.jobs), code=2)
@@ -5595,10 +5641,40 @@ def spool(path):
         stdin = contextlib.nullcontext(sys.stdin.buffer)
         with open(path, "rb") if path else stdin as source:
             shutil.copyfileobj(source, spooled)
+        convert_utf_16(spooled)
+        drop_last_ctrl_z(spooled)
         spooled.seek(0)
         if spooled.read(3) != b"\xef\xbb\xbf":  # editors on Windows put it before UTF-8
             spooled.seek(0)
         yield spooled
+
+
+def convert_utf_16(file):
+    """Make a file UTF-8 if it begins with a byte order mark of UTF-16.
+
+    PowerShell 5 writes that by `>`.
+    """
+    file.seek(0)
+    if file.read(2) not in (b"\xff\xfe", b"\xfe\xff"):
+        return
+    file.seek(0)
+    try:
+        data = file.read().decode("utf-16").encode()
+    except UnicodeDecodeError as error:
+        message = "the file starts as UTF-16 and is none: %s"
+        raise QueueError(message, error.reason, code=2) from None
+    file.seek(0)
+    file.truncate()
+    file.write(data)
+
+
+def drop_last_ctrl_z(file):
+    """Cut off a Ctrl-Z at the end of a file, which old programs write on Windows."""
+    file.seek(0, os.SEEK_END)
+    size = file.tell()
+    file.seek(max(0, size - 1))
+    if file.read() == b"\x1a":
+        file.truncate(size - 1)
 
 
 # -- look at jobs ----------------------------------------------------------------------
@@ -8226,6 +8302,8 @@ def parse_arguments(name, words):
             hint = "see: queuectl.py %s --help" % name
             if name == "enqueue" and words[0][:1] not in ("{", "[", "-"):
                 hint = "to run a command: " + usage("enqueue", "--", *words)
+            if any(word.startswith("'") for word in words):
+                hint = "cmd takes '...' apart: write \"...\""
             raise QueueError("%s: %s; %s", name, message, hint, code=2)
 
     refuse_mistaken(name, words)

@@ -117,6 +117,8 @@ with warnings.catch_warnings():  # no configuration file registers this marker
 posix_only = pytest.mark.skipif(os.name != "posix", reason="is about POSIX alone")
 fork_only = pytest.mark.skipif(
     os.name != "posix", reason="patches workers, which start afresh on this system")
+windows_only = pytest.mark.skipif(
+    os.name == "posix", reason="is about Windows alone")
 not_on_wine = pytest.mark.skipif(
     os.name != "posix" and hasattr(ctypes.WinDLL("ntdll"), "wine_get_version"),
     reason="wine's console keeps the pipes of its parent open")
@@ -3160,6 +3162,26 @@ class TestEnqueue:
         assert list(jobs())[:6] == list("abcdef")
         assert [job["command"] for job in jobs().values()][6:] == ["echo g"]
 
+    def test_files_of_windows_are_read_as_their_marks_say(self):
+        line = '{"id":"ü","command":"true"}\r\n'
+        run_ok("enqueue", "-", stdin=line.encode("utf-16"))
+        run_ok("enqueue", "-", stdin=b"\xfe\xff" + line.replace("ü", "be").encode(
+            "utf-16-be"))
+        run_ok("enqueue", "--lines", stdin="echo é\r\necho b\r\n".encode("utf-16"))
+        run_ok("enqueue", "--lines", stdin=b"echo c\r\n\x1a")
+        run_ok("enqueue", "-", stdin=b"\x1a")
+        assert list(jobs())[:2] == ["ü", "be"]
+        assert [job["command"] for job in jobs().values()][2:] == [
+            "echo é", "echo b", "echo c"]
+        assert "starts as UTF-16" in run_refused(
+            "enqueue", "-", stdin=b"\xff\xfe{", code=2)
+
+    def test_quotes_that_cmd_takes_apart_get_the_right_hint(self):
+        for words in (["'{id:", "x,", "command: echo hi}'"], ["'{id:x}'"], ["{id:x}"]):
+            assert "the shell took the quotes" in run_refused("enqueue", *words, code=2)
+        assert "cmd takes '...' apart" in run_refused(
+            "config", "set", "launcher", "'srun", "-Q", "-n1'", code=2)
+
     def test_all_jobs_or_none_and_the_bad_line_is_named(self):
         lines = b'{"id":"a","command":"true"}\n{"id":"b","comand":"true"}\n'
         assert "line 2: unknown field \"comand\"; did you mean command?" in run_refused(
@@ -3425,12 +3447,12 @@ class TestList:
 
     def test_a_line_has_id_state_tries_and_command(self):
         enqueue(id="a", max_retries=5)
-        enqueue("echo 'x'\ntrue", id="b c")
+        enqueue("echo 'x'\ttrue", id="b c")
         lines = run_ok("list").out.splitlines()
         assert [re.split("  +", line)[:3] for line in lines] == [
             ["ID", "STATE", "TRIES"], ["a", "pending", "0/5"],
             ["b c", "pending", "0/3"]]
-        assert lines[2].endswith(r"echo 'x'\ntrue")
+        assert lines[2].endswith(r"echo 'x'\ttrue")
 
     def test_jobs_are_filtered_by_state_and_limited(self):
         for name in "abc":
@@ -5709,6 +5731,39 @@ class TestPolicy:
         run_refused("enqueue", text, code=2)
         run_refused("enqueue", "-", stdin=b"\n" + text.encode() + b"x", code=2)
 
+    @mechanism
+    @pytest.mark.parametrize("year", [1970, 2400, 3001, 3500, 9998])
+    def test_local_times_that_windows_does_not_know_are_taken(self, year):
+        class Moment(queuectl.datetime):
+            def timestamp(self):
+                if not 1971 <= self.year < 3000:
+                    raise OSError(22, "Invalid argument")
+                return (self - queuectl.EPOCH).total_seconds()
+
+        moment = Moment(year, 3, 1, 12)
+        assert queuectl.epoch_seconds(moment) == (
+            moment - queuectl.EPOCH).total_seconds()
+
+    @windows_only
+    def test_a_line_that_cmd_cannot_run_is_refused(self):
+        line = "rem " + "ü" * (queuectl.MAX_COMMAND - 4)
+        enqueue(line, id="x", max_retries=1)
+        assert "8091 characters" in run_refused("enqueue", "--", line + "ü", code=2)
+        for line in ("echo a\necho b", "echo a\r\necho b", "\necho b"):
+            assert "single line" in run_refused("enqueue", "--", line, code=2)
+            assert "single line" in run_refused(
+                "config", "set", "on_dead", line, code=2)
+        assert drain(1) == 0 and len(jobs()) == 1
+
+    @windows_only
+    def test_a_folder_is_stored_with_its_drive_or_refused(self, home):
+        drive = os.path.splitdrive(os.getcwd())[0]
+        run_ok("enqueue", "--id", "x", "--cwd", drive, "--", "cd")
+        run_ok("enqueue", "--id", "y", "--cwd", drive + "..", "--", "cd")
+        assert [job["cwd"] for job in jobs().values()] == [str(home), str(home.parent)]
+        assert "a directory on a drive" in run_refused(
+            "enqueue", "--cwd", "\\\\?\\" + str(home), "--", "cd", code=2)
+
     @posix_only
     @pytest.mark.parametrize("letter", ["x", "é"])
     def test_a_command_too_long_for_the_system_is_refused(self, letter):
@@ -6019,6 +6074,16 @@ tempfile.tempdir, tempfile._get_default_tempdir = None, find_none
         wait_until(
             lambda: os.path.exists("told") and read_text("told").count('"id": "x"') == 2
         )
+
+    @fork_only
+    def test_beside_a_queue_on_a_network_share_it_is_refused(self):
+        configure("on_dead", "echo told > told")
+        enqueue("exit 1", max_retries=1)
+        pool = start_pool(
+            count=1, script="queuectl.is_network_path = lambda path: True")
+        wait_until(lambda: "cmd.exe can't run beside" in read_text("queuectl.log"))
+        assert run_ok("worker", "stop").code == pool.wait(20) == 0
+        assert not os.path.exists("told")
 
     @fork_only
     def test_a_drain_ends_with_1_when_it_cannot_be_started(self):
