@@ -715,6 +715,7 @@ def setting_name(key):
 # with its worker.
 
 if WINDOWS:
+    import codecs
     import ctypes
     import msvcrt
     import subprocess
@@ -1095,6 +1096,44 @@ def is_reader_gone(stream):
     except (OSError, ValueError):  # in a test it is no file
         return False
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def is_console(handle):
+    """Tell whether a handle of Windows is a console; for `isatty` NUL is one, too."""
+    mode = ctypes.byref(wintypes.DWORD())
+    return bool(KERNEL.GetConsoleMode(wintypes.HANDLE(handle), mode))
+
+
+def takes_text(stream):
+    """Tell whether an output takes text alone: a console of Windows, or that of IDLE.
+
+    Others take bytes as well.
+    """
+    if not hasattr(stream, "buffer"):
+        return True
+    with contextlib.suppress(OSError, ValueError):  # in a test it is no file
+        return WINDOWS and is_console(msvcrt.get_osfhandle(stream.fileno()))
+    return False
+
+
+def decode_line(error):
+    """Decode the rest of a line that is not UTF-8, on Windows: a handler for codecs.
+
+    A command prints in the code page of the console (`oem`) or of Windows (`mbcs`).
+    That one is taken which gives more letters.
+    """
+    end = error.object.find(b"\n", error.start)
+    line = error.object[error.start : end if end >= 0 else None]
+    texts = [line.decode(page, "replace") for page in ("oem", "mbcs")]
+    text = max(texts, key=lambda text: sum(map(str.isalpha, text)))
+    return text, error.start + len(line)
+
+
+# How output that is not UTF-8 becomes text: a name of an error handler.
+FOREIGN_BYTES = "backslashreplace"
+if WINDOWS:
+    FOREIGN_BYTES = "queuectl"
+    codecs.register_error(FOREIGN_BYTES, decode_line)
 
 
 def catch_signals(handler):
@@ -3887,7 +3926,7 @@ COLOURS = r"\x1b\[([0-9;]{0,99})m"
 
 def last_lines(output, count):
     """Return the last lines of an output that are not blank, without their colours."""
-    text = split_dropped(output)[1].decode("utf-8", "replace")
+    text = split_dropped(output)[1].decode("utf-8", FOREIGN_BYTES)
     lines = re.sub(SEQUENCE, "", text).replace("\r", "\n").split("\n")
     return [line.rstrip()[-200:] for line in lines if line.strip()][-count:]
 
@@ -3903,7 +3942,7 @@ def painted(output, colour=0):
     A colour is a number of ANSI from 1 to 6, or 0. All other sequences are left out. Of
     a line that was written over after \\r the last text is left.
     """
-    lines = output.decode("utf-8", "backslashreplace").split("\n")
+    lines = output.decode("utf-8", FOREIGN_BYTES).split("\n")
     text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
     parts = []
     for at, part in enumerate(re.split(COLOURS, text)):
@@ -4354,7 +4393,9 @@ def printing_handler(level):
         def emit(self, record):
             line = start + record.getMessage() + "\n"
             with contextlib.suppress(OSError, ValueError):  # nobody is there
-                if is_writable(sys.stderr):
+                if takes_text(sys.stderr):  # to bytes it would give another code page
+                    print(line, end="", file=sys.stderr, flush=True)
+                elif is_writable(sys.stderr):
                     os.write(sys.stderr.fileno(), line.encode(errors="replace"))
 
     return Printer(level)
@@ -5409,7 +5450,7 @@ def job_document(queue, job):
 
 def output_document(job, run, output):
     """Return what `logs --json` prints."""
-    text = output.decode("utf-8", "backslashreplace")
+    text = output.decode("utf-8", FOREIGN_BYTES)
     return {"id": job["id"], "run": run, "output": text}
 
 
@@ -5842,7 +5883,7 @@ def cmd_logs(args, queue):
     if args.json:
         print(json.dumps(output_document(job, run["run"], output)))
     else:
-        write_bytes(output)
+        OutputPrinter().print(output)
     if not output and run["error"]:
         notice("job %s: %s" % (printable(job["id"]), printable(run["error"])))
 
@@ -5860,7 +5901,8 @@ def print_logs(args, queue, jobs):
         end = run["error"] or ("completed" if run["finished_at"] else "is running")
         print("==> %s: %s: %s" % tuple(map(printable, (
             job["id"], end, job["command"]))))
-        write_bytes(output + b"\n" * bool(output and not output.endswith(b"\n")))
+        OutputPrinter().print(
+            output + b"\n" * bool(output and not output.endswith(b"\n")))
 
 
 NO_RUN = "has not run yet"  # in place of the end of a run
@@ -5881,23 +5923,38 @@ def latest_output(queue, job, chosen={}):
     return run, output_of(queue, job, run["run"])
 
 
-def write_bytes(output):
-    sys.stdout.flush()
-    sys.stdout.buffer.write(output)
-    sys.stdout.buffer.flush()
+class OutputPrinter:
+    """Prints output as the bytes that it is, or as text where nothing else is taken."""
+
+    def __init__(self):
+        import codecs
+
+        self.takes_text = takes_text(sys.stdout)
+        self.decoder = codecs.getincrementaldecoder("utf-8")(FOREIGN_BYTES)
+
+    def print(self, output, is_last=True):
+        """Print a piece of the output. Of text, half a character waits for the next."""
+        sys.stdout.flush()
+        if self.takes_text:
+            text = self.decoder.decode(output, is_last)
+            sys.stdout.write(text.replace("\r\n", "\n"))
+            sys.stdout.flush()
+        else:
+            sys.stdout.buffer.write(output)
+            sys.stdout.buffer.flush()
 
 
 def follow(queue, job):
     """Print the output of a job's latest run while it runs; wait for the first run."""
     job, printed = wait_for_run(queue, job), 0
-    run, is_running = queue.latest_run(job), True
+    run, is_running, printer = queue.latest_run(job), True, OutputPrinter()
     while is_running:
         queue.require_file()
         is_running = queue.is_current(run)
         dropped, output = split_dropped(output_of(queue, job, run.number))
         if dropped > printed:
             notice("%d bytes of output were dropped here" % (dropped - printed))
-        write_bytes(output[max(0, printed - dropped) :])
+        printer.print(output[max(0, printed - dropped) :], is_last=not is_running)
         printed = max(printed, dropped + len(output))
         is_lost = not is_locked(run.lease) and queue.is_current(run)
         if is_running and is_lost:
@@ -6358,7 +6415,7 @@ def start_detached(args):
             print_started(args, json.loads(line)["pool"])
             pool.returncode = 0  # it goes on, and this process does not wait for it
             return 0
-        print(line.decode("utf-8", "replace").rstrip(), file=sys.stderr)
+        print(line.decode("utf-8", FOREIGN_BYTES).rstrip(), file=sys.stderr)
     return pool.wait()
 
 
@@ -6695,7 +6752,7 @@ def output_route(request):
     if "tail" in query:
         start = max(start, end - count_from(0, "tail")(query["tail"]))
     start = max(dropped, start)
-    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    decoder = codecs.getincrementaldecoder("utf-8")(FOREIGN_BYTES)
     text = decoder.decode(output[start - dropped :], final=not is_live(job, run))
     end -= len(decoder.getstate()[0])  # half a character is left for the next time
     return {"id": job["id"], "run": run, "output": text, "start": start, "end": end}
@@ -6705,7 +6762,7 @@ def download_route(request):
     """Return what is kept of an output, as text to save."""
     job, run = run_of(request)
     output = split_dropped(output_of(request.queue, job, run))[1]
-    return output.decode("utf-8", "backslashreplace")
+    return output.decode("utf-8", FOREIGN_BYTES)
 
 
 def metrics_route(request):
@@ -8378,11 +8435,12 @@ def main(argv=None):
         if getattr(sys, name) is None:  # closed: the database would get its number
             setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-    if WINDOWS and sys.stderr.isatty():
-        os.system("")  # lets a console of Windows 10 take escape sequences
+        if hasattr(stream, "reconfigure"):  # that of IDLE can't, and takes all text
+            stream.reconfigure(errors="backslashreplace")
     stdout = sys.stdout
     try:
+        if WINDOWS and sys.stderr.isatty():
+            os.system("")  # lets a console of Windows 10 take escape sequences
         code = run_command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         if isinstance(sys.stdout, LenientOutput):

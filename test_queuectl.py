@@ -141,6 +141,8 @@ HERE = os.path.dirname(SCRIPT)
 DAY = 86400  # seconds
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # what os.kill does on Windows
 LIMIT = queuectl.OutputLimit(1000)
+# How a byte that is no UTF-8 is shown: on Windows it is in a code page.
+BYTE_FF = "\\xff" if os.name == "posix" else b"\xff".decode("mbcs")
 SHORT_TIMEOUT = 0.5 if os.name == "posix" else 3  # seconds; a command starts in less
 
 # These constants make the program less patient, so that the tests are quick.
@@ -2814,7 +2816,7 @@ class TestMigration:
         assert all(converted[name] == new[name] for name, in made_anew)
         assert run_ok("logs", "done").out == "out"
         assert details_of("dead")["exit_code"] == 3
-        assert run_ok("logs", "dead", "--json").json["output"] == "\\xff"
+        assert run_ok("logs", "dead", "--json").json["output"] == BYTE_FF
         assert run_ok("config", "get", "backoff_base").out == "5\n"
         assert details_of("chain")["after"] == ["behind"]
         assert run_ok("dlq", "retry", "--all").out == (
@@ -3673,6 +3675,23 @@ class TestShow:
 class TestLogs:
     """`logs` prints the output of a run, and follows it."""
 
+    @windows_only
+    @pytest.mark.parametrize("page", ["oem", "mbcs", "utf-8"])
+    def test_output_in_a_code_page_is_text_in_json(self, page):
+        program = "import sys; sys.stdout.buffer.write('Grüße\\n'.encode('%s'))" % page
+        enqueue(python_command(program), id="x")
+        drain(1)
+        assert run_ok("logs", "x", "--json").json["output"] == "Grüße\n"
+
+    def test_an_output_that_takes_text_alone_gets_text(self, monkeypatch):
+        enqueue("echo hi", id="x")
+        drain(1)
+        for words in (["logs", "x"], ["logs", "-f", "x"]):
+            out = io.StringIO()  # as in IDLE: without bytes and `reconfigure`
+            with contextlib.redirect_stdout(out):
+                assert queuectl.main(words) == 0
+            assert out.getvalue().strip() == "hi"
+
     def test_the_output_of_a_running_job_is_shown(self):
         enqueue("echo hello&& " + LONG_COMMAND, id="x")
         start_pool()
@@ -3772,7 +3791,7 @@ class TestLogs:
         assert jobs()["x"]["run_at"] == "1970-01-01T00:00:00Z"
         drain(1)
         assert run_ok("logs", "x", "--json").json == {
-            "id": "x", "run": 1, "output": "\\xff"}
+            "id": "x", "run": 1, "output": BYTE_FF}
 
     def test_follow_shows_a_run_from_beginning_to_end(self):
         pool = start_pool(count=1)
