@@ -1152,6 +1152,42 @@ def catch_signals(handler):
     return previous
 
 
+def start_outside_job(start):
+    """Start a process on Windows that outlives its terminal, if the system allows it.
+
+    The job object of OpenSSH's server or of a runner of tests ends with the terminal.
+    That of a run lets nothing out: a timeout ends all that the command has started.
+    """
+    # With no console at all, each worker would open a visible one.
+    flags = subprocess.CREATE_NO_WINDOW
+    try:
+        return start(creationflags=flags | subprocess.CREATE_BREAKAWAY_FROM_JOB)
+    except PermissionError:
+        return start(creationflags=flags)
+
+
+@contextlib.contextmanager
+def sheltered_start():
+    """Start a worker within this: on Windows it starts as an interpreter of its own.
+
+    Ctrl-C would interrupt its imports with a traceback. So it is ignored here for some
+    milliseconds, since children inherit that. The interpreter imports from the current
+    directory, where a student may have a random.py. So it starts in the directory of
+    its program. (PYTHONSAFEPATH would need Python 3.11, and reach the jobs.)
+    """
+    if not WINDOWS:
+        yield
+        return
+    here = os.getcwd()
+    os.chdir(os.path.dirname(sys.executable))
+    KERNEL.SetConsoleCtrlHandler(None, True)
+    try:
+        yield
+    finally:
+        KERNEL.SetConsoleCtrlHandler(None, False)
+        os.chdir(here)
+
+
 def inherit_nothing():
     """Pass no inherited descriptor on to commands: one of them may hold a lock."""
     if os.path.isdir("/dev/fd"):  # Windows passes on only what is named
@@ -3464,16 +3500,15 @@ class WindowsCommand(RunningCommand):
         if is_network_path(cwd):  # of an older queue
             raise OSError(errno.EINVAL, "cmd.exe can't run in " + cwd)
         if launcher:
-            import shlex
-
-            prefix = subprocess.list2cmdline(shlex.split(launcher))
-            line = '%s cmd /d /s /c "%s"' % (prefix, line)
+            line = launcher_line(launcher, line, cwd)
         added = {name.upper(): value for name, value in env.items()}  # as os.environ's
-        has_console = sys.stdin and sys.stdin.isatty()
+        # `timeout 3` needs a console. Anything else that the pool has for its input is
+        # not meant for commands, and an open pipe would hang one that reads.
+        stdin = _winapi.GetStdHandle(_winapi.STD_INPUT_HANDLE)
         self.popen = subprocess.Popen(
             line, shell=not launcher, cwd=cwd, env={**os.environ, **added},
-            stdin=None if has_console else subprocess.DEVNULL, stdout=self.writer,
-            stderr=self.writer,
+            stdin=None if is_console(stdin) else subprocess.DEVNULL,
+            stdout=self.writer, stderr=self.writer,
             creationflags=subprocess.CREATE_NEW_PROCESS_GROUP | CREATE_SUSPENDED)
         self.pid, process = self.popen.pid, wintypes.HANDLE(int(self.popen._handle))
         try:
@@ -3530,6 +3565,34 @@ class WindowsCommand(RunningCommand):
 
 
 SystemCommand = WindowsCommand if WINDOWS else PosixCommand
+
+
+# Passes a line on to cmd.exe, which does not understand the \" of other programs.
+TO_SHELL = [
+    "-ISc", "import subprocess, sys; code = subprocess.call(sys.argv[1], shell=True);"
+    " sys.exit(code - 2**32 * (code >= 2**31))"]
+
+
+def launcher_line(launcher, line, cwd):
+    """Return the line that starts a command through a launcher, on Windows.
+
+    A batch file passes %* on as it stands. A program gets its words as all programs
+    read them, and quotes them in the same way for the program that it starts.
+    """
+    import shlex
+    import shutil
+
+    # The system itself would find only an .exe on PATH.
+    name, *words = shlex.split(launcher)
+    if os.path.dirname(name):
+        found = shutil.which(os.path.join(cwd, name))
+    else:
+        path = cwd + os.pathsep + os.environ.get("PATH", "")
+        found = shutil.which(name, path=path)
+    words = [found or name, *words]
+    if words[0].lower().endswith(BATCH_ENDINGS):
+        return '%s cmd /d /s /c "%s"' % (subprocess.list2cmdline(words), line)
+    return subprocess.list2cmdline([*words, sys.executable, *TO_SHELL, line])
 
 
 # What belongs to a run, on POSIX.
@@ -4338,21 +4401,22 @@ def print_jobs(args, jobs, lines_of, empty):
 #   list of processes        which processes belong to a run         worker, pools
 
 
-def open_log(queue_path, role, is_quiet=True):
-    """Return the logger of this process: to the queue's log, or else standard error.
+def open_private(path, flags):
+    return os.open(path, flags, 0o600)
 
-    Unless it IS_QUIET, a worker's lines are printed as well, and a pool's warnings.
-    """
-    import logging
+
+def log_handler(path):
+    """Return what writes the log of a queue."""
     import logging.handlers
-
-    path = path_beside(queue_path, ".log")
-
-    def open_private(path, flags):
-        return os.open(path, flags, 0o600)
 
     class Log(logging.handlers.WatchedFileHandler):
         """Go on in a new file when the supervisor has renamed a full one."""
+
+        def emit(self, record):
+            super().emit(record)
+            if WINDOWS and self.stream:  # an open file can't be renamed there
+                self.stream.close()
+                self.stream = None
 
         def _open(self):
             try:
@@ -4361,6 +4425,17 @@ def open_log(queue_path, role, is_quiet=True):
             except OSError:  # a full disk must not stop a pool
                 return open(os.devnull, "a")
 
+    return Log(path, delay=WINDOWS)
+
+
+def open_log(queue_path, role, is_quiet=True):
+    """Return the logger of this process: to the queue's log, or else standard error.
+
+    Unless it IS_QUIET, a worker's lines are printed as well, and a pool's warnings.
+    """
+    import logging
+
+    path = path_beside(queue_path, ".log")
     logging.raiseExceptions = False
     # Python's logging HOWTO, "Optimization": what no line shows is not gathered.
     logging._srcfile = None
@@ -4368,7 +4443,7 @@ def open_log(queue_path, role, is_quiet=True):
     printer = printing_handler("INFO" if role == "worker" else "WARNING")
     try:
         os.close(open_private(path, os.O_WRONLY | os.O_CREAT))
-        handlers = [Log(path)] if is_quiet else [Log(path), printer]
+        handlers = [log_handler(path)] if is_quiet else [log_handler(path), printer]
     except OSError as error:
         handlers = [logging.StreamHandler()]
         notice("cannot write the log, logging here instead: %s" % error)
@@ -4417,7 +4492,11 @@ def run_label(run):
 # shell whose child was killed by a signal exits with 128 more.
 STOP_CODES = {
     code for number in (*STOP_SIGNALS, KILL) for code in (-number, 128 + number)}
-NO_PROCESS = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE  # errors of a start
+if WINDOWS:  # after Ctrl-Break or a closed console; after the end of the session
+    STOP_CODES |= {0xC000013A, 0x40010004}
+# Errors of a start that are not the job's: no processes, no memory.
+NO_PROCESS = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE
+WINDOWS_NO_MEMORY = 1450, 1455  # ERROR_NO_SYSTEM_RESOURCES, ERROR_COMMITMENT_LIMIT
 
 
 class Worker:
@@ -4605,7 +4684,8 @@ class Worker:
         If the system has no process to give, wait a little before that.
         """
         kind, text = "failed", "cannot start: %s" % error
-        if getattr(error, "errno", None) in NO_PROCESS:
+        if getattr(error, "errno", None) in NO_PROCESS or (
+                getattr(error, "winerror", None) in WINDOWS_NO_MEMORY):
             kind = "refused"
             if not self.refusal_logged:
                 self.log.error("%s; waiting for room for a process", text)
@@ -4880,7 +4960,7 @@ class Reaper:
     def rotate_log(self):
         """Rename a full log. The loggers of all processes notice it."""
         log = path_beside(self.path, ".log")
-        with contextlib.suppress(OSError):  # Windows refuses it while others write
+        with contextlib.suppress(OSError):  # on Windows it is open for a moment
             if os.path.getsize(log) > LOG_LIMIT:
                 os.replace(log, log + ".1")
 
@@ -6405,11 +6485,10 @@ def start_detached(args):
              "--db", args.db, "--count", str(args.count)]
     if args.drain:
         argv.append("--drain")
-    pool = subprocess.Popen(
-        argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True,
-        # With no console at all, each worker would open a visible one.
-        creationflags=subprocess.CREATE_NO_WINDOW if WINDOWS else 0)
+    start = functools.partial(
+        subprocess.Popen, argv, env=env, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    pool = start_outside_job(start) if WINDOWS else start()
     for line in pool.stdout:
         if line.startswith(b"{"):
             print_started(args, json.loads(line)["pool"])

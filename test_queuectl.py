@@ -1511,8 +1511,33 @@ queuectl.os.posix_spawn = refuse
 """
 
 
+# A program that ends as one does whose console of Windows is closed.
+ENDED_BY_CONSOLE = """
+import ctypes, os, time
+open("runs", "w").close()
+while not os.path.exists("go"):
+    time.sleep(0.01)
+ctypes.windll.kernel32.TerminateProcess(ctypes.c_void_p(-1), %d)
+"""
+
+
 class TestNotBlamed:
     """A job is not blamed for what it did not do."""
+
+    @windows_only
+    @pytest.mark.parametrize("code", [0xC000013A, 0x40010004])
+    def test_a_job_that_ends_with_its_console_keeps_its_attempt(self, code):
+        with open("victim.py", "w") as file:
+            file.write(ENDED_BY_CONSOLE % code)
+        line = queuectl.shell_line([sys.executable, "victim.py"])
+        enqueue(line, id="x", max_retries=1)
+        pool = start_pool(count=1, script=DEFAULT_BLAME_DELAY)
+        wait_until(lambda: os.path.exists("runs"))
+        run_ok("worker", "stop", "--no-wait")
+        open("go", "w").close()
+        assert pool.wait(20) == 0
+        assert (state_of("x"), attempts_of("x"), run_errors("x")) == (
+            "pending", 0, ["stopped"])
 
     @posix_only
     @pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGINT"])
@@ -1623,6 +1648,18 @@ class TestNotBlamed:
             "completed", 1, "out\n")
         assert run_errors("x") == [None] and run_errors("next") == [None]
         assert len(re.findall(".*refused.*", read_text("queuectl.log"))) == 1
+
+    @mechanism
+    @pytest.mark.parametrize("number", [1450, 1455])
+    def test_a_windows_out_of_memory_costs_a_job_no_attempt(self, queue, number):
+        add_job(queue)
+        error = OSError(22, "no memory")
+        error.winerror = number
+        worker = types.SimpleNamespace(
+            refusal_logged=True, lease=types.SimpleNamespace(output=lambda: b""),
+            waiter=types.SimpleNamespace(wait=lambda timeout: None))
+        outcome = queuectl.Worker.not_started(worker, claim(queue), error)
+        assert outcome.kind == "refused"
 
     @fork_only
     def test_a_pool_that_gets_no_process_can_still_be_stopped(self):
@@ -2494,7 +2531,6 @@ class TestErrorsAreOneLine:
         assert answer.code == 0
         assert "cannot write the log" in answer.err and "x 1/3 completed" in answer.err
 
-    @posix_only
     def test_a_full_log_is_renamed_and_no_line_is_lost(self):
         # The workers go on writing while the log is renamed, after some hundred lines.
         line = b'{"command":"sleep 0.01"}\n'
@@ -6636,12 +6672,33 @@ class TestLaunchers:
         run_ok("enqueue", "--id", "x", "--", "exit 3")
         run_ok("enqueue", "--id", "own", "--launcher", via("own"), "--", "echo told")
         run_ok("enqueue", "--id", "none", "--launcher", "none", "--", "echo told")
+        run_ok("enqueue", "--id", "quoted", "--", 'echo "c  d" && echo e')
         drain()
         assert [
-            run_ok("logs", name).out.replace("\r", "") for name in ("x", "own", "none")
-        ] == ["a  b\n", "own\ntold\n", "told\n"]
+            run_ok("logs", name).out.replace("\r", "").replace(" \n", "\n")
+            for name in ("x", "own", "none")] == ["a  b\n", "own\ntold\n", "told\n"]
+        assert re.search('c  d"?\\s+e', run_ok("logs", "quoted").out)
         assert jobs()["x"]["exit_code"] == 3 and jobs()["x"]["launcher"] is None
         assert via("own") in run_ok("show", "own").out
+
+    @windows_only
+    @pytest.mark.parametrize("launcher", [
+        "through", "through.cmd", "'bin\\through.cmd'"])
+    def test_a_batch_file_is_a_launcher(self, launcher, monkeypatch, home):
+        os.mkdir("bin")
+        with open("bin\\through.cmd", "w") as file:
+            file.write("@echo through\n@%*\n")
+        monkeypatch.setenv("PATH", str(home / "bin"), prepend=os.pathsep)
+        enqueue('echo "a  b"', id="x", launcher=launcher)
+        drain(1)
+        assert run_ok("logs", "x").out.split() == ["through", '"a', 'b"']
+
+    @windows_only
+    def test_a_script_without_its_interpreter_is_no_launcher(self, monkeypatch):
+        open("through.py", "w").close()
+        monkeypatch.setenv("PATHEXT", ".PY", prepend=os.pathsep)
+        assert "name its interpreter" in run_refused(
+            "config", "set", "launcher", "./through.py", code=2)
 
     @posix_only
     @pytest.mark.parametrize("launcher", [
@@ -6733,6 +6790,22 @@ class TestLaunchers:
 # ======================================================================================
 # Differences between systems
 # ======================================================================================
+
+
+# A program that is a terminal: its children end with it, unless they break away.
+IN_JOB_OBJECT = """
+import ctypes, subprocess, sys
+from ctypes import wintypes
+kernel = ctypes.WinDLL("kernel32")
+kernel.CreateJobObjectW.restype = kernel.GetCurrentProcess.restype = wintypes.HANDLE
+job = wintypes.HANDLE(kernel.CreateJobObjectW(None, None))
+limits = (wintypes.DWORD * (36 if sys.maxsize > 2**32 else 28))()
+limits[4] = 0x2800  # kill on close, breakaway allowed
+assert kernel.SetInformationJobObject(job, 9, limits, ctypes.sizeof(limits))
+assert kernel.AssignProcessToJobObject(
+    job, wintypes.HANDLE(kernel.GetCurrentProcess()))
+sys.exit(subprocess.call(sys.argv[1:], stdin=subprocess.DEVNULL))
+"""
 
 
 class TestSystems:
