@@ -723,6 +723,11 @@ if WINDOWS:
 
     import _winapi
 
+    KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
+    KERNEL.CreateJobObjectW.restype = wintypes.HANDLE
+    KERNEL.CreateEventW.restype = KERNEL.OpenEventW.restype = wintypes.HANDLE
+    MAX_WAITED_FOR = 62  # handles that Python can pass to one wait of the system
+    EVENT_MODIFY_STATE = 0x2
     BINARY = os.O_BINARY
     LOCK_OFFSET = 2**40  # far behind the text, since locked bytes can't be read
     STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGBREAK)
@@ -983,9 +988,25 @@ def drop_lock_file(path, fd, own_file):
 
 def wake(pids):
     """Signal processes of pools to look for work now."""
-    for pid in () if WINDOWS else pids:
+    for pid in pids:
         with contextlib.suppress(OSError):
-            os.kill(pid, WAKE_SIGNAL)
+            if WINDOWS:
+                set_event(pid)
+            else:
+                os.kill(pid, WAKE_SIGNAL)
+
+
+def event_name(pid):
+    """Return the name of the event that wakes a process on Windows."""
+    return "queuectl-%d" % pid
+
+
+def set_event(pid):
+    """Wake a process on Windows. One of another session or user has no such event."""
+    event = KERNEL.OpenEventW(EVENT_MODIFY_STATE, False, event_name(pid))
+    if event:
+        KERNEL.SetEvent(wintypes.HANDLE(event))
+        _winapi.CloseHandle(event)
 
 
 def wake_workers(path):
@@ -1032,11 +1053,15 @@ class Waiter:
     """Waits for a signal, a child's end, something to read or a timeout.
 
     `wait` returns true after a signal or a child's end: the caller then looks for work.
-    On Windows no signal reaches another process, so the caller polls.
+    On Windows no signal reaches another process: there an event with a name wakes it.
     """
 
     def __init__(self):
-        if not WINDOWS:
+        if WINDOWS:
+            name = event_name(os.getpid())
+            self.event = KERNEL.CreateEventW(None, False, False, name)
+            self.children = set()  # the sentinels of those that lived at the last look
+        else:
             self.reader, writer = os.pipe()
             os.set_blocking(self.reader, False)
             os.set_blocking(writer, False)
@@ -1046,9 +1071,38 @@ class Waiter:
 
     def wait(self, timeout, *readers):
         if WINDOWS:
-            return time.sleep(max(0.0, min(timeout, STEP_INTERVAL)))
+            return self.wait_for_event(timeout)
         ready = select.select([self.reader, *readers], [], [], max(0.0, timeout))[0]
         return self.reader in ready and os.read(self.reader, 2**16)  # all it holds
+
+    def wait_for_event(self, timeout):
+        """Wait on Windows; return true after the event, a child's end or Ctrl-C.
+
+        Ctrl-Break ends no wait, and its handler runs only after one: it has to set the
+        event. So a long wait consists of short ones.
+        """
+        until = time.monotonic() + timeout
+        while True:
+            left = max(0.0, until - time.monotonic())
+            if self.has_event(min(left, POLL_INTERVAL)):
+                return True
+            if left <= POLL_INTERVAL:
+                return False
+
+    def has_event(self, seconds):
+        """Wait on Windows for some seconds; return true as `wait` does."""
+        import multiprocessing
+
+        children = {child.sentinel for child in multiprocessing.active_children()}
+        earlier, self.children = self.children, children
+        if earlier - children:  # `active_children` leaves out a child that has ended
+            return True
+        handles = [self.event, *children][:MAX_WAITED_FOR]
+        try:
+            return _winapi.WAIT_TIMEOUT != _winapi.WaitForMultipleObjects(
+                handles, False, round(seconds * 1000))
+        except InterruptedError:  # by Ctrl-C
+            return True
 
 
 def require_descriptors(count):
@@ -3141,8 +3195,6 @@ DROPPED_PATTERN = re.compile(
 
 if WINDOWS:
     KILL = signal.SIGTERM
-    KERNEL = ctypes.WinDLL("kernel32", use_last_error=True)
-    KERNEL.CreateJobObjectW.restype = wintypes.HANDLE
     KILL_ON_CLOSE, CREATE_SUSPENDED = 0x2000, 0x4
 else:
     KILL = signal.SIGKILL
@@ -5050,6 +5102,7 @@ class Supervisor:
         now = time.monotonic()
         if now - self.signalled_at > SIGNAL_INTERVAL:
             self.signals, self.signalled_at = self.signals + 1, now
+            wake([self.pid])  # on Windows Ctrl-Break does not end a wait by itself
 
     def loop(self):
         """Look after the workers and the queue until the pool is over."""
@@ -5166,7 +5219,8 @@ class Supervisor:
                 target=worker_main, args=(
                     self.path, self.pid, self.is_drain, self.is_quiet, self.fd))
             try:
-                worker.start()
+                with sheltered_start():
+                    worker.start()
             except OSError as error:  # too many processes or files
                 self.log.error("a worker cannot start: %s", error)
                 self.next_start = time.monotonic() + RESTART_INTERVAL

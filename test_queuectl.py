@@ -6901,6 +6901,73 @@ queuectl.os.environ["PATH"] = "/nowhere"
             assert (answer.returncode, b"mine" in answer.stderr) == (0, False)
         assert state_of("x") == "completed"
 
+    def test_a_worker_imports_nothing_from_the_current_folder(self):
+        for name in ("multiprocessing", "random", "pickle", "logging", "struct"):
+            with open(name + ".py", "w") as file:
+                file.write("open('mine', 'w')")
+        run_process("enqueue", "--id", "x", "--", "exit 0")
+        assert run_process("worker", "start", "--drain").returncode == 0
+        assert state_of("x") == "completed" and not os.path.exists("mine")
+
+    def test_a_command_does_not_read_the_input_of_its_pool(self):
+        enqueue(python_command("import sys; print([*sys.stdin])"), id="x")
+        subprocess.run([sys.executable, COMPILED, "worker", "start", "--drain"],
+                       input=b"secret", stdout=subprocess.PIPE, timeout=60)
+        assert run_ok("logs", "x").out.strip() == "[]"
+
+    @mechanism
+    def test_a_wait_lasts_until_the_process_is_woken(self):
+        waiter, began = queuectl.Waiter(), time.monotonic()
+        assert not waiter.wait(0.2) and time.monotonic() - began > 0.15
+        queuectl.wake([os.getpid()])
+        assert waiter.wait(20) and time.monotonic() - began < 10
+
+    @mechanism
+    def test_a_pool_prints_text_where_bytes_are_not_taken(self):
+        record = logging.makeLogRecord({"msg": "Grüße"})
+        shown = io.StringIO()  # as a console of Windows, which would garble bytes
+        with contextlib.redirect_stderr(shown):
+            queuectl.printing_handler("INFO").emit(record)
+        assert shown.getvalue() == "Grüße\n"
+
+    @mechanism
+    def test_a_stop_signal_ends_the_wait_of_a_supervisor(self):
+        run_ok("status")
+        pool = queuectl.Supervisor("queuectl.db", 1)
+        waiter, began = queuectl.Waiter(), time.monotonic()
+        queuectl.catch_signals(pool.count_signal)
+        number = queuectl.STOP_SIGNALS[-1]
+        threading.Timer(0.3, signal.raise_signal, [number]).start()
+        wait_until(lambda: waiter.wait(20) and pool.signals == 1)
+        assert time.monotonic() - began < 10
+
+    @mechanism
+    def test_a_detached_pool_leaves_a_job_object_where_it_may(self, monkeypatch):
+        monkeypatch.setattr(queuectl, "subprocess", types.SimpleNamespace(
+            CREATE_NO_WINDOW=1, CREATE_BREAKAWAY_FROM_JOB=2), raising=False)
+        given = []
+
+        def start(creationflags):
+            given.append(creationflags)
+            if creationflags & is_refused:
+                raise PermissionError
+
+        for is_refused in (0, 2):
+            queuectl.start_outside_job(start)
+        assert given == [3, 3, 1]
+
+    @windows_only
+    def test_a_detached_pool_outlives_the_job_object_of_its_terminal(self):
+        run_ok("status")
+        terminal = subprocess.Popen(
+            [sys.executable, "-c", IN_JOB_OBJECT, sys.executable, COMPILED, "worker",
+             "start", "--detach"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL)
+        assert terminal.wait(30) == 0
+        enqueue(id="x")
+        run_ok("wait", "x", "--timeout", "20")
+        run_ok("worker", "stop")
+
     @fork_only
     def test_a_clock_set_back_changes_no_timeout_and_no_run_time(self):
         enqueue("touch back; sleep 7", id="x", timeout=0.3, max_retries=1)
