@@ -6605,8 +6605,11 @@ def report_stop(args, pools):
 # costs time, and only packages of others need it. A json.py that lies beside this file
 # is not the library's either, so its folder comes last: workers on Windows look for
 # this module there.
+FILE = "sys.argv.pop(1)"
+if WINDOWS:  # its path has escapes: a batch file is read in the present code page
+    FILE += ".encode().decode('unicode_escape')"
 IMPORTER = [
-    "-ISc", "import os, sys, importlib.util as util; file = sys.argv.pop(1);"
+    "-ISc", "import os, sys, importlib.util as util; file = " + FILE + ";"
     " os.path.exists(file) or sys.exit('queuectl: ' + file + ' is gone: install it"
     " again'); home, name = os.path.split(file[:-3]); sys.path.append(home);"
     " spec = util.spec_from_file_location(name, file);"
@@ -6614,6 +6617,13 @@ IMPORTER = [
     " spec.loader.exec_module(module); sys.exit(module.main())"]
 INSTALLED = "@rem" if WINDOWS else "#!/bin/sh\n#"
 INSTALLED += " written by queuectl install\n"
+BATCH = """\
+@if defined PYTHONUTF8 goto utf8
+@"{0}" {1}
+@exit /b %errorlevel%
+:utf8
+@"{0}" -X utf8=%PYTHONUTF8% {1}
+"""
 
 
 @command("install", "put a command queuectl, which starts quicker, into DIR",
@@ -6630,7 +6640,7 @@ def cmd_install(args):
         raise QueueError("%s: there is no home directory: name a directory", args.dir)
     home = os.path.abspath(home)
     path = os.path.join(home, "queuectl.cmd" if WINDOWS else "queuectl")
-    content = command_file(os.path.abspath(__file__))
+    content = command_file(os.path.abspath(__file__), home)
     os.makedirs(home, exist_ok=True)
     with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as file:
         if file.read(len(INSTALLED)) != INSTALLED:
@@ -6646,22 +6656,46 @@ def cmd_install(args):
     print_result(args, {"path": path, "on_path": on_path}, *lines)
 
 
-def command_file(own):
-    """Return the content of a file that imports this one; compile this one."""
+def command_file(own, home):
+    """Return the content of a file in HOME that imports this one; compile this one."""
     import py_compile
 
     if not re.fullmatch(r"[^.]+\.py", os.path.basename(own)):
         raise QueueError("%s: only a file called NAME.py can be imported", own)
     with contextlib.suppress(OSError):  # root can write it, and other users may not
         py_compile.compile(own)
+    if WINDOWS:
+        return batch_file(own, home)
     argv = [sys.executable, *IMPORTER, own]
-    if not WINDOWS:
-        return os.fsencode(INSTALLED + 'exec %s "$@"\n' % shell_line(argv))
-    argv = ['"%s"' % word.replace("%", "%%") for word in argv]
+    return os.fsencode(INSTALLED + 'exec %s "$@"\n' % shell_line(argv))
+
+
+def batch_file(own, home):
+    """Return the content of `queuectl.cmd`, in ASCII as far as that is possible.
+
+    Python ignores PYTHONUTF8 with the option -I.
+    """
+    argv = [*IMPORTER, own.encode("unicode_escape").decode()]
+    words = " ".join('"%s"' % word.replace("%", "%%") for word in argv) + " %*"
+    text = INSTALLED + BATCH.format(path_in_batch(sys.executable, home), words)
     try:
-        return (INSTALLED + "@%s %%*\n" % " ".join(argv)).encode("oem")
+        return text.encode("oem")
     except UnicodeError:
-        raise QueueError("%s: not in the console's code page", own) from None
+        raise QueueError(
+            "%s: not in the console's code page", sys.executable) from None
+
+
+def path_in_batch(path, home):
+    """Return how a batch file in HOME names a program: by ASCII if possible.
+
+    Python and HOME are mostly in the same folder of a user, who may be called Jörg.
+    """
+    if not path.isascii():
+        with contextlib.suppress(ValueError):  # on another drive
+            relative = os.path.relpath(path, home)
+            if relative.isascii():
+                return "%~dp0" + relative.replace("%", "%%")
+    return path.replace("%", "%%")
 
 
 # They complete what the command prints, and files where it prints nothing.

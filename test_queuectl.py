@@ -5072,6 +5072,28 @@ class TestInstall:
         assert answer.returncode == 1
         assert jobs()["a b"]["command"] == "echo  hi"
 
+    @windows_only
+    @pytest.mark.parametrize("value, printed", [("1", b"\xe2"), ("0", b"\\u")])
+    def test_the_command_takes_its_encoding_as_the_script_does(self, value, printed):
+        os.mkdir("Übung")
+        own = shutil.copy(SCRIPT, "Übung")
+        subprocess.run([sys.executable, own, "install", "bin"], check=True)
+        with open(os.path.join("bin", INSTALLED_AS), "rb") as file:
+            assert file.read().isascii() or not sys.executable.isascii()
+        enqueue(id="✓")
+        answer = subprocess.run(
+            [os.path.join("bin", INSTALLED_AS), "list"], stdout=subprocess.PIPE,
+            env=dict(os.environ, PYTHONUTF8=value))
+        assert answer.returncode == 0 and printed in answer.stdout
+
+    @mechanism
+    def test_the_path_of_python_is_ascii_in_a_batch_file(self, home):
+        user = os.path.join(str(home), "Jörg")
+        python, here = os.path.join(user, "100%", "python"), os.path.join(user, "bin")
+        assert queuectl.path_in_batch(python, here) == os.path.join(
+            "%~dp0..", "100%%", "python")
+        assert queuectl.path_in_batch("py%", here) == "py%%"
+
     @pytest.mark.parametrize("options", [(), ("--detach",)])
     def test_jobs_of_the_command_keep_their_python_environment(self, options):
         run_ok("install", "bin")
