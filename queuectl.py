@@ -1128,10 +1128,8 @@ def require_descriptors(count):
 def is_writable(stream):
     """Tell whether a line can be written to a stream now, without waiting.
 
-    On Windows nobody can tell: then it is taken for granted.
+    On Windows nobody can tell: there `write_in_time` takes a thread.
     """
-    if WINDOWS:
-        return True
     poll = select.poll()
     try:
         poll.register(stream.fileno(), select.POLLOUT)
@@ -1168,6 +1166,35 @@ def takes_text(stream):
     with contextlib.suppress(OSError, ValueError):  # in a test it is no file
         return WINDOWS and is_console(msvcrt.get_osfhandle(stream.fileno()))
     return False
+
+
+def write_in_time(stream, text):
+    """Write a line to a stream; drop it if that would block, or if nobody is there."""
+    with contextlib.suppress(OSError, ValueError):
+        if WINDOWS:
+            write_by_thread(stream, text)
+        elif is_writable(stream):
+            os.write(stream.fileno(), text.encode(errors="replace"))
+
+
+def write_by_thread(stream, text):
+    """Write a line, on Windows; drop it while an earlier one waits for a reader."""
+    import threading
+
+    def write():
+        with contextlib.suppress(OSError, ValueError):
+            if takes_text(stream):
+                print(text, end="", file=stream, flush=True)
+            else:  # without the stream's lock, which the end of this process takes
+                data = text.replace("\n", os.linesep).encode(
+                    stream.encoding, "backslashreplace")
+                os.write(stream.fileno(), data)
+
+    name = "writes to a reader"
+    if name not in {thread.name for thread in threading.enumerate()}:
+        writer = threading.Thread(target=write, name=name, daemon=True)
+        writer.start()
+        writer.join(FILE_INTERVAL)
 
 
 def decode_line(error):
@@ -4518,19 +4545,16 @@ def printing_handler(level):
 
     class Printer(logging.Handler):
         def emit(self, record):
-            line = start + record.getMessage() + "\n"
-            with contextlib.suppress(OSError, ValueError):  # nobody is there
-                if takes_text(sys.stderr):  # to bytes it would give another code page
-                    print(line, end="", file=sys.stderr, flush=True)
-                elif is_writable(sys.stderr):
-                    os.write(sys.stderr.fileno(), line.encode(errors="replace"))
+            write_in_time(sys.stderr, start + record.getMessage() + "\n")
 
     return Printer(level)
 
 
 def pool_notice(message):
     """Print a line of a pool for people, unless that would block the pool."""
-    if is_writable(sys.stderr):
+    if WINDOWS:
+        write_in_time(sys.stderr, "queuectl: %s\n" % message)
+    elif is_writable(sys.stderr):
         notice(message)
 
 
