@@ -4924,6 +4924,7 @@ class TestWorkerStop:
     def test_stopping_a_suspended_pool_gives_a_hint(self, monkeypatch, capsys):
         pool = start_pool(count=1)
         os.kill(pool.pid, signal.SIGSTOP)
+        wait_until(lambda: queuectl.is_suspended(pool.pid))
         waits = []
 
         def wait_briefly(condition, seconds, pause=0.01):
