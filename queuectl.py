@@ -4493,13 +4493,13 @@ class Supervisor:
                 self.ask_to_stop("stop" if self.signals == 1 else "now")
             self.reap()
             self.require_own_file()
-            if self.is_over():
-                return
             are_missing = self.start_missing()
             if time.monotonic() >= self.next_check:
                 self.with_queue(self.maintain)
                 self.checked_at = time.monotonic()
                 self.next_check = self.checked_at + self.check_interval()
+            if self.is_over():  # asked behind the check, which may end a recovery
+                return
             due = self.next_check
             if are_missing:
                 due = min(due, self.next_start)

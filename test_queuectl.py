@@ -4527,6 +4527,15 @@ class TestDrain:
         reported = "left: the pool was stopped early" in pool.stderr.read()
         assert reported == (left != "later" or again)
 
+    def test_it_ends_soon_after_the_recovery_of_its_last_job(self):
+        enqueue(LONG_COMMAND + " once", id="x")
+        pool = start_pool("--drain", script="queuectl.RECOVERY_INTERVAL = 60\n"
+                          "queuectl.POLL_INTERVAL = 0.5")  # the second run is shorter
+        wait_until(count_starts)
+        run, = [each for each in read_status()["workers"] if each["job"]]
+        os.kill(run["pid"], KILL)
+        assert pool.wait(20) == 0 and state_of("x") == "completed"
+
     @posix_only
     def test_progress_is_shown_on_a_terminal_only(self):
         enqueue(id="before")
