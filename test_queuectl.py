@@ -62,7 +62,6 @@ import ast
 import atexit
 import contextlib
 import ctypes
-import errno
 import functools
 import gc
 import http.client
@@ -4974,40 +4973,44 @@ class TestSelftest:
     def test_a_promise_that_does_not_hold_is_reported(self, monkeypatch):
         monkeypatch.setattr(queuectl, "PROMISES", {
             "first": lambda trial: trial.expect(x=("completed", 1)),
-            "second": lambda trial: trial.run("config", "set", "keep", "never"),
-            "third": lambda trial: trial.expect()})
+            "second": lambda trial: trial.run("dlq", "retry", "x"),
+            "third": lambda trial: os.mkdir(trial.folder),
+            "fourth": lambda trial: trial.expect()})
         answer = cli("selftest", "--json")
-        results = {result["promise"]: result["error"] for result in answer.json}
-        assert results == {"first": "the jobs are {}", "second": results["second"],
-                           "third": None}
-        assert results["second"].startswith("keep: ") and answer.code == 1
-        assert [result["holds"] for result in answer.json] == [False, False, True]
+        assert [result["holds"] for result in answer.json] == [False] * 3 + [True]
+        first, second, third, fourth = [result["error"] for result in answer.json]
+        assert (first, fourth) == ("the jobs are {}", None) and answer.code == 1
+        assert second.startswith("there is no queue ") and "exists" in third
         assert "FAILED  first: the jobs are {}\n" in cli("selftest").out
 
     @mechanism
-    def test_a_command_that_hangs_is_not_waited_for(self, monkeypatch):
+    @needs_proc
+    def test_a_command_that_hangs_is_ended(self, monkeypatch):
         monkeypatch.setattr(queuectl, "CHECK_TIME", 1)
         monkeypatch.setattr(queuectl, "PROMISES", {
             "command": lambda trial: trial.run("dashboard", "--port", "0"),
             "pool": lambda trial: [trial.start("worker", "start"),
                                    trial.wait_for_beats(1)]})
+        begun = time.monotonic()
         answer = cli("selftest")
+        assert processes_of_this_test() == [] and time.monotonic() - begun < 20
         assert answer.out.count("it took too long") == 2 and answer.code == 1
         assert os.listdir() == []
 
     @posix_only
-    @pytest.mark.parametrize("has_call", [False, True])
-    def test_a_file_system_without_locks_is_named(self, monkeypatch, has_call):
-        def flock(*_):
-            if not has_call:
-                raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-        monkeypatch.setattr(fcntl, "flock", flock)
-        answer = cli("selftest")
-        assert answer.code == 1 and answer.out.count("\n") == 1
-        assert answer.out.startswith("FAILED  locks hold ")
-        assert "the file system has no locks" in answer.out
-        assert "take a local disk" in answer.out and os.listdir() == []
+    @pytest.mark.parametrize("flock", [
+        "def flock(*_): raise OSError(37, 'No locks available')",
+        "def flock(*_): pass", "flock = fcntl.lockf"])
+    def test_a_file_system_without_locks_is_named(self, flock):
+        with open("sitecustomize.py", "w") as file:
+            file.write("import fcntl\n%s\nfcntl.flock = flock" % flock)
+        env = dict(os.environ, PYTHONPATH=os.getcwd(), PYTHONDONTWRITEBYTECODE="1")
+        answer = run_process("selftest", env=env)
+        assert answer.returncode == 1 and answer.stdout.count("\n") == 1
+        assert answer.stdout.startswith("FAILED  locks hold ")
+        assert "the file system has no locks" in answer.stdout
+        assert answer.stdout.endswith("; take a local disk\n")
+        assert os.listdir() == ["sitecustomize.py"]
 
     def test_a_folder_that_cannot_be_used_is_refused_in_words(self):
         assert "nowhere: no folder can be made here: " in run_refused(
