@@ -158,6 +158,8 @@ REST_TIMEOUT = 0.5  # seconds that output is read after the exit of a command
 KILL_GRACE = 5.0  # seconds after SIGKILL until a process counts as unkillable
 BLAME_DELAY = 0.5  # seconds within which a death and a stop count as one event
 EXIT_UNUSABLE = 2  # exit code of a worker that left because its queue can't be used
+SELFTEST_TIME = 25.0  # seconds that `selftest` takes before it clears up
+CHECK_TIME = 10.0  # the same for one promise
 LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
 
 
@@ -5135,13 +5137,13 @@ class Supervisor:
                 self.ask_to_stop("stop" if self.signals == 1 else "now")
             self.reap()
             self.require_own_file()
-            if self.is_over():
-                return
             are_missing = self.start_missing()
             if time.monotonic() >= self.next_check:
                 self.with_queue(self.maintain)
                 self.checked_at = time.monotonic()
                 self.next_check = self.checked_at + self.check_interval()
+            if self.is_over():  # asked behind the check, which may end a recovery
+                return
             due = self.next_check
             if are_missing:
                 due = min(due, self.next_start)
@@ -6552,21 +6554,26 @@ def print_started(args, pid, other_way=""):
     sys.stdout.flush()
 
 
-def start_detached(args):
-    """Start a pool in the background; wait until it runs, and report that."""
+def start_own(words, cwd=None, **variables):
+    """Start a command of this file that outlives this process, its terminal and run."""
     import subprocess
 
     # It belongs to no run, even if a job has started it.
     env = {name: value for name, value in os.environ.items() if name != "QUEUECTL_RUN"}
-    env["QUEUECTL_DETACHED"] = "1"
-    argv = [sys.executable, os.path.abspath(__file__), "worker", "start", "--json",
-             "--db", args.db, "--count", str(args.count)]
-    if args.drain:
-        argv.append("--drain")
+    env.update(variables)
     start = functools.partial(
-        subprocess.Popen, argv, env=env, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    pool = start_outside_job(start) if WINDOWS else start()
+        subprocess.Popen, [sys.executable, os.path.abspath(__file__), *words], cwd=cwd,
+        env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True)
+    return start_outside_job(start) if WINDOWS else start()
+
+
+def start_detached(args):
+    """Start a pool in the background; wait until it runs, and report that."""
+    words = ["worker", "start", "--json", "--db", args.db, "--count", str(args.count)]
+    if args.drain:
+        words.append("--drain")
+    pool = start_own(words, QUEUECTL_DETACHED="1")
     for line in pool.stdout:
         if line.startswith(b"{"):
             print_started(args, json.loads(line)["pool"])
@@ -6807,6 +6814,348 @@ def complete_ids(words, begun, path, states):
     with Queue(path, lock_timeout=COMPLETION_TIMEOUT, create=False) as queue:
         ids = queue.ids_starting_with(begun, states)
     return [id for id in ids if re.fullmatch(r"(?a)\w[\w.-]*", id)]  # needs no quotes
+
+
+# -- selftest --------------------------------------------------------------------------
+
+# A job that shows when it runs: again and again it adds its PID to the file `beats`,
+# so that two runs that overlap take turns there. It ends when there is a file `over`,
+# and soon in any case, since a killed `selftest` can't end it. The job `tree` has a
+# child outside its process group.
+BEATING_JOB = """
+import os, subprocess, sys, time
+end = time.monotonic() + 30
+if os.environ.pop("QUEUECTL_JOB_ID", None) == "tree":
+    subprocess.Popen([sys.executable, "-S", __file__], start_new_session=True)
+print("begun", flush=True)
+while not os.path.exists("over") and time.monotonic() < end:
+    with open("beats", "a") as file:
+        print(os.getpid(), file=file)
+    time.sleep(0.01)
+"""
+# A job that notes when it was tried, and fails until there is a file `fixed`.
+FAILING_JOB = """
+import time
+with open("tries", "a") as file:
+    print(time.monotonic(), file=file)
+open("fixed")
+"""
+PRINTING_JOB = "for number in range(10**5): print('%9d' % number)"
+NO_LOCKS = "the file system has no locks that hold; take a local disk"
+NO_SQLITE = "SQLite can't work on this file system (%s); take a local disk"
+TOO_SLOW = "it took too long: the disk hangs, or the machine is busy"
+
+
+class Trial:
+    """A queue in a temporary folder, used by commands in processes of their own."""
+
+    def __init__(self, folder, end):
+        self.folder, self.path = folder, os.path.join(folder, "queuectl.db")
+        self.deadline = min(time.monotonic() + CHECK_TIME, end)
+        self.processes = []
+
+    def write(self, name, text=""):
+        """Write a file into the folder in which the jobs run."""
+        with open(os.path.join(self.folder, name), "w") as file:
+            file.write(text)
+
+    def read(self, name):
+        """Return the lines that jobs have written to a file there."""
+        with contextlib.suppress(FileNotFoundError):
+            with open(os.path.join(self.folder, name)) as file:
+                return file.read().split()
+        return []
+
+    def start(self, *words):
+        """Start a command; return its process."""
+        words = ["--json", "--db", self.path, *words]
+        self.processes.append(start_own(words, self.folder))
+        return self.processes[-1]
+
+    def finish(self, process):
+        """Wait for a command; return the document that it has printed."""
+        import subprocess
+
+        try:
+            printed, _ = process.communicate(timeout=self.time_left())
+        except subprocess.TimeoutExpired:
+            raise QueueError(TOO_SLOW) from None
+        lines = printed.decode("utf-8", "replace").splitlines() or ["it was killed"]
+        for line in lines:
+            if line.startswith(("[", "{")):
+                return json.loads(line)
+        raise QueueError("%s", lines[-1].partition("queuectl: ")[2] or lines[-1])
+
+    def run(self, *words):
+        """Run a command to its end; return the document that it prints."""
+        return self.finish(self.start(*words))
+
+    def enqueue(self, program, *ids, **fields):
+        """Enqueue jobs that run a Python program."""
+        self.write("job.py", program)
+        command = shell_line([sys.executable, "-S", "job.py"])
+        jobs = [dict(fields, id=id, command=command) for id in ids]
+        self.run("enqueue", json.dumps(jobs))
+
+    def start_pool(self, count=2):
+        """Start a pool. Even if nobody stops it, it leaves when no job is left."""
+        return self.start("worker", "start", "--drain", "--count", str(count))
+
+    def drain(self):
+        """Let a pool run all jobs."""
+        self.finish(self.start_pool())
+
+    def kill(self, *pids):
+        """Kill processes of a pool at once."""
+        for pid in pids:
+            with contextlib.suppress(OSError):  # a worker may have left with its pool
+                os.kill(pid, KILL)
+
+    def expect(self, **jobs):
+        """Raise QueueError unless these are the jobs: their states and attempts."""
+        found = {job["id"]: (job["state"], job["attempts"]) for job in self.run("list")}
+        require(found == jobs, "the jobs are %s", found)
+
+    def wait_for_beats(self, count):
+        """Wait until as many processes of beating jobs have run for a while."""
+        def are_there():  # with a single beat an overlap would not show
+            beats = collections.Counter(self.read("beats"))
+            return sum(number >= 5 for number in beats.values()) >= count
+
+        require(wait_until(are_there, self.time_left()), TOO_SLOW)
+
+    def require_no_overlap(self):
+        """Raise QueueError if two runs of the beating job were alive at a time."""
+        runs = [pid for pid, _ in itertools.groupby(self.read("beats"))]
+        require(len(runs) == len({*runs}), "two runs of a job overlapped")
+
+    def time_left(self):
+        return max(0.0, self.deadline - time.monotonic())
+
+    def end(self):
+        """Ask what still runs to end; return whether nothing runs."""
+        pools = []
+        with contextlib.suppress(OSError, QueueError):  # no folder, no space, no locks
+            self.write("over")
+            pools = living_pools(self.path)
+            for pool in pools:
+                request_stop(self.path, pool, "now")
+        return not pools and all(each.poll() is not None for each in self.processes)
+
+
+def require(condition, message, *values):
+    """Raise QueueError with this message if a condition does not hold."""
+    if not condition:
+        raise QueueError(message, *values)
+
+
+PROMISES = {}  # {a promise: the function that shows it}, in the order of `selftest`
+
+
+def promise(text):
+    """Make a function show a promise: it raises an error if that does not hold."""
+    def register(function):
+        PROMISES[text] = function
+        return function
+
+    return register
+
+
+@promise("locks hold within a process and between processes")
+def show_locks(trial):
+    own_file = pool_file(trial.path, os.getpid())
+    fd = lock_file(own_file)
+    try:
+        require(is_locked(own_file), NO_LOCKS)
+        stopped = trial.run("worker", "stop", "--no-wait")["stopped"]
+        require(stopped == [os.getpid()], NO_LOCKS)
+    finally:
+        os.close(fd)
+    try:  # the locks of SQLite are others
+        with Queue(trial.path, lock_timeout=1) as queue, queue.transaction():
+            writer = trial.start("enqueue", "--", "exit 0")
+            is_let_in = wait_until(lambda: writer.poll() is not None, 0.5)
+            require(not is_let_in, NO_LOCKS)
+    except sqlite3.Error as error:
+        raise QueueError(NO_SQLITE, error) from None
+    trial.finish(writer)
+
+
+@promise("an acknowledged job is on the disk")
+def show_sync(trial):
+    trial.run("enqueue", "--id", "job", "--", "exit 0")
+    with open_descriptor(trial.path, os.O_RDWR) as fd:
+        os.fsync(fd)  # an error where nothing can be synced
+    trial.expect(job=("pending", 0))
+
+
+@promise("two pools run jobs in parallel, each job once")
+def show_parallel(trial):
+    trial.enqueue(BEATING_JOB, "beat1", "beat2")
+    ids = ["job%d" % number for number in range(50)]
+    jobs = [{"id": id, "command": "mkdir " + id} for id in ids]
+    trial.run("enqueue", json.dumps(jobs))  # a second run of one would fail
+    pools = [trial.start_pool(1), trial.start_pool(1)]
+    trial.wait_for_beats(2)  # each pool has only one worker
+    trial.write("over")
+    for pool in pools:
+        trial.finish(pool)
+    trial.expect(**dict.fromkeys(["beat1", "beat2", *ids], ("completed", 1)))
+
+
+@promise("a failed job is retried after its waits, then dead, and can be retried")
+def show_retries(trial):
+    trial.run("config", "set", "backoff_base", "0.5")
+    trial.enqueue(FAILING_JOB, "job")
+    trial.drain()
+    times = [float(line) for line in trial.read("tries")]
+    waits = [after - before for before, after in zip(times, times[1:])]
+    require(len(waits) == 2 and waits[0] > 0.49 and waits[1] > 0.24,
+            "it was tried after %s seconds", waits)
+    dead = [job["id"] for job in trial.run("dlq", "list")]
+    require(dead == ["job"], "the dead letter queue has %s", dead)
+    trial.write("fixed")
+    trial.run("dlq", "retry", "job")
+    trial.drain()
+    trial.expect(job=("completed", 1))
+
+
+@promise("output is kept in order, the last bytes")
+def show_output(trial):
+    trial.run("config", "set", "output_limit", "1000")
+    trial.enqueue(PRINTING_JOB, "job")
+    trial.drain()
+    kept = trial.run("logs", "job")["output"].split()
+    last = [*map(str, range(99910, 100000))]
+    is_bounded = len(kept) < 120  # with the note of what was dropped
+    require(is_bounded and kept[-90:] == last, "kept was %s", kept[:120])
+
+
+@promise("a timeout ends all processes of a run")
+def show_timeout(trial):
+    trial.enqueue(BEATING_JOB, "tree", timeout=2, max_retries=1)
+    trial.drain()
+    trial.expect(tree=("dead", 1))
+    beats = trial.read("beats")
+    require(len({*beats}) == 2, "it had %d processes, not 2", len({*beats}))
+    is_alive = wait_until(lambda: trial.read("beats") != beats, 0.3)
+    require(not is_alive, "a process has outlived its run")
+
+
+@promise("a killed worker's job runs again, without overlap")
+def show_killed_worker(trial):
+    trial.enqueue(BEATING_JOB, "job")
+    pool = trial.start_pool()
+    trial.wait_for_beats(1)
+    workers = trial.run("status")["workers"]
+    trial.kill(*(worker["pid"] for worker in workers if worker["job"]))
+    trial.wait_for_beats(2)
+    trial.write("over")
+    trial.finish(pool)
+    trial.require_no_overlap()
+    trial.expect(job=("completed", 1))
+    kept = trial.run("logs", "job", "--run", "1")["output"].split()
+    require(kept == ["begun"], "of the output of the first run was kept: %s", kept)
+
+
+@promise("a killed pool's jobs run again, and a new one finds everything")
+def show_killed_pool(trial):
+    trial.run("enqueue", "--id", "later", "--delay", "1h", "--", "exit 0")
+    trial.enqueue(BEATING_JOB, "job")
+    pool = trial.start_pool()
+    trial.wait_for_beats(1)
+    workers = trial.run("status")["workers"]
+    trial.kill(pool.pid, *(worker["pid"] for worker in workers))
+    pool = trial.start_pool()
+    trial.wait_for_beats(2)
+    trial.write("over")
+    trial.finish(pool)
+    trial.require_no_overlap()
+    trial.expect(later=("pending", 0), job=("completed", 1))
+
+
+@promise("a pool that is stopped finishes its running job, and starts no other")
+def show_stop(trial):
+    trial.enqueue(BEATING_JOB, "running", "next")
+    pool = trial.start_pool(count=1)
+    trial.wait_for_beats(1)
+    trial.run("worker", "stop", "--no-wait")
+    trial.write("over")
+    trial.finish(pool)
+    trial.expect(running=("completed", 1), next=("pending", 0))
+
+
+@command("selftest", "show that the promises hold on this file system", "selftest",
+         opens_queue=False, only_reads=True)
+def cmd_selftest(args):
+    catch_signals(signal.default_int_handler)  # SIGTERM must not leave processes
+    results, trials, end = [], [], time.monotonic() + SELFTEST_TIME
+    home = make_trial_folder(args.db)
+    try:
+        for text, show in PROMISES.items():
+            trials.append(Trial(os.path.join(home, str(len(trials))), end))
+            results.append(try_promise(text, show, trials[-1]))
+            if not args.json:
+                print(promise_line(results[-1]), flush=True)
+            if show is show_locks and not results[-1]["holds"]:
+                break  # nothing else can hold
+    finally:
+        catch_signals(lambda *_: None)  # a second Ctrl-C must not cut this short
+        clear_up(home, trials)
+    if args.json:
+        print_result(args, results)
+    return 0 if all(result["holds"] for result in results) else 1
+
+
+def make_trial_folder(path):
+    """Make a temporary folder beside a database; return its path."""
+    import tempfile
+
+    directory = os.path.dirname(path)
+    try:
+        return tempfile.mkdtemp(prefix="queuectl-selftest-", dir=directory)
+    except OSError as error:
+        raise QueueError("%s: no folder can be made here: %s", directory,
+                         error.strerror) from None
+
+
+def try_promise(text, show, trial):
+    """Find out whether a promise holds; return what `selftest --json` prints of it."""
+    began, error = time.monotonic(), None
+    try:
+        os.mkdir(trial.folder)
+        show(trial)
+    except (QueueError, sqlite3.Error) as failure:
+        error = str(failure)
+    except OSError as failure:
+        error = failure.strerror or str(failure)
+    seconds = round(time.monotonic() - began, 3)
+    return {"promise": text, "holds": not error, "seconds": seconds, "error": error}
+
+
+def promise_line(result):
+    """Return the line of `selftest` about a promise."""
+    if result["holds"]:
+        return "ok  %s  %s" % (result["promise"], duration_text(result["seconds"]))
+    return "FAILED  %s: %s" % (result["promise"], printable(result["error"]))
+
+
+def clear_up(home, trials):
+    """End what trials have left, and remove their folder."""
+    import shutil
+
+    wait_until(lambda: all([trial.end() for trial in trials]), 3, STEP_INTERVAL)
+    for process in itertools.chain(*(trial.processes for trial in trials)):
+        process.kill()
+        wait_until(lambda: process.poll() is not None, 0.5)  # not on a disk that hangs
+        process.stdout.close()
+
+    def is_removed():
+        shutil.rmtree(home, ignore_errors=True)
+        return not os.path.exists(home)
+
+    if not wait_until(is_removed, 2, STEP_INTERVAL):
+        notice("%s could not be removed" % printable(home))
 
 
 # ======================================================================================
@@ -8495,7 +8844,8 @@ TOPICS = {
     "add": ["enqueue"],
     "watch": ["status", "list", "show", "logs", "wait", "stats", "dashboard"],
     "repair": ["edit", "cancel", "retry", "delete", "dlq"],
-    "run": ["worker", "pause", "resume", "config", "install", "completion"],
+    "run": ["worker", "pause", "resume", "config", "selftest", "install",
+            "completion"],
 }
 GROUPS = {"worker": "pools", "dlq": "the dead letter queue", "config": "settings"}
 

@@ -20,8 +20,8 @@
         TestEnqueue, TestEnqueueUnique, TestList, TestShow, TestLogs, TestWait,
         TestEdit, TestRetry, TestPauseAndResume, TestCancel, TestDelete,
         TestDeadLetterQueue, TestStatus, TestStats, TestWorkerStart, TestDrain,
-        TestWorkerStop, TestConfig, TestDashboardCommand, TestInstall, TestCompletion
-                                       one class for each command
+        TestWorkerStop, TestConfig, TestDashboardCommand, TestInstall, TestCompletion,
+        TestSelftest                   one class for each command
         TestRemovedQueue               removing the database ends pools and waits
         TestCommandLine                help, usage, spelling, --db
         TestTerminal                   tables, colours, control characters
@@ -4852,6 +4852,15 @@ class TestDrain:
         reported = "left: the pool was stopped early" in pool.stderr.read()
         assert reported == (left != "later" or again)
 
+    def test_it_ends_soon_after_the_recovery_of_its_last_job(self):
+        enqueue(LONG_COMMAND + " once", id="x")
+        pool = start_pool("--drain", script="queuectl.RECOVERY_INTERVAL = 60\n"
+                          "queuectl.POLL_INTERVAL = 0.5")  # the second run is shorter
+        wait_until(count_starts)
+        run, = [each for each in read_status()["workers"] if each["job"]]
+        os.kill(run["pid"], KILL)
+        assert pool.wait(20) == 0 and state_of("x") == "completed"
+
     @posix_only
     def test_progress_is_shown_on_a_terminal_only(self):
         enqueue(id="before")
@@ -5299,6 +5308,99 @@ def replace_database():
     """Move another database over the database of the queue."""
     run_ok("--db", "new/queuectl.db", "enqueue", "--id", "new", "--", "true")
     os.replace("new/queuectl.db", "queuectl.db")
+
+
+def trial_files(name):
+    """Return the files of this name in the folders of a selftest."""
+    return [os.path.join(folder, name) for folder, _, files in os.walk(".")
+            if name in files]
+
+
+class TestSelftest:
+    """`selftest` shows that the promises hold on a file system, and leaves nothing."""
+
+    def test_every_promise_holds_here(self):
+        os.mkdir("folder")
+        # Within a job of another queue these are set.
+        env = dict(os.environ, QUEUECTL_DB="other.db", QUEUECTL_RUN="other")
+        db = os.path.join("folder", "q.db")
+        answer = run_process("selftest", "--db", db, env=env)
+        lines = [re.sub(r"  [\d.]+s$", "", line) for line in answer.stdout.splitlines()]
+        assert lines == ["ok  " + text for text in queuectl.PROMISES], answer
+        assert (answer.returncode, answer.stderr) == (0, "")
+        assert os.listdir() == ["folder"] and os.listdir("folder") == []
+
+    @mechanism
+    def test_a_promise_that_does_not_hold_is_reported(self, monkeypatch):
+        monkeypatch.setattr(queuectl, "PROMISES", {
+            "first": lambda trial: trial.expect(x=("completed", 1)),
+            "second": lambda trial: trial.run("dlq", "retry", "x"),
+            "third": lambda trial: os.mkdir(trial.folder),
+            "fourth": lambda trial: trial.expect()})
+        answer = cli("selftest", "--json")
+        assert [result["holds"] for result in answer.json] == [False] * 3 + [True]
+        first, second, third, fourth = [result["error"] for result in answer.json]
+        assert (first, fourth) == ("the jobs are {}", None) and answer.code == 1
+        assert second.startswith("there is no queue ") and "exists" in third
+        assert "FAILED  first: the jobs are {}\n" in cli("selftest").out
+
+    @mechanism
+    @needs_proc
+    def test_a_command_that_hangs_is_ended(self, monkeypatch):
+        monkeypatch.setattr(queuectl, "CHECK_TIME", 1)
+        monkeypatch.setattr(queuectl, "PROMISES", {
+            "command": lambda trial: trial.run("dashboard", "--port", "0"),
+            "pool": lambda trial: [trial.start("worker", "start"),
+                                   trial.wait_for_beats(1)]})
+        begun = time.monotonic()
+        answer = cli("selftest")
+        assert processes_of_this_test() == [] and time.monotonic() - begun < 20
+        assert answer.out.count("it took too long") == 2 and answer.code == 1
+        assert os.listdir() == []
+
+    @posix_only
+    @pytest.mark.parametrize("flock", [
+        "def flock(*_): raise OSError(37, 'No locks available')",
+        "def flock(*_): pass", "flock = fcntl.lockf"])
+    def test_a_file_system_without_locks_is_named(self, flock):
+        with open("sitecustomize.py", "w") as file:
+            file.write("import fcntl\n%s\nfcntl.flock = flock" % flock)
+        env = dict(os.environ, PYTHONPATH=os.getcwd(), PYTHONDONTWRITEBYTECODE="1")
+        answer = run_process("selftest", env=env)
+        assert answer.returncode == 1 and answer.stdout.count("\n") == 1
+        assert answer.stdout.startswith("FAILED  locks hold ")
+        assert "the file system has no locks" in answer.stdout
+        assert answer.stdout.endswith("; take a local disk\n")
+        assert os.listdir() == ["sitecustomize.py"]
+
+    def test_a_folder_that_cannot_be_used_is_refused_in_words(self):
+        assert "nowhere: no folder can be made here: " in run_refused(
+            "selftest", "--db", os.path.join("nowhere", "q.db"))
+        assert os.listdir() == []
+
+    @needs_mounts
+    def test_a_read_only_folder_is_refused_in_words(self):
+        os.mkdir("disk")
+        answer = run_with_mounts("mount -t tmpfs -o ro none disk; cd disk;"
+                                 " queuectl selftest; echo $?")
+        assert answer.stdout == "1\n" and answer.stderr.count("\n") == 1
+        assert "disk: no folder can be made here: Read-only" in answer.stderr
+
+    def test_a_full_disk_is_named(self, small_disk):
+        fill_disk()
+        answer = cli("selftest")
+        assert answer.code == 1 and "No space left" in answer.out
+        assert os.listdir() == ["fill"]
+
+    @needs_proc
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_ends_it_and_leaves_nothing(self, number):
+        process = start_process("selftest")
+        assert poll_until(lambda: trial_files("beats"), 20)
+        process.send_signal(number)
+        assert process.wait(10) == 130 and process.stderr.read() == ""
+        assert os.listdir() == []
+        assert poll_until(lambda: not processes_of_this_test(), 1)
 
 
 class TestRemovedQueue:
