@@ -8340,12 +8340,32 @@ def read_readme():
     return read_text(os.path.join(HERE, "README.md"))
 
 
-def run_readme_line(line):
-    """Run a command line of the README with this Python. Return its output."""
+def own_command(line):
+    """Return a line of the README that runs this program with this Python."""
     own = '"%s" "%s"' % (sys.executable, COMPILED)
-    line = re.sub(r"\bpython3? queuectl\.py", lambda _: own, line)
-    return subprocess.run(line, shell=True, stdout=subprocess.PIPE, timeout=60,
-                          stderr=subprocess.STDOUT, universal_newlines=True).stdout
+    return re.sub(r"\b(python3? queuectl\.py|queuectl)(?= [a-z])", lambda _: own, line)
+
+
+def run_readme_line(line):
+    """Run a command line of the README. Return its output."""
+    return subprocess.run(own_command(line), shell=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, universal_newlines=True,
+                          timeout=60).stdout
+
+
+def readme_block(begin):
+    """Return the block of the README that has a line which begins so, as lines."""
+    blocks = re.findall(r"(?m)^((?:    .*\n)+)", read_readme())
+    block, = [block for block in blocks if "\n    " + begin in "\n" + block]
+    return [line[4:] for line in block.splitlines()]
+
+
+def make_executable(path, lines):
+    """Write an executable file."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w") as file:
+        file.write("\n".join(lines) + "\n")
+    os.chmod(path, 0o755)
 
 
 # The places that the README names: a pattern to find, and its replacement.
@@ -8393,7 +8413,7 @@ class TestReadme:
     def test_its_demo_works_as_it_stands_there(self):
         configure("backoff_base", "0")  # or job3 and job4 would take 6 s to die
         pool = None
-        for line in re.findall(r"(?m)^    (python .*?)(?:  +#.*)?$", read_readme()):
+        for line in readme_block("python queuectl.py status"):
             if "worker start" in line:
                 pool = start_pool()
                 wait_until(lambda: list(jobs("--state", "dead")) == ["job3", "job4"])
@@ -8403,13 +8423,99 @@ class TestReadme:
         assert run_ok("config", "get", "max_retries").out == "5\n"
         assert set(jobs()) == {"job2", "job3", "job4"}
 
+    @posix_only
+    def test_its_lines_for_everyday_use_run(self):
+        configure("backoff_base", "0")
+        with open("commands.txt", "w") as file:
+            file.write("true\n\necho two\n")
+        for line in readme_block("# Add jobs"):
+            words = line.split()
+            if line.startswith("#") or {"--watch", "--follow", "wait"} & set(words):
+                continue
+            if line.endswith(("dlq retry report", "queuectl retry report")):
+                run_ok("cancel", "report")
+            if line == "queuectl worker start --count 4":
+                continue  # it would run until it is stopped
+            answer = subprocess.run(own_command(line), shell=True, timeout=60)
+            is_drain = "--drain" in words  # some of its commands are not there
+            assert answer.returncode == (1 if is_drain else 0), line
+            if "--detach" in words:
+                run_ok("worker", "stop")
+        assert jobs("--match", "echo two") and state_of("report") == "dead"
+        assert run_ok("config", "get", "keep").out == "604800\n"
+
+    @posix_only
+    def test_its_lines_for_cron_and_ci_run(self):
+        _, cron, _, *ci = readme_block("# Cron:")
+        cron = re.sub(r"^[\d* ]+|cd /srv/queue && ", "", cron)
+        assert cron.startswith("python3 queuectl.py")
+        assert run_readme_line(cron) == "" == run_readme_line(cron)
+        assert list(jobs()) == ["backup"]
+        with open("commands.txt", "w") as file:
+            file.write("true\necho lost; exit 3\n")
+        answer = subprocess.run(
+            "\n".join(map(own_command, ci)), shell=True, stdout=subprocess.PIPE)
+        assert answer.returncode == 1 and b"\nlost\n" in answer.stdout
+        assert list(jobs()) == ["backup"]  # that was another queue
+
+    @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
+    def test_systemd_takes_its_service(self):
+        lines = [re.sub("=/usr/bin/python3 .*?py ", "=%s " % shutil.which("true"), line)
+                 for line in readme_block("[Service]")]
+        lines = [line.replace("=you", "=root").replace("/srv/queue", "/tmp")
+                 for line in lines]
+        with open("queuectl.service", "w") as file:
+            file.write("\n".join(lines) + "\n")
+        answer = subprocess.run(
+            ["systemd-analyze", "verify", os.path.abspath("queuectl.service")],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        complaints = [line for line in answer.stdout.decode().splitlines()
+                      if "queuectl.service:" in line]
+        assert complaints == []
+
+    @posix_only
+    @pytest.mark.parametrize("launcher", ["srun -Q -n1", "./over-ssh build1"])
+    def test_its_launchers_run_commands_as_they_are(self, monkeypatch, launcher):
+        make_executable("bin/srun", ["#!/bin/sh", "shift 2", 'exec "$@"'])
+        make_executable("bin/ssh", [  # it joins the words, as sshd's shell gets them
+            "#!/bin/sh", 'test "$1 $2 $3" = "-o BatchMode=yes build1" || exit 9',
+            "shift 3", 'exec sh -c "$*"'])
+        make_executable("./over-ssh", readme_block("#!/bin/bash"))
+        monkeypatch.setenv("PATH", os.path.abspath("bin"), prepend=os.pathsep)
+        if launcher.startswith("srun"):
+            line, = readme_block("queuectl config set launcher")
+            run_readme_line(line)
+        else:
+            configure("launcher", launcher)
+        assert run_ok("config", "get", "launcher").out == launcher + "\n"
+        run_ok("enqueue", "--id", "x", "--", "echo", "a  b", "$HOME; *")
+        drain(1)
+        assert run_ok("logs", "x").out == "a  b $HOME; *\n"
+
+    @pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs sqlite3")
+    def test_its_backup_can_be_restored(self):
+        enqueue(id="kept")
+        lines = readme_block("(umask 077")
+        pool = start_pool()
+        wait_until(lambda: state_of("kept") == "completed")
+        run_readme_line(lines[0])
+        assert os.stat("backup.db").st_mode & 0o77 == 0
+        enqueue(id="later")
+        run_readme_line("\n".join(lines[1:]))
+        assert pool.wait(10) == 0
+        assert list(jobs()) == ["kept"] and state_of("kept") == "completed"
+
     def test_its_library_example_runs(self):
-        text = re.search(r"(?s)## As a library\n\n(.*?)\n\n[^ ]", read_readme())[1]
+        text = re.search(r"(?s)As a library\..*?\n\n(.*?)\n\n[^ ]", read_readme())[1]
         program = "\n".join(line[4:] for line in text.splitlines())
         pool = start_pool(count=1)
         answer = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE,
                               env=python_environment())
-        assert answer.stdout.startswith(b"completed 0 b'hello") and pool.poll() is None
+        assert answer.stdout.startswith(b"completed b'hello") and pool.poll() is None
+
+    def test_it_names_tests_that_there_are(self):
+        for name in re.findall(r"`(Test\w+)`", read_readme()):
+            assert name in globals(), name
 
     def test_priorities_can_be_removed_where_it_says(self):
         text = read_text(SCRIPT)
