@@ -3665,6 +3665,7 @@ class TestShow:
             "b is pending: waits for a, which is dead\n  $ true\n\n")
         assert re.match(r"c is completed: took \d+ms; ", run_ok("show", "c").out)
 
+    @posix_only  # elsewhere a command has one line
     def test_it_prints_every_line_of_a_command_and_a_table_of_runs(self):
         enqueue("echo one\nexit 3", id="x", max_retries=2)
         configure("backoff_base", "0")
@@ -7603,6 +7604,7 @@ class TestPage:
         assert chart.find("svg").get("aria-label") == (
             "1 completed, 0 failed in the last hour")
 
+    @posix_only  # elsewhere a command has one line
     def test_its_table_has_a_row_a_job_newest_first(self, queue, clock, page):
         add_job(queue, id="early", command="echo 1\n  echo 2")
         run = claim(queue)
