@@ -685,9 +685,11 @@ def json_error(text, error):
     if start[:1] not in ("{", "["):
         return QueueError("not JSON: %s; a job is an object like %s", start, example,
                           code=2)
-    message = "not JSON: %s at character %d: %s%s"
     hint = "; a job is an object on one line" if start == "{" else ""
-    return QueueError(message, error.msg, error.pos + 1, start, hint, code=2)
+    trouble = str(error)  # no UTF-8, or a number of thousands of digits
+    if isinstance(error, json.JSONDecodeError):
+        trouble = "%s at character %d" % (error.msg, error.pos + 1)
+    return QueueError("not JSON: %s: %s%s", trouble, start, hint, code=2)
 
 
 def number_text(value):

@@ -3241,6 +3241,12 @@ class TestEnqueue:
         message = run_refused("enqueue", "-", stdin=given.encode(), code=2)
         assert "line %d: " % (good + 1) in message and words in message and not jobs()
 
+    def test_what_is_no_text_is_refused_in_a_line(self):
+        for data in (b'{"command": "\xff"}', b'[{"command": "\xff"}]'):
+            assert "line 1: not JSON" in run_refused("enqueue", "-", stdin=data, code=2)
+        digits = b'{"command": "x", "priority": %s}' % (5000 * b"1")
+        run_refused("enqueue", "-", stdin=digits, code=2)
+
     def test_two_jobs_with_one_id_are_named_both(self):
         enqueue(id="there")
         lines = b"".join(b'{"id": "j%d", "command": "x"}\n' % n for n in (1, 2, 3, 2))
