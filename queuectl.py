@@ -675,16 +675,17 @@ def json_error(text, error):
     start = printable(text[:60])
     example = '{"id":"job1","command":"echo hi"}'
     if re.match(r"\{\s*\w", text) and '"' not in text:
-        message = "not JSON, the shell took the quotes: %s; write in cmd \"%s\", in" \
-            " PowerShell '%s'"
+        message = "not JSON, the shell took the quotes: %s; write in sh '%s', in cmd" \
+            " \"%s\", in PowerShell '%s'"
         escaped = example.replace('"', r'\"')
-        return QueueError(message, start, escaped, escaped, code=2)
+        return QueueError(message, start, example, escaped, escaped, code=2)
     if re.match(r'\{\s*\\"', text):
         message = "not JSON: the backslashes are for cmd; write here '%s'"
         return QueueError(message, example, code=2)
     if start[:1] not in ("{", "["):
-        return QueueError("not JSON: %s; a job is an object like %s", start, example,
-                          code=2)
+        message = "not JSON: %s; a job is an object like %s; with --lines each line" \
+            " is a command"
+        return QueueError(message, start, example, code=2)
     hint = "; a job is an object on one line" if start == "{" else ""
     trouble = str(error)  # no UTF-8, or a number of thousands of digits
     if isinstance(error, json.JSONDecodeError):
@@ -3878,9 +3879,9 @@ def setting_text(name, value):
 
 # Why a job is not running, and how far a queue is.
 
-LOST_HINT = "its worker died; the next pool runs the job again"
+LOST_HINT = "its worker died; the next pool %s"
 ORPHAN_HINT = "its worker died, but its processes still run; the next pool ends them" \
-    " and runs the job again"
+    " and %s"
 PAUSED_HINT = "paused; to go on: queuectl.py resume"
 NO_POOL = "no pool is running; to start one: queuectl.py worker start"
 
@@ -3896,7 +3897,9 @@ def why_waiting(queue, job, workers):
         is_attended = job["id"] in [worker["job"] for worker in workers]
         if is_attended or not queue.is_current(run):
             return None
-        return (ORPHAN_HINT if is_locked(run.lease) else LOST_HINT) + no_pool
+        hint = ORPHAN_HINT if is_locked(run.lease) else LOST_HINT
+        return hint % ("makes the job dead" if job["cancelled"] else
+                       "runs the job again") + no_pool
     if job["state"] not in WAITING:
         return None
     if job["waits"]:
@@ -4056,7 +4059,7 @@ def progress_text(counts, done, seconds):
     running, waiting = counts["processing"], sum(counts[state] for state in WAITING)
     line = "completed %d, dead %d, running %d, waiting %d" % (
         counts["completed"], counts["dead"], running, waiting)
-    if done <= 0 or seconds <= 0:
+    if done <= 0 or seconds <= 0 or not running:
         return line
     left = duration_text((running + waiting) * seconds / done)
     return line + ", %.1f/s, %s left" % (done / seconds, left)
@@ -4237,16 +4240,20 @@ def table(titles, rows, width=None, state_column=None):
 
 
 def fitted(widths, room):
-    """Return the widths of columns that fit into this room: the widest get narrower."""
+    """Return the widths of columns that fit into this room.
+
+    First the last column gets narrower, a command or a text, then the widest ones.
+    """
     # One long id must not push all else off the screen.
     widths = [min(width, 40) for width in widths[:-1]] + [min(widths[-1], room)]
     while sum(widths) > room:
-        widths[widths.index(max(widths))] -= 1
+        at = -1 if widths[-1] > 16 else widths.index(max(widths))
+        widths[at] -= 1
     return widths
 
 
-# A column of a table of jobs: its title; how wide a terminal has to be to show it; and
-# the function of job and present time that makes its text.
+# A column of a table of jobs: its title; how wide a terminal has to be to show it (what
+# a job is and why comes first); and the function of job and time that makes its text.
 ListColumn = collections.namedtuple("ListColumn", "title terminal text")
 
 
@@ -4275,15 +4282,15 @@ def last_columns(changed, reason):
     """Return the columns that differ: their titles are CHANGED and REASON."""
     return [
         ListColumn(changed, 76, lambda job, now: relative_time(job["updated_at"], now)),
-        ListColumn(reason, 64, lambda job, now: printable(short_reason(job, now))),
-        ListColumn("COMMAND", 50, lambda job, now: printable(job["command"])),
+        ListColumn(reason, 36, lambda job, now: printable(short_reason(job, now))),
+        ListColumn("COMMAND", 60, lambda job, now: printable(job["command"])),
     ]
 
 
 LIST_COLUMNS = [
     ListColumn("ID", 0, lambda job, now: printable(job["id"])),
     ListColumn("STATE", 0, lambda job, now: job["state"]),
-    ListColumn("TRIES", 0, lambda job, now: "%d/%d" % (
+    ListColumn("TRIES", 48, lambda job, now: "%d/%d" % (
         job["attempts"], tries_allowed(job["max_retries"]))),
     *last_columns("CHANGED", "WHY"),
 ]
@@ -4764,6 +4771,9 @@ class Worker:
         If the system has no process to give, wait a little before that.
         """
         kind, text = "failed", "cannot start: %s" % error
+        if isinstance(error, OSError) and error.filename:
+            text = "cannot start: %s: %s" % (
+                os.fsdecode(error.filename), error.strerror)
         if getattr(error, "errno", None) in NO_PROCESS or (
                 getattr(error, "winerror", None) in WINDOWS_NO_MEMORY):
             kind = "refused"
@@ -5118,6 +5128,9 @@ class Supervisor:
             if own:
                 raise QueueError("worker start: within job %s only with --detach, or"
                                  " the job would wait for its own pool", own["id"])
+        if not WINDOWS and os.geteuid() == 0 and self.file_status.st_uid:
+            pool_notice("the queue belongs to another user (%d), and its commands run"
+                        " as root" % self.file_status.st_uid)
         for path in (path_beside(self.path, ".runs"), path_beside(self.path, ".log")):
             hint = owner_hint(path)
             if hint:
@@ -5363,7 +5376,8 @@ def command(name, meaning, example, *arguments, **facts):
 MEANT = {
     "jobs": "list", "ps": "status", "top": "status --watch", "info": "show",
     "worker list": "status", "worker status": "status", "worker ps": "status",
-    "workers": "status", "start": "worker start", "stop": "worker stop",
+    "workers": "status", "start": "worker start",
+    "stop": "worker stop, or cancel",
     "run": "worker start", "worker run": "worker start", "worker kill": "worker stop",
     "add": "enqueue", "submit": "enqueue", "push": "enqueue", "kill": "cancel",
     "abort": "cancel", "tail": "logs", "cat": "logs", "log": "logs", "output": "logs",
@@ -5391,6 +5405,9 @@ def command_named(words):
             options.append(word)
             if word == "--db":  # its value is no command
                 options += itertools.islice(words, 1)
+            continue
+        if word == "help" and name in groups:
+            options.append("--help")
             continue
         name = (name + " " + word).lstrip()
         if name not in groups:
@@ -5482,6 +5499,7 @@ MATCH = option("--match", "TEXT", "only jobs with TEXT in id or command (default
 EVERYWHERE = [
     flag("--json", "print one JSON document"),
     option("--db", "PATH", "the queue (default: QUEUECTL_DB, or queuectl.db)")]
+ERROR = option("--error", "TEXT", "only jobs with this very error (default: all)")
 DRY_RUN = flag("--dry-run", "only list the jobs that would be changed")
 
 
@@ -5506,6 +5524,7 @@ def read_status(queue):
         "commands": {job["id"]: job["command"] for job in queue.jobs(
             where(["processing"]), limit=MAX_WORKERS, brief=True)},
         "killed_pools": killed, "has_pool": bool(pools - killed),
+        "stopping_pools": {pool for pool in pools if requested_stop(queue.path, pool)},
         "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
         "next_due": due["run_at"], "next_job": due["id"],
         "paused": queue.is_paused(), "blocked": queue.first_blocked(),
@@ -5517,7 +5536,8 @@ def status_document(status, now):
     """Return what `status --json` prints."""
     workers = [with_iso_times(worker, "since") for worker in status["workers"]]
     document = with_iso_times(status, "oldest_waiting", "next_due")
-    for name in ("ready", "run_seconds", "commands", "killed_pools", "has_pool"):
+    for name in ("ready", "run_seconds", "commands", "killed_pools", "has_pool",
+                 "stopping_pools"):
         del document[name]  # what lines for people are made of
     blocked = status["blocked"]["jobs"] if status["blocked"] else 0
     return dict(document, workers=workers, blocked=blocked,
@@ -5564,7 +5584,7 @@ def status_lines(status, now):
     yield from count_lines(status, now)
     if status["paused"]:
         yield PAUSED_HINT.capitalize()
-    elif count_unfinished(status["jobs"]) and not status["has_pool"]:
+    if count_unfinished(status["jobs"]) and not status["has_pool"]:
         yield NO_POOL.capitalize()
     yield from worker_lines(status, now)
 
@@ -5598,6 +5618,8 @@ def worker_lines(status, now):
                 printable(worker["job"]), duration_text(now - worker["since"]),
                 printable(status["commands"].get(worker["job"], "")))
         line = "  worker %(pid)d of pool %(pool)d: "
+        if worker["pool"] in status["stopping_pools"]:
+            line = "  worker %(pid)d of pool %(pool)d, which is stopping: "
         if worker["pool"] in status["killed_pools"]:
             line = "  worker %(pid)d, whose pool %(pool)d was killed: "
         yield line % worker + doing
@@ -5666,6 +5688,8 @@ def cmd_enqueue(args, queue):
         jobs = map(queue.job, dict.fromkeys(ids))
     print_jobs(args, jobs, functools.partial(enqueued_lines, unchanged=added.unchanged),
                "no jobs were given")
+    if sys.stderr.isatty() and not args.json and not living_pools(args.db):
+        notice(NO_POOL)
 
 
 def report_dropped(dropped):
@@ -6166,10 +6190,13 @@ def cmd_wait(args, queue):
         report = WaitReport(queue, progress)
         counts = queue.wait(args.ids or None, args.timeout, report.check)
     if counts is None:
-        message = "still waiting for jobs after %s" % duration_text(args.timeout)
+        message = "still waiting for %s after %s" % (
+            printable(", ".join(args.ids)) or "jobs", duration_text(args.timeout))
         notice("; ".join([message, *standstill(queue)]))
         return 124
     message = ", ".join("%d %s" % (counts[state], state) for state in FINISHED)
+    if args.ids and counts["dead"]:
+        message += " (%s)" % dead_text(queue, args.ids)
     if counts["died_before"]:
         message += ", %d died before" % counts["died_before"]
     if counts["removed"]:
@@ -6181,6 +6208,14 @@ def cmd_wait(args, queue):
     failures = [state for state in FINISHED if state not in SUCCESSFUL]
     failures += ["died_before", "removed", "left"]
     return 1 if any(counts[name] for name in failures) else 0
+
+
+def dead_text(queue, ids):
+    """Return which of these jobs are dead, and why."""
+    dead = [id for id in dict.fromkeys(ids) if queue.state(id) == "dead"]
+    more = ["%d more" % (len(dead) - 3)] if len(dead) > 3 else []
+    return ", ".join([
+        printable("%s: %s" % (id, queue.job(id)["error"])) for id in dead[:3]] + more)
 
 
 class WaitReport:
@@ -6197,6 +6232,7 @@ class WaitReport:
             return
         for reason in standstill(self.queue):
             if reason not in self.reported:
+                self.progress.close()
                 notice(reason)
             self.reported.add(reason)
 
@@ -6302,7 +6338,7 @@ def require_one_selection(args, *ways):
     """Refuse a command line unless it selects jobs by ids, or in one of these WAYS."""
     given = [bool(way) for way in (args.ids, *ways)].count(True)
     options = ", ".join("--" + name.replace("_", "-") for name in (
-        "all", "state", "match", "older_than") if hasattr(args, name))
+        "all", "state", "match", "error", "older_than") if hasattr(args, name))
     if not given:
         raise QueueError("which jobs? name ids, or %s", options, code=2)
     if given > 1:
@@ -6363,13 +6399,20 @@ def cmd_cancel(args, queue):
     if args.ids:
         queue.cancel(args.ids)
         # The worker of a running job has to end it first.
+        workers = queue.workers()
         return print_each(args, "cancelled", *(
-            "cancelling %s: ending its processes" % printable(id)
-            if queue.state(id) == "processing" else "cancelled " + printable(id)
-            for id in args.ids))
+            cancel_answer(queue, queue.job(id), workers) for id in args.ids))
     chosen = where(selected_states(args, TAKES["cancel"]), text=args.match)
     apply_to_many(
         args, queue, queue.cancel_all, "cancelled", Selection(chosen, None, None))
+
+
+def cancel_answer(queue, job, workers):
+    """Return what `cancel` prints of a job."""
+    if job["state"] != "processing":
+        return "cancelled " + printable(job["id"])
+    how = why_waiting(queue, job, workers) or "ending its processes"
+    return "cancelling %s: %s" % (printable(job["id"]), how)
 
 
 @command("retry", "run finished jobs again, with attempts 0", "retry job1",
@@ -6379,7 +6422,7 @@ def cmd_retry(args, queue):
     retry_jobs(args, queue, selected_states(args, TAKES["retry"]))
 
 
-def retry_jobs(args, queue, states):
+def retry_jobs(args, queue, states, **filters):
     """Retry the jobs with the given ids, or those in these states."""
     if args.ids:
         queue.retry(args.ids, states)
@@ -6387,7 +6430,7 @@ def retry_jobs(args, queue, states):
             "retried %s: pending again, with 0 attempts" % printable(id)
             for id in args.ids))
     apply_to_many(args, queue, queue.retry_all, "retried",
-                  jobs_to_retry(states, text=args.match))
+                  jobs_to_retry(states, text=args.match, **filters))
 
 
 @command("delete", "remove jobs that do not run",
@@ -6427,9 +6470,10 @@ def selection_to_delete(args, before):
 
 
 @command("dlq list", "list the dead jobs, the latest first", "dlq list --since 12h",
-         MATCH, DIED_SINCE, creates_queue=True, only_reads=True)
+         MATCH, ERROR, DIED_SINCE, creates_queue=True, only_reads=True)
 def cmd_dlq_list(args, queue):
-    filters = dict(text=args.match, changed_since=time_since(args, queue))
+    filters = dict(text=args.match, error=args.error,
+                   changed_since=time_since(args, queue))
     if not args.json:
         errors = ["%(jobs)d x %(error)s" % row
                   for row in queue.common_errors(where(["dead"], **filters))]
@@ -6440,24 +6484,28 @@ def cmd_dlq_list(args, queue):
 
 
 @command("dlq logs", "print the latest output of dead jobs", "dlq logs --since 12h",
-         MATCH, DIED_SINCE, only_reads=True)
+         MATCH, ERROR, DIED_SINCE, only_reads=True)
 def cmd_dlq_logs(args, queue):
-    print_logs(args, queue, queue.dead_jobs(
-        text=args.match, changed_since=time_since(args, queue)))
+    dead = queue.dead_jobs(text=args.match, error=args.error,
+                           changed_since=time_since(args, queue))
+    first = list(itertools.islice(dead, 1))
+    print_logs(args, queue, itertools.chain(first, dead))
+    if not first and not args.json:
+        print("no dead jobs")
 
 
 @command("dlq retry", "make dead jobs pending again, with attempts 0", "dlq retry job4",
-         IDS, flag("--all", "all but those that were cancelled"), MATCH, DRY_RUN)
+         IDS, flag("--all", "all but those that were cancelled"), MATCH, ERROR, DRY_RUN)
 def cmd_dlq_retry(args, queue):
-    require_one_selection(args, args.match, args.all)
-    retry_jobs(args, queue, TAKES["dlq retry"])
+    require_one_selection(args, args.match or args.error, args.all)
+    retry_jobs(args, queue, TAKES["dlq retry"], error=args.error)
 
 
-@command("dlq clear", "remove all dead jobs", "dlq clear", MATCH, DRY_RUN,
+@command("dlq clear", "remove all dead jobs", "dlq clear", MATCH, ERROR, DRY_RUN,
          aliases=("dlq purge",))
 def cmd_dlq_clear(args, queue):
-    apply_to_many(args, queue, queue.delete_all, "deleted",
-                  jobs_to_delete(TAKES["dlq clear"], text=args.match))
+    apply_to_many(args, queue, queue.delete_all, "deleted", jobs_to_delete(
+        TAKES["dlq clear"], text=args.match, error=args.error))
 
 
 # -- settings --------------------------------------------------------------------------
@@ -6467,12 +6515,14 @@ def cmd_dlq_clear(args, queue):
          creates_queue=True, only_reads=True, aliases=("config list",))
 def cmd_config_show(args, queue):
     values = queue.settings()
+    width = terminal_width(sys.stdout)
+    columns = 4 if width is None or width >= 60 else 2
     rows = [
         [name, setting_text(name, values[name]), setting_text(name, setting.default),
-         setting.meaning]
+         setting.meaning][:columns]
         for name, setting in SETTINGS.items()]
-    print_result(args, values, *table(["SETTING", "VALUE", "DEFAULT", "MEANING"], rows,
-                                      terminal_width(sys.stdout)))
+    titles = ["SETTING", "VALUE", "DEFAULT", "MEANING"][:columns]
+    print_result(args, values, *table(titles, rows, width))
 
 
 @command("config get", "print the value of a setting", "config get max_retries",
@@ -6528,7 +6578,7 @@ def cmd_worker_start(args):
 
     def started():
         if not is_silent:
-            print_started(args, os.getpid(), "Ctrl-C, or ")
+            print_started(args, os.getpid(), "Ctrl-C")
 
     is_quiet = args.quiet or args.json
     has_progress = args.drain and not is_quiet and terminal_width(sys.stderr)
@@ -6545,13 +6595,13 @@ def cmd_worker_start(args):
     return code
 
 
-def print_started(args, pid, other_way=""):
+def print_started(args, pid, how_to_stop):
     """Print that a pool runs, where, and how to stop it."""
     place = "log " + printable(os.path.basename(path_beside(args.db, ".log")))
     if args.db != os.path.realpath("queuectl.db"):
         place += ", queue " + printable(args.db)
-    message = "pool %d: %s, %s; to stop: %squeuectl.py worker stop" % (
-        pid, plural(args.count, "worker"), place, other_way)
+    message = "pool %d: %s, %s; to stop: %s" % (
+        pid, plural(args.count, "worker"), place, how_to_stop)
     print_result(args, {"pool": pid, "workers": args.count}, message)
     sys.stdout.flush()
 
@@ -6578,7 +6628,7 @@ def start_detached(args):
     pool = start_own(words, QUEUECTL_DETACHED="1")
     for line in pool.stdout:
         if line.startswith(b"{"):
-            print_started(args, json.loads(line)["pool"])
+            print_started(args, json.loads(line)["pool"], usage("worker", "stop"))
             pool.returncode = 0  # it goes on, and this process does not wait for it
             return 0
         print(line.decode("utf-8", FOREIGN_BYTES).rstrip(), file=sys.stderr)
@@ -7104,9 +7154,10 @@ def cmd_selftest(args):
     finally:
         catch_signals(lambda *_: None)  # a second Ctrl-C must not cut this short
         clear_up(home, trials)
-    if args.json:
-        print_result(args, results)
-    return 0 if all(result["holds"] for result in results) else 1
+    holding = [result["holds"] for result in results].count(True)
+    print_result(args, results, "%d of %d promises hold in %s" % (
+        holding, len(PROMISES), printable(os.path.dirname(args.db))))
+    return 0 if holding == len(PROMISES) else 1
 
 
 def make_trial_folder(path):
@@ -8863,8 +8914,8 @@ def overview():
             lines.append("  %-7s %-11s %s" % (
                 "" if name != names[0] else topic, name,
                 ": ".join([meaning, ", ".join(verbs)]) if verbs else meaning))
-    lines += ["examples:", "  queuectl.py enqueue -- echo Hello",
-              "  queuectl.py worker start --count 2"]
+    lines += ["examples: queuectl.py enqueue -- echo Hello",
+              "          queuectl.py worker start --count 2"]
     return "\n".join(lines)
 
 
@@ -8893,13 +8944,36 @@ def refuse_mistaken(name, words):
         raise QueueError(*message, code=2)
 
 
+# The options that people mean by the words of other tools.
+MEANT_OPTIONS = {
+    "--retries": "--max-retries", "--jobs": "--count", "-j": "--count", "-n": "--count",
+    "--workers": "--count", "-q": "--quiet", "-d": "--detach",
+    "--at": "--run-at", "--error-text": "--error",
+}
+
+
+def option_meant(words, parser):
+    """Return which option was meant by the first word that is none, if one is near."""
+    from difflib import get_close_matches
+
+    known = parser._option_string_actions
+    strange = [word.partition("=")[0] for word in words if word.startswith("-")]
+    for word in strange:
+        if word not in known:
+            near = [MEANT_OPTIONS.get(word)] + get_close_matches(
+                word.replace("_", "-"), known, 1, 0.8)
+            found = [each for each in near if each in known]
+            return "did you mean %s?" % found[0] if found else None
+    return None
+
+
 def parse_arguments(name, words):
     """Return the arguments of one command; no other command's parser is built."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            hint = "see: queuectl.py %s --help" % name
+            hint = option_meant(words, self) or "see: queuectl.py %s --help" % name
             if name == "enqueue" and words[0][:1] not in ("{", "[", "-"):
                 hint = "to run a command: " + usage("enqueue", "--", *words)
             if any(word.startswith("'") for word in words):

@@ -3545,7 +3545,7 @@ class TestList:
         ):
             assert "name ids, or " in run_refused(*words, code=2)
         assert run_refused("dlq", "retry", code=2) == (
-            "queuectl: which jobs? name ids, or --all, --match\n")
+            "queuectl: which jobs? name ids, or --all, --match, --error\n")
 
     def test_more_jobs_than_a_page_holds_are_all_listed(self):
         count = 2 * queuectl.BATCH_SIZE + 7
@@ -3600,7 +3600,7 @@ class TestList:
 
     @posix_only
     @pytest.mark.parametrize("columns, titles", [
-        (40, "ID STATE TRIES"), (80, "ID STATE TRIES CHANGED WHY COMMAND")])
+        (40, "ID STATE WHY"), (80, "ID STATE TRIES CHANGED WHY COMMAND")])
     def test_a_terminal_shows_the_newest_that_fit(self, columns, titles):
         for n in range(40):
             enqueue("echo " + "x" * 200, id="job-with-a-long-name-%02d" % n)
@@ -3637,11 +3637,14 @@ class TestShow:
         assert why("b", ()).startswith("no pool is running")
         assert why("c") == "due in 12s"
         run = claim(queue)
-        assert why("a") is None and why("a", [{"job": None}]) == queuectl.LOST_HINT
+        assert why("a") is None and why("a", [{"job": None}]) == (
+            "its worker died; the next pool runs the job again")
         lease = queuectl.Lease(run.lease, queuectl.OutputLimit(10))
-        assert why("a", ()) == queuectl.ORPHAN_HINT + "; " + queuectl.NO_POOL
+        assert why("a", ()) == queuectl.ORPHAN_HINT % "runs the job again" + (
+            "; " + queuectl.NO_POOL)
         os.close(lease.fd)
-        assert why("a", ()) == queuectl.LOST_HINT + "; " + queuectl.NO_POOL
+        assert why("a", ()) == queuectl.LOST_HINT % "runs the job again" + (
+            "; " + queuectl.NO_POOL)
         queue.fail(run, make_outcome("exit 1"))
         assert why("a") == "try 2 is due in 2.0s" and why("a", ()).endswith("worker start")
         assert "waiting:     due" in run_ok("show", "c").out
@@ -4480,6 +4483,31 @@ class TestDeadLetterQueue:
             queue.cancel([name])
         assert [job["id"] for job in run_ok("dlq", "list", "--json").json] == [
             "first", "third", "second"]
+
+    def test_jobs_of_one_error_are_listed_retried_and_removed(self):
+        for name, code in (("a", 1), ("b", 12), ("c", 1)):
+            enqueue("exit %d" % code, id=name, max_retries=1)
+        drain()
+        chosen = ["--error", "exit 1"]
+        assert {job["id"] for job in run_ok("dlq", "list", "--json", *chosen).json} == {
+            "a", "c"}
+        assert len(run_ok("dlq", "logs", "--json", *chosen).json) == 2
+        assert run_ok("dlq", "retry", *chosen).out == "retried 2 jobs\n"
+        assert state_of("b") == "dead"
+        assert run_ok("dlq", "clear", *chosen).out == "deleted 0 jobs\n"
+        assert run_ok("dlq", "logs", *chosen).out == "no dead jobs\n"
+
+    @posix_only
+    def test_cancel_does_not_promise_what_nobody_does(self):
+        enqueue(UNTIL_GO, id="lost")
+        pool = start_pool(count=1)
+        wait_until(lambda: "lost 1/3 runs" in read_text("queuectl.log"))
+        kill_pool(pool)
+        assert run_ok("cancel", "lost").out == (
+            "cancelling lost: its worker died, but its processes still run; the next"
+            " pool ends them and makes the job dead; no pool is running; to start one:"
+            " queuectl.py worker start\n")
+        open("go", "w").close()
 
     def test_retry_all_leaves_cancelled_jobs_and_counts_them(self):
         for name in ("a", "b"):
@@ -5333,7 +5361,8 @@ class TestSelftest:
         db = os.path.join("folder", "q.db")
         answer = run_process("selftest", "--db", db, env=env)
         lines = [re.sub(r"  [\d.]+s$", "", line) for line in answer.stdout.splitlines()]
-        assert lines == ["ok  " + text for text in queuectl.PROMISES], answer
+        assert lines[:-1] == ["ok  " + text for text in queuectl.PROMISES], answer
+        assert lines[-1] == "9 of 9 promises hold in " + os.path.realpath("folder")
         assert (answer.returncode, answer.stderr) == (0, "")
         assert os.listdir() == ["folder"] and os.listdir("folder") == []
 
@@ -5374,10 +5403,11 @@ class TestSelftest:
             file.write("import fcntl\n%s\nfcntl.flock = flock" % flock)
         env = dict(os.environ, PYTHONPATH=os.getcwd(), PYTHONDONTWRITEBYTECODE="1")
         answer = run_process("selftest", env=env)
-        assert answer.returncode == 1 and answer.stdout.count("\n") == 1
+        assert answer.returncode == 1 and answer.stdout.count("\n") == 2
+        assert "\n0 of 9 promises hold in " in answer.stdout
         assert answer.stdout.startswith("FAILED  locks hold ")
         assert "the file system has no locks" in answer.stdout
-        assert answer.stdout.endswith("; take a local disk\n")
+        assert "; take a local disk\n" in answer.stdout
         assert os.listdir() == ["sitecustomize.py"]
 
     def test_a_folder_that_cannot_be_used_is_refused_in_words(self):
@@ -5602,12 +5632,14 @@ class TestCommandLine:
             "config", "get", "backof_base", code=2)
 
     @pytest.mark.parametrize("words, printed", [
-        (["stop"], "did you mean worker stop?"),
+        (["stop"], "did you mean worker stop, or cancel?"),
         (["start"], "did you mean worker start?"),
         (["clear"], "did you mean dlq clear?"), (["retyr"], "did you mean retry?"),
         (["frobnicate"], "there are: enqueue, "), (["run"], "mean worker start?"),
         (["worker", "list"], "mean status?"), (["worker", "strt"], "mean worker start?"),
-        (["dlq", "requeue"], "mean dlq retry?"), (["kill", "x"], "mean cancel?"),
+        (["dlq", "requeue"], "mean dlq retry?"), (["worker", "start", "-j4"], "worker start"),
+        (["worker", "start", "--jobs", "4"], "did you mean --count?"),
+        (["enqueue", "--timeut", "4", "--", "x"], "did you mean --timeout?"), (["kill", "x"], "mean cancel?"),
         (["reset"], "to remove queuectl.db?"),
         (["config", "set", "backoff-factor", "2"], "mean backoff_base?"),
         (["config", "set", "--max-retries", "3"],
