@@ -2015,7 +2015,8 @@ SELECT_JOB = "SELECT %s FROM jobs LEFT JOIN runs USING (seq, run) " % ", ".join(
 
 # The jobs that wait for a dead one, each with the id of that one. The first of the
 # tables keeps it from looking at all dead jobs where no job waits for another.
-BEHIND_DEAD = """SELECT jobs.seq AS seq, dependency.id AS dependency
+BEHIND_DEAD = """SELECT jobs.seq AS seq, dependency.id AS dependency,
+    dependency.state AS state, dependency.cancelled AS cancelled
     FROM (SELECT 1 FROM jobs WHERE waits > 0 LIMIT 1)
     CROSS JOIN jobs AS dependency
     CROSS JOIN dependencies ON waits_for = dependency.seq
@@ -2057,6 +2058,11 @@ FILTERS = {
     "finished_before": in_states(FINISHED) + " AND updated_at < :finished_before",
     "changed_since": "updated_at >= :changed_since",
     "cancelled": "cancelled = :cancelled",
+    "behind": """state = 'pending' AND seq IN (WITH RECURSIVE behind (seq) AS (
+        SELECT dependencies.seq FROM jobs JOIN dependencies ON waits_for = jobs.seq
+            WHERE id = :behind
+        UNION SELECT dependencies.seq FROM behind
+            JOIN dependencies ON waits_for = behind.seq) SELECT seq FROM behind)""",
 }
 
 
@@ -2069,7 +2075,8 @@ def where(states=STATES, **filters):
     """Return the condition that selects the jobs in one of these states.
 
     They also pass all FILTERS that are given a value: a text, a pattern, an error, a
-    time before which they finished, or True or False.
+    time before which they finished, True or False, or an id of a job that they wait
+    for, directly or not.
     """
     parts = []
     if {*states} != {*STATES}:
@@ -2709,7 +2716,7 @@ class Queue(Database):
     def dependencies(self, job):
         """Return the jobs that a job waits for, dead ones first."""
         return self._rows(
-            "SELECT id, state FROM dependencies JOIN jobs ON jobs.seq = waits_for"
+            "SELECT id, state, cancelled FROM dependencies JOIN jobs ON jobs.seq = waits_for"
             " WHERE dependencies.seq = ? AND NOT " + in_states(SUCCESSFUL) +
             " ORDER BY state = 'dead' DESC, waits_for", job["seq"])
 
@@ -2852,21 +2859,31 @@ class Queue(Database):
         return dict(row or {"id": None, "is_cancelled": 0, "tail": None})
 
     def work_left(self):
-        """Return how many jobs wait for a worker or a lock, and seconds for a run.
+        """Return a dict of what waits: numbers of jobs, and seconds for a run.
 
-        The first is the kept count of waiting jobs without those that wait for a time
-        or for others: they are not many, or an index counts them. The second is the
-        average of the last runs of the jobs that were enqueued last: no index leads to
-        the runs that ended last. It is None before the first run has ended.
+        `delayed` jobs wait for their time, `dependent` ones for others. The rest is
+        `ready`; of these, `locked` ones wait for their lock. `line` is the number of
+        jobs that share a lock, and so run one after the other. An index counts each, up
+        to a limit where it could be long; `ready` comes from the kept counts.
+        `run_seconds` is the average of the last runs of the jobs that were enqueued
+        last: no index leads to the runs that ended last. It is None before the first
+        run has ended.
         """
         waiting = sum(self.counts()[state] for state in WAITING)
-        delayed = self._value("SELECT COUNT(*) FROM jobs WHERE " + FOR_A_TIME)
+        delayed = self.count_delayed()
         dependent = self._value(
             "SELECT COUNT(*) FROM (SELECT 1 FROM jobs WHERE " + UNFINISHED_DEPENDENT +
             " LIMIT 10000)")
-        return waiting - delayed - dependent, self._value(
+        locks = self._row(
+            "SELECT IFNULL(SUM(locked), 0) AS locked, IFNULL(MAX(jobs), 0) AS line"
+            " FROM (SELECT SUM(gate = ?) AS locked, SUM(gate <> ?) AS jobs FROM"
+            "  (SELECT lock, gate FROM jobs WHERE lock NOT NULL AND state = 'pending'"
+            "   LIMIT 10000) GROUP BY lock)", LOCKED, CLOSED)
+        seconds = self._value(
             "SELECT AVG(spent) FROM (SELECT finished_at - started_at AS spent FROM runs"
             " ORDER BY seq DESC, run DESC LIMIT 200)")
+        return dict(locks, ready=waiting - delayed - dependent, delayed=delayed,
+                    dependent=dependent, run_seconds=seconds)
 
     def seq_before(self, id):
         """Return the number before that of a job; one above all if it is gone."""
@@ -2904,16 +2921,35 @@ class Queue(Database):
         """Return how many jobs wait for their time alone."""
         return self._value("SELECT COUNT(*) FROM jobs WHERE " + FOR_A_TIME)
 
-    def first_blocked(self):
-        """Return a dict about the jobs that wait for dead ones, or None.
+    def count_cancelled(self):
+        """Return how many of the dead jobs somebody cancelled."""
+        return self._value("SELECT COUNT(*) FROM jobs WHERE state = 'dead'"
+                           " AND error = ?", CANCELLED)
 
-        `id` is the first of them, `dependency` the dead job that it waits for, and
-        `jobs` the number of all that wait, directly or not.
+    def first_blocked(self):
+        """Return the first job that waits for a dead one, or None.
+
+        `id` is the job, `dependency` the id of the dead one, `state` and `cancelled`
+        are those of the dead one.
         """
-        row = self._row(
-            "SELECT id, dependency FROM (" + BEHIND_DEAD + ") JOIN jobs USING (seq)"
-            " ORDER BY seq LIMIT 1")
-        return row and dict(row, jobs=self.count_blocked())
+        return self._row(
+            "SELECT jobs.id, dead.* FROM (" + BEHIND_DEAD + ") AS dead"
+            " JOIN jobs USING (seq) ORDER BY seq LIMIT 1")
+
+    def blockers(self, limit):
+        """Return the dead jobs that most others wait for, with the number of `jobs`.
+
+        These wait directly or not. They are counted up to ten thousand.
+        """
+        return self._rows(
+            "WITH RECURSIVE blocked (seq, id) AS (SELECT seq, dependency FROM ("
+            + BEHIND_DEAD + ") UNION SELECT jobs.seq, blocked.id FROM blocked"
+            " CROSS JOIN dependencies ON waits_for = blocked.seq"
+            " CROSS JOIN jobs ON jobs.seq = dependencies.seq"
+            " WHERE jobs.state = 'pending' LIMIT 10000)"
+            " SELECT jobs.id, state, cancelled, COUNT(*) AS jobs FROM blocked"
+            " JOIN jobs ON jobs.id = blocked.id GROUP BY jobs.seq"
+            " ORDER BY COUNT(*) DESC, jobs.seq LIMIT ?", limit)
 
     def oldest_claimable(self):
         """Return the job (`id`, `run_at`) that waits longest for a worker, or None.
@@ -3867,6 +3903,11 @@ def grouped(count):
     return "{:,}".format(count)
 
 
+def joined(*words, by=", "):
+    """Return those of the words that are not empty, joined."""
+    return by.join(filter(None, words))
+
+
 def setting_text(name, value):
     """Return the value of a setting as it can be set."""
     if value is None:
@@ -3920,7 +3961,7 @@ def why_dependent(queue, job):
     """Return in words for which jobs a job waits, and whether one of them is dead."""
     dependencies = queue.dependencies(job)
     first, others = dependencies[0], len(dependencies) - 1
-    message = "waits for %s, which is %s" % (printable(first["id"]), first["state"])
+    message = "waits for %s, which is %s" % (printable(first["id"]), state_word(first))
     if others:
         message += ", and for " + plural(others, "more job")
     if first["state"] != "dead" and job["seq"] in queue.blocked_seqs():
@@ -3935,8 +3976,13 @@ def obstacles(queue):
 
 
 def blocked_text(blocked):
-    names = printable(blocked["id"]), printable(blocked["dependency"])
-    return "%s waits for %s, which is dead" % names
+    return "%s waits for %s, which is %s" % (
+        printable(blocked["id"]), printable(blocked["dependency"]), state_word(blocked))
+
+
+def state_word(job):
+    """Return the state of a job; `cancelled` for a dead one that somebody cancelled."""
+    return "cancelled" if job["state"] == "dead" and job["cancelled"] else job["state"]
 
 
 # What people call a job: the queue knows some of these as one state. `state` gives the
@@ -3948,7 +3994,9 @@ JOB_KINDS = {
     "delayed": JobKind("pending", RING + "M8 5v3.5l2.5 1"),
     "behind a job": JobKind("pending", "M2 8h7M6 4l4 4-4 4M14 2v12"),
     "behind a lock": JobKind("pending", "M3 7h10v7H3zM5 7V5a3 3 0 0 1 6 0v2"),
+    "blocked": JobKind("dead", "M5 2h6l3 3v6l-3 3H5l-3-3V5zM5 8h6"),
     "processing": JobKind("processing", "M8 2a6 6 0 1 1-6 6"),
+    "lost": JobKind("failed", "M8 2a6 6 0 0 1 6 6M8 14a6 6 0 0 1-6-6"),
     "completed": JobKind("completed", "M2 9l4 4 8-9"),
     "failed": JobKind("failed", "M13 10a5.5 5.5 0 1 1 0-4M14 1v5H9"),
     "dead": JobKind("dead", "M3 3l10 10M13 3 3 13"),
@@ -3956,12 +4004,14 @@ JOB_KINDS = {
 }
 
 
-def kind_of(job, now):
-    """Return which of JOB_KINDS a job is."""
-    if job["state"] == "dead" and job["cancelled"]:
-        return "cancelled"
+def kind_of(job, status, now):
+    """Return which of JOB_KINDS a job is. STATUS has the values of `read_status`."""
+    if job["id"] in status["lost"]:
+        return "lost"
     if job["state"] != "pending":
-        return job["state"]
+        return state_word(job)
+    if job["seq"] in status["blocked_seqs"]:
+        return "blocked"
     if job["waits"]:
         return "behind a job"
     if job["gate"] == LOCKED:
@@ -3974,28 +4024,29 @@ def kind_of(job, now):
 Verdict = collections.namedtuple("Verdict", "state sentence advice")
 RULES = [
     (lambda status: status["paused"],
-     Verdict("failed", *PAUSED_HINT.capitalize().split("; "))),
+     Verdict("failed", "Paused{left}", PAUSED_HINT.split("; ")[1])),
     (lambda status: not any(status["jobs"].values()),
      Verdict("pending", "No jobs yet",
              "to add one: queuectl.py enqueue -- echo hello")),
     (lambda status: not count_unfinished(status["jobs"]),
-     Verdict("completed", "Idle: every job has ended", "")),
+     Verdict("completed", "Ended: {ended}", "")),
+    (lambda status: not (status["oldest_job"] or status["locked"] or status["next_job"]
+                         or status["jobs"]["processing"]),
+     Verdict("dead", "Stuck{left} for dead ones",
+             "retry the dead ones, or cancel what waits")),
     (lambda status: not status["has_pool"],
-     Verdict("dead", "No pool is running: {unfinished}",
-             NO_POOL.split("; ")[1])),
+     Verdict("dead", "No pool is running{left}", NO_POOL.split("; ")[1])),
     (lambda status: status["growth"] >= 1,
      Verdict("failed", "Falling behind: {ready} waiting, {growth:,.0f} more a minute",
              "")),
-    (lambda status: status["oldest_job"] and status["time_left"],
-     Verdict("processing", "Working: {ready} waiting, done in about {time_left}", "")),
     (lambda status: status["oldest_job"],
-     Verdict("processing", "Working: {ready} waiting", "")),
+     Verdict("processing", "Working: {ready} waiting{time_left}{harm}", "")),
+    (lambda status: status["locked"],
+     Verdict("processing", "Working: {ready} waiting for a lock{time_left}{harm}", "")),
     (lambda status: status["jobs"]["processing"],
-     Verdict("processing", "Keeping up: no job waits for a worker", "")),
-    (lambda status: status["next_job"],
-     Verdict("completed", "Idle: the next job is due {next_due}", "")),
+     Verdict("processing", "Keeping up: no job waits for a worker{harm}", "")),
     (lambda status: True,
-     Verdict("dead", "Stuck: the jobs that are left wait for dead ones", "")),
+     Verdict("completed", "Idle: the next job is due {next_due}{harm}", "")),
 ]
 
 
@@ -4005,23 +4056,46 @@ def verdict(status, now, growth=0):
     STATUS has the values of `read_status`. GROWTH is how many more jobs are left each
     minute, for a caller that has looked before.
     """
-    due = status["next_job"] and relative_time(status["next_due"], now, roughly)
-    unfinished = count_unfinished(status["jobs"])
+    jobs, cancelled = status["jobs"], status["cancelled"]
+    dead, blocked = jobs["dead"] - cancelled, len(status["blocked_seqs"])
+    harm = joined(dead and grouped(dead) + " dead",
+                  blocked and grouped(blocked) + " blocked")
+    ended = joined(jobs["completed"] and grouped(jobs["completed"]) + " completed",
+                   harm, cancelled and grouped(cancelled) + " cancelled")
     facts = dict(
-        status, growth=growth, next_due=due, time_left=time_left(status),
-        ready=grouped(max(1, status["ready"])), unfinished="%s wait%s" % (
-            plural(unfinished, "job"), "s" if unfinished == 1 else ""))
-    found = next(verdict for holds, verdict in RULES if holds(facts))
-    return found._replace(sentence=found.sentence.format(**facts))
+        status, growth=growth, ready=grouped(max(1, status["ready"])), ended=ended,
+        harm=harm and "; " + harm, left=left_text(status),
+        time_left="" if growth > 0 else time_left(status),
+        next_due=relative_time(status["next_due"] or now, now, roughly))
+    state, sentence, advice = next(found for holds, found in RULES if holds(facts))
+    if harm and state in ("processing", "completed"):
+        state = "failed"
+    return Verdict(state, sentence.format(**facts), advice)
+
+
+def left_text(status):
+    """Return in words which jobs need a worker: `: 1 job waits, 7 lost their worker`."""
+    waiting = sum(status["jobs"][state] for state in WAITING)
+    lost = len(status["lost"])
+    words = joined(
+        waiting and plural(waiting, "job") + (" waits" if waiting == 1 else " wait"),
+        lost and "%s lost %s worker" % (
+            grouped(lost) if waiting else plural(lost, "job"),
+            "its" if lost == 1 else "their"))
+    return words and ": " + words
 
 
 def time_left(status):
-    """Return about how long the waiting jobs will take, None if nobody can tell."""
+    """Return about how long the waiting jobs will take, nothing if nobody can tell.
+
+    Jobs that share a lock run one after the other, however many workers there are.
+    """
     workers, mean = len(status["workers"]), status["run_seconds"]
     if not workers or mean is None:
-        return None
+        return ""
     jobs = status["ready"] + status["jobs"]["processing"]
-    return roughly(max(1, mean * max(1, jobs / workers)))
+    turns = max(1, jobs / workers, status["line"])
+    return ", done in about " + roughly(max(1, mean * turns))
 
 
 def count_unfinished(counts):
@@ -4029,24 +4103,24 @@ def count_unfinished(counts):
 
 
 class Trend:
-    """Whether a queue grows, by the looks of a caller; one look a minute is kept."""
+    """Whether a queue grows, by the looks of a caller; one in 15 seconds is kept."""
 
     def __init__(self):
-        self.looks = collections.deque(maxlen=3)
+        self.looks = collections.deque(maxlen=4)
 
     def growth(self, now, left):
-        """Return how many more jobs are left each minute: the least of two steps.
+        """Return how many more jobs are left each minute: the least of three steps.
 
         So a heap that was enqueued at once, and has shrunk since, is no growth.
         """
         if self.looks and now < self.looks[-1][0]:  # the clock was set back
             self.looks.clear()
-        if not self.looks or now >= self.looks[-1][0] + 60:
+        if not self.looks or now >= self.looks[-1][0] + 15:
             self.looks.append((now, left))
         looks = [*self.looks]
         steps = [60 * (more - less) / (end - begin)
                  for (begin, less), (end, more) in zip(looks, looks[1:])]
-        return min(steps) if len(steps) > 1 else 0
+        return min(steps) if len(steps) > 2 else 0
 
 
 def progress_text(counts, done, seconds):
@@ -5495,30 +5569,33 @@ def within_job_of(path):
 def read_status(queue):
     """Return the values that `status` shows, with times still as epoch seconds."""
     none = {"id": None, "run_at": None}
-    oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
-    workers = queue.workers()
-    pools = {worker["pool"] for worker in workers}
-    killed = {pool for pool in pools if not is_locked(pool_file(queue.path, pool))}
-    return {
-        "jobs": queue.counts(), "workers": workers,
-        "commands": {job["id"]: job["command"] for job in queue.jobs(
-            where(["processing"]), limit=MAX_WORKERS, brief=True)},
-        "killed_pools": killed, "has_pool": bool(pools - killed),
-        "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
-        "next_due": due["run_at"], "next_job": due["id"],
-        "paused": queue.is_paused(), "blocked": queue.first_blocked(),
-        **dict(zip(("ready", "run_seconds"), queue.work_left())),
-    }
+    with queue.snapshot():  # or a job that has just been claimed would seem lost
+        oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
+        workers = queue.workers()
+        pools = {worker["pool"] for worker in workers}
+        killed = {pool for pool in pools if not is_locked(pool_file(queue.path, pool))}
+        commands = {job["id"]: job["command"] for job in queue.jobs(
+            where(["processing"]), limit=MAX_WORKERS, brief=True)}
+        return {
+            "jobs": queue.counts(), "workers": workers, "commands": commands,
+            "lost": {*commands} - {worker["job"] for worker in workers},
+            "killed_pools": killed, "has_pool": bool(pools - killed),
+            "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
+            "next_due": due["run_at"], "next_job": due["id"],
+            "paused": queue.is_paused(), "blocked": queue.first_blocked(),
+            "blocked_seqs": queue.blocked_seqs(), "cancelled": queue.count_cancelled(),
+            **queue.work_left(),
+        }
 
 
 def status_document(status, now):
     """Return what `status --json` prints."""
+    document = {name: status[name] for name in (
+        "jobs", "workers", "oldest_waiting", "oldest_job", "next_due", "next_job",
+        "paused")}
     workers = [with_iso_times(worker, "since") for worker in status["workers"]]
-    document = with_iso_times(status, "oldest_waiting", "next_due")
-    for name in ("ready", "run_seconds", "commands", "killed_pools", "has_pool"):
-        del document[name]  # what lines for people are made of
-    blocked = status["blocked"]["jobs"] if status["blocked"] else 0
-    return dict(document, workers=workers, blocked=blocked,
+    return dict(with_iso_times(document, "oldest_waiting", "next_due"), workers=workers,
+                blocked=len(status["blocked_seqs"]),
                 verdict=verdict(status, now).sentence)
 
 
@@ -5584,7 +5661,7 @@ def count_lines(status, now):
         yield "Next Due: %s, %s" % (printable(status["next_job"]), when)
     if status["blocked"]:
         yield "Blocked: %s; %s" % (
-            plural(status["blocked"]["jobs"], "job"), blocked_text(status["blocked"]))
+            plural(len(status["blocked_seqs"]), "job"), blocked_text(status["blocked"]))
 
 
 def worker_lines(status, now):
@@ -7205,11 +7282,11 @@ def filters_of(query, states=STATES):
     """Return arguments for `where`: what a query asks for, of these states alone."""
     if "state" in query:
         states = [state for state in states if state == state_name(query["state"])]
-    text, error = query.get("q", ""), query.get("error")
-    if not is_storable(text + (error or "")):
+    text, error, behind = query.get("q", ""), query.get("error"), query.get("behind")
+    if not is_storable(text + (error or "") + (behind or "")):
         raise Refusal(400, "not text")
     pattern = like_pattern(text) if text else None
-    return dict(states=states, pattern=pattern, error=error)
+    return dict(states=states, pattern=pattern, error=error, behind=behind)
 
 
 def newest_jobs(queue, query):
@@ -7367,11 +7444,6 @@ def button(words, post, kind=None, label=None, **data):
                    data_post=post, **data)
 
 
-def joined(*words, by=", "):
-    """Return those of the words that are not empty, joined."""
-    return by.join(filter(None, words))
-
-
 def query_of(**fields):
     """Return the query of an address."""
     from urllib.parse import urlencode
@@ -7384,7 +7456,8 @@ def job_address(job, what):
     return "/api/jobs/-/" + what + query_of(id=job["id"])
 
 
-class View(collections.namedtuple("View", "state q error before first job run")):
+class View(collections.namedtuple(
+        "View", "state q error behind before first job run")):
     """What the page shows: the query of its address."""
 
     @classmethod
@@ -7393,7 +7466,7 @@ class View(collections.namedtuple("View", "state q error before first job run"))
 
     def filters(self):
         """Return what narrows the list of jobs, as the actions for many take it."""
-        return {name: getattr(self, name) for name in ("state", "q", "error")
+        return {name: getattr(self, name) for name in ("state", "q", "error", "behind")
                 if getattr(self, name)}
 
     def address(self, part="", **changes):
@@ -7403,7 +7476,7 @@ class View(collections.namedtuple("View", "state q error before first job run"))
 
     def only(self, **filters):
         """Return the address of the jobs that these filters leave, from the newest."""
-        nothing = dict(state="", q="", error="", before="", first="")
+        nothing = dict(state="", q="", error="", behind="", before="", first="")
         return self.address("#jobs", **dict(nothing, **filters))
 
     def open(self, id):
@@ -7467,54 +7540,77 @@ def page_now(page):
     A queue without jobs gets the first steps instead.
     """
     state, sentence, advice = verdict(page.status, page.now, page.growth)
-    words = joined(load_text(page), advice[:1].upper() + advice[1:], by=" · ")
+    if page.status["paused"]:
+        advice = ""  # there is a button
+    advice = advice[:1].upper() + advice[1:].replace("queuectl.py", command_line(page))
+    words = joined(load_text(page), advice, by=" · ")
     more = [element("p", words, kind="dim") if words else None,
             element("ul", *alerts(page))]
     if not any(page.status["jobs"].values()):
-        more = [first_steps()]
+        more = [first_steps(page)]
     return element("section", element("h2", sentence, id="verdict", tabindex=-1), *more,
                    id="now", kind="card " + state)
 
 
-def first_steps():
+def command_line(page):
+    """Return the beginning of a command, which is pasted into another folder."""
+    return "queuectl.py --db " + quoted([page.queue.path])
+
+
+def first_steps(page):
     """Return the commands that make and run a job."""
-    steps = [("Add a job: ", "enqueue -- echo hello"), ("Run it: ", "worker start")]
+    steps = [("Add a job: ", " enqueue -- echo hello"), ("Run it: ", " worker start")]
     return element("ol", *[
-        element("li", words, element("code", "queuectl.py " + command, kind="mono"))
+        element("li", words, element("code", command_line(page) + command, kind="mono"))
         for words, command in steps])
 
 
 def load_text(page):
     """Return in words how many jobs run, and how many others can't run yet."""
-    jobs = page.status["jobs"]
-    running = jobs["processing"]
-    later = sum(jobs[state] for state in WAITING) - page.status["ready"]
-    return joined(
-        running and grouped(running) + " running",
-        later > 0 and grouped(later) + " waiting for a time or for another job")
+    running = page.status["jobs"]["processing"] - len(page.status["lost"])
+    return joined(running and grouped(running) + " running", waiting_text(page))
+
+
+def waiting_text(page):
+    """Return in words how many jobs wait for something other than a worker."""
+    return joined(*[
+        page.status[name] and "%s %s" % (grouped(page.status[name]), words)
+        for name, words in (("dependent", "behind other jobs"), ("delayed", "delayed"),
+                            ("locked", "behind a lock"))])
 
 
 def alerts(page):
-    """Yield a line for each of the most common errors, and one for what is blocked."""
-    groups, blocked = died(page.groups), page.status["blocked"]
-    for group in groups[:SHOWN_ERRORS]:
+    """Yield a line for each of the most common errors, and for what blocks most."""
+    groups = died(page.groups)
+    shown = len(groups) if len(groups) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
+    for group in groups[:shown]:
         yield error_alert(group, page)
-    rest = sum(group["jobs"] for group in groups[SHOWN_ERRORS:])
+    rest = sum(group["jobs"] for group in groups[shown:])
     if rest:
         yield alert(grouped(rest) + " dead", "", "of other errors",
                     show_link(page.view.only(state="dead"), "all dead jobs"))
-    if blocked:
-        yield alert(
-            grouped(blocked["jobs"]) + " blocked", "", blocked_text(blocked),
-            show_link(page.view.open(blocked["dependency"]), blocked["dependency"]))
+    if page.status["blocked_seqs"]:
+        for dead in page.queue.blockers(SHOWN_ERRORS):
+            yield blocked_alert(dead, page)
+
+
+def blocked_alert(dead, page):
+    """Return the line about the jobs that wait for a dead one."""
+    name = dead["id"]
+    return alert(
+        grouped(dead["jobs"]) + " blocked", name, "by this job, which is "
+        + state_word(dead), show_link(page.view.only(behind=name), "jobs behind " + name),
+        button("Retry", job_address(dead, "retry"), label="Retry " + name,
+               done="Retried " + name))
 
 
 def error_alert(group, page):
     """Return the line about the jobs that died of one error."""
     chosen = {"state": "dead", "error": group["error"]}
-    words = "latest " + relative_time(group["latest"], page.now, roughly)
-    if group["line"]:
-        words = "“%s” · %s" % (group["line"], words)
+    line, is_one = group["line"], group["jobs"] == 1
+    words = joined(not is_one and ("the latest printed" if line else "the latest"),
+                   line and "“%s” ·" % line,
+                   relative_time(group["latest"], page.now, roughly), by=" ")
     return alert(
         grouped(group["jobs"]) + " dead", group["error"], words,
         show_link(page.view.only(**chosen), "the dead of " + group["error"]),
@@ -7553,17 +7649,25 @@ def next_due(page, state):
     return None
 
 
+def workers_text(page):
+    """Return how many running jobs lost their worker, or how many workers there are."""
+    lost = len(page.status["lost"])
+    return "%s lost" % grouped(lost) if lost else "of " + plural(
+        len(page.status["workers"]), "worker")
+
+
 def cancelled_text(page):
     """Return how many of the dead jobs somebody cancelled."""
-    count = sum(group["jobs"] for group in page.groups if group["is_cancelled"])
+    count = page.status["cancelled"]
     return "%s cancelled" % grouped(count) if count else None
 
 
 TILES = {
-    "": lambda page: None,
-    "pending": longest_wait,
-    "processing": lambda page: "of " + plural(len(page.status["workers"]), "worker"),
-    "completed": lambda page: None,
+    "": lambda page: grouped(count_unfinished(page.status["jobs"])) + " to go",
+    "pending": lambda page: longest_wait(page) or waiting_text(page),
+    "processing": workers_text,
+    "completed": lambda page: "%d %% of all" % (
+        100 * count_in(page, "completed") // count_in(page, "")),
     "failed": lambda page: next_due(page, "failed"),
     "dead": cancelled_text,
 }
@@ -7602,26 +7706,30 @@ def page_middle(page):
 
 
 def page_running(page):
-    """Return the first jobs that run, with their commands and times."""
-    jobs = list(page.queue.jobs(where(["processing"]), RUNNING_SHOWN))
-    more = page.status["jobs"]["processing"] - RUNNING_SHOWN
+    """Return the jobs that have run longest, with their commands and times."""
+    runs = sorted(page.queue.processing_runs(), key=lambda run: run.started_at)
+    more, lost = len(runs) - RUNNING_SHOWN, len(page.status["lost"])
     return element(
         "section", element("h2", "Running now"),
-        element("ul", *[running_job(job, page) for job in jobs]),
-        None if jobs else element("p", "Nothing", kind="dim"),
+        element("p", grouped(lost) + " lost their worker", kind="failed hue")
+        if lost else None,
+        element("ul", *[running_job(page.queue.job(run.id), page)
+                        for run in runs[:RUNNING_SHOWN]]),
+        None if runs else element("p", "Nothing", kind="dim"),
         link(grouped(more) + " more", page.view.only(state="processing"), "dim")
         if more > 0 else None, id="running", kind="card")
 
 
 def running_job(job, page):
+    """Return a line about a running job; its time is marked near the timeout."""
+    word = kind_of(job, page.status, page.now)
+    seconds = page.now - job["started_at"]
+    is_late = job["timeout"] and seconds > 0.8 * job["timeout"]
     return element(
-        "li", link(job["id"], page.view.open(job["id"]), "mono line"),
+        "li", icon(word), link(job["id"], page.view.open(job["id"]), "mono line"),
         element("span", one_line(job["command"]), kind="mono dim line"),
-        element("b", running_time(job, page.now)), data_key=job["id"])
-
-
-def running_time(job, now):
-    return roughly(now - (now if job["started_at"] is None else job["started_at"]))
+        element("b", roughly(seconds), kind="failed hue" if is_late else None),
+        data_key=job["id"], kind=JOB_KINDS[word].state)
 
 
 def charts_route(request):
@@ -7676,7 +7784,7 @@ Column = collections.namedtuple("Column", "title kind show")
 
 
 def kind_cell(job, page):
-    word = kind_of(job, page.now)
+    word = kind_of(job, page.status, page.now)
     return Html(icon(word) + element("span", word))
 
 
@@ -7704,7 +7812,7 @@ def took_cell(job, page):
 def time_cell(job, page):
     """Return the time that says most about a job in its state."""
     if job["state"] == "processing":
-        return "for " + running_time(job, page.now)
+        return "for " + roughly(page.now - job["started_at"])
     if job["state"] in FINISHED:
         return relative_time(job["updated_at"], page.now, roughly)
     if job["waits"]:
@@ -7736,7 +7844,7 @@ def failure_of(job):
 
 
 def job_row(job, page):
-    state = JOB_KINDS[kind_of(job, page.now)].state
+    state = JOB_KINDS[kind_of(job, page.status, page.now)].state
     cells = [element("td", column.show(job, page), kind=column.kind)
              for column in JOB_COLUMNS]
     return element("tr", *cells, data_key=job["id"], kind=state, title=job["command"],
@@ -7769,7 +7877,7 @@ def count_of_view(page, known):
     To count what a search finds takes a while, so that is cached.
     """
     filters = page.view.filters()
-    if not {"q", "error"} & {*filters}:
+    if not {*filters} - {"state"}:
         return count_in(page, page.view.state)
     if known is not None:
         return known
@@ -7794,6 +7902,7 @@ def filter_links(view):
     """Yield a link that removes it for each filter, but for what the search shows."""
     for name, words in view.filters().items():
         if name != "q":
+            words = "behind " + words if name == "behind" else words
             yield link("✕ " + words, view.only(**dict(view.filters(), **{name: ""})),
                        "button filter", aria_label="Remove the filter " + words)
 
@@ -7841,7 +7950,8 @@ def jobs_of_query(count, verb, query):
         query.get("error") and "the error “%(error)s”" % query,
         query.get("q") and "“%(q)s” in them" % query, by=" and ")
     return joined(grouped(count), state, "job" if count == 1 else "jobs",
-                  with_text and "with " + with_text, by=" ")
+                  with_text and "with " + with_text,
+                  query.get("behind") and "behind “%(behind)s”" % query, by=" ")
 
 
 def page_links(page, rows, total, has_more):
@@ -7940,7 +8050,7 @@ def job_buttons(job, page):
 
 def page_reason(job, page):
     """Return in words what a job is, and why."""
-    word = kind_of(job, page.now)
+    word = kind_of(job, page.status, page.now)
     waiting = why_waiting(page.queue, job, page.status["workers"])
     tries = job["attempts"] and not waiting and "try %d of %d" % (
         job["attempts"], tries_allowed(job["max_retries"]))
@@ -8086,11 +8196,12 @@ def main_route(request, is_whole=False):
 def page_main(page):
     """Return the title, the parts of the page, and the panel of the job that is open."""
     parts = [page_now(page)]
+    dead = page.status["jobs"]["dead"] - page.status["cancelled"]
     if any(page.status["jobs"].values()):
         parts = [page_now(page), page_tiles(page), page_middle(page), page_jobs(page)]
     return Html("".join([
-        page_title("%d dead – %s" % (
-            page.status["jobs"]["dead"], os.path.basename(page.queue.path))),
+        page_title(joined(dead and grouped(dead) + " dead",
+                          os.path.basename(page.queue.path), by=" – ")),
         page_header(page), element("main", *parts), *open_panel(page)]))
 
 

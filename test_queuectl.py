@@ -4551,7 +4551,7 @@ class TestStatus:
         def judge(workers=2, growth=0):
             status = queuectl.read_status(queue)
             status["workers"] = [dict(pid=1, pool=1, job=None, since=None)] * workers
-            status["has_pool"] = workers > 0
+            status["has_pool"], status["lost"] = workers > 0, set()
             return tuple(queuectl.verdict(status, clock.now, growth))[:2]
 
         assert judge() == ("pending", "No jobs yet")
@@ -4562,27 +4562,66 @@ class TestStatus:
         assert judge()[1] == "Keeping up: no job waits for a worker"
         clock.now += 90
         queue.fail(run, make_outcome(finished_at=clock.now))
-        assert judge() == ("completed", "Idle: every job has ended")
+        assert judge() == ("failed", "Ended: 1 dead")
         add_job(queue, id="behind", after=["x"])
-        assert judge() == ("dead", "Stuck: the jobs that are left wait for dead ones")
+        # A pool would not help.
+        assert judge(workers=0) == ("dead", "Stuck: 1 job waits for dead ones")
         add_job(queue, id="later", delay=60)
-        assert judge() == ("completed", "Idle: the next job is due in 60 s")
+        assert judge() == (
+            "failed", "Idle: the next job is due in 60 s; 1 dead, 1 blocked")
         add_jobs(queue, [{"command": "true"}] * 4000)
-        assert judge()[1] == "Working: 4,000 waiting, done in about 2 d"  # 90 s each
+        assert judge()[1].startswith(
+            "Working: 4,000 waiting, done in about 2 d;")  # 90 s each
+        assert "done" not in judge(growth=0.5)[1]  # nobody can tell
         assert judge(growth=1300.6) == (
             "failed", "Falling behind: 4,000 waiting, 1,301 more a minute")
         assert judge(workers=0)[1] == "No pool is running: 4,002 jobs wait"
         queue.set_paused(True)
-        assert judge(workers=0) == ("failed", "Paused")
+        assert judge(workers=0) == ("failed", "Paused: 4,002 jobs wait")
+
+    def test_only_a_queue_without_failures_is_good(self, queue, page):
+        add_job(queue, id="cut")
+        queue.cancel(["cut"])
+        add_job(queue, id="good")
+        claim_and_complete(queue)
+        verdict = queuectl.verdict(queuectl.read_status(queue), 0)
+        assert verdict[:2] == ("completed", "Ended: 1 completed, 1 cancelled")
+        let_die(queue, "bad")
+        verdict = queuectl.verdict(queuectl.read_status(queue), 0)
+        assert verdict[:2] == ("failed", "Ended: 1 completed, 1 dead, 1 cancelled")
+        assert page().find("title").text == "1 dead – queuectl.db"
+
+    def test_jobs_of_one_lock_are_expected_one_after_the_other(self, queue, clock):
+        add_jobs(queue, [{"command": "true", "lock": "l"}] * 61)
+        run = claim(queue)
+        clock.now += 2
+        queue.complete(run, make_outcome(None, finished_at=clock.now))
+        claim(queue)
+        status = queuectl.read_status(queue)
+        status.update(workers=[dict(pid=1, job=None)] * 4, has_pool=True, lost=set())
+        assert (status["locked"], status["line"]) == (59, 59)
+        assert queuectl.verdict(status, clock.now)[:2] == (
+            "processing", "Working: 59 waiting for a lock, done in about 118 s")
+
+    def test_a_job_whose_worker_died_is_lost(self, queue, page):
+        add_job(queue, id="a"), add_job(queue, id="b")
+        claim(queue)  # by a worker that there never was
+        shown = page("/?job=a")
+        assert words_of(named_part(shown, "verdict")) == (
+            "No pool is running: 1 job waits, 1 lost its worker")
+        assert {row[1]: row[0] for row in table_of(shown)} == {
+            "a": "lost", "b": "pending"}
+        assert words_of(named_part(shown, "why")).startswith("lost – its worker died")
+        assert "1 lost their worker" in words_of(named_part(shown, "running"))
 
     @pytest.mark.parametrize("counts, growth", [
-        ([5], 0), ([5, 9], 0), ([5, 9, 15], 4), ([0, 900, 880, 860], -20),
-        ([9, 5, 9], -4)])
-    def test_a_queue_grows_if_it_does_so_from_minute_to_minute(self, counts, growth):
+        ([5], 0), ([5, 9, 13], 0), ([5, 6, 8, 9], 4), ([0, 900, 895, 890, 885], -20),
+        ([9, 8, 9, 10], -4)])
+    def test_a_queue_grows_if_it_does_so_look_after_look(self, counts, growth):
         trend = queuectl.Trend()
-        for minute, left in enumerate(counts):
-            seen = trend.growth(60 * minute, left)
-            assert trend.growth(60 * minute + 1, 0) == seen  # another look, too soon
+        for at, left in enumerate(counts):
+            seen = trend.growth(15 * at, left)
+            assert trend.growth(15 * at + 1, 0) == seen  # another look, too soon
         assert round(seen) == growth
         assert trend.growth(0, 10**6) == 0  # the clock was set back
 
@@ -4603,7 +4642,7 @@ class TestStatus:
         enqueue(id="cut", delay=3600)
         run_ok("cancel", "cut")
         lines = run_on_terminal("status", columns=0)[1].split("\r\n")
-        assert "Idle: every job has ended" in lines[0] and lines[1] == "Pending: 0"
+        assert "Ended: 7 dead, 1 cancelled" in lines[0] and lines[1] == "Pending: 0"
         assert re.fullmatch(
             r"  2 dead of exit 2, the latest \d s ago: no file", lines[7])
         assert lines[8].startswith("  1 dead of exit 14, ")
@@ -7531,15 +7570,46 @@ class TestPage:
         add_job(queue, id="cut")
         queue.cancel(["cut"])
         now = named_part(page(), "now")
-        assert words_of(named_part(now, "verdict")) == "No pool is running: 1 job waits"
+        assert words_of(named_part(now, "verdict")) == (
+            "Stuck: 1 job waits for dead ones")
         assert now.find("p").text == (
-            "1 waiting for a time or for another job"
-            " · To start one: queuectl.py worker start")
+            "1 behind other jobs · Retry the dead ones, or cancel what waits")
         rows = [[words_of(part) for part in row] for row in now.findall("ul/li")]
         assert rows == [
-            ["2 dead", "exit 12", "latest 0 s ago", "ShowRetry…"],
-            ["1 dead", "exit 1", "“no such row” · latest 0 s ago", "ShowRetry…"],
-            ["1 blocked", "", "waits waits for a, which is dead", "Show"]]
+            ["2 dead", "exit 12", "the latest 0 s ago", "ShowRetry…"],
+            ["1 dead", "exit 1", "“no such row” · 0 s ago", "ShowRetry…"],
+            ["1 blocked", "a", "by this job, which is dead", "ShowRetry"]]
+
+    def test_what_blocks_most_comes_first_and_leads_to_what_waits(
+            self, queue, page, dashboard):
+        add_job(queue, id="gone")
+        let_die(queue, "a", priority=1)
+        queue.cancel(["gone"])
+        for name, after in (("x", "gone"), ("b", "a"), ("c", "b"), ("d", "c")):
+            add_job(queue, id=name, after=[after])
+        shown = page()
+        assert {row[1]: row[0] for row in table_of(shown)} == {
+            "a": "dead", "gone": "cancelled", **dict.fromkeys("xbcd", "blocked")}
+        most, least = named_part(shown, "now").findall("ul/li[3]..")[0][-2:]
+        assert [words_of(part) for part in most][:2] == ["3 blocked", "a"]
+        assert [words_of(part) for part in least][:3] == [
+            "1 blocked", "gone", "by this job, which is cancelled"]
+        behind = page(links_of(most)["Show"])
+        assert [row[1] for row in table_of(behind)] == ["d", "c", "b"]
+        assert "✕ behind a" in links_of(behind)
+        assert dashboard.json("/question?verb=delete&behind=a") == {
+            "ask": "Delete 3 jobs behind “a”? Their runs and their output go as well."}
+        assert dashboard.post(buttons_of(most)["Retry"]["data-post"]).status == 200
+        assert {row[1]: row[0] for row in table_of(page())}["d"] == "behind a job"
+        assert dashboard.post("/api/delete?behind=a").text == "3"
+
+    def test_commands_to_paste_name_the_queue(self, queue, page):
+        name = " --db " + queue.path
+        steps = page().find(".//ol")
+        assert words_of(steps[0]) == (
+            "Add a job: queuectl.py%s enqueue -- echo hello" % name)
+        add_job(queue)
+        assert "queuectl.py%s worker start" % name in words_of(named_part(page(), "now"))
 
     def test_show_and_retry_take_the_jobs_of_exactly_one_error(
             self, queue, page, dashboard):
@@ -7558,9 +7628,15 @@ class TestPage:
             let_die(queue, "j%d" % number, "exit %d" % number)
         rows = named_part(page(), "now").findall("ul/li")
         assert [words_of(row)[:11] for row in rows][4:] == ["2 deadof ot"]
+        queue.delete(["j0"])  # a line for one other error may as well be that error
+        rows = named_part(page(), "now").findall("ul/li")
+        assert [words_of(row)[:11] for row in rows][4:] == ["1 deadexit "]
 
     def test_it_can_pause_and_resume(self, queue, page, dashboard):
-        for word, verdict in (("Pause", "Paused"), ("Resume", "No jobs yet")):
+        add_job(queue)
+        waits = ": 1 job waits"
+        for word, verdict in (("Pause", "Paused" + waits),
+                              ("Resume", "No pool is running" + waits)):
             switch = buttons_of(page().find("header"))[word]
             assert dashboard.post(switch["data-post"]).status == 200
             assert words_of(named_part(page(), "verdict")) == verdict
@@ -7577,7 +7653,8 @@ class TestPage:
         add_job(queue, id="late", delay=3600)
         tiles = named_part(page(), "tiles").findall("a")
         assert [words_of(tile) for tile in tiles] == [
-            "4 all", "2 pendingthe longest waits 19 min", "0 processing", "0 completed",
+            "4 all3 to go", "2 pendingthe longest waits 19 min", "0 processing",
+            "0 completed",
             "1 failednext in 2 s", "1 dead1 cancelled"]
         assert [row[0] for row in table_of(page(tiles[5].get("href")))] == ["cancelled"]
         current = named_part(page("/?state=dead"), "tiles").find("a[@aria-current]")
@@ -7624,7 +7701,7 @@ class TestPage:
         assert claim(queue).id == "holds"
         shown = {row[1]: (row[0], row[5]) for row in table_of(page())}
         assert shown == {
-            "cut": ("cancelled", "0 s ago"), "holds": ("processing", "for 0 s"),
+            "cut": ("cancelled", "0 s ago"), "holds": ("lost", "for 0 s"),
             "locked": ("behind a lock", "waits 0 s"),
             "ready": ("pending", "waits 0 s"), "delayed": ("delayed", "in 60 s"),
             "behind": ("behind a job", "after holds")}
@@ -7705,7 +7782,7 @@ class TestPage:
         assert "<style" in whole and "hi\n" in whole and "<style" not in part
         assert 'data-next="/output?id=x&amp;run=1"' in part
         for text in (whole, part):
-            assert "<title>0 dead – queuectl.db</title>" in text
+            assert "<title>queuectl.db</title>" in text
         kind = dashboard.ask("/output.log?id=x").headers["Content-Type"]
         assert kind.startswith("text/plain")
 
