@@ -2753,6 +2753,15 @@ class Queue(Database):
             " error, " + RUN_SECONDS + " AS seconds FROM runs WHERE seq = ?"
             " ORDER BY run", job["seq"])
 
+    def tail(self, job):
+        """Return the end of what a job's latest run printed, if it is not a lot.
+
+        SQLite reads all of an output to reach its end.
+        """
+        return self._value(
+            "SELECT substr(output, -2000) FROM outputs WHERE seq = ? AND run = ?"
+            " AND length(output) < 200000", job["seq"], job["run"]) or b""
+
     def output(self, job, run=None):
         """Return the stored output of a run (default: the latest one), or None.
 
@@ -3875,14 +3884,14 @@ def duration_text(seconds, precise=False):
 
 
 def roughly(seconds):
-    """Return a duration in one unit: 0 s, 12 s, 19 min, 30 h, 4 d.
+    """Return a duration in one unit: 1 s, 12 s, 19 min, 30 h, 4 d.
 
     A page that refreshes every two seconds stays calm that way.
     """
     for least, unit, name in ((172800, "d", "d"), (5400, "h", "h"), (120, "m", "min")):
         if seconds >= least:
             return "%.0f %s" % (seconds / UNITS[unit], name)
-    return "%d s" % max(0, seconds)
+    return "%d s" % max(1, seconds)
 
 
 def relative_time(moment, now, text_of=duration_text):
@@ -3924,10 +3933,10 @@ PAUSED_HINT = "paused; to go on: queuectl.py resume"
 NO_POOL = "no pool is running; to start one: queuectl.py worker start"
 
 
-def why_waiting(queue, job, workers):
+def why_waiting(queue, job, workers, text_of=duration_text):
     """Return in words why a job is not running; None if it runs or has finished.
 
-    WORKERS are those of `Queue.workers`.
+    WORKERS are those of `Queue.workers`. TEXT_OF makes the text of a duration.
     """
     no_pool = "" if workers else "; " + NO_POOL
     if job["state"] == "processing":
@@ -3944,7 +3953,7 @@ def why_waiting(queue, job, workers):
         return "the queue is " + PAUSED_HINT
     if job["gate"] == CLOSED:
         what = "try %d is due" % (job["attempts"] + 1) if job["attempts"] else "due"
-        when = due_text(job, queue.clock()) or "now"
+        when = due_text(job, queue.clock(), text_of) or "now"
         return "%s %s%s" % (what, when, no_pool)
     if not workers:
         return NO_POOL
@@ -4322,10 +4331,10 @@ def fitted(widths, room):
 ListColumn = collections.namedtuple("ListColumn", "title terminal text")
 
 
-def due_text(job, now):
+def due_text(job, now, text_of=duration_text):
     """Return when a job is due that waits for this time alone, else nothing."""
     if job["gate"] == CLOSED and not job["waits"] and job["run_at"] > now:
-        return relative_time(job["run_at"], now)
+        return relative_time(job["run_at"], now, text_of)
     return ""
 
 
@@ -7444,6 +7453,20 @@ def button(words, post, kind=None, label=None, **data):
                    data_post=post, **data)
 
 
+def ago(moment, page):
+    """Return a time as people say it, in one unit: just now, 2 min ago, in 4 s."""
+    if 0 <= page.now - moment < 1:
+        return "just now"
+    return relative_time(moment, page.now, roughly)
+
+
+def took_text(seconds):
+    """Return how long something took: <1 ms, 43 ms, 3 m 20 s."""
+    if seconds < 0.0005:
+        return "<1 ms"
+    return re.sub("([a-z]+)", r" \1", duration_text(seconds, precise=True))
+
+
 def query_of(**fields):
     """Return the query of an address."""
     from urllib.parse import urlencode
@@ -7524,10 +7547,12 @@ def headline():
 def page_header(page):
     """Return the name of the queue, and the button that pauses or resumes it."""
     folder, name = os.path.split(page.queue.path)
-    switch = button("Pause", "/api/pause", done="Paused: no further job starts")
+    switch = None
     if page.status["paused"]:
         switch = button(
             "Resume", "/api/resume", "primary", done="Resumed: jobs start again")
+    elif count_in(page, ""):
+        switch = button("Pause", "/api/pause", done="Paused: no further job starts")
     return element(
         "header", headline(),
         element("span", element("span", folder + os.sep, kind="wide"), name,
@@ -7610,7 +7635,7 @@ def error_alert(group, page):
     line, is_one = group["line"], group["jobs"] == 1
     words = joined(not is_one and ("the latest printed" if line else "the latest"),
                    line and "“%s” ·" % line,
-                   relative_time(group["latest"], page.now, roughly), by=" ")
+                   ago(group["latest"], page), by=" ")
     return alert(
         grouped(group["jobs"]) + " dead", group["error"], words,
         show_link(page.view.only(**chosen), "the dead of " + group["error"]),
@@ -7645,7 +7670,7 @@ def next_due(page, state):
     """Return when the next job is due, if it is in this state."""
     job, due = page.status["next_job"], page.status["next_due"]
     if job and page.queue.state(job) == state:
-        return "next " + relative_time(due, page.now, roughly)
+        return "next " + ago(due, page)
     return None
 
 
@@ -7682,7 +7707,7 @@ def page_tiles(page):
 def tile(page, state, hint):
     count = count_in(page, state)
     return element(
-        "a", element("b", grouped(count)), " ", element("span", state or "all"),
+        "a", element("span", state or "all"), " ", element("b", grouped(count)), " ",
         element("span", hint(page) if count else None, kind="dim"),
         href=page.view.only(state=state),
         kind=joined("card", state, "hue" if state == "dead" and count else "", by=" "),
@@ -7736,6 +7761,8 @@ def charts_route(request):
     """Return the chart of the last hour, and in words what its runs were like."""
     stats = stats_by_minute(request)
     bars = [(bar["completed"], bar["failed"]) for bar in stats["throughput"]]
+    first = next((at for at, bar in enumerate(bars) if any(bar)), len(bars))
+    bars = bars[min(first, len(bars) - 10) :]  # from the first run on
     top = max(4, *map(sum, bars))
     words = "%s completed, %s failed in the last hour" % (
         grouped(stats["completed"]), grouped(stats["failed"]))
@@ -7745,7 +7772,7 @@ def charts_route(request):
         element("span", grouped(top), kind="axis dim"),
         element("svg", *chart_bars(bars, top), viewBox="0 0 %d %d" % (len(bars), top),
                 role="img", aria_label=words, preserveAspectRatio="none"),
-        element("div", element("span", "1 h ago"), element(
+        element("div", element("span", "%d min ago" % len(bars)), element(
             "span", *[element("span", state, kind="legend " + state)
                       for state in ("completed", "failed")]),
             element("span", "now"), kind="axis dim row")]))
@@ -7756,25 +7783,29 @@ def stats_text(stats):
     if not stats["runs"]:
         return "nothing ran in the last hour"
     rate, wait = stats["success_rate"], stats["waiting_time"]["median"]
-    took = [duration_text(stats["run_time"][part], precise=True)
-            for part in ("median", "p95")]
+    took = [took_text(stats["run_time"][part]) for part in ("median", "p95")]
     return joined(
         "%s in the last minute" % grouped(round(60 * stats["per_second_now"])),
         rate is not None and "%d %% succeed" % int(100 * rate),
-        "take %s, 95 %% within %s" % tuple(took),
-        wait is not None and "wait " + duration_text(wait, precise=True), by=" · ")
+        "a run takes %s (95 %%: %s)" % tuple(took),
+        wait is not None and "jobs waited " + took_text(wait), by=" · ")
 
 
 def chart_bars(bars, top):
-    """Yield the bars of a chart: completed runs of each minute, then failed ones."""
+    """Yield the bars of a chart: completed runs of each minute, then failed ones.
+
+    The last one is paler: its minute goes on.
+    """
     for x, (completed, failed) in enumerate(bars):
+        minutes = len(bars) - 1 - x
         title = element("title", "%d completed, %d failed, %d min ago" % (
-            completed, failed, len(bars) - 1 - x))
+            completed, failed, minutes))
         for kind, base, height in (
                 ("completed", 0, completed), ("failed", completed, failed)):
             if height:
-                yield element("rect", title, kind=kind, x="%.2f" % (x + 0.06),
-                              y=top - base - height, width=0.88, height=height)
+                yield element("rect", title, kind=kind + ("" if minutes else " part"),
+                              x="%.2f" % (x + 0.06), y=top - base - height,
+                              width=0.88, height=height)
 
 
 # -- the page: the table of jobs -------------------------------------------------------
@@ -7793,9 +7824,16 @@ def id_cell(job, page):
 
 
 def command_cell(job, page):
-    error = failure_of(job)
+    """Return the command, behind the error; in a list of dead jobs its last line, too.
+
+    There the rows would look the same otherwise.
+    """
+    error, line = failure_of(job), ""
+    if error and page.view.state == "dead":
+        line = last_line(page.queue.tail(job))
     return element("span", element("b", error, kind="hue") if error else None,
-                   " " if error else None, one_line(job["command"]))
+                   " “%s” · " % line if line else " " if error else None,
+                   one_line(job["command"]))
 
 
 def tries_cell(job, page):
@@ -7804,9 +7842,7 @@ def tries_cell(job, page):
 
 
 def took_cell(job, page):
-    if job["seconds"] is None:
-        return ""
-    return duration_text(job["seconds"], precise=True)
+    return "" if job["seconds"] is None else took_text(job["seconds"])
 
 
 def time_cell(job, page):
@@ -7814,12 +7850,12 @@ def time_cell(job, page):
     if job["state"] == "processing":
         return "for " + roughly(page.now - job["started_at"])
     if job["state"] in FINISHED:
-        return relative_time(job["updated_at"], page.now, roughly)
+        return ago(job["updated_at"], page)
     if job["waits"]:
         return "after " + job["waits_for"].partition("\n")[0]
     if job["run_at"] <= page.now:
         return "waits " + roughly(page.now - job["run_at"])
-    due = relative_time(job["run_at"], page.now, roughly)
+    due = ago(job["run_at"], page)
     return "retry " + due if job["state"] == "failed" else due
 
 
@@ -7867,7 +7903,10 @@ def page_jobs(page):
         element("table", element("thead", element("tr", *heads)),
                 element("tbody", *[job_row(job, page) for job in rows]),
                 aria_label="Jobs"),
-        None if rows else element("p", "No job is like that", kind="dim"),
+        None if rows else element(
+            "p", "No job matches %s " % " and ".join(
+                map("“{}”".format, view.filters().values())),
+            link("Clear", view.only()), kind="dim"),
         page_links(page, rows, total, has_more), id="jobs", kind="card")
 
 
@@ -7934,8 +7973,8 @@ def question_route(request):
     verb = query.get("verb", "retry")
     selection = selected_by(verb, query)
     count, left = queue.count(selection.taken), queue.count(selection.left)
-    stays = left and "%s stay%s: %s." % (
-        plural(left, "job"), "s" if left == 1 else "", selection.why)
+    stays = left and "%s left out: %s." % (
+        plural(left, "job") + (" is" if left == 1 else " are"), selection.why)
     if not count:
         return {"none": joined("There is nothing to %s." % verb, stays, by=" ")}
     words = "%s %s?" % (verb.capitalize(), jobs_of_query(count, verb, query))
@@ -7978,13 +8017,17 @@ def page_panel(page):
     """Return the panel of a job: the reason first, the rest of the height to output."""
     job = page.queue.job(page.view.job)
     run = run_shown(job, page.view)
+    copy = element("button", "Copy", type="button", data_copy="command",
+                   aria_label="Copy the command")
     return element(
         "aside",
         element("div", element("h2", job["id"], id="name", tabindex=-1, kind="mono"),
-                element("span", *job_buttons(job, page), kind="row end"), kind="row"),
+                link("Close", page.view.open(""), "button end", id="close"),
+                kind="row top"),
         page_reason(job, page),
-        element("pre", job["command"], id="command", tabindex=0, role="region",
-                aria_label="Command"),
+        element("div", *job_buttons(job, page), kind="row"),
+        element("div", element("pre", job["command"], id="command", tabindex=0,
+                               role="region", aria_label="Command"), copy, kind="box"),
         element("dl", *[fact(name, value)
                         for name, value in job_facts(job, page).items() if value]),
         run_links(job, run, page), *panel_output(job, run, page),
@@ -7997,10 +8040,10 @@ def run_shown(job, view):
     return run if 1 <= run <= job["run"] else job["run"]
 
 
-# An action for a job: the words of its button, the verb of its address, whether it can
-# be done with the job, the question before it, or None, and the answer after it. What
-# destroys has a question.
-Action = collections.namedtuple("Action", "words verb is_offered ask done")
+# An action for a job: the words of its button and its class, the verb of its address,
+# whether it can be done with the job, the question before it, or None, and the answer
+# after it. What destroys, or runs a command once more, has a question.
+Action = collections.namedtuple("Action", "words kind verb is_offered ask done")
 
 
 def can_run_now(job, page):
@@ -8023,35 +8066,40 @@ def ask_to_cancel(job, page):
 
 
 JOB_ACTIONS = [
-    Action("Retry", "retry", lambda job, page: job["state"] in TAKES["retry"],
+    Action("Retry", "primary", "retry", lambda job, page: job["state"] == "dead",
            None, "Retried %s"),
-    Action("Run now", "run", can_run_now, None, "Due now: %s"),
-    Action("Cancel…", "cancel", lambda job, page: job["state"] in TAKES["cancel"],
+    Action("Run again…", None, "retry", lambda job, page: job["state"] in SUCCESSFUL,
+           lambda job, page: "%s is completed. Run it again?" % job["id"],
+           "Runs again: %s"),
+    Action("Run now", "primary", "run", can_run_now, None, "Due now: %s"),
+    Action("Cancel…", "danger", "cancel",
+           lambda job, page: job["state"] in TAKES["cancel"],
            ask_to_cancel, "Cancelled %s"),
-    Action("Delete…", "delete", can_delete, lambda job, page:
+    Action("Delete…", "danger", "delete", can_delete, lambda job, page:
            "Delete %s? Its runs and their output go as well." % job["id"],
            "Deleted %s"),
 ]
 
 
 def job_buttons(job, page):
-    """Yield a button for each action that is possible, then Copy and Close."""
+    """Yield a button for each action that is possible, and why there is no Delete.
+
+    Each has a key, so that the focus does not slide to another one when one goes.
+    """
     for action in JOB_ACTIONS:
         if action.is_offered(job, page):
             yield button(
-                action.words, job_address(job, action.verb),
-                ask=action.ask and action.ask(job, page),
-                kind="danger" if action.ask else "primary",
-                done=action.done % job["id"], do=action.verb.capitalize())
-    yield element("button", "Copy", type="button", data_copy="command",
-                  aria_label="Copy the command")
-    yield link("Close", page.view.open(""), "button", id="close")
+                action.words, job_address(job, action.verb), action.kind,
+                ask=action.ask and action.ask(job, page), key="do-" + action.words,
+                done=action.done % job["id"], do=action.words.strip("…"))
+    if page.queue.is_needed(job):
+        yield element("span", "It can't be deleted: other jobs wait for it", kind="dim")
 
 
 def page_reason(job, page):
     """Return in words what a job is, and why."""
     word = kind_of(job, page.status, page.now)
-    waiting = why_waiting(page.queue, job, page.status["workers"])
+    waiting = why_waiting(page.queue, job, page.status["workers"], roughly)
     tries = job["attempts"] and not waiting and "try %d of %d" % (
         job["attempts"], tries_allowed(job["max_retries"]))
     words = joined(failure_of(job), waiting or time_cell(job, page), tries)
@@ -8068,18 +8116,22 @@ def job_facts(job, page):
     fields = public_job(job)
 
     def moment(name):
-        when = relative_time(job[name], page.now, roughly)
-        return "%s · %s" % (when, re.sub("[TZ]", " ", fields[name]) + "UTC")
+        stamp = fields[name] and re.sub("[TZ]", " ", fields[name]) + "UTC"
+        return stamp and "%s · %s" % (ago(job[name], page), stamp)
 
     after = [(id, page.queue.state(id)) for id in fields["after"][: LINKS_SHOWN + 1]]
     facts = {
         "comes after": job_links(after, page),
         "comes before": job_links(page.queue.dependents(job, LINKS_SHOWN + 1), page),
         "enqueued": moment("created_at"),
-        "due": can_run_now(job, page) and moment("run_at")}
-    facts.update(
-        (name, fields[name]) for name in COLUMNS if name not in SHOWN_ELSEWHERE)
-    facts["timeout"] = fields["timeout"] and duration_text(fields["timeout"])
+        "due": can_run_now(job, page) and moment("run_at"),
+        "started": moment("started_at")}
+    facts.update((name.replace("_", " "), fields[name])
+                 for name in COLUMNS if name not in SHOWN_ELSEWHERE)
+    holder = job["lock"] and job["state"] in WAITING and page.queue.lock_holder(job)
+    if holder and holder != job["id"]:
+        facts["lock"] = [job["lock"] + " · now of ", link(holder, page.view.open(holder))]
+    facts["timeout"] = fields["timeout"] and took_text(fields["timeout"])
     facts["env"] = " ".join(map("=".join, fields["env"].items()))
     return facts
 
@@ -8104,12 +8156,13 @@ def run_links(job, shown, page):
 
 
 def run_link(run, shown, page):
-    words = "running"
+    """Return a link to the output of a run, with when it began and how it ended."""
+    words = [run["run"], iso(run["started_at"])[11:19], "running"]
     if run["finished_at"] is not None:
-        took = duration_text(run["seconds"], precise=True)
-        words = joined(run["error"] or "exit 0", took)
-    return link("run %d: %s" % (run["run"], words),
+        words[2:] = run["error"] or "exit 0", took_text(run["seconds"])
+    return link("run " + " · ".join(map(str, words)),
                 page.view.address(run=str(run["run"])), "button",
+                title="worker %d" % run["worker"],
                 aria_current="true" if run["run"] == shown else None)
 
 
@@ -8215,9 +8268,13 @@ def page_without_queue():
 
 
 def page_trouble(words):
-    """Return the place that tells why the page is old or empty."""
-    return element("p", words[:1].upper() + words[1:], id="trouble", kind="card",
-                   role="alert", hidden=None if words else "")
+    """Return the place that tells why the page is old or empty, and how old it is.
+
+    The age is no part of the alert, which would be read aloud at each change.
+    """
+    return element("div", element("p", words[:1].upper() + words[1:], role="alert"),
+                   element("p"), id="trouble", kind="card",
+                   hidden=None if words else "")
 
 
 def open_panel(page):
@@ -8557,6 +8614,7 @@ button:hover, .button:hover { border-color: var(--text); }
   position: sticky; top: .4rem; z-index: 3; margin: 0 0 .7rem;
   background: var(--red); color: var(--card);
 }
+#trouble:not([hidden]) ~ #page main { opacity: .55; }
 /* Without anything good to show it is all of the page. */
 body:not(:has(#now)) { display: flex; flex-direction: column; }
 body:not(:has(#now)) #trouble {
@@ -8565,10 +8623,7 @@ body:not(:has(#now)) #trouble {
   background: var(--card); color: var(--text); border-left: 4px solid var(--red);
   font-size: 1.2rem; overflow-wrap: anywhere;
 }
-body:not(:has(#now)) #trouble::after {
-  content: "This page tries again every two seconds."; display: block; margin-top: .4rem;
-  color: var(--dim); font-size: 1rem;
-}
+body:not(:has(#now)) #trouble p + p { margin-top: .4rem; color: var(--dim); font-size: 1rem; }
 #said {
   position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%); z-index: 2;
   max-width: calc(100% - 2rem); padding: .5rem 1rem; border-radius: .4rem;
@@ -8610,8 +8665,8 @@ header .line { flex: 1; }
 #tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 0 .7rem; }
 #tiles a { text-decoration: none; padding: .45rem .9rem .55rem; min-width: 0; }
 #tiles a:hover { border-color: var(--edge); }
-#tiles b { font-size: 1.4rem; line-height: 1.3; margin-right: .15em; }
-#tiles .dim { display: block; min-height: 1.45em; }
+#tiles :is(b, .dim) { display: block; }
+#tiles b { font-size: 1.4rem; line-height: 1.3; }
 #tiles [aria-current] { box-shadow: inset 0 -3px var(--c, var(--edge)); }
 ol { padding-left: 1.2rem; margin-top: .5rem; }
 #now ol li { display: list-item; padding: .2rem 0; border: 0; }
@@ -8624,15 +8679,22 @@ ol code { background: var(--bg); padding: .15rem .5rem; border-radius: .3rem; }
   width: 100%; flex: 1 0 4.5rem; height: 0; margin-bottom: .15rem;
   border: solid var(--line); border-width: 1px 0;
 }
-rect { fill: var(--c); }
-.axis { justify-content: space-between; font-size: .86em; }
+rect, .legend::before { fill: var(--c); background: var(--c); }
+/* Hollow, so that they differ for those who see no colours as well. */
+rect.failed, .legend.failed::before {
+  fill: var(--card); background: var(--card); stroke: var(--c); border: 2px solid var(--c);
+  stroke-width: 2; vector-effect: non-scaling-stroke;
+}
+rect.part { opacity: .45; }
+.axis { justify-content: space-between; font-size: .86em; margin-top: .35rem; }
 .legend { margin: 0 .6em; }
 .legend::before {
   content: ""; display: inline-block; width: .65em; height: .65em; margin-right: .4em;
-  border-radius: .15em; background: var(--c);
+  border-radius: .15em;
 }
-#running li { display: flex; gap: .6rem; padding-top: .25rem; }
+#running li { display: flex; gap: .6rem; padding-top: .25rem; align-items: center; }
 #running li span { flex: 1; }
+#running .icon { margin: 0; flex: none; }
 #running li a { max-width: 50%; flex: none; }
 
 #q { flex: 1 1 14rem; min-width: 0; max-width: 34rem; }
@@ -8658,13 +8720,20 @@ tbody tr:hover, tr[aria-current] { background: color-mix(in srgb, var(--blue) 9%
   overflow: auto; overscroll-behavior: contain; box-shadow: 0 0 2.5rem #0006;
 }
 #name { font-size: 1.15rem; overflow-wrap: anywhere; outline: 0; }
+.top {
+  position: sticky; top: -.7rem; z-index: 1; flex-wrap: nowrap; align-items: start;
+  margin: -.7rem -1rem 0; padding: .7rem 1rem .4rem; background: var(--card);
+}
+#close { flex: none; }
+.box { position: relative; }
+.box button { position: absolute; top: .35rem; right: .35rem; padding: 0 .5rem; }
 pre {
   white-space: pre-wrap; overflow-wrap: anywhere; overflow: auto; padding: .6rem .7rem;
   background: var(--bg); border: 1px solid var(--line); border-radius: .4rem;
 }
 code { font: inherit; }
 pre i { font-style: normal; }
-#command { max-height: 9rem; flex: none; }
+#command { max-height: 9rem; padding-right: 4.5rem; }
 #output { flex: 1 0 12rem; height: 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
 dl div { display: contents; }
@@ -8672,23 +8741,32 @@ dd { overflow-wrap: anywhere; }
 dd a { margin-right: 1em; }
 #runs [aria-current] { box-shadow: inset 0 -3px var(--blue); }
 
-@media (max-width: 60rem) {
-  .two { grid-template-columns: 1fr; }
-  #running { min-height: 0; }
-  .wide { display: none; }
+/* Beside the panel there is room for the page, or the page waits below it. */
+@media (min-width: 100.01rem) {
+  body:has(#job) { margin-right: 46rem; }
+  #job { width: 45rem; box-shadow: none; }
+  body:has(#job) .slim { display: none; }
+}
+@media (max-width: 100rem) {
+  #job { box-shadow: 0 0 0 100vmax #0006; }
 }
 @media (max-width: 75rem) {
   th { width: 10rem; }
   .mid { width: 8.6rem; }
   .slim { width: 4.5rem; }
+}
+@media (max-width: 60rem) {
+  .two { grid-template-columns: 1fr; }
   #tiles { grid-template-columns: repeat(3, 1fr); }
+  #running { min-height: 0; }
+  .wide { display: none; }
 }
 /* On a phone a job is two lines: state, id and time above its command. */
 @media (max-width: 44rem) {
   body { padding: .6rem .6rem 3rem; }
-  #tiles { grid-template-columns: repeat(2, 1fr); }
-  #tiles .dim { min-height: 0; }
-  thead { display: none; }
+  #tiles { gap: 0 .4rem; }
+  #tiles a { padding: .35rem .6rem; margin-top: .4rem; }
+  #tiles .dim, thead { display: none; }
   td { border: 0; padding: .05rem .4rem; }
   tr {
     display: grid; grid-template-columns: auto minmax(6rem, 1fr) fit-content(10rem);
@@ -8699,7 +8777,10 @@ dd a { margin-right: 1em; }
   #now li { grid-template-columns: auto 1fr auto; gap: .1rem .7rem; }
   #charts { min-height: 10.8rem; }
   #now li .dim { grid-row: 2; grid-column: 1 / 4; }
-  #page:has(#job) main, #page:has(#job) header { visibility: hidden; }
+}
+@media (forced-colors: active) {
+  #verdict::before, .legend::before, rect { forced-color-adjust: none; }
+  [aria-current] { outline: 2px solid; outline-offset: -3px; }
 }
 """
 
@@ -8715,7 +8796,9 @@ let turn = 0, timer, chartDue = 0, seen = performance.now(), toastTimer;
 
 /* A line that was cut gives no error by itself. An action may take as long as it needs. */
 async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
-  const silent = () => { throw new Error("The dashboard does not answer"); };
+  const silent = () => {
+    throw new Error("The dashboard does not answer. To start it: queuectl.py dashboard");
+  };
   const answer = await fetch(url, options).catch(silent);
   const body = await answer.text().catch(silent);
   if (answer.ok) return body;
@@ -8762,6 +8845,7 @@ async function refresh() {
     if (mine !== turn) return;
     const focused = document.activeElement;
     becomeChildren(find("page"), came.body);
+    cover();
     document.title = came.title;
     const search = find("q");
     if (search && search !== focused) search.value = search.defaultValue;
@@ -8786,18 +8870,27 @@ function moveFocus(opened, focused) {
   }
   const job = find("job") && find("job").dataset.key;
   const row = opened && document.querySelector(`tr[data-key="${CSS.escape(opened)}"] a`);
-  let target = focused.isConnected ? null : find("verdict");
+  let target = focused.isConnected ? null : find("name") || find("verdict");
   if (job !== opened) target = job ? find("name") : row || target;
   if (target) target.focus({preventScroll: true});
+}
+
+/* What the panel covers can't be reached, by the Tab key either. */
+const narrow = matchMedia("(max-width: 100rem)");
+function cover() {
+  for (const part of document.querySelectorAll("header, main"))
+    part.inert = narrow.matches && Boolean(find("job"));
 }
 
 const sentence = words => words[0].toUpperCase() + words.slice(1);
 
 function trouble(words) {
-  const age = Math.round((performance.now() - seen) / 1000);
-  const old = find("now") ? `. What is shown is ${age} s old.` : "";
-  find("trouble").textContent = sentence(words) + old;
+  const [alert, age] = find("trouble").children;
+  const seconds = Math.round((performance.now() - seen) / 1000);
   find("trouble").hidden = false;
+  if (alert.textContent !== sentence(words)) alert.textContent = sentence(words);
+  age.textContent = (find("now") ? `What is shown is ${seconds} s old. ` : "")
+    + "This page tries again every 2 s.";
 }
 
 async function chart() {
@@ -8887,6 +8980,7 @@ document.onclick = event => {
     event.preventDefault();
     go(link.href);
   } else if (row && !link && !String(getSelection())) go(row.querySelector("a").href);
+  else if (narrow.matches && find("close") && target.contains(find("job"))) find("close").click();
 };
 
 document.oninput = event => {
@@ -8909,6 +9003,8 @@ document.onkeydown = event => {
 };
 
 window.onpopstate = document.onvisibilitychange = refresh;
+narrow.onchange = cover;
+cover();
 document.body.classList.add("live");
 if (find("output")) find("output").scrollTop = find("output").scrollHeight;
 if (find("name")) find("name").focus();
@@ -8935,7 +9031,7 @@ ICONS
 <dialog id="sure" aria-labelledby="question">
 <p id="question"></p>
 <div class="row">
-<button type="button" value="no">Keep</button>
+<button type="button" value="no">Not now</button>
 <button type="button" id="yes" value="yes"></button>
 </div>
 </dialog>

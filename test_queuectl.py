@@ -7576,8 +7576,8 @@ class TestPage:
             "1 behind other jobs · Retry the dead ones, or cancel what waits")
         rows = [[words_of(part) for part in row] for row in now.findall("ul/li")]
         assert rows == [
-            ["2 dead", "exit 12", "the latest 0 s ago", "ShowRetry…"],
-            ["1 dead", "exit 1", "“no such row” · 0 s ago", "ShowRetry…"],
+            ["2 dead", "exit 12", "the latest just now", "ShowRetry…"],
+            ["1 dead", "exit 1", "“no such row” · just now", "ShowRetry…"],
             ["1 blocked", "a", "by this job, which is dead", "ShowRetry"]]
 
     def test_what_blocks_most_comes_first_and_leads_to_what_waits(
@@ -7653,12 +7653,11 @@ class TestPage:
         add_job(queue, id="late", delay=3600)
         tiles = named_part(page(), "tiles").findall("a")
         assert [words_of(tile) for tile in tiles] == [
-            "4 all3 to go", "2 pendingthe longest waits 19 min", "0 processing",
-            "0 completed",
-            "1 failednext in 2 s", "1 dead1 cancelled"]
+            "all 4 3 to go", "pending 2 the longest waits 19 min", "processing 0",
+            "completed 0", "failed 1 next in 2 s", "dead 1 1 cancelled"]
         assert [row[0] for row in table_of(page(tiles[5].get("href")))] == ["cancelled"]
         current = named_part(page("/?state=dead"), "tiles").find("a[@aria-current]")
-        assert current[1].text == "dead"
+        assert current[0].text == "dead"
 
     def test_it_shows_what_runs_now(self, queue, clock, page):
         for number in range(queuectl.RUNNING_SHOWN + 2):
@@ -7669,6 +7668,35 @@ class TestPage:
         assert words_of(running.find("ul/li")) == "j0echo 03 min"
         assert links_of(running)["2 more"] == "/?state=processing#jobs"
 
+    def test_a_run_near_its_timeout_is_marked(self, queue, clock, page):
+        for name, timeout in (("near", 100), ("far", 1000), ("free", None)):
+            add_job(queue, id=name, timeout=timeout)
+            claim(queue)
+            clock.now += 1
+        clock.now += 90
+        times = {words_of(line.find("a")): line.find("b").get("class")
+                 for line in named_part(page(), "running").findall("ul/li")}
+        assert times == {"near": "failed hue", "far": None, "free": None}
+
+    def test_what_has_run_longest_comes_first(self, queue, clock, page):
+        add_job(queue, id="late", delay=30)
+        for number in range(2):
+            add_job(queue, id="j%d" % number)
+            claim(queue)
+            clock.now += 20
+        assert claim(queue).id == "late"
+        running = [words_of(line.find("a"))
+                   for line in named_part(page(), "running").findall("ul/li")]
+        assert running == ["j0", "j1", "late"]
+
+    def test_the_dead_are_listed_with_what_they_printed_last(self, queue, page):
+        let_die(queue, "a", output=b"start\nno host db1\n")
+        let_die(queue, "b", output=b"no host db2")
+        let_die(queue, "c", output=b"x" * 200000)
+        assert [row[2] for row in table_of(page("/?state=dead"))] == [
+            "exit 1 true", "exit 1 “no host db2” · true", "exit 1 “no host db1” · true"]
+        assert [row[2] for row in table_of(page())] == ["exit 1 true"] * 3
+
     def test_its_chart_shows_minutes(self, queue, clock, page):
         assert "nothing ran in the last hour" in words_of(page("/charts"))
         add_job(queue)
@@ -7676,7 +7704,10 @@ class TestPage:
         chart = page("/charts")
         assert [title.text for title in chart.iter("title")] == [
             "1 completed, 0 failed, 0 min ago"]
-        assert "100 % succeed · take 500ms, 95 % within 500ms" in words_of(chart)
+        assert "100 % succeed · a run takes 500 ms (95 %: 500 ms)" in words_of(chart)
+        assert chart.find("svg/rect").get("class") == "completed part"
+        assert chart.find("svg").get("viewBox") == "0 0 10 4"  # since the first run
+        assert "10 min ago" in words_of(chart)
         assert chart.find("svg").get("aria-label") == (
             "1 completed, 0 failed in the last hour")
 
@@ -7688,7 +7719,7 @@ class TestPage:
         add_job(queue, id="later", delay=60)
         assert table_of(page()) == [
             ["delayed", "later", "true", "", "", "in 60 s"],
-            ["failed", "early", "exit 1 echo 1 ⏎ echo 2", "1/3", "3.0s",
+            ["failed", "early", "exit 1 echo 1 ⏎ echo 2", "1/3", "3.0 s",
              "retry in 2 s"]]
 
     def test_each_kind_of_job_has_a_word_and_an_icon(self, queue, clock, page):
@@ -7701,9 +7732,9 @@ class TestPage:
         assert claim(queue).id == "holds"
         shown = {row[1]: (row[0], row[5]) for row in table_of(page())}
         assert shown == {
-            "cut": ("cancelled", "0 s ago"), "holds": ("lost", "for 0 s"),
-            "locked": ("behind a lock", "waits 0 s"),
-            "ready": ("pending", "waits 0 s"), "delayed": ("delayed", "in 60 s"),
+            "cut": ("cancelled", "just now"), "holds": ("lost", "for 1 s"),
+            "locked": ("behind a lock", "waits 1 s"),
+            "ready": ("pending", "waits 1 s"), "delayed": ("delayed", "in 60 s"),
             "behind": ("behind a job", "after holds")}
         symbols = ElementTree.fromstring(queuectl.icons())
         assert {use.get("href") for use in page().iter("use")} <= {
@@ -7717,7 +7748,8 @@ class TestPage:
         for text in ("ech_", "e%25o", "\\"):
             assert table_of(page("/?q=" + text)) == [], text
         nothing = named_part(page("/?q=no"), "jobs")
-        assert nothing.find("p").text == "No job is like that"
+        assert words_of(nothing.find("p")) == "No job matches “no” Clear"
+        assert links_of(nothing)["Clear"] == "/#jobs"
 
     def test_it_leads_to_older_jobs_and_tells_its_place(self, queue, page):
         add_jobs(queue, [{"command": "true", "id": "job%d" % n}
@@ -7759,12 +7791,12 @@ class TestPage:
         offered = buttons_of(named_part(page("/?state=dead"), "jobs"))
         assert dashboard.json(offered["Delete…"]["data-question"]) == {
             "ask": "Delete 2 dead jobs? Their runs and their output go as well."
-            " 1 job stays: other jobs wait for them."}
+            " 1 job is left out: other jobs wait for them."}
         assert dashboard.json(offered["Retry dead…"]["data-question"]) == {
-            "ask": "Retry 2 dead jobs? 1 job stays: cancelled ones are retried by id."}
+            "ask": "Retry 2 dead jobs? 1 job is left out: cancelled ones are retried by id."}
         assert dashboard.json("/question?verb=retry&q=cut") == {
             "none": "There is nothing to retry."
-            " 1 job stays: cancelled ones are retried by id."}
+            " 1 job is left out: cancelled ones are retried by id."}
 
     def test_filters_are_shown_and_can_be_removed(self, queue, page):
         let_die(queue, "x")
@@ -7822,13 +7854,13 @@ class TestPage:
         for query in ("state=x", "q=%00"):
             whole = dashboard.ask("/?" + query)
             assert whole.status == 200 and re.search(
-                '<p id="trouble"[^>]*role="alert">[^<]', whole.text)
+                '<div id="trouble"[^>]*><p role="alert">[^<]', whole.text)
             assert dashboard.ask("/main?" + query).status == 400
 
     def test_a_removed_queue_is_reported_on_the_page(self):
         site = queuectl.Site(os.path.abspath("none.db"), "localhost")
         status, kind, text = site.answer("GET", "/", {"Host": "localhost"})
-        trouble, = re.findall('<p id="trouble"[^>]*>.*?</p>', text)
+        trouble, = re.findall('<div id="trouble"[^>]*>.*?</p>', text)
         assert (status, kind) == (200, "text/html")
         assert "There is no queue" in trouble and "hidden" not in trouble
         assert site.answer("GET", "/main", {"Host": "localhost"})[0] == 400
@@ -7870,8 +7902,8 @@ class TestPanel:
     @pytest.mark.parametrize("state, offered, why", [
         ("pending", ["Cancel…", "Delete…"], "pending – no pool is running"),
         ("failed", ["Run now", "Cancel…", "Delete…"], "failed – exit 1, try 2 is due in"),
-        ("completed", ["Retry", "Delete…"], "completed – 0 s ago, try 1 of 3"),
-        ("dead", ["Retry", "Delete…"], "dead – exit 1, 0 s ago, try 3 of 3")])
+        ("completed", ["Run again…", "Delete…"], "completed – just now, try 1 of 3"),
+        ("dead", ["Retry", "Delete…"], "dead – exit 1, just now, try 3 of 3")])
     def test_it_begins_with_the_reason(self, queue, page, state, offered, why):
         add_job(queue)
         for _ in range({"failed": 1, "completed": 1, "dead": 3}.get(state, 0)):
@@ -7892,8 +7924,10 @@ class TestPanel:
     def test_a_job_that_others_wait_for_is_not_deleted(self, queue, page):
         add_job(queue, id="a")
         add_job(queue, id="b", after=["a"])
-        buttons = buttons_of(page("/?job=a").find("aside"))
+        panel = page("/?job=a").find("aside")
+        buttons = buttons_of(panel)
         assert "Delete…" not in buttons
+        assert "It can't be deleted: other jobs wait for it" in words_of(panel)
         assert "come after it stay" in buttons["Cancel…"]["data-ask"]
 
     def test_a_chain_can_be_followed_both_ways(self, queue, page):
@@ -7907,6 +7941,31 @@ class TestPanel:
         facts = page("/?job=c").find("aside/dl")
         assert len(links_of(facts)) == 1 + queuectl.LINKS_SHOWN
         assert "d19 (pending)and more" in words_of(facts)
+
+    def test_no_button_takes_the_place_of_another(self, queue, page):
+        add_job(queue, delay=60)
+        before = buttons_of(page("/?job=job").find("aside"))
+        queue.cancel(["job"])
+        after = buttons_of(page("/?job=job").find("aside"))
+        keys = [{button.get("data-key") for button in buttons.values()} - {None}
+                for buttons in (before, after)]
+        assert keys == [{"do-Run now", "do-Cancel…", "do-Delete…"},
+                        {"do-Retry", "do-Delete…"}]
+
+    def test_what_runs_once_more_or_destroys_asks_first(self, queue, page):
+        add_job(queue, id="x")
+        claim_and_complete(queue)
+        again = buttons_of(page("/?job=x").find("aside"))["Run again…"]
+        assert again["data-ask"] == "x is completed. Run it again?"
+        assert "class" not in again and again["data-do"] == "Run again"
+
+    def test_the_holder_of_a_lock_can_be_opened(self, queue, page):
+        for name in ("a", "b"):
+            add_job(queue, id=name, lock="l")
+        claim(queue)
+        facts = page("/?job=b").find("aside/dl")
+        assert "lockl · now of a" in words_of(facts)
+        assert links_of(facts)["a"] == "/?job=a"
 
     def test_a_job_that_is_gone_has_none_and_that_is_reported(self, queue, page):
         gone = page("/?job=gone&q=x")
@@ -7931,8 +7990,9 @@ class TestPanel:
         panel = page("/?job=x", is_whole=True).find("aside")
         assert words_of(named_part(panel, "output")) == "two"
         links = links_of(named_part(panel, "runs"))
-        assert list(links) == ["run 2: exit 1, 0ms", "run 1: exit 1, 0ms"]
-        earlier = page(links["run 1: exit 1, 0ms"], is_whole=True)
+        assert list(links) == ["run 2 · 01:46:50 · exit 1 · <1 ms",
+                               "run 1 · 01:46:40 · exit 1 · <1 ms"]
+        earlier = page([*links.values()][1], is_whole=True)
         assert words_of(named_part(earlier, "output")) == "one"
 
     @pytest.mark.parametrize("printed, shown", [
