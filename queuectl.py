@@ -4074,7 +4074,7 @@ def verdict(status, now, growth=0):
     facts = dict(
         status, growth=growth, ready=grouped(max(1, status["ready"])), ended=ended,
         harm=harm and "; " + harm, left=left_text(status),
-        time_left="" if growth > 0 else time_left(status),
+        time_left="" if growth > 0 else time_left(status, now),
         next_due=relative_time(status["next_due"] or now, now, roughly))
     state, sentence, advice = next(found for holds, found in RULES if holds(facts))
     if harm and state in ("processing", "completed"):
@@ -4094,7 +4094,7 @@ def left_text(status):
     return words and ": " + words
 
 
-def time_left(status):
+def time_left(status, now):
     """Return about how long the waiting jobs will take, nothing if nobody can tell.
 
     Jobs that share a lock run one after the other, however many workers there are.
@@ -4103,8 +4103,10 @@ def time_left(status):
     if not workers or mean is None:
         return ""
     jobs = status["ready"] + status["jobs"]["processing"]
-    turns = max(1, jobs / workers, status["line"])
-    return ", done in about " + roughly(max(1, mean * turns))
+    seconds = max(1, mean * max(1, jobs / workers, status["line"]))
+    longest = max(now - (worker["since"] or now) for worker in status["workers"])
+    # A run that has taken longer than that is not like those before it.
+    return "" if longest > seconds else ", done in about " + roughly(seconds)
 
 
 def count_unfinished(counts):
@@ -7592,16 +7594,12 @@ def first_steps(page):
 
 def load_text(page):
     """Return in words how many jobs run, and how many others can't run yet."""
-    running = page.status["jobs"]["processing"] - len(page.status["lost"])
-    return joined(running and grouped(running) + " running", waiting_text(page))
-
-
-def waiting_text(page):
-    """Return in words how many jobs wait for something other than a worker."""
-    return joined(*[
-        page.status[name] and "%s %s" % (grouped(page.status[name]), words)
-        for name, words in (("dependent", "behind other jobs"), ("delayed", "delayed"),
-                            ("locked", "behind a lock"))])
+    status = page.status
+    counts = [
+        (status["jobs"]["processing"] - len(status["lost"]), "running"),
+        (status["dependent"], "behind other jobs"),
+        (status["delayed"], "waiting for a time"), (status["locked"], "behind a lock")]
+    return joined(*[count and grouped(count) + " " + words for count, words in counts])
 
 
 def alerts(page):
@@ -7661,9 +7659,8 @@ def show_link(address, what):
 def longest_wait(page):
     """Return how long the first pending job has waited, or when the next is due."""
     if page.status["oldest_job"]:
-        waited = roughly(page.now - page.status["oldest_waiting"])
-        return "the longest waits " + waited
-    return next_due(page, "pending")
+        return "longest wait " + roughly(page.now - page.status["oldest_waiting"])
+    return next_due(page, "pending") or "none is ready"
 
 
 def next_due(page, state):
@@ -7689,7 +7686,7 @@ def cancelled_text(page):
 
 TILES = {
     "": lambda page: grouped(count_unfinished(page.status["jobs"])) + " to go",
-    "pending": lambda page: longest_wait(page) or waiting_text(page),
+    "pending": longest_wait,
     "processing": workers_text,
     "completed": lambda page: "%d %% of all" % (
         100 * count_in(page, "completed") // count_in(page, "")),
@@ -8125,7 +8122,9 @@ def job_facts(job, page):
         "comes before": job_links(page.queue.dependents(job, LINKS_SHOWN + 1), page),
         "enqueued": moment("created_at"),
         "due": can_run_now(job, page) and moment("run_at"),
-        "started": moment("started_at")}
+        "started": moment("started_at"),
+        "worker": next((worker["pid"] for worker in page.status["workers"]
+                        if worker["job"] == job["id"]), None)}
     facts.update((name.replace("_", " "), fields[name])
                  for name in COLUMNS if name not in SHOWN_ELSEWHERE)
     holder = job["lock"] and job["state"] in WAITING and page.queue.lock_holder(job)
@@ -8162,7 +8161,6 @@ def run_link(run, shown, page):
         words[2:] = run["error"] or "exit 0", took_text(run["seconds"])
     return link("run " + " · ".join(map(str, words)),
                 page.view.address(run=str(run["run"])), "button",
-                title="worker %d" % run["worker"],
                 aria_current="true" if run["run"] == shown else None)
 
 
@@ -8690,11 +8688,12 @@ rect.part { opacity: .45; }
 .legend { margin: 0 .6em; }
 .legend::before {
   content: ""; display: inline-block; width: .65em; height: .65em; margin-right: .4em;
-  border-radius: .15em;
+  border-radius: .15em; box-sizing: border-box;
 }
 #running li { display: flex; gap: .6rem; padding-top: .25rem; align-items: center; }
 #running li span { flex: 1; }
 #running .icon { margin: 0; flex: none; }
+#running > a { display: inline-block; padding: .3rem 0; }
 #running li a { max-width: 50%; flex: none; }
 
 #q { flex: 1 1 14rem; min-width: 0; max-width: 34rem; }
@@ -8878,7 +8877,7 @@ function moveFocus(opened, focused) {
 /* What the panel covers can't be reached, by the Tab key either. */
 const narrow = matchMedia("(max-width: 100rem)");
 function cover() {
-  for (const part of document.querySelectorAll("header, main"))
+  for (const part of document.querySelectorAll("header > :not(h1), main > *"))
     part.inert = narrow.matches && Boolean(find("job"));
 }
 

@@ -4598,10 +4598,13 @@ class TestStatus:
         queue.complete(run, make_outcome(None, finished_at=clock.now))
         claim(queue)
         status = queuectl.read_status(queue)
-        status.update(workers=[dict(pid=1, job=None)] * 4, has_pool=True, lost=set())
+        workers = [dict(pid=1, job=None, since=None)] * 4
+        status.update(workers=workers, has_pool=True, lost=set())
         assert (status["locked"], status["line"]) == (59, 59)
         assert queuectl.verdict(status, clock.now)[:2] == (
             "processing", "Working: 59 waiting for a lock, done in about 118 s")
+        status["workers"][0]["since"] = clock.now - 119  # longer than was thought
+        assert "done" not in queuectl.verdict(status, clock.now)[1]
 
     def test_a_job_whose_worker_died_is_lost(self, queue, page):
         add_job(queue, id="a"), add_job(queue, id="b")
@@ -7653,7 +7656,7 @@ class TestPage:
         add_job(queue, id="late", delay=3600)
         tiles = named_part(page(), "tiles").findall("a")
         assert [words_of(tile) for tile in tiles] == [
-            "all 4 3 to go", "pending 2 the longest waits 19 min", "processing 0",
+            "all 4 3 to go", "pending 2 longest wait 19 min", "processing 0",
             "completed 0", "failed 1 next in 2 s", "dead 1 1 cancelled"]
         assert [row[0] for row in table_of(page(tiles[5].get("href")))] == ["cancelled"]
         current = named_part(page("/?state=dead"), "tiles").find("a[@aria-current]")
