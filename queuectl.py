@@ -7463,10 +7463,15 @@ def ago(moment, page):
 
 
 def took_text(seconds):
-    """Return how long something took: <1 ms, 43 ms, 3 m 20 s."""
-    if seconds < 0.0005:
-        return "<1 ms"
-    return re.sub("([a-z]+)", r" \1", duration_text(seconds, precise=True))
+    """Return how long something took, in one unit: <1 ms, 43 ms, 3.2 s, 19 min."""
+    if seconds >= 10:
+        return roughly(seconds)
+    return "<1 ms" if seconds < 0.0005 else spaced(duration_text(seconds, precise=True))
+
+
+def spaced(duration):
+    """Return the text of a duration with a space before each unit."""
+    return re.sub("([a-z]+)", r" \1", duration)
 
 
 def query_of(**fields):
@@ -7667,7 +7672,7 @@ def next_due(page, state):
     """Return when the next job is due, if it is in this state."""
     job, due = page.status["next_job"], page.status["next_due"]
     if job and page.queue.state(job) == state:
-        return "next " + ago(due, page)
+        return "next due " + ago(due, page)
     return None
 
 
@@ -7705,7 +7710,8 @@ def tile(page, state, hint):
     count = count_in(page, state)
     return element(
         "a", element("span", state or "all"), " ", element("b", grouped(count)), " ",
-        element("span", hint(page) if count else None, kind="dim"),
+        element("span", hint(page) if count or state == "processing" else None,
+                kind="dim"),
         href=page.view.only(state=state),
         kind=joined("card", state, "hue" if state == "dead" and count else "", by=" "),
         aria_current="true" if page.view.state == state else None)
@@ -8130,7 +8136,7 @@ def job_facts(job, page):
     holder = job["lock"] and job["state"] in WAITING and page.queue.lock_holder(job)
     if holder and holder != job["id"]:
         facts["lock"] = [job["lock"] + " · now of ", link(holder, page.view.open(holder))]
-    facts["timeout"] = fields["timeout"] and took_text(fields["timeout"])
+    facts["timeout"] = fields["timeout"] and spaced(duration_text(fields["timeout"]))
     facts["env"] = " ".join(map("=".join, fields["env"].items()))
     return facts
 
@@ -8655,7 +8661,7 @@ header .line { flex: 1; }
   border-radius: 50%; background: var(--c); vertical-align: .1em;
 }
 #now p { margin-top: .15rem; }
-#now ul { margin-top: .5rem; }
+#now ul:not(:empty) { margin-top: .5rem; }
 #now li {
   display: grid; grid-template-columns: 7rem 11rem 1fr auto; gap: .7rem; align-items: center;
   padding: .35rem 0; border-top: 1px solid var(--line);
@@ -8693,7 +8699,7 @@ rect.part { opacity: .45; }
 #running li { display: flex; gap: .6rem; padding-top: .25rem; align-items: center; }
 #running li span { flex: 1; }
 #running .icon { margin: 0; flex: none; }
-#running > a { display: inline-block; padding: .3rem 0; }
+#running > a { display: inline-block; margin-top: .5rem; padding: .2rem 0; }
 #running li a { max-width: 50%; flex: none; }
 
 #q { flex: 1 1 14rem; min-width: 0; max-width: 34rem; }
@@ -8979,7 +8985,8 @@ document.onclick = event => {
     event.preventDefault();
     go(link.href);
   } else if (row && !link && !String(getSelection())) go(row.querySelector("a").href);
-  else if (narrow.matches && find("close") && target.contains(find("job"))) find("close").click();
+  else if (narrow.matches && find("close") && !target.closest("#job, #sure, a"))
+    find("close").click();
 };
 
 document.oninput = event => {

@@ -7656,8 +7656,8 @@ class TestPage:
         add_job(queue, id="late", delay=3600)
         tiles = named_part(page(), "tiles").findall("a")
         assert [words_of(tile) for tile in tiles] == [
-            "all 4 3 to go", "pending 2 longest wait 19 min", "processing 0",
-            "completed 0", "failed 1 next in 2 s", "dead 1 1 cancelled"]
+            "all 4 3 to go", "pending 2 longest wait 19 min", "processing 0 of 0 workers",
+            "completed 0", "failed 1 next due in 2 s", "dead 1 1 cancelled"]
         assert [row[0] for row in table_of(page(tiles[5].get("href")))] == ["cancelled"]
         current = named_part(page("/?state=dead"), "tiles").find("a[@aria-current]")
         assert current[0].text == "dead"
