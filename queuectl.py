@@ -2013,10 +2013,10 @@ COLUMN_OF = {
 SELECT_JOB = "SELECT %s FROM jobs LEFT JOIN runs USING (seq, run) " % ", ".join(
     "%s AS %s" % (COLUMN_OF.get(name, name), name) for name in (*PUBLIC, *INTERNAL))
 
-# The jobs that wait for a dead one, each with the id of that one. The first of the
-# tables keeps it from looking at all dead jobs where no job waits for another.
+# The jobs that wait for a dead one, each with the id and number of that one. The first
+# of the tables keeps it from looking at all dead jobs where no job waits for another.
 BEHIND_DEAD = """SELECT jobs.seq AS seq, dependency.id AS dependency,
-    dependency.state AS state, dependency.cancelled AS cancelled
+    dependency.seq AS root, dependency.state AS state, dependency.cancelled AS cancelled
     FROM (SELECT 1 FROM jobs WHERE waits > 0 LIMIT 1)
     CROSS JOIN jobs AS dependency
     CROSS JOIN dependencies ON waits_for = dependency.seq
@@ -2951,14 +2951,15 @@ class Queue(Database):
         These wait directly or not. They are counted up to ten thousand.
         """
         return self._rows(
-            "WITH RECURSIVE blocked (seq, id) AS (SELECT seq, dependency FROM ("
-            + BEHIND_DEAD + ") UNION SELECT jobs.seq, blocked.id FROM blocked"
+            "WITH RECURSIVE blocked (seq, root) AS (SELECT seq, root FROM ("
+            + BEHIND_DEAD + ") UNION SELECT jobs.seq, root FROM blocked"
             " CROSS JOIN dependencies ON waits_for = blocked.seq"
             " CROSS JOIN jobs ON jobs.seq = dependencies.seq"
             " WHERE jobs.state = 'pending' LIMIT 10000)"
-            " SELECT jobs.id, state, cancelled, COUNT(*) AS jobs FROM blocked"
-            " JOIN jobs ON jobs.id = blocked.id GROUP BY jobs.seq"
-            " ORDER BY COUNT(*) DESC, jobs.seq LIMIT ?", limit)
+            " SELECT id, state, cancelled, blocked.jobs AS jobs FROM"
+            " (SELECT root, COUNT(*) AS jobs FROM blocked GROUP BY root"
+            "  ORDER BY jobs DESC, root LIMIT ?) AS blocked JOIN jobs ON seq = root"
+            " ORDER BY blocked.jobs DESC, seq", limit)
 
     def oldest_claimable(self):
         """Return the job (`id`, `run_at`) that waits longest for a worker, or None.
@@ -7618,7 +7619,8 @@ def alerts(page):
         yield alert(grouped(rest) + " dead", "", "of other errors",
                     show_link(page.view.only(state="dead"), "all dead jobs"))
     if page.status["blocked_seqs"]:
-        for dead in page.queue.blockers(SHOWN_ERRORS):
+        for dead in page.memory.counts.get(
+                "blockers", lambda: page.queue.blockers(SHOWN_ERRORS)):
             yield blocked_alert(dead, page)
 
 
