@@ -2716,8 +2716,8 @@ class Queue(Database):
     def dependencies(self, job):
         """Return the jobs that a job waits for, dead ones first."""
         return self._rows(
-            "SELECT id, state, cancelled FROM dependencies JOIN jobs ON jobs.seq = waits_for"
-            " WHERE dependencies.seq = ? AND NOT " + in_states(SUCCESSFUL) +
+            "SELECT id, state, cancelled"
+            " FROM dependencies JOIN jobs ON jobs.seq = waits_for WHERE dependencies.seq = ? AND NOT " + in_states(SUCCESSFUL) +
             " ORDER BY state = 'dead' DESC, waits_for", job["seq"])
 
     def dependents(self, job, limit):
@@ -2870,13 +2870,12 @@ class Queue(Database):
     def work_left(self):
         """Return a dict of what waits: numbers of jobs, and seconds for a run.
 
-        `delayed` jobs wait for their time, `dependent` ones for others. The rest is
-        `ready`; of these, `locked` ones wait for their lock. `line` is the number of
-        jobs that share a lock, and so run one after the other. An index counts each, up
-        to a limit where it could be long; `ready` comes from the kept counts.
-        `run_seconds` is the average of the last runs of the jobs that were enqueued
-        last: no index leads to the runs that ended last. It is None before the first
-        run has ended.
+        `delayed` jobs wait for their time, `dependent` ones for others, and the rest is
+        `ready`: the kept count without these two, which are few, or have an index. Of
+        the ready ones, `locked` wait for their lock; `line` is the longest line of jobs
+        that share one. `run_seconds` is the average of the last runs of the jobs that
+        were enqueued last: no index leads to the runs that ended last. It is None
+        before the first run has ended.
         """
         waiting = sum(self.counts()[state] for state in WAITING)
         delayed = self.count_delayed()
@@ -2921,10 +2920,6 @@ class Queue(Database):
     def blocked_seqs(self):
         """Return the numbers of the jobs that wait, directly or not, for a dead one."""
         return {seq for seq, in self._rows(BLOCKED + "SELECT seq FROM blocked")}
-
-    def count_blocked(self):
-        """Return how many jobs wait, directly or not, for a dead one."""
-        return self._value(BLOCKED + "SELECT COUNT(*) FROM blocked")
 
     def count_delayed(self):
         """Return how many jobs wait for their time alone."""
@@ -4084,7 +4079,7 @@ def verdict(status, now, growth=0):
 
 
 def left_text(status):
-    """Return in words which jobs need a worker: `: 1 job waits, 7 lost their worker`."""
+    """Return in words which jobs need a worker: 1 job waits, 7 lost their worker."""
     waiting = sum(status["jobs"][state] for state in WAITING)
     lost = len(status["lost"])
     words = joined(
@@ -5400,7 +5395,7 @@ class Supervisor:
         Delayed jobs are no failure. Others that are left are one.
         """
         counts, due = queue.drain_counts(), queue.next_due()
-        counts.update(delayed=queue.count_delayed(), blocked=queue.count_blocked())
+        counts.update(delayed=queue.count_delayed(), blocked=len(queue.blocked_seqs()))
         failures, notes = obstacles(queue), []
         is_over = requested_stop(self.path, self.pid) == "over"
         if not is_over and not queue.is_drained():
@@ -7628,8 +7623,9 @@ def blocked_alert(dead, page):
     """Return the line about the jobs that wait for a dead one."""
     name = dead["id"]
     return alert(
-        grouped(dead["jobs"]) + " blocked", name, "by this job, which is "
-        + state_word(dead), show_link(page.view.only(behind=name), "jobs behind " + name),
+        grouped(dead["jobs"]) + " blocked", name,
+        "by this job, which is " + state_word(dead),
+        show_link(page.view.only(behind=name), "jobs behind " + name),
         button("Retry", job_address(dead, "retry"), label="Retry " + name,
                done="Retried " + name))
 
@@ -7680,15 +7676,8 @@ def next_due(page, state):
 
 def workers_text(page):
     """Return how many running jobs lost their worker, or how many workers there are."""
-    lost = len(page.status["lost"])
-    return "%s lost" % grouped(lost) if lost else "of " + plural(
-        len(page.status["workers"]), "worker")
-
-
-def cancelled_text(page):
-    """Return how many of the dead jobs somebody cancelled."""
-    count = page.status["cancelled"]
-    return "%s cancelled" % grouped(count) if count else None
+    lost, workers = len(page.status["lost"]), len(page.status["workers"])
+    return grouped(lost) + " lost" if lost else "of " + plural(workers, "worker")
 
 
 TILES = {
@@ -7698,7 +7687,8 @@ TILES = {
     "completed": lambda page: "%d %% of all" % (
         100 * count_in(page, "completed") // count_in(page, "")),
     "failed": lambda page: next_due(page, "failed"),
-    "dead": cancelled_text,
+    "dead": lambda page: page.status["cancelled"] and "%s cancelled" % grouped(
+        page.status["cancelled"]),
 }
 
 
@@ -7712,7 +7702,7 @@ def tile(page, state, hint):
     count = count_in(page, state)
     return element(
         "a", element("span", state or "all"), " ", element("b", grouped(count)), " ",
-        element("span", hint(page) if count or state == "processing" else None,
+        element("span", (count or state == "processing") and hint(page) or None,
                 kind="dim"),
         href=page.view.only(state=state),
         kind=joined("card", state, "hue" if state == "dead" and count else "", by=" "),
@@ -7824,10 +7814,6 @@ def kind_cell(job, page):
     return Html(icon(word) + element("span", word))
 
 
-def id_cell(job, page):
-    return link(job["id"], page.view.open(job["id"]))
-
-
 def command_cell(job, page):
     """Return the command, behind the error; in a list of dead jobs its last line, too.
 
@@ -7846,10 +7832,6 @@ def tries_cell(job, page):
     return "%d/%d" % (job["attempts"], most) if job["attempts"] else ""
 
 
-def took_cell(job, page):
-    return "" if job["seconds"] is None else took_text(job["seconds"])
-
-
 def time_cell(job, page):
     """Return the time that says most about a job in its state."""
     if job["state"] == "processing":
@@ -7866,10 +7848,11 @@ def time_cell(job, page):
 
 JOB_COLUMNS = [
     Column("State", "hue mid", kind_cell),
-    Column("Id", "mono", id_cell),
+    Column("Id", "mono", lambda job, page: link(job["id"], page.view.open(job["id"]))),
     Column("Command", "mono rest", command_cell),
     Column("Tries", "slim wide num", tries_cell),
-    Column("Took", "slim wide num", took_cell),
+    Column("Took", "slim wide num", lambda job, page: "" if job["seconds"] is None
+           else took_text(job["seconds"])),
     Column("When", "mid num", time_cell),
 ]
 
@@ -8137,7 +8120,8 @@ def job_facts(job, page):
                  for name in COLUMNS if name not in SHOWN_ELSEWHERE)
     holder = job["lock"] and job["state"] in WAITING and page.queue.lock_holder(job)
     if holder and holder != job["id"]:
-        facts["lock"] = [job["lock"] + " · now of ", link(holder, page.view.open(holder))]
+        facts["lock"] = [
+            job["lock"] + " · now of ", link(holder, page.view.open(holder))]
     facts["timeout"] = fields["timeout"] and spaced(duration_text(fields["timeout"]))
     facts["env"] = " ".join(map("=".join, fields["env"].items()))
     return facts
