@@ -2717,7 +2717,8 @@ class Queue(Database):
         """Return the jobs that a job waits for, dead ones first."""
         return self._rows(
             "SELECT id, state, cancelled"
-            " FROM dependencies JOIN jobs ON jobs.seq = waits_for WHERE dependencies.seq = ? AND NOT " + in_states(SUCCESSFUL) +
+            " FROM dependencies JOIN jobs ON jobs.seq = waits_for"
+            " WHERE dependencies.seq = ? AND NOT " + in_states(SUCCESSFUL) +
             " ORDER BY state = 'dead' DESC, waits_for", job["seq"])
 
     def dependents(self, job, limit):
@@ -8118,13 +8119,18 @@ def job_facts(job, page):
                         if worker["job"] == job["id"]), None)}
     facts.update((name.replace("_", " "), fields[name])
                  for name in COLUMNS if name not in SHOWN_ELSEWHERE)
-    holder = job["lock"] and job["state"] in WAITING and page.queue.lock_holder(job)
-    if holder and holder != job["id"]:
-        facts["lock"] = [
-            job["lock"] + " · now of ", link(holder, page.view.open(holder))]
+    facts["lock"] = lock_fact(job, page)
     facts["timeout"] = fields["timeout"] and spaced(duration_text(fields["timeout"]))
     facts["env"] = " ".join(map("=".join, fields["env"].items()))
     return facts
+
+
+def lock_fact(job, page):
+    """Return the lock of a job; while the job waits for it, with who has it now."""
+    holder = job["lock"] and job["state"] in WAITING and page.queue.lock_holder(job)
+    if not holder or holder == job["id"]:
+        return job["lock"]
+    return [job["lock"] + " · now of ", link(holder, page.view.open(holder))]
 
 
 def fact(name, value):
