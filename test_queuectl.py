@@ -4617,6 +4617,20 @@ class TestStatus:
         assert words_of(named_part(shown, "why")).startswith("lost – its worker died")
         assert "1 lost their worker" in words_of(named_part(shown, "running"))
 
+    @mechanism
+    def test_a_job_claimed_meanwhile_does_not_seem_lost(self, queue, monkeypatch):
+        add_job(queue)
+        workers = queuectl.Queue.workers
+
+        def look_then_claim(self):
+            found = workers(self)
+            with queuectl.Queue("queuectl.db") as other:
+                assert claim(other)
+            return found
+
+        monkeypatch.setattr(queuectl.Queue, "workers", look_then_claim)
+        assert queuectl.read_status(queue)["lost"] == set()
+
     @pytest.mark.parametrize("counts, growth", [
         ([5], 0), ([5, 9, 13], 0), ([5, 6, 8, 9], 4), ([0, 900, 895, 890, 885], -20),
         ([9, 8, 9, 10], -4)])
@@ -7636,6 +7650,7 @@ class TestPage:
         assert [words_of(row)[:11] for row in rows][4:] == ["1 deadexit "]
 
     def test_it_can_pause_and_resume(self, queue, page, dashboard):
+        assert not buttons_of(page())  # there is nothing to pause
         add_job(queue)
         waits = ": 1 job waits"
         for word, verdict in (("Pause", "Paused" + waits),
@@ -7643,6 +7658,8 @@ class TestPage:
             switch = buttons_of(page().find("header"))[word]
             assert dashboard.post(switch["data-post"]).status == 200
             assert words_of(named_part(page(), "verdict")) == verdict
+            assert ("queuectl.py" in words_of(named_part(page(), "now"))) == (
+                word == "Resume")
 
     def test_tiles_count_and_lead_to_their_jobs(self, queue, clock, page):
         add_job(queue, id="fails")
@@ -7682,15 +7699,15 @@ class TestPage:
         assert times == {"near": "failed hue", "far": None, "free": None}
 
     def test_what_has_run_longest_comes_first(self, queue, clock, page):
-        add_job(queue, id="late", delay=30)
+        add_job(queue, id="a", delay=30)
         for number in range(2):
             add_job(queue, id="j%d" % number)
             claim(queue)
             clock.now += 20
-        assert claim(queue).id == "late"
+        assert claim(queue).id == "a"
         running = [words_of(line.find("a"))
                    for line in named_part(page(), "running").findall("ul/li")]
-        assert running == ["j0", "j1", "late"]
+        assert running == ["j0", "j1", "a"]
 
     def test_the_dead_are_listed_with_what_they_printed_last(self, queue, page):
         let_die(queue, "a", output=b"start\nno host db1\n")
@@ -7904,7 +7921,7 @@ class TestPanel:
 
     @pytest.mark.parametrize("state, offered, why", [
         ("pending", ["Cancel…", "Delete…"], "pending – no pool is running"),
-        ("failed", ["Run now", "Cancel…", "Delete…"], "failed – exit 1, try 2 is due in"),
+        ("failed", ["Run now", "Cancel…", "Delete…"], "failed – exit 1, try 2 is due in 2 s;"),
         ("completed", ["Run again…", "Delete…"], "completed – just now, try 1 of 3"),
         ("dead", ["Retry", "Delete…"], "dead – exit 1, just now, try 3 of 3")])
     def test_it_begins_with_the_reason(self, queue, page, state, offered, why):
@@ -7918,10 +7935,14 @@ class TestPanel:
         assert words_of(named_part(panel, "why")).startswith(why)
         assert [link.get("id") for link in panel.iter("a")][0] == "close"
 
-    def test_a_running_job_can_only_be_cancelled(self, queue, page):
+    def test_a_running_job_can_only_be_cancelled(self, queue, page, monkeypatch):
         add_job(queue)
         claim(queue)
-        cancel, _ = buttons_of(page("/?job=job").find("aside")).items()
+        monkeypatch.setattr(queuectl, "living_pools", lambda path: {7: [1]})
+        panel = page("/?job=job").find("aside")
+        assert words_of(named_part(panel, "why")) == "processing – for 1 s, try 1 of 3"
+        assert "worker1" in words_of(panel.find("dl"))
+        cancel, _ = buttons_of(panel).items()
         assert cancel[1]["data-ask"] == "Cancel job? All its processes are ended."
 
     def test_a_job_that_others_wait_for_is_not_deleted(self, queue, page):
