@@ -4128,7 +4128,9 @@ class Trend:
         looks = [*self.looks]
         steps = [60 * (more - less) / (end - begin)
                  for (begin, less), (end, more) in zip(looks, looks[1:])]
-        return min(steps) if len(steps) > 2 else 0
+        if len(steps) < 3:  # too early to call it growth, or to tell when it ends
+            steps.append(0.5 if steps else 0)
+        return min(steps)
 
 
 def progress_text(counts, done, seconds):
@@ -7732,7 +7734,7 @@ def page_running(page):
     more, lost = len(runs) - RUNNING_SHOWN, len(page.status["lost"])
     return element(
         "section", element("h2", "Running now"),
-        element("p", grouped(lost) + " lost their worker", kind="failed hue")
+        element("p", grouped(lost) + " without a worker", kind="failed hue")
         if lost else None,
         element("ul", *[running_job(page.queue.job(run.id), page)
                         for run in runs[:RUNNING_SHOWN]]),

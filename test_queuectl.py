@@ -4615,7 +4615,7 @@ class TestStatus:
         assert {row[1]: row[0] for row in table_of(shown)} == {
             "a": "lost", "b": "pending"}
         assert words_of(named_part(shown, "why")).startswith("lost – its worker died")
-        assert "1 lost their worker" in words_of(named_part(shown, "running"))
+        assert "1 without a worker" in words_of(named_part(shown, "running"))
 
     @mechanism
     def test_a_job_claimed_meanwhile_does_not_seem_lost(self, queue, monkeypatch):
@@ -4632,14 +4632,14 @@ class TestStatus:
         assert queuectl.read_status(queue)["lost"] == set()
 
     @pytest.mark.parametrize("counts, growth", [
-        ([5], 0), ([5, 9, 13], 0), ([5, 6, 8, 9], 4), ([0, 900, 895, 890, 885], -20),
+        ([5], 0), ([5, 9, 13], 0.5), ([9, 5], -16), ([5, 6, 8, 9], 4), ([0, 900, 895, 890, 885], -20),
         ([9, 8, 9, 10], -4)])
     def test_a_queue_grows_if_it_does_so_look_after_look(self, counts, growth):
         trend = queuectl.Trend()
         for at, left in enumerate(counts):
             seen = trend.growth(15 * at, left)
             assert trend.growth(15 * at + 1, 0) == seen  # another look, too soon
-        assert round(seen) == growth
+        assert round(seen, 1) == growth
         assert trend.growth(0, 10**6) == 0  # the clock was set back
 
     def test_the_verdict_is_in_json_and_not_in_a_pipe(self, dashboard):
