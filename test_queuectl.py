@@ -4632,8 +4632,8 @@ class TestStatus:
         assert queuectl.read_status(queue)["lost"] == set()
 
     @pytest.mark.parametrize("counts, growth", [
-        ([5], 0), ([5, 9, 13], 0.5), ([9, 5], -16), ([5, 6, 8, 9], 4), ([0, 900, 895, 890, 885], -20),
-        ([9, 8, 9, 10], -4)])
+        ([5], 0), ([5, 9, 13], 0.5), ([9, 5], -16), ([5, 6, 8, 9], 4),
+        ([0, 900, 895, 890, 885], -20), ([9, 8, 9, 10], -4)])
     def test_a_queue_grows_if_it_does_so_look_after_look(self, counts, growth):
         trend = queuectl.Trend()
         for at, left in enumerate(counts):
