@@ -2016,9 +2016,10 @@ COLUMN_OF = {
 SELECT_JOB = "SELECT %s FROM jobs LEFT JOIN runs USING (seq, run) " % ", ".join(
     "%s AS %s" % (COLUMN_OF.get(name, name), name) for name in (*PUBLIC, *INTERNAL))
 
-# The jobs that wait for a dead one, each with the id of that one. The first of the
-# tables keeps it from looking at all dead jobs where no job waits for another.
-BEHIND_DEAD = """SELECT jobs.seq AS seq, dependency.id AS dependency
+# The jobs that wait for a dead one, each with the id and number of that one. The first
+# of the tables keeps it from looking at all dead jobs where no job waits for another.
+BEHIND_DEAD = """SELECT jobs.seq AS seq, dependency.id AS dependency,
+    dependency.seq AS root, dependency.state AS state, dependency.cancelled AS cancelled
     FROM (SELECT 1 FROM jobs WHERE waits > 0 LIMIT 1)
     CROSS JOIN jobs AS dependency
     CROSS JOIN dependencies ON waits_for = dependency.seq
@@ -2060,6 +2061,11 @@ FILTERS = {
     "finished_before": in_states(FINISHED) + " AND updated_at < :finished_before",
     "changed_since": "updated_at >= :changed_since",
     "cancelled": "cancelled = :cancelled",
+    "behind": """state = 'pending' AND seq IN (WITH RECURSIVE behind (seq) AS (
+        SELECT dependencies.seq FROM jobs JOIN dependencies ON waits_for = jobs.seq
+            WHERE id = :behind
+        UNION SELECT dependencies.seq FROM behind
+            JOIN dependencies ON waits_for = behind.seq) SELECT seq FROM behind)""",
 }
 
 
@@ -2072,7 +2078,8 @@ def where(states=STATES, **filters):
     """Return the condition that selects the jobs in one of these states.
 
     They also pass all FILTERS that are given a value: a text, a pattern, an error, a
-    time before which they finished, or True or False.
+    time before which they finished, True or False, or an id of a job that they wait
+    for, directly or not.
     """
     parts = []
     if {*states} != {*STATES}:
@@ -2712,7 +2719,8 @@ class Queue(Database):
     def dependencies(self, job):
         """Return the jobs that a job waits for, dead ones first."""
         return self._rows(
-            "SELECT id, state FROM dependencies JOIN jobs ON jobs.seq = waits_for"
+            "SELECT id, state, cancelled"
+            " FROM dependencies JOIN jobs ON jobs.seq = waits_for"
             " WHERE dependencies.seq = ? AND NOT " + in_states(SUCCESSFUL) +
             " ORDER BY state = 'dead' DESC, waits_for", job["seq"])
 
@@ -2748,6 +2756,15 @@ class Queue(Database):
             "SELECT run, attempt, worker, pid, started_at, finished_at, exit_code,"
             " error, " + RUN_SECONDS + " AS seconds FROM runs WHERE seq = ?"
             " ORDER BY run", job["seq"])
+
+    def tail(self, job):
+        """Return the end of what a job's latest run printed, if it is not a lot.
+
+        SQLite reads all of an output to reach its end.
+        """
+        return self._value(
+            "SELECT substr(output, -2000) FROM outputs WHERE seq = ? AND run = ?"
+            " AND length(output) < 200000", job["seq"], job["run"]) or b""
 
     def output(self, job, run=None):
         """Return the stored output of a run (default: the latest one), or None.
@@ -2855,21 +2872,30 @@ class Queue(Database):
         return dict(row or {"id": None, "is_cancelled": 0, "tail": None})
 
     def work_left(self):
-        """Return how many jobs wait for a worker or a lock, and seconds for a run.
+        """Return a dict of what waits: numbers of jobs, and seconds for a run.
 
-        The first is the kept count of waiting jobs without those that wait for a time
-        or for others: they are not many, or an index counts them. The second is the
-        average of the last runs of the jobs that were enqueued last: no index leads to
-        the runs that ended last. It is None before the first run has ended.
+        `delayed` jobs wait for their time, `dependent` ones for others, and the rest is
+        `ready`: the kept count without these two, which are few, or have an index. Of
+        the ready ones, `locked` wait for their lock; `line` is the longest line of jobs
+        that share one. `run_seconds` is the average of the last runs of the jobs that
+        were enqueued last: no index leads to the runs that ended last. It is None
+        before the first run has ended.
         """
         waiting = sum(self.counts()[state] for state in WAITING)
-        delayed = self._value("SELECT COUNT(*) FROM jobs WHERE " + FOR_A_TIME)
+        delayed = self.count_delayed()
         dependent = self._value(
             "SELECT COUNT(*) FROM (SELECT 1 FROM jobs WHERE " + UNFINISHED_DEPENDENT +
             " LIMIT 10000)")
-        return waiting - delayed - dependent, self._value(
+        locks = self._row(
+            "SELECT IFNULL(SUM(locked), 0) AS locked, IFNULL(MAX(jobs), 0) AS line"
+            " FROM (SELECT SUM(gate = ?) AS locked, SUM(gate <> ?) AS jobs FROM"
+            "  (SELECT lock, gate FROM jobs WHERE lock NOT NULL AND state = 'pending'"
+            "   LIMIT 10000) GROUP BY lock)", LOCKED, CLOSED)
+        seconds = self._value(
             "SELECT AVG(spent) FROM (SELECT finished_at - started_at AS spent FROM runs"
             " ORDER BY seq DESC, run DESC LIMIT 200)")
+        return dict(locks, ready=waiting - delayed - dependent, delayed=delayed,
+                    dependent=dependent, run_seconds=seconds)
 
     def seq_before(self, id):
         """Return the number before that of a job; one above all if it is gone."""
@@ -2899,24 +2925,40 @@ class Queue(Database):
         """Return the numbers of the jobs that wait, directly or not, for a dead one."""
         return {seq for seq, in self._rows(BLOCKED + "SELECT seq FROM blocked")}
 
-    def count_blocked(self):
-        """Return how many jobs wait, directly or not, for a dead one."""
-        return self._value(BLOCKED + "SELECT COUNT(*) FROM blocked")
-
     def count_delayed(self):
         """Return how many jobs wait for their time alone."""
         return self._value("SELECT COUNT(*) FROM jobs WHERE " + FOR_A_TIME)
 
-    def first_blocked(self):
-        """Return a dict about the jobs that wait for dead ones, or None.
+    def count_cancelled(self):
+        """Return how many of the dead jobs somebody cancelled."""
+        return self._value("SELECT COUNT(*) FROM jobs WHERE state = 'dead'"
+                           " AND error = ?", CANCELLED)
 
-        `id` is the first of them, `dependency` the dead job that it waits for, and
-        `jobs` the number of all that wait, directly or not.
+    def first_blocked(self):
+        """Return the first job that waits for a dead one, or None.
+
+        `id` is the job, `dependency` the id of the dead one, `state` and `cancelled`
+        are those of the dead one.
         """
-        row = self._row(
-            "SELECT id, dependency FROM (" + BEHIND_DEAD + ") JOIN jobs USING (seq)"
-            " ORDER BY seq LIMIT 1")
-        return row and dict(row, jobs=self.count_blocked())
+        return self._row(
+            "SELECT jobs.id, dead.* FROM (" + BEHIND_DEAD + ") AS dead"
+            " JOIN jobs USING (seq) ORDER BY seq LIMIT 1")
+
+    def blockers(self, limit):
+        """Return the dead jobs that most others wait for, with the number of `jobs`.
+
+        These wait directly or not. They are counted up to ten thousand.
+        """
+        return self._rows(
+            "WITH RECURSIVE blocked (seq, root) AS (SELECT seq, root FROM ("
+            + BEHIND_DEAD + ") UNION SELECT jobs.seq, root FROM blocked"
+            " CROSS JOIN dependencies ON waits_for = blocked.seq"
+            " CROSS JOIN jobs ON jobs.seq = dependencies.seq"
+            " WHERE jobs.state = 'pending' LIMIT 10000)"
+            " SELECT id, state, cancelled, blocked.jobs AS jobs FROM"
+            " (SELECT root, COUNT(*) AS jobs FROM blocked GROUP BY root"
+            "  ORDER BY jobs DESC, root LIMIT ?) AS blocked JOIN jobs ON seq = root"
+            " ORDER BY blocked.jobs DESC, seq", limit)
 
     def oldest_claimable(self):
         """Return the job (`id`, `run_at`) that waits longest for a worker, or None.
@@ -3842,14 +3884,14 @@ def duration_text(seconds, precise=False):
 
 
 def roughly(seconds):
-    """Return a duration in one unit: 0 s, 12 s, 19 min, 30 h, 4 d.
+    """Return a duration in one unit: 1 s, 12 s, 19 min, 30 h, 4 d.
 
     A page that refreshes every two seconds stays calm that way.
     """
     for least, unit, name in ((172800, "d", "d"), (5400, "h", "h"), (120, "m", "min")):
         if seconds >= least:
             return "%.0f %s" % (seconds / UNITS[unit], name)
-    return "%d s" % max(0, seconds)
+    return "%d s" % max(1, seconds)
 
 
 def relative_time(moment, now, text_of=duration_text):
@@ -3870,6 +3912,11 @@ def grouped(count):
     return "{:,}".format(count)
 
 
+def joined(*words, by=", "):
+    """Return those of the words that are not empty, joined."""
+    return by.join(filter(None, words))
+
+
 def setting_text(name, value):
     """Return the value of a setting as it can be set."""
     if value is None:
@@ -3886,10 +3933,10 @@ PAUSED_HINT = "paused; to go on: queuectl.py resume"
 NO_POOL = "no pool is running; to start one: queuectl.py worker start"
 
 
-def why_waiting(queue, job, workers):
+def why_waiting(queue, job, workers, text_of=duration_text):
     """Return in words why a job is not running; None if it runs or has finished.
 
-    WORKERS are those of `Queue.workers`.
+    WORKERS are those of `Queue.workers`. TEXT_OF makes the text of a duration.
     """
     no_pool = "" if workers else "; " + NO_POOL
     if job["state"] == "processing":
@@ -3908,7 +3955,7 @@ def why_waiting(queue, job, workers):
         return "the queue is " + PAUSED_HINT
     if job["gate"] == CLOSED:
         what = "try %d is due" % (job["attempts"] + 1) if job["attempts"] else "due"
-        when = due_text(job, queue.clock()) or "now"
+        when = due_text(job, queue.clock(), text_of) or "now"
         return "%s %s%s" % (what, when, no_pool)
     if not workers:
         return NO_POOL
@@ -3925,7 +3972,7 @@ def why_dependent(queue, job):
     """Return in words for which jobs a job waits, and whether one of them is dead."""
     dependencies = queue.dependencies(job)
     first, others = dependencies[0], len(dependencies) - 1
-    message = "waits for %s, which is %s" % (printable(first["id"]), first["state"])
+    message = "waits for %s, which is %s" % (printable(first["id"]), state_word(first))
     if others:
         message += ", and for " + plural(others, "more job")
     if first["state"] != "dead" and job["seq"] in queue.blocked_seqs():
@@ -3940,8 +3987,13 @@ def obstacles(queue):
 
 
 def blocked_text(blocked):
-    names = printable(blocked["id"]), printable(blocked["dependency"])
-    return "%s waits for %s, which is dead" % names
+    return "%s waits for %s, which is %s" % (
+        printable(blocked["id"]), printable(blocked["dependency"]), state_word(blocked))
+
+
+def state_word(job):
+    """Return the state of a job; `cancelled` for a dead one that somebody cancelled."""
+    return "cancelled" if job["state"] == "dead" and job["cancelled"] else job["state"]
 
 
 # What people call a job: the queue knows some of these as one state. `state` gives the
@@ -3953,7 +4005,9 @@ JOB_KINDS = {
     "delayed": JobKind("pending", RING + "M8 5v3.5l2.5 1"),
     "behind a job": JobKind("pending", "M2 8h7M6 4l4 4-4 4M14 2v12"),
     "behind a lock": JobKind("pending", "M3 7h10v7H3zM5 7V5a3 3 0 0 1 6 0v2"),
+    "blocked": JobKind("dead", "M5 2h6l3 3v6l-3 3H5l-3-3V5zM5 8h6"),
     "processing": JobKind("processing", "M8 2a6 6 0 1 1-6 6"),
+    "lost": JobKind("failed", "M8 2a6 6 0 0 1 6 6M8 14a6 6 0 0 1-6-6"),
     "completed": JobKind("completed", "M2 9l4 4 8-9"),
     "failed": JobKind("failed", "M13 10a5.5 5.5 0 1 1 0-4M14 1v5H9"),
     "dead": JobKind("dead", "M3 3l10 10M13 3 3 13"),
@@ -3961,12 +4015,14 @@ JOB_KINDS = {
 }
 
 
-def kind_of(job, now):
-    """Return which of JOB_KINDS a job is."""
-    if job["state"] == "dead" and job["cancelled"]:
-        return "cancelled"
+def kind_of(job, status, now):
+    """Return which of JOB_KINDS a job is. STATUS has the values of `read_status`."""
+    if job["id"] in status["lost"]:
+        return "lost"
     if job["state"] != "pending":
-        return job["state"]
+        return state_word(job)
+    if job["seq"] in status["blocked_seqs"]:
+        return "blocked"
     if job["waits"]:
         return "behind a job"
     if job["gate"] == LOCKED:
@@ -3979,28 +4035,29 @@ def kind_of(job, now):
 Verdict = collections.namedtuple("Verdict", "state sentence advice")
 RULES = [
     (lambda status: status["paused"],
-     Verdict("failed", *PAUSED_HINT.capitalize().split("; "))),
+     Verdict("failed", "Paused{left}", PAUSED_HINT.split("; ")[1])),
     (lambda status: not any(status["jobs"].values()),
      Verdict("pending", "No jobs yet",
              "to add one: queuectl.py enqueue -- echo hello")),
     (lambda status: not count_unfinished(status["jobs"]),
-     Verdict("completed", "Idle: every job has ended", "")),
+     Verdict("completed", "Ended: {ended}", "")),
+    (lambda status: not (status["oldest_job"] or status["locked"] or status["next_job"]
+                         or status["jobs"]["processing"]),
+     Verdict("dead", "Stuck{left} for dead ones",
+             "retry the dead ones, or cancel what waits")),
     (lambda status: not status["has_pool"],
-     Verdict("dead", "No pool is running: {unfinished}",
-             NO_POOL.split("; ")[1])),
+     Verdict("dead", "No pool is running{left}", NO_POOL.split("; ")[1])),
     (lambda status: status["growth"] >= 1,
      Verdict("failed", "Falling behind: {ready} waiting, {growth:,.0f} more a minute",
              "")),
-    (lambda status: status["oldest_job"] and status["time_left"],
-     Verdict("processing", "Working: {ready} waiting, done in about {time_left}", "")),
     (lambda status: status["oldest_job"],
-     Verdict("processing", "Working: {ready} waiting", "")),
+     Verdict("processing", "Working: {ready} waiting{time_left}{harm}", "")),
+    (lambda status: status["locked"],
+     Verdict("processing", "Working: {ready} waiting for a lock{time_left}{harm}", "")),
     (lambda status: status["jobs"]["processing"],
-     Verdict("processing", "Keeping up: no job waits for a worker", "")),
-    (lambda status: status["next_job"],
-     Verdict("completed", "Idle: the next job is due {next_due}", "")),
+     Verdict("processing", "Keeping up: no job waits for a worker{harm}", "")),
     (lambda status: True,
-     Verdict("dead", "Stuck: the jobs that are left wait for dead ones", "")),
+     Verdict("completed", "Idle: the next job is due {next_due}{harm}", "")),
 ]
 
 
@@ -4010,23 +4067,48 @@ def verdict(status, now, growth=0):
     STATUS has the values of `read_status`. GROWTH is how many more jobs are left each
     minute, for a caller that has looked before.
     """
-    due = status["next_job"] and relative_time(status["next_due"], now, roughly)
-    unfinished = count_unfinished(status["jobs"])
+    jobs, cancelled = status["jobs"], status["cancelled"]
+    dead, blocked = jobs["dead"] - cancelled, len(status["blocked_seqs"])
+    harm = joined(dead and grouped(dead) + " dead",
+                  blocked and grouped(blocked) + " blocked")
+    ended = joined(jobs["completed"] and grouped(jobs["completed"]) + " completed",
+                   harm, cancelled and grouped(cancelled) + " cancelled")
     facts = dict(
-        status, growth=growth, next_due=due, time_left=time_left(status),
-        ready=grouped(max(1, status["ready"])), unfinished="%s wait%s" % (
-            plural(unfinished, "job"), "s" if unfinished == 1 else ""))
-    found = next(verdict for holds, verdict in RULES if holds(facts))
-    return found._replace(sentence=found.sentence.format(**facts))
+        status, growth=growth, ready=grouped(max(1, status["ready"])), ended=ended,
+        harm=harm and "; " + harm, left=left_text(status),
+        time_left="" if growth > 0 else time_left(status, now),
+        next_due=relative_time(status["next_due"] or now, now, roughly))
+    state, sentence, advice = next(found for holds, found in RULES if holds(facts))
+    if harm and state in ("processing", "completed"):
+        state = "failed"
+    return Verdict(state, sentence.format(**facts), advice)
 
 
-def time_left(status):
-    """Return about how long the waiting jobs will take, None if nobody can tell."""
+def left_text(status):
+    """Return in words which jobs need a worker: 1 job waits, 7 lost their worker."""
+    waiting = sum(status["jobs"][state] for state in WAITING)
+    lost = len(status["lost"])
+    words = joined(
+        waiting and plural(waiting, "job") + (" waits" if waiting == 1 else " wait"),
+        lost and "%s lost %s worker" % (
+            grouped(lost) if waiting else plural(lost, "job"),
+            "its" if lost == 1 else "their"))
+    return words and ": " + words
+
+
+def time_left(status, now):
+    """Return about how long the waiting jobs will take, nothing if nobody can tell.
+
+    Jobs that share a lock run one after the other, however many workers there are.
+    """
     workers, mean = len(status["workers"]), status["run_seconds"]
     if not workers or mean is None:
-        return None
+        return ""
     jobs = status["ready"] + status["jobs"]["processing"]
-    return roughly(max(1, mean * max(1, jobs / workers)))
+    seconds = max(1, mean * max(1, jobs / workers, status["line"]))
+    longest = max(now - (worker["since"] or now) for worker in status["workers"])
+    # A run that has taken longer than that is not like those before it.
+    return "" if longest > seconds else ", done in about " + roughly(seconds)
 
 
 def count_unfinished(counts):
@@ -4034,24 +4116,26 @@ def count_unfinished(counts):
 
 
 class Trend:
-    """Whether a queue grows, by the looks of a caller; one look a minute is kept."""
+    """Whether a queue grows, by the looks of a caller; one in 15 seconds is kept."""
 
     def __init__(self):
-        self.looks = collections.deque(maxlen=3)
+        self.looks = collections.deque(maxlen=4)
 
     def growth(self, now, left):
-        """Return how many more jobs are left each minute: the least of two steps.
+        """Return how many more jobs are left each minute: the least of three steps.
 
         So a heap that was enqueued at once, and has shrunk since, is no growth.
         """
         if self.looks and now < self.looks[-1][0]:  # the clock was set back
             self.looks.clear()
-        if not self.looks or now >= self.looks[-1][0] + 60:
+        if not self.looks or now >= self.looks[-1][0] + 15:
             self.looks.append((now, left))
         looks = [*self.looks]
         steps = [60 * (more - less) / (end - begin)
                  for (begin, less), (end, more) in zip(looks, looks[1:])]
-        return min(steps) if len(steps) > 1 else 0
+        if len(steps) < 3:  # too early to call it growth, or to tell when it ends
+            steps.append(0.5 if steps else 0)
+        return min(steps)
 
 
 def progress_text(counts, done, seconds):
@@ -4257,10 +4341,10 @@ def fitted(widths, room):
 ListColumn = collections.namedtuple("ListColumn", "title terminal text")
 
 
-def due_text(job, now):
+def due_text(job, now, text_of=duration_text):
     """Return when a job is due that waits for this time alone, else nothing."""
     if job["gate"] == CLOSED and not job["waits"] and job["run_at"] > now:
-        return relative_time(job["run_at"], now)
+        return relative_time(job["run_at"], now, text_of)
     return ""
 
 
@@ -5329,7 +5413,7 @@ class Supervisor:
         Delayed jobs are no failure. Others that are left are one.
         """
         counts, due = queue.drain_counts(), queue.next_due()
-        counts.update(delayed=queue.count_delayed(), blocked=queue.count_blocked())
+        counts.update(delayed=queue.count_delayed(), blocked=len(queue.blocked_seqs()))
         failures, notes = obstacles(queue), []
         is_over = requested_stop(self.path, self.pid) == "over"
         if not is_over and not queue.is_drained():
@@ -5515,32 +5599,35 @@ def within_job_of(path):
 def read_status(queue):
     """Return the values that `status` shows, with times still as epoch seconds."""
     none = {"id": None, "run_at": None}
-    oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
-    workers = queue.workers()
-    pools = {worker["pool"] for worker in workers}
-    killed = {pool for pool in pools if not is_locked(pool_file(queue.path, pool))}
-    return {
-        "jobs": queue.counts(), "workers": workers,
-        "commands": {job["id"]: job["command"] for job in queue.jobs(
-            where(["processing"]), limit=MAX_WORKERS, brief=True)},
-        "killed_pools": killed, "has_pool": bool(pools - killed),
-        "stopping_pools": {pool for pool in pools if requested_stop(queue.path, pool)},
-        "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
-        "next_due": due["run_at"], "next_job": due["id"],
-        "paused": queue.is_paused(), "blocked": queue.first_blocked(),
-        **dict(zip(("ready", "run_seconds"), queue.work_left())),
-    }
+    with queue.snapshot():  # or a job that has just been claimed would seem lost
+        oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
+        workers = queue.workers()
+        pools = {worker["pool"] for worker in workers}
+        killed = {pool for pool in pools if not is_locked(pool_file(queue.path, pool))}
+        commands = {job["id"]: job["command"] for job in queue.jobs(
+            where(["processing"]), limit=MAX_WORKERS, brief=True)}
+        return {
+            "jobs": queue.counts(), "workers": workers, "commands": commands,
+            "lost": {*commands} - {worker["job"] for worker in workers},
+            "killed_pools": killed, "has_pool": bool(pools - killed),
+            "stopping_pools": {
+                pool for pool in pools if requested_stop(queue.path, pool)},
+            "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
+            "next_due": due["run_at"], "next_job": due["id"],
+            "paused": queue.is_paused(), "blocked": queue.first_blocked(),
+            "blocked_seqs": queue.blocked_seqs(), "cancelled": queue.count_cancelled(),
+            **queue.work_left(),
+        }
 
 
 def status_document(status, now):
     """Return what `status --json` prints."""
+    document = {name: status[name] for name in (
+        "jobs", "workers", "oldest_waiting", "oldest_job", "next_due", "next_job",
+        "paused")}
     workers = [with_iso_times(worker, "since") for worker in status["workers"]]
-    document = with_iso_times(status, "oldest_waiting", "next_due")
-    for name in ("ready", "run_seconds", "commands", "killed_pools", "has_pool",
-                 "stopping_pools"):
-        del document[name]  # what lines for people are made of
-    blocked = status["blocked"]["jobs"] if status["blocked"] else 0
-    return dict(document, workers=workers, blocked=blocked,
+    return dict(with_iso_times(document, "oldest_waiting", "next_due"), workers=workers,
+                blocked=len(status["blocked_seqs"]),
                 verdict=verdict(status, now).sentence)
 
 
@@ -5606,7 +5693,7 @@ def count_lines(status, now):
         yield "Next Due: %s, %s" % (printable(status["next_job"]), when)
     if status["blocked"]:
         yield "Blocked: %s; %s" % (
-            plural(status["blocked"]["jobs"], "job"), blocked_text(status["blocked"]))
+            plural(len(status["blocked_seqs"]), "job"), blocked_text(status["blocked"]))
 
 
 def worker_lines(status, now):
@@ -7258,11 +7345,11 @@ def filters_of(query, states=STATES):
     """Return arguments for `where`: what a query asks for, of these states alone."""
     if "state" in query:
         states = [state for state in states if state == state_name(query["state"])]
-    text, error = query.get("q", ""), query.get("error")
-    if not is_storable(text + (error or "")):
+    text, error, behind = query.get("q", ""), query.get("error"), query.get("behind")
+    if not is_storable(text + (error or "") + (behind or "")):
         raise Refusal(400, "not text")
     pattern = like_pattern(text) if text else None
-    return dict(states=states, pattern=pattern, error=error)
+    return dict(states=states, pattern=pattern, error=error, behind=behind)
 
 
 def newest_jobs(queue, query):
@@ -7420,9 +7507,23 @@ def button(words, post, kind=None, label=None, **data):
                    data_post=post, **data)
 
 
-def joined(*words, by=", "):
-    """Return those of the words that are not empty, joined."""
-    return by.join(filter(None, words))
+def ago(moment, page):
+    """Return a time as people say it, in one unit: just now, 2 min ago, in 4 s."""
+    if 0 <= page.now - moment < 1:
+        return "just now"
+    return relative_time(moment, page.now, roughly)
+
+
+def took_text(seconds):
+    """Return how long something took, in one unit: <1 ms, 43 ms, 3.2 s, 19 min."""
+    if seconds >= 10:
+        return roughly(seconds)
+    return "<1 ms" if seconds < 0.0005 else spaced(duration_text(seconds, precise=True))
+
+
+def spaced(duration):
+    """Return the text of a duration with a space before each unit."""
+    return re.sub("([a-z]+)", r" \1", duration)
 
 
 def query_of(**fields):
@@ -7437,7 +7538,8 @@ def job_address(job, what):
     return "/api/jobs/-/" + what + query_of(id=job["id"])
 
 
-class View(collections.namedtuple("View", "state q error before first job run")):
+class View(collections.namedtuple(
+        "View", "state q error behind before first job run")):
     """What the page shows: the query of its address."""
 
     @classmethod
@@ -7446,7 +7548,7 @@ class View(collections.namedtuple("View", "state q error before first job run"))
 
     def filters(self):
         """Return what narrows the list of jobs, as the actions for many take it."""
-        return {name: getattr(self, name) for name in ("state", "q", "error")
+        return {name: getattr(self, name) for name in ("state", "q", "error", "behind")
                 if getattr(self, name)}
 
     def address(self, part="", **changes):
@@ -7456,7 +7558,7 @@ class View(collections.namedtuple("View", "state q error before first job run"))
 
     def only(self, **filters):
         """Return the address of the jobs that these filters leave, from the newest."""
-        nothing = dict(state="", q="", error="", before="", first="")
+        nothing = dict(state="", q="", error="", behind="", before="", first="")
         return self.address("#jobs", **dict(nothing, **filters))
 
     def open(self, id):
@@ -7504,10 +7606,12 @@ def headline():
 def page_header(page):
     """Return the name of the queue, and the button that pauses or resumes it."""
     folder, name = os.path.split(page.queue.path)
-    switch = button("Pause", "/api/pause", done="Paused: no further job starts")
+    switch = None
     if page.status["paused"]:
         switch = button(
             "Resume", "/api/resume", "primary", done="Resumed: jobs start again")
+    elif count_in(page, ""):
+        switch = button("Pause", "/api/pause", done="Paused: no further job starts")
     return element(
         "header", headline(),
         element("span", element("span", folder + os.sep, kind="wide"), name,
@@ -7520,54 +7624,75 @@ def page_now(page):
     A queue without jobs gets the first steps instead.
     """
     state, sentence, advice = verdict(page.status, page.now, page.growth)
-    words = joined(load_text(page), advice[:1].upper() + advice[1:], by=" · ")
+    if page.status["paused"]:
+        advice = ""  # there is a button
+    advice = advice[:1].upper() + advice[1:].replace("queuectl.py", command_line(page))
+    words = joined(load_text(page), advice, by=" · ")
     more = [element("p", words, kind="dim") if words else None,
             element("ul", *alerts(page))]
     if not any(page.status["jobs"].values()):
-        more = [first_steps()]
+        more = [first_steps(page)]
     return element("section", element("h2", sentence, id="verdict", tabindex=-1), *more,
                    id="now", kind="card " + state)
 
 
-def first_steps():
+def command_line(page):
+    """Return the beginning of a command, which is pasted into another folder."""
+    return "queuectl.py --db " + quoted([page.queue.path])
+
+
+def first_steps(page):
     """Return the commands that make and run a job."""
-    steps = [("Add a job: ", "enqueue -- echo hello"), ("Run it: ", "worker start")]
+    steps = [("Add a job: ", " enqueue -- echo hello"), ("Run it: ", " worker start")]
     return element("ol", *[
-        element("li", words, element("code", "queuectl.py " + command, kind="mono"))
+        element("li", words, element("code", command_line(page) + command, kind="mono"))
         for words, command in steps])
 
 
 def load_text(page):
     """Return in words how many jobs run, and how many others can't run yet."""
-    jobs = page.status["jobs"]
-    running = jobs["processing"]
-    later = sum(jobs[state] for state in WAITING) - page.status["ready"]
-    return joined(
-        running and grouped(running) + " running",
-        later > 0 and grouped(later) + " waiting for a time or for another job")
+    status = page.status
+    counts = [
+        (status["jobs"]["processing"] - len(status["lost"]), "running"),
+        (status["dependent"], "behind other jobs"),
+        (status["delayed"], "waiting for a time"), (status["locked"], "behind a lock")]
+    return joined(*[count and grouped(count) + " " + words for count, words in counts])
 
 
 def alerts(page):
-    """Yield a line for each of the most common errors, and one for what is blocked."""
-    groups, blocked = died(page.groups), page.status["blocked"]
-    for group in groups[:SHOWN_ERRORS]:
+    """Yield a line for each of the most common errors, and for what blocks most."""
+    groups = died(page.groups)
+    shown = len(groups) if len(groups) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
+    for group in groups[:shown]:
         yield error_alert(group, page)
-    rest = sum(group["jobs"] for group in groups[SHOWN_ERRORS:])
+    rest = sum(group["jobs"] for group in groups[shown:])
     if rest:
         yield alert(grouped(rest) + " dead", "", "of other errors",
                     show_link(page.view.only(state="dead"), "all dead jobs"))
-    if blocked:
-        yield alert(
-            grouped(blocked["jobs"]) + " blocked", "", blocked_text(blocked),
-            show_link(page.view.open(blocked["dependency"]), blocked["dependency"]))
+    if page.status["blocked_seqs"]:
+        for dead in page.memory.counts.get(
+                "blockers", lambda: page.queue.blockers(SHOWN_ERRORS)):
+            yield blocked_alert(dead, page)
+
+
+def blocked_alert(dead, page):
+    """Return the line about the jobs that wait for a dead one."""
+    name = dead["id"]
+    return alert(
+        grouped(dead["jobs"]) + " blocked", name,
+        "by this job, which is " + state_word(dead),
+        show_link(page.view.only(behind=name), "jobs behind " + name),
+        button("Retry", job_address(dead, "retry"), label="Retry " + name,
+               done="Retried " + name))
 
 
 def error_alert(group, page):
     """Return the line about the jobs that died of one error."""
     chosen = {"state": "dead", "error": group["error"]}
-    words = "latest " + relative_time(group["latest"], page.now, roughly)
-    if group["line"]:
-        words = "“%s” · %s" % (group["line"], words)
+    line, is_one = group["line"], group["jobs"] == 1
+    words = joined(not is_one and ("the latest printed" if line else "the latest"),
+                   line and "“%s” ·" % line,
+                   ago(group["latest"], page), by=" ")
     return alert(
         grouped(group["jobs"]) + " dead", group["error"], words,
         show_link(page.view.only(**chosen), "the dead of " + group["error"]),
@@ -7593,32 +7718,33 @@ def show_link(address, what):
 def longest_wait(page):
     """Return how long the first pending job has waited, or when the next is due."""
     if page.status["oldest_job"]:
-        waited = roughly(page.now - page.status["oldest_waiting"])
-        return "the longest waits " + waited
-    return next_due(page, "pending")
+        return "longest wait " + roughly(page.now - page.status["oldest_waiting"])
+    return next_due(page, "pending") or "none is ready"
 
 
 def next_due(page, state):
     """Return when the next job is due, if it is in this state."""
     job, due = page.status["next_job"], page.status["next_due"]
     if job and page.queue.state(job) == state:
-        return "next " + relative_time(due, page.now, roughly)
+        return "next due " + ago(due, page)
     return None
 
 
-def cancelled_text(page):
-    """Return how many of the dead jobs somebody cancelled."""
-    count = sum(group["jobs"] for group in page.groups if group["is_cancelled"])
-    return "%s cancelled" % grouped(count) if count else None
+def workers_text(page):
+    """Return how many running jobs lost their worker, or how many workers there are."""
+    lost, workers = len(page.status["lost"]), len(page.status["workers"])
+    return grouped(lost) + " lost" if lost else "of " + plural(workers, "worker")
 
 
 TILES = {
-    "": lambda page: None,
+    "": lambda page: grouped(count_unfinished(page.status["jobs"])) + " to go",
     "pending": longest_wait,
-    "processing": lambda page: "of " + plural(len(page.status["workers"]), "worker"),
-    "completed": lambda page: None,
+    "processing": workers_text,
+    "completed": lambda page: "%d %% of all" % (
+        100 * count_in(page, "completed") // count_in(page, "")),
     "failed": lambda page: next_due(page, "failed"),
-    "dead": cancelled_text,
+    "dead": lambda page: page.status["cancelled"] and "%s cancelled" % grouped(
+        page.status["cancelled"]),
 }
 
 
@@ -7631,8 +7757,9 @@ def page_tiles(page):
 def tile(page, state, hint):
     count = count_in(page, state)
     return element(
-        "a", element("b", grouped(count)), " ", element("span", state or "all"),
-        element("span", hint(page) if count else None, kind="dim"),
+        "a", element("span", state or "all"), " ", element("b", grouped(count)), " ",
+        element("span", (count or state == "processing") and hint(page) or None,
+                kind="dim"),
         href=page.view.only(state=state),
         kind=joined("card", state, "hue" if state == "dead" and count else "", by=" "),
         aria_current="true" if page.view.state == state else None)
@@ -7655,32 +7782,38 @@ def page_middle(page):
 
 
 def page_running(page):
-    """Return the first jobs that run, with their commands and times."""
-    jobs = list(page.queue.jobs(where(["processing"]), RUNNING_SHOWN))
-    more = page.status["jobs"]["processing"] - RUNNING_SHOWN
+    """Return the jobs that have run longest, with their commands and times."""
+    runs = sorted(page.queue.processing_runs(), key=lambda run: run.started_at)
+    more, lost = len(runs) - RUNNING_SHOWN, len(page.status["lost"])
     return element(
         "section", element("h2", "Running now"),
-        element("ul", *[running_job(job, page) for job in jobs]),
-        None if jobs else element("p", "Nothing", kind="dim"),
+        element("p", grouped(lost) + " without a worker", kind="failed hue")
+        if lost else None,
+        element("ul", *[running_job(page.queue.job(run.id), page)
+                        for run in runs[:RUNNING_SHOWN]]),
+        None if runs else element("p", "Nothing", kind="dim"),
         link(grouped(more) + " more", page.view.only(state="processing"), "dim")
         if more > 0 else None, id="running", kind="card")
 
 
 def running_job(job, page):
+    """Return a line about a running job; its time is marked near the timeout."""
+    word = kind_of(job, page.status, page.now)
+    seconds = page.now - job["started_at"]
+    is_late = job["timeout"] and seconds > 0.8 * job["timeout"]
     return element(
-        "li", link(job["id"], page.view.open(job["id"]), "mono line"),
+        "li", icon(word), link(job["id"], page.view.open(job["id"]), "mono line"),
         element("span", one_line(job["command"]), kind="mono dim line"),
-        element("b", running_time(job, page.now)), data_key=job["id"])
-
-
-def running_time(job, now):
-    return roughly(now - (now if job["started_at"] is None else job["started_at"]))
+        element("b", roughly(seconds), kind="failed hue" if is_late else None),
+        data_key=job["id"], kind=JOB_KINDS[word].state)
 
 
 def charts_route(request):
     """Return the chart of the last hour, and in words what its runs were like."""
     stats = stats_by_minute(request)
     bars = [(bar["completed"], bar["failed"]) for bar in stats["throughput"]]
+    first = next((at for at, bar in enumerate(bars) if any(bar)), len(bars))
+    bars = bars[min(first, len(bars) - 10) :]  # from the first run on
     top = max(4, *map(sum, bars))
     words = "%s completed, %s failed in the last hour" % (
         grouped(stats["completed"]), grouped(stats["failed"]))
@@ -7690,7 +7823,7 @@ def charts_route(request):
         element("span", grouped(top), kind="axis dim"),
         element("svg", *chart_bars(bars, top), viewBox="0 0 %d %d" % (len(bars), top),
                 role="img", aria_label=words, preserveAspectRatio="none"),
-        element("div", element("span", "1 h ago"), element(
+        element("div", element("span", "%d min ago" % len(bars)), element(
             "span", *[element("span", state, kind="legend " + state)
                       for state in ("completed", "failed")]),
             element("span", "now"), kind="axis dim row")]))
@@ -7701,25 +7834,29 @@ def stats_text(stats):
     if not stats["runs"]:
         return "nothing ran in the last hour"
     rate, wait = stats["success_rate"], stats["waiting_time"]["median"]
-    took = [duration_text(stats["run_time"][part], precise=True)
-            for part in ("median", "p95")]
+    took = [took_text(stats["run_time"][part]) for part in ("median", "p95")]
     return joined(
         "%s in the last minute" % grouped(round(60 * stats["per_second_now"])),
         rate is not None and "%d %% succeed" % int(100 * rate),
-        "take %s, 95 %% within %s" % tuple(took),
-        wait is not None and "wait " + duration_text(wait, precise=True), by=" · ")
+        "a run takes %s (95 %%: %s)" % tuple(took),
+        wait is not None and "jobs waited " + took_text(wait), by=" · ")
 
 
 def chart_bars(bars, top):
-    """Yield the bars of a chart: completed runs of each minute, then failed ones."""
+    """Yield the bars of a chart: completed runs of each minute, then failed ones.
+
+    The last one is paler: its minute goes on.
+    """
     for x, (completed, failed) in enumerate(bars):
+        minutes = len(bars) - 1 - x
         title = element("title", "%d completed, %d failed, %d min ago" % (
-            completed, failed, len(bars) - 1 - x))
+            completed, failed, minutes))
         for kind, base, height in (
                 ("completed", 0, completed), ("failed", completed, failed)):
             if height:
-                yield element("rect", title, kind=kind, x="%.2f" % (x + 0.06),
-                              y=top - base - height, width=0.88, height=height)
+                yield element("rect", title, kind=kind + ("" if minutes else " part"),
+                              x="%.2f" % (x + 0.06), y=top - base - height,
+                              width=0.88, height=height)
 
 
 # -- the page: the table of jobs -------------------------------------------------------
@@ -7729,18 +7866,21 @@ Column = collections.namedtuple("Column", "title kind show")
 
 
 def kind_cell(job, page):
-    word = kind_of(job, page.now)
+    word = kind_of(job, page.status, page.now)
     return Html(icon(word) + element("span", word))
 
 
-def id_cell(job, page):
-    return link(job["id"], page.view.open(job["id"]))
-
-
 def command_cell(job, page):
-    error = failure_of(job)
+    """Return the command, behind the error; in a list of dead jobs its last line, too.
+
+    There the rows would look the same otherwise.
+    """
+    error, line = failure_of(job), ""
+    if error and page.view.state == "dead":
+        line = last_line(page.queue.tail(job))
     return element("span", element("b", error, kind="hue") if error else None,
-                   " " if error else None, one_line(job["command"]))
+                   " “%s” · " % line if line else " " if error else None,
+                   one_line(job["command"]))
 
 
 def tries_cell(job, page):
@@ -7748,32 +7888,27 @@ def tries_cell(job, page):
     return "%d/%d" % (job["attempts"], most) if job["attempts"] else ""
 
 
-def took_cell(job, page):
-    if job["seconds"] is None:
-        return ""
-    return duration_text(job["seconds"], precise=True)
-
-
 def time_cell(job, page):
     """Return the time that says most about a job in its state."""
     if job["state"] == "processing":
-        return "for " + running_time(job, page.now)
+        return "for " + roughly(page.now - job["started_at"])
     if job["state"] in FINISHED:
-        return relative_time(job["updated_at"], page.now, roughly)
+        return ago(job["updated_at"], page)
     if job["waits"]:
         return "after " + job["waits_for"].partition("\n")[0]
     if job["run_at"] <= page.now:
         return "waits " + roughly(page.now - job["run_at"])
-    due = relative_time(job["run_at"], page.now, roughly)
+    due = ago(job["run_at"], page)
     return "retry " + due if job["state"] == "failed" else due
 
 
 JOB_COLUMNS = [
     Column("State", "hue mid", kind_cell),
-    Column("Id", "mono", id_cell),
+    Column("Id", "mono", lambda job, page: link(job["id"], page.view.open(job["id"]))),
     Column("Command", "mono rest", command_cell),
     Column("Tries", "slim wide num", tries_cell),
-    Column("Took", "slim wide num", took_cell),
+    Column("Took", "slim wide num", lambda job, page: "" if job["seconds"] is None
+           else took_text(job["seconds"])),
     Column("When", "mid num", time_cell),
 ]
 
@@ -7789,7 +7924,7 @@ def failure_of(job):
 
 
 def job_row(job, page):
-    state = JOB_KINDS[kind_of(job, page.now)].state
+    state = JOB_KINDS[kind_of(job, page.status, page.now)].state
     cells = [element("td", column.show(job, page), kind=column.kind)
              for column in JOB_COLUMNS]
     return element("tr", *cells, data_key=job["id"], kind=state, title=job["command"],
@@ -7812,7 +7947,10 @@ def page_jobs(page):
         element("table", element("thead", element("tr", *heads)),
                 element("tbody", *[job_row(job, page) for job in rows]),
                 aria_label="Jobs"),
-        None if rows else element("p", "No job is like that", kind="dim"),
+        None if rows else element(
+            "p", "No job matches %s " % " and ".join(
+                map("“{}”".format, view.filters().values())),
+            link("Clear", view.only()), kind="dim"),
         page_links(page, rows, total, has_more), id="jobs", kind="card")
 
 
@@ -7822,7 +7960,7 @@ def count_of_view(page, known):
     To count what a search finds takes a while, so that is cached.
     """
     filters = page.view.filters()
-    if not {"q", "error"} & {*filters}:
+    if not {*filters} - {"state"}:
         return count_in(page, page.view.state)
     if known is not None:
         return known
@@ -7847,6 +7985,7 @@ def filter_links(view):
     """Yield a link that removes it for each filter, but for what the search shows."""
     for name, words in view.filters().items():
         if name != "q":
+            words = "behind " + words if name == "behind" else words
             yield link("✕ " + words, view.only(**dict(view.filters(), **{name: ""})),
                        "button filter", aria_label="Remove the filter " + words)
 
@@ -7878,8 +8017,8 @@ def question_route(request):
     verb = query.get("verb", "retry")
     selection = selected_by(verb, query)
     count, left = queue.count(selection.taken), queue.count(selection.left)
-    stays = left and "%s stay%s: %s." % (
-        plural(left, "job"), "s" if left == 1 else "", selection.why)
+    stays = left and "%s left out: %s." % (
+        plural(left, "job") + (" is" if left == 1 else " are"), selection.why)
     if not count:
         return {"none": joined("There is nothing to %s." % verb, stays, by=" ")}
     words = "%s %s?" % (verb.capitalize(), jobs_of_query(count, verb, query))
@@ -7894,7 +8033,8 @@ def jobs_of_query(count, verb, query):
         query.get("error") and "the error “%(error)s”" % query,
         query.get("q") and "“%(q)s” in them" % query, by=" and ")
     return joined(grouped(count), state, "job" if count == 1 else "jobs",
-                  with_text and "with " + with_text, by=" ")
+                  with_text and "with " + with_text,
+                  query.get("behind") and "behind “%(behind)s”" % query, by=" ")
 
 
 def page_links(page, rows, total, has_more):
@@ -7921,13 +8061,17 @@ def page_panel(page):
     """Return the panel of a job: the reason first, the rest of the height to output."""
     job = page.queue.job(page.view.job)
     run = run_shown(job, page.view)
+    copy = element("button", "Copy", type="button", data_copy="command",
+                   aria_label="Copy the command")
     return element(
         "aside",
         element("div", element("h2", job["id"], id="name", tabindex=-1, kind="mono"),
-                element("span", *job_buttons(job, page), kind="row end"), kind="row"),
+                link("Close", page.view.open(""), "button end", id="close"),
+                kind="row top"),
         page_reason(job, page),
-        element("pre", job["command"], id="command", tabindex=0, role="region",
-                aria_label="Command"),
+        element("div", *job_buttons(job, page), kind="row"),
+        element("div", element("pre", job["command"], id="command", tabindex=0,
+                               role="region", aria_label="Command"), copy, kind="box"),
         element("dl", *[fact(name, value)
                         for name, value in job_facts(job, page).items() if value]),
         run_links(job, run, page), *panel_output(job, run, page),
@@ -7940,10 +8084,10 @@ def run_shown(job, view):
     return run if 1 <= run <= job["run"] else job["run"]
 
 
-# An action for a job: the words of its button, the verb of its address, whether it can
-# be done with the job, the question before it, or None, and the answer after it. What
-# destroys has a question.
-Action = collections.namedtuple("Action", "words verb is_offered ask done")
+# An action for a job: the words of its button and its class, the verb of its address,
+# whether it can be done with the job, the question before it, or None, and the answer
+# after it. What destroys, or runs a command once more, has a question.
+Action = collections.namedtuple("Action", "words kind verb is_offered ask done")
 
 
 def can_run_now(job, page):
@@ -7966,35 +8110,40 @@ def ask_to_cancel(job, page):
 
 
 JOB_ACTIONS = [
-    Action("Retry", "retry", lambda job, page: job["state"] in TAKES["retry"],
+    Action("Retry", "primary", "retry", lambda job, page: job["state"] == "dead",
            None, "Retried %s"),
-    Action("Run now", "run", can_run_now, None, "Due now: %s"),
-    Action("Cancel…", "cancel", lambda job, page: job["state"] in TAKES["cancel"],
+    Action("Run again…", None, "retry", lambda job, page: job["state"] in SUCCESSFUL,
+           lambda job, page: "%s is completed. Run it again?" % job["id"],
+           "Runs again: %s"),
+    Action("Run now", "primary", "run", can_run_now, None, "Due now: %s"),
+    Action("Cancel…", "danger", "cancel",
+           lambda job, page: job["state"] in TAKES["cancel"],
            ask_to_cancel, "Cancelled %s"),
-    Action("Delete…", "delete", can_delete, lambda job, page:
+    Action("Delete…", "danger", "delete", can_delete, lambda job, page:
            "Delete %s? Its runs and their output go as well." % job["id"],
            "Deleted %s"),
 ]
 
 
 def job_buttons(job, page):
-    """Yield a button for each action that is possible, then Copy and Close."""
+    """Yield a button for each action that is possible, and why there is no Delete.
+
+    Each has a key, so that the focus does not slide to another one when one goes.
+    """
     for action in JOB_ACTIONS:
         if action.is_offered(job, page):
             yield button(
-                action.words, job_address(job, action.verb),
-                ask=action.ask and action.ask(job, page),
-                kind="danger" if action.ask else "primary",
-                done=action.done % job["id"], do=action.verb.capitalize())
-    yield element("button", "Copy", type="button", data_copy="command",
-                  aria_label="Copy the command")
-    yield link("Close", page.view.open(""), "button", id="close")
+                action.words, job_address(job, action.verb), action.kind,
+                ask=action.ask and action.ask(job, page), key="do-" + action.words,
+                done=action.done % job["id"], do=action.words.strip("…"))
+    if page.queue.is_needed(job):
+        yield element("span", "It can't be deleted: other jobs wait for it", kind="dim")
 
 
 def page_reason(job, page):
     """Return in words what a job is, and why."""
-    word = kind_of(job, page.now)
-    waiting = why_waiting(page.queue, job, page.status["workers"])
+    word = kind_of(job, page.status, page.now)
+    waiting = why_waiting(page.queue, job, page.status["workers"], roughly)
     tries = job["attempts"] and not waiting and "try %d of %d" % (
         job["attempts"], tries_allowed(job["max_retries"]))
     words = joined(failure_of(job), waiting or time_cell(job, page), tries)
@@ -8011,20 +8160,32 @@ def job_facts(job, page):
     fields = public_job(job)
 
     def moment(name):
-        when = relative_time(job[name], page.now, roughly)
-        return "%s · %s" % (when, re.sub("[TZ]", " ", fields[name]) + "UTC")
+        stamp = fields[name] and re.sub("[TZ]", " ", fields[name]) + "UTC"
+        return stamp and "%s · %s" % (ago(job[name], page), stamp)
 
     after = [(id, page.queue.state(id)) for id in fields["after"][: LINKS_SHOWN + 1]]
     facts = {
         "comes after": job_links(after, page),
         "comes before": job_links(page.queue.dependents(job, LINKS_SHOWN + 1), page),
         "enqueued": moment("created_at"),
-        "due": can_run_now(job, page) and moment("run_at")}
-    facts.update(
-        (name, fields[name]) for name in COLUMNS if name not in SHOWN_ELSEWHERE)
-    facts["timeout"] = fields["timeout"] and duration_text(fields["timeout"])
+        "due": can_run_now(job, page) and moment("run_at"),
+        "started": moment("started_at"),
+        "worker": next((worker["pid"] for worker in page.status["workers"]
+                        if worker["job"] == job["id"]), None)}
+    facts.update((name.replace("_", " "), fields[name])
+                 for name in COLUMNS if name not in SHOWN_ELSEWHERE)
+    facts["lock"] = lock_fact(job, page)
+    facts["timeout"] = fields["timeout"] and spaced(duration_text(fields["timeout"]))
     facts["env"] = " ".join(map("=".join, fields["env"].items()))
     return facts
+
+
+def lock_fact(job, page):
+    """Return the lock of a job; while the job waits for it, with who has it now."""
+    holder = job["lock"] and job["state"] in WAITING and page.queue.lock_holder(job)
+    if not holder or holder == job["id"]:
+        return job["lock"]
+    return [job["lock"] + " · now of ", link(holder, page.view.open(holder))]
 
 
 def fact(name, value):
@@ -8047,11 +8208,11 @@ def run_links(job, shown, page):
 
 
 def run_link(run, shown, page):
-    words = "running"
+    """Return a link to the output of a run, with when it began and how it ended."""
+    words = [run["run"], iso(run["started_at"])[11:19], "running"]
     if run["finished_at"] is not None:
-        took = duration_text(run["seconds"], precise=True)
-        words = joined(run["error"] or "exit 0", took)
-    return link("run %d: %s" % (run["run"], words),
+        words[2:] = run["error"] or "exit 0", took_text(run["seconds"])
+    return link("run " + " · ".join(map(str, words)),
                 page.view.address(run=str(run["run"])), "button",
                 aria_current="true" if run["run"] == shown else None)
 
@@ -8139,11 +8300,12 @@ def main_route(request, is_whole=False):
 def page_main(page):
     """Return the title, the parts of the page, and the panel of the job that is open."""
     parts = [page_now(page)]
+    dead = page.status["jobs"]["dead"] - page.status["cancelled"]
     if any(page.status["jobs"].values()):
         parts = [page_now(page), page_tiles(page), page_middle(page), page_jobs(page)]
     return Html("".join([
-        page_title("%d dead – %s" % (
-            page.status["jobs"]["dead"], os.path.basename(page.queue.path))),
+        page_title(joined(dead and grouped(dead) + " dead",
+                          os.path.basename(page.queue.path), by=" – ")),
         page_header(page), element("main", *parts), *open_panel(page)]))
 
 
@@ -8157,9 +8319,13 @@ def page_without_queue():
 
 
 def page_trouble(words):
-    """Return the place that tells why the page is old or empty."""
-    return element("p", words[:1].upper() + words[1:], id="trouble", kind="card",
-                   role="alert", hidden=None if words else "")
+    """Return the place that tells why the page is old or empty, and how old it is.
+
+    The age is no part of the alert, which would be read aloud at each change.
+    """
+    return element("div", element("p", words[:1].upper() + words[1:], role="alert"),
+                   element("p"), id="trouble", kind="card",
+                   hidden=None if words else "")
 
 
 def open_panel(page):
@@ -8499,6 +8665,7 @@ button:hover, .button:hover { border-color: var(--text); }
   position: sticky; top: .4rem; z-index: 3; margin: 0 0 .7rem;
   background: var(--red); color: var(--card);
 }
+#trouble:not([hidden]) ~ #page main { opacity: .55; }
 /* Without anything good to show it is all of the page. */
 body:not(:has(#now)) { display: flex; flex-direction: column; }
 body:not(:has(#now)) #trouble {
@@ -8507,10 +8674,7 @@ body:not(:has(#now)) #trouble {
   background: var(--card); color: var(--text); border-left: 4px solid var(--red);
   font-size: 1.2rem; overflow-wrap: anywhere;
 }
-body:not(:has(#now)) #trouble::after {
-  content: "This page tries again every two seconds."; display: block; margin-top: .4rem;
-  color: var(--dim); font-size: 1rem;
-}
+body:not(:has(#now)) #trouble p + p { margin-top: .4rem; color: var(--dim); font-size: 1rem; }
 #said {
   position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%); z-index: 2;
   max-width: calc(100% - 2rem); padding: .5rem 1rem; border-radius: .4rem;
@@ -8544,7 +8708,7 @@ header .line { flex: 1; }
   border-radius: 50%; background: var(--c); vertical-align: .1em;
 }
 #now p { margin-top: .15rem; }
-#now ul { margin-top: .5rem; }
+#now ul:not(:empty) { margin-top: .5rem; }
 #now li {
   display: grid; grid-template-columns: 7rem 11rem 1fr auto; gap: .7rem; align-items: center;
   padding: .35rem 0; border-top: 1px solid var(--line);
@@ -8552,8 +8716,8 @@ header .line { flex: 1; }
 #tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 0 .7rem; }
 #tiles a { text-decoration: none; padding: .45rem .9rem .55rem; min-width: 0; }
 #tiles a:hover { border-color: var(--edge); }
-#tiles b { font-size: 1.4rem; line-height: 1.3; margin-right: .15em; }
-#tiles .dim { display: block; min-height: 1.45em; }
+#tiles :is(b, .dim) { display: block; }
+#tiles b { font-size: 1.4rem; line-height: 1.3; }
 #tiles [aria-current] { box-shadow: inset 0 -3px var(--c, var(--edge)); }
 ol { padding-left: 1.2rem; margin-top: .5rem; }
 #now ol li { display: list-item; padding: .2rem 0; border: 0; }
@@ -8566,15 +8730,23 @@ ol code { background: var(--bg); padding: .15rem .5rem; border-radius: .3rem; }
   width: 100%; flex: 1 0 4.5rem; height: 0; margin-bottom: .15rem;
   border: solid var(--line); border-width: 1px 0;
 }
-rect { fill: var(--c); }
-.axis { justify-content: space-between; font-size: .86em; }
+rect, .legend::before { fill: var(--c); background: var(--c); }
+/* Hollow, so that they differ for those who see no colours as well. */
+rect.failed, .legend.failed::before {
+  fill: var(--card); background: var(--card); stroke: var(--c); border: 2px solid var(--c);
+  stroke-width: 2; vector-effect: non-scaling-stroke;
+}
+rect.part { opacity: .45; }
+.axis { justify-content: space-between; font-size: .86em; margin-top: .35rem; }
 .legend { margin: 0 .6em; }
 .legend::before {
   content: ""; display: inline-block; width: .65em; height: .65em; margin-right: .4em;
-  border-radius: .15em; background: var(--c);
+  border-radius: .15em; box-sizing: border-box;
 }
-#running li { display: flex; gap: .6rem; padding-top: .25rem; }
+#running li { display: flex; gap: .6rem; padding-top: .25rem; align-items: center; }
 #running li span { flex: 1; }
+#running .icon { margin: 0; flex: none; }
+#running > a { display: inline-block; margin-top: .5rem; padding: .2rem 0; }
 #running li a { max-width: 50%; flex: none; }
 
 #q { flex: 1 1 14rem; min-width: 0; max-width: 34rem; }
@@ -8600,13 +8772,20 @@ tbody tr:hover, tr[aria-current] { background: color-mix(in srgb, var(--blue) 9%
   overflow: auto; overscroll-behavior: contain; box-shadow: 0 0 2.5rem #0006;
 }
 #name { font-size: 1.15rem; overflow-wrap: anywhere; outline: 0; }
+.top {
+  position: sticky; top: -.7rem; z-index: 1; flex-wrap: nowrap; align-items: start;
+  margin: -.7rem -1rem 0; padding: .7rem 1rem .4rem; background: var(--card);
+}
+#close { flex: none; }
+.box { position: relative; }
+.box button { position: absolute; top: .35rem; right: .35rem; padding: 0 .5rem; }
 pre {
   white-space: pre-wrap; overflow-wrap: anywhere; overflow: auto; padding: .6rem .7rem;
   background: var(--bg); border: 1px solid var(--line); border-radius: .4rem;
 }
 code { font: inherit; }
 pre i { font-style: normal; }
-#command { max-height: 9rem; flex: none; }
+#command { max-height: 9rem; padding-right: 4.5rem; }
 #output { flex: 1 0 12rem; height: 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
 dl div { display: contents; }
@@ -8614,23 +8793,32 @@ dd { overflow-wrap: anywhere; }
 dd a { margin-right: 1em; }
 #runs [aria-current] { box-shadow: inset 0 -3px var(--blue); }
 
-@media (max-width: 60rem) {
-  .two { grid-template-columns: 1fr; }
-  #running { min-height: 0; }
-  .wide { display: none; }
+/* Beside the panel there is room for the page, or the page waits below it. */
+@media (min-width: 100.01rem) {
+  body:has(#job) { margin-right: 46rem; }
+  #job { width: 45rem; box-shadow: none; }
+  body:has(#job) .slim { display: none; }
+}
+@media (max-width: 100rem) {
+  #job { box-shadow: 0 0 0 100vmax #0006; }
 }
 @media (max-width: 75rem) {
   th { width: 10rem; }
   .mid { width: 8.6rem; }
   .slim { width: 4.5rem; }
+}
+@media (max-width: 60rem) {
+  .two { grid-template-columns: 1fr; }
   #tiles { grid-template-columns: repeat(3, 1fr); }
+  #running { min-height: 0; }
+  .wide { display: none; }
 }
 /* On a phone a job is two lines: state, id and time above its command. */
 @media (max-width: 44rem) {
   body { padding: .6rem .6rem 3rem; }
-  #tiles { grid-template-columns: repeat(2, 1fr); }
-  #tiles .dim { min-height: 0; }
-  thead { display: none; }
+  #tiles { gap: 0 .4rem; }
+  #tiles a { padding: .35rem .6rem; margin-top: .4rem; }
+  #tiles .dim, thead { display: none; }
   td { border: 0; padding: .05rem .4rem; }
   tr {
     display: grid; grid-template-columns: auto minmax(6rem, 1fr) fit-content(10rem);
@@ -8641,7 +8829,10 @@ dd a { margin-right: 1em; }
   #now li { grid-template-columns: auto 1fr auto; gap: .1rem .7rem; }
   #charts { min-height: 10.8rem; }
   #now li .dim { grid-row: 2; grid-column: 1 / 4; }
-  #page:has(#job) main, #page:has(#job) header { visibility: hidden; }
+}
+@media (forced-colors: active) {
+  #verdict::before, .legend::before, rect { forced-color-adjust: none; }
+  [aria-current] { outline: 2px solid; outline-offset: -3px; }
 }
 """
 
@@ -8657,7 +8848,9 @@ let turn = 0, timer, chartDue = 0, seen = performance.now(), toastTimer;
 
 /* A line that was cut gives no error by itself. An action may take as long as it needs. */
 async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
-  const silent = () => { throw new Error("The dashboard does not answer"); };
+  const silent = () => {
+    throw new Error("The dashboard does not answer. To start it: queuectl.py dashboard");
+  };
   const answer = await fetch(url, options).catch(silent);
   const body = await answer.text().catch(silent);
   if (answer.ok) return body;
@@ -8704,6 +8897,7 @@ async function refresh() {
     if (mine !== turn) return;
     const focused = document.activeElement;
     becomeChildren(find("page"), came.body);
+    cover();
     document.title = came.title;
     const search = find("q");
     if (search && search !== focused) search.value = search.defaultValue;
@@ -8728,18 +8922,27 @@ function moveFocus(opened, focused) {
   }
   const job = find("job") && find("job").dataset.key;
   const row = opened && document.querySelector(`tr[data-key="${CSS.escape(opened)}"] a`);
-  let target = focused.isConnected ? null : find("verdict");
+  let target = focused.isConnected ? null : find("name") || find("verdict");
   if (job !== opened) target = job ? find("name") : row || target;
   if (target) target.focus({preventScroll: true});
+}
+
+/* What the panel covers can't be reached, by the Tab key either. */
+const narrow = matchMedia("(max-width: 100rem)");
+function cover() {
+  for (const part of document.querySelectorAll("header > :not(h1), main > *"))
+    part.inert = narrow.matches && Boolean(find("job"));
 }
 
 const sentence = words => words[0].toUpperCase() + words.slice(1);
 
 function trouble(words) {
-  const age = Math.round((performance.now() - seen) / 1000);
-  const old = find("now") ? `. What is shown is ${age} s old.` : "";
-  find("trouble").textContent = sentence(words) + old;
+  const [alert, age] = find("trouble").children;
+  const seconds = Math.round((performance.now() - seen) / 1000);
   find("trouble").hidden = false;
+  if (alert.textContent !== sentence(words)) alert.textContent = sentence(words);
+  age.textContent = (find("now") ? `What is shown is ${seconds} s old. ` : "")
+    + "This page tries again every 2 s.";
 }
 
 async function chart() {
@@ -8829,6 +9032,8 @@ document.onclick = event => {
     event.preventDefault();
     go(link.href);
   } else if (row && !link && !String(getSelection())) go(row.querySelector("a").href);
+  else if (narrow.matches && find("close") && !target.closest("#job, #sure, a"))
+    find("close").click();
 };
 
 document.oninput = event => {
@@ -8851,6 +9056,8 @@ document.onkeydown = event => {
 };
 
 window.onpopstate = document.onvisibilitychange = refresh;
+narrow.onchange = cover;
+cover();
 document.body.classList.add("live");
 if (find("output")) find("output").scrollTop = find("output").scrollHeight;
 if (find("name")) find("name").focus();
@@ -8877,7 +9084,7 @@ ICONS
 <dialog id="sure" aria-labelledby="question">
 <p id="question"></p>
 <div class="row">
-<button type="button" value="no">Keep</button>
+<button type="button" value="no">Not now</button>
 <button type="button" id="yes" value="yes"></button>
 </div>
 </dialog>

@@ -4586,7 +4586,7 @@ class TestStatus:
         def judge(workers=2, growth=0):
             status = queuectl.read_status(queue)
             status["workers"] = [dict(pid=1, pool=1, job=None, since=None)] * workers
-            status["has_pool"] = workers > 0
+            status["has_pool"], status["lost"] = workers > 0, set()
             return tuple(queuectl.verdict(status, clock.now, growth))[:2]
 
         assert judge() == ("pending", "No jobs yet")
@@ -4597,28 +4597,84 @@ class TestStatus:
         assert judge()[1] == "Keeping up: no job waits for a worker"
         clock.now += 90
         queue.fail(run, make_outcome(finished_at=clock.now))
-        assert judge() == ("completed", "Idle: every job has ended")
+        assert judge() == ("failed", "Ended: 1 dead")
         add_job(queue, id="behind", after=["x"])
-        assert judge() == ("dead", "Stuck: the jobs that are left wait for dead ones")
+        # A pool would not help.
+        assert judge(workers=0) == ("dead", "Stuck: 1 job waits for dead ones")
         add_job(queue, id="later", delay=60)
-        assert judge() == ("completed", "Idle: the next job is due in 60 s")
+        assert judge() == (
+            "failed", "Idle: the next job is due in 60 s; 1 dead, 1 blocked")
         add_jobs(queue, [{"command": "true"}] * 4000)
-        assert judge()[1] == "Working: 4,000 waiting, done in about 2 d"  # 90 s each
+        assert judge()[1].startswith(
+            "Working: 4,000 waiting, done in about 2 d;")  # 90 s each
+        assert "done" not in judge(growth=0.5)[1]  # nobody can tell
         assert judge(growth=1300.6) == (
             "failed", "Falling behind: 4,000 waiting, 1,301 more a minute")
         assert judge(workers=0)[1] == "No pool is running: 4,002 jobs wait"
         queue.set_paused(True)
-        assert judge(workers=0) == ("failed", "Paused")
+        assert judge(workers=0) == ("failed", "Paused: 4,002 jobs wait")
+
+    def test_only_a_queue_without_failures_is_good(self, queue, page):
+        add_job(queue, id="cut")
+        queue.cancel(["cut"])
+        add_job(queue, id="good")
+        claim_and_complete(queue)
+        verdict = queuectl.verdict(queuectl.read_status(queue), 0)
+        assert verdict[:2] == ("completed", "Ended: 1 completed, 1 cancelled")
+        let_die(queue, "bad")
+        verdict = queuectl.verdict(queuectl.read_status(queue), 0)
+        assert verdict[:2] == ("failed", "Ended: 1 completed, 1 dead, 1 cancelled")
+        assert page().find("title").text == "1 dead – queuectl.db"
+
+    def test_jobs_of_one_lock_are_expected_one_after_the_other(self, queue, clock):
+        add_jobs(queue, [{"command": "true", "lock": "l"}] * 61)
+        run = claim(queue)
+        clock.now += 2
+        queue.complete(run, make_outcome(None, finished_at=clock.now))
+        claim(queue)
+        status = queuectl.read_status(queue)
+        workers = [dict(pid=1, job=None, since=None)] * 4
+        status.update(workers=workers, has_pool=True, lost=set())
+        assert (status["locked"], status["line"]) == (59, 59)
+        assert queuectl.verdict(status, clock.now)[:2] == (
+            "processing", "Working: 59 waiting for a lock, done in about 118 s")
+        status["workers"][0]["since"] = clock.now - 119  # longer than was thought
+        assert "done" not in queuectl.verdict(status, clock.now)[1]
+
+    def test_a_job_whose_worker_died_is_lost(self, queue, page):
+        add_job(queue, id="a"), add_job(queue, id="b")
+        claim(queue)  # by a worker that there never was
+        shown = page("/?job=a")
+        assert words_of(named_part(shown, "verdict")) == (
+            "No pool is running: 1 job waits, 1 lost its worker")
+        assert {row[1]: row[0] for row in table_of(shown)} == {
+            "a": "lost", "b": "pending"}
+        assert words_of(named_part(shown, "why")).startswith("lost – its worker died")
+        assert "1 without a worker" in words_of(named_part(shown, "running"))
+
+    @mechanism
+    def test_a_job_claimed_meanwhile_does_not_seem_lost(self, queue, monkeypatch):
+        add_job(queue)
+        workers = queuectl.Queue.workers
+
+        def look_then_claim(self):
+            found = workers(self)
+            with queuectl.Queue("queuectl.db") as other:
+                assert claim(other)
+            return found
+
+        monkeypatch.setattr(queuectl.Queue, "workers", look_then_claim)
+        assert queuectl.read_status(queue)["lost"] == set()
 
     @pytest.mark.parametrize("counts, growth", [
-        ([5], 0), ([5, 9], 0), ([5, 9, 15], 4), ([0, 900, 880, 860], -20),
-        ([9, 5, 9], -4)])
-    def test_a_queue_grows_if_it_does_so_from_minute_to_minute(self, counts, growth):
+        ([5], 0), ([5, 9, 13], 0.5), ([9, 5], -16), ([5, 6, 8, 9], 4),
+        ([0, 900, 895, 890, 885], -20), ([9, 8, 9, 10], -4)])
+    def test_a_queue_grows_if_it_does_so_look_after_look(self, counts, growth):
         trend = queuectl.Trend()
-        for minute, left in enumerate(counts):
-            seen = trend.growth(60 * minute, left)
-            assert trend.growth(60 * minute + 1, 0) == seen  # another look, too soon
-        assert round(seen) == growth
+        for at, left in enumerate(counts):
+            seen = trend.growth(15 * at, left)
+            assert trend.growth(15 * at + 1, 0) == seen  # another look, too soon
+        assert round(seen, 1) == growth
         assert trend.growth(0, 10**6) == 0  # the clock was set back
 
     def test_the_verdict_is_in_json_and_not_in_a_pipe(self, dashboard):
@@ -4638,7 +4694,7 @@ class TestStatus:
         enqueue(id="cut", delay=3600)
         run_ok("cancel", "cut")
         lines = run_on_terminal("status", columns=0)[1].split("\r\n")
-        assert "Idle: every job has ended" in lines[0] and lines[1] == "Pending: 0"
+        assert "Ended: 7 dead, 1 cancelled" in lines[0] and lines[1] == "Pending: 0"
         assert re.fullmatch(
             r"  2 dead of exit 2, the latest \d s ago: no file", lines[7])
         assert lines[8].startswith("  1 dead of exit 14, ")
@@ -7570,15 +7626,46 @@ class TestPage:
         add_job(queue, id="cut")
         queue.cancel(["cut"])
         now = named_part(page(), "now")
-        assert words_of(named_part(now, "verdict")) == "No pool is running: 1 job waits"
+        assert words_of(named_part(now, "verdict")) == (
+            "Stuck: 1 job waits for dead ones")
         assert now.find("p").text == (
-            "1 waiting for a time or for another job"
-            " · To start one: queuectl.py worker start")
+            "1 behind other jobs · Retry the dead ones, or cancel what waits")
         rows = [[words_of(part) for part in row] for row in now.findall("ul/li")]
         assert rows == [
-            ["2 dead", "exit 12", "latest 0 s ago", "ShowRetry…"],
-            ["1 dead", "exit 1", "“no such row” · latest 0 s ago", "ShowRetry…"],
-            ["1 blocked", "", "waits waits for a, which is dead", "Show"]]
+            ["2 dead", "exit 12", "the latest just now", "ShowRetry…"],
+            ["1 dead", "exit 1", "“no such row” · just now", "ShowRetry…"],
+            ["1 blocked", "a", "by this job, which is dead", "ShowRetry"]]
+
+    def test_what_blocks_most_comes_first_and_leads_to_what_waits(
+            self, queue, page, dashboard):
+        add_job(queue, id="gone")
+        let_die(queue, "a", priority=1)
+        queue.cancel(["gone"])
+        for name, after in (("x", "gone"), ("b", "a"), ("c", "b"), ("d", "c")):
+            add_job(queue, id=name, after=[after])
+        shown = page()
+        assert {row[1]: row[0] for row in table_of(shown)} == {
+            "a": "dead", "gone": "cancelled", **dict.fromkeys("xbcd", "blocked")}
+        most, least = named_part(shown, "now").findall("ul/li[3]..")[0][-2:]
+        assert [words_of(part) for part in most][:2] == ["3 blocked", "a"]
+        assert [words_of(part) for part in least][:3] == [
+            "1 blocked", "gone", "by this job, which is cancelled"]
+        behind = page(links_of(most)["Show"])
+        assert [row[1] for row in table_of(behind)] == ["d", "c", "b"]
+        assert "✕ behind a" in links_of(behind)
+        assert dashboard.json("/question?verb=delete&behind=a") == {
+            "ask": "Delete 3 jobs behind “a”? Their runs and their output go as well."}
+        assert dashboard.post(buttons_of(most)["Retry"]["data-post"]).status == 200
+        assert {row[1]: row[0] for row in table_of(page())}["d"] == "behind a job"
+        assert dashboard.post("/api/delete?behind=a").text == "3"
+
+    def test_commands_to_paste_name_the_queue(self, queue, page):
+        name = " --db " + queue.path
+        steps = page().find(".//ol")
+        assert words_of(steps[0]) == (
+            "Add a job: queuectl.py%s enqueue -- echo hello" % name)
+        add_job(queue)
+        assert "queuectl.py%s worker start" % name in words_of(named_part(page(), "now"))
 
     def test_show_and_retry_take_the_jobs_of_exactly_one_error(
             self, queue, page, dashboard):
@@ -7597,12 +7684,21 @@ class TestPage:
             let_die(queue, "j%d" % number, "exit %d" % number)
         rows = named_part(page(), "now").findall("ul/li")
         assert [words_of(row)[:11] for row in rows][4:] == ["2 deadof ot"]
+        queue.delete(["j0"])  # a line for one other error may as well be that error
+        rows = named_part(page(), "now").findall("ul/li")
+        assert [words_of(row)[:11] for row in rows][4:] == ["1 deadexit "]
 
     def test_it_can_pause_and_resume(self, queue, page, dashboard):
-        for word, verdict in (("Pause", "Paused"), ("Resume", "No jobs yet")):
+        assert not buttons_of(page())  # there is nothing to pause
+        add_job(queue)
+        waits = ": 1 job waits"
+        for word, verdict in (("Pause", "Paused" + waits),
+                              ("Resume", "No pool is running" + waits)):
             switch = buttons_of(page().find("header"))[word]
             assert dashboard.post(switch["data-post"]).status == 200
             assert words_of(named_part(page(), "verdict")) == verdict
+            assert ("queuectl.py" in words_of(named_part(page(), "now"))) == (
+                word == "Resume")
 
     def test_tiles_count_and_lead_to_their_jobs(self, queue, clock, page):
         add_job(queue, id="fails")
@@ -7616,11 +7712,11 @@ class TestPage:
         add_job(queue, id="late", delay=3600)
         tiles = named_part(page(), "tiles").findall("a")
         assert [words_of(tile) for tile in tiles] == [
-            "4 all", "2 pendingthe longest waits 19 min", "0 processing", "0 completed",
-            "1 failednext in 2 s", "1 dead1 cancelled"]
+            "all 4 3 to go", "pending 2 longest wait 19 min", "processing 0 of 0 workers",
+            "completed 0", "failed 1 next due in 2 s", "dead 1 1 cancelled"]
         assert [row[0] for row in table_of(page(tiles[5].get("href")))] == ["cancelled"]
         current = named_part(page("/?state=dead"), "tiles").find("a[@aria-current]")
-        assert current[1].text == "dead"
+        assert current[0].text == "dead"
 
     def test_it_shows_what_runs_now(self, queue, clock, page):
         for number in range(queuectl.RUNNING_SHOWN + 2):
@@ -7631,6 +7727,35 @@ class TestPage:
         assert words_of(running.find("ul/li")) == "j0echo 03 min"
         assert links_of(running)["2 more"] == "/?state=processing#jobs"
 
+    def test_a_run_near_its_timeout_is_marked(self, queue, clock, page):
+        for name, timeout in (("near", 100), ("far", 1000), ("free", None)):
+            add_job(queue, id=name, timeout=timeout)
+            claim(queue)
+            clock.now += 1
+        clock.now += 90
+        times = {words_of(line.find("a")): line.find("b").get("class")
+                 for line in named_part(page(), "running").findall("ul/li")}
+        assert times == {"near": "failed hue", "far": None, "free": None}
+
+    def test_what_has_run_longest_comes_first(self, queue, clock, page):
+        add_job(queue, id="a", delay=30)
+        for number in range(2):
+            add_job(queue, id="j%d" % number)
+            claim(queue)
+            clock.now += 20
+        assert claim(queue).id == "a"
+        running = [words_of(line.find("a"))
+                   for line in named_part(page(), "running").findall("ul/li")]
+        assert running == ["j0", "j1", "a"]
+
+    def test_the_dead_are_listed_with_what_they_printed_last(self, queue, page):
+        let_die(queue, "a", output=b"start\nno host db1\n")
+        let_die(queue, "b", output=b"no host db2")
+        let_die(queue, "c", output=b"x" * 200000)
+        assert [row[2] for row in table_of(page("/?state=dead"))] == [
+            "exit 1 true", "exit 1 “no host db2” · true", "exit 1 “no host db1” · true"]
+        assert [row[2] for row in table_of(page())] == ["exit 1 true"] * 3
+
     def test_its_chart_shows_minutes(self, queue, clock, page):
         assert "nothing ran in the last hour" in words_of(page("/charts"))
         add_job(queue)
@@ -7638,7 +7763,10 @@ class TestPage:
         chart = page("/charts")
         assert [title.text for title in chart.iter("title")] == [
             "1 completed, 0 failed, 0 min ago"]
-        assert "100 % succeed · take 500ms, 95 % within 500ms" in words_of(chart)
+        assert "100 % succeed · a run takes 500 ms (95 %: 500 ms)" in words_of(chart)
+        assert chart.find("svg/rect").get("class") == "completed part"
+        assert chart.find("svg").get("viewBox") == "0 0 10 4"  # since the first run
+        assert "10 min ago" in words_of(chart)
         assert chart.find("svg").get("aria-label") == (
             "1 completed, 0 failed in the last hour")
 
@@ -7651,7 +7779,7 @@ class TestPage:
         add_job(queue, id="later", delay=60)
         assert table_of(page()) == [
             ["delayed", "later", "true", "", "", "in 60 s"],
-            ["failed", "early", "exit 1 echo 1 ⏎ echo 2", "1/3", "3.0s",
+            ["failed", "early", "exit 1 echo 1 ⏎ echo 2", "1/3", "3.0 s",
              "retry in 2 s"]]
 
     def test_each_kind_of_job_has_a_word_and_an_icon(self, queue, clock, page):
@@ -7664,9 +7792,9 @@ class TestPage:
         assert claim(queue).id == "holds"
         shown = {row[1]: (row[0], row[5]) for row in table_of(page())}
         assert shown == {
-            "cut": ("cancelled", "0 s ago"), "holds": ("processing", "for 0 s"),
-            "locked": ("behind a lock", "waits 0 s"),
-            "ready": ("pending", "waits 0 s"), "delayed": ("delayed", "in 60 s"),
+            "cut": ("cancelled", "just now"), "holds": ("lost", "for 1 s"),
+            "locked": ("behind a lock", "waits 1 s"),
+            "ready": ("pending", "waits 1 s"), "delayed": ("delayed", "in 60 s"),
             "behind": ("behind a job", "after holds")}
         symbols = ElementTree.fromstring(queuectl.icons())
         assert {use.get("href") for use in page().iter("use")} <= {
@@ -7680,7 +7808,8 @@ class TestPage:
         for text in ("ech_", "e%25o", "\\"):
             assert table_of(page("/?q=" + text)) == [], text
         nothing = named_part(page("/?q=no"), "jobs")
-        assert nothing.find("p").text == "No job is like that"
+        assert words_of(nothing.find("p")) == "No job matches “no” Clear"
+        assert links_of(nothing)["Clear"] == "/#jobs"
 
     def test_it_leads_to_older_jobs_and_tells_its_place(self, queue, page):
         add_jobs(queue, [{"command": "true", "id": "job%d" % n}
@@ -7722,12 +7851,12 @@ class TestPage:
         offered = buttons_of(named_part(page("/?state=dead"), "jobs"))
         assert dashboard.json(offered["Delete…"]["data-question"]) == {
             "ask": "Delete 2 dead jobs? Their runs and their output go as well."
-            " 1 job stays: other jobs wait for them."}
+            " 1 job is left out: other jobs wait for them."}
         assert dashboard.json(offered["Retry dead…"]["data-question"]) == {
-            "ask": "Retry 2 dead jobs? 1 job stays: cancelled ones are retried by id."}
+            "ask": "Retry 2 dead jobs? 1 job is left out: cancelled ones are retried by id."}
         assert dashboard.json("/question?verb=retry&q=cut") == {
             "none": "There is nothing to retry."
-            " 1 job stays: cancelled ones are retried by id."}
+            " 1 job is left out: cancelled ones are retried by id."}
 
     def test_filters_are_shown_and_can_be_removed(self, queue, page):
         let_die(queue, "x")
@@ -7745,7 +7874,7 @@ class TestPage:
         assert "<style" in whole and "hi\n" in whole and "<style" not in part
         assert 'data-next="/output?id=x&amp;run=1"' in part
         for text in (whole, part):
-            assert "<title>0 dead – queuectl.db</title>" in text
+            assert "<title>queuectl.db</title>" in text
         kind = dashboard.ask("/output.log?id=x").headers["Content-Type"]
         assert kind.startswith("text/plain")
 
@@ -7785,13 +7914,13 @@ class TestPage:
         for query in ("state=x", "q=%00"):
             whole = dashboard.ask("/?" + query)
             assert whole.status == 200 and re.search(
-                '<p id="trouble"[^>]*role="alert">[^<]', whole.text)
+                '<div id="trouble"[^>]*><p role="alert">[^<]', whole.text)
             assert dashboard.ask("/main?" + query).status == 400
 
     def test_a_removed_queue_is_reported_on_the_page(self):
         site = queuectl.Site(os.path.abspath("none.db"), "localhost")
         status, kind, text = site.answer("GET", "/", {"Host": "localhost"})
-        trouble, = re.findall('<p id="trouble"[^>]*>.*?</p>', text)
+        trouble, = re.findall('<div id="trouble"[^>]*>.*?</p>', text)
         assert (status, kind) == (200, "text/html")
         assert "There is no queue" in trouble and "hidden" not in trouble
         assert site.answer("GET", "/main", {"Host": "localhost"})[0] == 400
@@ -7832,9 +7961,9 @@ class TestPanel:
 
     @pytest.mark.parametrize("state, offered, why", [
         ("pending", ["Cancel…", "Delete…"], "pending – no pool is running"),
-        ("failed", ["Run now", "Cancel…", "Delete…"], "failed – exit 1, try 2 is due in"),
-        ("completed", ["Retry", "Delete…"], "completed – 0 s ago, try 1 of 3"),
-        ("dead", ["Retry", "Delete…"], "dead – exit 1, 0 s ago, try 3 of 3")])
+        ("failed", ["Run now", "Cancel…", "Delete…"], "failed – exit 1, try 2 is due in 2 s;"),
+        ("completed", ["Run again…", "Delete…"], "completed – just now, try 1 of 3"),
+        ("dead", ["Retry", "Delete…"], "dead – exit 1, just now, try 3 of 3")])
     def test_it_begins_with_the_reason(self, queue, page, state, offered, why):
         add_job(queue)
         for _ in range({"failed": 1, "completed": 1, "dead": 3}.get(state, 0)):
@@ -7846,17 +7975,23 @@ class TestPanel:
         assert words_of(named_part(panel, "why")).startswith(why)
         assert [link.get("id") for link in panel.iter("a")][0] == "close"
 
-    def test_a_running_job_can_only_be_cancelled(self, queue, page):
+    def test_a_running_job_can_only_be_cancelled(self, queue, page, monkeypatch):
         add_job(queue)
         claim(queue)
-        cancel, _ = buttons_of(page("/?job=job").find("aside")).items()
+        monkeypatch.setattr(queuectl, "living_pools", lambda path: {7: [1]})
+        panel = page("/?job=job").find("aside")
+        assert words_of(named_part(panel, "why")) == "processing – for 1 s, try 1 of 3"
+        assert "worker1" in words_of(panel.find("dl"))
+        cancel, _ = buttons_of(panel).items()
         assert cancel[1]["data-ask"] == "Cancel job? All its processes are ended."
 
     def test_a_job_that_others_wait_for_is_not_deleted(self, queue, page):
         add_job(queue, id="a")
         add_job(queue, id="b", after=["a"])
-        buttons = buttons_of(page("/?job=a").find("aside"))
+        panel = page("/?job=a").find("aside")
+        buttons = buttons_of(panel)
         assert "Delete…" not in buttons
+        assert "It can't be deleted: other jobs wait for it" in words_of(panel)
         assert "come after it stay" in buttons["Cancel…"]["data-ask"]
 
     def test_a_chain_can_be_followed_both_ways(self, queue, page):
@@ -7870,6 +8005,31 @@ class TestPanel:
         facts = page("/?job=c").find("aside/dl")
         assert len(links_of(facts)) == 1 + queuectl.LINKS_SHOWN
         assert "d19 (pending)and more" in words_of(facts)
+
+    def test_no_button_takes_the_place_of_another(self, queue, page):
+        add_job(queue, delay=60)
+        before = buttons_of(page("/?job=job").find("aside"))
+        queue.cancel(["job"])
+        after = buttons_of(page("/?job=job").find("aside"))
+        keys = [{button.get("data-key") for button in buttons.values()} - {None}
+                for buttons in (before, after)]
+        assert keys == [{"do-Run now", "do-Cancel…", "do-Delete…"},
+                        {"do-Retry", "do-Delete…"}]
+
+    def test_what_runs_once_more_or_destroys_asks_first(self, queue, page):
+        add_job(queue, id="x")
+        claim_and_complete(queue)
+        again = buttons_of(page("/?job=x").find("aside"))["Run again…"]
+        assert again["data-ask"] == "x is completed. Run it again?"
+        assert "class" not in again and again["data-do"] == "Run again"
+
+    def test_the_holder_of_a_lock_can_be_opened(self, queue, page):
+        for name in ("a", "b"):
+            add_job(queue, id=name, lock="l")
+        claim(queue)
+        facts = page("/?job=b").find("aside/dl")
+        assert "lockl · now of a" in words_of(facts)
+        assert links_of(facts)["a"] == "/?job=a"
 
     def test_a_job_that_is_gone_has_none_and_that_is_reported(self, queue, page):
         gone = page("/?job=gone&q=x")
@@ -7894,8 +8054,9 @@ class TestPanel:
         panel = page("/?job=x", is_whole=True).find("aside")
         assert words_of(named_part(panel, "output")) == "two"
         links = links_of(named_part(panel, "runs"))
-        assert list(links) == ["run 2: exit 1, 0ms", "run 1: exit 1, 0ms"]
-        earlier = page(links["run 1: exit 1, 0ms"], is_whole=True)
+        assert list(links) == ["run 2 · 01:46:50 · exit 1 · <1 ms",
+                               "run 1 · 01:46:40 · exit 1 · <1 ms"]
+        earlier = page([*links.values()][1], is_whole=True)
         assert words_of(named_part(earlier, "output")) == "one"
 
     @pytest.mark.parametrize("printed, shown", [
