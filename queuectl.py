@@ -2971,7 +2971,8 @@ class Queue(Database):
             "WITH RECURSIVE level (priority) AS (" + highest + " UNION ALL SELECT ("
             + highest + " AND jobs.priority < level.priority)"
             " FROM level WHERE priority IS NOT NULL LIMIT 100)"
-            " SELECT id, run_at FROM level CROSS JOIN jobs ON seq = (SELECT seq"
+            " SELECT id, max(run_at, created_at) AS run_at"  # a time may be long past
+            " FROM level CROSS JOIN jobs ON seq = (SELECT seq"
             "  FROM jobs WHERE " + CLAIMABLE + " AND jobs.priority = level.priority"
             "  ORDER BY run_at, seq LIMIT 1) ORDER BY run_at, seq LIMIT 1")
 
@@ -3142,7 +3143,7 @@ class Queue(Database):
             "SELECT command, kind, runs.error, finished_at - started_at AS spent,"
             # `run_at` is a later time if the job was put back into the queue since.
             " CASE WHEN jobs.run = runs.run AND started_at >= run_at"
-            "  THEN started_at - run_at END AS waited"
+            "  THEN started_at - max(run_at, created_at) END AS waited"
             " FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?"
             " ORDER BY seq DESC LIMIT 50000", since)
 
@@ -3933,12 +3934,28 @@ PAUSED_HINT = "paused; to go on: queuectl.py resume"
 NO_POOL = "no pool is running; to start one: queuectl.py worker start"
 
 
+def quoted(words):
+    """Return the line that a shell takes apart into these words."""
+    if WINDOWS:
+        return subprocess.list2cmdline(words)
+    import shlex
+
+    return " ".join(map(shlex.quote, words))
+
+
+def in_queue(path, hint):
+    """Return a hint whose commands name the queue, unless they would find it anyway."""
+    if path == os.path.realpath(os.environ.get("QUEUECTL_DB") or "queuectl.db"):
+        return hint
+    return hint.replace("queuectl.py", "queuectl.py --db " + quoted([path]))
+
+
 def why_waiting(queue, job, workers, text_of=duration_text):
     """Return in words why a job is not running; None if it runs or has finished.
 
     WORKERS are those of `Queue.workers`. TEXT_OF makes the text of a duration.
     """
-    no_pool = "" if workers else "; " + NO_POOL
+    no_pool = "" if workers else "; " + in_queue(queue.path, NO_POOL)
     if job["state"] == "processing":
         run = queue.latest_run(job)
         is_attended = job["id"] in [worker["job"] for worker in workers]
@@ -3952,13 +3969,13 @@ def why_waiting(queue, job, workers, text_of=duration_text):
     if job["waits"]:
         return why_dependent(queue, job)
     if queue.is_paused():
-        return "the queue is " + PAUSED_HINT
+        return "the queue is " + in_queue(queue.path, PAUSED_HINT)
     if job["gate"] == CLOSED:
         what = "try %d is due" % (job["attempts"] + 1) if job["attempts"] else "due"
         when = due_text(job, queue.clock(), text_of) or "now"
         return "%s %s%s" % (what, when, no_pool)
     if not workers:
-        return NO_POOL
+        return in_queue(queue.path, NO_POOL)
     holder = queue.lock_holder(job) if job["lock"] else job["id"]
     if holder != job["id"]:
         other = "job " + printable(holder) if holder else "another job"
@@ -5391,7 +5408,7 @@ class Supervisor:
         """Report that the queue is paused, once for each pause."""
         is_paused = queue.is_paused()
         if is_paused and not self.was_paused:
-            pool_notice("the queue is " + PAUSED_HINT)
+            pool_notice("the queue is " + in_queue(self.path, PAUSED_HINT))
         self.was_paused = is_paused
 
     def finish(self, queue):
@@ -5607,6 +5624,7 @@ def read_status(queue):
         commands = {job["id"]: job["command"] for job in queue.jobs(
             where(["processing"]), limit=MAX_WORKERS, brief=True)}
         return {
+            "path": queue.path,
             "jobs": queue.counts(), "workers": workers, "commands": commands,
             "lost": {*commands} - {worker["job"] for worker in workers},
             "killed_pools": killed, "has_pool": bool(pools - killed),
@@ -5647,6 +5665,7 @@ def died(groups):
 def status_screen(status, groups, now, growth):
     """Yield what `status` shows on a terminal, where people look."""
     state, sentence, advice = verdict(status, now, growth)
+    advice = in_queue(status["path"], advice)
     yield Line("; ".join(filter(None, [sentence, advice])), STATES[state].colour, 0,
                len(sentence))
     yield from count_lines(status, now)
@@ -5670,9 +5689,9 @@ def status_lines(status, now):
     """Yield what `status` prints into a pipe or a file."""
     yield from count_lines(status, now)
     if status["paused"]:
-        yield PAUSED_HINT.capitalize()
+        yield in_queue(status["path"], PAUSED_HINT.capitalize())
     if count_unfinished(status["jobs"]) and not status["has_pool"]:
-        yield NO_POOL.capitalize()
+        yield in_queue(status["path"], NO_POOL.capitalize())
     yield from worker_lines(status, now)
 
 
@@ -5776,7 +5795,7 @@ def cmd_enqueue(args, queue):
     print_jobs(args, jobs, functools.partial(enqueued_lines, unchanged=added.unchanged),
                "no jobs were given")
     if sys.stderr.isatty() and not args.json and not living_pools(args.db):
-        notice(NO_POOL)
+        notice(in_queue(args.db, NO_POOL))
 
 
 def report_dropped(dropped):
@@ -5867,15 +5886,6 @@ def repeated(option, values):
 def shell_line(words):
     """Return the shell line that runs these words; a single one is a line already."""
     return words[0] if len(words) == 1 else quoted(words)
-
-
-def quoted(words):
-    """Return the line that a shell takes apart into these words."""
-    if WINDOWS:
-        return subprocess.list2cmdline(words)
-    import shlex
-
-    return " ".join(map(shlex.quote, words))
 
 
 def read_arguments(texts, check):
@@ -6039,7 +6049,7 @@ def list_jobs(args, queue, jobs, columns=LIST_COLUMNS, empty="no jobs"):
 def report_queue(args):
     """Report which queue a command has found empty: it may not be the one meant."""
     if not args.json:
-        notice("looked at %s" % printable(args.db))
+        notice("the queue is %s" % printable(args.db))
 
 
 @command("show", "show a job and its runs", "show job1", ID,
@@ -6097,7 +6107,8 @@ def answer_lines(queue, job, now):
             printable(", ".join(behind[:3])), more)
     if state in NEXT_COMMANDS:
         what, line = NEXT_COMMANDS[state]
-        yield "%s: queuectl.py %s" % (what, line % quoted([job["id"]]))
+        command = "queuectl.py " + line % quoted([job["id"]])
+        yield "%s: %s" % (what, in_queue(queue.path, command))
 
 
 def state_reasons(queue, job, now):
@@ -6328,10 +6339,10 @@ def standstill(queue):
     """Return in words why no job is started at all: a pause, no pool."""
     reasons = []
     if queue.is_paused():
-        reasons.append("the queue is " + PAUSED_HINT)
+        reasons.append("the queue is " + in_queue(queue.path, PAUSED_HINT))
     workers = queue.workers()
     if not living_pools(queue.path):
-        reasons.append(NO_POOL)
+        reasons.append(in_queue(queue.path, NO_POOL))
     elif queue.own_job() and all(worker["job"] for worker in workers):
         reasons.append("no worker is free; one runs this very job")
     return reasons
@@ -6409,7 +6420,7 @@ def cmd_edit(args, queue):
          creates_queue=True)
 def cmd_pause(args, queue):
     queue.set_paused(True)
-    print_result(args, {"paused": True}, PAUSED_HINT)
+    print_result(args, {"paused": True}, in_queue(args.db, PAUSED_HINT))
 
 
 @command("resume", "let jobs start again", "resume", creates_queue=True)
@@ -6462,8 +6473,9 @@ def jobs_to_delete(states, **filters):
 
 def print_each(args, done, *lines):
     """Print what was done to the ids: a line for each, or LINES in place of them."""
-    lines = lines or ["%s %s" % (done, printable(id)) for id in args.ids]
-    print_result(args, {done: args.ids}, *lines)
+    ids = list(dict.fromkeys(args.ids))
+    lines = lines or ["%s %s" % (done, printable(id)) for id in ids]
+    print_result(args, {done: ids}, *dict.fromkeys(lines))
 
 
 def apply_to_many(args, queue, verb, done, selection):
@@ -6715,7 +6727,8 @@ def start_detached(args):
     pool = start_own(words, QUEUECTL_DETACHED="1")
     for line in pool.stdout:
         if line.startswith(b"{"):
-            print_started(args, json.loads(line)["pool"], usage("worker", "stop"))
+            print_started(args, json.loads(line)["pool"],
+                          in_queue(args.db, usage("worker", "stop")))
             pool.returncode = 0  # it goes on, and this process does not wait for it
             return 0
         print(line.decode("utf-8", FOREIGN_BYTES).rstrip(), file=sys.stderr)
@@ -6762,7 +6775,8 @@ def report_stop(args, pools):
             if running:
                 notice("waiting for %s%s" % (
                     ", ".join(running[:5] + more),
-                    "" if args.now else "; to end them: queuectl.py worker stop --now"))
+                    "" if args.now else in_queue(
+                        args.db, "; to end them: queuectl.py worker stop --now")))
     suspended = [pid for pid in pools if is_suspended(pid)]
     if suspended:
         notice("suspended, as by Ctrl-Z; to resume: kill -CONT"
