@@ -695,7 +695,7 @@ def json_error(text, error):
 
 def number_text(value):
     """Return a number as text, without a fraction of zero."""
-    return "%d" % value if value == int(value) else "%g" % value
+    return "%d" % value if value == int(value) else repr(value)
 
 
 def setting_name(key):
@@ -3274,6 +3274,7 @@ if WINDOWS:
 else:
     KILL = signal.SIGKILL
     ENVIRONMENT = dict(os.environb)  # of the pool; to read it for each run takes time
+    ENVIRONMENT.pop(b"QUEUECTL_DETACHED", None)
     # A command starts with the default action of all signals. Otherwise what the pool's
     # shell ignored, and what Python ignores, would be ignored after the exec as well.
     ALL_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
@@ -4610,11 +4611,13 @@ def log_handler(path):
                 self.stream = None
 
         def _open(self):
-            try:
-                return open(path, "a", encoding="utf-8", errors="backslashreplace",
-                            opener=open_private)
-            except OSError:  # a full disk must not stop a pool
-                return open(os.devnull, "a")
+            # On Windows a file that is being renamed can't be opened for a moment.
+            for _ in range(20 if WINDOWS else 1):
+                with contextlib.suppress(OSError):
+                    return open(path, "a", encoding="utf-8", errors="backslashreplace",
+                                opener=open_private)
+                time.sleep(FILE_INTERVAL / 10)
+            return open(os.devnull, "a")  # a full disk must not stop a pool
 
     return Log(path, delay=WINDOWS)
 
@@ -5608,9 +5611,9 @@ DRY_RUN = flag("--dry-run", "only list the jobs that would be changed")
 
 
 def within_job_of(path):
-    """Tell whether a job of the queue has started this command."""
-    runs = os.path.join(path_beside(path, ".runs"), "")
-    return os.environ.get("QUEUECTL_RUN", "").startswith(runs)
+    """Tell whether a job of the queue that still runs has started this command."""
+    lease, runs = os.environ.get("QUEUECTL_RUN", ""), path_beside(path, ".runs")
+    return lease.startswith(os.path.join(runs, "")) and is_locked(lease)
 
 
 def read_status(queue):
@@ -6279,7 +6282,7 @@ def output_of(queue, job, run):
     return output or b""
 
 
-@command("wait", "wait until pools have ended jobs, or all (1: one died)",
+@command("wait", "wait until jobs, or all, are completed or dead (1: dead)",
          "wait job1 --timeout 10m", IDS,
          option("--timeout", "T", "give up with exit code 124 (default: never)",
                 seconds_from(0, "--timeout")))
@@ -6742,16 +6745,21 @@ def start_detached(args):
          opens_queue=False)
 def cmd_worker_stop(args):
     stopped = sorted(living_pools(args.db))
-    for pool in stopped:
-        request_stop(args.db, pool, "now" if args.now else "stop")
+
+    def request():
+        for pool in stopped:
+            request_stop(args.db, pool, "now" if args.now else "stop")
 
     def are_gone():
         return not {*living_pools(args.db)} & {*stopped}
+
+    request()
 
     # A job that stops its own pool would wait for itself.
     is_waiting = stopped and not args.no_wait and not within_job_of(args.db)
     if is_waiting and not wait_until(are_gone, STOP_REPORT_DELAY, STEP_INTERVAL):
         report_stop(args, stopped)
+        request()  # a pool that was just starting may have overwritten the first one
         wait_until(are_gone, MAX_DURATION, STEP_INTERVAL)
     names = ", ".join("pool %d" % pid for pid in stopped)
     message = ("stopped " if is_waiting else "stopping ") + names
@@ -8029,6 +8037,8 @@ def question_route(request):
     """
     queue, query, _ = request
     verb = query.get("verb", "retry")
+    if verb not in ("retry", "delete"):
+        raise Refusal(400, "no such verb")
     selection = selected_by(verb, query)
     count, left = queue.count(selection.taken), queue.count(selection.left)
     stays = left and "%s left out: %s." % (
@@ -8520,7 +8530,9 @@ class Site:
         job = re.fullmatch("(/api/jobs/)([^/]*)(/.+)?/?", path)
         if job:
             path = job[1] + "ID" + (job[3] or "")
-            query.setdefault("id", unquote(job[2], errors="replace"))
+            if job[2] != "-":  # else the query has an id that no path can have
+                query["id"] = unquote(job[2], errors="replace")
+            query.setdefault("id", "")
         route = ROUTES.get(method + " " + path)
         if not route:
             raise Refusal(404, "no such page")
