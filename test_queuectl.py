@@ -4793,6 +4793,14 @@ class TestWorkerStart:
         assert lost.returncode == 1 and lost.stderr.count("\n") == 1
 
     @posix_only
+    def test_a_job_does_not_see_that_its_pool_is_detached(self):
+        enqueue("env | grep -c ^QUEUECTL_", id="x")
+        assert run_process("worker", "start", "--detach").returncode == 0
+        wait_until(lambda: state_of("x") == "completed")
+        run_ok("worker", "stop")
+        assert run_ok("logs", "x").out == "4\n"  # RUN, DB, JOB_ID and ATTEMPT
+
+    @posix_only
     def test_a_detached_pool_lets_go_of_its_callers_lock(self):
         line = "exec 9>lock; flock 9; %s %s worker start --detach" % (
             sys.executable, COMPILED)
@@ -5087,6 +5095,13 @@ class TestWorkerStop:
 
 class TestConfig:
     """`config` shows and changes settings."""
+
+    @pytest.mark.parametrize("name, value", [
+        ("backoff_base", "1.23456789"), ("timeout", "100000.25"), ("keep", "604800"),
+        ("backoff_max", "1234567.5")])
+    def test_a_value_is_shown_as_it_was_set(self, name, value):
+        configure(name, value)
+        assert run_ok("config", "get", name).out == value + "\n"
 
     def test_settings_are_shown_set_and_unset(self):
         run_ok("config", "set", "max-retries", "5")
@@ -7555,6 +7570,8 @@ class TestApi:
         query = urllib.parse.urlencode({"id": name})
         assert dashboard.json("/api/jobs/-?" + query)["id"] == name
         assert dashboard.json("/api/jobs/-/output?" + query)["output"] == ""
+        enqueue(id="other")
+        assert dashboard.json("/api/jobs/other?" + query)["id"] == "other"
         assert dashboard.post("/api/jobs/-/cancel?" + query).status == 200
 
     def test_only_existing_runs_have_an_output(self, dashboard, queue):
