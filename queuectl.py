@@ -171,7 +171,7 @@ def printable(text):
 
 
 class QueueError(Exception):
-    """An error that the user can mend. Its message is one line.
+    """An error that the user can fix. Its message is one line.
 
     VALUES are formatted into the message and made printable. CODE is the exit code of
     the command: 1 for refused or failed, 2 for wrong usage.
@@ -196,7 +196,7 @@ NUMBER_AND_UNIT = NUMBER + "([smhd])"
 
 
 def backoff(base, attempts, longest):
-    """Return the seconds to wait after so many failed attempts.
+    """Return the seconds to wait after that many failed attempts.
 
     They are base ** attempts, but no more than LONGEST.
     """
@@ -426,7 +426,7 @@ def check_launcher(value):
         if WINDOWS and not found.lower().endswith(PROGRAM_ENDINGS):  # like a .py
             raise ValueError(found + " is no program; name its interpreter before it")
         for name in JOINING.intersection(map(program_name, words)):
-            raise ValueError("%s joins the words behind it, so that the command would"
+            raise ValueError("%s joins the words after it, so that the command would"
                              " not run as it is; write a script" % name)
     except ValueError as error:
         raise ValueError("the beginning of a command: %s" % error) from None
@@ -509,7 +509,7 @@ Field = collections.namedtuple(
 FIELDS = {
     "id": Field(check_id, None, "ID", "id of the job", "a short random one"),
     "command": Field(
-        check_command, None, "LINE", "the same as -- LINE", "the words behind --"),
+        check_command, None, "LINE", "the same as -- LINE", "the words after --"),
     "max_retries": Field(
         SETTINGS["max_retries"].check, None, "N",
         "failed attempts until the job is dead", "the setting", parse_number),
@@ -862,7 +862,7 @@ def remove_leftover(path):
 def is_mount_point(path):
     """Tell whether a file is mounted by itself, as `docker run -v ./q.db:/q.db` does.
 
-    By the number of the mount, proc(5), fdinfo: `st_dev` does not tell. An O_PATH
+    It compares mount IDs (proc(5), fdinfo): `st_dev` does not differ. An O_PATH
     descriptor drops no locks when it is closed. Without /proc it can't be known.
     """
     def mount_of(path):
@@ -2266,7 +2266,7 @@ class Queue(Database):
         return dropped
 
     def _in_order(self, seqs):
-        """Return jobs and all that they come after, each behind its dependencies.
+        """Return jobs and all that they come after, each after its dependencies.
 
         Completed jobs are no exception. If there is a cycle, there is no such order:
         QueueError is raised.
@@ -2281,7 +2281,7 @@ class Queue(Database):
             for dependency, in self._rows(
                     "SELECT waits_for FROM dependencies WHERE seq = ?", seq):
                 if dependency in entered and dependency not in order:
-                    words = "after: in a circle, so that job %s would never run"
+                    words = "after: a circle, in which job %s would never run"
                     id = self._value("SELECT id FROM jobs WHERE seq = ?", seq)
                     raise QueueError(words, id)
                 if dependency not in order:
@@ -4170,7 +4170,7 @@ def progress_text(counts, done, seconds):
 # The output of a run as a terminal would show it.
 
 # Sequences of a terminal: colours and what moves its cursor; titles; others.
-# (Texts, since to compile them at each start takes time.)
+# Kept as texts: to compile them at each start would take time.
 SEQUENCE = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[^\[\]])"
 COLOURS = r"\x1b\[([0-9;]{0,99})m"
 
@@ -4381,7 +4381,7 @@ def short_reason(job, now):
 
 
 def last_columns(changed, reason):
-    """Return the columns that differ: their titles are CHANGED and REASON."""
+    """Return the last columns, of which two have the titles CHANGED and REASON."""
     return [
         ListColumn(changed, 76, lambda job, now: relative_time(job["updated_at"], now)),
         ListColumn(reason, 36, lambda job, now: printable(short_reason(job, now))),
@@ -4598,7 +4598,7 @@ def open_private(path, flags):
 
 
 def log_handler(path):
-    """Return what writes the log of a queue."""
+    """Return the handler of `logging` that writes the log of a queue."""
     import logging.handlers
 
     class Log(logging.handlers.WatchedFileHandler):
@@ -4959,7 +4959,7 @@ class Reaper:
         self.hook_error = None  # why `on_dead` could not be started
 
     def is_idle(self):
-        """Tell whether no lost run is left, or only such that can't be ended."""
+        """Tell whether no lost run is left, or only runs that can't be ended."""
         return self.recovery_done and all(
             termination.is_stuck() for termination in self.terminations.values())
 
@@ -5261,7 +5261,7 @@ class Supervisor:
                 self.with_queue(self.maintain)
                 self.checked_at = time.monotonic()
                 self.next_check = self.checked_at + self.check_interval()
-            if self.is_over():  # asked behind the check, which may end a recovery
+            if self.is_over():  # asked after the check, which may end a recovery
                 return
             due = self.next_check
             if are_missing:
@@ -5751,7 +5751,7 @@ def output_document(job, run, output):
 
 
 @command(
-    "enqueue", "add jobs: a command behind --, or JSON",
+    "enqueue", "add jobs: a command after --, or JSON",
     "enqueue --id job1 --timeout 10m -- echo Hello",
     positional("jobs", "JSON", "an object, an array, or - for an array or JSON Lines on"
            " standard input: all or none", nargs="*"),
@@ -5786,7 +5786,7 @@ def cmd_enqueue(args, queue):
             read = read_commands if args.lines else read_json_lines
             jobs = read(lines, check)
         else:
-            # A command behind -- is an option for this empty job.
+            # A command after -- is an option for this empty job.
             jobs = read_arguments(args.jobs or ["{}"], check)
         added = queue.enqueue(jobs, args.unique)
     report_dropped(added.dropped)
@@ -5845,7 +5845,7 @@ def require_one_source(args):
     if sum(map(bool, sources)) != 1:
         trouble = "no job"
         if any(sources):
-            trouble = "give jobs, a command behind --, or --file"
+            trouble = "give jobs, a command after --, or --file"
         message = "enqueue: %s (see: queuectl.py enqueue --help)"
         raise QueueError(message, trouble, code=2)
     if args.jobs and args.jobs != ["-"] and args.jobs[0].lstrip()[:1] not in ("{", "["):
@@ -5871,7 +5871,7 @@ def given_fields(args):
     if isinstance(given["env"], list):
         given["env"] = dict(given["env"])
     if args.words and args.command:
-        raise QueueError("command: give it by --command or behind --", code=2)
+        raise QueueError("command: give it by --command or after --", code=2)
     if args.words:
         given["command"] = shell_line(args.words)
     return {name: given[name] for name in FIELDS if given[name] is not None}
@@ -5988,7 +5988,7 @@ def convert_utf_16(file):
     try:
         data = file.read().decode("utf-16").encode()
     except UnicodeDecodeError as error:
-        message = "the file starts as UTF-16 and is none: %s"
+        message = "the file looks like UTF-16 but is not: %s"
         raise QueueError(message, error.reason, code=2) from None
     file.seek(0)
     file.truncate()
@@ -9227,7 +9227,7 @@ def parse_arguments(name, words):
         parser.add_argument(*argument.names, **argument.options)
     has_words = entry.takes_words and "--" in words
     end = words.index("--") if has_words else len(words)
-    # `parse_intermixed_args` would take words behind a `--` for options.
+    # `parse_intermixed_args` would take words after a `--` for options.
     parse = parser.parse_args if "--" in words[:end] else parser.parse_intermixed_args
     args = parse(words[:end])
     args.given, args.words = words, words[end + 1 :]
@@ -9261,7 +9261,7 @@ def create_queue(path):
     """Create a queue; report that on a terminal, as the folder may be a wrong one."""
     with Queue(path):
         if sys.stderr.isatty():
-            notice("made queue " + printable(path))
+            notice("created queue " + printable(path))
 
 
 def show_help(group, words):
@@ -9285,7 +9285,7 @@ def main(argv=None):
         if getattr(sys, name) is None:  # closed: the database would get its number
             setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # that of IDLE can't, and takes all text
+        if hasattr(stream, "reconfigure"):  # IDLE's has none, and needs none
             stream.reconfigure(errors="backslashreplace")
     stdout = sys.stdout
     try:
@@ -9321,4 +9321,4 @@ if __name__ == "__main__":
     exit_code = main()
     with contextlib.suppress(OSError, ValueError):  # after an error; that was reported
         sys.stdout.flush()
-    os._exit(exit_code)  # Python would take itself apart, for a tenth of a command's time
+    os._exit(exit_code)  # Python's own end takes a tenth of a command's time

@@ -3615,7 +3615,7 @@ class TestList:
 
     @posix_only
     def test_an_empty_list_says_so_on_a_terminal(self):
-        made = "queuectl: made queue %s\r\n" % os.path.abspath("queuectl.db")
+        made = "queuectl: created queue %s\r\n" % os.path.abspath("queuectl.db")
         looked = "queuectl: the queue is %s\r\n" % os.path.abspath("queuectl.db")
         assert run_on_terminal("list") == (0, made + "no jobs\r\n" + looked)
         assert run_on_terminal("dlq", "list") == (0, "no dead jobs\r\n" + looked)
@@ -4105,7 +4105,7 @@ class TestEdit:
         assert "no job y" in run_refused("edit", "y", "--priority", "1")
         assert "priority" in run_refused("edit", "x", "--priority", "high", code=2)
         run_refused("edit", "x", "--id", "y", code=2)
-        assert "give it by --command or behind --" in run_refused(
+        assert "give it by --command or after --" in run_refused(
             "edit", "x", "--command", "one", "--", "two", code=2)
         run_refused("edit", "x", "--run-at", "now", "--delay", "3", code=2)
 
