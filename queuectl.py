@@ -2882,7 +2882,9 @@ class Queue(Database):
         before the first run has ended.
         """
         waiting = sum(self.counts()[state] for state in WAITING)
-        delayed = self.count_delayed()
+        delayed = self._value(  # what is overdue is ready, though no worker has seen it
+            "SELECT COUNT(*) FROM jobs WHERE " + FOR_A_TIME + " AND run_at > ?",
+            self.clock())
         dependent = self._value(
             "SELECT COUNT(*) FROM (SELECT 1 FROM jobs WHERE " + UNFINISHED_DEPENDENT +
             " LIMIT 10000)")
@@ -4068,7 +4070,7 @@ RULES = [
     (lambda status: status["growth"] >= 1,
      Verdict("failed", "Falling behind: {ready} waiting, {growth:,.0f} more a minute",
              "")),
-    (lambda status: status["oldest_job"],
+    (lambda status: status["oldest_job"] or status["is_late"],
      Verdict("processing", "Working: {ready} waiting{time_left}{harm}", "")),
     (lambda status: status["locked"],
      Verdict("processing", "Working: {ready} waiting for a lock{time_left}{harm}", "")),
@@ -4094,6 +4096,7 @@ def verdict(status, now, growth=0):
     facts = dict(
         status, growth=growth, ready=grouped(max(1, status["ready"])), ended=ended,
         harm=harm and "; " + harm, left=left_text(status),
+        is_late=bool(status["next_job"]) and status["next_due"] <= now,
         time_left="" if growth > 0 else time_left(status, now),
         next_due=relative_time(status["next_due"] or now, now, roughly))
     state, sentence, advice = next(found for holds, found in RULES if holds(facts))
@@ -4823,8 +4826,11 @@ class Worker:
         if outcome.error:
             message += " (%s)" % outcome.error
         seconds = outcome.finished_at - run.started_at
-        self.log.info("%s %s in %.2fs%s", run_label(run), message, seconds,
-                      self.next_try(run) if state == "failed" else "")
+        note = self.next_try(run) if state == "failed" else ""
+        last = last_line(outcome.output[-4000:]) if state == "dead" else ""
+        if last:
+            note = ": " + truncate(printable(last), 80)
+        self.log.info("%s %s in %.2fs%s", run_label(run), message, seconds, note)
         if state == "dead":
             wake([self.pool])  # which starts `on_dead`
 
@@ -6062,11 +6068,17 @@ def cmd_show(args, queue):
     print_result(args, job_document(queue, job), *job_lines(queue, job))
 
 
+# The fields that the answer of `show` has said: a terminal gets them once.
+SAID = ("id", "command", "state", "error", "exit_code", "waits_for", "waiting",
+        "started_at", "finished_at", "seconds")
+
+
 def job_lines(queue, job):
     """Yield what is asked first about a job, then its fields and its runs."""
     now, fields, runs = queue.clock(), public_job(job), queue.runs(job)
     yield from answer_lines(queue, job, now)
     yield ""
+    said = SAID if terminal_width(sys.stdout) else ()  # the answer must stay in sight
     for name in TIMES:
         if job[name] is not None:
             fields[name] += ", " + relative_time(job[name], now)
@@ -6075,7 +6087,7 @@ def job_lines(queue, job):
         fields[name] = ", ".join(fields[name])
     fields["waiting"] = why_waiting(queue, job, queue.workers())
     for name, value in fields.items():
-        if value not in (None, ""):
+        if value not in (None, "") and name not in said:
             yield field_line(name, value)
     if runs:
         yield ""
@@ -6108,9 +6120,20 @@ def answer_lines(queue, job, now):
         yield "%s for it: %s%s" % (
             "1 job waits" if len(behind) == 1 else "%d jobs wait" % len(behind),
             printable(", ".join(behind[:3])), more)
-    if state in NEXT_COMMANDS:
-        what, line = NEXT_COMMANDS[state]
-        command = "queuectl.py " + line % quoted([job["id"]])
+    yield from next_step(queue, job, now)
+
+
+def next_step(queue, job, now):
+    """Yield what can be done about a job, as a command."""
+    what, line, id = *NEXT_COMMANDS.get(job["state"], ("", "")), job["id"]
+    if job["state"] == "failed" and not due_text(job, now):
+        what = ""  # it is due already
+    dead = [other["id"] for other in queue.dependencies(job)
+            if other["state"] == "dead"]
+    if job["waits"] and dead:
+        what, line, id = "to go on", "retry %s", dead[0]
+    if what:
+        command = "queuectl.py " + line % quoted([id])
         yield "%s: %s" % (what, in_queue(queue.path, command))
 
 
@@ -7747,9 +7770,11 @@ def longest_wait(page):
 def next_due(page, state):
     """Return when the next job is due, if it is in this state."""
     job, due = page.status["next_job"], page.status["next_due"]
-    if job and page.queue.state(job) == state:
-        return "next due " + ago(due, page)
-    return None
+    if not job or page.queue.state(job) != state:
+        return None
+    if due < page.now:
+        return roughly(page.now - due) + " late"
+    return "next due " + ago(due, page)
 
 
 def workers_text(page):

@@ -3211,7 +3211,7 @@ class TestEnqueue:
         assert list(jobs())[:2] == ["ü", "be"]
         assert [job["command"] for job in jobs().values()][2:] == [
             "echo é", "echo b", "echo c"]
-        assert "starts as UTF-16" in run_refused(
+        assert "looks like UTF-16" in run_refused(
             "enqueue", "-", stdin=b"\xff\xfe{", code=2)
 
     def test_quotes_that_cmd_takes_apart_get_the_right_hint(self):
@@ -3671,8 +3671,17 @@ class TestShow:
             "  | one", "  | two", "1 job waits for it: b",
             "to run it again: queuectl.py retry a"]
         assert run_ok("show", "b").out.startswith(
-            "b is pending: waits for a, which is dead\n  $ true\n\n")
+            "b is pending: waits for a, which is dead\n  $ true\n"
+            "to go on: queuectl.py retry a\n\n")
         assert re.match(r"c is completed: took \d+ms; ", run_ok("show", "c").out)
+
+    @posix_only
+    def test_on_a_terminal_its_answer_stays_in_sight(self):
+        enqueue("exit 3", id="a", max_retries=1)
+        drain()
+        code, shown = run_on_terminal("show", "a")
+        assert code == 0 and shown.count("\n") < 23
+        assert "exit 3" in shown and "command:" not in shown and "cwd:" in shown
 
     @posix_only  # elsewhere a command has one line
     def test_it_prints_every_line_of_a_command_and_a_table_of_runs(self):
@@ -4540,6 +4549,19 @@ class TestStatus:
             "pending": 1, "processing": 0, "completed": 0, "failed": 0, "dead": 0}
         assert printed["workers"] == []
 
+    def test_what_is_overdue_counts_as_waiting_for_a_worker(self, queue, clock):
+        add_job(queue, id="runs", priority=1)
+        add_job(queue, id="late", delay=10)
+        claim(queue)
+
+        def judge():
+            status = dict(queuectl.read_status(queue), has_pool=True)
+            return queuectl.verdict(status, clock.now).sentence
+
+        assert judge() == "Keeping up: no job waits for a worker"
+        clock.now += 60
+        assert judge() == "Working: 1 waiting"
+
     def test_it_names_the_oldest_waiting_job_and_the_next_due_one(self, queue, clock):
         add_job(queue, id="low", priority=-1)
         clock.now += 60
@@ -4832,12 +4854,12 @@ class TestWorkerStart:
     @posix_only
     def test_what_becomes_of_each_job_is_printed(self):
         configure("backoff_base", "0.5")
-        enqueue("exit 3", id="x", max_retries=2)
+        enqueue("echo no host; exit 3", id="x", max_retries=2)
         enqueue("sleep 0.3", id="y")
         code, shown = run_on_terminal("worker", "start", "--drain", columns=200)
         assert code == 1
         assert re.search(r"x 1/2 failed \(exit 3\) in 0.\d\ds, again in 0.[45]s", shown)
-        assert re.search(r"x 2/2 dead \(exit 3\) in 0.\d\ds\r\n", shown)
+        assert re.search(r"x 2/2 dead \(exit 3\) in 0.\d\ds: no host\r\n", shown)
         assert "y 1/3 runs, pid " in shown and "y 1/3 completed in 0.3" in shown
         enqueue(id="z")
         answer = run_process("worker", "start", "--drain")
