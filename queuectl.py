@@ -4406,8 +4406,13 @@ def job_table(jobs, now, columns):
     """Return the lines of a table of jobs, with the columns that a terminal has room
     for, or all.
     """
-    width = terminal_width(sys.stdout)
-    columns = [one for one in columns if width is None or width >= one.terminal]
+    width, jobs = terminal_width(sys.stdout), iter(jobs)
+    if width:
+        first = list(itertools.islice(jobs, BATCH_SIZE))
+        jobs = itertools.chain(first, jobs)
+        used = [one for one in columns if any(one.text(job, now) for job in first)]
+        spare = 24 * (len(columns) - len(used))  # of a column without a text
+        columns = [one for one in used if width + spare >= one.terminal]
     rows = ([column.text(job, now) for column in columns] for job in jobs)
     return table([column.title for column in columns], rows, width, state_column=1)
 
@@ -7547,7 +7552,7 @@ def button(words, post, kind=None, label=None, **data):
     `ask` is asked before it, or what the address in `question` answers, with `do` on
     the button that goes on. `done` is shown after it.
     """
-    data = {"data_" + name: value for name, value in data.items()}
+    data = {"data_" + name: value for name, value in dict(data, kind=kind).items()}
     return element("button", words, type="button", kind=kind, aria_label=label,
                    data_post=post, **data)
 
@@ -8052,7 +8057,7 @@ def bulk_button(words, verb, filters, label=None):
                   "danger" if verb == "delete" else None, label,
                   question="/question" + query_of(verb=verb, **filters),
                   done="Retried" if verb == "retry" else "Deleted",
-                  do=verb.capitalize())
+                  do="Yes, " + verb)
 
 
 def question_route(request):
@@ -8184,7 +8189,8 @@ def job_buttons(job, page):
             yield button(
                 action.words, job_address(job, action.verb), action.kind,
                 ask=action.ask and action.ask(job, page), key="do-" + action.words,
-                done=action.done % job["id"], do=action.words.strip("…"))
+                done=action.done % job["id"],
+                do="Yes, " + action.words.strip("…").lower())
     if page.queue.is_needed(job):
         yield element("span", "It can't be deleted: other jobs wait for it", kind="dim")
 
@@ -8738,7 +8744,7 @@ dialog {
 }
 dialog::backdrop { background: #0007; }
 dialog .row { justify-content: flex-end; margin-top: 1.1rem; }
-#yes { background: var(--red); border-color: var(--red); color: var(--card); }
+#yes.danger { background: var(--red); border-color: var(--red); color: var(--card); }
 /* An answer that takes longer than a moment is announced. */
 .busy::before {
   content: ""; position: fixed; inset: 0 0 auto; height: 3px; z-index: 3;
@@ -9036,11 +9042,12 @@ function say(words) {
   toastTimer = setTimeout(() => { find("said").hidden = true; }, 6000);
 }
 
-function confirmed(question, words) {
+function confirmed(question, words, kind) {
   const box = find("sure");
   wait(false);
   find("question").textContent = question;
   find("yes").textContent = words;
+  find("yes").className = kind || "primary";
   box.returnValue = "";
   box.showModal();
   return new Promise(resolve => {
@@ -9048,13 +9055,13 @@ function confirmed(question, words) {
   }).finally(() => wait(true));
 }
 
-async function act({post, question, ask, do: words, done}) {
+async function act({post, question, ask, do: words, done, kind}) {
   if (question) {
     const answer = JSON.parse(await get(question));
     if (answer.none) return say(answer.none);
     ask = answer.ask;
   }
-  if (ask && !await confirmed(ask, words)) return;
+  if (ask && !await confirmed(ask, words, kind)) return;
   const changed = JSON.parse(await get(post, {method: "POST", headers: {"X-Token": "TOKEN"}}));
   const jobs = changed === 1 ? " job" : " jobs";
   say(question ? done + " " + changed.toLocaleString("en") + jobs : done);
@@ -9135,7 +9142,7 @@ ICONS
 <dialog id="sure" aria-labelledby="question">
 <p id="question"></p>
 <div class="row">
-<button type="button" value="no">Not now</button>
+<button type="button" value="no">No</button>
 <button type="button" id="yes" value="yes"></button>
 </div>
 </dialog>

@@ -3600,7 +3600,7 @@ class TestList:
 
     @posix_only
     @pytest.mark.parametrize("columns, titles", [
-        (40, "ID STATE WHY"), (80, "ID STATE TRIES CHANGED WHY COMMAND")])
+        (40, "ID STATE TRIES COMMAND"), (80, "ID STATE TRIES CHANGED COMMAND")])
     def test_a_terminal_shows_the_newest_that_fit(self, columns, titles):
         for n in range(40):
             enqueue("echo " + "x" * 200, id="job-with-a-long-name-%02d" % n)
@@ -8062,7 +8062,7 @@ class TestPanel:
         claim_and_complete(queue)
         again = buttons_of(page("/?job=x").find("aside"))["Run again…"]
         assert again["data-ask"] == "x is completed. Run it again?"
-        assert "class" not in again and again["data-do"] == "Run again"
+        assert "class" not in again and again["data-do"] == "Yes, run again"
 
     def test_the_holder_of_a_lock_can_be_opened(self, queue, page):
         for name in ("a", "b"):
