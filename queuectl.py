@@ -5614,6 +5614,8 @@ MATCH = option("--match", "TEXT", "only jobs with TEXT in id or command (default
 EVERYWHERE = [
     flag("--json", "print one JSON document"),
     option("--db", "PATH", "the queue (default: QUEUECTL_DB, or queuectl.db)")]
+LIMIT = option("--limit", "N", "at most N jobs, or 0 for all (default: all; on a"
+               " terminal the newest that fit)", count_from(0, "--limit"))
 ERROR = option("--error", "TEXT", "only jobs with this very error (default: all)")
 DRY_RUN = flag("--dry-run", "only list the jobs that would be changed")
 
@@ -6020,27 +6022,42 @@ def drop_last_ctrl_z(file):
 
 @command("list", "list jobs, oldest first", "list --state pending --limit 20",
          STATE, MATCH, SINCE,
-         option("--limit", "N", "at most N jobs, or 0 for all (default: all; on a"
-                " terminal the newest that fit)", count_from(0, "--limit")),
-         flag("--newest", "newest first"),
+         LIMIT, flag("--newest", "newest first"),
          creates_queue=True, only_reads=True, aliases=("ls",))
 def cmd_list(args, queue):
     chosen = where(args.state or STATES, text=args.match,
                    changed_since=time_since(args, queue))
-    size = terminal_size(sys.stdout) if args.limit is None and not args.json else None
-    if size:  # the newest that fit between the titles and the prompt, oldest first
-        limit = max(1, size.lines - 3)
-        jobs = list(queue.jobs(chosen, limit, newest=True))
+    room = room_for_jobs(args)
+    if room:  # the newest, in their order
+        jobs = list(queue.jobs(chosen, room, newest=True))
         jobs = jobs if args.newest else jobs[::-1]
     else:
-        limit = args.limit or 0
-        jobs = queue.jobs(chosen, limit, args.newest)
+        jobs = queue.jobs(chosen, args.limit or 0, args.newest)
     list_jobs(args, queue, jobs)
-    left = queue.count(chosen) - limit if limit and not args.json else 0
-    if left > 0 and size:
-        print_result(args, left, Line(plural(left, "older job") + MORE_HINT, DIM))
-    elif left > 0:
-        notice(plural(left, "more job") + MORE_HINT)
+    report_left(args, room, queue.count(chosen))
+
+
+def room_for_jobs(args):
+    """Return how many jobs fit between the titles and the prompt of a terminal.
+
+    It is None where --limit says how many jobs are listed, or where all are.
+    """
+    if args.limit is not None or args.json:
+        return None
+    size = terminal_size(sys.stdout)
+    return size and max(1, size.lines - 3)
+
+
+def report_left(args, room, count):
+    """Report how many of COUNT jobs were not listed."""
+    limit = room or args.limit or 0
+    if not limit or count <= limit or args.json:
+        return
+    if room:
+        more = plural(count - limit, "older job") + MORE_HINT
+        print_result(args, count - limit, Line(more, DIM))
+    else:
+        notice(plural(count - limit, "more job") + MORE_HINT)
 
 
 MORE_HINT = "; --limit 0 lists all"
@@ -6600,17 +6617,20 @@ def selection_to_delete(args, before):
 
 
 @command("dlq list", "list the dead jobs, the latest first", "dlq list --since 12h",
-         MATCH, ERROR, DIED_SINCE, creates_queue=True, only_reads=True)
+         MATCH, ERROR, DIED_SINCE, LIMIT, creates_queue=True, only_reads=True)
 def cmd_dlq_list(args, queue):
     filters = dict(text=args.match, error=args.error,
                    changed_since=time_since(args, queue))
+    chosen, room = where(["dead"], **filters), room_for_jobs(args)
     if not args.json:
-        errors = ["%(jobs)d x %(error)s" % row
-                  for row in queue.common_errors(where(["dead"], **filters))]
+        errors = ["%(jobs)d x %(error)s" % row for row in queue.common_errors(chosen)]
         more = " and %d more" % (len(errors) - 3) if len(errors) > 3 else ""
         if errors:
             print("Most common errors: " + printable(", ".join(errors[:3])) + more)
-    list_jobs(args, queue, queue.dead_jobs(**filters), DLQ_COLUMNS, "no dead jobs")
+        room = room and max(1, room - 1)
+    dead = queue.dead_jobs(limit=room or args.limit or -1, **filters)
+    list_jobs(args, queue, dead, DLQ_COLUMNS, "no dead jobs")
+    report_left(args, room, queue.count(chosen))
 
 
 @command("dlq logs", "print the latest output of dead jobs", "dlq logs --since 12h",

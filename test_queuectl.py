@@ -4493,6 +4493,16 @@ class TestDeadLetterQueue:
         assert [job["id"] for job in run_ok("dlq", "list", "--json").json] == [
             "first", "third", "second"]
 
+    @posix_only
+    def test_a_terminal_shows_the_latest_that_fit(self):
+        run_ok("enqueue", "-", "--quiet", stdin=b'{"command": "true"}\n' * 30)
+        run_ok("cancel", "--state", "pending")
+        code, shown = run_on_terminal("dlq", "list")
+        assert code == 0 and shown.count("cancelled") == 21  # one as an error
+        assert shown.count("\n") == 23 and "10 older jobs; --limit 0 lists all" in shown
+        assert run_ok("dlq", "list").out.count("\n") == 32
+        assert len(run_ok("dlq", "list", "--json", "--limit", "3").json) == 3
+
     def test_jobs_of_one_error_are_listed_retried_and_removed(self):
         for name, code in (("a", 1), ("b", 12), ("c", 1)):
             enqueue("exit %d" % code, id=name, max_retries=1)
