@@ -5828,7 +5828,7 @@ class TestTerminal:
         run_ok("enqueue", "--id", "日本語のジョブ", "--", "echo 日本語")
         for columns in (60, 80, 160):
             lines = run_on_terminal("list", columns=columns)[1].splitlines()
-            assert "i" * 18 + "…  pending" in lines[1]
+            assert "i" * 14 + "…  pending" in lines[1]
             starts = [queuectl.display_width(line.partition("pending")[0])
                       for line in lines[1:]]
             assert starts[0] == starts[1]
@@ -6986,8 +6986,7 @@ class TestLaunchers:
         with open("srun", "w") as file:
             file.write('#!/bin/sh\nshift 3; exec "$@"\n')
         os.chmod("srun", 0o755)
-        enqueue("echo 'a  b'; exit 3", id="x", launcher=launcher)
-        configure("max_retries", "1")
+        enqueue("echo 'a  b'; exit 3", id="x", launcher=launcher, max_retries=1)
         drain(1)
         assert run_ok("logs", "x").out == "a  b\n" and jobs()["x"]["exit_code"] == 3
 
