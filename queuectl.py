@@ -4665,10 +4665,15 @@ def printing_handler(level):
     import logging
 
     start = "\r\x1b[K" if terminal_width(sys.stderr) else ""  # over the progress line
+    has_colours = start and not os.environ.get("NO_COLOR")
 
     class Printer(logging.Handler):
         def emit(self, record):
-            write_in_time(sys.stderr, start + record.getMessage() + "\n")
+            text, state = record.getMessage(), getattr(record, "state", None)
+            if has_colours and state and STATES[state].colour:
+                text = text.replace(" " + state, " \x1b[%dm%s\x1b[0m" % (
+                    STATES[state].colour, state), 1)
+            write_in_time(sys.stderr, start + text + "\n")
 
     return Printer(level)
 
@@ -4835,7 +4840,8 @@ class Worker:
         last = last_line(outcome.output[-4000:]) if state == "dead" else ""
         if last:
             note = ": " + truncate(printable(last), 80)
-        self.log.info("%s %s in %.2fs%s", run_label(run), message, seconds, note)
+        self.log.info("%s %s in %.2fs%s", run_label(run), message, seconds, note,
+                      extra={"state": state})
         if state == "dead":
             wake([self.pool])  # which starts `on_dead`
 
@@ -6624,7 +6630,8 @@ def cmd_dlq_list(args, queue):
     chosen, room = where(["dead"], **filters), room_for_jobs(args)
     if not args.json:
         errors = ["%(jobs)d x %(error)s" % row for row in queue.common_errors(chosen)]
-        more = " and %d more" % (len(errors) - 3) if len(errors) > 3 else ""
+        rest = len(errors) - 3
+        more = " and " + plural(rest, "other error") if rest > 0 else ""
         if errors:
             print("Most common errors: " + printable(", ".join(errors[:3])) + more)
         room = room and max(1, room - 1)

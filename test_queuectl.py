@@ -4482,7 +4482,7 @@ class TestDeadLetterQueue:
             enqueue("exit %d" % code, max_retries=1)
         drain()
         first = run_ok("dlq", "list").out.splitlines()[0]
-        assert first.endswith(" and 2 more") and first.count("1 x exit") == 3
+        assert first.endswith(" and 2 other errors") and first.count("1 x exit") == 3
 
     def test_list_begins_with_the_latest_death(self, queue, clock):
         for name in ("first", "second", "third"):
@@ -4867,7 +4867,8 @@ class TestWorkerStart:
         enqueue("echo no host; exit 3", id="x", max_retries=2)
         enqueue("sleep 0.3", id="y")
         code, shown = run_on_terminal("worker", "start", "--drain", columns=200)
-        assert code == 1
+        assert code == 1 and "x 2/2 \x1b[31mdead\x1b[0m (exit 3)" in shown
+        shown = re.sub(r"\x1b\[\d*m", "", shown)
         assert re.search(r"x 1/2 failed \(exit 3\) in 0.\d\ds, again in 0.[45]s", shown)
         assert re.search(r"x 2/2 dead \(exit 3\) in 0.\d\ds: no host\r\n", shown)
         assert "y 1/3 runs, pid " in shown and "y 1/3 completed in 0.3" in shown
