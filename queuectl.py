@@ -5351,7 +5351,7 @@ class Supervisor:
             pool_notice("finishing %s; Ctrl-C again ends them now"
                         % plural(len(running), "running job"))
         elif running:
-            pool_notice("ending %s; they will be pending again"
+            pool_notice("putting %s back to pending"
                         % plural(len(running), "running job"))
 
     def reap(self):
