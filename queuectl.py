@@ -1488,8 +1488,10 @@ CREATE TRIGGER dependency_dropped AFTER DELETE ON dependencies BEGIN
 -- off: the trigger does not fire for its own changes.)
 CREATE TRIGGER gate_moved
     AFTER UPDATE OF state, run_at, updated_at, waits, lock, priority ON jobs
-    WHEN NEW.lock NOT NULL OR OLD.lock NOT NULL OR NEW.run_at > NEW.updated_at
-        OR NEW.state = 'failed' AND NEW.waits > 0 OR NEW.gate <> {GATE_OF_NEW} BEGIN
+    WHEN NEW.lock NOT NULL OR OLD.lock NOT NULL          -- others may get the lock
+        OR NEW.run_at > NEW.updated_at                   -- the clock may be behind
+        OR NEW.state = 'failed' AND NEW.waits > 0        -- it waits for others, too
+        OR NEW.gate <> {GATE_OF_NEW} BEGIN
     -- A waiting job that was due stays due if the clock was set back since.
     UPDATE jobs SET run_at = updated_at WHERE seq = NEW.seq AND {is_waiting}
         AND run_at > updated_at
@@ -2199,7 +2201,8 @@ class Queue(Database):
         with self.transaction():
             self.require_file()  # a removed file takes jobs, and nobody would find them
             try:
-                # Jobs in a row with values in the same columns take one statement.
+                # Jobs in a row with values in the same columns take one statement. To
+                # read a row restarts jobs as well.
                 count = sum(
                     self.db.executemany(
                         insert_job(columns), (values for _, values in rows)).rowcount
@@ -2564,23 +2567,15 @@ class Queue(Database):
             jobs = self._named(ids)
             named = {job["seq"] for job in jobs}
             for job in jobs:
-                for seq, id in self._dependents(job):
+                for seq, id in self.waiting_dependents(job):
                     if seq not in named:
-                        message = "job %s can't be deleted, because %s waits for it; to"
-                        raise QueueError(
-                            message + " delete both, name both", job["id"], id)
+                        message = "job %s can't be deleted, because %s waits for it;" \
+                            " to delete both, name both"
+                        raise QueueError(message, job["id"], id)
             count = self._apply(ids, DELETE, "job %(id)s is running")
         self._vacuum()
         wake_workers(self.path)
         return count
-
-    def _dependents(self, job):
-        """Return number and id of the unfinished jobs that wait for a job."""
-        if job["state"] in SUCCESSFUL:
-            return []
-        return self._rows(
-            "SELECT seq, id FROM jobs JOIN dependencies USING (seq)"
-            " WHERE waits_for = ? AND " + UNFINISHED_DEPENDENT, job["seq"])
 
     def delete_all(self, condition):
         """Remove the jobs that meet a condition, dependents first."""
@@ -2730,11 +2725,17 @@ class Queue(Database):
             "SELECT id, state FROM dependencies JOIN jobs USING (seq)"
             " WHERE waits_for = ? ORDER BY seq LIMIT ?", job["seq"], limit)
 
-    def is_needed(self, job):
-        """Tell whether an unfinished job waits for a job that is not completed."""
-        return job["state"] not in SUCCESSFUL and bool(self._value(
-            "SELECT 1 FROM jobs JOIN dependencies USING (seq) WHERE waits_for = ? AND "
-            + UNFINISHED_DEPENDENT + " LIMIT 1", job["seq"]))
+    def waiting_dependents(self, job, limit=-1):
+        """Return the first unfinished jobs (`seq`, `id`) that wait for a job.
+
+        Nothing waits for a completed one. A LIMIT below 0 is none.
+        """
+        if job["state"] in SUCCESSFUL:
+            return []
+        return self._rows(
+            "SELECT seq, id FROM dependencies JOIN jobs USING (seq)"
+            " WHERE waits_for = ? AND " + UNFINISHED_DEPENDENT +
+            " ORDER BY seq LIMIT ?", job["seq"], limit)
 
     def lock_holder(self, job):
         """Return the id of the job that has the lock of this one, or gets it next."""
@@ -3933,8 +3934,10 @@ def setting_text(name, value):
 LOST_HINT = "its worker died; the next pool %s"
 ORPHAN_HINT = "its worker died, but its processes still run; the next pool ends them" \
     " and %s"
-PAUSED_HINT = "paused; to go on: queuectl.py resume"
-NO_POOL = "no pool is running; to start one: queuectl.py worker start"
+TO_RESUME = "to go on: queuectl.py resume"
+TO_START = "to start one: queuectl.py worker start"
+PAUSED_HINT = "paused; " + TO_RESUME
+NO_POOL = "no pool is running; " + TO_START
 
 
 def quoted(words):
@@ -4055,7 +4058,7 @@ def kind_of(job, status, now):
 Verdict = collections.namedtuple("Verdict", "state sentence advice")
 RULES = [
     (lambda status: status["paused"],
-     Verdict("failed", "Paused{left}", PAUSED_HINT.split("; ")[1])),
+     Verdict("failed", "Paused{left}", TO_RESUME)),
     (lambda status: not any(status["jobs"].values()),
      Verdict("pending", "No jobs yet",
              "to add one: queuectl.py enqueue -- echo hello")),
@@ -4066,7 +4069,7 @@ RULES = [
      Verdict("dead", "Stuck{left} for dead ones",
              "retry the dead ones, or cancel what waits")),
     (lambda status: not status["has_pool"],
-     Verdict("dead", "No pool is running{left}", NO_POOL.split("; ")[1])),
+     Verdict("dead", "No pool is running{left}", TO_START)),
     (lambda status: status["growth"] >= 1,
      Verdict("failed", "Falling behind: {ready} waiting, {growth:,.0f} more a minute",
              "")),
@@ -4706,9 +4709,9 @@ WINDOWS_NO_MEMORY = 1450, 1455  # ERROR_NO_SYSTEM_RESOURCES, ERROR_COMMITMENT_LI
 class Worker:
     """One process of a pool. It runs one job at a time."""
 
-    def __init__(self, path, pool, is_drain, is_quiet):
-        self.path, self.pool, self.is_drain = path, pool, is_drain
-        self.drain = pool if is_drain else None  # as for `Queue`
+    def __init__(self, path, pool, drain, is_quiet):
+        self.path, self.pool = path, pool
+        self.drain = drain  # as for `Queue`
         self.log = open_log(path, "worker", is_quiet)
         self.queue = None
         self.lease = None  # of the present run
@@ -4744,7 +4747,7 @@ class Worker:
 
     def rest(self):
         """Wait until there may be something to claim, or end a drain that is over."""
-        if self.is_drain and self.with_retries(self.queue.is_drained):
+        if self.drain and self.with_retries(self.queue.is_drained):
             request_stop(self.path, self.pool, "over")
         self.waiter.wait(self.with_retries(self.idle_time))
 
@@ -4929,11 +4932,11 @@ class Worker:
         return None
 
 
-def worker_main(path, pool, is_drain, is_quiet, pool_fd):
+def worker_main(path, pool, drain, is_quiet, pool_fd):
     """Be a worker, in a process of its own."""
     if not WINDOWS:
         os.close(pool_fd)  # or the supervisor would seem to live as long as this worker
-    worker = Worker(path, pool, is_drain, is_quiet)
+    worker = Worker(path, pool, drain, is_quiet)
     own = worker_file(path, pool, os.getpid())
     try:
         fd = worker.with_retries(lock_file, own)
@@ -5187,7 +5190,7 @@ class Supervisor:
     def __init__(self, path, count, is_drain=False, is_quiet=True, on_check=None):
         self.path, self.count = os.path.realpath(path), count
         self.pid = os.getpid()
-        self.is_drain, self.is_quiet = is_drain, is_quiet
+        self.is_quiet = is_quiet
         self.drain = self.pid if is_drain else None  # as for `Queue`
         self.on_check = on_check  # called with the queue, every DRAIN_INTERVAL
         self.own_file = pool_file(self.path, self.pid)
@@ -5230,7 +5233,7 @@ class Supervisor:
             self.loop()
             # A drain has to say how it ended, even if another program has the lock.
             wait_until(lambda: self.with_queue(self.finish) or self.stop_reason,
-                       LOCK_TIMEOUT if self.is_drain else 0, POLL_INTERVAL)
+                       LOCK_TIMEOUT if self.drain else 0, POLL_INTERVAL)
             self.log.info("pool stopped")
         finally:
             request_stop(self.path, self.pid, "stop")  # in any case, for the workers
@@ -5379,7 +5382,7 @@ class Supervisor:
                 return True
             worker = context.Process(
                 target=worker_main, args=(
-                    self.path, self.pid, self.is_drain, self.is_quiet, self.fd))
+                    self.path, self.pid, self.drain, self.is_quiet, self.fd))
             try:
                 with sheltered_start():
                     worker.start()
@@ -5413,7 +5416,7 @@ class Supervisor:
 
     def maintain(self, queue):
         """Do what is due for the queue at every check."""
-        if self.is_drain:  # it waits while the queue is paused
+        if self.drain:  # it waits while the queue is paused
             self.report_pause(queue)
         self.reaper.recover_lost(queue, [worker.pid for worker in self.workers])
         self.reaper.remove_stale_files(queue)
@@ -5437,7 +5440,7 @@ class Supervisor:
         Return True, so that the caller does not try again.
         """
         self.summary = "pool %d stopped" % self.pid
-        if self.is_drain:
+        if self.drain:
             self.finish_drain(queue)
         self.reaper.announce_rest(queue, is_urgent=lambda: (
             self.signals > 1 or requested_stop(self.path, self.pid) == "now"))
@@ -5630,7 +5633,10 @@ DRY_RUN = flag("--dry-run", "only list the jobs that would be changed")
 
 
 def within_job_of(path):
-    """Tell whether a job of the queue that still runs has started this command."""
+    """Tell whether a job of the queue that still runs has started this command.
+
+    Unlike `Queue.own_job` this needs no database, which may be gone or broken.
+    """
     lease, runs = os.environ.get("QUEUECTL_RUN", ""), path_beside(path, ".runs")
     return lease.startswith(os.path.join(runs, "")) and is_locked(lease)
 
@@ -5644,7 +5650,7 @@ def read_status(queue):
         pools = {worker["pool"] for worker in workers}
         killed = {pool for pool in pools if not is_locked(pool_file(queue.path, pool))}
         commands = {job["id"]: job["command"] for job in queue.jobs(
-            where(["processing"]), limit=MAX_WORKERS, brief=True)}
+            where(["processing"]), brief=True)}
         return {
             "path": queue.path,
             "jobs": queue.counts(), "workers": workers, "commands": commands,
@@ -6141,13 +6147,12 @@ def answer_lines(queue, job, now):
     yield truncate("  $ " + printable(job["command"]), width)
     for line in last_lines(output_of(queue, job, job["run"])[-4000:], 5):
         yield truncate("  | " + printable(line), width)
-    behind = [other["id"] for other in queue.dependents(job, 1000)
-              if other["state"] not in FINISHED and state not in SUCCESSFUL]
-    if behind:
-        more = ", …" if len(behind) > 3 else ""
-        yield "%s for it: %s%s" % (
-            "1 job waits" if len(behind) == 1 else "%d jobs wait" % len(behind),
-            printable(", ".join(behind[:3])), more)
+    ids = [id for _, id in queue.waiting_dependents(job)]
+    if ids:
+        more = ", …" if len(ids) > 3 else ""
+        yield "%s wait%s for it: %s%s" % (
+            plural(len(ids), "job"), "s" if len(ids) == 1 else "",
+            printable(", ".join(ids[:3])), more)
     yield from next_step(queue, job, now)
 
 
@@ -8178,7 +8183,7 @@ def can_run_now(job, page):
 
 def can_delete(job, page):
     """Tell whether a job can be deleted: not while unfinished jobs wait for it."""
-    return job["state"] in TAKES["delete"] and not page.queue.is_needed(job)
+    return job["state"] in TAKES["delete"] and not page.queue.waiting_dependents(job, 1)
 
 
 def ask_to_cancel(job, page):
@@ -8186,8 +8191,8 @@ def ask_to_cancel(job, page):
     is_running = job["state"] == "processing"
     return joined(
         "Cancel %s?" % job["id"], is_running and "All its processes are ended.",
-        page.queue.is_needed(job) and "The jobs that come after it stay, and wait until"
-        " it is retried and completed.", by=" ")
+        page.queue.waiting_dependents(job, 1) and "The jobs that come after it stay,"
+        " and wait until it is retried and completed.", by=" ")
 
 
 JOB_ACTIONS = [
@@ -8218,7 +8223,7 @@ def job_buttons(job, page):
                 ask=action.ask and action.ask(job, page), key="do-" + action.words,
                 done=action.done % job["id"],
                 do="Yes, " + action.words.strip("…").lower())
-    if page.queue.is_needed(job):
+    if page.queue.waiting_dependents(job, 1):
         yield element("span", "It can't be deleted: other jobs wait for it", kind="dim")
 
 
@@ -8397,7 +8402,8 @@ def page_title(words):
 
 
 def page_without_queue():
-    return page_title("queuectl") + element("header", headline()) + element("main")
+    return Html(
+        page_title("queuectl") + element("header", headline()) + element("main"))
 
 
 def page_trouble(words):

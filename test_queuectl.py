@@ -4353,6 +4353,15 @@ class TestDelete:
         queue.complete(claim(queue), make_outcome(None))
         assert run_ok(*words).out == "deleted 1 job\n" and list(jobs()) == ["done"]
 
+    def test_nothing_waits_for_a_completed_job(self, queue):
+        add_job(queue, id="done")
+        queue.complete(claim(queue), make_outcome(None))
+        add_job(queue, id="other")
+        add_job(queue, id="last", after=["done", "other"])
+        assert "waits for it: last" in run_ok("show", "other").out
+        assert "last" not in run_ok("show", "done").out
+        assert run_ok("delete", "done").out == "deleted done\n"
+
     def test_a_job_with_dependents_is_deleted_only_with_them(self, queue):
         for id, after in (("a", []), ("b", ["a"]), ("c", ["b"])):
             add_job(queue, id=id, after=after, max_retries=1)
