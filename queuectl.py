@@ -1963,8 +1963,8 @@ def insert_job(columns):
     """Return the SQL for a new job: its id and times, COLUMNS, then two for the gate.
 
     The times are `run_at`, `created_at` and `updated_at`; the gate needs the first and
-    the last of them again. Other columns keep their default, NULL: sqlite3 takes four
-    times as long for a value of None as for a text.
+    the last of them again. Other columns keep their default, NULL: to pass None for
+    each of them would take a fifth of the time of a large batch.
     """
     names = ("id", "run_at", "created_at", "updated_at", *columns)
     gate = gate_rule("'pending'", waits="0", run_at="?", updated_at="?",
@@ -2633,7 +2633,7 @@ class Queue(Database):
         In many short transactions: a single one for a million jobs, or for a few
         hundred with large outputs, would hold up all others for seconds. A job that
         meets the condition later, like one that a pool completes in the meantime, is
-        left. Jobs come behind their dependencies, or before them, so that none is run,
+        left. Jobs come after their dependencies, or before them, so that none is run,
         or left, without the others in between.
         """
         seqs = self._seqs(condition)
@@ -2933,7 +2933,10 @@ class Queue(Database):
         return self._value("SELECT COUNT(*) FROM jobs WHERE " + FOR_A_TIME)
 
     def count_cancelled(self):
-        """Return how many of the dead jobs somebody cancelled."""
+        """Return how many of the dead jobs somebody cancelled.
+
+        By their error, which has an index, and which only `cancel` gives.
+        """
         return self._value("SELECT COUNT(*) FROM jobs WHERE state = 'dead'"
                            " AND error = ?", CANCELLED)
 
