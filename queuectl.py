@@ -4409,9 +4409,7 @@ DLQ_COLUMNS = [*LIST_COLUMNS[:3], *last_columns("DIED", "ERROR")]
 
 
 def job_table(jobs, now, columns):
-    """Return the lines of a table of jobs, with the columns that a terminal has room
-    for, or all.
-    """
+    """Return the lines of a table of jobs; a terminal gets the columns that fit."""
     width, jobs = terminal_width(sys.stdout), iter(jobs)
     if width:
         first = list(itertools.islice(jobs, BATCH_SIZE))

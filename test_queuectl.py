@@ -4887,6 +4887,14 @@ class TestWorkerStart:
                             r"queuectl: 1 completed, 0 dead\n", answer.stderr)
         assert answer.stdout.count("\n") == 1 and "log queuectl.log;" in answer.stdout
 
+    @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs root")
+    def test_root_is_told_whose_queue_it_runs(self):
+        enqueue()
+        os.chown("queuectl.db", 65534, -1)
+        answer = run_process("worker", "start", "--drain", "--quiet")
+        assert "belongs to another user (65534), and its commands run as root" in (
+            answer.stderr)
+
     @posix_only
     def test_quiet_prints_the_first_and_the_last_line(self):
         enqueue()
