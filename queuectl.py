@@ -470,13 +470,14 @@ def optional(check, word):
     return check_or_none
 
 
-# A setting. `none` is the word that means no value, None where there is always one.
+# A setting. `unit` is that of its value: "seconds", "bytes" or None. `none` is the word
+# that means no value, None where there is always one.
 Setting = collections.namedtuple(
-    "Setting", "check default meaning none", defaults=(None,))
+    "Setting", "check default meaning unit none", defaults=(None, None))
 
 
-def optional_setting(check, meaning, none="none"):
-    return Setting(optional(check, none), None, meaning, none)
+def optional_setting(check, meaning, unit=None, none="none"):
+    return Setting(optional(check, none), None, meaning, unit, none)
 
 
 SETTINGS = {
@@ -485,16 +486,16 @@ SETTINGS = {
     "backoff_base": Setting(
         in_range(parse_duration, 0, 10**6, "a number from 0 to 1000000"), 2,
         "the wait after n failures: base ** n seconds"),
-    "backoff_max": Setting(duration_from(0), 86400, "longest such wait, in seconds"),
+    "backoff_max": Setting(duration_from(0), 86400, "longest such wait", "seconds"),
     "timeout": optional_setting(
-        duration_from(0.001), "seconds a run may take, if its job has none"),
+        duration_from(0.001), "how long a run may take, if its job has none", "seconds"),
     "output_limit": Setting(
         in_range(parse_size, 0, 2**26, "bytes from 0 to 64M, like 500, 64K, 1M"), 2**20,
-        "bytes of output that are kept, like 1M"),
+        "bytes of a run's output that are kept", "bytes"),
     "launcher": optional_setting(
         check_launcher, "what runs are started through, like srun"),
     "keep": optional_setting(
-        duration_from(0), "seconds that completed jobs are kept", none="forever"),
+        duration_from(0), "how long completed jobs are kept", "seconds", "forever"),
     "on_dead": optional_setting(
         check_command, "command for each job that fails for good"),
 }
@@ -3874,15 +3875,16 @@ def notice(message):
         print("queuectl: %s" % message, file=sys.stderr, flush=True)
 
 
-def duration_text(seconds, precise=False):
-    """Return a duration in one or two units: 0.2s, 12s, 3m 20s, 2h 5m, 4d 1h.
+def duration_text(seconds):
+    """Return a duration exactly, in two units at most: 43ms, 0.4s, 12s, 3m 20s, 4d 1h.
 
-    A PRECISE one shows less than a second as milliseconds: 43ms.
+    Commands show durations so. Where a picture refreshes itself, and for what is only
+    estimated, `roughly` is used instead.
     """
-    if precise and seconds < 0.9995:
-        return "%.0fms" % max(0, 1000 * seconds)
-    if seconds < 10:
-        return "%.1fs" % max(0.0, seconds)
+    if seconds < 0.0995:
+        return "%.0fms" % (1000 * seconds) if seconds >= 0.0005 else "<1ms"
+    if seconds < 9.95:
+        return "%.1fs" % seconds
     rest, parts = int(seconds), []
     for unit in "dhms":
         count, rest = divmod(rest, UNITS[unit])
@@ -3892,10 +3894,7 @@ def duration_text(seconds, precise=False):
 
 
 def roughly(seconds):
-    """Return a duration in one unit: 1 s, 12 s, 19 min, 30 h, 4 d.
-
-    A page that refreshes every two seconds stays calm that way.
-    """
+    """Return about how long a duration is, in one unit: 1 s, 19 min, 30 h, 4 d."""
     for least, unit, name in ((172800, "d", "d"), (5400, "h", "h"), (120, "m", "min")):
         if seconds >= least:
             return "%.0f %s" % (seconds / UNITS[unit], name)
@@ -3926,10 +3925,25 @@ def joined(*words, by=", "):
 
 
 def setting_text(name, value):
-    """Return the value of a setting as it can be set."""
+    """Return the value of a setting for scripts, a number without a unit."""
     if value is None:
         return SETTINGS[name].none
     return printable(value) if isinstance(value, str) else number_text(value)
+
+
+def setting_with_unit(name, value):
+    """Return the value of a setting for people, as it can be set: 1h30m, 64K, none."""
+    text, unit = setting_text(name, value), SETTINGS[name].unit
+    if value is None or not unit:
+        return text
+    if unit == "seconds":
+        duration = duration_text(value).replace(" ", "")
+        is_exact = value >= 10 and parse_duration(duration) == value
+        return duration if is_exact else text + "s"
+    for size, letter in ((2**20, "M"), (2**10, "K")):
+        if value >= size and value % size == 0:
+            return "%d%s" % (value // size, letter)
+    return text
 
 
 # Why a job is not running, and how far a queue is.
@@ -4430,7 +4444,7 @@ def run_table(runs, now):
         result = "running" if is_running else printable(run["error"] or "exit 0")
         rows.append([
             str(run["run"]), str(run["attempt"]), relative_time(run["started_at"], now),
-            duration_text(seconds, precise=True), result])
+            duration_text(seconds), result])
     return table(["RUN", "TRY", "STARTED", "TOOK", "RESULT"], rows)
 
 
@@ -4446,7 +4460,7 @@ def stats_lines(stats, width):
         100 * stats["success_rate"], stats["per_second_now"], stats["per_second"],
         period)
     for name in ("run_time", "waiting_time"):
-        times = [duration_text(value or 0, precise=True)
+        times = [duration_text(value or 0)
                  for value in stats[name].values()]
         yield "%s: median %s, 95 %% within %s, longest %s" % (
             name.replace("_", " "), *times)
@@ -4455,7 +4469,7 @@ def stats_lines(stats, width):
     yield "Slowest commands:"
     for row in stats["slowest_commands"]:
         yield truncate("%8s on average of %s of  %s" % (
-            duration_text(row["mean"], precise=True), plural(row["runs"], "run"),
+            duration_text(row["mean"]), plural(row["runs"], "run"),
             printable(row["command"])), width)
     if stats["common_errors"]:
         yield "Most common errors:"
@@ -6182,7 +6196,7 @@ def state_reasons(queue, job, now):
     changed = relative_time(job["updated_at"], now)
     if job["error"]:
         return [job["error"], tries, changed]
-    return ["took " + duration_text(job["seconds"], precise=True), changed]
+    return ["took " + duration_text(job["seconds"]), changed]
 
 
 def field_line(name, value):
@@ -6681,8 +6695,8 @@ def cmd_config_show(args, queue):
     width = terminal_width(sys.stdout)
     columns = 4 if width is None or width >= 60 else 2
     rows = [
-        [name, setting_text(name, values[name]), setting_text(name, setting.default),
-         setting.meaning][:columns]
+        [name, setting_with_unit(name, values[name]),
+         setting_with_unit(name, setting.default), setting.meaning][:columns]
         for name, setting in SETTINGS.items()]
     titles = ["SETTING", "VALUE", "DEFAULT", "MEANING"][:columns]
     print_result(args, values, *table(titles, rows, width))
@@ -6718,7 +6732,7 @@ def print_setting(args, queue):
     """Print the value of a setting, under the name as it was typed."""
     name = setting_name(args.key)
     value = queue.settings()[name]
-    message = "%s = %s" % (args.key, setting_text(name, value))
+    message = "%s = %s" % (args.key, setting_with_unit(name, value))
     print_result(args, {name: value}, message)
 
 
@@ -7597,18 +7611,6 @@ def ago(moment, page):
     return relative_time(moment, page.now, roughly)
 
 
-def took_text(seconds):
-    """Return how long something took, in one unit: <1 ms, 43 ms, 3.2 s, 19 min."""
-    if seconds >= 10:
-        return roughly(seconds)
-    return "<1 ms" if seconds < 0.0005 else spaced(duration_text(seconds, precise=True))
-
-
-def spaced(duration):
-    """Return the text of a duration with a space before each unit."""
-    return re.sub("([a-z]+)", r" \1", duration)
-
-
 def query_of(**fields):
     """Return the query of an address."""
     from urllib.parse import urlencode
@@ -7919,12 +7921,12 @@ def stats_text(stats):
     if not stats["runs"]:
         return "nothing ran in the last hour"
     rate, wait = stats["success_rate"], stats["waiting_time"]["median"]
-    took = [took_text(stats["run_time"][part]) for part in ("median", "p95")]
+    took = [duration_text(stats["run_time"][part]) for part in ("median", "p95")]
     return joined(
         "%s in the last minute" % grouped(round(60 * stats["per_second_now"])),
         rate is not None and "%d %% succeed" % int(100 * rate),
         "a run takes %s (95 %%: %s)" % tuple(took),
-        wait is not None and "jobs waited " + took_text(wait), by=" · ")
+        wait is not None and "jobs waited " + duration_text(wait), by=" · ")
 
 
 def chart_bars(bars, top):
@@ -7993,7 +7995,7 @@ JOB_COLUMNS = [
     Column("Command", "mono rest", command_cell),
     Column("Tries", "slim wide num", tries_cell),
     Column("Took", "slim wide num", lambda job, page: "" if job["seconds"] is None
-           else took_text(job["seconds"])),
+           else duration_text(job["seconds"])),
     Column("When", "mid num", time_cell),
 ]
 
@@ -8263,7 +8265,7 @@ def job_facts(job, page):
     facts.update((name.replace("_", " "), fields[name])
                  for name in COLUMNS if name not in SHOWN_ELSEWHERE)
     facts["lock"] = lock_fact(job, page)
-    facts["timeout"] = fields["timeout"] and spaced(duration_text(fields["timeout"]))
+    facts["timeout"] = fields["timeout"] and duration_text(fields["timeout"])
     facts["env"] = " ".join(map("=".join, fields["env"].items()))
     return facts
 
@@ -8299,7 +8301,7 @@ def run_link(run, shown, page):
     """Return a link to the output of a run, with when it began and how it ended."""
     words = [run["run"], iso(run["started_at"])[11:19], "running"]
     if run["finished_at"] is not None:
-        words[2:] = run["error"] or "exit 0", took_text(run["seconds"])
+        words[2:] = run["error"] or "exit 0", duration_text(run["seconds"])
     return link("run " + " · ".join(map(str, words)),
                 page.view.address(run=str(run["run"])), "button",
                 aria_current="true" if run["run"] == shown else None)
