@@ -502,8 +502,8 @@ SETTINGS = {
 
 # A field that is given with a job. Its option of `enqueue` and `edit` is `--name
 # METAVAR`. `otherwise` tells in words what a new job has without it. `parse` converts
-# the option's text to what `check` expects. If it `repeats`, the option may be given
-# several times. The settings max_retries and timeout are the defaults of these fields.
+# the option's text to what `check` expects. If it `repeats`, all values of the option
+# are kept. The settings max_retries and timeout are the defaults of these fields.
 Field = collections.namedtuple(
     "Field", "check default metavar help otherwise parse repeats",
     defaults=("none", str, False))
@@ -534,7 +534,7 @@ FIELDS = {
         "start only when job ID is completed; repeatable", repeats=True),
     "lock": Field(
         optional(check_id, "none"), None, "NAME",
-        "run at most one job with this lock at a time"),
+        "run at most one job with this lock at a time", repeats=True),
 }
 # The fields that are columns of `jobs`: `delay` becomes a `run_at`, `after` rows of
 # `dependencies`.
@@ -2095,13 +2095,24 @@ def where(states=STATES, **filters):
     return Condition(sql, given, sql)
 
 
-def needed(condition, is_needed=True):
-    """Narrow a condition to the jobs that have to be kept, or to the others.
+def needed(condition):
+    """Narrow a condition to the jobs that have to be kept."""
+    return condition._replace(sql="%s AND %s" % (condition.sql, is_needed(condition)))
+
+
+def not_needed(condition):
+    """Narrow a condition to the jobs that need not be kept."""
+    return condition._replace(spares_needed=True, sql="%s AND NOT %s" % (
+        condition.sql, is_needed(condition)))
+
+
+def is_needed(condition):
+    """Return the SQL that is true of those selected jobs that have to be kept.
 
     A job that is selected has to be kept if it is not completed and an unfinished job
     waits for it that is not selected, or that has to be kept itself.
     """
-    is_kept = """(NOT {success} AND seq IN (WITH RECURSIVE needed (seq) AS (
+    return """(NOT {success} AND seq IN (WITH RECURSIVE needed (seq) AS (
         SELECT waits_for FROM jobs JOIN dependencies USING (seq)
             WHERE {dependent} AND ({selected}) IS NOT 1
         UNION SELECT waits_for FROM needed CROSS JOIN jobs USING (seq)
@@ -2109,8 +2120,6 @@ def needed(condition, is_needed=True):
         SELECT seq FROM needed))""".format(
         success=in_states(SUCCESSFUL), dependent=UNFINISHED_DEPENDENT,
         selected=condition.sql)  # NULL, where a job has no error, is no selection
-    return condition._replace(spares_needed=not is_needed, sql="%s AND %s%s" % (
-        condition.sql, "" if is_needed else "NOT ", is_kept))
 
 
 # What `enqueue` did: the numbers of the first and the last new job; of the jobs that
@@ -2191,12 +2200,13 @@ class Queue(Database):
         added = self.enqueue([job])
         return self._value("SELECT id FROM jobs WHERE seq = ?", added.last)
 
-    def enqueue(self, jobs, unique=False):
+    def enqueue(self, jobs, unique=False, place_name="job {}".format):
         """Add jobs as `checked_job` makes them, all or none; return `Added`.
 
         JOBS may be a generator: it is read within the transaction. A job without an id
         gets one. UNIQUE leaves alone a job whose id is waiting or running, and starts a
-        finished one again with the new fields; its earlier runs stay.
+        finished one again with the new fields; its earlier runs stay. PLACE_NAME makes
+        words of the number of a job, for an error.
         """
         new = NewJobs(self, unique)
         with self.transaction():
@@ -2210,7 +2220,7 @@ class Queue(Database):
                     for columns, rows in itertools.groupby(
                         new.rows(jobs), key=operator.itemgetter(0)))
             except sqlite3.IntegrityError:
-                raise self._id_taken(new) from None
+                raise self._id_taken(new, place_name) from None
             self._change(
                 "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'", count)
             last = self._value("SELECT MAX(seq) FROM jobs") or 0
@@ -2220,14 +2230,15 @@ class Queue(Database):
         wake_workers(self.path)
         return Added(last - count + 1, last, new.unchanged, dropped)
 
-    def _id_taken(self, new):
+    def _id_taken(self, new, place_name):
         """Return the QueueError for the latest of NEW jobs: its id is taken."""
         first = self._value("SELECT MAX(seq) FROM jobs") - (new.count - 2)
         twin = self._seq_of(new.id) - first + 1
         if twin < 1:
-            return QueueError("there is a job %s already", new.id)
-        return QueueError("jobs %d and %d of this batch have the same id: %s",
-                          twin, new.count, new.id)
+            place = place_name(new.count) + ": " if new.count > 1 else ""
+            return QueueError(place + "there is a job %s already", new.id)
+        return QueueError("%s and %s have the same id: %s", place_name(twin),
+                          place_name(new.count), new.id)
 
     def _restart(self, job):
         """Start a job again with these fields; return False if it was not finished."""
@@ -3869,12 +3880,6 @@ def scan_with_tools(leases):
 # ======================================================================================
 
 
-def notice(message):
-    """Print a line for people on standard error."""
-    with contextlib.suppress(OSError):  # its reader is gone
-        print("queuectl: %s" % message, file=sys.stderr, flush=True)
-
-
 def duration_text(seconds):
     """Return a duration exactly, in two units at most: 43ms, 0.4s, 12s, 3m 20s, 4d 1h.
 
@@ -3953,8 +3958,7 @@ ORPHAN_HINT = "its worker died, but its processes still run; the next pool ends 
     " and %s"
 TO_RESUME = "to go on: queuectl.py resume"
 TO_START = "to start one: queuectl.py worker start"
-PAUSED_HINT = "paused; " + TO_RESUME
-NO_POOL = "no pool is running; " + TO_START
+TO_START_ANOTHER = "to start another: queuectl.py worker start"
 
 
 def quoted(words):
@@ -3973,32 +3977,52 @@ def in_queue(path, hint):
     return hint.replace("queuectl.py", "queuectl.py --db " + quoted([path]))
 
 
+def standstill(path, is_paused, pools):
+    """Return in words why no job is started, and the next step; nothing if jobs are.
+
+    POOLS are those of the queue that live.
+    """
+    hint = ""
+    if is_paused:
+        hint = "the queue is paused; " + TO_RESUME
+    elif not pools:
+        hint = "no pool is running; " + TO_START
+    elif all(requested_stop(path, pool) for pool in pools):
+        hint = "the pool is stopping; " + TO_START_ANOTHER
+    return in_queue(path, hint)
+
+
+def pools_of(workers):
+    return {worker["pool"] for worker in workers}
+
+
+def lost_jobs(queue, workers):
+    """Return the ids of the running jobs that none of these WORKERS has.
+
+    The state of a job has to be read before the workers: another worker may claim it.
+    """
+    attended = {worker["job"] for worker in workers}
+    return {run.id for run in queue.processing_runs()} - attended
+
+
 def why_waiting(queue, job, workers, text_of=duration_text):
     """Return in words why a job is not running; None if it runs or has finished.
 
     WORKERS are those of `Queue.workers`. TEXT_OF makes the text of a duration.
     """
-    no_pool = "" if workers else "; " + in_queue(queue.path, NO_POOL)
     if job["state"] == "processing":
-        run = queue.latest_run(job)
-        is_attended = job["id"] in [worker["job"] for worker in workers]
-        if is_attended or not queue.is_current(run):
-            return None
-        hint = ORPHAN_HINT if is_locked(run.lease) else LOST_HINT
-        return hint % ("makes the job dead" if job["cancelled"] else
-                       "runs the job again") + no_pool
+        return why_lost(queue, job, workers)
     if job["state"] not in WAITING:
         return None
     if job["waits"]:
         return why_dependent(queue, job)
-    if queue.is_paused():
-        return "the queue is " + in_queue(queue.path, PAUSED_HINT)
+    stopped = standstill(queue.path, queue.is_paused(), pools_of(workers))
     if job["gate"] == CLOSED:
         what = "try %d is due" % (job["attempts"] + 1) if job["attempts"] else "due"
         when = due_text(job, queue.clock(), text_of) or "now"
-        return "%s %s%s" % (what, when, no_pool)
-    if not workers:
-        return in_queue(queue.path, NO_POOL)
+        return joined("%s %s" % (what, when), stopped, by="; ")
+    if stopped:
+        return stopped
     holder = queue.lock_holder(job) if job["lock"] else job["id"]
     if holder != job["id"]:
         other = "job " + printable(holder) if holder else "another job"
@@ -4006,6 +4030,16 @@ def why_waiting(queue, job, workers, text_of=duration_text):
         return message % (printable(job["lock"]), other)
     ahead = queue.count_ahead(job)
     return plural(ahead, "job") + " before it" if ahead else "next in line"
+
+
+def why_lost(queue, job, workers):
+    """Return in words what becomes of a running job without a worker, else None."""
+    if job["id"] not in lost_jobs(queue, workers):
+        return None
+    has_processes = is_locked(queue.latest_run(job).lease)
+    hint = (ORPHAN_HINT if has_processes else LOST_HINT) % (
+        "makes the job dead" if job["cancelled"] else "runs the job again")
+    return joined(hint, standstill(queue.path, False, pools_of(workers)), by="; ")
 
 
 def why_dependent(queue, job):
@@ -4085,8 +4119,10 @@ RULES = [
                          or status["jobs"]["processing"]),
      Verdict("dead", "Stuck{left} for dead ones",
              "retry the dead ones, or cancel what waits")),
-    (lambda status: not status["has_pool"],
+    (lambda status: not status["pools"],
      Verdict("dead", "No pool is running{left}", TO_START)),
+    (lambda status: status["pools"] <= status["stopping_pools"],
+     Verdict("failed", "The pool is stopping{left}", TO_START_ANOTHER)),
     (lambda status: status["growth"] >= 1,
      Verdict("failed", "Falling behind: {ready} waiting, {growth:,.0f} more a minute",
              "")),
@@ -4276,6 +4312,44 @@ class Line(str):
         return line
 
 
+def notice(message):
+    """Print a line for people on standard error."""
+    lines = wrapped("queuectl: %s" % message, terminal_width(sys.stderr))
+    with contextlib.suppress(OSError):  # its reader is gone
+        print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+# What is not broken into lines: a word, or a command up to its end.
+UNBROKEN = r"queuectl\.py (?:'[^']*'|\"[^\"]*\"|[^;)'\"])*[;)]?|\S+"
+
+
+def wrapped(line, width):
+    """Return the lines that a text takes on a terminal, broken between words.
+
+    A command that is longer than a line is left to the terminal, so that it can be
+    copied. What stands behind a gap, as in a help, stays behind it.
+    """
+    if width is None or display_width(line) <= width:
+        return [line]
+    gaps = [gap.end() for gap in re.finditer(r"\S {2,}", line[: 2 * width // 3])]
+    margin = gaps[-1] if gaps else len(line) - len(line.lstrip()) + 2
+    parts, start, end, indent = [], 0, 0, 0
+    for word in re.finditer(UNBROKEN, line):
+        if end and indent + display_width(line[start : word.end()]) > width:
+            parts.append(part_of(line, start, end, indent))
+            start, indent = word.start(), margin
+        end = word.end()
+    return [*parts, part_of(line, start, end, indent)]
+
+
+def part_of(line, start, end, indent):
+    """Return a part of a line, indented; its coloured part keeps the colour."""
+    text, shift = " " * indent + line[start:end], indent - start
+    if not isinstance(line, Line) or not start < line.end or not line.start < end:
+        return text
+    return Line(text, line.colour, max(indent, line.start + shift), line.end + shift)
+
+
 def painter():
     """Return what paints a `Line`. It does so on a terminal that wants colours."""
     if terminal_width(sys.stdout) is None or os.environ.get("NO_COLOR"):
@@ -4378,8 +4452,12 @@ def fitted(widths, room):
 
 
 # A column of a table of jobs: its title; how wide a terminal has to be to show it (what
-# a job is and why comes first); and the function of job and time that makes its text.
+# a job is and why comes first); and the function of a job and a `Look` that makes its
+# text.
 ListColumn = collections.namedtuple("ListColumn", "title terminal text")
+# What the texts of columns need beside the job: the queue, the values of `read_status`,
+# and the time.
+Look = collections.namedtuple("Look", "queue status now")
 
 
 def due_text(job, now, text_of=duration_text):
@@ -4389,16 +4467,22 @@ def due_text(job, now, text_of=duration_text):
     return ""
 
 
-def short_reason(job, now):
+def short_reason(job, look):
     """Return why a job has failed or died, or what it waits for, in a few words."""
-    due = due_text(job, now)
+    kind, due = kind_of(job, look.status, look.now), due_text(job, look.now)
+    if kind == "lost":
+        return WORKER_DIED
     if job["state"] == "failed" and due:
         return "%s, again %s" % (job["error"], due)
     if job["state"] in ("failed", "dead"):
         return job["error"]
-    if job["waits"]:
+    if kind == "blocked":
+        first = look.queue.dependencies(job)[0]
+        word = state_word(first) if first["state"] == "dead" else kind
+        return "after %s (%s)" % (first["id"], word)
+    if kind == "behind a job":
         return "after " + job["waits_for"].replace("\n", ", ")
-    if job["gate"] == LOCKED:
+    if kind == "behind a lock":
         return "lock " + job["lock"]
     return due and "due " + due
 
@@ -4406,32 +4490,33 @@ def short_reason(job, now):
 def last_columns(changed, reason):
     """Return the last columns, of which two have the titles CHANGED and REASON."""
     return [
-        ListColumn(changed, 76, lambda job, now: relative_time(job["updated_at"], now)),
-        ListColumn(reason, 36, lambda job, now: printable(short_reason(job, now))),
-        ListColumn("COMMAND", 60, lambda job, now: printable(job["command"])),
+        ListColumn(changed, 76, lambda job, look: relative_time(
+            job["updated_at"], look.now)),
+        ListColumn(reason, 36, lambda job, look: printable(short_reason(job, look))),
+        ListColumn("COMMAND", 60, lambda job, look: printable(job["command"])),
     ]
 
 
 LIST_COLUMNS = [
-    ListColumn("ID", 0, lambda job, now: printable(job["id"])),
-    ListColumn("STATE", 0, lambda job, now: job["state"]),
-    ListColumn("TRIES", 48, lambda job, now: "%d/%d" % (
+    ListColumn("ID", 0, lambda job, look: printable(job["id"])),
+    ListColumn("STATE", 0, lambda job, look: job["state"]),
+    ListColumn("TRIES", 48, lambda job, look: "%d/%d" % (
         job["attempts"], tries_allowed(job["max_retries"]))),
     *last_columns("CHANGED", "WHY"),
 ]
 DLQ_COLUMNS = [*LIST_COLUMNS[:3], *last_columns("DIED", "ERROR")]
 
 
-def job_table(jobs, now, columns):
+def job_table(jobs, look, columns):
     """Return the lines of a table of jobs; a terminal gets the columns that fit."""
     width, jobs = terminal_width(sys.stdout), iter(jobs)
     if width:
         first = list(itertools.islice(jobs, BATCH_SIZE))
         jobs = itertools.chain(first, jobs)
-        used = [one for one in columns if any(one.text(job, now) for job in first)]
+        used = [one for one in columns if any(one.text(job, look) for job in first)]
         spare = 24 * (len(columns) - len(used))  # of a column without a text
         columns = [one for one in used if width + spare >= one.terminal]
-    rows = ([column.text(job, now) for column in columns] for job in jobs)
+    rows = ([column.text(job, look) for column in columns] for job in jobs)
     return table([column.title for column in columns], rows, width, state_column=1)
 
 
@@ -4445,7 +4530,8 @@ def run_table(runs, now):
         rows.append([
             str(run["run"]), str(run["attempt"]), relative_time(run["started_at"], now),
             duration_text(seconds), result])
-    return table(["RUN", "TRY", "STARTED", "TOOK", "RESULT"], rows)
+    titles = ["RUN", "TRY", "STARTED", "TOOK", "RESULT"]
+    return table(titles, rows, terminal_width(sys.stdout))
 
 
 def stats_lines(stats, width):
@@ -4577,8 +4663,18 @@ class LenientOutput:
 
 def print_result(args, value, *lines):
     """Print the result of a command: one JSON document, or else lines for people."""
-    for line in [json.dumps(value)] if args.json else map(painter(), lines):
-        print(line)
+    if args.json:
+        print(json.dumps(value))
+    else:
+        print_lines(lines)
+
+
+def print_lines(lines):
+    """Print lines for people, wrapped and painted where that is a terminal."""
+    width, paint = terminal_width(sys.stdout), painter()
+    for line in lines:
+        for part in wrapped(line, width):
+            print(paint(part))
 
 
 def print_jobs(args, jobs, lines_of, empty):
@@ -5446,7 +5542,7 @@ class Supervisor:
         """Report that the queue is paused, once for each pause."""
         is_paused = queue.is_paused()
         if is_paused and not self.was_paused:
-            pool_notice("the queue is " + in_queue(self.path, PAUSED_HINT))
+            pool_notice(standstill(self.path, True, ()))
         self.was_paused = is_paused
 
     def finish(self, queue):
@@ -5513,18 +5609,13 @@ def command(name, meaning, example, *arguments, **facts):
 
 # The commands that people mean by the words of other tools.
 MEANT = {
-    "jobs": "list", "ps": "status", "top": "status --watch", "info": "show",
-    "worker list": "status", "worker status": "status", "worker ps": "status",
-    "workers": "status", "start": "worker start",
-    "stop": "worker stop, or cancel",
-    "run": "worker start", "worker run": "worker start", "worker kill": "worker stop",
-    "add": "enqueue", "submit": "enqueue", "push": "enqueue", "kill": "cancel",
-    "abort": "cancel", "tail": "logs", "cat": "logs", "log": "logs", "output": "logs",
-    "remove": "delete", "prune": "delete", "clean": "delete", "clear": "dlq clear",
-    "restart": "retry", "rerun": "retry", "requeue": "retry", "unpause": "resume",
+    "jobs": "list", "ps": "status", "top": "status --watch", "worker list": "status",
+    "worker status": "status", "start": "worker start", "run": "worker start",
+    "stop": "worker stop, or cancel", "add": "enqueue", "submit": "enqueue",
+    "kill": "cancel", "tail": "logs", "cat": "logs", "log": "logs",
+    "prune": "delete", "clean": "delete", "clear": "dlq clear", "requeue": "retry",
     "dlq requeue": "dlq retry", "dlq show": "dlq list", "dlq delete": "dlq clear",
-    "dead": "dlq list", "settings": "config show", "set": "config set",
-    "config reset": "config unset", "version": "--version", "web": "dashboard",
+    "set": "config set", "config reset": "config unset", "version": "--version",
     "reset": "delete --all, or to remove queuectl.db",
 }
 
@@ -5662,15 +5753,15 @@ def read_status(queue):
     with queue.snapshot():  # or a job that has just been claimed would seem lost
         oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
         workers = queue.workers()
-        pools = {worker["pool"] for worker in workers}
+        pools = pools_of(workers)
         killed = {pool for pool in pools if not is_locked(pool_file(queue.path, pool))}
         commands = {job["id"]: job["command"] for job in queue.jobs(
             where(["processing"]), brief=True)}
         return {
             "path": queue.path,
             "jobs": queue.counts(), "workers": workers, "commands": commands,
-            "lost": {*commands} - {worker["job"] for worker in workers},
-            "killed_pools": killed, "has_pool": bool(pools - killed),
+            "lost": lost_jobs(queue, workers),
+            "killed_pools": killed, "pools": pools - killed,
             "stopping_pools": {
                 pool for pool in pools if requested_stop(queue.path, pool)},
             "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
@@ -5712,29 +5803,32 @@ def status_screen(status, groups, now, growth):
     yield Line("; ".join(filter(None, [sentence, advice])), STATES[state].colour, 0,
                len(sentence))
     yield from count_lines(status, now)
-    yield from error_lines(died(groups), now)
-    yield from worker_lines(status, now)
+    groups, width = died(groups), terminal_width(sys.stdout)
+    more = groups[SHOWN_ERRORS:]
+    for line in error_lines(groups[:SHOWN_ERRORS], now):
+        yield truncate(line, width)
+    if more:
+        yield in_queue(status["path"], "  and of %s; to see all: queuectl.py dlq list"
+                       % plural(len(more), "more error"))
+    for line in worker_lines(status, now):
+        yield truncate(line, width)
 
 
 def error_lines(groups, now):
-    """Yield a line for each of the most common errors of dead jobs."""
-    for group in groups[:SHOWN_ERRORS]:
+    """Yield a line for each error of dead jobs."""
+    for group in groups:
         line = group["line"] and ": " + printable(group["line"])
         yield "  %d dead of %s, the latest %s%s" % (
             group["jobs"], printable(group["error"]),
-            relative_time(group["latest"], now, roughly), line)
-    if groups[SHOWN_ERRORS:]:
-        more = plural(len(groups) - SHOWN_ERRORS, "more error")
-        yield "  and of %s; to see all: queuectl.py dlq list" % more
+            relative_time(group["latest"], now), line)
 
 
 def status_lines(status, now):
     """Yield what `status` prints into a pipe or a file."""
     yield from count_lines(status, now)
-    if status["paused"]:
-        yield in_queue(status["path"], PAUSED_HINT.capitalize())
-    if count_unfinished(status["jobs"]) and not status["has_pool"]:
-        yield in_queue(status["path"], NO_POOL.capitalize())
+    stopped = standstill(status["path"], status["paused"], status["pools"])
+    if status["paused"] or count_unfinished(status["jobs"]):
+        yield from filter(None, [stopped[:1].upper() + stopped[1:]])
     yield from worker_lines(status, now)
 
 
@@ -5750,7 +5844,7 @@ def count_lines(status, now):
         yield "Oldest Waiting: %s, for %s" % (printable(status["oldest_job"]), waited)
     if due is not None:
         when = relative_time(due, now) if due > now else "now"
-        if due < now and status["has_pool"]:
+        if due < now and status["pools"]:
             when = "late by %s, as all workers are busy" % duration_text(now - due)
         yield "Next Due: %s, %s" % (printable(status["next_job"]), when)
     if status["blocked"]:
@@ -5803,12 +5897,13 @@ def output_document(job, run, output):
     *map(field_option, FIELDS),
     creates_queue=True, takes_words=True,
     usage="queuectl.py enqueue [OPTION]... -- COMMAND...\n"
-    "       queuectl.py enqueue [OPTION]... JSON... | - | --file F | --lines")
+    "       queuectl.py enqueue [OPTION]... JSON...\n"
+    "       queuectl.py enqueue [OPTION]... - | --file F | --lines")
 def cmd_enqueue(args, queue):
     if args.lines and not args.file and not args.jobs:
         args.jobs = ["-"]
     options, ids, number = enqueue_options(args), [], itertools.count()
-    defaults = queue.defaults(args.cwd)  # this directory may be gone
+    defaults, places = queue.defaults(args.cwd), Places()
 
     def check(given):
         if args.id and next(number) > 0:
@@ -5824,11 +5919,11 @@ def cmd_enqueue(args, queue):
         if args.file or args.jobs == ["-"]:
             lines = files.enter_context(spool(args.file))
             read = read_commands if args.lines else read_json_lines
-            jobs = read(lines, check)
+            jobs = read(lines, check, places)
         else:
             # A command after -- is an option for this empty job.
             jobs = read_arguments(args.jobs or ["{}"], check)
-        added = queue.enqueue(jobs, args.unique)
+        added = queue.enqueue(jobs, args.unique, places.name)
     report_dropped(added.dropped)
     if args.quiet:
         return
@@ -5837,8 +5932,8 @@ def cmd_enqueue(args, queue):
         jobs = map(queue.job, dict.fromkeys(ids))
     print_jobs(args, jobs, functools.partial(enqueued_lines, unchanged=added.unchanged),
                "no jobs were given")
-    if sys.stderr.isatty() and not args.json and not living_pools(args.db):
-        notice(in_queue(args.db, NO_POOL))
+    if sys.stderr.isatty() and not args.json and why_none_starts(queue):
+        notice(why_none_starts(queue))
 
 
 def report_dropped(dropped):
@@ -5906,6 +6001,7 @@ def given_fields(args):
     """Return the job fields that options and a command line give."""
     given = dict(vars(args))
     given.setdefault("id")  # `edit` has no --id
+    given["lock"] = only_one("--lock", args.lock)
     given["after"] = repeated("--after", args.after)
     given["env"] = repeated("--env", args.env)
     if isinstance(given["env"], list):
@@ -5915,6 +6011,13 @@ def given_fields(args):
     if args.words:
         given["command"] = shell_line(args.words)
     return {name: given[name] for name in FIELDS if given[name] is not None}
+
+
+def only_one(option, values):
+    """Return the value of an option; refuse a second one, which would be lost."""
+    if values and len(values) > 1:
+        raise QueueError("%s: give one", option, code=2)
+    return values and values[0]
 
 
 def repeated(option, values):
@@ -5938,21 +6041,39 @@ def read_arguments(texts, check):
         yield from map(check, given if isinstance(given, list) else [given])
 
 
-def read_commands(lines, check):
+class Places:
+    """Where in a batch its jobs stand: `blank` has the lines without a job.
+
+    It is None unless each job has a line.
+    """
+
+    def __init__(self):
+        self.blank = None
+
+    def name(self, number):
+        """Return the place of a job, counted from 1: line 3, or job 3."""
+        for line in self.blank or ():
+            number += line <= number
+        return "%s %d" % ("job" if self.blank is None else "line", number)
+
+
+def read_commands(lines, check, places):
     """Yield the checked jobs of lines with a command each; a refusal names the line."""
-    number = 0
+    number, places.blank = 0, []
     try:
         for number, line in enumerate(lines, 1):
-            if not line.isspace():
-                text = line.decode("utf-8", "surrogateescape")
-                yield check({"command": text.rstrip("\r\n")})
+            if line.isspace():
+                places.blank.append(number)
+                continue
+            text = line.decode("utf-8", "surrogateescape")
+            yield check({"command": text.rstrip("\r\n")})
     except QueueError as error:
         raise at_line(number, error) from None
 
 
-def read_json_lines(lines, check):
+def read_json_lines(lines, check, places):
     """Yield the checked jobs of an array or of JSON Lines; a refusal names the line."""
-    number = 0
+    number, places.blank = 0, []
     try:
         for batch in iter(lambda: list(itertools.islice(lines, BATCH_SIZE)), []):
             found = parse_batch(batch)
@@ -5960,11 +6081,14 @@ def read_json_lines(lines, check):
                 number += 1
                 if found:
                     yield check(found[index])
+                elif line.isspace():
+                    places.blank.append(number)
                 elif line.lstrip()[:1] == b"[":  # an array: all the rest
+                    places.blank = None
                     rest = b"".join(batch[index:]) + lines.read()
                     yield from map(check, parse_json(rest))
                     return
-                elif not line.isspace():
+                else:
                     yield check(parse_json(line))
     except QueueError as error:
         raise at_line(number, error) from None
@@ -6054,7 +6178,8 @@ def drop_last_ctrl_z(file):
 def cmd_list(args, queue):
     chosen = where(args.state or STATES, text=args.match,
                    changed_since=time_since(args, queue))
-    room = room_for_jobs(args)
+    note = note_below(args, queue)
+    room = room_for_jobs(args, note)
     if room:  # the newest, in their order
         jobs = list(queue.jobs(chosen, room, newest=True))
         jobs = jobs if args.newest else jobs[::-1]
@@ -6062,17 +6187,29 @@ def cmd_list(args, queue):
         jobs = queue.jobs(chosen, args.limit or 0, args.newest)
     list_jobs(args, queue, jobs)
     report_left(args, room, queue.count(chosen))
+    print_lines(note)
 
 
-def room_for_jobs(args):
+def note_below(args, queue):
+    """Return what a terminal shows below a list of jobs that wait in vain: a line."""
+    if args.json or not terminal_width(sys.stdout):
+        return []
+    counts, states = queue.counts(), args.state or WAITING
+    is_concerned = any(counts[state] for state in WAITING if state in states)
+    reason = is_concerned and why_none_starts(queue)
+    return [Line(reason, DIM)] if reason else []
+
+
+def room_for_jobs(args, note=()):
     """Return how many jobs fit between the titles and the prompt of a terminal.
 
     It is None where --limit says how many jobs are listed, or where all are.
     """
-    if args.limit is not None or args.json:
-        return None
     size = terminal_size(sys.stdout)
-    return size and max(1, size.lines - 3)
+    if args.limit is not None or args.json or not size:
+        return None
+    below = sum(len(wrapped(line, size.columns)) for line in note)
+    return max(1, size.lines - 3 - below)
 
 
 def report_left(args, room, count):
@@ -6097,9 +6234,8 @@ def time_since(args, queue):
 
 def list_jobs(args, queue, jobs, columns=LIST_COLUMNS, empty="no jobs"):
     """Print a table of jobs; if there are none, report which queue was looked at."""
-    now = queue.clock()
-    is_empty = print_jobs(
-        args, jobs, lambda jobs: job_table(jobs, now, columns), empty)
+    is_empty = print_jobs(args, jobs, lambda jobs: job_table(
+        jobs, Look(queue, read_status(queue), queue.clock()), columns), empty)
     if is_empty:
         report_queue(args)
 
@@ -6137,7 +6273,7 @@ def job_lines(queue, job):
     fields["waiting"] = why_waiting(queue, job, queue.workers())
     for name, value in fields.items():
         if value not in (None, "") and name not in said:
-            yield field_line(name, value)
+            yield from field_lines(name, value)
     if runs:
         yield ""
         yield from run_table(runs, now)
@@ -6199,13 +6335,12 @@ def state_reasons(queue, job, now):
     return ["took " + duration_text(job["seconds"]), changed]
 
 
-def field_line(name, value):
-    """Return a field and its value, which may have several lines."""
-    margin = 13 * " "
-    lines = map(printable, str(value).split("\n"))
-    text = (name + ":").ljust(len(margin)) + ("\n" + margin).join(lines)
-    colour = STATES[value].colour if name == "state" else None
-    return Line(text, colour, len(margin))
+def field_lines(name, value):
+    """Yield a field and its value, which may have several lines."""
+    colour, title = STATES[value].colour if name == "state" else None, name + ":"
+    for line in map(printable, str(value).split("\n")):
+        yield Line(title.ljust(13) + line, colour, 13)
+        title = ""
 
 
 def job_named(queue, id):
@@ -6257,8 +6392,9 @@ def print_logs(args, queue, jobs):
     for job in jobs:
         run, output = latest_output(queue, job)
         end = run["error"] or ("completed" if run["finished_at"] else "is running")
-        print("==> %s: %s: %s" % tuple(map(printable, (
-            job["id"], end, job["command"]))))
+        line = "==> %s: %s: %s" % tuple(map(printable, (
+            job["id"], end, job["command"])))
+        print(truncate(line, terminal_width(sys.stdout)))
         OutputPrinter().print(
             output + b"\n" * bool(output and not output.endswith(b"\n")))
 
@@ -6314,12 +6450,11 @@ def follow(queue, job):
             notice("%d bytes of output were dropped here" % (dropped - printed))
         printer.print(output[max(0, printed - dropped) :], is_last=not is_running)
         printed = max(printed, dropped + len(output))
-        is_lost = not is_locked(run.lease) and queue.is_current(run)
-        if is_running and is_lost:
+        if is_running and run.id in lost_jobs(queue, queue.workers()):
             raise QueueError("the worker of job %s died; a pool puts it back", run.id)
+        if is_running and is_reader_gone(sys.stdout):
+            return
         if is_running:
-            if is_reader_gone(sys.stdout):
-                return
             time.sleep(WAIT_INTERVAL)
     ends = [row["error"] for row in queue.runs(job) if row["run"] == run.number]
     end = ends[0] if ends else NO_RUN
@@ -6364,7 +6499,7 @@ def cmd_wait(args, queue):
     if counts is None:
         message = "still waiting for %s after %s" % (
             printable(", ".join(args.ids)) or "jobs", duration_text(args.timeout))
-        notice("; ".join([message, *standstill(queue)]))
+        notice(joined(message, why_none_starts(queue), by="; "))
         return 124
     message = ", ".join("%d %s" % (counts[state], state) for state in FINISHED)
     if args.ids and counts["dead"]:
@@ -6395,31 +6530,28 @@ class WaitReport:
 
     def __init__(self, queue, progress):
         self.queue, self.progress = queue, progress
-        self.began, self.reported = time.monotonic(), set()
+        self.began, self.reported = time.monotonic(), {""}
 
     def check(self, counts):
         """Show the progress. After REPORT_DELAY report each standstill once."""
         self.progress.show(counts)
         if time.monotonic() < self.began + REPORT_DELAY:
             return
-        for reason in standstill(self.queue):
-            if reason not in self.reported:
-                self.progress.close()
-                notice(reason)
-            self.reported.add(reason)
+        reason = why_none_starts(self.queue)
+        if reason not in self.reported:
+            self.progress.close()
+            notice(reason)
+        self.reported.add(reason)
 
 
-def standstill(queue):
-    """Return in words why no job is started at all: a pause, no pool."""
-    reasons = []
-    if queue.is_paused():
-        reasons.append("the queue is " + in_queue(queue.path, PAUSED_HINT))
-    workers = queue.workers()
-    if not living_pools(queue.path):
-        reasons.append(in_queue(queue.path, NO_POOL))
-    elif queue.own_job() and all(worker["job"] for worker in workers):
-        reasons.append("no worker is free; one runs this very job")
-    return reasons
+def why_none_starts(queue):
+    """Return in words why no job is started at all, or nothing."""
+    pools = living_pools(queue.path)
+    reason = standstill(queue.path, queue.is_paused(), pools)
+    if not reason and queue.own_job() and all(
+            worker["job"] for worker in queue.workers()):
+        return "no worker is free; one runs this very job"
+    return reason
 
 
 @command("status", "count the jobs, list the workers", "status --watch",
@@ -6456,11 +6588,13 @@ def cmd_status(args, queue):
 def screenful(lines):
     """Return the text that redraws these lines, as many as fit on the terminal."""
     width, height = terminal_size(sys.stdout)
+    lines = [part for line in lines for part in wrapped(line, width)]
     if len(lines) > height - 1:
         rest = len(lines) - height + 2
         lines = lines[: height - 2] + ["  and %d more" % rest]
-    lines = map(painter(), (truncate(line, width - 1) for line in lines))
-    return "\x1b[H" + "".join(line + "\x1b[K\n" for line in lines) + "\x1b[J"
+    # Each line is cleared first: behind its last column that would clear this.
+    lines = ("\x1b[K%s\n" % paint for paint in map(painter(), lines))
+    return "\x1b[H" + "".join(lines) + "\x1b[J"
 
 
 @command("stats", "show throughput, run times, waiting times and errors",
@@ -6486,21 +6620,25 @@ def cmd_edit(args, queue):
         message = "edit: nothing to change (see: queuectl.py edit --help)"
         raise QueueError(message, code=2)
     queue.edit(args.job, fields)
-    print_result(
-        args, public_job(queue.job(args.job)), "edited " + printable(args.job))
+    job, answer = queue.job(args.job), "edited " + printable(args.job)
+    if job["state"] == "dead":
+        answer = joined(answer + ": still dead", *next_step(queue, job, queue.clock()),
+                        by="; ")
+    print_result(args, public_job(job), answer)
 
 
 @command("pause", "let no further job start; running ones finish", "pause",
          creates_queue=True)
 def cmd_pause(args, queue):
     queue.set_paused(True)
-    print_result(args, {"paused": True}, in_queue(args.db, PAUSED_HINT))
+    print_result(args, {"paused": True}, standstill(args.db, True, ()))
 
 
 @command("resume", "let jobs start again", "resume", creates_queue=True)
 def cmd_resume(args, queue):
     queue.set_paused(False)
-    print_result(args, {"paused": False}, "resumed")
+    print_result(args, {"paused": False}, joined(
+        "resumed", standstill(args.db, False, living_pools(args.db)), by="; "))
 
 
 # A command that changes jobs names them by ids, or selects many by options.
@@ -6542,7 +6680,7 @@ def jobs_to_retry(states, **filters):
 
 def jobs_to_delete(states, **filters):
     chosen = where(states, **filters)
-    return Selection(needed(chosen, False), needed(chosen), "other jobs wait for them")
+    return Selection(not_needed(chosen), needed(chosen), "other jobs wait for them")
 
 
 def print_each(args, done, *lines):
@@ -6653,7 +6791,8 @@ def cmd_dlq_list(args, queue):
         rest = len(errors) - 3
         more = " and " + plural(rest, "other error") if rest > 0 else ""
         if errors:
-            print("Most common errors: " + printable(", ".join(errors[:3])) + more)
+            line = "Most common errors: " + printable(", ".join(errors[:3])) + more
+            print(truncate(line, terminal_width(sys.stdout)))
         room = room and max(1, room - 1)
     dead = queue.dead_jobs(limit=room or args.limit or -1, **filters)
     list_jobs(args, queue, dead, DLQ_COLUMNS, "no dead jobs")
@@ -9205,7 +9344,7 @@ GROUPS = {"worker": "pools", "dlq": "the dead letter queue", "config": "settings
 
 
 def overview():
-    """Return the short help of all commands, which fits on a terminal of 24 lines."""
+    """Return the lines of the help of all commands, which fit on a terminal of 24."""
     lines = ["usage: queuectl.py COMMAND ... [--db PATH] [--json]"
              "     (more: COMMAND --help)"]
     for topic, names in TOPICS.items():
@@ -9217,18 +9356,17 @@ def overview():
                 ": ".join([meaning, ", ".join(verbs)]) if verbs else meaning))
     lines += ["examples: queuectl.py enqueue -- echo Hello",
               "          queuectl.py worker start --count 2"]
-    return "\n".join(lines)
+    return lines
 
 
 def group_overview(group):
-    """Return the short help of the commands of a group."""
+    """Return the lines of the short help of the commands of a group."""
     chosen = {name: entry for name, entry in COMMANDS.items()
               if name.startswith(group + " ")}
     lines = ["usage: queuectl.py %s COMMAND ... [--db PATH] [--json]" % group, ""]
     lines += ["  %-14s %s" % (name, entry.meaning) for name, entry in chosen.items()]
     lines += ["", "examples:"]
-    lines += ["  queuectl.py " + entry.example for entry in chosen.values()]
-    return "\n".join(lines)
+    return lines + ["  queuectl.py " + entry.example for entry in chosen.values()]
 
 
 def refuse_mistaken(name, words):
@@ -9282,14 +9420,14 @@ def parse_arguments(name, words):
             raise QueueError("%s: %s; %s", name, message, hint, code=2)
 
     refuse_mistaken(name, words)
-    entry = COMMANDS[name]
+    entry, width = COMMANDS[name], min(terminal_width(sys.stdout) or 80, 80) - 1
     parser = Parser(
         prog="queuectl.py " + name, usage=entry.usage,
         description=entry.meaning[0].upper() + entry.meaning[1:] + ".",
         epilog="example: queuectl.py " + entry.example, allow_abbrev=False,
         # To ask for the terminal's width, argparse imports modules for a fifth of the
         # whole time.
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=79),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=width),
     )
     for argument in [*entry.arguments, *EVERYWHERE]:
         parser.add_argument(*argument.names, **argument.options)
@@ -9343,7 +9481,7 @@ def show_help(group, words):
     if {"-V", "--version"} & set(words):
         print("queuectl " + __version__)
     else:
-        print(group_overview(group) if group else overview())
+        print_lines(group_overview(group) if group else overview())
     return 0
 
 

@@ -3250,10 +3250,15 @@ class TestEnqueue:
     def test_two_jobs_with_one_id_are_named_both(self):
         enqueue(id="there")
         lines = b"".join(b'{"id": "j%d", "command": "x"}\n' % n for n in (1, 2, 3, 2))
-        assert "jobs 2 and 4 of this batch have the same id: j2" in run_refused(
-            "enqueue", "-", stdin=lines)
-        assert "there is a job there already" in run_refused(
-            "enqueue", "-", stdin=lines[:29] + b'{"id": "there", "command": "x"}')
+        twins = "%s and %s have the same id: j2"
+        assert twins % ("line 4", "line 6") in run_refused(
+            "enqueue", "-", stdin=b"\n" + lines.replace(b"}", b"}\n", 1))
+        array = b"[%s]" % b",".join(lines.splitlines())
+        for words in (["-"], [array.decode()]):
+            assert twins % ("job 2", "job 4") in run_refused(
+                "enqueue", *words, stdin=array)
+        assert "line 3: there is a job there already" in run_refused(
+            "enqueue", "-", stdin=lines[:29] + b'\n{"id": "there", "command": "x"}')
         assert list(jobs()) == ["there"]
 
     def test_an_array_may_follow_lines_and_blank_lines_count(self):
@@ -3574,7 +3579,10 @@ class TestList:
             {"id": "behind", "command": "true", "after": ["dead", "failed"]},
             {"id": "locks", "command": "true", "lock": "db", "delay": 3600},
             {"id": "first", "command": "true", "lock": "l", "after": ["dead"]},
-            {"id": "gone", "command": "true"}]))
+            {"id": "gone", "command": "true"},
+            {"id": "last", "command": "true", "after": ["locks", "gone"]},
+            {"id": "far", "command": "true", "after": ["behind"]},
+            {"id": "late", "command": "true", "after": ["locks", "failed"]}]))
         run_ok("cancel", "gone")
         configure("backoff_base", "1000")
         pool = start_pool(count=1)
@@ -3584,7 +3592,9 @@ class TestList:
         lines = dict(line.split(None, 1) for line in run_ok("list").out.splitlines())
         assert "exit 3" in lines["dead"] and "cancelled" in lines["gone"]
         assert re.search(r"exit 4, again in 16m \d+s", lines["failed"])
-        assert "after dead, failed" in lines["behind"]
+        assert "after dead (dead)" in lines["behind"]
+        assert "after gone (cancelled)" in lines["last"]
+        assert "after behind (blocked)" in lines["far"] and "(" not in lines["late"]
         assert "due in 59m" in lines["locks"]
 
     def test_since_takes_jobs_that_changed_within_a_time(self, queue, clock):
@@ -3599,26 +3609,33 @@ class TestList:
         run_refused("list", "--since", "soon", code=2)
 
     @posix_only
-    @pytest.mark.parametrize("columns, titles", [
-        (40, "ID STATE TRIES COMMAND"), (80, "ID STATE TRIES CHANGED COMMAND")])
-    def test_a_terminal_shows_the_newest_that_fit(self, columns, titles):
+    @pytest.mark.parametrize("columns, hidden, titles", [
+        (40, 21, "ID STATE TRIES COMMAND"), (80, 20, "ID STATE TRIES CHANGED COMMAND")])
+    def test_a_terminal_shows_the_newest_that_fit(self, columns, hidden, titles):
         for n in range(40):
             enqueue("echo " + "x" * 200, id="job-with-a-long-name-%02d" % n)
         code, shown = run_on_terminal("list", columns=columns)
         plain = re.sub(r"\x1b\[\d*m", "", shown).splitlines()
         assert code == 0 and plain[0].split() == titles.split()
         assert max(map(len, plain)) <= columns
+        assert " ".join(" ".join(plain[-2:]).split()).endswith(
+            "no pool is running; to start one: queuectl.py worker start")
+        plain = plain[: plain.index("%d older jobs; --limit 0 lists all" % hidden) + 1]
         ids = [line.split()[0] for line in plain[1:-1]]
-        assert len(ids) == 21 and ids[-1].startswith("job-with-a")
-        assert plain[-1] == "19 older jobs; --limit 0 lists all"
+        assert len(ids) == 40 - hidden and ids[-1].startswith("job-with-a")
         assert run_on_terminal("list", "--limit", "2")[1].count("job-with") == 2
 
     @posix_only
     def test_an_empty_list_says_so_on_a_terminal(self):
-        made = "queuectl: created queue %s\r\n" % os.path.abspath("queuectl.db")
-        looked = "queuectl: the queue is %s\r\n" % os.path.abspath("queuectl.db")
-        assert run_on_terminal("list") == (0, made + "no jobs\r\n" + looked)
-        assert run_on_terminal("dlq", "list") == (0, "no dead jobs\r\n" + looked)
+        path = os.path.abspath("queuectl.db")
+        made = ["queuectl: created queue " + path]
+        looked = "queuectl: the queue is " + path
+
+        def lines(*argv):
+            return run_on_terminal(*argv, columns=200)[1].splitlines()
+
+        assert lines("list") == [*made, "no jobs", looked]
+        assert lines("dlq", "list") == ["no dead jobs", looked]
         assert run_ok("list").out == "no jobs\n"
 
 
@@ -3627,24 +3644,26 @@ class TestShow:
 
     @mechanism
     def test_it_says_why_a_job_is_not_running(self, queue, clock):
-        def why(id, pools=({"job": "a"},)):
+        def why(id, pools=({"job": "a", "pool": 1},)):
             return queuectl.why_waiting(queue, queue.job(id), pools)
 
         add_job(queue, id="a")
         add_job(queue, id="b")
         add_job(queue, id="c", delay=12)
+        os.close(queuectl.lock_file(queuectl.pool_file("queuectl.db", 1)))
+        no_pool = "no pool is running; to start one: queuectl.py worker start"
         assert why("a") == "next in line" and why("b") == "1 job before it"
         assert why("b", ()).startswith("no pool is running")
         assert why("c") == "due in 12s"
         run = claim(queue)
-        assert why("a") is None and why("a", [{"job": None}]) == (
+        assert why("a") is None and why("a", [{"job": None, "pool": 1}]) == (
             "its worker died; the next pool runs the job again")
         lease = queuectl.Lease(run.lease, queuectl.OutputLimit(10))
         assert why("a", ()) == queuectl.ORPHAN_HINT % "runs the job again" + (
-            "; " + queuectl.NO_POOL)
+            "; " + no_pool)
         os.close(lease.fd)
         assert why("a", ()) == queuectl.LOST_HINT % "runs the job again" + (
-            "; " + queuectl.NO_POOL)
+            "; " + no_pool)
         queue.fail(run, make_outcome("exit 1"))
         assert why("a") == "try 2 is due in 2.0s" and why("a", ()).endswith("worker start")
         assert "waiting:     due" in run_ok("show", "c").out
@@ -4079,10 +4098,10 @@ class TestWait:
         enqueue(id="x")
         run_ok("pause")
         lines = cli("wait", "x", "--timeout", "0.1").err.splitlines()
-        assert lines[:2] == [
-            "queuectl: the queue is paused; to go on: queuectl.py resume",
-            "queuectl: no pool is running; to start one: queuectl.py worker start"]
-        assert len(lines) == 3  # each reason once, and the timeout
+        reason = "the queue is paused; to go on: queuectl.py resume"
+        assert lines == [  # the reason once, and with the timeout
+            "queuectl: " + reason,
+            "queuectl: still waiting for x after 0.1s; " + reason]
 
 
 class TestEdit:
@@ -4208,15 +4227,15 @@ class TestPauseAndResume:
         wait_until(lambda: state_of("x") == "completed")
         assert (
             run_ok("pause").out
-            == "paused; to go on: queuectl.py resume\n"
+            == "the queue is paused; to go on: queuectl.py resume\n"
             == run_ok("pause").out)
         enqueue(id="y")
-        words = "paused; to go on: queuectl.py resume"
+        words = "the queue is paused; to go on: queuectl.py resume"
         assert words.capitalize() in run_ok("status").out
         assert words in run_ok("show", "y").out
         assert read_status()["paused"] is True
         drain = start_pool("--drain", count=1)
-        assert drain.stderr.readline() == "queuectl: the queue is %s\n" % words
+        assert drain.stderr.readline() == "queuectl: %s\n" % words
         assert state_of("y") == "pending" and pool.poll() is drain.poll() is None
         assert run_ok("resume", "--json").json == {"paused": False}
         wait_until(lambda: state_of("y") == "completed")
@@ -4406,7 +4425,7 @@ class TestDelete:
                               "after": ["%d" % (n - 1)] if n and chained else None}
                              for n in range(3000)))
             began = time.monotonic()
-            chosen = queuectl.needed(queuectl.where(["pending"]), False)
+            chosen = queuectl.not_needed(queuectl.where(["pending"]))
             assert queue.delete_all(chosen) == 3000
             return time.monotonic() - began
 
@@ -4574,7 +4593,7 @@ class TestStatus:
         claim(queue)
 
         def judge():
-            status = dict(queuectl.read_status(queue), has_pool=True)
+            status = dict(queuectl.read_status(queue), pools={1})
             return queuectl.verdict(status, clock.now).sentence
 
         assert judge() == "Keeping up: no job waits for a worker"
@@ -4627,7 +4646,7 @@ class TestStatus:
         def judge(workers=2, growth=0):
             status = queuectl.read_status(queue)
             status["workers"] = [dict(pid=1, pool=1, job=None, since=None)] * workers
-            status["has_pool"], status["lost"] = workers > 0, set()
+            status["pools"], status["lost"] = {1} if workers else set(), set()
             return tuple(queuectl.verdict(status, clock.now, growth))[:2]
 
         assert judge() == ("pending", "No jobs yet")
@@ -4675,7 +4694,7 @@ class TestStatus:
         claim(queue)
         status = queuectl.read_status(queue)
         workers = [dict(pid=1, job=None, since=None)] * 4
-        status.update(workers=workers, has_pool=True, lost=set())
+        status.update(workers=workers, pools={1}, lost=set())
         assert (status["locked"], status["line"]) == (59, 59)
         assert queuectl.verdict(status, clock.now)[:2] == (
             "processing", "Working: 59 waiting for a lock, done in about 118 s")
@@ -4737,7 +4756,7 @@ class TestStatus:
         lines = run_on_terminal("status", columns=0)[1].split("\r\n")
         assert "Ended: 7 dead, 1 cancelled" in lines[0] and lines[1] == "Pending: 0"
         assert re.fullmatch(
-            r"  2 dead of exit 2, the latest \d s ago: no file", lines[7])
+            r"  2 dead of exit 2, the latest [\d.]+m?s ago: no file", lines[7])
         assert lines[8].startswith("  1 dead of exit 14, ")
         assert lines[11] == "  and of 2 more errors; to see all: queuectl.py dlq list"
 
@@ -4757,10 +4776,11 @@ class TestStatus:
             "status", "--watch", "0.1", keys=b"\x03", columns=40)
         screen = shown.split("\x1b[H")[1].split("\x1b[J")[0]
         lines = screen.replace("\x1b[K", "").splitlines()
-        assert lines[0].startswith("No jobs yet; to add")
-        assert lines[1] == "Pending: 0" and lines[6] == "Active Workers: 30"
-        assert len(lines) == 23 and lines[-1] == "  and 15 more"
-        assert max(map(len, lines)) < 40 and pool.poll() is None
+        assert lines[:2] == [
+            "No jobs yet; to add one:", "  queuectl.py enqueue -- echo hello"]
+        assert lines[2] == "Pending: 0" and lines[7] == "Active Workers: 30"
+        assert len(lines) == 23 and lines[-1] == "  and 16 more"
+        assert max(map(len, lines)) <= 40 and pool.poll() is None
 
 
 class TestStats:
@@ -5856,10 +5876,11 @@ class TestTerminal:
         run_ok("enqueue", "--id", "i" * 80, "--", "echo " + "x" * 200)
         run_ok("enqueue", "--id", "日本語のジョブ", "--", "echo 日本語")
         for columns in (60, 80, 160):
-            lines = run_on_terminal("list", columns=columns)[1].splitlines()
+            shown = run_on_terminal("list", columns=columns)[1]
+            lines = re.sub(r"\x1b\[\d*m", "", shown).splitlines()
             assert "i" * 14 + "…  pending" in lines[1]
             starts = [queuectl.display_width(line.partition("pending")[0])
-                      for line in lines[1:]]
+                      for line in lines[1:3]]
             assert starts[0] == starts[1]
             assert max(queuectl.display_width(line) for line in lines[1:]) <= columns
         assert "i" * 80 + "  pending" in run_ok("list").out
@@ -6843,7 +6864,7 @@ class RandomOperations:
         if self.rnd.random() < 0.1:
             chosen = queuectl.where(
                 self.rnd.sample([*queuectl.STATES], 2), text=self.rnd.choice(["", "1"]))
-            verb(self.rnd.choice([chosen, queuectl.needed(chosen, False)]))
+            verb(self.rnd.choice([chosen, queuectl.not_needed(chosen)]))
 
     def complete_one(self):
         """Claim a job if one is claimable, and complete a run."""
@@ -8679,7 +8700,7 @@ class TestReadme:
             line, _, expected = step.partition("\n")
             printed, expected = (
                 sorted(map(str.split, re.sub(
-                    r"\d+\.\d+s( ago)?|pool \d+", "…", text).splitlines()))
+                    r"(\d+\.\d+|\d+m)s( ago)?|pool \d+", "…", text).splitlines()))
                 for text in (run_readme_line(line), expected))
             assert printed == expected, line
 
