@@ -134,6 +134,7 @@ HOOKS_AT_END = 30.0  # seconds that a pool takes at its end to announce dead job
 MAX_DEATHS = 5  # worker deaths after which their job is taken for the cause
 
 SHOWN_ERRORS = 4  # most common errors of dead jobs, in `status` and on the page
+MAX_WATCHED = 2000  # jobs of which `wait` counts the states; of more, the whole queue
 MAX_ERRORS = 100  # most common errors of dead jobs that are told apart
 BATCH_SIZE = 500  # rows of one read or write; more would hold up other processes
 WORK_SLICE = 0.05  # seconds that one transaction of many may take
@@ -3033,7 +3034,7 @@ class Queue(Database):
         rows = self._rows("SELECT state, runs FROM drains WHERE pool = ?", self.drain)
         return {**dict.fromkeys(FINISHED, 0), **dict(rows)}
 
-    def wait(self, ids=None, timeout=None, on_check=lambda counts: None):
+    def wait(self, ids=None, timeout=None, on_check=lambda wait: None):
         """Wait until jobs are completed or dead, or until what is left can't go on.
 
         Without IDS, wait for all jobs that are unfinished now. Within a job of this
@@ -3042,7 +3043,7 @@ class Queue(Database):
         that wait for a dead job; and without IDS as `died_before` how many dead jobs
         there were that nobody cancelled, since what became of a job must not depend on
         how soon it died. Return None after TIMEOUT seconds. `on_check` is called at
-        each check with the counts of all jobs.
+        each check with the `Wait`, which can count the jobs by state.
         """
         died_before = 0
         jobs = None if ids is None else self._named(ids)
@@ -3172,6 +3173,7 @@ class Wait:
     def __init__(self, queue, ids, on_check):
         self.queue, self.on_check = queue, on_check
         self.left = collections.deque(ids)
+        self.is_small = len(self.left) <= MAX_WATCHED
         self.ended = dict.fromkeys((*STATES, "removed"), 0)
         self.began = time.monotonic()
         self.seen_at = {}  # {id: when the job was last seen unfinished}
@@ -3182,7 +3184,7 @@ class Wait:
         A job that was seen to end is not checked again, since it may be removed.
         """
         self.queue.require_file()
-        self.on_check(self.queue.counts())
+        self.on_check(self)
         blocked, stuck = self.queue.blocked_seqs(), []
         while self.left:
             id = self.left[-1]
@@ -3198,6 +3200,18 @@ class Wait:
             stuck.append(self.left.pop())
         self.left.extendleft(stuck)
         return len(self.left) == len(stuck)
+
+    def counts(self):
+        """Return how many of the jobs are in each state, as `Queue.counts` does."""
+        if not self.is_small:
+            return self.queue.counts()
+        counts, ids = {state: self.ended[state] for state in STATES}, [*self.left]
+        for batch in (ids[at : at + BATCH_SIZE] for at in range(0, len(ids), BATCH_SIZE)):
+            for state, jobs in self.queue._rows(
+                    "SELECT state, COUNT(*) FROM jobs WHERE id IN (%s) GROUP BY state"
+                    % ", ".join("?" * len(batch)), *batch):
+                counts[state] += jobs
+        return counts
 
     def state_of_gone(self, id):
         """Return `completed` for a job that `keep` may have deleted, or `removed`.
@@ -4215,15 +4229,22 @@ class Trend:
         return min(steps)
 
 
-def progress_text(counts, done, seconds):
-    """Return a line on the progress of a queue, which ended DONE jobs in SECONDS."""
+def progress_text(counts, done, seconds, width):
+    """Return a line on the progress of jobs, of which DONE have ended in SECONDS.
+
+    What does not fit into the width is left out.
+    """
     running, waiting = counts["processing"], sum(counts[state] for state in WAITING)
-    line = "completed %d, dead %d, running %d, waiting %d" % (
-        counts["completed"], counts["dead"], running, waiting)
-    if done <= 0 or seconds <= 0 or not running:
-        return line
-    left = duration_text((running + waiting) * seconds / done)
-    return line + ", %.1f/s, %s left" % (done / seconds, left)
+    parts = ["%d waiting" % waiting, "%d running" % running]
+    parts += ["%d %s" % (counts[state], state) for state in FINISHED[::-1]]
+    if done > 0 and seconds > 0 and running:
+        left = (running + waiting) * seconds / done
+        parts += ["%.1f/s" % (done / seconds), "about %s left" % roughly(left)]
+    line = parts[0]
+    for part in parts[1:]:
+        longer = line + ", " + part
+        line = longer if len(longer) <= width else line
+    return line
 
 
 # The output of a run as a terminal would show it.
@@ -4608,8 +4629,8 @@ class ProgressLine:
             done = done or {state: max(0, counts[state] - self.first[state])
                             for state in FINISHED}
             seconds = time.monotonic() - self.began
-            line = progress_text({**counts, **done}, sum(done.values()), seconds)
-            self.redraw(line[: width - 1])
+            self.redraw(progress_text(
+                {**counts, **done}, sum(done.values()), seconds, width - 1))
 
     def close(self):
         """Clear the line, to make room for the result."""
@@ -5870,9 +5891,10 @@ def worker_lines(status, now):
 
 def job_document(queue, job):
     """Return what `show --json` prints."""
-    runs = [with_iso_times(run, "started_at", "finished_at") for run in queue.runs(job)]
-    waiting = why_waiting(queue, job, queue.workers())
-    return dict(public_job(job), waiting=waiting, runs=runs)
+    return dict(
+        public_job(job), waiting=why_waiting(queue, job, queue.workers()),
+        runs=[with_iso_times(run, "started_at", "finished_at")
+              for run in queue.runs(job)])
 
 
 def output_document(job, run, output):
@@ -6250,7 +6272,10 @@ def report_queue(args):
          only_reads=True)
 def cmd_show(args, queue):
     job = job_named(queue, args.id)
-    print_result(args, job_document(queue, job), *job_lines(queue, job))
+    if args.json:
+        print_result(args, job_document(queue, job))
+    else:
+        print_lines(job_lines(queue, job))
 
 
 # The fields that the answer of `show` has said: a terminal gets them once.
@@ -6260,18 +6285,12 @@ SAID = ("id", "command", "state", "error", "exit_code", "waits_for", "waiting",
 
 def job_lines(queue, job):
     """Yield what is asked first about a job, then its fields and its runs."""
-    now, fields, runs = queue.clock(), public_job(job), queue.runs(job)
-    yield from answer_lines(queue, job, now)
+    now, runs = queue.clock(), queue.runs(job)
+    waiting = why_waiting(queue, job, queue.workers())
+    yield from answer_lines(queue, job, now, waiting)
     yield ""
     said = SAID if terminal_width(sys.stdout) else ()  # the answer must stay in sight
-    for name in TIMES:
-        if job[name] is not None:
-            fields[name] += ", " + relative_time(job[name], now)
-    fields["env"] = " ".join("%s=%s" % pair for pair in fields["env"].items())
-    for name in ("after", "waits_for"):
-        fields[name] = ", ".join(fields[name])
-    fields["waiting"] = why_waiting(queue, job, queue.workers())
-    for name, value in fields.items():
+    for name, value in field_texts(job, now, waiting).items():
         if value not in (None, "") and name not in said:
             yield from field_lines(name, value)
     if runs:
@@ -6279,20 +6298,32 @@ def job_lines(queue, job):
         yield from run_table(runs, now)
 
 
+def field_texts(job, now, waiting):
+    """Return the fields of a job for people, by name."""
+    fields = dict(public_job(job), waiting=waiting)
+    for name in TIMES:
+        if job[name] is not None:
+            fields[name] += ", " + relative_time(job[name], now)
+    fields["env"] = " ".join("%s=%s" % pair for pair in fields["env"].items())
+    for name in ("after", "waits_for"):
+        fields[name] = ", ".join(fields[name])
+    return fields
+
+
 # The next step for a job in a state: what it does, and the command.
 NEXT_COMMANDS = {
-    "processing": ("to follow its output", "logs -f %s"),
-    "completed": ("to run it again", "retry %s"),
-    "failed": ("to try it now", "edit %s --run-at now"),
-    "dead": ("to run it again", "retry %s"),
+    "processing": ("to follow its output", "logs -f {}"),
+    "completed": ("to run it again", "retry {}"),
+    "failed": ("to try it now", "edit {} --run-at now"),
+    "dead": ("to run it again", "retry {}"),
 }
 
 
-def answer_lines(queue, job, now):
+def answer_lines(queue, job, now, waiting):
     """Yield why a job is what it is, what it printed last, and the next step."""
     id, state, width = printable(job["id"]), job["state"], terminal_width(sys.stdout)
     start = len(id) + len(" is ")
-    reason = ": " + printable("; ".join(state_reasons(queue, job, now)))
+    reason = ": " + printable("; ".join(state_reasons(job, now, waiting)))
     yield Line("%s is %s%s" % (id, state, reason), STATES[state].colour, start,
                start + len(state))
     yield truncate("  $ " + printable(job["command"]), width)
@@ -6304,27 +6335,26 @@ def answer_lines(queue, job, now):
         yield "%s wait%s for it: %s%s" % (
             plural(len(ids), "job"), "s" if len(ids) == 1 else "",
             printable(", ".join(ids[:3])), more)
-    yield from next_step(queue, job, now)
+    yield from filter(None, [next_step(queue, job, now)])
 
 
 def next_step(queue, job, now):
-    """Yield what can be done about a job, as a command."""
+    """Return what can be done about a job, as a command, or nothing."""
     what, line, id = *NEXT_COMMANDS.get(job["state"], ("", "")), job["id"]
     if job["state"] == "failed" and not due_text(job, now):
         what = ""  # it is due already
-    dead = [other["id"] for other in queue.dependencies(job)
-            if other["state"] == "dead"]
-    if job["waits"] and dead:
-        what, line, id = "to go on", "retry %s", dead[0]
-    if what:
-        command = "queuectl.py " + line % quoted([id])
-        yield "%s: %s" % (what, in_queue(queue.path, command))
+    if job["waits"] and job["seq"] in queue.blocked_seqs():
+        first = queue.dependencies(job)[0]
+        what, line, id = "to see why", "show {}", first["id"]
+        if first["state"] == "dead":
+            what, line = "to go on", "retry {}"
+    command = "queuectl.py " + line.format(quoted([id]))
+    return what and "%s: %s" % (what, in_queue(queue.path, command))
 
 
-def state_reasons(queue, job, now):
+def state_reasons(job, now, waiting):
     """Return in words why a job is in its state, and since when."""
     tries = "try %d of %d" % (job["attempts"], tries_allowed(job["max_retries"]))
-    waiting = why_waiting(queue, job, queue.workers())
     if waiting:
         return [job["error"], waiting] if job["state"] == "failed" else [waiting]
     if job["state"] == "processing":
@@ -6532,9 +6562,10 @@ class WaitReport:
         self.queue, self.progress = queue, progress
         self.began, self.reported = time.monotonic(), {""}
 
-    def check(self, counts):
+    def check(self, wait):
         """Show the progress. After REPORT_DELAY report each standstill once."""
-        self.progress.show(counts)
+        if terminal_width(sys.stderr):
+            self.progress.show(wait.counts())
         if time.monotonic() < self.began + REPORT_DELAY:
             return
         reason = why_none_starts(self.queue)
@@ -6622,8 +6653,7 @@ def cmd_edit(args, queue):
     queue.edit(args.job, fields)
     job, answer = queue.job(args.job), "edited " + printable(args.job)
     if job["state"] == "dead":
-        answer = joined(answer + ": still dead", *next_step(queue, job, queue.clock()),
-                        by="; ")
+        answer += ": still dead; " + next_step(queue, job, queue.clock())
     print_result(args, public_job(job), answer)
 
 

@@ -4069,6 +4069,20 @@ class TestWait:
         queue.complete(claim(queue), make_outcome(None))
         assert claim(queue).id == "behind"
 
+    @pytest.mark.parametrize("limit, pending", [(2, 1), (1, 2)])
+    def test_its_progress_counts_the_jobs_that_it_waits_for(
+            self, queue, monkeypatch, limit, pending):
+        monkeypatch.setattr(queuectl, "MAX_WATCHED", limit)
+        for id in ("done", "runs", "x"):
+            add_job(queue, id=id)
+        queue.complete(claim(queue), make_outcome(None))
+        claim(queue)
+        add_job(queue, id="other")
+        looks = []
+        queue.wait(["done", "runs", "x"], 0, lambda wait: looks.append(wait.counts()))
+        assert looks[0] == dict(
+            pending=pending, processing=1, completed=1, failed=0, dead=0)
+
     def test_it_remembers_a_job_that_has_ended(self, queue):
         add_job(queue, id="b")
         queue.complete(claim(queue), make_outcome(None))
@@ -4106,6 +4120,13 @@ class TestWait:
 
 class TestEdit:
     """`edit` changes a job that waits."""
+
+    def test_its_answer_for_a_dead_job_names_the_next_step(self):
+        enqueue("exit 1", id="a", max_retries=1)
+        assert run_ok("edit", "a", "--priority", "1").out == "edited a\n"
+        drain(1)
+        assert run_ok("edit", "a", "--command", "true").out == (
+            "edited a: still dead; to run it again: queuectl.py retry a\n")
 
     def test_it_changes_a_waiting_job_by_the_options_of_enqueue(self, queue):
         add_job(queue, id="x", run_at=time.time() + 3600)
@@ -4940,9 +4961,11 @@ class TestWorkerStart:
     @mechanism
     def test_progress_is_one_line_with_rate_and_time_left(self):
         counts = dict(pending=5, processing=2, completed=30, failed=1, dead=2)
-        assert queuectl.progress_text(counts, 16, 4.0) == (
-            "completed 30, dead 2, running 2, waiting 6, 4.0/s, 2.0s left")
-        assert queuectl.progress_text(counts, 0, 4.0).endswith("waiting 6")
+        assert queuectl.progress_text(counts, 16, 4.0, 99) == (
+            "6 waiting, 2 running, 2 dead, 30 completed, 4.0/s, about 2 s left")
+        assert queuectl.progress_text(counts, 16, 4.0, 39) == (
+            "6 waiting, 2 running, 2 dead, 4.0/s")
+        assert queuectl.progress_text(counts, 0, 4.0, 99).endswith("30 completed")
 
 
 class TestDrain:
@@ -5036,7 +5059,7 @@ class TestDrain:
         drain()
         run_ok("enqueue", "--id", "x", "--", "sleep 0.6")
         code, shown = run_on_terminal("worker", "start", "--drain")
-        assert code == 0 and "\r\x1b[Kcompleted 0, dead 0, running 1" in shown
+        assert code == 0 and "\r\x1b[K0 waiting, 1 running, 0 dead, 0 completed" in shown
         assert shown.endswith("\r\x1b[Kqueuectl: 1 completed, 0 dead\r\n")
         assert max(map(len, shown.split("\r\n"))) < 400
         run_ok("enqueue", "--id", "y", "--", "true")
