@@ -4340,8 +4340,8 @@ def notice(message):
         print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-# What is not broken into lines: a word, or a command up to its end.
-UNBROKEN = r"queuectl\.py (?:'[^']*'|\"[^\"]*\"|[^;)'\"])*[;)]?|\S+"
+# What is not broken into lines: a word, or a command up to its end or a gap.
+UNBROKEN = r"queuectl\.py(?: ?(?:'[^']*'|\"[^\"]*\"|[^ ;)'\"]))*[;)]?|\S+"
 
 
 def wrapped(line, width):
@@ -4573,15 +4573,14 @@ def stats_lines(stats, width):
             name.replace("_", " "), *times)
     yield from throughput_lines(stats["throughput"], period, width)
     yield from histogram(stats["run_times"], width)
-    yield "Slowest commands:"
-    for row in stats["slowest_commands"]:
-        yield truncate("%8s on average of %s of  %s" % (
-            duration_text(row["mean"]), plural(row["runs"], "run"),
-            printable(row["command"])), width)
+    yield from table(["AVERAGE", "RUNS", "SLOWEST COMMANDS"], [
+        [duration_text(row["mean"]), grouped(row["runs"]), printable(row["command"])]
+        for row in stats["slowest_commands"]], width)
     if stats["common_errors"]:
-        yield "Most common errors:"
-    for row in stats["common_errors"]:
-        yield truncate("%8d x %s" % (row["runs"], printable(row["error"])), width)
+        yield ""
+        yield from table(["RUNS", "MOST COMMON ERRORS"], [
+            [grouped(row["runs"]), printable(row["error"])]
+            for row in stats["common_errors"]], width)
 
 
 def throughput_lines(bars, period, width):
@@ -4804,7 +4803,8 @@ def printing_handler(level):
 
     class Printer(logging.Handler):
         def emit(self, record):
-            text, state = record.getMessage(), getattr(record, "state", None)
+            lines = wrapped(record.getMessage(), terminal_width(sys.stderr))
+            text, state = "\n".join(lines), getattr(record, "state", None)
             if has_colours and state and STATES[state].colour:
                 text = text.replace(" " + state, " \x1b[%dm%s\x1b[0m" % (
                     STATES[state].colour, state), 1)
@@ -4970,12 +4970,12 @@ class Worker:
         message = state or "no longer ours, result dropped"
         if outcome.error:
             message += " (%s)" % outcome.error
-        seconds = outcome.finished_at - run.started_at
+        took = duration_text(outcome.finished_at - run.started_at)
         note = self.next_try(run) if state == "failed" else ""
         last = last_line(outcome.output[-4000:]) if state == "dead" else ""
         if last:
             note = ": " + truncate(printable(last), 80)
-        self.log.info("%s %s in %.2fs%s", run_label(run), message, seconds, note,
+        self.log.info("%s %s in %s%s", run_label(run), message, took, note,
                       extra={"state": state})
         if state == "dead":
             wake([self.pool])  # which starts `on_dead`
@@ -6003,7 +6003,7 @@ def require_one_source(args):
         trouble = "no job"
         if any(sources):
             trouble = "give jobs, a command after --, or --file"
-        message = "enqueue: %s (see: queuectl.py enqueue --help)"
+        message = "enqueue: %s; see: queuectl.py enqueue --help"
         raise QueueError(message, trouble, code=2)
     if args.jobs and args.jobs != ["-"] and args.jobs[0].lstrip()[:1] not in ("{", "["):
         text = " ".join(args.jobs)
@@ -6038,7 +6038,7 @@ def given_fields(args):
 def only_one(option, values):
     """Return the value of an option; refuse a second one, which would be lost."""
     if values and len(values) > 1:
-        raise QueueError("%s: give one", option, code=2)
+        raise QueueError("%s: given twice, and a job has one", option, code=2)
     return values and values[0]
 
 
@@ -6239,11 +6239,11 @@ def report_left(args, room, count):
     limit = room or args.limit or 0
     if not limit or count <= limit or args.json:
         return
-    if room:
-        more = plural(count - limit, "older job") + MORE_HINT
-        print_result(args, count - limit, Line(more, DIM))
+    more = plural(count - limit, "older job" if room else "more job") + MORE_HINT
+    if terminal_width(sys.stdout):
+        print_lines([Line(more, DIM)])
     else:
-        notice(plural(count - limit, "more job") + MORE_HINT)
+        notice(more)
 
 
 MORE_HINT = "; --limit 0 lists all"
@@ -6442,7 +6442,7 @@ def latest_output(queue, job, chosen={}):
         runs = [run for run in runs if run[name] == number]
         if not runs:
             raise QueueError("job %s has no %s %d", job["id"], name, number)
-    no_run = {"run": job["run"], "error": NO_RUN, "finished_at": None}
+    no_run = {"run": job["run"], "error": job["error"] or NO_RUN, "finished_at": None}
     run = runs[-1] if runs else no_run
     return run, output_of(queue, job, run["run"])
 
@@ -6487,7 +6487,7 @@ def follow(queue, job):
         if is_running:
             time.sleep(WAIT_INTERVAL)
     ends = [row["error"] for row in queue.runs(job) if row["run"] == run.number]
-    end = ends[0] if ends else NO_RUN
+    end = ends[0] if ends else job["error"] or NO_RUN
     if end:
         notice("job %s: %s" % (printable(run.id), printable(end)))
 
@@ -6648,7 +6648,7 @@ def cmd_stats(args, queue):
 def cmd_edit(args, queue):
     fields = given_fields(args)
     if not fields:
-        message = "edit: nothing to change (see: queuectl.py edit --help)"
+        message = "edit: nothing to change; see: queuectl.py edit --help"
         raise QueueError(message, code=2)
     queue.edit(args.job, fields)
     job, answer = queue.job(args.job), "edited " + printable(args.job)
@@ -6692,8 +6692,8 @@ def selected_states(args, taken):
     """Return the states given by --state, or all states that the command accepts."""
     for state in args.state:
         if state not in taken:
-            message = "--state %s: this is for jobs that are %s"
-            raise QueueError(message, state, " or ".join(taken), code=2)
+            message = "--state %s: it has to be one of %s"
+            raise QueueError(message, state, ", ".join(taken), code=2)
     return args.state or taken
 
 
@@ -6817,16 +6817,21 @@ def cmd_dlq_list(args, queue):
                    changed_since=time_since(args, queue))
     chosen, room = where(["dead"], **filters), room_for_jobs(args)
     if not args.json:
-        errors = ["%(jobs)d x %(error)s" % row for row in queue.common_errors(chosen)]
-        rest = len(errors) - 3
-        more = " and " + plural(rest, "other error") if rest > 0 else ""
-        if errors:
-            line = "Most common errors: " + printable(", ".join(errors[:3])) + more
-            print(truncate(line, terminal_width(sys.stdout)))
-        room = room and max(1, room - 1)
+        errors = queue.common_errors(chosen)
+        if errors and errors[0]["jobs"] > 1:
+            print(truncate(errors_text(errors), terminal_width(sys.stdout)))
+            room = room and max(1, room - 1)
     dead = queue.dead_jobs(limit=room or args.limit or -1, **filters)
     list_jobs(args, queue, dead, DLQ_COLUMNS, "no dead jobs")
     report_left(args, room, queue.count(chosen))
+
+
+def errors_text(errors):
+    """Return the most common errors of dead jobs, and how many others there are."""
+    rest = len(errors) - 3
+    return "Most common errors: %s%s" % (
+        printable(", ".join("%(jobs)d x %(error)s" % row for row in errors[:3])),
+        " and " + plural(rest, "other error") if rest > 0 else "")
 
 
 @command("dlq logs", "print the latest output of dead jobs", "dlq logs --since 12h",
@@ -9375,8 +9380,7 @@ GROUPS = {"worker": "pools", "dlq": "the dead letter queue", "config": "settings
 
 def overview():
     """Return the lines of the help of all commands, which fit on a terminal of 24."""
-    lines = ["usage: queuectl.py COMMAND ... [--db PATH] [--json]"
-             "     (more: COMMAND --help)"]
+    lines = ["usage: queuectl.py COMMAND ...  with --db PATH, --json, --help"]
     for topic, names in TOPICS.items():
         for name in names:
             verbs = [each.split()[1] for each in COMMANDS if each.startswith(name + " ")]
@@ -9385,7 +9389,7 @@ def overview():
                 "" if name != names[0] else topic, name,
                 ": ".join([meaning, ", ".join(verbs)]) if verbs else meaning))
     lines += ["examples: queuectl.py enqueue -- echo Hello",
-              "          queuectl.py worker start --count 2"]
+              "          queuectl.py worker start"]
     return lines
 
 
@@ -9393,7 +9397,8 @@ def group_overview(group):
     """Return the lines of the short help of the commands of a group."""
     chosen = {name: entry for name, entry in COMMANDS.items()
               if name.startswith(group + " ")}
-    lines = ["usage: queuectl.py %s COMMAND ... [--db PATH] [--json]" % group, ""]
+    lines = ["usage: queuectl.py %s COMMAND ...  with --db PATH, --json, --help" % group,
+             ""]
     lines += ["  %-14s %s" % (name, entry.meaning) for name, entry in chosen.items()]
     lines += ["", "examples:"]
     return lines + ["  queuectl.py " + entry.example for entry in chosen.values()]
@@ -9403,11 +9408,11 @@ def refuse_mistaken(name, words):
     """Refuse words that a command would take for something else than was meant."""
     message = None
     if name in ("retry", "dlq retry") and "--" in words:
-        message = "%s: to change the command of a job: %s, then retry it", name, usage(
-            "edit", *words)
+        message = "%s: it takes no command; to change that of a job first: %s", name, \
+            usage("edit", *words)
     setting = re.match("--([^=]+)=?", words[0]) if words else None
     if name == "config set" and setting and not setting[1] in ("json", "db", "help"):
-        message = "config set: write: %s", usage(
+        message = "config set: write it without dashes: %s", usage(
             "config", "set", setting[1], words[0][setting.end() :] or words[-1])
     if message:
         raise QueueError(*message, code=2)
@@ -9507,7 +9512,7 @@ def show_help(group, words):
              if not group or not re.match("--db$|--db=|--json$|[^-]", word)]
     if stray and not {"-h", "--help", "-V", "--version"} & set(words):
         words = " ".join([*group.split(), *words])
-        raise QueueError("no command in: %s (see: queuectl.py --help)", words, code=2)
+        raise QueueError("no command in: %s; see: queuectl.py --help", words, code=2)
     if {"-V", "--version"} & set(words):
         print("queuectl " + __version__)
     else:

@@ -3543,7 +3543,7 @@ class TestList:
             ["retry", "--state", "pending"],
             ["cancel", "--state", "dead", "--dry-run"]
         ):
-            assert "this is for jobs that are" in run_refused(*words, code=2)
+            assert "it has to be one of " in run_refused(*words, code=2)
         for words in (
             ["cancel"], ["retry"], ["delete"], ["dlq", "retry"],
             ["retry", "x", "--match", "a"], ["cancel", "a1", "--state", "pending"]
@@ -3711,7 +3711,7 @@ class TestShow:
         at = lines.index("command:     echo one")
         assert lines[at + 1] == "             exit 3"
         assert re.match(r"RUN  TRY  STARTED +TOOK +RESULT$", lines[-3])
-        assert re.match(r"2    2    .* ago +\d+ms +exit ", lines[-1])
+        assert re.match(r"2    2    .* ago +<?\d+ms +exit ", lines[-1])
 
     def test_durations_of_runs_are_exact_in_json(self):
         enqueue("sleep 0.05" if os.name == "posix" else "true", id="x")
@@ -3911,7 +3911,7 @@ class TestLogs:
         run_ok("cancel", "x")
         followed = run_ok("logs", "-f", "x")
         assert followed.out == ""
-        assert followed.err == "queuectl: job x: has not run yet\n"
+        assert followed.err == "queuectl: job x: cancelled\n"
         assert "--follow" in run_refused("logs", "-f", "--json", "x", code=2)
 
     def test_follow_ends_when_the_worker_died_without_a_pool(self, queue):
@@ -4530,8 +4530,12 @@ class TestDeadLetterQueue:
         for code in range(1, 6):
             enqueue("exit %d" % code, max_retries=1)
         drain()
+        assert run_ok("dlq", "list").out.startswith("ID ")  # a table says it all
+        enqueue("exit 4", max_retries=1)
+        drain()
         first = run_ok("dlq", "list").out.splitlines()[0]
-        assert first.endswith(" and 2 other errors") and first.count("1 x exit") == 3
+        assert first.startswith("Most common errors: 2 x exit 4, 1 x exit")
+        assert first.endswith(" and 2 other errors") and first.count("1 x exit") == 2
 
     def test_list_begins_with_the_latest_death(self, queue, clock):
         for name in ("first", "second", "third"):
@@ -4782,6 +4786,22 @@ class TestStatus:
         assert lines[11] == "  and of 2 more errors; to see all: queuectl.py dlq list"
 
     @posix_only
+    def test_a_stopping_pool_is_said_to_be_one(self):
+        enqueue(UNTIL_GO, id="runs")
+        enqueue(id="next")
+        pool = start_pool(count=1)
+        wait_until(lambda: state_of("runs") == "processing")
+        run_ok("worker", "stop", "--no-wait")
+        shown = run_on_terminal("status")[1]
+        assert shown.startswith("\x1b[33mThe pool is stopping: 1 job waits\x1b[0m;")
+        words = "the pool is stopping; to start another: queuectl.py worker start"
+        assert words.capitalize() in run_ok("status").out
+        assert words in run_ok("show", "next").out
+        assert words in run_on_terminal("list", columns=80)[1]
+        open("go", "w").close()
+        assert pool.wait(10) == 0
+
+    @posix_only
     def test_watch_leaves_the_terminal_as_it_was(self):
         run_ok("status")
         code, shown = run_on_terminal("status", "--watch", "0.1", keys=b"\x03")
@@ -4919,12 +4939,12 @@ class TestWorkerStart:
         code, shown = run_on_terminal("worker", "start", "--drain", columns=200)
         assert code == 1 and "x 2/2 \x1b[31mdead\x1b[0m (exit 3)" in shown
         shown = re.sub(r"\x1b\[\d*m", "", shown)
-        assert re.search(r"x 1/2 failed \(exit 3\) in 0.\d\ds, again in 0.[45]s", shown)
-        assert re.search(r"x 2/2 dead \(exit 3\) in 0.\d\ds: no host\r\n", shown)
+        assert re.search(r"x 1/2 failed \(exit 3\) in [\d.<]+m?s, again in 0.[45]s", shown)
+        assert re.search(r"x 2/2 dead \(exit 3\) in [\d.<]+m?s: no host\r\n", shown)
         assert "y 1/3 runs, pid " in shown and "y 1/3 completed in 0.3" in shown
         enqueue(id="z")
         answer = run_process("worker", "start", "--drain")
-        assert re.fullmatch(r"z 1/3 completed in 0.\d\ds\n"
+        assert re.fullmatch(r"z 1/3 completed in [\d.<]+m?s\n"
                             r"queuectl: 1 completed, 0 dead\n", answer.stderr)
         assert answer.stdout.count("\n") == 1 and "log queuectl.log;" in answer.stdout
 
@@ -5820,11 +5840,11 @@ class TestCommandLine:
         (["reset"], "to remove queuectl.db?"),
         (["config", "set", "backoff-factor", "2"], "mean backoff_base?"),
         (["config", "set", "--max-retries", "3"],
-         "write: queuectl.py config set max-retries 3"),
+         "dashes: queuectl.py config set max-retries 3"),
         (["config", "set", "--max-retries=3"], "config set max-retries 3"),
         (["enqueue", "--lines", "jobs.txt"], "enqueue --lines --file jobs.txt"),
         (["enqueue", "--", "-"], "queuectl.py enqueue -\n"),
-        (["retry", "x", "--", "true"], "queuectl.py edit x -- true, then retry it"),
+        (["retry", "x", "--", "true"], "first: queuectl.py edit x -- true"),
         (["dlq", "rety"], "did you mean dlq retry?"),
         (["enqueue", "echo", "hello"],
          "to run a command: queuectl.py enqueue -- echo hello"),
@@ -5908,6 +5928,55 @@ class TestTerminal:
             assert max(queuectl.display_width(line) for line in lines[1:]) <= columns
         assert "i" * 80 + "  pending" in run_ok("list").out
         assert "x" * 200 in run_ok("list").out
+
+    @mechanism
+    @pytest.mark.parametrize("line, width, lines", [
+        ("one two", 7, ["one two"]), ("one two", None, ["one two"]),
+        ("one two three", 7, ["one two", "  three"]),
+        ("  one two three", 9, ["  one two", "    three"]),
+        ("a/path/without/spaces is long", 10, ["a/path/without/spaces", "  is long"]),
+        ("to go on: queuectl.py resume", 20, ["to go on:", "  queuectl.py resume"]),
+        ("so: queuectl.py enqueue -- 'echo a; b'", 20,
+         ["so:", "  queuectl.py enqueue -- 'echo a; b'"]),
+        ("none; to start: queuectl.py worker start; more", 30,
+         ["none; to start:", "  queuectl.py worker start;", "  more"]),
+        ("  name   its meaning", 16, ["  name   its", "         meaning"]),
+        ("日本 日本", 8, ["日本", "  日本"])])
+    def test_prose_is_broken_between_words_a_command_is_not(self, line, width, lines):
+        assert queuectl.wrapped(line, width) == lines
+
+    @mechanism
+    def test_a_broken_line_keeps_its_colour(self):
+        parts = queuectl.wrapped(queuectl.Line("a red word here", 31, 2, 10), 6)
+        assert [str(part) for part in parts] == ["a red", "  word", "  here"]
+        coloured = [part[part.start : part.end] for part in parts[:2]]
+        assert coloured == ["red", "word"] and not hasattr(parts[2], "colour")
+
+    @posix_only
+    def test_only_a_terminal_breaks_lines(self):
+        enqueue(id="x")
+        words = "no pool is running; to start one: queuectl.py worker start"
+        shown = run_on_terminal("show", "x", columns=40)[1].splitlines()
+        assert "  start one: queuectl.py worker start" in shown
+        assert words in run_ok("show", "x").out
+        answer = cli("wait", "x", "--timeout", "0")
+        assert words in answer.err and answer.err.count("\n") == 1
+        code, shown = run_on_terminal("wait", "x", "--timeout", "0", columns=40)
+        assert code == 124 and shown.splitlines()[-2:] == [
+            "  pool is running; to start one:", "  queuectl.py worker start"]
+
+    @posix_only
+    @pytest.mark.parametrize("words", [
+        "", "dlq", "status", "list", "dlq list", "stats", "config show", "show build",
+        "show test", "wait test", "enqueue echo hi", "nonsense"])
+    def test_nothing_is_wider_than_a_narrow_terminal(self, words):
+        enqueue("echo %s; exit 3" % ("long " * 20), id="build", max_retries=1)
+        enqueue(id="test", after=["build"])
+        drain(1)
+        shown = run_on_terminal(*words.split(), columns=40)[1]
+        plain = re.sub(r"\x1b\[[\d;]*[mK]", "", shown).split("\r\n")
+        wide = [line for line in plain if len(line.rpartition("\r")[2]) > 40]
+        assert not [line for line in wide if "/" not in line]  # but for a path
 
     @posix_only
     def test_a_terminal_without_a_size_shows_whole_lines(self):
@@ -8723,7 +8792,7 @@ class TestReadme:
             line, _, expected = step.partition("\n")
             printed, expected = (
                 sorted(map(str.split, re.sub(
-                    r"(\d+\.\d+|\d+m)s( ago)?|pool \d+", "…", text).splitlines()))
+                    r"(\d+\.\d+|<?\d+m)s( ago)?|pool \d+", "…", text).splitlines()))
                 for text in (run_readme_line(line), expected))
             assert printed == expected, line
 
