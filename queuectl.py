@@ -6527,8 +6527,9 @@ def cmd_wait(args, queue):
         report = WaitReport(queue, progress)
         counts = queue.wait(args.ids or None, args.timeout, report.check)
     if counts is None:
-        message = "still waiting for %s after %s" % (
-            printable(", ".join(args.ids)) or "jobs", duration_text(args.timeout))
+        message = "still waiting for " + (printable(", ".join(args.ids)) or "jobs")
+        if args.timeout:
+            message += " after " + duration_text(args.timeout)
         notice(joined(message, why_none_starts(queue), by="; "))
         return 124
     message = ", ".join("%d %s" % (counts[state], state) for state in FINISHED)
