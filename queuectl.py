@@ -3991,23 +3991,21 @@ def in_queue(path, hint):
     return hint.replace("queuectl.py", "queuectl.py --db " + quoted([path]))
 
 
-def standstill(path, is_paused, pools):
-    """Return in words why no job is started, and the next step; nothing if jobs are.
-
-    POOLS are those of the queue that live.
-    """
-    hint = ""
-    if is_paused:
+def standstill(queue):
+    """Return in words why no job is started, and the next step; nothing if jobs are."""
+    hint, pools = "", supervised_pools(queue.path)
+    if queue.is_paused():
         hint = "the queue is paused; " + TO_RESUME
     elif not pools:
         hint = "no pool is running; " + TO_START
-    elif all(requested_stop(path, pool) for pool in pools):
+    elif all(requested_stop(queue.path, pool) for pool in pools):
         hint = "the pool is stopping; " + TO_START_ANOTHER
-    return in_queue(path, hint)
+    return in_queue(queue.path, hint)
 
 
-def pools_of(workers):
-    return {worker["pool"] for worker in workers}
+def supervised_pools(path):
+    """Return the pools whose supervisors live: others only finish their jobs."""
+    return {pool for pool in living_pools(path) if is_locked(pool_file(path, pool))}
 
 
 def lost_jobs(queue, workers):
@@ -4030,7 +4028,7 @@ def why_waiting(queue, job, workers, text_of=duration_text):
         return None
     if job["waits"]:
         return why_dependent(queue, job)
-    stopped = standstill(queue.path, queue.is_paused(), pools_of(workers))
+    stopped = standstill(queue)
     if job["gate"] == CLOSED:
         what = "try %d is due" % (job["attempts"] + 1) if job["attempts"] else "due"
         when = due_text(job, queue.clock(), text_of) or "now"
@@ -4053,7 +4051,7 @@ def why_lost(queue, job, workers):
     has_processes = is_locked(queue.latest_run(job).lease)
     hint = (ORPHAN_HINT if has_processes else LOST_HINT) % (
         "makes the job dead" if job["cancelled"] else "runs the job again")
-    return joined(hint, standstill(queue.path, False, pools_of(workers)), by="; ")
+    return joined(hint, standstill(queue), by="; ")
 
 
 def why_dependent(queue, job):
@@ -5563,7 +5561,7 @@ class Supervisor:
         """Report that the queue is paused, once for each pause."""
         is_paused = queue.is_paused()
         if is_paused and not self.was_paused:
-            pool_notice(standstill(self.path, True, ()))
+            pool_notice(standstill(queue))
         self.was_paused = is_paused
 
     def finish(self, queue):
@@ -5774,17 +5772,16 @@ def read_status(queue):
     with queue.snapshot():  # or a job that has just been claimed would seem lost
         oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
         workers = queue.workers()
-        pools = pools_of(workers)
-        killed = {pool for pool in pools if not is_locked(pool_file(queue.path, pool))}
+        pools = supervised_pools(queue.path)
         commands = {job["id"]: job["command"] for job in queue.jobs(
             where(["processing"]), brief=True)}
         return {
             "path": queue.path,
             "jobs": queue.counts(), "workers": workers, "commands": commands,
             "lost": lost_jobs(queue, workers),
-            "killed_pools": killed, "pools": pools - killed,
-            "stopping_pools": {
+            "pools": pools, "stopping_pools": {
                 pool for pool in pools if requested_stop(queue.path, pool)},
+            "standstill": standstill(queue),
             "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
             "next_due": due["run_at"], "next_job": due["id"],
             "paused": queue.is_paused(), "blocked": queue.first_blocked(),
@@ -5847,9 +5844,9 @@ def error_lines(groups, now):
 def status_lines(status, now):
     """Yield what `status` prints into a pipe or a file."""
     yield from count_lines(status, now)
-    stopped = standstill(status["path"], status["paused"], status["pools"])
-    if status["paused"] or count_unfinished(status["jobs"]):
-        yield from filter(None, [stopped[:1].upper() + stopped[1:]])
+    stopped = status["standstill"]
+    if stopped and (status["paused"] or count_unfinished(status["jobs"])):
+        yield stopped[0].upper() + stopped[1:]
     yield from worker_lines(status, now)
 
 
@@ -5884,7 +5881,7 @@ def worker_lines(status, now):
         line = "  worker %(pid)d of pool %(pool)d: "
         if worker["pool"] in status["stopping_pools"]:
             line = "  worker %(pid)d of pool %(pool)d, which is stopping: "
-        if worker["pool"] in status["killed_pools"]:
+        if worker["pool"] not in status["pools"]:
             line = "  worker %(pid)d, whose pool %(pool)d was killed: "
         yield line % worker + doing
 
@@ -5954,8 +5951,8 @@ def cmd_enqueue(args, queue):
         jobs = map(queue.job, dict.fromkeys(ids))
     print_jobs(args, jobs, functools.partial(enqueued_lines, unchanged=added.unchanged),
                "no jobs were given")
-    if sys.stderr.isatty() and not args.json and why_none_starts(queue):
-        notice(why_none_starts(queue))
+    if sys.stderr.isatty() and not args.json and standstill(queue):
+        notice(standstill(queue))
 
 
 def report_dropped(dropped):
@@ -6218,7 +6215,7 @@ def note_below(args, queue):
         return []
     counts, states = queue.counts(), args.state or WAITING
     is_concerned = any(counts[state] for state in WAITING if state in states)
-    reason = is_concerned and why_none_starts(queue)
+    reason = is_concerned and standstill(queue)
     return [Line(reason, DIM)] if reason else []
 
 
@@ -6530,7 +6527,7 @@ def cmd_wait(args, queue):
         message = "still waiting for " + (printable(", ".join(args.ids)) or "jobs")
         if args.timeout:
             message += " after " + duration_text(args.timeout)
-        notice(joined(message, why_none_starts(queue), by="; "))
+        notice(joined(message, why_nothing_ends(queue), by="; "))
         return 124
     message = ", ".join("%d %s" % (counts[state], state) for state in FINISHED)
     if args.ids and counts["dead"]:
@@ -6569,17 +6566,16 @@ class WaitReport:
             self.progress.show(wait.counts())
         if time.monotonic() < self.began + REPORT_DELAY:
             return
-        reason = why_none_starts(self.queue)
+        reason = why_nothing_ends(self.queue)
         if reason not in self.reported:
             self.progress.close()
             notice(reason)
         self.reported.add(reason)
 
 
-def why_none_starts(queue):
-    """Return in words why no job is started at all, or nothing."""
-    pools = living_pools(queue.path)
-    reason = standstill(queue.path, queue.is_paused(), pools)
+def why_nothing_ends(queue):
+    """Return in words why this wait may never end, or nothing."""
+    reason = standstill(queue)
     if not reason and queue.own_job() and all(
             worker["job"] for worker in queue.workers()):
         return "no worker is free; one runs this very job"
@@ -6662,14 +6658,14 @@ def cmd_edit(args, queue):
          creates_queue=True)
 def cmd_pause(args, queue):
     queue.set_paused(True)
-    print_result(args, {"paused": True}, standstill(args.db, True, ()))
+    print_result(args, {"paused": True}, standstill(queue))
 
 
 @command("resume", "let jobs start again", "resume", creates_queue=True)
 def cmd_resume(args, queue):
     queue.set_paused(False)
     print_result(args, {"paused": False}, joined(
-        "resumed", standstill(args.db, False, living_pools(args.db)), by="; "))
+        "resumed", standstill(queue), by="; "))
 
 
 # A command that changes jobs names them by ids, or selects many by options.

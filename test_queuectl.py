@@ -3644,19 +3644,25 @@ class TestShow:
 
     @mechanism
     def test_it_says_why_a_job_is_not_running(self, queue, clock):
-        def why(id, pools=({"job": "a", "pool": 1},)):
-            return queuectl.why_waiting(queue, queue.job(id), pools)
+        own_file = queuectl.pool_file("queuectl.db", os.getpid())
+
+        def why(id, workers=({"job": "a"},)):
+            fd = queuectl.lock_file(own_file) if workers else None
+            try:
+                return queuectl.why_waiting(queue, queue.job(id), workers)
+            finally:
+                if fd:
+                    queuectl.drop_lock_file(queue.path, fd, own_file)
 
         add_job(queue, id="a")
         add_job(queue, id="b")
         add_job(queue, id="c", delay=12)
-        os.close(queuectl.lock_file(queuectl.pool_file("queuectl.db", 1)))
         no_pool = "no pool is running; to start one: queuectl.py worker start"
         assert why("a") == "next in line" and why("b") == "1 job before it"
         assert why("b", ()).startswith("no pool is running")
         assert why("c") == "due in 12s"
         run = claim(queue)
-        assert why("a") is None and why("a", [{"job": None, "pool": 1}]) == (
+        assert why("a") is None and why("a", [{"job": None}]) == (
             "its worker died; the next pool runs the job again")
         lease = queuectl.Lease(run.lease, queuectl.OutputLimit(10))
         assert why("a", ()) == queuectl.ORPHAN_HINT % "runs the job again" + (
