@@ -5669,9 +5669,9 @@ def command_named(words):
     return name, [*options, *words]
 
 
-# An argument: its names; the kind of its value, which help shows and completion knows,
+# An argument: its names; the word for its value, which help shows and completion knows,
 # None for a flag; and what argparse wants to know.
-Argument = collections.namedtuple("Argument", "names kind options")
+Argument = collections.namedtuple("Argument", "names metavar options")
 
 
 def flag(names, meaning):
@@ -5679,10 +5679,10 @@ def flag(names, meaning):
     return Argument(names.split(), None, dict(help=meaning, action="store_true"))
 
 
-def option(names, kind, meaning, convert=str, **options):
+def option(names, metavar, meaning, convert=str, **options):
     """Return an option with a value."""
-    return Argument(
-        names.split(), kind, dict(options, help=meaning, metavar=kind, type=convert))
+    return Argument(names.split(), metavar, dict(
+        options, help=meaning, metavar=metavar, type=convert))
 
 
 positional = option  # without a name; argparse tells them apart by the dashes
@@ -6522,7 +6522,7 @@ def output_of(queue, job, run):
 def cmd_wait(args, queue):
     with contextlib.closing(ProgressLine()) as progress:
         report = WaitReport(queue, progress)
-        counts = queue.wait(args.ids or None, args.timeout, report.check)
+        counts = queue.wait(args.ids or None, args.timeout, report.update)
     if counts is None:
         message = "still waiting for " + (printable(", ".join(args.ids)) or "jobs")
         if args.timeout:
@@ -6560,7 +6560,7 @@ class WaitReport:
         self.queue, self.progress = queue, progress
         self.began, self.reported = time.monotonic(), {""}
 
-    def check(self, wait):
+    def update(self, wait):
         """Show the progress. After REPORT_DELAY report each standstill once."""
         if terminal_width(sys.stderr):
             self.progress.show(wait.counts())
@@ -6603,8 +6603,10 @@ def cmd_status(args, queue):
                 lines = status_screen(status, errors_of(queue), now, growth)
             if is_screen:
                 print(end=screenful([*lines]))
+            elif args.json:
+                print_result(args, status_document(status, now))
             else:
-                print_result(args, status_document(status, now), *lines)
+                print_lines(lines)
             if not args.watch:
                 if not any(status["jobs"].values()) and not status["workers"]:
                     report_queue(args)
@@ -7156,7 +7158,7 @@ function _queuectl
 end
 complete -c queuectl -f -a '(_queuectl)'
 """}
-CHOICES = {"STATE": STATES, "KEY": SETTINGS, "SHELL": COMPLETIONS}  # by kind of value
+CHOICES = {"STATE": STATES, "KEY": SETTINGS, "SHELL": COMPLETIONS}  # by metavar
 
 
 @command("completion", "print a script for a shell to complete commands and ids",
@@ -7183,30 +7185,31 @@ def candidates(words, path):
     name, words = command_named(filter(None, words))
     is_command = name in COMMANDS
     arguments = [*(COMMANDS[name].arguments if is_command else ()), *EVERYWHERE]
-    kind = expected_kind(words, arguments)
+    metavar = expected_metavar(words, arguments)
     if "--" in words:
         return []
     if begun.startswith("-"):
         found = ["--help", *itertools.chain(*(each.names for each in arguments))]
-    elif kind == "ID":
+    elif metavar == "ID":
         found = complete_ids(words, begun, path, TAKES.get(name, STATES))
-    elif kind or is_command:
-        found = CHOICES.get(kind, ())
+    elif metavar or is_command:
+        found = CHOICES.get(metavar, ())
     else:
         found = [known[len(name) :].split()[0] for known in COMMANDS
                  if known.startswith(name)]
     return [word for word in dict.fromkeys(found) if word.startswith(begun)]
 
 
-def expected_kind(words, arguments):
-    """Return the kind of value that comes behind these words, or None."""
-    kinds = {name: argument.kind for argument in arguments for name in argument.names}
-    places = [kinds[name] for name in kinds if not name.startswith("-")]
+def expected_metavar(words, arguments):
+    """Return the metavar of the value that comes behind these words, or None."""
+    metavars = {
+        name: argument.metavar for argument in arguments for name in argument.names}
+    places = [metavars[name] for name in metavars if not name.startswith("-")]
     value = None  # of an option
     for word in words:
         if not value and not word.startswith("-"):
             places = places[1:] or places  # the last one may take several
-        value = kinds.get(word) if word.startswith("-") else None
+        value = metavars.get(word) if word.startswith("-") else None
     return value or (places or [None])[0]
 
 
@@ -7503,7 +7506,8 @@ def cmd_selftest(args):
             trials.append(Trial(os.path.join(home, str(len(trials))), end))
             results.append(try_promise(text, show, trials[-1]))
             if not args.json:
-                print(promise_line(results[-1]), flush=True)
+                print_lines([promise_line(results[-1])])
+                sys.stdout.flush()
             if show is show_locks and not results[-1]["holds"]:
                 break  # nothing else can hold
     finally:
