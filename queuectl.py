@@ -489,7 +489,7 @@ SETTINGS = {
         "the wait after n failures: base ** n seconds"),
     "backoff_max": Setting(duration_from(0), 86400, "longest such wait", "seconds"),
     "timeout": optional_setting(
-        duration_from(0.001), "how long a run may take, if its job has none", "seconds"),
+        duration_from(0.001), "how long a run may take if its job has none", "seconds"),
     "output_limit": Setting(
         in_range(parse_size, 0, 2**26, "bytes from 0 to 64M, like 500, 64K, 1M"), 2**20,
         "bytes of a run's output that are kept", "bytes"),
@@ -3205,8 +3205,8 @@ class Wait:
         """Return how many of the jobs are in each state, as `Queue.counts` does."""
         if not self.is_small:
             return self.queue.counts()
-        counts, ids = {state: self.ended[state] for state in STATES}, [*self.left]
-        for batch in (ids[at : at + BATCH_SIZE] for at in range(0, len(ids), BATCH_SIZE)):
+        counts, ids = {state: self.ended[state] for state in STATES}, iter(self.left)
+        for batch in iter(lambda: [*itertools.islice(ids, BATCH_SIZE)], []):
             for state, jobs in self.queue._rows(
                     "SELECT state, COUNT(*) FROM jobs WHERE id IN (%s) GROUP BY state"
                     % ", ".join("?" * len(batch)), *batch):
@@ -4103,7 +4103,7 @@ JOB_KINDS = {
 
 def kind_of(job, status, now):
     """Return which of JOB_KINDS a job is. STATUS has the values of `read_status`."""
-    if job["id"] in status["lost"]:
+    if job["state"] == "processing" and job["id"] in status["lost"]:
         return "lost"
     if job["state"] != "pending":
         return state_word(job)
@@ -4565,8 +4565,7 @@ def stats_lines(stats, width):
         100 * stats["success_rate"], stats["per_second_now"], stats["per_second"],
         period)
     for name in ("run_time", "waiting_time"):
-        times = [duration_text(value or 0)
-                 for value in stats[name].values()]
+        times = [duration_text(value or 0) for value in stats[name].values()]
         yield "%s: median %s, 95 %% within %s, longest %s" % (
             name.replace("_", " "), *times)
     yield from throughput_lines(stats["throughput"], period, width)
@@ -5818,8 +5817,8 @@ def status_screen(status, groups, now, growth):
     """Yield what `status` shows on a terminal, where people look."""
     state, sentence, advice = verdict(status, now, growth)
     advice = in_queue(status["path"], advice)
-    yield Line("; ".join(filter(None, [sentence, advice])), STATES[state].colour, 0,
-               len(sentence))
+    colour, text = STATES[state].colour, joined(sentence, advice, by="; ")
+    yield Line(text, colour, 0, len(sentence))
     yield from count_lines(status, now)
     groups, width = died(groups), terminal_width(sys.stdout)
     more = groups[SHOWN_ERRORS:]
@@ -5835,10 +5834,11 @@ def status_screen(status, groups, now, growth):
 def error_lines(groups, now):
     """Yield a line for each error of dead jobs."""
     for group in groups:
-        line = group["line"] and ": " + printable(group["line"])
-        yield "  %d dead of %s, the latest %s%s" % (
+        yield "  %d dead of %s, %s%s%s" % (
             group["jobs"], printable(group["error"]),
-            relative_time(group["latest"], now), line)
+            "the latest " if group["jobs"] > 1 else "",
+            relative_time(group["latest"], now),
+            group["line"] and ": " + printable(group["line"]))
 
 
 def status_lines(status, now):
@@ -5922,10 +5922,11 @@ def cmd_enqueue(args, queue):
     if args.lines and not args.file and not args.jobs:
         args.jobs = ["-"]
     options, ids, number = enqueue_options(args), [], itertools.count()
-    defaults, places = queue.defaults(args.cwd), Places()
+    defaults = queue.defaults(args.cwd)  # this directory may be gone
+    places = Places()
 
     def check(given):
-        if args.id and next(number) > 0:
+        if args.id and next(number):
             raise QueueError("--id: one id can't serve several jobs", code=2)
         if options and type(given) is dict:  # an option wins over the job's own field
             given = {**given, **options}
@@ -5946,9 +5947,8 @@ def cmd_enqueue(args, queue):
     report_dropped(added.dropped)
     if args.quiet:
         return
-    jobs = queue.jobs(first=added.first, last=added.last, brief=not args.json)
-    if args.unique:
-        jobs = map(queue.job, dict.fromkeys(ids))
+    jobs = map(queue.job, dict.fromkeys(ids)) if args.unique else queue.jobs(
+        first=added.first, last=added.last, brief=not args.json)
     print_jobs(args, jobs, functools.partial(enqueued_lines, unchanged=added.unchanged),
                "no jobs were given")
     if sys.stderr.isatty() and not args.json and standstill(queue):
@@ -9384,7 +9384,8 @@ def overview():
     lines = ["usage: queuectl.py COMMAND ...  with --db PATH, --json, --help"]
     for topic, names in TOPICS.items():
         for name in names:
-            verbs = [each.split()[1] for each in COMMANDS if each.startswith(name + " ")]
+            verbs = [each.split()[1] for each in COMMANDS
+                     if each.startswith(name + " ")]
             meaning = GROUPS[name] if verbs else COMMANDS[name].meaning
             lines.append("  %-7s %-11s %s" % (
                 "" if name != names[0] else topic, name,
@@ -9398,8 +9399,8 @@ def group_overview(group):
     """Return the lines of the short help of the commands of a group."""
     chosen = {name: entry for name, entry in COMMANDS.items()
               if name.startswith(group + " ")}
-    lines = ["usage: queuectl.py %s COMMAND ...  with --db PATH, --json, --help" % group,
-             ""]
+    usage = "usage: queuectl.py %s COMMAND ...  with --db PATH, --json, --help"
+    lines = [usage % group, ""]
     lines += ["  %-14s %s" % (name, entry.meaning) for name, entry in chosen.items()]
     lines += ["", "examples:"]
     return lines + ["  queuectl.py " + entry.example for entry in chosen.values()]

@@ -5973,6 +5973,13 @@ class TestTerminal:
             "  queuectl.py worker start\r\n")
 
     @posix_only
+    def test_json_is_one_line_on_a_terminal_too(self):
+        for words in ("status", "list", "config show", "show x"):
+            enqueue(id="x" if words == "status" else None)
+            shown = run_on_terminal(*words.split(), "--json", columns=40)[1]
+            assert shown.count("\n") == 1 and json.loads(shown), words
+
+    @posix_only
     @pytest.mark.parametrize("words", [
         "", "dlq", "status", "list", "dlq list", "stats", "config show", "show build",
         "show test", "wait test", "enqueue echo hi", "nonsense"])
@@ -6784,6 +6791,15 @@ RUN_ENDINGS = {
 
 class TestLocks:
     """Jobs that share a lock run one at a time."""
+
+    def test_a_second_lock_is_refused_not_dropped(self):
+        enqueue(id="x")
+        for words in (["enqueue", "--lock", "a", "--lock=b", "--", "true"],
+                      ["edit", "x", "--lock", "a", "--lock", "b"]):
+            assert "--lock: given twice" in run_refused(*words, code=2)
+        assert list(jobs()) == ["x"]
+        run_ok("edit", "x", "--lock", "a")
+        assert jobs()["x"]["lock"] == "a"
 
     def test_one_job_of_a_lock_runs_at_a_time_the_highest_first(self, queue):
         for name, priority in (("low", 0), ("mid", 1), ("mid2", 1)):
