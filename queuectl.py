@@ -519,7 +519,8 @@ FIELDS = {
         whole_number(-MAX_INTEGER - 1, MAX_INTEGER), 0, "N", "higher ones first", "0",
         parse_number),
     "run_at": Field(check_time, None, "TIME", "ISO 8601, epoch seconds, or now", "now"),
-    "delay": Field(duration_from(0), None, "T", "like 90s, 10m, 1h30m, 7d"),
+    "delay": Field(
+        duration_from(0), None, "T", "start after this time, like 90s, 1h30m, 7d"),
     "timeout": Field(
         SETTINGS["timeout"].check, None, "T", "end a run that takes longer, or none",
         "the setting"),
@@ -5736,9 +5737,14 @@ IDS = positional("ids", "ID", "ids of jobs", nargs="*")
 ID = positional("id", "ID", "id of a job, or its beginning, of four characters or more")
 KEY = positional(
     "key", "KEY", "name of a setting: " + ", ".join(SETTINGS), setting_as_typed)
-STATE = option("--state", "STATE", "one of %s (repeatable; default: all)"
-               % ", ".join(STATES),
-               state_name, action="append", default=[])
+
+
+def state_option(states):
+    """Return the option that selects jobs by these states."""
+    return option("--state", "STATE", "one of %s (repeatable; default: all)"
+                  % ", ".join(states), state_name, action="append", default=[])
+
+
 SINCE, DIED_SINCE = (
     option("--since", "T", "only jobs that %s within T, like 12h (default: all)" % verb,
            seconds_from(0, "--since")) for verb in ("changed", "died"))
@@ -6191,8 +6197,7 @@ def drop_last_ctrl_z(file):
 
 
 @command("list", "list jobs, oldest first", "list --state pending --limit 20",
-         STATE, MATCH, SINCE,
-         LIMIT, flag("--newest", "newest first"),
+         state_option(STATES), MATCH, SINCE, LIMIT, flag("--newest", "newest first"),
          creates_queue=True, only_reads=True, aliases=("ls",))
 def cmd_list(args, queue):
     chosen = where(args.state or STATES, text=args.match,
@@ -6516,9 +6521,11 @@ def output_of(queue, job, run):
 
 
 @command("wait", "wait until jobs, or all, are completed or dead (1: dead)",
-         "wait job1 --timeout 10m", IDS,
-         option("--timeout", "T", "give up with exit code 124 (default: never)",
-                seconds_from(0, "--timeout")))
+         "wait job1 --timeout 10m",
+         positional("ids", "ID", "ids of jobs (default: all that wait or run)",
+                    nargs="*"),
+         option("--timeout", "T", "give up with exit code 124 (default: never, though"
+                " no pool is running)", seconds_from(0, "--timeout")))
 def cmd_wait(args, queue):
     with contextlib.closing(ProgressLine()) as progress:
         report = WaitReport(queue, progress)
@@ -6666,8 +6673,8 @@ def cmd_pause(args, queue):
 @command("resume", "let jobs start again", "resume", creates_queue=True)
 def cmd_resume(args, queue):
     queue.set_paused(False)
-    print_result(args, {"paused": False}, joined(
-        "resumed", standstill(queue), by="; "))
+    answer = joined("resumed", standstill(queue), by="; ")
+    print_result(args, {"paused": False}, answer)
 
 
 # A command that changes jobs names them by ids, or selects many by options.
@@ -6712,11 +6719,10 @@ def jobs_to_delete(states, **filters):
     return Selection(not_needed(chosen), needed(chosen), "other jobs wait for them")
 
 
-def print_each(args, done, *lines):
-    """Print what was done to the ids: a line for each, or LINES in place of them."""
+def print_each(args, done, answer):
+    """Print what was done to the ids: for each the line that `answer(id)` makes."""
     ids = list(dict.fromkeys(args.ids))
-    lines = lines or ["%s %s" % (done, printable(id)) for id in ids]
-    print_result(args, {done: ids}, *dict.fromkeys(lines))
+    print_result(args, {done: ids}, *map(answer, ids))
 
 
 def apply_to_many(args, queue, verb, done, selection):
@@ -6733,15 +6739,15 @@ def apply_to_many(args, queue, verb, done, selection):
 
 
 @command("cancel", "end jobs that wait or run; they become dead", "cancel job1",
-         IDS, STATE, MATCH, DRY_RUN)
+         IDS, state_option(TAKES["cancel"]), MATCH, DRY_RUN)
 def cmd_cancel(args, queue):
     require_one_selection(args, args.state or args.match)
     if args.ids:
         queue.cancel(args.ids)
         # The worker of a running job has to end it first.
         workers = queue.workers()
-        return print_each(args, "cancelled", *(
-            cancel_answer(queue, queue.job(id), workers) for id in args.ids))
+        return print_each(args, "cancelled", lambda id: cancel_answer(
+            queue, queue.job(id), workers))
     chosen = where(selected_states(args, TAKES["cancel"]), text=args.match)
     apply_to_many(
         args, queue, queue.cancel_all, "cancelled", Selection(chosen, None, None))
@@ -6756,7 +6762,7 @@ def cancel_answer(queue, job, workers):
 
 
 @command("retry", "run finished jobs again, with attempts 0", "retry job1",
-         IDS, STATE, MATCH, DRY_RUN)
+         IDS, state_option(TAKES["retry"]), MATCH, DRY_RUN)
 def cmd_retry(args, queue):
     require_one_selection(args, args.state or args.match)
     retry_jobs(args, queue, selected_states(args, TAKES["retry"]))
@@ -6766,15 +6772,15 @@ def retry_jobs(args, queue, states, **filters):
     """Retry the jobs with the given ids, or those in these states."""
     if args.ids:
         queue.retry(args.ids, states)
-        return print_each(args, "retried", *(
-            "retried %s: pending again, with 0 attempts" % printable(id)
-            for id in args.ids))
+        answer = "retried %s: pending again, with 0 attempts"
+        return print_each(args, "retried", lambda id: answer % printable(id))
     apply_to_many(args, queue, queue.retry_all, "retried",
                   jobs_to_retry(states, text=args.match, **filters))
 
 
 @command("delete", "remove jobs that do not run",
-         "delete --state completed --older-than 7d", IDS, STATE, MATCH,
+         "delete --state completed --older-than 7d", IDS,
+         state_option(TAKES["delete"]), MATCH,
          flag("--all", "all but running ones"),
          option("--older-than", "T", "only jobs that finished more than T ago; without"
                 " --state or --all only completed ones",
@@ -6790,7 +6796,7 @@ def cmd_delete(args, queue):
         raise QueueError("delete: a running job can't be deleted; cancel it first")
     if args.ids:
         queue.delete(args.ids)
-        return print_each(args, "deleted")
+        return print_each(args, "deleted", lambda id: "deleted " + printable(id))
     apply_to_many(args, queue, queue.delete_all, "deleted", selection_to_delete(
         args, None if not has_age else queue.clock() - args.older_than))
 
@@ -6888,7 +6894,8 @@ def cmd_config_get(args, queue):
 
 
 @command("config set", "change a setting", "config set max_retries 5", KEY,
-         positional("value", "VALUE", "its new value"), creates_queue=True)
+         positional("value", "VALUE", "its new value, like 5, 90s, 64K, none"),
+         creates_queue=True)
 def cmd_config_set(args, queue):
     queue.set(args.key, parse_number(args.value))
     print_setting(args, queue)

@@ -5484,7 +5484,8 @@ class TestCompletion:
                 each for argument in entry.arguments
                 for each in argument.names if each[0] == "-"]
             assert {*options} <= {*complete_line(*name.split(), "-")}
-        arguments = [queuectl.IDS, queuectl.STATE, queuectl.option("--after", "ID", "")]
+        arguments = [queuectl.IDS, queuectl.state_option(queuectl.STATES),
+                     queuectl.option("--after", "ID", "")]
         new = queuectl.COMMANDS["show"]._replace(arguments=arguments)
         monkeypatch.setitem(queuectl.COMMANDS, "new one", new)
         enqueue(id="job1")
