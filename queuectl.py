@@ -504,35 +504,35 @@ SETTINGS = {
 # the option's text to what `check` expects. If it `repeats`, the option may be given
 # several times. The settings max_retries and timeout are the defaults of these fields.
 Field = collections.namedtuple(
-    "Field", "check default metavar help otherwise parse repeats",
-    defaults=("none", str, False))
+    "Field", "check metavar help otherwise parse repeats default",
+    defaults=("none", str, False, None))
 FIELDS = {
-    "id": Field(check_id, None, "ID", "id of the job", "a short random one"),
+    "id": Field(check_id, "ID", "id of the job", "a short random one"),
     "command": Field(
-        check_command, None, "LINE", "the same as -- LINE", "the words after --"),
+        check_command, "LINE", "the same as -- LINE", "the words after --"),
     "max_retries": Field(
-        SETTINGS["max_retries"].check, None, "N",
+        SETTINGS["max_retries"].check, "N",
         "failed attempts until the job is dead", "the setting", parse_number),
     "priority": Field(
-        whole_number(-MAX_INTEGER - 1, MAX_INTEGER), 0, "N", "higher ones first", "0",
-        parse_number),
-    "run_at": Field(check_time, None, "TIME", "ISO 8601, epoch seconds, or now", "now"),
-    "delay": Field(duration_from(0), None, "T", "like 90s, 10m, 1h30m, 7d"),
+        whole_number(-MAX_INTEGER - 1, MAX_INTEGER), "N", "higher ones first", "0",
+        parse_number, default=0),
+    "run_at": Field(check_time, "TIME", "ISO 8601, epoch seconds, or now", "now"),
+    "delay": Field(duration_from(0), "T", "like 90s, 10m, 1h30m, 7d"),
     "timeout": Field(
-        SETTINGS["timeout"].check, None, "T", "end a run that takes longer, or none",
+        SETTINGS["timeout"].check, "T", "end a run that takes longer, or none",
         "the setting"),
-    "cwd": Field(check_directory, None, "DIR", "where to run it", "this directory"),
+    "cwd": Field(check_directory, "DIR", "where to run it", "this directory"),
     "env": Field(
-        check_env, None, "NAME=VALUE", "an environment variable; repeatable",
+        check_env, "NAME=VALUE", "an environment variable; repeatable",
         parse=parse_variable, repeats=True),
     "launcher": Field(
-        check_job_launcher, None, "PREFIX",
+        check_job_launcher, "PREFIX",
         "start the command through this, like srun, or none", "the setting"),
     "after": Field(
-        check_dependencies, None, "ID",
+        check_dependencies, "ID",
         "start only when job ID is completed; repeatable", repeats=True),
     "lock": Field(
-        optional(check_id, "none"), None, "NAME",
+        optional(check_id, "none"), "NAME",
         "run at most one job with this lock at a time"),
 }
 # The fields that are columns of `jobs`: `delay` becomes a `run_at`, `after` rows of
@@ -1955,6 +1955,19 @@ CLAIMABLE = "state = 'pending' AND gate = %d" % OPEN
 FOR_A_TIME = "gate = %d AND waits = 0" % CLOSED  # the job waits for its time alone
 PAUSED = "EXISTS (SELECT 1 FROM config WHERE key = 'paused')"
 
+# The priorities of the jobs to claim, from the highest one: a search in the index each.
+LEVELS = """WITH RECURSIVE level (priority) AS (
+    SELECT MAX(priority) FROM jobs WHERE {0}
+    UNION ALL SELECT (SELECT MAX(priority) FROM jobs
+        WHERE {0} AND jobs.priority < level.priority)
+        FROM level WHERE priority NOT NULL)""".format(CLAIMABLE)
+# The jobs that were due before the clock was set back; neither looks at all jobs.
+DUE_IN_FUTURE = [
+    LEVELS + " SELECT seq FROM level CROSS JOIN jobs USING (priority) WHERE "
+    + CLAIMABLE + " AND run_at > :now + 1",
+    "SELECT seq FROM jobs WHERE lock NOT NULL AND state = 'pending' AND gate = %d"
+    " AND run_at > :now + 1" % LOCKED]
+
 OTHER_COLUMNS = [name for name in COLUMNS if name not in ("id", "run_at")]
 
 
@@ -2350,17 +2363,16 @@ class Queue(Database):
     def promote_after_clock_step(self):
         """Make jobs due again that failed or were due before the clock was set back.
 
-        Jobs that were due would stand behind every new job. To look for them takes a
-        while in a long queue, so it is done only at the first look and after a step.
+        Jobs that were due would stand behind every new job. To look for them may take
+        a while, so it is done only at the first look and after a step.
         """
         self._promote_failed_in_future()
         now = self.clock()
         offset = now - time.monotonic()
         if self.clock_offset is None or offset < self.clock_offset - 1:
-            for gate in OPEN, LOCKED:
-                self._change(
-                    "UPDATE jobs SET run_at = :now, updated_at = :now WHERE state ="
-                    " 'pending' AND gate = %d AND run_at > :now + 1" % gate, now=now)
+            for found in DUE_IN_FUTURE:
+                self._change("UPDATE jobs SET run_at = :now, updated_at = :now"
+                             " WHERE seq IN (%s)" % found, now=now)
         self.clock_offset = offset
 
     def _promote_failed_in_future(self):
@@ -2969,16 +2981,12 @@ class Queue(Database):
     def oldest_claimable(self):
         """Return the job (`id`, `run_at`) that waits longest for a worker, or None.
 
-        It is the first one of its priority. The priorities are found one after the
-        other by the index, up to a hundred.
+        It is the first one of its priority, of at most a hundred priorities.
         """
-        highest = "SELECT MAX(priority) FROM jobs WHERE " + CLAIMABLE
         return self._row(
-            "WITH RECURSIVE level (priority) AS (" + highest + " UNION ALL SELECT ("
-            + highest + " AND jobs.priority < level.priority)"
-            " FROM level WHERE priority IS NOT NULL LIMIT 100)"
-            " SELECT id, max(run_at, created_at) AS run_at"  # a time may be long past
-            " FROM level CROSS JOIN jobs ON seq = (SELECT seq"
+            LEVELS + " SELECT id, max(run_at, created_at) AS run_at"  # may be long past
+            " FROM (SELECT priority FROM level LIMIT 100) AS level"
+            " CROSS JOIN jobs ON seq = (SELECT seq"
             "  FROM jobs WHERE " + CLAIMABLE + " AND jobs.priority = level.priority"
             "  ORDER BY run_at, seq LIMIT 1) ORDER BY run_at, seq LIMIT 1")
 
