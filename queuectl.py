@@ -1294,10 +1294,13 @@ def in_states(states, column="state"):
     """
     if not {*states} <= {*STATES}:  # nothing else may get into a statement
         raise ValueError("no states: %r" % (states,))
-    parts = ["%s = '%s'" % (column, state) for state in states]
-    return "(%s)" % (" OR ".join(parts) or "0")
+    parts = [f"{column} = '{state}'" for state in states]
+    return "(" + (" OR ".join(parts) or "0") + ")"
 
 
+IS_WAITING, IS_FINISHED, IS_SUCCESS = map(in_states, (WAITING, FINISHED, SUCCESSFUL))
+NEW_IS_SUCCESS = in_states(SUCCESSFUL, "NEW.state")  # in a trigger
+OLD_IS_SUCCESS = in_states(SUCCESSFUL, "OLD.state")
 ORDER = "priority DESC, run_at, seq"  # in which jobs are claimed
 
 # The gate decides whether a waiting job may be claimed. Any other job is OPEN. No verb
@@ -1315,11 +1318,9 @@ def gate_rule(state, waits, run_at, updated_at, lock):
     which lets time pass, sets `updated_at`. So no trigger has to know the time, and a
     job that was due stays due if the clock is set back.
     """
-    return """CASE WHEN NOT {waiting} THEN {OPEN}
+    return f"""CASE WHEN NOT {in_states(WAITING, state)} THEN {OPEN}
         WHEN {state} = 'failed' OR {waits} > 0 OR {run_at} > {updated_at} THEN {CLOSED}
-        WHEN {lock} IS NULL THEN {OPEN} ELSE {LOCKED} END""".format(
-        state=state, waits=waits, run_at=run_at, updated_at=updated_at, lock=lock,
-        waiting=in_states(WAITING, state), CLOSED=CLOSED, OPEN=OPEN, LOCKED=LOCKED)
+        WHEN {lock} IS NULL THEN {OPEN} ELSE {LOCKED} END"""
 
 
 GATE = gate_rule("state", "waits", "run_at", "updated_at", "lock")
@@ -1331,11 +1332,11 @@ GATE_OF_NEW = gate_rule(
 # word by word; likewise jobs_dependent for `waits > 0`.
 def rare(column="state"):
     """Return the SQL that is true of a rare state in a column."""
-    return "{0} <> 'pending' AND {0} <> 'completed'".format(column)
+    return f"{column} <> 'pending' AND {column} <> 'completed'"
 
 
 RARE = rare()
-UNFINISHED_DEPENDENT = "waits > 0 AND NOT " + in_states(FINISHED)
+UNFINISHED_DEPENDENT = f"waits > 0 AND NOT {IS_FINISHED}"
 
 
 def elect(row, if_needed="1"):
@@ -1344,25 +1345,23 @@ def elect(row, if_needed="1"):
     All OPEN jobs with this lock become LOCKED. Then the first of the LOCKED ones
     becomes OPEN, unless a job with the lock is running.
     """
-    return """
-    UPDATE jobs SET gate = {LOCKED} WHERE {if_needed}
+    return f"""UPDATE jobs SET gate = {LOCKED} WHERE {if_needed}
         AND lock = {row}lock AND state = 'pending' AND gate = {OPEN};
     UPDATE jobs SET gate = {OPEN} WHERE {if_needed}
         AND seq = (SELECT seq FROM jobs WHERE lock = {row}lock AND state = 'pending'
             AND gate = {LOCKED} ORDER BY {ORDER} LIMIT 1)
         AND NOT EXISTS (SELECT 1 FROM jobs
-            WHERE lock = {row}lock AND state = 'processing' AND {RARE});""".format(
-        LOCKED=LOCKED, OPEN=OPEN, ORDER=ORDER, RARE=RARE, row=row, if_needed=if_needed)
+            WHERE lock = {row}lock AND state = 'processing' AND {RARE});"""
 
 
 # A new queue is made by this alone. A queue of an older version goes through MIGRATIONS
 # first. Then this adds what it still lacks, all indexes and triggers among it.
-SCHEMA = """
+SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- its number; never reused
     id TEXT NOT NULL UNIQUE,
     command TEXT NOT NULL,
-    state TEXT NOT NULL DEFAULT 'pending' CHECK ({states}),
+    state TEXT NOT NULL DEFAULT 'pending' CHECK ({in_states(STATES)}),
     attempts INTEGER NOT NULL DEFAULT 0,    -- claims that count against max_retries
     max_retries INTEGER NOT NULL,
     priority INTEGER NOT NULL DEFAULT 0,
@@ -1431,7 +1430,7 @@ CREATE TABLE IF NOT EXISTS unannounced (    -- jobs that died by a run, and for 
                                             -- `on_dead` has not been started
     seq INTEGER PRIMARY KEY
 );
-INSERT OR IGNORE INTO counts VALUES {counts};
+INSERT OR IGNORE INTO counts VALUES {', '.join(f"('{state}', 0)" for state in STATES)};
 INSERT OR IGNORE INTO totals VALUES
     ('completed', 0, 0), ('failed', 0, 0), ('interrupted', 0, 0);
 -- It is part of the name of each lease, so that a lease of a removed queue in the same
@@ -1464,7 +1463,7 @@ CREATE TRIGGER job_moved AFTER UPDATE OF state ON jobs WHEN OLD.state <> NEW.sta
 -- last of them is, the job waits for a worker from then on, unless a later time was
 -- named. When one leaves COMPLETED, its dependents wait for it again.
 CREATE TRIGGER dependency_completed AFTER UPDATE OF state ON jobs
-    WHEN {new_is_success} AND NOT {old_is_success}
+    WHEN {NEW_IS_SUCCESS} AND NOT {OLD_IS_SUCCESS}
         AND EXISTS (SELECT 1 FROM dependencies WHERE waits_for = NEW.seq) BEGIN
     UPDATE jobs SET waits = waits - 1,
         run_at = CASE WHEN state = 'pending' AND waits = 1
@@ -1473,16 +1472,16 @@ CREATE TRIGGER dependency_completed AFTER UPDATE OF state ON jobs
             THEN NEW.updated_at ELSE updated_at END
         WHERE seq IN (SELECT seq FROM dependencies WHERE waits_for = NEW.seq); END;
 CREATE TRIGGER dependency_reopened AFTER UPDATE OF state ON jobs
-    WHEN {old_is_success} AND NOT {new_is_success} BEGIN
+    WHEN {OLD_IS_SUCCESS} AND NOT {NEW_IS_SUCCESS} BEGIN
     UPDATE jobs SET waits = waits + 1
         WHERE seq IN (SELECT seq FROM dependencies WHERE waits_for = NEW.seq); END;
 CREATE TRIGGER dependency_added AFTER INSERT ON dependencies BEGIN
     UPDATE jobs SET waits = waits + 1 WHERE seq = NEW.seq
-        AND NOT (SELECT {is_success} FROM jobs WHERE seq = NEW.waits_for); END;
+        AND NOT (SELECT {IS_SUCCESS} FROM jobs WHERE seq = NEW.waits_for); END;
 CREATE TRIGGER dependency_dropped AFTER DELETE ON dependencies BEGIN
     -- Not if that job was deleted: then `job_removed` counts.
     UPDATE jobs SET waits = waits - 1 WHERE seq = OLD.seq
-        AND NOT (SELECT {is_success} FROM jobs WHERE seq = OLD.waits_for); END;
+        AND NOT (SELECT {IS_SUCCESS} FROM jobs WHERE seq = OLD.waits_for); END;
 
 -- Keeps the gate of a changed job, and elects anew for its lock. (recursive_triggers is
 -- off: the trigger does not fire for its own changes.)
@@ -1493,14 +1492,15 @@ CREATE TRIGGER gate_moved
         OR NEW.state = 'failed' AND NEW.waits > 0        -- it waits for others, too
         OR NEW.gate <> {GATE_OF_NEW} BEGIN
     -- A waiting job that was due stays due if the clock was set back since.
-    UPDATE jobs SET run_at = updated_at WHERE seq = NEW.seq AND {is_waiting}
+    UPDATE jobs SET run_at = updated_at WHERE seq = NEW.seq AND {IS_WAITING}
         AND run_at > updated_at
         AND run_at = OLD.run_at AND OLD.run_at <= OLD.updated_at;
     -- A FAILED job waits for its next try alone. One that waits for others is PENDING.
     UPDATE jobs SET state = 'pending'
         WHERE seq = NEW.seq AND state = 'failed' AND waits > 0;
     UPDATE jobs SET gate = {GATE}
-        WHERE seq = NEW.seq AND gate <> {GATE};{elect_new}{elect_left} END;
+        WHERE seq = NEW.seq AND gate <> {GATE};
+    {elect("NEW.")} {elect("OLD.", if_needed="OLD.lock IS NOT NEW.lock")} END;
 
 -- A waiting dependent of a job that was deleted before it was completed can't go on, so
 -- it dies. `delete --all` deletes dependents first, but in several transactions.
@@ -1508,27 +1508,19 @@ CREATE TRIGGER job_removed AFTER DELETE ON jobs BEGIN
     UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
     UPDATE jobs SET state = 'dead', error = 'a job that it came after was deleted',
         updated_at = (julianday('now') - 2440587.5) * 86400.0
-        WHERE NOT {old_is_success} AND {is_waiting}
+        WHERE NOT {OLD_IS_SUCCESS} AND {IS_WAITING}
         AND seq IN (SELECT seq FROM dependencies WHERE waits_for = OLD.seq);
-    UPDATE jobs SET waits = waits - 1 WHERE NOT {old_is_success}
+    UPDATE jobs SET waits = waits - 1 WHERE NOT {OLD_IS_SUCCESS}
         AND seq IN (SELECT seq FROM dependencies WHERE waits_for = OLD.seq);
     DELETE FROM dependencies WHERE waits_for = OLD.seq;
     DELETE FROM dependencies WHERE seq = OLD.seq;
     DELETE FROM outputs WHERE seq = OLD.seq;
     DELETE FROM runs WHERE seq = OLD.seq; END;
-CREATE TRIGGER lock_left AFTER DELETE ON jobs WHEN OLD.lock NOT NULL BEGIN{elect_old}
-    END;
-PRAGMA application_id = {application};
-PRAGMA user_version = {version};
-""".format(
-    ORDER=ORDER, RARE=RARE, CLOSED=CLOSED, OPEN=OPEN, GATE=GATE,
-    GATE_OF_NEW=GATE_OF_NEW, elect_new=elect("NEW."),
-    elect_left=elect("OLD.", "OLD.lock IS NOT NEW.lock"), elect_old=elect("OLD."),
-    states=in_states(STATES), is_waiting=in_states(WAITING),
-    is_success=in_states(SUCCESSFUL), new_is_success=in_states(SUCCESSFUL, "NEW.state"),
-    old_is_success=in_states(SUCCESSFUL, "OLD.state"),
-    counts=", ".join(map("('{}', 0)".format, STATES)),
-    application=APPLICATION_ID, version=SCHEMA_VERSION)
+CREATE TRIGGER lock_left AFTER DELETE ON jobs WHEN OLD.lock NOT NULL BEGIN
+    {elect("OLD.")} END;
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
 
 # The steps from an older version of the schema to the next one: {older version: SQL}. A
 # step has no index and no trigger: those are dropped before the steps and made anew by
@@ -1951,22 +1943,22 @@ Run = collections.namedtuple(
     "Run", "seq number id attempt max_retries worker pid started_at lease"
     " command cwd env timeout launcher limit", defaults=(None,) * 6)
 
-CLAIMABLE = "state = 'pending' AND gate = %d" % OPEN
-FOR_A_TIME = "gate = %d AND waits = 0" % CLOSED  # the job waits for its time alone
+CLAIMABLE = f"state = 'pending' AND gate = {OPEN}"
+FOR_A_TIME = f"gate = {CLOSED} AND waits = 0"  # the job waits for its time alone
 PAUSED = "EXISTS (SELECT 1 FROM config WHERE key = 'paused')"
 
 # The priorities of the jobs to claim, from the highest one: a search in the index each.
-LEVELS = """WITH RECURSIVE level (priority) AS (
-    SELECT MAX(priority) FROM jobs WHERE {0}
+LEVELS = f"""WITH RECURSIVE level (priority) AS (
+    SELECT MAX(priority) FROM jobs WHERE {CLAIMABLE}
     UNION ALL SELECT (SELECT MAX(priority) FROM jobs
-        WHERE {0} AND jobs.priority < level.priority)
-        FROM level WHERE priority NOT NULL)""".format(CLAIMABLE)
+        WHERE {CLAIMABLE} AND jobs.priority < level.priority)
+        FROM level WHERE priority NOT NULL)"""
 # The jobs that were due before the clock was set back; neither looks at all jobs.
 DUE_IN_FUTURE = [
-    LEVELS + " SELECT seq FROM level CROSS JOIN jobs USING (priority) WHERE "
-    + CLAIMABLE + " AND run_at > :now + 1",
-    "SELECT seq FROM jobs WHERE lock NOT NULL AND state = 'pending' AND gate = %d"
-    " AND run_at > :now + 1" % LOCKED]
+    f"""{LEVELS} SELECT seq FROM level CROSS JOIN jobs USING (priority)
+        WHERE {CLAIMABLE} AND run_at > :now + 1""",
+    f"""SELECT seq FROM jobs WHERE lock NOT NULL AND state = 'pending'
+        AND gate = {LOCKED} AND run_at > :now + 1"""]
 
 OTHER_COLUMNS = [name for name in COLUMNS if name not in ("id", "run_at")]
 
@@ -1982,20 +1974,19 @@ def insert_job(columns):
     names = ("id", "run_at", "created_at", "updated_at", *columns)
     gate = gate_rule("'pending'", waits="0", run_at="?", updated_at="?",
                      lock="''" if "lock" in columns else "NULL")
-    return "INSERT INTO jobs (%s, gate) VALUES (%s, %s)" % (
-        ", ".join(names), ", ".join("?" for _ in names), gate)
+    values = ", ".join("?" for _ in names)
+    return f"INSERT INTO jobs ({', '.join(names)}, gate) VALUES ({values}, {gate})"
 
 
 # Changes nothing, but fires the trigger `gate_moved` for a lock that has new jobs. (A
 # trigger for INSERT would cost any job a tenth more.)
-ELECT_BY_TRIGGER = """UPDATE jobs SET lock = lock WHERE seq = (SELECT seq FROM jobs
-    WHERE lock = ? AND state = 'pending' AND gate = %d LIMIT 1)""" % LOCKED
+ELECT_BY_TRIGGER = f"""UPDATE jobs SET lock = lock WHERE seq = (SELECT seq FROM jobs
+    WHERE lock = ? AND state = 'pending' AND gate = {LOCKED} LIMIT 1)"""
 RESET = "state = 'pending', attempts = 0, deaths = 0, cancelled = 0, error = NULL"
-RETRY = "UPDATE jobs SET %s, run_at = :now, updated_at = :now" % RESET
-RESTART = "UPDATE jobs SET {RESET}, updated_at = :now, {fields}" \
-    " WHERE id = :id AND {finished}".format(
-        RESET=RESET, finished=in_states(FINISHED),
-        fields=", ".join("{0} = :{0}".format(name) for name in COLUMNS if name != "id"))
+RETRY = f"UPDATE jobs SET {RESET}, run_at = :now, updated_at = :now"
+GIVEN = ", ".join(f"{name} = :{name}" for name in COLUMNS if name != "id")
+RESTART = f"""UPDATE jobs SET {RESET}, updated_at = :now, {GIVEN}
+    WHERE id = :id AND {IS_FINISHED}"""
 
 # A change of jobs: SQL, and the condition that a job has to meet. A verb may have two,
 # for jobs in different states.
@@ -2005,8 +1996,8 @@ NEXT_STEPS = {  # for an edit of a job in such a state
     "completed": "enqueue it again with --unique and what is to change",
 }
 CANCEL = [
-    Change("UPDATE jobs SET state = 'dead', cancelled = 1, error = '%s',"
-           " updated_at = :now" % CANCELLED, in_states(WAITING)),
+    Change(f"""UPDATE jobs SET state = 'dead', cancelled = 1, error = '{CANCELLED}',
+        updated_at = :now""", IS_WAITING),
     Change("UPDATE jobs SET cancelled = 1", "state = 'processing'"),
 ]
 DELETE = [Change("DELETE FROM jobs", in_states(TAKES["delete"]))]
@@ -2016,9 +2007,9 @@ RUN_SECONDS = "round(finished_at - started_at, 3)"  # NULL until the run has end
 
 def dependency_ids(condition="1"):
     """Return the SQL for the ids, a line each, that a job comes after."""
-    return "(SELECT group_concat(dependency.id, char(10)) FROM dependencies" \
-        " JOIN jobs AS dependency ON dependency.seq = waits_for" \
-        " WHERE dependencies.seq = jobs.seq AND %s)" % condition
+    return f"""(SELECT group_concat(dependency.id, char(10)) FROM dependencies
+        JOIN jobs AS dependency ON dependency.seq = waits_for
+        WHERE dependencies.seq = jobs.seq AND {condition})"""
 
 
 COLUMN_OF = {
@@ -2029,33 +2020,41 @@ COLUMN_OF = {
         "NOT " + in_states(SUCCESSFUL, "dependency.state")),
 }
 SELECT_JOB = "SELECT %s FROM jobs LEFT JOIN runs USING (seq, run) " % ", ".join(
-    "%s AS %s" % (COLUMN_OF.get(name, name), name) for name in (*PUBLIC, *INTERNAL))
+    f"{COLUMN_OF.get(name, name)} AS {name}" for name in (*PUBLIC, *INTERNAL))
 
 # The jobs that wait for a dead one, each with the id and number of that one. The first
 # of the tables keeps it from looking at all dead jobs where no job waits for another.
-BEHIND_DEAD = """SELECT jobs.seq AS seq, dependency.id AS dependency,
+BEHIND_DEAD = f"""SELECT jobs.seq AS seq, dependency.id AS dependency,
     dependency.seq AS root, dependency.state AS state, dependency.cancelled AS cancelled
     FROM (SELECT 1 FROM jobs WHERE waits > 0 LIMIT 1)
     CROSS JOIN jobs AS dependency
     CROSS JOIN dependencies ON waits_for = dependency.seq
     CROSS JOIN jobs ON jobs.seq = dependencies.seq
-    WHERE dependency.state = 'dead' AND {rare} AND jobs.state = 'pending'""".format(
-        rare=rare("dependency.state"))
-# The same jobs with all that wait for them, directly or not.
-BLOCKED = """WITH RECURSIVE blocked (seq) AS (SELECT seq FROM ({})
-    UNION SELECT jobs.seq FROM blocked
-        CROSS JOIN dependencies ON waits_for = blocked.seq
-        CROSS JOIN jobs ON jobs.seq = dependencies.seq WHERE jobs.state = 'pending')
-    """.format(BEHIND_DEAD)
+    WHERE dependency.state = 'dead' AND {rare("dependency.state")}
+        AND jobs.state = 'pending'"""
+
+
+def blocked(columns):
+    """Return the SQL for the table `blocked`: those jobs, and all that wait for them.
+
+    COLUMNS are `seq`, or `seq, root` for a row for each dead job that one waits for.
+    """
+    return f"""WITH RECURSIVE blocked ({columns}) AS (
+        SELECT {columns} FROM ({BEHIND_DEAD})
+        UNION SELECT jobs.{columns} FROM blocked
+            CROSS JOIN dependencies ON waits_for = blocked.seq
+            CROSS JOIN jobs ON jobs.seq = dependencies.seq
+            WHERE jobs.state = 'pending')"""
+
 
 # 1 if the job with the number :waited needs the end of another one: of that one itself,
 # or of its lock. A job needs its unfinished dependencies, and what those need.
-NEEDS_END = """WITH RECURSIVE needed (seq) AS (
-    SELECT seq FROM jobs WHERE seq = :waited AND NOT {finished}
+NEEDS_END = f"""WITH RECURSIVE needed (seq) AS (
+    SELECT seq FROM jobs WHERE seq = :waited AND NOT {IS_FINISHED}
     UNION SELECT waits_for FROM needed JOIN dependencies USING (seq)
-        JOIN jobs ON jobs.seq = waits_for WHERE NOT {finished})
-    SELECT 1 FROM needed JOIN jobs USING (seq) WHERE seq = :seq OR lock = :lock LIMIT 1
-    """.format(finished=in_states(FINISHED))
+        JOIN jobs ON jobs.seq = waits_for WHERE NOT {IS_FINISHED})
+    SELECT 1 FROM needed JOIN jobs USING (seq)
+        WHERE seq = :seq OR lock = :lock LIMIT 1"""
 
 
 def no_job(id):
@@ -2073,7 +2072,7 @@ FILTERS = {
     "pattern": r"(id LIKE :pattern ESCAPE '\' OR command LIKE :pattern ESCAPE '\'"
     r" OR jobs.error LIKE :pattern ESCAPE '\')",
     "error": "jobs.error = :error",
-    "finished_before": in_states(FINISHED) + " AND updated_at < :finished_before",
+    "finished_before": f"{IS_FINISHED} AND updated_at < :finished_before",
     "changed_since": "updated_at >= :changed_since",
     "cancelled": "cancelled = :cancelled",
     "behind": """state = 'pending' AND seq IN (WITH RECURSIVE behind (seq) AS (
@@ -2119,7 +2118,7 @@ def needed(condition, is_needed=True):
         UNION SELECT waits_for FROM needed CROSS JOIN jobs USING (seq)
             JOIN dependencies USING (seq) WHERE {dependent})
         SELECT seq FROM needed))""".format(
-        success=in_states(SUCCESSFUL), dependent=UNFINISHED_DEPENDENT,
+        success=IS_SUCCESS, dependent=UNFINISHED_DEPENDENT,
         selected=condition.sql)  # NULL, where a job has no error, is no selection
     return condition._replace(spares_needed=not is_needed, sql="%s AND %s%s" % (
         condition.sql, "" if is_needed else "NOT ", is_kept))
@@ -2595,7 +2594,7 @@ class Queue(Database):
         if condition.spares_needed:  # a dependent may have come since
             is_free = "(%s OR NOT EXISTS (SELECT 1 FROM jobs JOIN dependencies" \
                 " USING (seq) WHERE waits_for = :seq AND %s))" % (
-                    in_states(SUCCESSFUL), UNFINISHED_DEPENDENT)
+                    IS_SUCCESS, UNFINISHED_DEPENDENT)
             changes = [change._replace(condition=change.condition + " AND " + is_free)
                        for change in DELETE]
         count = self._apply_to_many(condition, changes, dependents_first=True)
@@ -2728,7 +2727,7 @@ class Queue(Database):
         return self._rows(
             "SELECT id, state, cancelled"
             " FROM dependencies JOIN jobs ON jobs.seq = waits_for"
-            " WHERE dependencies.seq = ? AND NOT " + in_states(SUCCESSFUL) +
+            " WHERE dependencies.seq = ? AND NOT " + IS_SUCCESS +
             " ORDER BY state = 'dead' DESC, waits_for", job["seq"])
 
     def dependents(self, job, limit):
@@ -2938,11 +2937,11 @@ class Queue(Database):
 
     def blocked_seqs(self):
         """Return the numbers of the jobs that wait, directly or not, for a dead one."""
-        return {seq for seq, in self._rows(BLOCKED + "SELECT seq FROM blocked")}
+        return {seq for seq, in self._rows(blocked("seq") + "SELECT seq FROM blocked")}
 
     def count_delayed(self):
         """Return how many jobs wait for their time alone."""
-        return self._value("SELECT COUNT(*) FROM jobs WHERE " + FOR_A_TIME)
+        return self._value(f"SELECT COUNT(*) FROM jobs WHERE {FOR_A_TIME}")
 
     def count_cancelled(self):
         """Return how many of the dead jobs somebody cancelled.
@@ -2958,42 +2957,43 @@ class Queue(Database):
         `id` is the job, `dependency` the id of the dead one, `state` and `cancelled`
         are those of the dead one.
         """
-        return self._row(
-            "SELECT jobs.id, dead.* FROM (" + BEHIND_DEAD + ") AS dead"
-            " JOIN jobs USING (seq) ORDER BY seq LIMIT 1")
+        return self._row(f"""
+            SELECT jobs.id, dead.* FROM ({BEHIND_DEAD}) AS dead JOIN jobs USING (seq)
+            ORDER BY seq LIMIT 1""")
 
     def blockers(self, limit):
         """Return the dead jobs that most others wait for, with the number of `jobs`.
 
         These wait directly or not. They are counted up to ten thousand.
         """
-        return self._rows(
-            "WITH RECURSIVE blocked (seq, root) AS (SELECT seq, root FROM ("
-            + BEHIND_DEAD + ") UNION SELECT jobs.seq, root FROM blocked"
-            " CROSS JOIN dependencies ON waits_for = blocked.seq"
-            " CROSS JOIN jobs ON jobs.seq = dependencies.seq"
-            " WHERE jobs.state = 'pending' LIMIT 10000)"
-            " SELECT id, state, cancelled, blocked.jobs AS jobs FROM"
-            " (SELECT root, COUNT(*) AS jobs FROM blocked GROUP BY root"
-            "  ORDER BY jobs DESC, root LIMIT ?) AS blocked JOIN jobs ON seq = root"
-            " ORDER BY blocked.jobs DESC, seq", limit)
+        return self._rows(f"""
+            {blocked("seq, root")}
+            SELECT id, state, cancelled, roots.jobs AS jobs
+            FROM (SELECT root, COUNT(*) AS jobs
+                FROM (SELECT root FROM blocked LIMIT 10000)
+                GROUP BY root ORDER BY jobs DESC, root LIMIT ?) AS roots
+            JOIN jobs ON seq = root
+            ORDER BY roots.jobs DESC, seq""", limit)
 
     def oldest_claimable(self):
         """Return the job (`id`, `run_at`) that waits longest for a worker, or None.
 
-        It is the first one of its priority, of at most a hundred priorities.
+        It is the first one of its priority, of at most a hundred priorities. A time
+        may be long past: the job waits since it was enqueued.
         """
-        return self._row(
-            LEVELS + " SELECT id, max(run_at, created_at) AS run_at"  # may be long past
-            " FROM (SELECT priority FROM level LIMIT 100) AS level"
-            " CROSS JOIN jobs ON seq = (SELECT seq"
-            "  FROM jobs WHERE " + CLAIMABLE + " AND jobs.priority = level.priority"
-            "  ORDER BY run_at, seq LIMIT 1) ORDER BY run_at, seq LIMIT 1")
+        return self._row(f"""
+            {LEVELS} SELECT id, max(run_at, created_at) AS run_at
+            FROM (SELECT priority FROM level LIMIT 100) AS level
+            CROSS JOIN jobs ON seq = (SELECT seq FROM jobs
+                WHERE {CLAIMABLE} AND jobs.priority = level.priority
+                ORDER BY run_at, seq LIMIT 1)
+            ORDER BY run_at, seq LIMIT 1""")
 
     def next_due(self):
         """Return the job (`id`, `run_at`) that is due next, or None."""
-        return self._row("SELECT id, run_at FROM jobs WHERE " + FOR_A_TIME +
-                         " ORDER BY run_at, seq LIMIT 1")
+        return self._row(f"""
+            SELECT id, run_at FROM jobs WHERE {FOR_A_TIME}
+            ORDER BY run_at, seq LIMIT 1""")
 
     def has_claimable(self):
         """Tell whether there is a job to claim."""
