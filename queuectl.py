@@ -1673,7 +1673,7 @@ class Database:
         self._rows("PRAGMA synchronous = " + ("NORMAL" if self.for_pool else "FULL"))
         self.require_file()  # another file may just have been put in its place
         self._rows("PRAGMA fullfsync = ON")  # macOS: without it a sync is no sync
-        self._rows("PRAGMA journal_size_limit = %d" % 2**24)
+        self._rows(f"PRAGMA journal_size_limit = {2**24}")
         CONNECTED.add(self)
 
     def close(self):
@@ -1778,7 +1778,7 @@ class Database:
         for kind, made in self._rows(
                 "SELECT type, name FROM sqlite_master"
                 " WHERE type IN ('index', 'trigger') AND sql NOT NULL"):
-            self.db.execute("DROP %s %s" % (kind, made))
+            self.db.execute(f"DROP {kind} {made}")
         for step in range(version, SCHEMA_VERSION):
             self._execute_all(MIGRATIONS[step])
 
@@ -2019,8 +2019,9 @@ COLUMN_OF = {
     "waits_for": "CASE WHEN waits > 0 THEN %s END" % dependency_ids(
         "NOT " + in_states(SUCCESSFUL, "dependency.state")),
 }
-SELECT_JOB = "SELECT %s FROM jobs LEFT JOIN runs USING (seq, run) " % ", ".join(
+SELECT_JOB = "SELECT %s FROM jobs LEFT JOIN runs USING (seq, run)" % ", ".join(
     f"{COLUMN_OF.get(name, name)} AS {name}" for name in (*PUBLIC, *INTERNAL))
+DEAD_JOB = f"{SELECT_JOB} WHERE seq = ? AND state = 'dead'"
 
 # The jobs that wait for a dead one, each with the id and number of that one. The first
 # of the tables keeps it from looking at all dead jobs where no job waits for another.
@@ -2319,11 +2320,10 @@ class Queue(Database):
         with self.transaction():
             now = self.clock()
             self.promote(now)
-            row = self._row(
-                "SELECT seq, run + 1 AS number, id, attempts + 1 AS attempt,"
-                " max_retries, command, cwd, env, timeout, launcher FROM jobs"
-                " WHERE " + CLAIMABLE + " AND NOT " + PAUSED +
-                " ORDER BY " + ORDER + " LIMIT 1")
+            row = self._row(f"""
+                SELECT seq, run + 1 AS number, id, attempts + 1 AS attempt,
+                    max_retries, command, cwd, env, timeout, launcher FROM jobs
+                WHERE {CLAIMABLE} AND NOT {PAUSED} ORDER BY {ORDER} LIMIT 1""")
             if row is None:
                 return None
             values, fields = self.settings(), dict(row)
@@ -2333,13 +2333,13 @@ class Queue(Database):
                       launcher=None if launcher == "none" else launcher,
                       limit=output_limit(values), **fields)
             take_lease(run)
-            self._change(
-                "UPDATE jobs SET state = 'processing', attempts = ?, run = ?,"
-                " updated_at = ? WHERE seq = ? AND state = 'pending'",
+            self._change("""
+                UPDATE jobs SET state = 'processing', attempts = ?, run = ?,
+                    updated_at = ? WHERE seq = ? AND state = 'pending'""",
                 run.attempt, run.number, now, run.seq)
-            self._change(
-                "INSERT INTO runs (seq, run, attempt, worker, started_at)"
-                " VALUES (?, ?, ?, ?, ?)",
+            self._change("""
+                INSERT INTO runs (seq, run, attempt, worker, started_at)
+                VALUES (?, ?, ?, ?, ?)""",
                 run.seq, run.number, run.attempt, worker, now)
             return run
 
@@ -2350,11 +2350,11 @@ class Queue(Database):
         claim that called it would take seconds. The next claim promotes the rest.
         """
         until = time.monotonic() + WORK_SLICE
-        while self._change(
-                "UPDATE jobs SET state = 'pending', updated_at = :now"
-                " WHERE seq IN (SELECT seq FROM jobs WHERE " + FOR_A_TIME +
-                " AND run_at <= :now ORDER BY run_at LIMIT 100)",
-                now=now) == 100 and time.monotonic() < until:
+        due = f"""SELECT seq FROM jobs WHERE {FOR_A_TIME} AND run_at <= :now
+            ORDER BY run_at LIMIT 100"""
+        promote = f"""UPDATE jobs SET state = 'pending', updated_at = :now
+            WHERE seq IN ({due})"""
+        while self._change(promote, now=now) == 100 and time.monotonic() < until:
             pass
 
     # If the clock is set back, a job that named no time waits no longer than before.
@@ -2370,15 +2370,15 @@ class Queue(Database):
         offset = now - time.monotonic()
         if self.clock_offset is None or offset < self.clock_offset - 1:
             for found in DUE_IN_FUTURE:
-                self._change("UPDATE jobs SET run_at = :now, updated_at = :now"
-                             " WHERE seq IN (%s)" % found, now=now)
+                self._change(f"""UPDATE jobs SET run_at = :now, updated_at = :now
+                    WHERE seq IN ({found})""", now=now)
         self.clock_offset = offset
 
     def _promote_failed_in_future(self):
         """Move jobs whose failure lies in the future from FAILED to PENDING."""
-        self._change(
-            "UPDATE jobs SET state = 'pending', run_at = :now, updated_at = :now"
-            " WHERE state = 'failed' AND " + RARE + " AND updated_at > :now + 1",
+        self._change(f"""
+            UPDATE jobs SET state = 'pending', run_at = :now, updated_at = :now
+            WHERE state = 'failed' AND {RARE} AND updated_at > :now + 1""",
             now=self.clock())
 
     def record(self, run, outcome):
@@ -2432,10 +2432,10 @@ class Queue(Database):
                 state, error, changes = "dead", CANCELLED, {}
             changes.update(state=state, error=error, updated_at=self.clock(),
                            cancelled=is_cancelled)
-            columns = ", ".join(name + " = ?" for name in changes)
-            moved = self._change(
-                "UPDATE jobs SET " + columns +
-                " WHERE seq = ? AND state = 'processing' AND run = ?",
+            columns = ", ".join(f"{name} = ?" for name in changes)
+            moved = self._change(f"""
+                UPDATE jobs SET {columns}
+                WHERE seq = ? AND state = 'processing' AND run = ?""",
                 *changes.values(), run.seq, run.number)
             if not moved:
                 return None
@@ -2443,9 +2443,9 @@ class Queue(Database):
             if state == "dead" and not is_cancelled:
                 self._change("INSERT OR IGNORE INTO unannounced VALUES (?)", run.seq)
             if self.drain and state in FINISHED:
-                self._change(
-                    "INSERT INTO drains VALUES (?, ?, 1)"
-                    " ON CONFLICT (pool, state) DO UPDATE SET runs = runs + 1",
+                self._change("""
+                    INSERT INTO drains VALUES (?, ?, 1)
+                    ON CONFLICT (pool, state) DO UPDATE SET runs = runs + 1""",
                     self.drain, state)
             return state
 
@@ -2457,17 +2457,17 @@ class Queue(Database):
             return
         # If the clock was set back during the run, it took at least no time.
         finished_at = max(run.started_at, outcome.finished_at)
-        self._change(
-            "UPDATE runs SET pid = ?, started_at = ?, finished_at = ?, kind = ?,"
-            " exit_code = ?, error = ? WHERE seq = ? AND run = ?",
+        self._change("""
+            UPDATE runs SET pid = ?, started_at = ?, finished_at = ?, kind = ?,
+                exit_code = ?, error = ? WHERE seq = ? AND run = ?""",
             run.pid, run.started_at, finished_at, outcome.kind, outcome.exit_code,
             outcome.error, run.seq, run.number)
         if outcome.output:
             self._change("INSERT INTO outputs VALUES (?, ?, ?)",
                          run.seq, run.number, outcome.output)
         self._change(
-            "UPDATE totals SET runs = runs + 1, seconds = seconds + ?"
-            " WHERE total = ?", finished_at - run.started_at, total)
+            "UPDATE totals SET runs = runs + 1, seconds = seconds + ? WHERE total = ?",
+            finished_at - run.started_at, total)
 
     def count_unannounced(self):
         """Return how many dead jobs `on_dead` has not announced."""
@@ -2484,9 +2484,9 @@ class Queue(Database):
 
     def record_pid(self, run):
         """Record the process of a run that has been going on for a while."""
-        self._change(
-            "UPDATE runs SET pid = ?, started_at = ?"
-            " WHERE seq = ? AND run = ? AND finished_at IS NULL",
+        self._change("""
+            UPDATE runs SET pid = ?, started_at = ?
+            WHERE seq = ? AND run = ? AND finished_at IS NULL""",
             run.pid, run.started_at, run.seq, run.number)
 
     def announce_dead_job(self, start):
@@ -2500,7 +2500,7 @@ class Queue(Database):
             return False
         with self.transaction():
             seq = self._value("SELECT seq FROM unannounced LIMIT 1")
-            job = self._row(SELECT_JOB + "WHERE seq = ? AND state = 'dead'", seq)
+            job = self._row(DEAD_JOB, seq)
             if job:  # it may have been retried or deleted
                 start(job)
             self._change("DELETE FROM unannounced WHERE seq = ?", seq)
@@ -2525,9 +2525,9 @@ class Queue(Database):
         changes = {name: fields[name] for name in COLUMNS if name in fields}
         if "delay" in fields:
             changes["run_at"] = min(now + fields["delay"], MAX_TIME)
-        columns = "".join("%s = :%s, " % (name, name) for name in changes)
-        sql = "UPDATE jobs SET " + columns + "updated_at = CASE state" \
-            " WHEN 'dead' THEN updated_at ELSE :now END"
+        columns = "".join(f"{name} = :{name}, " for name in changes)
+        sql = f"""UPDATE jobs SET {columns}
+            updated_at = CASE state WHEN 'dead' THEN updated_at ELSE :now END"""
         with self.transaction():
             # The change would hide that a job failed before the clock was set back.
             self._promote_failed_in_future()
@@ -2592,10 +2592,10 @@ class Queue(Database):
         """Remove the jobs that meet a condition, dependents first."""
         changes = DELETE
         if condition.spares_needed:  # a dependent may have come since
-            is_free = "(%s OR NOT EXISTS (SELECT 1 FROM jobs JOIN dependencies" \
-                " USING (seq) WHERE waits_for = :seq AND %s))" % (
-                    IS_SUCCESS, UNFINISHED_DEPENDENT)
-            changes = [change._replace(condition=change.condition + " AND " + is_free)
+            is_free = f"""({IS_SUCCESS} OR NOT EXISTS (
+                SELECT 1 FROM jobs JOIN dependencies USING (seq)
+                WHERE waits_for = :seq AND {UNFINISHED_DEPENDENT}))"""
+            changes = [change._replace(condition=f"{change.condition} AND {is_free}")
                        for change in DELETE]
         count = self._apply_to_many(condition, changes, dependents_first=True)
         self._vacuum()
@@ -2603,10 +2603,10 @@ class Queue(Database):
 
     def prune(self, keep):
         """Remove a batch of jobs that were completed more than KEEP seconds ago."""
-        count = self._change(
-            "DELETE FROM jobs WHERE seq IN (SELECT seq FROM jobs"
-            "  WHERE state = 'completed' AND updated_at < ?"
-            "  ORDER BY updated_at LIMIT ?)", self.clock() - keep, BATCH_SIZE)
+        count = self._change("""
+            DELETE FROM jobs WHERE seq IN (SELECT seq FROM jobs
+                WHERE state = 'completed' AND updated_at < ?
+                ORDER BY updated_at LIMIT ?)""", self.clock() - keep, BATCH_SIZE)
         self._vacuum()
         return count
 
@@ -2635,7 +2635,8 @@ class Queue(Database):
         """Apply changes to jobs; return how many were changed."""
         rows = [dict(values, seq=seq) for seq in seqs]
         return sum(
-            self.db.executemany("%s WHERE seq = :seq AND %s" % change, rows).rowcount
+            self.db.executemany(
+                f"{change.sql} WHERE seq = :seq AND {change.condition}", rows).rowcount
             for change in changes)
 
     def _apply_to_many(self, condition, changes, dependents_first=False):
@@ -2650,8 +2651,9 @@ class Queue(Database):
         seqs = self._seqs(condition)
         if dependents_first:
             seqs = seqs[::-1]
-        changes = [change._replace(condition="%s AND %s" % (
-            condition.of_row, change.condition)) for change in changes]
+        changes = [
+            change._replace(condition=f"{condition.of_row} AND {change.condition}")
+            for change in changes]
         values = dict(condition.values, now=self.clock())
         count, first, length = 0, 0, BATCH_SIZE
         while first < len(seqs):
@@ -2670,8 +2672,9 @@ class Queue(Database):
         from array import array
 
         with self.snapshot():
-            rows = self.db.execute("SELECT seq FROM jobs WHERE " + condition.sql +
-                                   " ORDER BY seq", condition.values)
+            rows = self.db.execute(
+                f"SELECT seq FROM jobs WHERE {condition.sql} ORDER BY seq",
+                condition.values)
             seqs = array("q", (seq for seq, in rows))  # eight bytes each
             if not self._value(
                     "SELECT 1 FROM dependencies WHERE waits_for > seq LIMIT 1"):
@@ -2691,7 +2694,8 @@ class Queue(Database):
 
     def job(self, id):
         """Return one job with what its latest run left."""
-        job = self._row(SELECT_JOB + "WHERE id = ?", id) if is_storable(id) else None
+        query = f"{SELECT_JOB} WHERE id = ?"
+        job = self._row(query, id) if is_storable(id) else None
         if job is None:
             raise no_job(id)
         return job
@@ -2713,9 +2717,10 @@ class Queue(Database):
         """Return the newest ids that start with a prefix, of jobs in these states."""
         if not is_storable(prefix):
             return []
-        return [id for id, in self._rows(
-            "SELECT id FROM jobs WHERE substr(id, 1, length(?)) = ? AND "
-            + where(states).sql + " ORDER BY seq DESC LIMIT ?", prefix, prefix, limit)]
+        return [id for id, in self._rows(f"""
+            SELECT id FROM jobs WHERE substr(id, 1, length(?)) = ?
+            AND {where(states).sql} ORDER BY seq DESC LIMIT ?""",
+            prefix, prefix, limit)]
 
     def state(self, id):
         """Return the state of a job, None if there is none."""
@@ -2724,17 +2729,17 @@ class Queue(Database):
 
     def dependencies(self, job):
         """Return the jobs that a job waits for, dead ones first."""
-        return self._rows(
-            "SELECT id, state, cancelled"
-            " FROM dependencies JOIN jobs ON jobs.seq = waits_for"
-            " WHERE dependencies.seq = ? AND NOT " + IS_SUCCESS +
-            " ORDER BY state = 'dead' DESC, waits_for", job["seq"])
+        return self._rows(f"""
+            SELECT id, state, cancelled
+            FROM dependencies JOIN jobs ON jobs.seq = waits_for
+            WHERE dependencies.seq = ? AND NOT {IS_SUCCESS}
+            ORDER BY state = 'dead' DESC, waits_for""", job["seq"])
 
     def dependents(self, job, limit):
         """Return the first jobs (`id`, `state`) that come after a job."""
-        return self._rows(
-            "SELECT id, state FROM dependencies JOIN jobs USING (seq)"
-            " WHERE waits_for = ? ORDER BY seq LIMIT ?", job["seq"], limit)
+        return self._rows("""
+            SELECT id, state FROM dependencies JOIN jobs USING (seq)
+            WHERE waits_for = ? ORDER BY seq LIMIT ?""", job["seq"], limit)
 
     def waiting_dependents(self, job, limit=-1):
         """Return the first unfinished jobs (`seq`, `id`) that wait for a job.
@@ -2743,40 +2748,40 @@ class Queue(Database):
         """
         if job["state"] in SUCCESSFUL:
             return []
-        return self._rows(
-            "SELECT seq, id FROM dependencies JOIN jobs USING (seq)"
-            " WHERE waits_for = ? AND " + UNFINISHED_DEPENDENT +
-            " ORDER BY seq LIMIT ?", job["seq"], limit)
+        return self._rows(f"""
+            SELECT seq, id FROM dependencies JOIN jobs USING (seq)
+            WHERE waits_for = ? AND {UNFINISHED_DEPENDENT}
+            ORDER BY seq LIMIT ?""", job["seq"], limit)
 
     def lock_holder(self, job):
         """Return the id of the job that has the lock of this one, or gets it next."""
-        return self._value(
-            "SELECT id FROM jobs WHERE lock = ? AND state = 'processing' AND " + RARE +
-            " UNION ALL SELECT id FROM jobs WHERE lock = ? AND " + CLAIMABLE,
-            job["lock"], job["lock"])
+        return self._value(f"""
+            SELECT id FROM jobs WHERE lock = :lock AND state = 'processing' AND {RARE}
+            UNION ALL SELECT id FROM jobs WHERE lock = :lock AND {CLAIMABLE}""",
+            lock=job["lock"])
 
     def count_ahead(self, job):
         """Return how many jobs are claimed before this one."""
-        return self._value(
-            "SELECT COUNT(*) FROM jobs WHERE " + CLAIMABLE +
-            " AND (priority > ? OR priority = ? AND (run_at, seq) < (?, ?))",
-            job["priority"], job["priority"], job["run_at"], job["seq"])
+        return self._value(f"""
+            SELECT COUNT(*) FROM jobs WHERE {CLAIMABLE} AND (priority > :priority
+                OR priority = :priority AND (run_at, seq) < (:run_at, :seq))""",
+            priority=job["priority"], run_at=job["run_at"], seq=job["seq"])
 
     def runs(self, job):
         """Return the runs of a job, the first one first, without their output."""
-        return self._rows(
-            "SELECT run, attempt, worker, pid, started_at, finished_at, exit_code,"
-            " error, " + RUN_SECONDS + " AS seconds FROM runs WHERE seq = ?"
-            " ORDER BY run", job["seq"])
+        return self._rows(f"""
+            SELECT run, attempt, worker, pid, started_at, finished_at, exit_code,
+                error, {RUN_SECONDS} AS seconds FROM runs
+            WHERE seq = ? ORDER BY run""", job["seq"])
 
     def tail(self, job):
         """Return the end of what a job's latest run printed, if it is not a lot.
 
         SQLite reads all of an output to reach its end.
         """
-        return self._value(
-            "SELECT substr(output, -2000) FROM outputs WHERE seq = ? AND run = ?"
-            " AND length(output) < 200000", job["seq"], job["run"]) or b""
+        return self._value("""
+            SELECT substr(output, -2000) FROM outputs WHERE seq = ? AND run = ?
+            AND length(output) < 200000""", job["seq"], job["run"]) or b""
 
     def output(self, job, run=None):
         """Return the stored output of a run (default: the latest one), or None.
@@ -2814,9 +2819,9 @@ class Queue(Database):
         the write-ahead log from its reset.
         """
         left = limit or MAX_INTEGER
-        query = "SELECT seq, id, state, command FROM jobs " if brief else SELECT_JOB
-        query += "WHERE seq BETWEEN :first AND :last AND " + condition.sql
-        query += " ORDER BY seq %s LIMIT :size" % ("DESC" if newest else "")
+        select = "SELECT seq, id, state, command FROM jobs" if brief else SELECT_JOB
+        query = f"""{select} WHERE seq BETWEEN :first AND :last AND {condition.sql}
+            ORDER BY seq {"DESC" if newest else ""} LIMIT :size"""
         while left > 0:
             batch = self._rows(query, **condition.values, first=first, last=last,
                                size=min(left, BATCH_SIZE))
@@ -2839,17 +2844,17 @@ class Queue(Database):
             "SELECT updated_at, seq FROM jobs WHERE id = ? AND state = 'dead'",
             after_id)
         at, number = place if place else (MAX_TIME, MAX_INTEGER)
-        query = "SELECT seq FROM jobs WHERE state = 'dead'" \
-            " AND (updated_at, seq) < (:at, :number) AND "
-        query += condition.sql + " ORDER BY updated_at DESC, seq DESC LIMIT :limit"
+        query = f"""SELECT seq FROM jobs
+            WHERE state = 'dead' AND (updated_at, seq) < (:at, :number)
+            AND {condition.sql} ORDER BY updated_at DESC, seq DESC LIMIT :limit"""
         for seq, in self._rows(
                 query, **condition.values, at=at, number=number, limit=limit):
-            yield from self._rows(SELECT_JOB + "WHERE seq = ? AND state = 'dead'", seq)
+            yield from self._rows(DEAD_JOB, seq)
 
     def count(self, condition):
         """Return how many jobs meet a condition."""
-        sql = "SELECT COUNT(*) FROM jobs WHERE " + condition.sql
-        return self._rows(sql, **condition.values)[0][0]
+        query = f"SELECT COUNT(*) FROM jobs WHERE {condition.sql}"
+        return self._value(query, **condition.values)
 
     def counts(self):
         """Return how many jobs there are in each state."""
@@ -2858,9 +2863,9 @@ class Queue(Database):
 
     def common_errors(self, condition):
         """Return the errors of jobs, each with its count, the most common first."""
-        sql = "SELECT error, COUNT(*) AS jobs FROM jobs WHERE " + condition.sql
-        sql += " GROUP BY error ORDER BY jobs DESC"
-        return self._rows(sql, **condition.values)
+        return self._rows(f"""
+            SELECT error, COUNT(*) AS jobs FROM jobs WHERE {condition.sql}
+            GROUP BY error ORDER BY jobs DESC""", **condition.values)
 
     def dead_by_error(self):
         """Return the errors of dead jobs as dicts, the most common first.
@@ -2869,18 +2874,19 @@ class Queue(Database):
         `tail` the end of what it printed, which says more than `exit 1`, and
         `is_cancelled` whether somebody cancelled it.
         """
-        groups = self._rows(
-            "SELECT error, COUNT(*) AS jobs, MAX(updated_at) AS latest FROM jobs"
-            " WHERE state = 'dead' GROUP BY error ORDER BY jobs DESC, latest DESC"
-            " LIMIT ?", MAX_ERRORS)
+        groups = self._rows("""
+            SELECT error, COUNT(*) AS jobs, MAX(updated_at) AS latest FROM jobs
+            WHERE state = 'dead' GROUP BY error ORDER BY jobs DESC, latest DESC
+            LIMIT ?""", MAX_ERRORS)
         return [dict(group, **self._latest_death(group["error"])) for group in groups]
 
     def _latest_death(self, error):
         """Return what `dead_by_error` tells of the job that died of an error last."""
-        row = self._row(
-            "SELECT id, cancelled AS is_cancelled, substr(output, -2000) AS tail"
-            " FROM jobs LEFT JOIN outputs USING (seq, run) WHERE state = 'dead'"
-            " AND error IS ? ORDER BY updated_at DESC LIMIT 1", error)
+        row = self._row("""
+            SELECT id, cancelled AS is_cancelled, substr(output, -2000) AS tail
+            FROM jobs LEFT JOIN outputs USING (seq, run)
+            WHERE state = 'dead' AND error IS ?
+            ORDER BY updated_at DESC LIMIT 1""", error)
         return dict(row or {"id": None, "is_cancelled": 0, "tail": None})
 
     def work_left(self):
@@ -2895,19 +2901,21 @@ class Queue(Database):
         """
         waiting = sum(self.counts()[state] for state in WAITING)
         delayed = self._value(  # what is overdue is ready, though no worker has seen it
-            "SELECT COUNT(*) FROM jobs WHERE " + FOR_A_TIME + " AND run_at > ?",
+            f"SELECT COUNT(*) FROM jobs WHERE {FOR_A_TIME} AND run_at > ?",
             self.clock())
-        dependent = self._value(
-            "SELECT COUNT(*) FROM (SELECT 1 FROM jobs WHERE " + UNFINISHED_DEPENDENT +
-            " LIMIT 10000)")
-        locks = self._row(
-            "SELECT IFNULL(SUM(locked), 0) AS locked, IFNULL(MAX(jobs), 0) AS line"
-            " FROM (SELECT SUM(gate = ?) AS locked, SUM(gate <> ?) AS jobs FROM"
-            "  (SELECT lock, gate FROM jobs WHERE lock NOT NULL AND state = 'pending'"
-            "   LIMIT 10000) GROUP BY lock)", LOCKED, CLOSED)
-        seconds = self._value(
-            "SELECT AVG(spent) FROM (SELECT finished_at - started_at AS spent FROM runs"
-            " ORDER BY seq DESC, run DESC LIMIT 200)")
+        dependent = self._value(f"""
+            SELECT COUNT(*) FROM (
+                SELECT 1 FROM jobs WHERE {UNFINISHED_DEPENDENT} LIMIT 10000)""")
+        locks = self._row(f"""
+            SELECT IFNULL(SUM(locked), 0) AS locked, IFNULL(MAX(jobs), 0) AS line
+            FROM (SELECT SUM(gate = {LOCKED}) AS locked, SUM(gate <> {CLOSED}) AS jobs
+                FROM (SELECT lock, gate FROM jobs
+                    WHERE lock NOT NULL AND state = 'pending' LIMIT 10000)
+                GROUP BY lock)""")
+        seconds = self._value("""
+            SELECT AVG(spent) FROM (
+                SELECT finished_at - started_at AS spent FROM runs
+                ORDER BY seq DESC, run DESC LIMIT 200)""")
         return dict(locks, ready=waiting - delayed - dependent, delayed=delayed,
                     dependent=dependent, run_seconds=seconds)
 
@@ -2918,10 +2926,10 @@ class Queue(Database):
 
     def processing_runs(self):
         """Return the present `Run` of each job in PROCESSING."""
-        rows = self._rows(
-            "SELECT seq, run AS number, id, attempts AS attempt, max_retries, worker,"
-            " pid, started_at FROM jobs JOIN runs USING (seq, run)"
-            " WHERE state = 'processing' AND " + RARE)
+        rows = self._rows(f"""
+            SELECT seq, run AS number, id, attempts AS attempt, max_retries, worker,
+                pid, started_at FROM jobs JOIN runs USING (seq, run)
+            WHERE state = 'processing' AND {RARE}""")
         return [Run(lease=self.lease_path(row["seq"], row["number"]), **dict(row))
                 for row in rows]
 
@@ -2948,8 +2956,8 @@ class Queue(Database):
 
         By their error, which has an index, and which only `cancel` gives.
         """
-        return self._value("SELECT COUNT(*) FROM jobs WHERE state = 'dead'"
-                           " AND error = ?", CANCELLED)
+        return self._value(
+            "SELECT COUNT(*) FROM jobs WHERE state = 'dead' AND error = ?", CANCELLED)
 
     def first_blocked(self):
         """Return the first job that waits for a dead one, or None.
@@ -2997,7 +3005,7 @@ class Queue(Database):
 
     def has_claimable(self):
         """Tell whether there is a job to claim."""
-        return bool(self._value("SELECT 1 FROM jobs WHERE " + CLAIMABLE + " LIMIT 1"))
+        return bool(self._value(f"SELECT 1 FROM jobs WHERE {CLAIMABLE} LIMIT 1"))
 
     def is_drained(self):
         """Tell whether no job may be claimed, is running or waits for a retry.
@@ -3005,11 +3013,11 @@ class Queue(Database):
         Jobs that wait for a later time or for others do not count. This is one
         statement: between two a job could go from waiting to running.
         """
-        return not self._value(
-            "SELECT EXISTS (SELECT 1 FROM counts WHERE jobs > 0"
-            "  AND (state = 'processing' OR state = 'failed'))"
-            " OR EXISTS (SELECT 1 FROM jobs WHERE " + CLAIMABLE + ")"
-            " OR EXISTS (SELECT 1 FROM jobs WHERE " + FOR_A_TIME + " AND run_at <= ?)",
+        return not self._value(f"""
+            SELECT EXISTS (SELECT 1 FROM counts
+                WHERE jobs > 0 AND (state = 'processing' OR state = 'failed'))
+            OR EXISTS (SELECT 1 FROM jobs WHERE {CLAIMABLE})
+            OR EXISTS (SELECT 1 FROM jobs WHERE {FOR_A_TIME} AND run_at <= ?)""",
             self.clock())
 
     def begin_drain(self):
@@ -3082,10 +3090,10 @@ class Queue(Database):
 
         In one statement: a job that dies between two would be in neither.
         """
-        rows = self._rows(
-            "SELECT id, 0 AS died FROM jobs WHERE state = 'pending' UNION ALL"
-            " SELECT id, state = 'dead' FROM jobs WHERE " + RARE +
-            " AND (state <> 'dead' OR NOT cancelled)")
+        rows = self._rows(f"""
+            SELECT id, 0 AS died FROM jobs WHERE state = 'pending' UNION ALL
+            SELECT id, state = 'dead' FROM jobs
+                WHERE {RARE} AND (state <> 'dead' OR NOT cancelled)""")
         return [id for id, died in rows if not died], sum(died for _, died in rows)
 
     # -- settings ----------------------------------------------------------------------
@@ -3126,7 +3134,7 @@ class Queue(Database):
 
     def is_paused(self):
         """Tell whether no job may be claimed."""
-        return bool(self._value("SELECT " + PAUSED))
+        return bool(self._value(f"SELECT {PAUSED}"))
 
     # -- statistics --------------------------------------------------------------------
 
@@ -3137,15 +3145,16 @@ class Queue(Database):
 
     def run_bars(self, since, width, bars):
         """Return sums of the runs finished since a time, by bars of WIDTH seconds."""
-        return self._rows(
-            "SELECT MIN(CAST((finished_at - ?) / ? AS INTEGER), ?) AS bar,"
-            " SUM(total = 'completed') AS completed,"
-            " SUM(total = 'failed') AS failed,"
-            " SUM(total = 'interrupted') AS interrupted,"
-            " SUM(attempt > 1) AS retries, SUM(finished_at >= ?) AS latest"
-            " FROM (SELECT *, " + TOTAL_OF_RUN + " AS total FROM runs"
-            "  WHERE finished_at >= ?) GROUP BY bar",
-            since, width, bars - 1, self.clock() - 60, since)
+        return self._rows(f"""
+            SELECT MIN(CAST((finished_at - :since) / :width AS INTEGER), :last) AS bar,
+                SUM(total = 'completed') AS completed,
+                SUM(total = 'failed') AS failed,
+                SUM(total = 'interrupted') AS interrupted,
+                SUM(attempt > 1) AS retries,
+                SUM(finished_at >= :minute_ago) AS latest
+            FROM (SELECT *, {TOTAL_OF_RUN} AS total FROM runs
+                WHERE finished_at >= :since) GROUP BY bar""",
+            since=since, width=width, last=bars - 1, minute_ago=self.clock() - 60)
 
     def run_sample(self, since):
         """Return command, kind, error, run time and wait of runs finished since a time.
@@ -3153,13 +3162,13 @@ class Queue(Database):
         At most fifty thousand, those of the jobs that were enqueued last: a million
         would take seconds.
         """
-        return self._rows(
-            "SELECT command, kind, runs.error, finished_at - started_at AS spent,"
-            # `run_at` is a later time if the job was put back into the queue since.
-            " CASE WHEN jobs.run = runs.run AND started_at >= run_at"
-            "  THEN started_at - max(run_at, created_at) END AS waited"
-            " FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?"
-            " ORDER BY seq DESC LIMIT 50000", since)
+        # `run_at` is a later time if the job was put back into the queue since.
+        return self._rows("""
+            SELECT command, kind, runs.error, finished_at - started_at AS spent,
+                CASE WHEN jobs.run = runs.run AND started_at >= run_at
+                    THEN started_at - max(run_at, created_at) END AS waited
+            FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?
+            ORDER BY seq DESC LIMIT 50000""", since)
 
 
 class Wait:

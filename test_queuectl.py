@@ -8643,14 +8643,14 @@ WITHOUT_PRIORITIES = [
     (r"    priority INTEGER NOT NULL DEFAULT 0,\n", ""),
     (r", priority ON jobs\n", " ON jobs\n"),
     (r'ORDER = "priority DESC, run_at, seq"', 'ORDER = "run_at, seq"'),
-    (r'(?s)# The priorities of .*?(# The jobs that were due.*?)'
-     r'LEVELS \+ " SELECT seq FROM level CROSS JOIN jobs USING \(priority\)',
-     r'\1"SELECT seq FROM jobs'),
-    (r"(?s)\(priority > \? OR priority = \? AND (\(run_at, seq\) < \(\?, \?\))\)\",\n.*?"
-     r"(job\[\"run_at\"\], job\[\"seq\"\]\))", r'\1", \2'),
-    (r'(?s)(def oldest_claimable.*?\n).*?LIMIT 1"\)\n',
+    (r"(?s)# The priorities of .*?(# The jobs that were due)", r"\1"),
+    (r"\{LEVELS\} (SELECT seq FROM) level CROSS JOIN jobs USING \(priority\)",
+     r"\1 jobs"),
+    (r"(?s)\(priority > :priority\n *OR priority = :priority AND (.*?)\)\"\"\",\n"
+     r' *priority=job\["priority"\], ', r'\1""",\n            '),
+    (r"(?s)(def oldest_claimable.*?\n).*?(?=    def next_due)",
      r'\1        return self._row("SELECT id, run_at FROM jobs WHERE " + CLAIMABLE'
-     r' + " ORDER BY run_at, seq LIMIT 1")\n'),
+     r' + " ORDER BY run_at, seq LIMIT 1")\n\n'),
 ]
 
 
