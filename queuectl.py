@@ -2068,14 +2068,16 @@ def no_job(id):
 # it `spares_needed`, it is narrowed to jobs that need not be kept.
 Condition = collections.namedtuple(
     "Condition", "sql values of_row spares_needed", defaults=(False,))
+# The filters of `where`, each by the value that it takes.
 FILTERS = {
     "text": "(instr(id, :text) OR instr(command, :text))",
     "pattern": r"(id LIKE :pattern ESCAPE '\' OR command LIKE :pattern ESCAPE '\'"
-    r" OR jobs.error LIKE :pattern ESCAPE '\')",
+    r" OR jobs.error LIKE :pattern ESCAPE '\')",  # see `like_pattern`
     "error": "jobs.error = :error",
     "finished_before": f"{IS_FINISHED} AND updated_at < :finished_before",
     "changed_since": "updated_at >= :changed_since",
-    "cancelled": "cancelled = :cancelled",
+    "cancelled": "cancelled = :cancelled",  # True or False
+    # The id of a job: those that wait for it, directly or not.
     "behind": """state = 'pending' AND seq IN (WITH RECURSIVE behind (seq) AS (
         SELECT dependencies.seq FROM jobs JOIN dependencies ON waits_for = jobs.seq
             WHERE id = :behind
@@ -2090,11 +2092,9 @@ def like_pattern(text):
 
 
 def where(states=STATES, **filters):
-    """Return the condition that selects the jobs in one of these states.
+    """Return the condition for the jobs in one of these states that pass the filters.
 
-    They also pass all FILTERS that are given a value: a text, a pattern, an error, a
-    time before which they finished, True or False, or an id of a job that they wait
-    for, directly or not.
+    FILTERS are given by their name. None is no filter.
     """
     parts = []
     if {*states} != {*STATES}:
