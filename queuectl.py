@@ -95,8 +95,9 @@ WINDOWS = os.name == "nt"
 
 # The states of a job, in the order of `status`: whether it waits to be run, or has
 # finished; whether its dependents may then go on; and its colour on a terminal, a code
-# of ANSI. A new state needs a new version of the schema. RARE, `prune` and the page
-# name states as well.
+# of ANSI. A new state needs a new version of the schema, with a table `jobs` made anew:
+# SQLite can't change its CHECK. `gate_rule` says whether it may be claimed. RARE,
+# `prune`, `JOB_KINDS`, `RULES` and the page name states as well.
 State = collections.namedtuple("State", "is_waiting is_finished is_success colour")
 STATES = {
     "pending": State(True, False, False, None),
@@ -921,7 +922,7 @@ def pids_in_names(prefix):
 
 
 def older_pools(path):
-    """Return the PIDs of the living pools of queuectl 1.1, with its names of files.
+    """Return the PIDs of the living pools, with the files of queuectl 1.1 too.
 
     A file with such a name may be an application's. It is only probed.
     """
@@ -1524,8 +1525,9 @@ PRAGMA user_version = {SCHEMA_VERSION};
 
 # The steps from an older version of the schema to the next one: {older version: SQL}. A
 # step has no index and no trigger: those are dropped before the steps and made anew by
-# SCHEMA. A step renames a column that every claim names, so that a process of an older
-# queuectl that still has the database open fails instead of writing.
+# SCHEMA. A process of an older queuectl may still have the database open. If it would
+# write what is wrong now, the step renames a column that every claim names, so that the
+# process fails instead.
 MIGRATIONS = {2: """
 ALTER TABLE jobs RENAME COLUMN claimable TO gate;
 UPDATE jobs SET cancelled = 1 WHERE state = 'dead' AND error = 'cancelled';
@@ -1783,7 +1785,7 @@ class Database:
             self._execute_all(MIGRATIONS[step])
 
     def _refuse_older_pools(self):
-        """Raise QueueError while a pool of queuectl 1.1 lives, or a run of one may.
+        """Raise QueueError while a pool of an older queuectl lives, or its run may.
 
         The pool would fail at its next claim, and the run would be missed: beside a
         database of another name its lease is not where this version looks for it.
@@ -1791,9 +1793,9 @@ class Database:
         for pool in older_pools(self.path):
             how = "queuectl.py worker stop"
             if os.path.basename(self.path) != "queuectl.db":
-                how = "worker stop of queuectl 1.1"
-            raise QueueError("pool %d of queuectl 1.1 runs: stop it with %s, then try"
-                             " again", pool, how)
+                how = "worker stop of that queuectl"
+            raise QueueError("pool %d of an older queuectl runs: stop it with %s, then"
+                             " try again", pool, how)
         running = self._value("SELECT id FROM jobs WHERE state = 'processing'")
         if running is None:
             return
@@ -1944,7 +1946,7 @@ Run = collections.namedtuple(
     " command cwd env timeout launcher limit", defaults=(None,) * 6)
 
 CLAIMABLE = f"state = 'pending' AND gate = {OPEN}"
-FOR_A_TIME = f"gate = {CLOSED} AND waits = 0"  # the job waits for its time alone
+FOR_A_TIME = f"gate = {CLOSED} AND waits = 0"  # a waiting job; only its time is missing
 PAUSED = "EXISTS (SELECT 1 FROM config WHERE key = 'paused')"
 
 # The priorities of the jobs to claim, from the highest one: a search in the index each.
@@ -2023,6 +2025,8 @@ SELECT_JOB = "SELECT %s FROM jobs LEFT JOIN runs USING (seq, run)" % ", ".join(
     f"{COLUMN_OF.get(name, name)} AS {name}" for name in (*PUBLIC, *INTERNAL))
 DEAD_JOB = f"{SELECT_JOB} WHERE seq = ? AND state = 'dead'"
 
+# A job that waits for others is PENDING (see `gate_moved`).
+IN_LINE = "jobs.state = 'pending'"
 # The jobs that wait for a dead one, each with the id and number of that one. The first
 # of the tables keeps it from looking at all dead jobs where no job waits for another.
 BEHIND_DEAD = f"""SELECT jobs.seq AS seq, dependency.id AS dependency,
@@ -2032,7 +2036,7 @@ BEHIND_DEAD = f"""SELECT jobs.seq AS seq, dependency.id AS dependency,
     CROSS JOIN dependencies ON waits_for = dependency.seq
     CROSS JOIN jobs ON jobs.seq = dependencies.seq
     WHERE dependency.state = 'dead' AND {rare("dependency.state")}
-        AND jobs.state = 'pending'"""
+        AND {IN_LINE}"""
 
 
 def blocked(columns):
@@ -2045,7 +2049,7 @@ def blocked(columns):
         UNION SELECT jobs.{columns} FROM blocked
             CROSS JOIN dependencies ON waits_for = blocked.seq
             CROSS JOIN jobs ON jobs.seq = dependencies.seq
-            WHERE jobs.state = 'pending')"""
+            WHERE {IN_LINE})"""
 
 
 # 1 if the job with the number :waited needs the end of another one: of that one itself,
@@ -2078,7 +2082,7 @@ FILTERS = {
     "changed_since": "updated_at >= :changed_since",
     "cancelled": "cancelled = :cancelled",  # True or False
     # The id of a job: those that wait for it, directly or not.
-    "behind": """state = 'pending' AND seq IN (WITH RECURSIVE behind (seq) AS (
+    "behind": f"""{IN_LINE} AND seq IN (WITH RECURSIVE behind (seq) AS (
         SELECT dependencies.seq FROM jobs JOIN dependencies ON waits_for = jobs.seq
             WHERE id = :behind
         UNION SELECT dependencies.seq FROM behind

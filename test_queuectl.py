@@ -2879,11 +2879,11 @@ class TestMigration:
 
     @posix_only
     @pytest.mark.parametrize("name, file, words", [
-        ("queuectl.db", "queuectl-77.pid", "pool 77 of queuectl 1.1 runs: stop it with"
+        ("queuectl.db", "queuectl-77.pid", "pool 77 of an older queuectl runs: stop it with"
          " queuectl.py worker stop, then try again"),
-        ("queuectl.db", "queuectl.runs/worker-77-78", "pool 77 of queuectl 1.1 runs"),
+        ("queuectl.db", "queuectl.runs/worker-77-78", "pool 77 of an older queuectl runs"),
         ("queuectl.db", "queuectl.runs/00c0ffee-5-1", "job lost still runs"),
-        ("app.db", "app-77.pid", "stop it with worker stop of queuectl 1.1"),
+        ("app.db", "app-77.pid", "stop it with worker stop of that queuectl"),
         ("app.db", "app.log", "job lost is processing")])
     def test_it_is_not_converted_while_1_1_may_run(self, name, file, words):
         make_queue_of_version_2(name)
@@ -2926,18 +2926,18 @@ queuectl.Database._execute_all = killed
         version, before = queuectl.SCHEMA_VERSION, schema_of_queue()
         monkeypatch.setattr(queuectl, "SCHEMA_VERSION", version + 1)
         monkeypatch.setattr(queuectl, "MIGRATIONS", {
-            version: "ALTER TABLE jobs ADD COLUMN tag TEXT;\n"
-                     "ALTER TABLE runs ADD COLUMN tag TEXT;\n"})
+            version: "ALTER TABLE jobs ADD COLUMN of_test TEXT;\n"
+                     "ALTER TABLE runs ADD COLUMN of_test TEXT;\n"})
         monkeypatch.setattr(queuectl, "SCHEMA", queuectl.SCHEMA.replace(
             "user_version = %d" % version, "user_version = %d" % (version + 1)).replace(
-            "ON jobs (state, seq)", "ON jobs (state, tag, seq)"))
+            "ON jobs (state, seq)", "ON jobs (state, of_test, seq)"))
         with queuectl.Queue("queuectl.db") as queue:
             assert query("PRAGMA user_version") == [(version + 1,)]
             assert queue.job("old")["state"] == "pending"
         after = schema_of_queue()
         assert {name for name, sql in after.items() if sql != before[name]} == {
             "jobs", "runs", "jobs_rare"}
-        assert "tag" in after["jobs"] and "tag, seq" in after["jobs_rare"]
+        assert "of_test" in after["jobs"] and "of_test, seq" in after["jobs_rare"]
         run_ok("delete", "old")
         assert read_status()["jobs"]["pending"] == 0  # the trigger that counts is there
 
