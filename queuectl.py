@@ -7225,7 +7225,7 @@ def show_parallel(trial):
     trial.expect(**dict.fromkeys(["beat1", "beat2", *ids], ("completed", 1)))
 
 
-@promise("a failed job is retried after its waits, then dead, and can be retried")
+@promise("a failed job is retried after each wait, then dead until dlq retry")
 def show_retries(trial):
     trial.run("config", "set", "backoff_base", "0.5")
     trial.enqueue(FAILING_JOB, "job")
@@ -7242,7 +7242,7 @@ def show_retries(trial):
     trial.expect(job=("completed", 1))
 
 
-@promise("output is kept in order, the last bytes")
+@promise("the last bytes of an output are kept, in order")
 def show_output(trial):
     trial.run("config", "set", "output_limit", "1000")
     trial.enqueue(PRINTING_JOB, "job")
@@ -7280,7 +7280,7 @@ def show_killed_worker(trial):
     require(kept == ["begun"], "of the output of the first run was kept: %s", kept)
 
 
-@promise("a killed pool's jobs run again, and a new one finds everything")
+@promise("a killed pool's jobs run again, and the next pool finds every job")
 def show_killed_pool(trial):
     trial.run("enqueue", "--id", "later", "--delay", "1h", "--", "exit 0")
     trial.enqueue(BEATING_JOB, "job")
@@ -7296,7 +7296,7 @@ def show_killed_pool(trial):
     trial.expect(later=("pending", 0), job=("completed", 1))
 
 
-@promise("a pool that is stopped finishes its running job, and starts no other")
+@promise("a stopped pool finishes its running job and starts no other")
 def show_stop(trial):
     trial.enqueue(BEATING_JOB, "running", "next")
     pool = trial.start_pool(count=1)
