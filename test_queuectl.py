@@ -8632,7 +8632,7 @@ def readme_block(begin):
 
 
 def readme_words(text):
-    """Return the words of each line of a text, with times and numbers of processes as …."""
+    """Return the words of each line of a text; times and process numbers are alike."""
     text = re.sub(r"\b\d[\d.]*(ms|s|m|h)( ago)?\b|pool \d+", "…", text)
     return sorted(map(str.split, text.splitlines()))
 
@@ -8718,7 +8718,7 @@ class TestReadme:
 
     @posix_only
     def test_its_lines_for_cron_and_ci_run(self):
-        _, cron, _, *ci = readme_block("# Cron:")
+        _, cron, _, *ci = readme_block("# Cron")
         cron = re.sub(r"^[\d* ]+|cd /srv/queue && |/usr/local/bin/", "", cron)
         assert run_readme_line(cron) == "" == run_readme_line(cron)
         assert list(jobs()) == ["sync"]
@@ -8794,11 +8794,13 @@ class TestReadme:
                               env=python_environment())
         assert answer.stdout.startswith(b"completed b'hello") and pool.poll() is None
 
-    def test_it_names_tests_that_there_are(self):
-        tests = {name for value in globals().values() if inspect.isclass(value)
-                 for name in vars(value)} | set(globals())
-        for name in re.findall(r"`([Tt]est_?\w+)`", read_readme()):
-            assert name in tests, name
+    def test_it_names_tests_and_methods_that_there_are(self):
+        classes = [value for value in globals().values() if inspect.isclass(value)]
+        tests = {name for each in classes for name in (each.__name__, *vars(each))}
+        named = re.findall(r"`([Tt]est_?\w+)`", read_readme())
+        assert len(named) > 15 and set(named) <= tests
+        for owner, method in re.findall(r"`([A-Z]\w+)\.(\w+)`", read_readme()):
+            assert hasattr(getattr(queuectl, owner), method), method
 
     def test_its_promises_are_those_of_selftest(self):
         table = read_readme().partition("| promise | tests |\n| --- | --- |\n")[2]
