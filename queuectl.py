@@ -7124,7 +7124,7 @@ class Trial:
         except subprocess.TimeoutExpired:
             raise QueueError(TOO_SLOW) from None
         lines = printed.decode("utf-8", "replace").splitlines() or ["it was killed"]
-        for line in lines:
+        for line in lines:  # its hints and errors are among them
             if line.startswith(("[", "{")):
                 return json.loads(line)
         raise QueueError("%s", lines[-1].partition("queuectl: ")[2] or lines[-1])
@@ -7167,12 +7167,16 @@ class Trial:
 
         require(wait_until(are_there, self.time_left()), TOO_SLOW)
 
-    def require_no_overlap(self):
-        """Raise QueueError if two runs of the beating job were alive at a time."""
+    def finish_second_run(self, pool):
+        """Let the beating job end in its second run, which must not overlap the first."""
+        self.wait_for_beats(2)
+        self.write("over")
+        self.finish(pool)
         runs = [pid for pid, _ in itertools.groupby(self.read("beats"))]
         require(len(runs) == len({*runs}), "two runs of a job overlapped")
 
     def time_left(self):
+        """Return the seconds that this trial may still take."""
         return max(0.0, self.deadline - time.monotonic())
 
     def end(self):
@@ -7246,7 +7250,7 @@ def show_parallel(trial):
     trial.expect(**dict.fromkeys(["beat1", "beat2", *ids], ("completed", 1)))
 
 
-@promise("a failed job is retried after its waits, then dead, and can be retried")
+@promise("a failed job is retried after each wait, then dead until dlq retry")
 def show_retries(trial):
     trial.run("config", "set", "backoff_base", "0.5")
     trial.enqueue(FAILING_JOB, "job")
@@ -7263,7 +7267,7 @@ def show_retries(trial):
     trial.expect(job=("completed", 1))
 
 
-@promise("output is kept in order, the last bytes")
+@promise("the last bytes of an output are kept, in order")
 def show_output(trial):
     trial.run("config", "set", "output_limit", "1000")
     trial.enqueue(PRINTING_JOB, "job")
@@ -7292,16 +7296,13 @@ def show_killed_worker(trial):
     trial.wait_for_beats(1)
     workers = trial.run("status")["workers"]
     trial.kill(*(worker["pid"] for worker in workers if worker["job"]))
-    trial.wait_for_beats(2)
-    trial.write("over")
-    trial.finish(pool)
-    trial.require_no_overlap()
+    trial.finish_second_run(pool)
     trial.expect(job=("completed", 1))
     kept = trial.run("logs", "job", "--run", "1")["output"].split()
     require(kept == ["begun"], "of the output of the first run was kept: %s", kept)
 
 
-@promise("a killed pool's jobs run again, and a new one finds everything")
+@promise("a killed pool's jobs run again, and the next pool finds every job")
 def show_killed_pool(trial):
     trial.run("enqueue", "--id", "later", "--delay", "1h", "--", "exit 0")
     trial.enqueue(BEATING_JOB, "job")
@@ -7310,14 +7311,11 @@ def show_killed_pool(trial):
     workers = trial.run("status")["workers"]
     trial.kill(pool.pid, *(worker["pid"] for worker in workers))
     pool = trial.start_pool()
-    trial.wait_for_beats(2)
-    trial.write("over")
-    trial.finish(pool)
-    trial.require_no_overlap()
+    trial.finish_second_run(pool)
     trial.expect(later=("pending", 0), job=("completed", 1))
 
 
-@promise("a pool that is stopped finishes its running job, and starts no other")
+@promise("a stopped pool finishes its running job and starts no other")
 def show_stop(trial):
     trial.enqueue(BEATING_JOB, "running", "next")
     pool = trial.start_pool(count=1)
@@ -7345,7 +7343,7 @@ def cmd_selftest(args):
     finally:
         catch_signals(lambda *_: None)  # a second Ctrl-C must not cut this short
         clear_up(home, trials)
-    holding = [result["holds"] for result in results].count(True)
+    holding = sum(result["holds"] for result in results)
     print_result(args, results, "%d of %d promises hold in %s" % (
         holding, len(PROMISES), printable(os.path.dirname(args.db))))
     return 0 if holding == len(PROMISES) else 1
@@ -7369,10 +7367,8 @@ def try_promise(text, show, trial):
     try:
         os.mkdir(trial.folder)
         show(trial)
-    except (QueueError, sqlite3.Error) as failure:
-        error = str(failure)
-    except OSError as failure:
-        error = failure.strerror or str(failure)
+    except (QueueError, OSError, sqlite3.Error) as failure:
+        error = getattr(failure, "strerror", None) or str(failure)
     seconds = round(time.monotonic() - began, 3)
     return {"promise": text, "holds": not error, "seconds": seconds, "error": error}
 
