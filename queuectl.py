@@ -95,8 +95,9 @@ WINDOWS = os.name == "nt"
 
 # The states of a job, in the order of `status`: whether it waits to be run, or has
 # finished; whether its dependents may then go on; and its colour on a terminal, a code
-# of ANSI. A new state needs a new version of the schema. RARE, `prune` and the page
-# name states as well.
+# of ANSI. A new state needs a new version of the schema, with a table `jobs` made anew:
+# SQLite can't change its CHECK. `gate_rule` says whether it may be claimed. RARE,
+# `prune`, `JOB_KINDS`, `RULES` and the page name states as well.
 State = collections.namedtuple("State", "is_waiting is_finished is_success colour")
 STATES = {
     "pending": State(True, False, False, None),
@@ -506,36 +507,36 @@ SETTINGS = {
 # the option's text to what `check` expects. If it `repeats`, all values of the option
 # are kept. The settings max_retries and timeout are the defaults of these fields.
 Field = collections.namedtuple(
-    "Field", "check default metavar help otherwise parse repeats",
-    defaults=("none", str, False))
+    "Field", "check metavar help otherwise parse repeats default",
+    defaults=("none", str, False, None))
 FIELDS = {
-    "id": Field(check_id, None, "ID", "id of the job", "a short random one"),
+    "id": Field(check_id, "ID", "id of the job", "a short random one"),
     "command": Field(
-        check_command, None, "LINE", "the same as -- LINE", "the words after --"),
+        check_command, "LINE", "the same as -- LINE", "the words after --"),
     "max_retries": Field(
-        SETTINGS["max_retries"].check, None, "N",
+        SETTINGS["max_retries"].check, "N",
         "failed attempts until the job is dead", "the setting", parse_number),
     "priority": Field(
-        whole_number(-MAX_INTEGER - 1, MAX_INTEGER), 0, "N", "higher ones first", "0",
-        parse_number),
-    "run_at": Field(check_time, None, "TIME", "ISO 8601, epoch seconds, or now", "now"),
+        whole_number(-MAX_INTEGER - 1, MAX_INTEGER), "N", "higher ones first", "0",
+        parse_number, default=0),
+    "run_at": Field(check_time, "TIME", "ISO 8601, epoch seconds, or now", "now"),
     "delay": Field(
-        duration_from(0), None, "T", "start after this time, like 90s, 1h30m, 7d"),
+        duration_from(0), "T", "start after this time, like 90s, 1h30m, 7d"),
     "timeout": Field(
-        SETTINGS["timeout"].check, None, "T", "end a run that takes longer, or none",
+        SETTINGS["timeout"].check, "T", "end a run that takes longer, or none",
         "the setting"),
-    "cwd": Field(check_directory, None, "DIR", "where to run it", "this directory"),
+    "cwd": Field(check_directory, "DIR", "where to run it", "this directory"),
     "env": Field(
-        check_env, None, "NAME=VALUE", "an environment variable; repeatable",
+        check_env, "NAME=VALUE", "an environment variable; repeatable",
         parse=parse_variable, repeats=True),
     "launcher": Field(
-        check_job_launcher, None, "PREFIX",
+        check_job_launcher, "PREFIX",
         "start the command through this, like srun, or none", "the setting"),
     "after": Field(
-        check_dependencies, None, "ID",
+        check_dependencies, "ID",
         "start only when job ID is completed; repeatable", repeats=True),
     "lock": Field(
-        optional(check_id, "none"), None, "NAME",
+        optional(check_id, "none"), "NAME",
         "run at most one job with this lock at a time", repeats=True),
 }
 # The fields that are columns of `jobs`: `delay` becomes a `run_at`, `after` rows of
@@ -924,7 +925,7 @@ def pids_in_names(prefix):
 
 
 def older_pools(path):
-    """Return the PIDs of the living pools of queuectl 1.1, with its names of files.
+    """Return the PIDs of the living pools, with the files of queuectl 1.1 too.
 
     A file with such a name may be an application's. It is only probed.
     """
@@ -1297,10 +1298,13 @@ def in_states(states, column="state"):
     """
     if not {*states} <= {*STATES}:  # nothing else may get into a statement
         raise ValueError("no states: %r" % (states,))
-    parts = ["%s = '%s'" % (column, state) for state in states]
-    return "(%s)" % (" OR ".join(parts) or "0")
+    parts = [f"{column} = '{state}'" for state in states]
+    return "(" + (" OR ".join(parts) or "0") + ")"
 
 
+IS_WAITING, IS_FINISHED, IS_SUCCESS = map(in_states, (WAITING, FINISHED, SUCCESSFUL))
+NEW_IS_SUCCESS = in_states(SUCCESSFUL, "NEW.state")  # in a trigger
+OLD_IS_SUCCESS = in_states(SUCCESSFUL, "OLD.state")
 ORDER = "priority DESC, run_at, seq"  # in which jobs are claimed
 
 # The gate decides whether a waiting job may be claimed. Any other job is OPEN. No verb
@@ -1318,11 +1322,9 @@ def gate_rule(state, waits, run_at, updated_at, lock):
     which lets time pass, sets `updated_at`. So no trigger has to know the time, and a
     job that was due stays due if the clock is set back.
     """
-    return """CASE WHEN NOT {waiting} THEN {OPEN}
+    return f"""CASE WHEN NOT {in_states(WAITING, state)} THEN {OPEN}
         WHEN {state} = 'failed' OR {waits} > 0 OR {run_at} > {updated_at} THEN {CLOSED}
-        WHEN {lock} IS NULL THEN {OPEN} ELSE {LOCKED} END""".format(
-        state=state, waits=waits, run_at=run_at, updated_at=updated_at, lock=lock,
-        waiting=in_states(WAITING, state), CLOSED=CLOSED, OPEN=OPEN, LOCKED=LOCKED)
+        WHEN {lock} IS NULL THEN {OPEN} ELSE {LOCKED} END"""
 
 
 GATE = gate_rule("state", "waits", "run_at", "updated_at", "lock")
@@ -1334,11 +1336,11 @@ GATE_OF_NEW = gate_rule(
 # word by word; likewise jobs_dependent for `waits > 0`.
 def rare(column="state"):
     """Return the SQL that is true of a rare state in a column."""
-    return "{0} <> 'pending' AND {0} <> 'completed'".format(column)
+    return f"{column} <> 'pending' AND {column} <> 'completed'"
 
 
 RARE = rare()
-UNFINISHED_DEPENDENT = "waits > 0 AND NOT " + in_states(FINISHED)
+UNFINISHED_DEPENDENT = f"waits > 0 AND NOT {IS_FINISHED}"
 
 
 def elect(row, if_needed="1"):
@@ -1347,25 +1349,23 @@ def elect(row, if_needed="1"):
     All OPEN jobs with this lock become LOCKED. Then the first of the LOCKED ones
     becomes OPEN, unless a job with the lock is running.
     """
-    return """
-    UPDATE jobs SET gate = {LOCKED} WHERE {if_needed}
+    return f"""UPDATE jobs SET gate = {LOCKED} WHERE {if_needed}
         AND lock = {row}lock AND state = 'pending' AND gate = {OPEN};
     UPDATE jobs SET gate = {OPEN} WHERE {if_needed}
         AND seq = (SELECT seq FROM jobs WHERE lock = {row}lock AND state = 'pending'
             AND gate = {LOCKED} ORDER BY {ORDER} LIMIT 1)
         AND NOT EXISTS (SELECT 1 FROM jobs
-            WHERE lock = {row}lock AND state = 'processing' AND {RARE});""".format(
-        LOCKED=LOCKED, OPEN=OPEN, ORDER=ORDER, RARE=RARE, row=row, if_needed=if_needed)
+            WHERE lock = {row}lock AND state = 'processing' AND {RARE});"""
 
 
 # A new queue is made by this alone. A queue of an older version goes through MIGRATIONS
 # first. Then this adds what it still lacks, all indexes and triggers among it.
-SCHEMA = """
+SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS jobs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- its number; never reused
     id TEXT NOT NULL UNIQUE,
     command TEXT NOT NULL,
-    state TEXT NOT NULL DEFAULT 'pending' CHECK ({states}),
+    state TEXT NOT NULL DEFAULT 'pending' CHECK ({in_states(STATES)}),
     attempts INTEGER NOT NULL DEFAULT 0,    -- claims that count against max_retries
     max_retries INTEGER NOT NULL,
     priority INTEGER NOT NULL DEFAULT 0,
@@ -1434,7 +1434,7 @@ CREATE TABLE IF NOT EXISTS unannounced (    -- jobs that died by a run, and for 
                                             -- `on_dead` has not been started
     seq INTEGER PRIMARY KEY
 );
-INSERT OR IGNORE INTO counts VALUES {counts};
+INSERT OR IGNORE INTO counts VALUES {', '.join(f"('{state}', 0)" for state in STATES)};
 INSERT OR IGNORE INTO totals VALUES
     ('completed', 0, 0), ('failed', 0, 0), ('interrupted', 0, 0);
 -- It is part of the name of each lease, so that a lease of a removed queue in the same
@@ -1467,7 +1467,7 @@ CREATE TRIGGER job_moved AFTER UPDATE OF state ON jobs WHEN OLD.state <> NEW.sta
 -- last of them is, the job waits for a worker from then on, unless a later time was
 -- named. When one leaves COMPLETED, its dependents wait for it again.
 CREATE TRIGGER dependency_completed AFTER UPDATE OF state ON jobs
-    WHEN {new_is_success} AND NOT {old_is_success}
+    WHEN {NEW_IS_SUCCESS} AND NOT {OLD_IS_SUCCESS}
         AND EXISTS (SELECT 1 FROM dependencies WHERE waits_for = NEW.seq) BEGIN
     UPDATE jobs SET waits = waits - 1,
         run_at = CASE WHEN state = 'pending' AND waits = 1
@@ -1476,16 +1476,16 @@ CREATE TRIGGER dependency_completed AFTER UPDATE OF state ON jobs
             THEN NEW.updated_at ELSE updated_at END
         WHERE seq IN (SELECT seq FROM dependencies WHERE waits_for = NEW.seq); END;
 CREATE TRIGGER dependency_reopened AFTER UPDATE OF state ON jobs
-    WHEN {old_is_success} AND NOT {new_is_success} BEGIN
+    WHEN {OLD_IS_SUCCESS} AND NOT {NEW_IS_SUCCESS} BEGIN
     UPDATE jobs SET waits = waits + 1
         WHERE seq IN (SELECT seq FROM dependencies WHERE waits_for = NEW.seq); END;
 CREATE TRIGGER dependency_added AFTER INSERT ON dependencies BEGIN
     UPDATE jobs SET waits = waits + 1 WHERE seq = NEW.seq
-        AND NOT (SELECT {is_success} FROM jobs WHERE seq = NEW.waits_for); END;
+        AND NOT (SELECT {IS_SUCCESS} FROM jobs WHERE seq = NEW.waits_for); END;
 CREATE TRIGGER dependency_dropped AFTER DELETE ON dependencies BEGIN
     -- Not if that job was deleted: then `job_removed` counts.
     UPDATE jobs SET waits = waits - 1 WHERE seq = OLD.seq
-        AND NOT (SELECT {is_success} FROM jobs WHERE seq = OLD.waits_for); END;
+        AND NOT (SELECT {IS_SUCCESS} FROM jobs WHERE seq = OLD.waits_for); END;
 
 -- Keeps the gate of a changed job, and elects anew for its lock. (recursive_triggers is
 -- off: the trigger does not fire for its own changes.)
@@ -1496,14 +1496,15 @@ CREATE TRIGGER gate_moved
         OR NEW.state = 'failed' AND NEW.waits > 0        -- it waits for others, too
         OR NEW.gate <> {GATE_OF_NEW} BEGIN
     -- A waiting job that was due stays due if the clock was set back since.
-    UPDATE jobs SET run_at = updated_at WHERE seq = NEW.seq AND {is_waiting}
+    UPDATE jobs SET run_at = updated_at WHERE seq = NEW.seq AND {IS_WAITING}
         AND run_at > updated_at
         AND run_at = OLD.run_at AND OLD.run_at <= OLD.updated_at;
     -- A FAILED job waits for its next try alone. One that waits for others is PENDING.
     UPDATE jobs SET state = 'pending'
         WHERE seq = NEW.seq AND state = 'failed' AND waits > 0;
     UPDATE jobs SET gate = {GATE}
-        WHERE seq = NEW.seq AND gate <> {GATE};{elect_new}{elect_left} END;
+        WHERE seq = NEW.seq AND gate <> {GATE};
+    {elect("NEW.")} {elect("OLD.", if_needed="OLD.lock IS NOT NEW.lock")} END;
 
 -- A waiting dependent of a job that was deleted before it was completed can't go on, so
 -- it dies. `delete --all` deletes dependents first, but in several transactions.
@@ -1511,32 +1512,25 @@ CREATE TRIGGER job_removed AFTER DELETE ON jobs BEGIN
     UPDATE counts SET jobs = jobs - 1 WHERE state = OLD.state;
     UPDATE jobs SET state = 'dead', error = 'a job that it came after was deleted',
         updated_at = (julianday('now') - 2440587.5) * 86400.0
-        WHERE NOT {old_is_success} AND {is_waiting}
+        WHERE NOT {OLD_IS_SUCCESS} AND {IS_WAITING}
         AND seq IN (SELECT seq FROM dependencies WHERE waits_for = OLD.seq);
-    UPDATE jobs SET waits = waits - 1 WHERE NOT {old_is_success}
+    UPDATE jobs SET waits = waits - 1 WHERE NOT {OLD_IS_SUCCESS}
         AND seq IN (SELECT seq FROM dependencies WHERE waits_for = OLD.seq);
     DELETE FROM dependencies WHERE waits_for = OLD.seq;
     DELETE FROM dependencies WHERE seq = OLD.seq;
     DELETE FROM outputs WHERE seq = OLD.seq;
     DELETE FROM runs WHERE seq = OLD.seq; END;
-CREATE TRIGGER lock_left AFTER DELETE ON jobs WHEN OLD.lock NOT NULL BEGIN{elect_old}
-    END;
-PRAGMA application_id = {application};
-PRAGMA user_version = {version};
-""".format(
-    ORDER=ORDER, RARE=RARE, CLOSED=CLOSED, OPEN=OPEN, GATE=GATE,
-    GATE_OF_NEW=GATE_OF_NEW, elect_new=elect("NEW."),
-    elect_left=elect("OLD.", "OLD.lock IS NOT NEW.lock"), elect_old=elect("OLD."),
-    states=in_states(STATES), is_waiting=in_states(WAITING),
-    is_success=in_states(SUCCESSFUL), new_is_success=in_states(SUCCESSFUL, "NEW.state"),
-    old_is_success=in_states(SUCCESSFUL, "OLD.state"),
-    counts=", ".join(map("('{}', 0)".format, STATES)),
-    application=APPLICATION_ID, version=SCHEMA_VERSION)
+CREATE TRIGGER lock_left AFTER DELETE ON jobs WHEN OLD.lock NOT NULL BEGIN
+    {elect("OLD.")} END;
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
 
 # The steps from an older version of the schema to the next one: {older version: SQL}. A
 # step has no index and no trigger: those are dropped before the steps and made anew by
-# SCHEMA. A step renames a column that every claim names, so that a process of an older
-# queuectl that still has the database open fails instead of writing.
+# SCHEMA. A process of an older queuectl may still have the database open. If it would
+# write what is wrong now, the step renames a column that every claim names, so that the
+# process fails instead.
 MIGRATIONS = {2: """
 ALTER TABLE jobs RENAME COLUMN claimable TO gate;
 UPDATE jobs SET cancelled = 1 WHERE state = 'dead' AND error = 'cancelled';
@@ -1684,7 +1678,7 @@ class Database:
         self._rows("PRAGMA synchronous = " + ("NORMAL" if self.for_pool else "FULL"))
         self.require_file()  # another file may just have been put in its place
         self._rows("PRAGMA fullfsync = ON")  # macOS: without it a sync is no sync
-        self._rows("PRAGMA journal_size_limit = %d" % 2**24)
+        self._rows(f"PRAGMA journal_size_limit = {2**24}")
         CONNECTED.add(self)
 
     def close(self):
@@ -1789,12 +1783,12 @@ class Database:
         for kind, made in self._rows(
                 "SELECT type, name FROM sqlite_master"
                 " WHERE type IN ('index', 'trigger') AND sql NOT NULL"):
-            self.db.execute("DROP %s %s" % (kind, made))
+            self.db.execute(f"DROP {kind} {made}")
         for step in range(version, SCHEMA_VERSION):
             self._execute_all(MIGRATIONS[step])
 
     def _refuse_older_pools(self):
-        """Raise QueueError while a pool of queuectl 1.1 lives, or a run of one may.
+        """Raise QueueError while a pool of an older queuectl lives, or its run may.
 
         The pool would fail at its next claim, and the run would be missed: beside a
         database of another name its lease is not where this version looks for it.
@@ -1802,9 +1796,9 @@ class Database:
         for pool in older_pools(self.path):
             how = "queuectl.py worker stop"
             if os.path.basename(self.path) != "queuectl.db":
-                how = "worker stop of queuectl 1.1"
-            raise QueueError("pool %d of queuectl 1.1 runs: stop it with %s, then try"
-                             " again", pool, how)
+                how = "worker stop of that queuectl"
+            raise QueueError("pool %d of an older queuectl runs: stop it with %s, then"
+                             " try again", pool, how)
         running = self._value("SELECT id FROM jobs WHERE state = 'processing'")
         if running is None:
             return
@@ -1954,9 +1948,22 @@ Run = collections.namedtuple(
     "Run", "seq number id attempt max_retries worker pid started_at lease"
     " command cwd env timeout launcher limit", defaults=(None,) * 6)
 
-CLAIMABLE = "state = 'pending' AND gate = %d" % OPEN
-FOR_A_TIME = "gate = %d AND waits = 0" % CLOSED  # the job waits for its time alone
+CLAIMABLE = f"state = 'pending' AND gate = {OPEN}"
+FOR_A_TIME = f"gate = {CLOSED} AND waits = 0"  # a waiting job; only its time is missing
 PAUSED = "EXISTS (SELECT 1 FROM config WHERE key = 'paused')"
+
+# The priorities of the jobs to claim, from the highest one: a search in the index each.
+LEVELS = f"""WITH RECURSIVE level (priority) AS (
+    SELECT MAX(priority) FROM jobs WHERE {CLAIMABLE}
+    UNION ALL SELECT (SELECT MAX(priority) FROM jobs
+        WHERE {CLAIMABLE} AND jobs.priority < level.priority)
+        FROM level WHERE priority NOT NULL)"""
+# The jobs that were due before the clock was set back; neither looks at all jobs.
+DUE_IN_FUTURE = [
+    f"""{LEVELS} SELECT seq FROM level CROSS JOIN jobs USING (priority)
+        WHERE {CLAIMABLE} AND run_at > :now + 1""",
+    f"""SELECT seq FROM jobs WHERE lock NOT NULL AND state = 'pending'
+        AND gate = {LOCKED} AND run_at > :now + 1"""]
 
 OTHER_COLUMNS = [name for name in COLUMNS if name not in ("id", "run_at")]
 
@@ -1972,20 +1979,19 @@ def insert_job(columns):
     names = ("id", "run_at", "created_at", "updated_at", *columns)
     gate = gate_rule("'pending'", waits="0", run_at="?", updated_at="?",
                      lock="''" if "lock" in columns else "NULL")
-    return "INSERT INTO jobs (%s, gate) VALUES (%s, %s)" % (
-        ", ".join(names), ", ".join("?" for _ in names), gate)
+    values = ", ".join("?" for _ in names)
+    return f"INSERT INTO jobs ({', '.join(names)}, gate) VALUES ({values}, {gate})"
 
 
 # Changes nothing, but fires the trigger `gate_moved` for a lock that has new jobs. (A
 # trigger for INSERT would cost any job a tenth more.)
-ELECT_BY_TRIGGER = """UPDATE jobs SET lock = lock WHERE seq = (SELECT seq FROM jobs
-    WHERE lock = ? AND state = 'pending' AND gate = %d LIMIT 1)""" % LOCKED
+ELECT_BY_TRIGGER = f"""UPDATE jobs SET lock = lock WHERE seq = (SELECT seq FROM jobs
+    WHERE lock = ? AND state = 'pending' AND gate = {LOCKED} LIMIT 1)"""
 RESET = "state = 'pending', attempts = 0, deaths = 0, cancelled = 0, error = NULL"
-RETRY = "UPDATE jobs SET %s, run_at = :now, updated_at = :now" % RESET
-RESTART = "UPDATE jobs SET {RESET}, updated_at = :now, {fields}" \
-    " WHERE id = :id AND {finished}".format(
-        RESET=RESET, finished=in_states(FINISHED),
-        fields=", ".join("{0} = :{0}".format(name) for name in COLUMNS if name != "id"))
+RETRY = f"UPDATE jobs SET {RESET}, run_at = :now, updated_at = :now"
+GIVEN = ", ".join(f"{name} = :{name}" for name in COLUMNS if name != "id")
+RESTART = f"""UPDATE jobs SET {RESET}, updated_at = :now, {GIVEN}
+    WHERE id = :id AND {IS_FINISHED}"""
 
 # A change of jobs: SQL, and the condition that a job has to meet. A verb may have two,
 # for jobs in different states.
@@ -1995,8 +2001,8 @@ NEXT_STEPS = {  # for an edit of a job in such a state
     "completed": "enqueue it again with --unique and what is to change",
 }
 CANCEL = [
-    Change("UPDATE jobs SET state = 'dead', cancelled = 1, error = '%s',"
-           " updated_at = :now" % CANCELLED, in_states(WAITING)),
+    Change(f"""UPDATE jobs SET state = 'dead', cancelled = 1, error = '{CANCELLED}',
+        updated_at = :now""", IS_WAITING),
     Change("UPDATE jobs SET cancelled = 1", "state = 'processing'"),
 ]
 DELETE = [Change("DELETE FROM jobs", in_states(TAKES["delete"]))]
@@ -2006,9 +2012,9 @@ RUN_SECONDS = "round(finished_at - started_at, 3)"  # NULL until the run has end
 
 def dependency_ids(condition="1"):
     """Return the SQL for the ids, a line each, that a job comes after."""
-    return "(SELECT group_concat(dependency.id, char(10)) FROM dependencies" \
-        " JOIN jobs AS dependency ON dependency.seq = waits_for" \
-        " WHERE dependencies.seq = jobs.seq AND %s)" % condition
+    return f"""(SELECT group_concat(dependency.id, char(10)) FROM dependencies
+        JOIN jobs AS dependency ON dependency.seq = waits_for
+        WHERE dependencies.seq = jobs.seq AND {condition})"""
 
 
 COLUMN_OF = {
@@ -2018,34 +2024,45 @@ COLUMN_OF = {
     "waits_for": "CASE WHEN waits > 0 THEN %s END" % dependency_ids(
         "NOT " + in_states(SUCCESSFUL, "dependency.state")),
 }
-SELECT_JOB = "SELECT %s FROM jobs LEFT JOIN runs USING (seq, run) " % ", ".join(
-    "%s AS %s" % (COLUMN_OF.get(name, name), name) for name in (*PUBLIC, *INTERNAL))
+SELECT_JOB = "SELECT %s FROM jobs LEFT JOIN runs USING (seq, run)" % ", ".join(
+    f"{COLUMN_OF.get(name, name)} AS {name}" for name in (*PUBLIC, *INTERNAL))
+DEAD_JOB = f"{SELECT_JOB} WHERE seq = ? AND state = 'dead'"
 
+# A job that waits for others is PENDING (see `gate_moved`).
+IN_LINE = "jobs.state = 'pending'"
 # The jobs that wait for a dead one, each with the id and number of that one. The first
 # of the tables keeps it from looking at all dead jobs where no job waits for another.
-BEHIND_DEAD = """SELECT jobs.seq AS seq, dependency.id AS dependency,
+BEHIND_DEAD = f"""SELECT jobs.seq AS seq, dependency.id AS dependency,
     dependency.seq AS root, dependency.state AS state, dependency.cancelled AS cancelled
     FROM (SELECT 1 FROM jobs WHERE waits > 0 LIMIT 1)
     CROSS JOIN jobs AS dependency
     CROSS JOIN dependencies ON waits_for = dependency.seq
     CROSS JOIN jobs ON jobs.seq = dependencies.seq
-    WHERE dependency.state = 'dead' AND {rare} AND jobs.state = 'pending'""".format(
-        rare=rare("dependency.state"))
-# The same jobs with all that wait for them, directly or not.
-BLOCKED = """WITH RECURSIVE blocked (seq) AS (SELECT seq FROM ({})
-    UNION SELECT jobs.seq FROM blocked
-        CROSS JOIN dependencies ON waits_for = blocked.seq
-        CROSS JOIN jobs ON jobs.seq = dependencies.seq WHERE jobs.state = 'pending')
-    """.format(BEHIND_DEAD)
+    WHERE dependency.state = 'dead' AND {rare("dependency.state")}
+        AND {IN_LINE}"""
+
+
+def blocked(columns):
+    """Return the SQL for the table `blocked`: those jobs, and all that wait for them.
+
+    COLUMNS are `seq`, or `seq, root` for a row for each dead job that one waits for.
+    """
+    return f"""WITH RECURSIVE blocked ({columns}) AS (
+        SELECT {columns} FROM ({BEHIND_DEAD})
+        UNION SELECT jobs.{columns} FROM blocked
+            CROSS JOIN dependencies ON waits_for = blocked.seq
+            CROSS JOIN jobs ON jobs.seq = dependencies.seq
+            WHERE {IN_LINE})"""
+
 
 # 1 if the job with the number :waited needs the end of another one: of that one itself,
 # or of its lock. A job needs its unfinished dependencies, and what those need.
-NEEDS_END = """WITH RECURSIVE needed (seq) AS (
-    SELECT seq FROM jobs WHERE seq = :waited AND NOT {finished}
+NEEDS_END = f"""WITH RECURSIVE needed (seq) AS (
+    SELECT seq FROM jobs WHERE seq = :waited AND NOT {IS_FINISHED}
     UNION SELECT waits_for FROM needed JOIN dependencies USING (seq)
-        JOIN jobs ON jobs.seq = waits_for WHERE NOT {finished})
-    SELECT 1 FROM needed JOIN jobs USING (seq) WHERE seq = :seq OR lock = :lock LIMIT 1
-    """.format(finished=in_states(FINISHED))
+        JOIN jobs ON jobs.seq = waits_for WHERE NOT {IS_FINISHED})
+    SELECT 1 FROM needed JOIN jobs USING (seq)
+        WHERE seq = :seq OR lock = :lock LIMIT 1"""
 
 
 def no_job(id):
@@ -2058,15 +2075,17 @@ def no_job(id):
 # it `spares_needed`, it is narrowed to jobs that need not be kept.
 Condition = collections.namedtuple(
     "Condition", "sql values of_row spares_needed", defaults=(False,))
+# The filters of `where`, each by the value that it takes.
 FILTERS = {
     "text": "(instr(id, :text) OR instr(command, :text))",
     "pattern": r"(id LIKE :pattern ESCAPE '\' OR command LIKE :pattern ESCAPE '\'"
-    r" OR jobs.error LIKE :pattern ESCAPE '\')",
+    r" OR jobs.error LIKE :pattern ESCAPE '\')",  # see `like_pattern`
     "error": "jobs.error = :error",
-    "finished_before": in_states(FINISHED) + " AND updated_at < :finished_before",
+    "finished_before": f"{IS_FINISHED} AND updated_at < :finished_before",
     "changed_since": "updated_at >= :changed_since",
-    "cancelled": "cancelled = :cancelled",
-    "behind": """state = 'pending' AND seq IN (WITH RECURSIVE behind (seq) AS (
+    "cancelled": "cancelled = :cancelled",  # True or False
+    # The id of a job: those that wait for it, directly or not.
+    "behind": f"""{IN_LINE} AND seq IN (WITH RECURSIVE behind (seq) AS (
         SELECT dependencies.seq FROM jobs JOIN dependencies ON waits_for = jobs.seq
             WHERE id = :behind
         UNION SELECT dependencies.seq FROM behind
@@ -2080,11 +2099,9 @@ def like_pattern(text):
 
 
 def where(states=STATES, **filters):
-    """Return the condition that selects the jobs in one of these states.
+    """Return the condition for the jobs in one of these states that pass the filters.
 
-    They also pass all FILTERS that are given a value: a text, a pattern, an error, a
-    time before which they finished, True or False, or an id of a job that they wait
-    for, directly or not.
+    FILTERS are given by their name. None is no filter.
     """
     parts = []
     if {*states} != {*STATES}:
@@ -2120,7 +2137,7 @@ def is_needed(condition):
         UNION SELECT waits_for FROM needed CROSS JOIN jobs USING (seq)
             JOIN dependencies USING (seq) WHERE {dependent})
         SELECT seq FROM needed))""".format(
-        success=in_states(SUCCESSFUL), dependent=UNFINISHED_DEPENDENT,
+        success=IS_SUCCESS, dependent=UNFINISHED_DEPENDENT,
         selected=condition.sql)  # NULL, where a job has no error, is no selection
 
 
@@ -2321,11 +2338,10 @@ class Queue(Database):
         with self.transaction():
             now = self.clock()
             self.promote(now)
-            row = self._row(
-                "SELECT seq, run + 1 AS number, id, attempts + 1 AS attempt,"
-                " max_retries, command, cwd, env, timeout, launcher FROM jobs"
-                " WHERE " + CLAIMABLE + " AND NOT " + PAUSED +
-                " ORDER BY " + ORDER + " LIMIT 1")
+            row = self._row(f"""
+                SELECT seq, run + 1 AS number, id, attempts + 1 AS attempt,
+                    max_retries, command, cwd, env, timeout, launcher FROM jobs
+                WHERE {CLAIMABLE} AND NOT {PAUSED} ORDER BY {ORDER} LIMIT 1""")
             if row is None:
                 return None
             values, fields = self.settings(), dict(row)
@@ -2335,13 +2351,13 @@ class Queue(Database):
                       launcher=None if launcher == "none" else launcher,
                       limit=output_limit(values), **fields)
             take_lease(run)
-            self._change(
-                "UPDATE jobs SET state = 'processing', attempts = ?, run = ?,"
-                " updated_at = ? WHERE seq = ? AND state = 'pending'",
+            self._change("""
+                UPDATE jobs SET state = 'processing', attempts = ?, run = ?,
+                    updated_at = ? WHERE seq = ? AND state = 'pending'""",
                 run.attempt, run.number, now, run.seq)
-            self._change(
-                "INSERT INTO runs (seq, run, attempt, worker, started_at)"
-                " VALUES (?, ?, ?, ?, ?)",
+            self._change("""
+                INSERT INTO runs (seq, run, attempt, worker, started_at)
+                VALUES (?, ?, ?, ?, ?)""",
                 run.seq, run.number, run.attempt, worker, now)
             return run
 
@@ -2352,11 +2368,11 @@ class Queue(Database):
         claim that called it would take seconds. The next claim promotes the rest.
         """
         until = time.monotonic() + WORK_SLICE
-        while self._change(
-                "UPDATE jobs SET state = 'pending', updated_at = :now"
-                " WHERE seq IN (SELECT seq FROM jobs WHERE " + FOR_A_TIME +
-                " AND run_at <= :now ORDER BY run_at LIMIT 100)",
-                now=now) == 100 and time.monotonic() < until:
+        due = f"""SELECT seq FROM jobs WHERE {FOR_A_TIME} AND run_at <= :now
+            ORDER BY run_at LIMIT 100"""
+        promote = f"""UPDATE jobs SET state = 'pending', updated_at = :now
+            WHERE seq IN ({due})"""
+        while self._change(promote, now=now) == 100 and time.monotonic() < until:
             pass
 
     # If the clock is set back, a job that named no time waits no longer than before.
@@ -2364,24 +2380,23 @@ class Queue(Database):
     def promote_after_clock_step(self):
         """Make jobs due again that failed or were due before the clock was set back.
 
-        Jobs that were due would stand behind every new job. To look for them takes a
-        while in a long queue, so it is done only at the first look and after a step.
+        Jobs that were due would stand behind every new job. To look for them may take
+        a while, so it is done only at the first look and after a step.
         """
         self._promote_failed_in_future()
         now = self.clock()
         offset = now - time.monotonic()
         if self.clock_offset is None or offset < self.clock_offset - 1:
-            for gate in OPEN, LOCKED:
-                self._change(
-                    "UPDATE jobs SET run_at = :now, updated_at = :now WHERE state ="
-                    " 'pending' AND gate = %d AND run_at > :now + 1" % gate, now=now)
+            for found in DUE_IN_FUTURE:
+                self._change(f"""UPDATE jobs SET run_at = :now, updated_at = :now
+                    WHERE seq IN ({found})""", now=now)
         self.clock_offset = offset
 
     def _promote_failed_in_future(self):
         """Move jobs whose failure lies in the future from FAILED to PENDING."""
-        self._change(
-            "UPDATE jobs SET state = 'pending', run_at = :now, updated_at = :now"
-            " WHERE state = 'failed' AND " + RARE + " AND updated_at > :now + 1",
+        self._change(f"""
+            UPDATE jobs SET state = 'pending', run_at = :now, updated_at = :now
+            WHERE state = 'failed' AND {RARE} AND updated_at > :now + 1""",
             now=self.clock())
 
     def record(self, run, outcome):
@@ -2435,10 +2450,10 @@ class Queue(Database):
                 state, error, changes = "dead", CANCELLED, {}
             changes.update(state=state, error=error, updated_at=self.clock(),
                            cancelled=is_cancelled)
-            columns = ", ".join(name + " = ?" for name in changes)
-            moved = self._change(
-                "UPDATE jobs SET " + columns +
-                " WHERE seq = ? AND state = 'processing' AND run = ?",
+            columns = ", ".join(f"{name} = ?" for name in changes)
+            moved = self._change(f"""
+                UPDATE jobs SET {columns}
+                WHERE seq = ? AND state = 'processing' AND run = ?""",
                 *changes.values(), run.seq, run.number)
             if not moved:
                 return None
@@ -2446,9 +2461,9 @@ class Queue(Database):
             if state == "dead" and not is_cancelled:
                 self._change("INSERT OR IGNORE INTO unannounced VALUES (?)", run.seq)
             if self.drain and state in FINISHED:
-                self._change(
-                    "INSERT INTO drains VALUES (?, ?, 1)"
-                    " ON CONFLICT (pool, state) DO UPDATE SET runs = runs + 1",
+                self._change("""
+                    INSERT INTO drains VALUES (?, ?, 1)
+                    ON CONFLICT (pool, state) DO UPDATE SET runs = runs + 1""",
                     self.drain, state)
             return state
 
@@ -2460,17 +2475,17 @@ class Queue(Database):
             return
         # If the clock was set back during the run, it took at least no time.
         finished_at = max(run.started_at, outcome.finished_at)
-        self._change(
-            "UPDATE runs SET pid = ?, started_at = ?, finished_at = ?, kind = ?,"
-            " exit_code = ?, error = ? WHERE seq = ? AND run = ?",
+        self._change("""
+            UPDATE runs SET pid = ?, started_at = ?, finished_at = ?, kind = ?,
+                exit_code = ?, error = ? WHERE seq = ? AND run = ?""",
             run.pid, run.started_at, finished_at, outcome.kind, outcome.exit_code,
             outcome.error, run.seq, run.number)
         if outcome.output:
             self._change("INSERT INTO outputs VALUES (?, ?, ?)",
                          run.seq, run.number, outcome.output)
         self._change(
-            "UPDATE totals SET runs = runs + 1, seconds = seconds + ?"
-            " WHERE total = ?", finished_at - run.started_at, total)
+            "UPDATE totals SET runs = runs + 1, seconds = seconds + ? WHERE total = ?",
+            finished_at - run.started_at, total)
 
     def count_unannounced(self):
         """Return how many dead jobs `on_dead` has not announced."""
@@ -2487,9 +2502,9 @@ class Queue(Database):
 
     def record_pid(self, run):
         """Record the process of a run that has been going on for a while."""
-        self._change(
-            "UPDATE runs SET pid = ?, started_at = ?"
-            " WHERE seq = ? AND run = ? AND finished_at IS NULL",
+        self._change("""
+            UPDATE runs SET pid = ?, started_at = ?
+            WHERE seq = ? AND run = ? AND finished_at IS NULL""",
             run.pid, run.started_at, run.seq, run.number)
 
     def announce_dead_job(self, start):
@@ -2503,7 +2518,7 @@ class Queue(Database):
             return False
         with self.transaction():
             seq = self._value("SELECT seq FROM unannounced LIMIT 1")
-            job = self._row(SELECT_JOB + "WHERE seq = ? AND state = 'dead'", seq)
+            job = self._row(DEAD_JOB, seq)
             if job:  # it may have been retried or deleted
                 start(job)
             self._change("DELETE FROM unannounced WHERE seq = ?", seq)
@@ -2528,9 +2543,9 @@ class Queue(Database):
         changes = {name: fields[name] for name in COLUMNS if name in fields}
         if "delay" in fields:
             changes["run_at"] = min(now + fields["delay"], MAX_TIME)
-        columns = "".join("%s = :%s, " % (name, name) for name in changes)
-        sql = "UPDATE jobs SET " + columns + "updated_at = CASE state" \
-            " WHEN 'dead' THEN updated_at ELSE :now END"
+        columns = "".join(f"{name} = :{name}, " for name in changes)
+        sql = f"""UPDATE jobs SET {columns}
+            updated_at = CASE state WHEN 'dead' THEN updated_at ELSE :now END"""
         with self.transaction():
             # The change would hide that a job failed before the clock was set back.
             self._promote_failed_in_future()
@@ -2595,10 +2610,10 @@ class Queue(Database):
         """Remove the jobs that meet a condition, dependents first."""
         changes = DELETE
         if condition.spares_needed:  # a dependent may have come since
-            is_free = "(%s OR NOT EXISTS (SELECT 1 FROM jobs JOIN dependencies" \
-                " USING (seq) WHERE waits_for = :seq AND %s))" % (
-                    in_states(SUCCESSFUL), UNFINISHED_DEPENDENT)
-            changes = [change._replace(condition=change.condition + " AND " + is_free)
+            is_free = f"""({IS_SUCCESS} OR NOT EXISTS (
+                SELECT 1 FROM jobs JOIN dependencies USING (seq)
+                WHERE waits_for = :seq AND {UNFINISHED_DEPENDENT}))"""
+            changes = [change._replace(condition=f"{change.condition} AND {is_free}")
                        for change in DELETE]
         count = self._apply_to_many(condition, changes, dependents_first=True)
         self._vacuum()
@@ -2606,10 +2621,10 @@ class Queue(Database):
 
     def prune(self, keep):
         """Remove a batch of jobs that were completed more than KEEP seconds ago."""
-        count = self._change(
-            "DELETE FROM jobs WHERE seq IN (SELECT seq FROM jobs"
-            "  WHERE state = 'completed' AND updated_at < ?"
-            "  ORDER BY updated_at LIMIT ?)", self.clock() - keep, BATCH_SIZE)
+        count = self._change("""
+            DELETE FROM jobs WHERE seq IN (SELECT seq FROM jobs
+                WHERE state = 'completed' AND updated_at < ?
+                ORDER BY updated_at LIMIT ?)""", self.clock() - keep, BATCH_SIZE)
         self._vacuum()
         return count
 
@@ -2638,7 +2653,8 @@ class Queue(Database):
         """Apply changes to jobs; return how many were changed."""
         rows = [dict(values, seq=seq) for seq in seqs]
         return sum(
-            self.db.executemany("%s WHERE seq = :seq AND %s" % change, rows).rowcount
+            self.db.executemany(
+                f"{change.sql} WHERE seq = :seq AND {change.condition}", rows).rowcount
             for change in changes)
 
     def _apply_to_many(self, condition, changes, dependents_first=False):
@@ -2653,8 +2669,9 @@ class Queue(Database):
         seqs = self._seqs(condition)
         if dependents_first:
             seqs = seqs[::-1]
-        changes = [change._replace(condition="%s AND %s" % (
-            condition.of_row, change.condition)) for change in changes]
+        changes = [
+            change._replace(condition=f"{condition.of_row} AND {change.condition}")
+            for change in changes]
         values = dict(condition.values, now=self.clock())
         count, first, length = 0, 0, BATCH_SIZE
         while first < len(seqs):
@@ -2673,8 +2690,9 @@ class Queue(Database):
         from array import array
 
         with self.snapshot():
-            rows = self.db.execute("SELECT seq FROM jobs WHERE " + condition.sql +
-                                   " ORDER BY seq", condition.values)
+            rows = self.db.execute(
+                f"SELECT seq FROM jobs WHERE {condition.sql} ORDER BY seq",
+                condition.values)
             seqs = array("q", (seq for seq, in rows))  # eight bytes each
             if not self._value(
                     "SELECT 1 FROM dependencies WHERE waits_for > seq LIMIT 1"):
@@ -2694,7 +2712,8 @@ class Queue(Database):
 
     def job(self, id):
         """Return one job with what its latest run left."""
-        job = self._row(SELECT_JOB + "WHERE id = ?", id) if is_storable(id) else None
+        query = f"{SELECT_JOB} WHERE id = ?"
+        job = self._row(query, id) if is_storable(id) else None
         if job is None:
             raise no_job(id)
         return job
@@ -2716,9 +2735,10 @@ class Queue(Database):
         """Return the newest ids that start with a prefix, of jobs in these states."""
         if not is_storable(prefix):
             return []
-        return [id for id, in self._rows(
-            "SELECT id FROM jobs WHERE substr(id, 1, length(?)) = ? AND "
-            + where(states).sql + " ORDER BY seq DESC LIMIT ?", prefix, prefix, limit)]
+        return [id for id, in self._rows(f"""
+            SELECT id FROM jobs WHERE substr(id, 1, length(?)) = ?
+            AND {where(states).sql} ORDER BY seq DESC LIMIT ?""",
+            prefix, prefix, limit)]
 
     def state(self, id):
         """Return the state of a job, None if there is none."""
@@ -2727,17 +2747,17 @@ class Queue(Database):
 
     def dependencies(self, job):
         """Return the jobs that a job waits for, dead ones first."""
-        return self._rows(
-            "SELECT id, state, cancelled"
-            " FROM dependencies JOIN jobs ON jobs.seq = waits_for"
-            " WHERE dependencies.seq = ? AND NOT " + in_states(SUCCESSFUL) +
-            " ORDER BY state = 'dead' DESC, waits_for", job["seq"])
+        return self._rows(f"""
+            SELECT id, state, cancelled
+            FROM dependencies JOIN jobs ON jobs.seq = waits_for
+            WHERE dependencies.seq = ? AND NOT {IS_SUCCESS}
+            ORDER BY state = 'dead' DESC, waits_for""", job["seq"])
 
     def dependents(self, job, limit):
         """Return the first jobs (`id`, `state`) that come after a job."""
-        return self._rows(
-            "SELECT id, state FROM dependencies JOIN jobs USING (seq)"
-            " WHERE waits_for = ? ORDER BY seq LIMIT ?", job["seq"], limit)
+        return self._rows("""
+            SELECT id, state FROM dependencies JOIN jobs USING (seq)
+            WHERE waits_for = ? ORDER BY seq LIMIT ?""", job["seq"], limit)
 
     def waiting_dependents(self, job, limit=-1):
         """Return the first unfinished jobs (`seq`, `id`) that wait for a job.
@@ -2746,40 +2766,40 @@ class Queue(Database):
         """
         if job["state"] in SUCCESSFUL:
             return []
-        return self._rows(
-            "SELECT seq, id FROM dependencies JOIN jobs USING (seq)"
-            " WHERE waits_for = ? AND " + UNFINISHED_DEPENDENT +
-            " ORDER BY seq LIMIT ?", job["seq"], limit)
+        return self._rows(f"""
+            SELECT seq, id FROM dependencies JOIN jobs USING (seq)
+            WHERE waits_for = ? AND {UNFINISHED_DEPENDENT}
+            ORDER BY seq LIMIT ?""", job["seq"], limit)
 
     def lock_holder(self, job):
         """Return the id of the job that has the lock of this one, or gets it next."""
-        return self._value(
-            "SELECT id FROM jobs WHERE lock = ? AND state = 'processing' AND " + RARE +
-            " UNION ALL SELECT id FROM jobs WHERE lock = ? AND " + CLAIMABLE,
-            job["lock"], job["lock"])
+        return self._value(f"""
+            SELECT id FROM jobs WHERE lock = :lock AND state = 'processing' AND {RARE}
+            UNION ALL SELECT id FROM jobs WHERE lock = :lock AND {CLAIMABLE}""",
+            lock=job["lock"])
 
     def count_ahead(self, job):
         """Return how many jobs are claimed before this one."""
-        return self._value(
-            "SELECT COUNT(*) FROM jobs WHERE " + CLAIMABLE +
-            " AND (priority > ? OR priority = ? AND (run_at, seq) < (?, ?))",
-            job["priority"], job["priority"], job["run_at"], job["seq"])
+        return self._value(f"""
+            SELECT COUNT(*) FROM jobs WHERE {CLAIMABLE} AND (priority > :priority
+                OR priority = :priority AND (run_at, seq) < (:run_at, :seq))""",
+            priority=job["priority"], run_at=job["run_at"], seq=job["seq"])
 
     def runs(self, job):
         """Return the runs of a job, the first one first, without their output."""
-        return self._rows(
-            "SELECT run, attempt, worker, pid, started_at, finished_at, exit_code,"
-            " error, " + RUN_SECONDS + " AS seconds FROM runs WHERE seq = ?"
-            " ORDER BY run", job["seq"])
+        return self._rows(f"""
+            SELECT run, attempt, worker, pid, started_at, finished_at, exit_code,
+                error, {RUN_SECONDS} AS seconds FROM runs
+            WHERE seq = ? ORDER BY run""", job["seq"])
 
     def tail(self, job):
         """Return the end of what a job's latest run printed, if it is not a lot.
 
         SQLite reads all of an output to reach its end.
         """
-        return self._value(
-            "SELECT substr(output, -2000) FROM outputs WHERE seq = ? AND run = ?"
-            " AND length(output) < 200000", job["seq"], job["run"]) or b""
+        return self._value("""
+            SELECT substr(output, -2000) FROM outputs WHERE seq = ? AND run = ?
+            AND length(output) < 200000""", job["seq"], job["run"]) or b""
 
     def output(self, job, run=None):
         """Return the stored output of a run (default: the latest one), or None.
@@ -2817,9 +2837,9 @@ class Queue(Database):
         the write-ahead log from its reset.
         """
         left = limit or MAX_INTEGER
-        query = "SELECT seq, id, state, command FROM jobs " if brief else SELECT_JOB
-        query += "WHERE seq BETWEEN :first AND :last AND " + condition.sql
-        query += " ORDER BY seq %s LIMIT :size" % ("DESC" if newest else "")
+        select = "SELECT seq, id, state, command FROM jobs" if brief else SELECT_JOB
+        query = f"""{select} WHERE seq BETWEEN :first AND :last AND {condition.sql}
+            ORDER BY seq {"DESC" if newest else ""} LIMIT :size"""
         while left > 0:
             batch = self._rows(query, **condition.values, first=first, last=last,
                                size=min(left, BATCH_SIZE))
@@ -2842,17 +2862,17 @@ class Queue(Database):
             "SELECT updated_at, seq FROM jobs WHERE id = ? AND state = 'dead'",
             after_id)
         at, number = place if place else (MAX_TIME, MAX_INTEGER)
-        query = "SELECT seq FROM jobs WHERE state = 'dead'" \
-            " AND (updated_at, seq) < (:at, :number) AND "
-        query += condition.sql + " ORDER BY updated_at DESC, seq DESC LIMIT :limit"
+        query = f"""SELECT seq FROM jobs
+            WHERE state = 'dead' AND (updated_at, seq) < (:at, :number)
+            AND {condition.sql} ORDER BY updated_at DESC, seq DESC LIMIT :limit"""
         for seq, in self._rows(
                 query, **condition.values, at=at, number=number, limit=limit):
-            yield from self._rows(SELECT_JOB + "WHERE seq = ? AND state = 'dead'", seq)
+            yield from self._rows(DEAD_JOB, seq)
 
     def count(self, condition):
         """Return how many jobs meet a condition."""
-        sql = "SELECT COUNT(*) FROM jobs WHERE " + condition.sql
-        return self._rows(sql, **condition.values)[0][0]
+        query = f"SELECT COUNT(*) FROM jobs WHERE {condition.sql}"
+        return self._value(query, **condition.values)
 
     def counts(self):
         """Return how many jobs there are in each state."""
@@ -2861,9 +2881,9 @@ class Queue(Database):
 
     def common_errors(self, condition):
         """Return the errors of jobs, each with its count, the most common first."""
-        sql = "SELECT error, COUNT(*) AS jobs FROM jobs WHERE " + condition.sql
-        sql += " GROUP BY error ORDER BY jobs DESC"
-        return self._rows(sql, **condition.values)
+        return self._rows(f"""
+            SELECT error, COUNT(*) AS jobs FROM jobs WHERE {condition.sql}
+            GROUP BY error ORDER BY jobs DESC""", **condition.values)
 
     def dead_by_error(self):
         """Return the errors of dead jobs as dicts, the most common first.
@@ -2872,18 +2892,19 @@ class Queue(Database):
         `tail` the end of what it printed, which says more than `exit 1`, and
         `is_cancelled` whether somebody cancelled it.
         """
-        groups = self._rows(
-            "SELECT error, COUNT(*) AS jobs, MAX(updated_at) AS latest FROM jobs"
-            " WHERE state = 'dead' GROUP BY error ORDER BY jobs DESC, latest DESC"
-            " LIMIT ?", MAX_ERRORS)
+        groups = self._rows("""
+            SELECT error, COUNT(*) AS jobs, MAX(updated_at) AS latest FROM jobs
+            WHERE state = 'dead' GROUP BY error ORDER BY jobs DESC, latest DESC
+            LIMIT ?""", MAX_ERRORS)
         return [dict(group, **self._latest_death(group["error"])) for group in groups]
 
     def _latest_death(self, error):
         """Return what `dead_by_error` tells of the job that died of an error last."""
-        row = self._row(
-            "SELECT id, cancelled AS is_cancelled, substr(output, -2000) AS tail"
-            " FROM jobs LEFT JOIN outputs USING (seq, run) WHERE state = 'dead'"
-            " AND error IS ? ORDER BY updated_at DESC LIMIT 1", error)
+        row = self._row("""
+            SELECT id, cancelled AS is_cancelled, substr(output, -2000) AS tail
+            FROM jobs LEFT JOIN outputs USING (seq, run)
+            WHERE state = 'dead' AND error IS ?
+            ORDER BY updated_at DESC LIMIT 1""", error)
         return dict(row or {"id": None, "is_cancelled": 0, "tail": None})
 
     def work_left(self):
@@ -2898,19 +2919,21 @@ class Queue(Database):
         """
         waiting = sum(self.counts()[state] for state in WAITING)
         delayed = self._value(  # what is overdue is ready, though no worker has seen it
-            "SELECT COUNT(*) FROM jobs WHERE " + FOR_A_TIME + " AND run_at > ?",
+            f"SELECT COUNT(*) FROM jobs WHERE {FOR_A_TIME} AND run_at > ?",
             self.clock())
-        dependent = self._value(
-            "SELECT COUNT(*) FROM (SELECT 1 FROM jobs WHERE " + UNFINISHED_DEPENDENT +
-            " LIMIT 10000)")
-        locks = self._row(
-            "SELECT IFNULL(SUM(locked), 0) AS locked, IFNULL(MAX(jobs), 0) AS line"
-            " FROM (SELECT SUM(gate = ?) AS locked, SUM(gate <> ?) AS jobs FROM"
-            "  (SELECT lock, gate FROM jobs WHERE lock NOT NULL AND state = 'pending'"
-            "   LIMIT 10000) GROUP BY lock)", LOCKED, CLOSED)
-        seconds = self._value(
-            "SELECT AVG(spent) FROM (SELECT finished_at - started_at AS spent FROM runs"
-            " ORDER BY seq DESC, run DESC LIMIT 200)")
+        dependent = self._value(f"""
+            SELECT COUNT(*) FROM (
+                SELECT 1 FROM jobs WHERE {UNFINISHED_DEPENDENT} LIMIT 10000)""")
+        locks = self._row(f"""
+            SELECT IFNULL(SUM(locked), 0) AS locked, IFNULL(MAX(jobs), 0) AS line
+            FROM (SELECT SUM(gate = {LOCKED}) AS locked, SUM(gate <> {CLOSED}) AS jobs
+                FROM (SELECT lock, gate FROM jobs
+                    WHERE lock NOT NULL AND state = 'pending' LIMIT 10000)
+                GROUP BY lock)""")
+        seconds = self._value("""
+            SELECT AVG(spent) FROM (
+                SELECT finished_at - started_at AS spent FROM runs
+                ORDER BY seq DESC, run DESC LIMIT 200)""")
         return dict(locks, ready=waiting - delayed - dependent, delayed=delayed,
                     dependent=dependent, run_seconds=seconds)
 
@@ -2921,10 +2944,10 @@ class Queue(Database):
 
     def processing_runs(self):
         """Return the present `Run` of each job in PROCESSING."""
-        rows = self._rows(
-            "SELECT seq, run AS number, id, attempts AS attempt, max_retries, worker,"
-            " pid, started_at FROM jobs JOIN runs USING (seq, run)"
-            " WHERE state = 'processing' AND " + RARE)
+        rows = self._rows(f"""
+            SELECT seq, run AS number, id, attempts AS attempt, max_retries, worker,
+                pid, started_at FROM jobs JOIN runs USING (seq, run)
+            WHERE state = 'processing' AND {RARE}""")
         return [Run(lease=self.lease_path(row["seq"], row["number"]), **dict(row))
                 for row in rows]
 
@@ -2940,19 +2963,19 @@ class Queue(Database):
 
     def blocked_seqs(self):
         """Return the numbers of the jobs that wait, directly or not, for a dead one."""
-        return {seq for seq, in self._rows(BLOCKED + "SELECT seq FROM blocked")}
+        return {seq for seq, in self._rows(blocked("seq") + "SELECT seq FROM blocked")}
 
     def count_delayed(self):
         """Return how many jobs wait for their time alone."""
-        return self._value("SELECT COUNT(*) FROM jobs WHERE " + FOR_A_TIME)
+        return self._value(f"SELECT COUNT(*) FROM jobs WHERE {FOR_A_TIME}")
 
     def count_cancelled(self):
         """Return how many of the dead jobs somebody cancelled.
 
         By their error, which has an index, and which only `cancel` gives.
         """
-        return self._value("SELECT COUNT(*) FROM jobs WHERE state = 'dead'"
-                           " AND error = ?", CANCELLED)
+        return self._value(
+            "SELECT COUNT(*) FROM jobs WHERE state = 'dead' AND error = ?", CANCELLED)
 
     def first_blocked(self):
         """Return the first job that waits for a dead one, or None.
@@ -2960,50 +2983,47 @@ class Queue(Database):
         `id` is the job, `dependency` the id of the dead one, `state` and `cancelled`
         are those of the dead one.
         """
-        return self._row(
-            "SELECT jobs.id, dead.* FROM (" + BEHIND_DEAD + ") AS dead"
-            " JOIN jobs USING (seq) ORDER BY seq LIMIT 1")
+        return self._row(f"""
+            SELECT jobs.id, dead.* FROM ({BEHIND_DEAD}) AS dead JOIN jobs USING (seq)
+            ORDER BY seq LIMIT 1""")
 
     def blockers(self, limit):
         """Return the dead jobs that most others wait for, with the number of `jobs`.
 
         These wait directly or not. They are counted up to ten thousand.
         """
-        return self._rows(
-            "WITH RECURSIVE blocked (seq, root) AS (SELECT seq, root FROM ("
-            + BEHIND_DEAD + ") UNION SELECT jobs.seq, root FROM blocked"
-            " CROSS JOIN dependencies ON waits_for = blocked.seq"
-            " CROSS JOIN jobs ON jobs.seq = dependencies.seq"
-            " WHERE jobs.state = 'pending' LIMIT 10000)"
-            " SELECT id, state, cancelled, blocked.jobs AS jobs FROM"
-            " (SELECT root, COUNT(*) AS jobs FROM blocked GROUP BY root"
-            "  ORDER BY jobs DESC, root LIMIT ?) AS blocked JOIN jobs ON seq = root"
-            " ORDER BY blocked.jobs DESC, seq", limit)
+        return self._rows(f"""
+            {blocked("seq, root")}
+            SELECT id, state, cancelled, roots.jobs AS jobs
+            FROM (SELECT root, COUNT(*) AS jobs
+                FROM (SELECT root FROM blocked LIMIT 10000)
+                GROUP BY root ORDER BY jobs DESC, root LIMIT ?) AS roots
+            JOIN jobs ON seq = root
+            ORDER BY roots.jobs DESC, seq""", limit)
 
     def oldest_claimable(self):
         """Return the job (`id`, `run_at`) that waits longest for a worker, or None.
 
-        It is the first one of its priority. The priorities are found one after the
-        other by the index, up to a hundred.
+        It is the first one of its priority, of at most a hundred priorities. A time
+        may be long past: the job waits since it was enqueued.
         """
-        highest = "SELECT MAX(priority) FROM jobs WHERE " + CLAIMABLE
-        return self._row(
-            "WITH RECURSIVE level (priority) AS (" + highest + " UNION ALL SELECT ("
-            + highest + " AND jobs.priority < level.priority)"
-            " FROM level WHERE priority IS NOT NULL LIMIT 100)"
-            " SELECT id, max(run_at, created_at) AS run_at"  # a time may be long past
-            " FROM level CROSS JOIN jobs ON seq = (SELECT seq"
-            "  FROM jobs WHERE " + CLAIMABLE + " AND jobs.priority = level.priority"
-            "  ORDER BY run_at, seq LIMIT 1) ORDER BY run_at, seq LIMIT 1")
+        return self._row(f"""
+            {LEVELS} SELECT id, max(run_at, created_at) AS run_at
+            FROM (SELECT priority FROM level LIMIT 100) AS level
+            CROSS JOIN jobs ON seq = (SELECT seq FROM jobs
+                WHERE {CLAIMABLE} AND jobs.priority = level.priority
+                ORDER BY run_at, seq LIMIT 1)
+            ORDER BY run_at, seq LIMIT 1""")
 
     def next_due(self):
         """Return the job (`id`, `run_at`) that is due next, or None."""
-        return self._row("SELECT id, run_at FROM jobs WHERE " + FOR_A_TIME +
-                         " ORDER BY run_at, seq LIMIT 1")
+        return self._row(f"""
+            SELECT id, run_at FROM jobs WHERE {FOR_A_TIME}
+            ORDER BY run_at, seq LIMIT 1""")
 
     def has_claimable(self):
         """Tell whether there is a job to claim."""
-        return bool(self._value("SELECT 1 FROM jobs WHERE " + CLAIMABLE + " LIMIT 1"))
+        return bool(self._value(f"SELECT 1 FROM jobs WHERE {CLAIMABLE} LIMIT 1"))
 
     def is_drained(self):
         """Tell whether no job may be claimed, is running or waits for a retry.
@@ -3011,11 +3031,11 @@ class Queue(Database):
         Jobs that wait for a later time or for others do not count. This is one
         statement: between two a job could go from waiting to running.
         """
-        return not self._value(
-            "SELECT EXISTS (SELECT 1 FROM counts WHERE jobs > 0"
-            "  AND (state = 'processing' OR state = 'failed'))"
-            " OR EXISTS (SELECT 1 FROM jobs WHERE " + CLAIMABLE + ")"
-            " OR EXISTS (SELECT 1 FROM jobs WHERE " + FOR_A_TIME + " AND run_at <= ?)",
+        return not self._value(f"""
+            SELECT EXISTS (SELECT 1 FROM counts
+                WHERE jobs > 0 AND (state = 'processing' OR state = 'failed'))
+            OR EXISTS (SELECT 1 FROM jobs WHERE {CLAIMABLE})
+            OR EXISTS (SELECT 1 FROM jobs WHERE {FOR_A_TIME} AND run_at <= ?)""",
             self.clock())
 
     def begin_drain(self):
@@ -3088,10 +3108,10 @@ class Queue(Database):
 
         In one statement: a job that dies between two would be in neither.
         """
-        rows = self._rows(
-            "SELECT id, 0 AS died FROM jobs WHERE state = 'pending' UNION ALL"
-            " SELECT id, state = 'dead' FROM jobs WHERE " + RARE +
-            " AND (state <> 'dead' OR NOT cancelled)")
+        rows = self._rows(f"""
+            SELECT id, 0 AS died FROM jobs WHERE state = 'pending' UNION ALL
+            SELECT id, state = 'dead' FROM jobs
+                WHERE {RARE} AND (state <> 'dead' OR NOT cancelled)""")
         return [id for id, died in rows if not died], sum(died for _, died in rows)
 
     # -- settings ----------------------------------------------------------------------
@@ -3132,7 +3152,7 @@ class Queue(Database):
 
     def is_paused(self):
         """Tell whether no job may be claimed."""
-        return bool(self._value("SELECT " + PAUSED))
+        return bool(self._value(f"SELECT {PAUSED}"))
 
     # -- statistics --------------------------------------------------------------------
 
@@ -3143,15 +3163,16 @@ class Queue(Database):
 
     def run_bars(self, since, width, bars):
         """Return sums of the runs finished since a time, by bars of WIDTH seconds."""
-        return self._rows(
-            "SELECT MIN(CAST((finished_at - ?) / ? AS INTEGER), ?) AS bar,"
-            " SUM(total = 'completed') AS completed,"
-            " SUM(total = 'failed') AS failed,"
-            " SUM(total = 'interrupted') AS interrupted,"
-            " SUM(attempt > 1) AS retries, SUM(finished_at >= ?) AS latest"
-            " FROM (SELECT *, " + TOTAL_OF_RUN + " AS total FROM runs"
-            "  WHERE finished_at >= ?) GROUP BY bar",
-            since, width, bars - 1, self.clock() - 60, since)
+        return self._rows(f"""
+            SELECT MIN(CAST((finished_at - :since) / :width AS INTEGER), :last) AS bar,
+                SUM(total = 'completed') AS completed,
+                SUM(total = 'failed') AS failed,
+                SUM(total = 'interrupted') AS interrupted,
+                SUM(attempt > 1) AS retries,
+                SUM(finished_at >= :minute_ago) AS latest
+            FROM (SELECT *, {TOTAL_OF_RUN} AS total FROM runs
+                WHERE finished_at >= :since) GROUP BY bar""",
+            since=since, width=width, last=bars - 1, minute_ago=self.clock() - 60)
 
     def run_sample(self, since):
         """Return command, kind, error, run time and wait of runs finished since a time.
@@ -3159,13 +3180,13 @@ class Queue(Database):
         At most fifty thousand, those of the jobs that were enqueued last: a million
         would take seconds.
         """
-        return self._rows(
-            "SELECT command, kind, runs.error, finished_at - started_at AS spent,"
-            # `run_at` is a later time if the job was put back into the queue since.
-            " CASE WHEN jobs.run = runs.run AND started_at >= run_at"
-            "  THEN started_at - max(run_at, created_at) END AS waited"
-            " FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?"
-            " ORDER BY seq DESC LIMIT 50000", since)
+        # `run_at` is a later time if the job was put back into the queue since.
+        return self._rows("""
+            SELECT command, kind, runs.error, finished_at - started_at AS spent,
+                CASE WHEN jobs.run = runs.run AND started_at >= run_at
+                    THEN started_at - max(run_at, created_at) END AS waited
+            FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?
+            ORDER BY seq DESC LIMIT 50000""", since)
 
 
 class Wait:
@@ -7298,7 +7319,7 @@ class Trial:
         except subprocess.TimeoutExpired:
             raise QueueError(TOO_SLOW) from None
         lines = printed.decode("utf-8", "replace").splitlines() or ["it was killed"]
-        for line in lines:
+        for line in lines:  # its hints and errors are among them
             if line.startswith(("[", "{")):
                 return json.loads(line)
         raise QueueError("%s", lines[-1].partition("queuectl: ")[2] or lines[-1])
@@ -7341,12 +7362,16 @@ class Trial:
 
         require(wait_until(are_there, self.time_left()), TOO_SLOW)
 
-    def require_no_overlap(self):
-        """Raise QueueError if two runs of the beating job were alive at a time."""
+    def finish_second_run(self, pool):
+        """Let the beating job end in its second run, which must not overlap the first."""
+        self.wait_for_beats(2)
+        self.write("over")
+        self.finish(pool)
         runs = [pid for pid, _ in itertools.groupby(self.read("beats"))]
         require(len(runs) == len({*runs}), "two runs of a job overlapped")
 
     def time_left(self):
+        """Return the seconds that this trial may still take."""
         return max(0.0, self.deadline - time.monotonic())
 
     def end(self):
@@ -7420,7 +7445,7 @@ def show_parallel(trial):
     trial.expect(**dict.fromkeys(["beat1", "beat2", *ids], ("completed", 1)))
 
 
-@promise("a failed job is retried after its waits, then dead, and can be retried")
+@promise("a failed job is retried after each wait, then dead until dlq retry")
 def show_retries(trial):
     trial.run("config", "set", "backoff_base", "0.5")
     trial.enqueue(FAILING_JOB, "job")
@@ -7437,7 +7462,7 @@ def show_retries(trial):
     trial.expect(job=("completed", 1))
 
 
-@promise("output is kept in order, the last bytes")
+@promise("the last bytes of an output are kept, in order")
 def show_output(trial):
     trial.run("config", "set", "output_limit", "1000")
     trial.enqueue(PRINTING_JOB, "job")
@@ -7466,16 +7491,13 @@ def show_killed_worker(trial):
     trial.wait_for_beats(1)
     workers = trial.run("status")["workers"]
     trial.kill(*(worker["pid"] for worker in workers if worker["job"]))
-    trial.wait_for_beats(2)
-    trial.write("over")
-    trial.finish(pool)
-    trial.require_no_overlap()
+    trial.finish_second_run(pool)
     trial.expect(job=("completed", 1))
     kept = trial.run("logs", "job", "--run", "1")["output"].split()
     require(kept == ["begun"], "of the output of the first run was kept: %s", kept)
 
 
-@promise("a killed pool's jobs run again, and a new one finds everything")
+@promise("a killed pool's jobs run again, and the next pool finds every job")
 def show_killed_pool(trial):
     trial.run("enqueue", "--id", "later", "--delay", "1h", "--", "exit 0")
     trial.enqueue(BEATING_JOB, "job")
@@ -7484,14 +7506,11 @@ def show_killed_pool(trial):
     workers = trial.run("status")["workers"]
     trial.kill(pool.pid, *(worker["pid"] for worker in workers))
     pool = trial.start_pool()
-    trial.wait_for_beats(2)
-    trial.write("over")
-    trial.finish(pool)
-    trial.require_no_overlap()
+    trial.finish_second_run(pool)
     trial.expect(later=("pending", 0), job=("completed", 1))
 
 
-@promise("a pool that is stopped finishes its running job, and starts no other")
+@promise("a stopped pool finishes its running job and starts no other")
 def show_stop(trial):
     trial.enqueue(BEATING_JOB, "running", "next")
     pool = trial.start_pool(count=1)
@@ -7520,7 +7539,7 @@ def cmd_selftest(args):
     finally:
         catch_signals(lambda *_: None)  # a second Ctrl-C must not cut this short
         clear_up(home, trials)
-    holding = [result["holds"] for result in results].count(True)
+    holding = sum(result["holds"] for result in results)
     print_result(args, results, "%d of %d promises hold in %s" % (
         holding, len(PROMISES), printable(os.path.dirname(args.db))))
     return 0 if holding == len(PROMISES) else 1
@@ -7544,10 +7563,8 @@ def try_promise(text, show, trial):
     try:
         os.mkdir(trial.folder)
         show(trial)
-    except (QueueError, sqlite3.Error) as failure:
-        error = str(failure)
-    except OSError as failure:
-        error = failure.strerror or str(failure)
+    except (QueueError, OSError, sqlite3.Error) as failure:
+        error = getattr(failure, "strerror", None) or str(failure)
     seconds = round(time.monotonic() - began, 3)
     return {"promise": text, "holds": not error, "seconds": seconds, "error": error}
 

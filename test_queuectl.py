@@ -84,6 +84,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -2879,11 +2880,11 @@ class TestMigration:
 
     @posix_only
     @pytest.mark.parametrize("name, file, words", [
-        ("queuectl.db", "queuectl-77.pid", "pool 77 of queuectl 1.1 runs: stop it with"
+        ("queuectl.db", "queuectl-77.pid", "pool 77 of an older queuectl runs: stop it with"
          " queuectl.py worker stop, then try again"),
-        ("queuectl.db", "queuectl.runs/worker-77-78", "pool 77 of queuectl 1.1 runs"),
+        ("queuectl.db", "queuectl.runs/worker-77-78", "pool 77 of an older queuectl runs"),
         ("queuectl.db", "queuectl.runs/00c0ffee-5-1", "job lost still runs"),
-        ("app.db", "app-77.pid", "stop it with worker stop of queuectl 1.1"),
+        ("app.db", "app-77.pid", "stop it with worker stop of that queuectl"),
         ("app.db", "app.log", "job lost is processing")])
     def test_it_is_not_converted_while_1_1_may_run(self, name, file, words):
         make_queue_of_version_2(name)
@@ -2926,18 +2927,18 @@ queuectl.Database._execute_all = killed
         version, before = queuectl.SCHEMA_VERSION, schema_of_queue()
         monkeypatch.setattr(queuectl, "SCHEMA_VERSION", version + 1)
         monkeypatch.setattr(queuectl, "MIGRATIONS", {
-            version: "ALTER TABLE jobs ADD COLUMN tag TEXT;\n"
-                     "ALTER TABLE runs ADD COLUMN tag TEXT;\n"})
+            version: "ALTER TABLE jobs ADD COLUMN of_test TEXT;\n"
+                     "ALTER TABLE runs ADD COLUMN of_test TEXT;\n"})
         monkeypatch.setattr(queuectl, "SCHEMA", queuectl.SCHEMA.replace(
             "user_version = %d" % version, "user_version = %d" % (version + 1)).replace(
-            "ON jobs (state, seq)", "ON jobs (state, tag, seq)"))
+            "ON jobs (state, seq)", "ON jobs (state, of_test, seq)"))
         with queuectl.Queue("queuectl.db") as queue:
             assert query("PRAGMA user_version") == [(version + 1,)]
             assert queue.job("old")["state"] == "pending"
         after = schema_of_queue()
         assert {name for name, sql in after.items() if sql != before[name]} == {
             "jobs", "runs", "jobs_rare"}
-        assert "tag" in after["jobs"] and "tag, seq" in after["jobs_rare"]
+        assert "of_test" in after["jobs"] and "of_test, seq" in after["jobs_rare"]
         run_ok("delete", "old")
         assert read_status()["jobs"]["pending"] == 0  # the trigger that counts is there
 
@@ -8773,8 +8774,15 @@ def run_readme_line(line):
 def readme_block(begin):
     """Return the block of the README that has a line which begins so, as lines."""
     blocks = re.findall(r"(?m)^((?:    .*\n)+)", read_readme())
-    block, = [block for block in blocks if "\n    " + begin in "\n" + block]
-    return [line[4:] for line in block.splitlines()]
+    block, = [block for block in blocks if re.search(
+        "(?m)^ *" + re.escape(begin), block)]
+    return textwrap.dedent(block).splitlines()
+
+
+def readme_words(text):
+    """Return the words of each line of a text; times and process numbers are alike."""
+    text = re.sub(r"<?\b\d[\d.]*(ms|s|m|h)( ago)?\b|pool \d+", "…", text)
+    return sorted(map(str.split, text.splitlines()))
 
 
 def make_executable(path, lines):
@@ -8791,11 +8799,14 @@ WITHOUT_PRIORITIES = [
     (r"    priority INTEGER NOT NULL DEFAULT 0,\n", ""),
     (r", priority ON jobs\n", " ON jobs\n"),
     (r'ORDER = "priority DESC, run_at, seq"', 'ORDER = "run_at, seq"'),
-    (r"(?s)\(priority > \? OR priority = \? AND (\(run_at, seq\) < \(\?, \?\))\)\",\n.*?"
-     r"(job\[\"run_at\"\], job\[\"seq\"\]\))", r'\1", \2'),
-    (r'(?s)(def oldest_claimable.*?\n).*?LIMIT 1"\)\n',
+    (r"(?s)# The priorities of .*?(# The jobs that were due)", r"\1"),
+    (r"\{LEVELS\} (SELECT seq FROM) level CROSS JOIN jobs USING \(priority\)",
+     r"\1 jobs"),
+    (r"(?s)\(priority > :priority\n *OR priority = :priority AND (.*?)\)\"\"\",\n"
+     r' *priority=job\["priority"\], ', r'\1""",\n            '),
+    (r"(?s)(def oldest_claimable.*?\n).*?(?=    def next_due)",
      r'\1        return self._row("SELECT id, run_at FROM jobs WHERE " + CLAIMABLE'
-     r' + " ORDER BY run_at, seq LIMIT 1")\n'),
+     r' + " ORDER BY run_at, seq LIMIT 1")\n\n'),
 ]
 
 
@@ -8806,37 +8817,33 @@ class TestReadme:
         for word in [*queuectl.COMMANDS, *queuectl.SETTINGS]:
             assert re.search("`[^`]*" + word, read_readme()), word
 
+    def test_it_is_short(self):
+        lines = read_readme().splitlines()
+        assert len(lines) <= 330 and max(map(len, lines)) <= 100
+
     @posix_only
     def test_its_transcript_is_what_happens(self):
         text = re.search(r"\n((?:    .*\n)+)", read_readme())[1].replace("    ", "", 1)
         steps = re.split(r"(?m)^ *\$ ", text)[1:]
-        assert len(steps) == 5
+        assert len(steps) == 4
         configure("backoff_base", "0.1")  # or the failing job would wait for 2 s
         for step in steps:
             line, _, expected = step.partition("\n")
-            printed, expected = (
-                sorted(map(str.split, re.sub(
-                    r"(\d+\.\d+|<?\d+m)s( ago)?|pool \d+", "…", text).splitlines()))
-                for text in (run_readme_line(line), expected))
-            assert printed == expected, line
+            assert readme_words(run_readme_line(line)) == readme_words(expected), line
 
-    @posix_only
-    def test_its_first_job_runs(self):
-        line = re.search(
-            r"(?m)^    (python3 queuectl.py enqueue .*drain)$", read_readme()
-        )[1]
-        assert "1 completed, 0 dead" in run_readme_line(line)
-
-    def test_its_demo_works_as_it_stands_there(self):
-        configure("backoff_base", "0")  # or job3 and job4 would take 6 s to die
-        pool = None
-        for line in readme_block("python queuectl.py status"):
-            if "worker start" in line:
-                pool = start_pool()
-                wait_until(lambda: list(jobs("--state", "dead")) == ["job3", "job4"])
-            else:
-                assert run_readme_line(line), line
+    def test_its_demo_shows_what_stands_there(self):
+        configure("backoff_base", "0.1")  # or job3 and job4 would take 6 s to die
+        lines = readme_block("python queuectl.py status")
+        start = lines.index("python queuectl.py worker start --count 2")
+        printed = "".join(map(run_readme_line, lines[:start]))
+        pool = start_pool(count=2)
+        wait_until(lambda: list(jobs("--state", "dead")) == ["job3", "job4"])
+        later = "".join(map(run_readme_line, lines[start + 2:]))
         assert pool.wait(10) == 0
+        printed += pool.stdout.read() + pool.stderr.read()
+        for begin, text in ("enqueued job1", printed), ("Completed: 2", later):
+            shown = readme_words("\n".join(readme_block(begin)))
+            assert [line for line in shown if line not in readme_words(text)] == []
         assert run_ok("config", "get", "max_retries").out == "5\n"
         assert set(jobs()) == {"job2", "job3", "job4"}
 
@@ -8845,50 +8852,60 @@ class TestReadme:
         configure("backoff_base", "0")
         with open("commands.txt", "w") as file:
             file.write("true\n\necho two\n")
-        for line in readme_block("# Add jobs"):
+        lines = re.findall(r"(?m)^\| .* \| `(queuectl .*)` \|$", read_readme())
+        assert len(lines) > 25
+        for line in lines:
             words = line.split()
-            if line.startswith("#") or {"--watch", "--follow", "wait"} & set(words):
-                continue
-            if line.endswith(("dlq retry report", "queuectl retry report")):
-                run_ok("cancel", "report")
-            if line == "queuectl worker start --count 4":
+            if {"--watch", "dashboard"} & set(words) or words[-2:] == ["--count", "4"]:
                 continue  # it would run until it is stopped
+            if line == "queuectl retry report":
+                run_ok("cancel", "report")
             answer = subprocess.run(own_command(line), shell=True, timeout=60)
-            is_drain = "--drain" in words  # some of its commands are not there
-            assert answer.returncode == (1 if is_drain else 0), line
-            if "--detach" in words:
-                run_ok("worker", "stop")
+            # Some of their programs are not there.
+            is_dead = "--drain" in words or words[1] == "wait"
+            assert answer.returncode == (1 if is_dead else 0), line
         assert jobs("--match", "echo two") and state_of("report") == "dead"
         assert run_ok("config", "get", "keep").out == "604800\n"
 
     @posix_only
     def test_its_lines_for_cron_and_ci_run(self):
-        _, cron, _, *ci = readme_block("# Cron:")
-        cron = re.sub(r"^[\d* ]+|cd /srv/queue && ", "", cron)
-        assert cron.startswith("python3 queuectl.py")
+        _, cron, _, *ci = readme_block("# Cron")
+        cron = re.sub(r"^[\d* ]+|cd /srv/queue && |/usr/local/bin/", "", cron)
         assert run_readme_line(cron) == "" == run_readme_line(cron)
-        assert list(jobs()) == ["backup"]
+        assert list(jobs()) == ["sync"]
         with open("commands.txt", "w") as file:
             file.write("true\necho lost; exit 3\n")
         answer = subprocess.run(
             "\n".join(map(own_command, ci)), shell=True, stdout=subprocess.PIPE)
         assert answer.returncode == 1 and b"\nlost\n" in answer.stdout
-        assert list(jobs()) == ["backup"]  # that was another queue
+        assert list(jobs()) == ["sync"]  # that was another queue
 
     @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
     def test_systemd_takes_its_service(self):
-        lines = [re.sub("=/usr/bin/python3 .*?py ", "=%s " % shutil.which("true"), line)
-                 for line in readme_block("[Service]")]
-        lines = [line.replace("=you", "=root").replace("/srv/queue", "/tmp")
-                 for line in lines]
+        text = "\n".join(readme_block("[Service]"))
+        for name, own in {"/usr/local/bin/queuectl": shutil.which("true"),
+                          "=queue\n": "=root\n", "/srv/queue": "/tmp"}.items():
+            assert name in text
+            text = text.replace(name, own)
         with open("queuectl.service", "w") as file:
-            file.write("\n".join(lines) + "\n")
+            file.write(text + "\n")
         answer = subprocess.run(
             ["systemd-analyze", "verify", os.path.abspath("queuectl.service")],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         complaints = [line for line in answer.stdout.decode().splitlines()
                       if "queuectl.service:" in line]
         assert complaints == []
+
+    @needs_proc  # as install -D is
+    def test_its_service_can_be_installed(self, home):
+        shutil.copy(SCRIPT, "queuectl.py")
+        script = re.sub(  # what needs root
+            r"(?m)^sudo (useradd|systemctl) .*\n| -o queue|sudo (-u queue )?", "",
+            "\n".join(readme_block("sudo useradd")))
+        script = script.replace(" /", " %s/" % home)
+        subprocess.run("set -e\n" + script, shell=True, check=True)
+        os.chdir("srv/queue")
+        assert [job["command"] for job in jobs().values()] == ["date"]
 
     @posix_only
     @pytest.mark.parametrize("launcher", ["srun -Q -n1", "./over-ssh build1"])
@@ -8900,8 +8917,7 @@ class TestReadme:
         make_executable("./over-ssh", readme_block("#!/bin/bash"))
         monkeypatch.setenv("PATH", os.path.abspath("bin"), prepend=os.pathsep)
         if launcher.startswith("srun"):
-            line, = readme_block("queuectl config set launcher")
-            run_readme_line(line)
+            run_readme_line(re.search(r"`(\S+ config set launcher .*)`", read_readme())[1])
         else:
             configure("launcher", launcher)
         assert run_ok("config", "get", "launcher").out == launcher + "\n"
@@ -8923,16 +8939,24 @@ class TestReadme:
         assert list(jobs()) == ["kept"] and state_of("kept") == "completed"
 
     def test_its_library_example_runs(self):
-        text = re.search(r"(?s)As a library\..*?\n\n(.*?)\n\n[^ ]", read_readme())[1]
-        program = "\n".join(line[4:] for line in text.splitlines())
+        program = "\n".join(readme_block("from queuectl import"))
         pool = start_pool(count=1)
         answer = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE,
                               env=python_environment())
         assert answer.stdout.startswith(b"completed b'hello") and pool.poll() is None
 
-    def test_it_names_tests_that_there_are(self):
-        for name in re.findall(r"`(Test\w+)`", read_readme()):
-            assert name in globals(), name
+    def test_it_names_tests_and_methods_that_there_are(self):
+        classes = [value for value in globals().values() if inspect.isclass(value)]
+        tests = {name for each in classes for name in (each.__name__, *vars(each))}
+        named = re.findall(r"`([Tt]est_?\w+)`", read_readme())
+        assert len(named) > 15 and set(named) <= tests
+        for owner, method in re.findall(r"`([A-Z]\w+)\.(\w+)`", read_readme()):
+            assert hasattr(getattr(queuectl, owner), method), method
+
+    def test_its_promises_are_those_of_selftest(self):
+        table = read_readme().partition("| promise | tests |\n| --- | --- |\n")[2]
+        promises = re.findall(r"(?m)^\| (.*) \| `", table.partition("\n\n")[0])
+        assert promises[:9] == list(queuectl.PROMISES)
 
     def test_priorities_can_be_removed_where_it_says(self):
         text = read_text(SCRIPT)
