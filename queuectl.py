@@ -1393,7 +1393,7 @@ CREATE TABLE IF NOT EXISTS runs (
     pid INTEGER,                            -- PID and process group of the command
     started_at REAL NOT NULL,
     finished_at REAL,
-    kind TEXT,                              -- how it ended, one of KINDS
+    kind TEXT,                              -- how it ended, one of RUN_KINDS
     exit_code INTEGER,
     error TEXT,
     PRIMARY KEY (seq, run)
@@ -1909,26 +1909,26 @@ if not WINDOWS:
 # What follows from the way in which a run ended: the total that counts it, and whether
 # its job is put back, so that the attempt does not count. A run without a total never
 # began, and is not recorded.
-Kind = collections.namedtuple("Kind", "total is_put_back")
-KINDS = {
-    "completed": Kind("completed", False),
-    "failed": Kind("failed", False),  # an exit code, a signal, a timeout
-    "cancelled": Kind("interrupted", False),
-    "stopped": Kind("interrupted", True),  # with its pool, or with its whole service
-    "lost": Kind("interrupted", True),  # its worker died
-    "refused": Kind(None, True),  # the system had no process to give
+RunKind = collections.namedtuple("RunKind", "total is_put_back")
+RUN_KINDS = {
+    "completed": RunKind("completed", False),
+    "failed": RunKind("failed", False),  # an exit code, a signal, a timeout
+    "cancelled": RunKind("interrupted", False),
+    "stopped": RunKind("interrupted", True),  # with its pool, or with its whole service
+    "lost": RunKind("interrupted", True),  # its worker died
+    "refused": RunKind(None, True),  # the system had no process to give
 }
 TOTALS = ("completed", "failed", "interrupted")
 # The SQL for the total of a run.
 TOTAL_OF_RUN = "CASE %s END" % " ".join(
     "WHEN kind = '%s' THEN '%s'" % (name, kind.total)
-    for name, kind in KINDS.items() if kind.total)
+    for name, kind in RUN_KINDS.items() if kind.total)
 # The errors of runs and jobs that have one in every case.
 WORKER_DIED, STOPPED_NOW, STOPPED, CANCELLED = (
     "worker died", "stopped now", "stopped", "cancelled")
 
-# How a run ended: one of KINDS; exit code, or None without one; the text that is stored
-# and shown, None after success; epoch seconds; bytes.
+# How a run ended: one of RUN_KINDS; exit code, or None without one; the text that is
+# stored and shown, None after success; epoch seconds; bytes.
 Outcome = collections.namedtuple("Outcome", "kind exit_code error finished_at output")
 
 # How much of an output is kept.
@@ -2405,7 +2405,7 @@ class Queue(Database):
         This and each of the three verbs return the new state of the job, or None if the
         run no longer owns it.
         """
-        if KINDS[outcome.kind].is_put_back:
+        if RUN_KINDS[outcome.kind].is_put_back:
             return self.release(run, outcome)
         if outcome.kind == "completed":
             return self.complete(run, outcome)
@@ -2468,7 +2468,7 @@ class Queue(Database):
             return state
 
     def _record_run(self, run, outcome):
-        total = KINDS[outcome.kind].total
+        total = RUN_KINDS[outcome.kind].total
         if total is None:
             self._change(
                 "DELETE FROM runs WHERE seq = ? AND run = ?", run.seq, run.number)
@@ -5762,8 +5762,16 @@ KEY = positional(
 
 def state_option(states):
     """Return the option that selects jobs by these states."""
-    return option("--state", "STATE", "one of %s (repeatable; default: all)"
-                  % ", ".join(states), state_name, action="append", default=[])
+    names = ", ".join(states)
+
+    def convert(text):
+        if state_name(text) not in states:
+            message = "--state %s: it has to be one of %s"
+            raise QueueError(message, text, names, code=2)
+        return state_name(text)
+
+    return option("--state", "STATE", "one of %s (repeatable; default: all)" % names,
+                  convert, action="append", default=[])
 
 
 SINCE, DIED_SINCE = (
@@ -6262,14 +6270,12 @@ def report_left(args, room, count):
     limit = room or args.limit or 0
     if not limit or count <= limit or args.json:
         return
-    more = plural(count - limit, "older job" if room else "more job") + MORE_HINT
+    more = plural(count - limit, "older job" if room else "more job")
+    more += "; --limit 0 lists all"
     if terminal_width(sys.stdout):
         print_lines([Line(more, DIM)])
     else:
         notice(more)
-
-
-MORE_HINT = "; --limit 0 lists all"
 
 
 def time_since(args, queue):
@@ -6715,15 +6721,6 @@ def require_one_selection(args, *ways):
         raise QueueError(message, code=2)
 
 
-def selected_states(args, taken):
-    """Return the states given by --state, or all states that the command accepts."""
-    for state in args.state:
-        if state not in taken:
-            message = "--state %s: it has to be one of %s"
-            raise QueueError(message, state, ", ".join(taken), code=2)
-    return args.state or taken
-
-
 # `taken` is the condition for the jobs that a verb for many changes. `left` is that for
 # those which it leaves alone, or None, and `why` the reason, for the message.
 Selection = collections.namedtuple("Selection", "taken left why")
@@ -6769,7 +6766,7 @@ def cmd_cancel(args, queue):
         workers = queue.workers()
         return print_each(args, "cancelled", lambda id: cancel_answer(
             queue, queue.job(id), workers))
-    chosen = where(selected_states(args, TAKES["cancel"]), text=args.match)
+    chosen = where(args.state or TAKES["cancel"], text=args.match)
     apply_to_many(
         args, queue, queue.cancel_all, "cancelled", Selection(chosen, None, None))
 
@@ -6786,7 +6783,7 @@ def cancel_answer(queue, job, workers):
          IDS, state_option(TAKES["retry"]), MATCH, DRY_RUN)
 def cmd_retry(args, queue):
     require_one_selection(args, args.state or args.match)
-    retry_jobs(args, queue, selected_states(args, TAKES["retry"]))
+    retry_jobs(args, queue, args.state or TAKES["retry"])
 
 
 def retry_jobs(args, queue, states, **filters):
@@ -6813,8 +6810,6 @@ def cmd_delete(args, queue):
     if has_age and {*args.state} - {*FINISHED}:
         message = "--older-than: only jobs that have finished have an age"
         raise QueueError(message, code=2)
-    if "processing" in args.state:
-        raise QueueError("delete: a running job can't be deleted; cancel it first")
     if args.ids:
         queue.delete(args.ids)
         return print_each(args, "deleted", lambda id: "deleted " + printable(id))

@@ -4363,7 +4363,8 @@ class TestDelete:
             "deleted": 1, "left": 0}
         assert set(jobs()) == {"waits", "runs"}  # unfinished jobs have no age
         assert run_ok("delete", "--state", "dead").out == "deleted 0 jobs\n"
-        assert "running" in run_refused("delete", "--state", "processing")
+        assert "has to be one of pending, failed, completed, dead" in run_refused(
+            "delete", "--state", "processing", code=2)
         run_ok("delete", "--all")
         assert set(jobs()) == {"runs"} and queue.counts()["processing"] == 1
 
