@@ -4487,7 +4487,7 @@ def fitted(widths, room):
     # One long id must not push all else off the screen.
     widths = [min(width, 40) for width in widths[:-1]] + [min(widths[-1], room)]
     while sum(widths) > room:
-        at = -1 if widths[-1] > 16 else widths.index(max(widths))
+        at = -1 if widths[-1] > 10 else widths.index(max(widths))
         widths[at] -= 1
     return widths
 
