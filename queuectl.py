@@ -7430,9 +7430,8 @@ class Refusal(Exception):
 
 # -- the documents of the commands -----------------------------------------------------
 
-# What a route gets: the queue, the query of the address, and what the dashboard keeps
-# from one request to the next. The id of a job is `query["id"]`.
-Request = collections.namedtuple("Request", "queue query memory")
+# A route is a function of the queue and of the query of the address. The id of a job is
+# `query["id"]`.
 
 
 def require_job(queue, id):
@@ -7445,11 +7444,8 @@ def filters_of(query, states=STATES):
     """Return arguments for `where`: what a query asks for, of these states alone."""
     if "state" in query:
         states = [state for state in states if state == state_name(query["state"])]
-    text, error, behind = query.get("q", ""), query.get("error"), query.get("behind")
-    if not is_storable(text + (error or "") + (behind or "")):
-        raise Refusal(400, "not text")
-    pattern = like_pattern(text) if text else None
-    return dict(states=states, pattern=pattern, error=error, behind=behind)
+    return dict(states=states, error=query.get("error"), behind=query.get("behind"),
+                pattern=like_pattern(query["q"]) if query.get("q") else None)
 
 
 def newest_jobs(queue, query):
@@ -7459,23 +7455,20 @@ def newest_jobs(queue, query):
     """
     limit = min(count_from(0, "limit")(query.get("limit", "50")) or 50, BATCH_SIZE)
     filters, before = filters_of(query), query.get("before", "")
-    if not is_storable(before):
-        raise Refusal(400, "not text")
     if before:
         require_job(queue, before)
-    if query.get("state", "").lower() == "dead":
+    if filters["states"] == ["dead"]:
         del filters["states"]
         return list(queue.dead_jobs(before, limit, **filters))
     return list(queue.jobs(
         where(**filters), limit, newest=True, last=queue.seq_before(before)))
 
 
-def stats_by_minute(request):
+def stats_by_minute(queue, query):
     """Return `stats`; those of the last hour begin with a full minute.
 
     So the bars on the page stay where they are from one refresh to the next.
     """
-    queue, query, _ = request
     since = queue.clock() - seconds_from(1, "since")(query.get("since", "1h"))
     return read_stats(queue, since if "since" in query else since // 60 * 60 + 60)
 
@@ -7487,24 +7480,15 @@ def selected_by(verb, query):
     return jobs_to_delete(**filters_of(query, TAKES["delete"]))
 
 
-def counts_route(request):
-    """Return how many jobs a query names, and how many of them each verb would take."""
-    queue, query, _ = request
-    return {"jobs": queue.count(where(**filters_of(query))),
-            "retry": queue.count(selected_by("retry", query).taken),
-            "delete": queue.count(selected_by("delete", query).taken)}
-
-
-def dead_route(request):
+def dead_route(queue, query):
     """Return the dead jobs by their errors, the most common first."""
     names = "error", "jobs", "latest", "id", "line"
     return [with_iso_times({name: group[name] for name in names}, "latest")
-            for group in errors_of(request.queue)]
+            for group in errors_of(queue)]
 
 
-def run_of(request):
+def run_of(queue, query):
     """Return the job that a query names, and the number of its run."""
-    queue, query, _ = request
     require_job(queue, query.get("id", ""))
     job = queue.job(query["id"])
     run = count_from(0, "run")(query.get("run", str(job["run"])))
@@ -7513,41 +7497,25 @@ def run_of(request):
     return job, run
 
 
-def is_live(job, run):
-    """Tell whether a run still goes on."""
-    return job["state"] == "processing" and run == job["run"]
-
-
-def output_route(request):
-    """Return the output of a run as text: all of it, its end, or a part."""
-    import codecs
-
-    job, run = run_of(request)
-    query, output = request.query, output_of(request.queue, job, run)
-    if not {"from", "tail"} & {*query}:
-        return output_document(job, run, output)
-    dropped, output = split_dropped(output)
-    end = dropped + len(output)
-    start = count_from(0, "from")(query.get("from", "0"))
+def output_route(queue, query):
+    """Return the output of a run as text: all of it, or the last `tail` bytes."""
+    job, run = run_of(queue, query)
+    output = output_of(queue, job, run)
     if "tail" in query:
-        start = max(start, end - count_from(0, "tail")(query["tail"]))
-    start = max(dropped, start)
-    decoder = codecs.getincrementaldecoder("utf-8")(FOREIGN_BYTES)
-    text = decoder.decode(output[start - dropped :], final=not is_live(job, run))
-    end -= len(decoder.getstate()[0])  # half a character is left for the next time
-    return {"id": job["id"], "run": run, "output": text, "start": start, "end": end}
+        _, output = split_dropped(output)
+        output = output[max(0, len(output) - count_from(0, "tail")(query["tail"])) :]
+    return output_document(job, run, output)
 
 
-def download_route(request):
+def download_route(queue, query):
     """Return what is kept of an output, as text to save."""
-    job, run = run_of(request)
-    output = split_dropped(output_of(request.queue, job, run))[1]
+    _, output = split_dropped(output_of(queue, *run_of(queue, query)))
     return output.decode("utf-8", FOREIGN_BYTES)
 
 
-def metrics_route(request):
+def metrics_route(queue, query):
     """Return the numbers of the queue in the text format of Prometheus."""
-    status, totals = read_status(request.queue), request.queue.totals()
+    status, totals = read_status(queue), queue.totals()
     busy = sum(worker["job"] is not None for worker in status["workers"])
     families = [
         ("jobs", "gauge", "jobs by state", "state", status["jobs"]),
@@ -7559,9 +7527,9 @@ def metrics_route(request):
          {outcome: "%.6f" % seconds for outcome, (_, seconds) in totals.items()}),
     ]
     lines = []
-    for name, kind, meaning, label, values in families:
+    for name, type, meaning, label, values in families:
         lines.append("# HELP queuectl_%s %s" % (name, meaning))
-        lines.append("# TYPE queuectl_%s %s" % (name, kind))
+        lines.append("# TYPE queuectl_%s %s" % (name, type))
         lines += ['queuectl_%s{%s="%s"} %s' % (name, label, *pair)
                   for pair in values.items()]
     return "\n".join(lines) + "\n"
@@ -7577,34 +7545,39 @@ class Html(str):
 def element(name, *content, **attributes):
     """Return an element, without content and attributes that are None.
 
-    `kind` is the class. Nothing else makes markup, so nothing else has to escape.
+    `css` are its classes. Nothing else makes markup, so nothing else has to escape.
     """
     from html import escape
 
-    written = "".join(
-        ' %s="%s"' % ("class" if key == "kind" else key.replace("_", "-"),
+    written = "".join([
+        ' %s="%s"' % ("class" if key == "css" else key.replace("_", "-"),
                       escape(str(value)))
-        for key, value in attributes.items() if value is not None)
-    inside = "".join(part if isinstance(part, Html) else escape(str(part))
-                     for part in content if part is not None)
+        for key, value in attributes.items() if value is not None])
+    inside = "".join([part if isinstance(part, Html) else escape(str(part))
+                      for part in content if part is not None])
     if name == "input":
         return Html("<input%s/>" % written)
     return Html("<%s%s>%s</%s>" % (name, written, inside, name))
 
 
-def link(words, address, kind=None, **attributes):
-    return element("a", words, href=address, kind=kind, **attributes)
+def link(words, address, css=None, **attributes):
+    return element("a", words, href=address, css=css, **attributes)
 
 
-def button(words, post, kind=None, label=None, **data):
+def button(words, post, css=None, label=None, **data):
     """Return a button whose click the script turns into a POST.
 
     `ask` is asked before it, or what the address in `question` answers, with `do` on
     the button that goes on. `done` is shown after it.
     """
-    data = {"data_" + name: value for name, value in dict(data, kind=kind).items()}
-    return element("button", words, type="button", kind=kind, aria_label=label,
+    data = {"data_" + name: value for name, value in dict(data, css=css).items()}
+    return element("button", words, type="button", css=css, aria_label=label,
                    data_post=post, **data)
+
+
+def copy_button(label):
+    """Return a button that copies the text of the element before it."""
+    return element("button", "Copy", type="button", data_copy="", aria_label=label)
 
 
 def ago(moment, page):
@@ -7633,9 +7606,9 @@ def query_of(**fields):
     return "?" + urlencode(fields) if fields else ""
 
 
-def job_address(job, what):
-    """Return the address of an action for a job. Its id may be `..`: no path."""
-    return "/api/jobs/-/" + what + query_of(id=job["id"])
+def verb_address(verb, id):
+    """Return the address of a verb for a job. An id may be `..`, which no path can."""
+    return "/api/jobs/-/" + verb + query_of(id=id)
 
 
 class View(collections.namedtuple(
@@ -7661,16 +7634,17 @@ class View(collections.namedtuple(
         nothing = dict(state="", q="", error="", behind="", before="", first="")
         return self.address("#jobs", **dict(nothing, **filters))
 
-    def open(self, id):
+    def open(self, id, **changes):
         """Return the address with the panel of a job."""
-        return self.address(job=id, run="")
+        return self.address(job=id, run="", **changes)
 
 
 # What the parts of the page are made of: the queue; the `View`; the time; the values of
-# `read_status`; those of `errors_of`; the growth for `verdict`; the `Memory`; whether
-# the page holds the output of the open job (otherwise the script fetches it).
+# `read_status`; those of `errors_of`; the growth for `verdict`; the jobs of the table,
+# and one more if there are older ones; the counts in the cache; whether the page holds
+# the output of the open job (otherwise the script fetches it).
 Page = collections.namedtuple(
-    "Page", "queue view now status groups growth memory is_whole")
+    "Page", "queue view now status groups growth found counts is_whole")
 
 
 def icons():
@@ -7686,19 +7660,20 @@ def icon_name(word):
 
 
 def icon(word):
-    return element("svg", element("use", href="#" + icon_name(word)), kind="icon",
+    return element("svg", element("use", href="#" + icon_name(word)), css="icon",
                    aria_hidden="true")
 
 
 # -- the page: the verdict, and what needs somebody ------------------------------------
 
-
 LOGO = "M2 4h12M2 8h8M2 12h11"
+FIRST_STEPS = ("add a job: queuectl.py enqueue -- echo hello",
+               "run it: queuectl.py worker start")
 
 
 def headline():
     """Return the name of the program with its logo."""
-    logo = element("svg", element("path", d=LOGO), kind="logo", viewBox="0 0 16 16",
+    logo = element("svg", element("path", d=LOGO), css="logo", viewBox="0 0 16 16",
                    aria_hidden="true")
     return element("h1", logo, "queuectl")
 
@@ -7714,8 +7689,8 @@ def page_header(page):
         switch = button("Pause", "/api/pause", done="Paused: no further job starts")
     return element(
         "header", headline(),
-        element("span", element("span", folder + os.sep, kind="wide"), name,
-                kind="mono dim line", title=page.queue.path), switch, kind="row")
+        element("span", element("span", folder + os.sep, css="wide"), name,
+                css="mono dim line", title=page.queue.path), switch, css="row")
 
 
 def page_now(page):
@@ -7723,30 +7698,19 @@ def page_now(page):
 
     A queue without jobs gets the first steps instead.
     """
-    state, sentence, advice = verdict(page.status, page.now, page.growth)
-    if page.status["paused"]:
-        advice = ""  # there is a button
-    advice = advice[:1].upper() + advice[1:].replace("queuectl.py", command_line(page))
-    words = joined(load_text(page), advice, by=" · ")
-    more = [element("p", words, kind="dim") if words else None,
-            element("ul", *alerts(page))]
-    if not any(page.status["jobs"].values()):
-        more = [first_steps(page)]
+    status = page.status
+    state, sentence, advice = verdict(status, page.now, page.growth)
+    if status["paused"]:  # there is a button
+        advice = "" if status["has_pool"] else NO_POOL
+    if count_in(page, ""):
+        load = load_text(page)
+        more = [load and element("p", load, css="dim"),
+                advice and advice_line(advice, page), element("ul", *alerts(page))]
+    else:
+        steps = [element("li", advice_line(step, page)) for step in FIRST_STEPS]
+        more = [element("ol", *steps)]
     return element("section", element("h2", sentence, id="verdict", tabindex=-1), *more,
-                   id="now", kind="card " + state)
-
-
-def command_line(page):
-    """Return the beginning of a command, which is pasted into another folder."""
-    return "queuectl.py --db " + quoted([page.queue.path])
-
-
-def first_steps(page):
-    """Return the commands that make and run a job."""
-    steps = [("Add a job: ", " enqueue -- echo hello"), ("Run it: ", " worker start")]
-    return element("ol", *[
-        element("li", words, element("code", command_line(page) + command, kind="mono"))
-        for words, command in steps])
+                   id="now", css="card " + state)
 
 
 def load_text(page):
@@ -7757,6 +7721,17 @@ def load_text(page):
         (status["dependent"], "behind other jobs"),
         (status["delayed"], "waiting for a time"), (status["locked"], "behind a lock")]
     return joined(*[count and grouped(count) + " " + words for count, words in counts])
+
+
+def advice_line(advice, page):
+    """Return an advice; a command in it names the queue, and can be copied."""
+    words, _, command = advice.partition("queuectl.py")
+    if command:
+        command = "queuectl.py --db " + quoted([page.queue.path]) + command
+    return element(
+        "div", element("span", words[:1].upper() + words[1:]),
+        *[element("code", command, css="mono"), copy_button("Copy the command")]
+        if command else [], css="row advice")
 
 
 def alerts(page):
@@ -7770,49 +7745,77 @@ def alerts(page):
         yield alert(grouped(rest) + " dead", "", "of other errors",
                     show_link(page.view.only(state="dead"), "all dead jobs"))
     if page.status["blocked_seqs"]:
-        for dead in page.memory.counts.get(
+        for dead in page.counts.get(
                 "blockers", lambda: page.queue.blockers(SHOWN_ERRORS)):
-            yield blocked_alert(dead, page)
-
-
-def blocked_alert(dead, page):
-    """Return the line about the jobs that wait for a dead one."""
-    name = dead["id"]
-    return alert(
-        grouped(dead["jobs"]) + " blocked", name,
-        "by this job, which is " + state_word(dead),
-        show_link(page.view.only(behind=name), "jobs behind " + name),
-        button("Retry", job_address(dead, "retry"), label="Retry " + name,
-               done="Retried " + name))
+            yield alert(
+                grouped(dead["jobs"]) + " blocked", dead["id"],
+                "by this job, which is " + state_word(dead),
+                show_link(page.view.only(behind=dead["id"]), "jobs behind " + dead["id"]),
+                retry_button(dead["id"]))
 
 
 def error_alert(group, page):
     """Return the line about the jobs that died of one error."""
-    chosen = {"state": "dead", "error": group["error"]}
-    line, is_one = group["line"], group["jobs"] == 1
+    error, line, is_one = group["error"], group["line"], group["jobs"] == 1
+    chosen = {"state": "dead", "error": error}
     words = joined(not is_one and ("the latest printed" if line else "the latest"),
-                   line and "“%s” ·" % line,
-                   ago(group["latest"], page), by=" ")
+                   line and "“%s” ·" % line, ago(group["latest"], page), by=" ")
     return alert(
-        grouped(group["jobs"]) + " dead", group["error"], words,
-        show_link(page.view.only(**chosen), "the dead of " + group["error"]),
-        bulk_button("Retry…", "retry", chosen, "Retry the dead of " + group["error"]))
+        grouped(group["jobs"]) + " dead", error, words,
+        show_link(page.view.only(**chosen), "the dead of " + error),
+        retry_button(group["id"]) if is_one else
+        bulk_button("Retry…", "retry", chosen, "Retry the dead of " + error))
 
 
 def alert(count, error, words, *actions):
     """Return a line about jobs that need somebody."""
     return element(
-        "li", element("b", count, kind="hue"),
-        element("span", error, kind="mono line", title=error or None),
-        element("span", words, kind="dim line", title=words),
-        element("span", *actions, kind="row"), kind="dead", data_key=error or words)
+        "li", element("b", count, css="hue"),
+        element("span", error, css="mono line", title=error or None),
+        element("span", words, css="dim line", title=words),
+        element("span", *actions, css="row"), css="dead", data_key=error or words)
 
 
 def show_link(address, what):
     return link("Show", address, "button", aria_label="Show " + what)
 
 
-# What stands in a tile beside the number of jobs in a state, if there are any.
+def retry_button(id):
+    return button("Retry", verb_address("retry", id), label="Retry " + id,
+                  done="Retried " + id)
+
+
+def count_in(page, state):
+    """Return how many jobs are in a state, or in all of them."""
+    jobs = page.status["jobs"]
+    return jobs.get(state, 0) if state else sum(jobs.values())
+
+
+def page_tiles(page):
+    """Return a tile for all jobs and one for those of each state, which shows them."""
+    status, total = page.status, count_in(page, "")
+    hints = {
+        "": grouped(count_unfinished(status["jobs"])) + " to go",
+        "pending": longest_wait(page),
+        "processing": workers_text(status),
+        "completed": "%d %% of all" % (100 * count_in(page, "completed") // total),
+        "failed": next_due(page, "failed"),
+        "dead": grouped(status["cancelled"]) + " cancelled"
+        if status["cancelled"] else None}
+    return element("nav", *[tile(page, state, hint) for state, hint in hints.items()],
+                   id="tiles", aria_label="Jobs by state")
+
+
+def tile(page, state, hint):
+    """Return the tile of a state. It has a hint if there are jobs in that state."""
+    count = count_in(page, state)
+    return element(
+        "a", element("span", icon(state) if state else None, state or "all"), " ",
+        element("b", grouped(count)), " ",
+        element("span", hint if count or state == "processing" else None, css="dim"),
+        href=page.view.only(state=state),
+        css=joined("card", state, count and "some", by=" "),
+        aria_current="true" if page.view.state == state else None)
 
 
 def longest_wait(page):
@@ -7832,55 +7835,20 @@ def next_due(page, state):
     return "next due " + ago(due, page)
 
 
-def workers_text(page):
+def workers_text(status):
     """Return how many running jobs lost their worker, or how many workers there are."""
-    lost, workers = len(page.status["lost"]), len(page.status["workers"])
+    lost, workers = len(status["lost"]), len(status["workers"])
     return grouped(lost) + " lost" if lost else "of " + plural(workers, "worker")
 
 
-TILES = {
-    "": lambda page: grouped(count_unfinished(page.status["jobs"])) + " to go",
-    "pending": longest_wait,
-    "processing": workers_text,
-    "completed": lambda page: "%d %% of all" % (
-        100 * count_in(page, "completed") // count_in(page, "")),
-    "failed": lambda page: next_due(page, "failed"),
-    "dead": lambda page: page.status["cancelled"] and "%s cancelled" % grouped(
-        page.status["cancelled"]),
-}
-
-
-def page_tiles(page):
-    """Return a tile for all jobs and one for those of each state, which shows them."""
-    return element("nav", *[tile(page, state, hint) for state, hint in TILES.items()],
-                   id="tiles", aria_label="Jobs by state")
-
-
-def tile(page, state, hint):
-    count = count_in(page, state)
-    return element(
-        "a", element("span", state or "all"), " ", element("b", grouped(count)), " ",
-        element("span", (count or state == "processing") and hint(page) or None,
-                kind="dim"),
-        href=page.view.only(state=state),
-        kind=joined("card", state, "hue" if state == "dead" and count else "", by=" "),
-        aria_current="true" if page.view.state == state else None)
-
-
-def count_in(page, state):
-    """Return how many jobs are in a state, or in all of them."""
-    jobs = page.status["jobs"]
-    return jobs.get(state, 0) if state else sum(jobs.values())
-
-
-# -- the page: the last hour, and what runs now ----------------------------------------
+# -- the page: what runs now, and the last hour ----------------------------------------
 
 
 def page_middle(page):
     """Return the place of the chart, which the script fetches, and what runs now."""
-    place = element("section", element("h2", "Runs a minute"), id="charts", kind="card",
+    place = element("section", element("h2", CHART_TITLE), id="charts", css="card",
                     data_keep="yes")
-    return element("div", place, page_running(page), kind="two")
+    return element("div", place, page_running(page), css="two")
 
 
 def page_running(page):
@@ -7889,13 +7857,13 @@ def page_running(page):
     more, lost = len(runs) - RUNNING_SHOWN, len(page.status["lost"])
     return element(
         "section", element("h2", "Running now"),
-        element("p", grouped(lost) + " without a worker", kind="failed hue")
+        element("p", grouped(lost) + " without a worker", css="failed hue")
         if lost else None,
         element("ul", *[running_job(page.queue.job(run.id), page)
                         for run in runs[:RUNNING_SHOWN]]),
-        None if runs else element("p", "Nothing", kind="dim"),
+        None if runs else element("p", "Nothing", css="dim none"),
         link(grouped(more) + " more", page.view.only(state="processing"), "dim")
-        if more > 0 else None, id="running", kind="card")
+        if more > 0 else None, id="running", css="card")
 
 
 def running_job(job, page):
@@ -7905,43 +7873,56 @@ def running_job(job, page):
     is_late = job["timeout"] and seconds > 0.8 * job["timeout"]
     return element(
         "li", icon(word), link(job["id"], page.view.open(job["id"]), "mono line"),
-        element("span", one_line(job["command"]), kind="mono dim line"),
-        element("b", roughly(seconds), kind="failed hue" if is_late else None),
-        data_key=job["id"], kind=JOB_KINDS[word].state)
+        element("span", one_line(job["command"]), css="mono dim line"),
+        element("b", roughly(seconds), css="failed hue" if is_late else None),
+        data_key=job["id"], css=JOB_KINDS[word].state)
 
 
-def charts_route(request):
+CHART_TITLE = "The last hour"
+
+
+def chart_route(queue, query):
     """Return the chart of the last hour, and in words what its runs were like."""
-    stats = stats_by_minute(request)
+    stats = stats_by_minute(queue, query)
+    title = element("h2", CHART_TITLE)
+    if not stats["runs"]:
+        words = element("p", "No job ran in the last hour", css="dim none")
+        return Html(title + words)
     bars = [(bar["completed"], bar["failed"]) for bar in stats["throughput"]]
     first = next((at for at, bar in enumerate(bars) if any(bar)), len(bars))
     bars = bars[min(first, len(bars) - 10) :]  # from the first run on
     top = max(4, *map(sum, bars))
-    words = "%s completed, %s failed in the last hour" % (
+    label = "%s completed, %s failed in the last hour" % (
         grouped(stats["completed"]), grouped(stats["failed"]))
     return Html("".join([
-        element("div", element("h2", "Runs a minute"),
-                element("span", stats_text(stats), kind="dim"), kind="row"),
-        element("span", grouped(top), kind="axis dim"),
+        element("div", title, element("span", stats_text(stats), css="dim",
+                title=STATS_TITLE), css="row"),
+        element("span", grouped(top) + " runs a minute", css="axis dim"),
         element("svg", *chart_bars(bars, top), viewBox="0 0 %d %d" % (len(bars), top),
-                role="img", aria_label=words, preserveAspectRatio="none"),
-        element("div", element("span", "%d min ago" % len(bars)), element(
-            "span", *[element("span", state, kind="legend " + state)
-                      for state in ("completed", "failed")]),
-            element("span", "now"), kind="axis dim row")]))
+                role="img", aria_label=label, preserveAspectRatio="none"),
+        chart_axis(len(bars))]))
+
+
+def chart_axis(minutes):
+    """Return what stands below a chart: its times, and what its colours mean."""
+    legend = [element("span", state, css="legend " + state)
+              for state in ("completed", "failed")]
+    return element("div", element("span", "%d min ago" % minutes),
+                   element("span", *legend), element("span", "now"), css="axis dim row")
+
+
+STATS_TITLE = "typical: half take less; slow: one in twenty takes longer"
 
 
 def stats_text(stats):
     """Return in words what the runs of the last hour were like."""
-    if not stats["runs"]:
-        return "nothing ran in the last hour"
     rate, wait = stats["success_rate"], stats["waiting_time"]["median"]
-    took = [took_text(stats["run_time"][part]) for part in ("median", "p95")]
+    typical, slow = [took_text(stats["run_time"][part]) for part in ("median", "p95")]
     return joined(
-        "%s in the last minute" % grouped(round(60 * stats["per_second_now"])),
+        "%s in the last minute" % plural(round(60 * stats["per_second_now"]), "run"),
         rate is not None and "%d %% succeed" % int(100 * rate),
-        "a run takes %s (95 %%: %s)" % tuple(took),
-        wait is not None and "jobs waited " + took_text(wait), by=" · ")
+        "a typical run takes %s, a slow one %s" % (typical, slow),
+        wait is not None and "a job waits %s for it" % took_text(wait), by=" · ")
 
 
 def chart_bars(bars, top):
@@ -7953,23 +7934,24 @@ def chart_bars(bars, top):
         minutes = len(bars) - 1 - x
         title = element("title", "%d completed, %d failed, %d min ago" % (
             completed, failed, minutes))
-        for kind, base, height in (
+        for state, base, height in (
                 ("completed", 0, completed), ("failed", completed, failed)):
             if height:
-                yield element("rect", title, kind=kind + ("" if minutes else " part"),
+                yield element("rect", title, css=state + ("" if minutes else " part"),
                               x="%.2f" % (x + 0.06), y=top - base - height,
                               width=0.88, height=height)
 
 
 # -- the page: the table of jobs -------------------------------------------------------
 
-# A column of the table: its title, its classes, and what a job shows in it.
-Column = collections.namedtuple("Column", "title kind show")
 
-
-def kind_cell(job, page):
+def state_cell(job, page):
     word = kind_of(job, page.status, page.now)
     return Html(icon(word) + element("span", word))
+
+
+def id_cell(job, page):
+    return link(job["id"], page.view.open(job["id"]))
 
 
 def command_cell(job, page):
@@ -7980,7 +7962,7 @@ def command_cell(job, page):
     error, line = failure_of(job), ""
     if error and page.view.state == "dead":
         line = last_line(page.queue.tail(job))
-    return element("span", element("b", error, kind="hue") if error else None,
+    return element("span", element("b", error, css="hue") if error else None,
                    " “%s” · " % line if line else " " if error else None,
                    one_line(job["command"]))
 
@@ -7988,6 +7970,10 @@ def command_cell(job, page):
 def tries_cell(job, page):
     most = tries_allowed(job["max_retries"])
     return "%d/%d" % (job["attempts"], most) if job["attempts"] else ""
+
+
+def took_cell(job, page):
+    return "" if job["seconds"] is None else took_text(job["seconds"])
 
 
 def time_cell(job, page):
@@ -8004,13 +7990,14 @@ def time_cell(job, page):
     return "retry " + due if job["state"] == "failed" else due
 
 
+# A column of the table: its title, its classes, and what a job shows in it.
+Column = collections.namedtuple("Column", "title css cell")
 JOB_COLUMNS = [
-    Column("State", "hue mid", kind_cell),
-    Column("Id", "mono", lambda job, page: link(job["id"], page.view.open(job["id"]))),
+    Column("State", "hue mid", state_cell),
+    Column("Id", "mono", id_cell),
     Column("Command", "mono rest", command_cell),
     Column("Tries", "slim wide num", tries_cell),
-    Column("Took", "slim wide num", lambda job, page: "" if job["seconds"] is None
-           else took_text(job["seconds"])),
+    Column("Took", "slim wide num", took_cell),
     Column("When", "mid num", time_cell),
 ]
 
@@ -8027,60 +8014,57 @@ def failure_of(job):
 
 def job_row(job, page):
     state = JOB_KINDS[kind_of(job, page.status, page.now)].state
-    cells = [element("td", column.show(job, page), kind=column.kind)
+    cells = [element("td", column.cell(job, page), css=column.css)
              for column in JOB_COLUMNS]
-    return element("tr", *cells, data_key=job["id"], kind=state, title=job["command"],
+    return element("tr", *cells, data_key=job["id"], css=state, title=job["command"],
                    aria_current="true" if page.view.job == job["id"] else None)
 
 
 def page_jobs(page):
     """Return the search, the actions for many, and a page of jobs, newest first."""
-    if page.queue.state(page.view.before) is None:  # deleted meanwhile
-        page = page._replace(view=page.view._replace(before="", first=""))
-    view = page.view
-    found = newest_jobs(page.queue, dict(
-        view.filters(), before=view.before, limit=str(PAGE_ROWS + 1)))
-    rows, has_more = found[:PAGE_ROWS], len(found) > PAGE_ROWS
-    total = count_of_view(page, None if has_more or view.before else len(rows))
-    heads = [element("th", column.title, kind=column.kind, scope="col")
+    rows, total = page.found[:PAGE_ROWS], count_of_view(page)
+    heads = [element("th", column.title, css=column.css, scope="col")
              for column in JOB_COLUMNS]
     return element(
-        "section", jobs_header(page, rows, total),
+        "section", jobs_header(page, total),
         element("table", element("thead", element("tr", *heads)),
                 element("tbody", *[job_row(job, page) for job in rows]),
                 aria_label="Jobs"),
-        None if rows else element(
-            "p", "No job matches %s " % " and ".join(
-                map("“{}”".format, view.filters().values())),
-            link("Clear", view.only()), kind="dim"),
-        page_links(page, rows, total, has_more), id="jobs", kind="card")
+        None if rows else no_match(page.view), page_links(page, total),
+        id="jobs", css="card")
 
 
-def count_of_view(page, known):
-    """Return how many jobs the filters leave, the KNOWN number if it is not None.
+def no_match(view):
+    """Return that no job passes the filters, which can be cleared."""
+    words = " and ".join(map("“{}”".format, view.filters().values()))
+    return element("p", "No job matches %s " % words, link("Clear", view.only()),
+                   css="dim none")
+
+
+def count_of_view(page):
+    """Return how many jobs the filters leave.
 
     To count what a search finds takes a while, so that is cached.
     """
     filters = page.view.filters()
     if not {*filters} - {"state"}:
         return count_in(page, page.view.state)
-    if known is not None:
-        return known
-    key = "count" + query_of(**filters)
-    return page.memory.counts.get(
-        key, lambda: page.queue.count(where(**filters_of(filters))))
+    if len(page.found) <= PAGE_ROWS and not page.view.before:
+        return len(page.found)
+    return page.counts.get("count" + query_of(**filters),
+                           lambda: page.queue.count(where(**filters_of(filters))))
 
 
-def jobs_header(page, rows, total):
+def jobs_header(page, total):
     view = page.view
-    words = ", the latest death first" if view.state == "dead" else ", newest first"
+    order = ", the latest death first" if view.state == "dead" else ", newest first"
     return element(
         "div", element("h2", "Jobs"),
-        element("span", grouped(total) + words, id="total", kind="dim"),
+        element("span", grouped(total) + order, id="total", css="dim"),
         element("input", id="q", type="search", aria_label="Search jobs",
                 placeholder="Search id, command, error", value=view.q),
         *filter_links(view),
-        element("span", *bulk_buttons(page, rows), kind="row end"), kind="row")
+        element("span", *bulk_buttons(page), css="row end"), css="row")
 
 
 def filter_links(view):
@@ -8092,12 +8076,12 @@ def filter_links(view):
                        "button filter", aria_label="Remove the filter " + words)
 
 
-def bulk_buttons(page, rows):
+def bulk_buttons(page):
     """Yield what can be done with all jobs that the filters leave."""
     filters, state = page.view.filters(), page.view.state
     if state in ("", "dead") and page.status["jobs"]["dead"]:
         yield bulk_button("Retry dead…", "retry", filters)
-    if filters and rows and state != "processing":
+    if filters and page.found and state != "processing":
         yield bulk_button("Delete…", "delete", filters)
 
 
@@ -8110,12 +8094,11 @@ def bulk_button(words, verb, filters, label=None):
                   do="Yes, " + verb)
 
 
-def question_route(request):
+def question_route(queue, query):
     """Return the question before a verb for many, or why there is nothing to do.
 
     The jobs are counted only now: with a million of them that takes a while.
     """
-    queue, query, _ = request
     verb = query.get("verb", "retry")
     if verb not in ("retry", "delete"):
         raise Refusal(400, "no such verb")
@@ -8141,21 +8124,31 @@ def jobs_of_query(count, verb, query):
                   query.get("behind") and "behind “%(behind)s”" % query, by=" ")
 
 
-def page_links(page, rows, total, has_more):
+def page_links(page, total):
     """Return the place of this page among all, and links to others."""
-    if not has_more and not page.view.before:
+    view, has_more = page.view, len(page.found) > PAGE_ROWS
+    if not has_more and not view.before:
         return None
-    first = int(page.view.first) if page.view.first.isdecimal() else 1
-    last = first + len(rows) - 1
+    first = first_place(view)
+    last = first + min(len(page.found), PAGE_ROWS) - 1
     place = "%s–%s of %s" % (grouped(first), grouped(last), grouped(max(last, total)))
-    newest = page.view.address("#jobs", before="", first="")
-    older = rows and page.view.address(
-        "#jobs", before=rows[-1]["id"], first=str(first + PAGE_ROWS))
+    newest = view.address("#jobs", before="", first="")
     return element(
-        "nav", link("Newest", newest, "button") if page.view.before else None,
-        element("span", place, kind="dim"),
-        link("Older", older, "button") if has_more else None,
-        kind="row", id="pages", aria_label="Pages")
+        "nav", link("Newest", newest, "button") if view.before else None,
+        element("span", place, css="dim"),
+        link("Older", view.address("#jobs", **older(page)), "button")
+        if has_more else None, css="row", id="pages", aria_label="Pages")
+
+
+def first_place(view):
+    """Return which of all jobs is the first of this page."""
+    return int(view.first) if view.first.isdecimal() else 1
+
+
+def older(page):
+    """Return what differs in the address of the next page."""
+    return dict(before=page.found[PAGE_ROWS - 1]["id"],
+                first=str(first_place(page.view) + PAGE_ROWS))
 
 
 # -- the page: the panel of a job ------------------------------------------------------
@@ -8165,21 +8158,40 @@ def page_panel(page):
     """Return the panel of a job: the reason first, the rest of the height to output."""
     job = page.queue.job(page.view.job)
     run = run_shown(job, page.view)
-    copy = element("button", "Copy", type="button", data_copy="command",
-                   aria_label="Copy the command")
+    command = element("pre", job["command"], tabindex=0, role="region",
+                      aria_label="Command")
     return element(
         "aside",
-        element("div", element("h2", job["id"], id="name", tabindex=-1, kind="mono"),
-                link("Close", page.view.open(""), "button end", id="close"),
-                kind="row top"),
+        element("div", element("h2", job["id"], id="name", tabindex=-1, css="mono"),
+                element("nav", *step_links(page), aria_label="Jobs of the list",
+                        css="row end"),
+                link("Close", page.view.open(""), "button", id="close"), css="row top"),
         page_reason(job, page),
-        element("div", *job_buttons(job, page), kind="row"),
-        element("div", element("pre", job["command"], id="command", tabindex=0,
-                               role="region", aria_label="Command"), copy, kind="box"),
+        element("div", *job_buttons(job, page), css="row"),
+        element("div", command, copy_button("Copy the command"), css="box"),
         element("dl", *[fact(name, value)
                         for name, value in job_facts(job, page).items() if value]),
         run_links(job, run, page), *panel_output(job, run, page),
-        id="job", kind="card", aria_labelledby="name", data_key=job["id"])
+        id="job", css="card", aria_labelledby="name", data_key=job["id"])
+
+
+def step_links(page):
+    """Yield links to the jobs above and below the open one in the table.
+
+    Below one that is not in the table is the first; below the last is the next page.
+    """
+    ids = [job["id"] for job in page.found]
+    at = ids.index(page.view.job) if page.view.job in ids else -1
+    if at > 0:
+        yield step_link("←", "Previous job: ", ids[at - 1], page.view, "previous")
+    if at + 1 < len(ids):
+        changes = older(page) if at + 1 == PAGE_ROWS else {}
+        yield step_link("→", "Next job: ", ids[at + 1], page.view, "next", **changes)
+
+
+def step_link(arrow, words, id, view, name, **changes):
+    return link(arrow, view.open(id, **changes), "button", id=name,
+                aria_label=words + id, title=words + id)
 
 
 def run_shown(job, view):
@@ -8188,61 +8200,51 @@ def run_shown(job, view):
     return run if 1 <= run <= job["run"] else job["run"]
 
 
-# An action for a job: the words of its button and its class, the verb of its address,
-# whether it can be done with the job, the question before it, or None, and the answer
-# after it. What destroys, or runs a command once more, has a question.
-Action = collections.namedtuple("Action", "words kind verb is_offered ask done")
-
-
 def can_run_now(job, page):
     """Tell whether a job waits for nothing but a time."""
     return job["state"] in WAITING and job["run_at"] > page.now and not job["waits"]
 
 
-def can_delete(job, page):
-    """Tell whether a job can be deleted: not while unfinished jobs wait for it."""
-    return job["state"] in TAKES["delete"] and not page.queue.waiting_dependents(job, 1)
+def job_buttons(job, page):
+    """Yield a button for each verb that is possible, and why there is no Delete.
+
+    What destroys, or runs a command once more, asks first.
+    """
+    id, state = job["id"], job["state"]
+    is_needed = bool(page.queue.waiting_dependents(job, 1))
+    if state == "dead":
+        yield job_button("Retry", "retry", id, "Retried", "primary")
+    if state in SUCCESSFUL:
+        yield job_button("Run again…", "retry", id, "Runs again:",
+                         ask=id + " is completed. Run it again?")
+    if can_run_now(job, page):
+        yield job_button("Run now", "run", id, "Due now:", "primary")
+    if state in TAKES["cancel"]:
+        yield job_button("Cancel…", "cancel", id, "Cancelled", "danger",
+                         ask_to_cancel(job, is_needed))
+    if is_needed:
+        yield element("span", "It can't be deleted: other jobs wait for it", css="dim")
+    elif state in TAKES["delete"]:
+        yield job_button("Delete…", "delete", id, "Deleted", "danger",
+                         "Delete %s? Its runs and their output go as well." % id)
 
 
-def ask_to_cancel(job, page):
+def job_button(words, verb, id, done, css=None, ask=None):
+    """Return the button of a verb for a job.
+
+    It has a key, so that the focus does not slide to another one when it goes.
+    """
+    return button(words, verb_address(verb, id), css, ask=ask, key="do-" + words,
+                  do="Yes, " + words.strip("…").lower(), done=done + " " + id)
+
+
+def ask_to_cancel(job, is_needed):
     """Return the question before a job is cancelled, with what that means."""
     is_running = job["state"] == "processing"
     return joined(
         "Cancel %s?" % job["id"], is_running and "All its processes are ended.",
-        page.queue.waiting_dependents(job, 1) and "The jobs that come after it stay,"
-        " and wait until it is retried and completed.", by=" ")
-
-
-JOB_ACTIONS = [
-    Action("Retry", "primary", "retry", lambda job, page: job["state"] == "dead",
-           None, "Retried %s"),
-    Action("Run again…", None, "retry", lambda job, page: job["state"] in SUCCESSFUL,
-           lambda job, page: "%s is completed. Run it again?" % job["id"],
-           "Runs again: %s"),
-    Action("Run now", "primary", "run", can_run_now, None, "Due now: %s"),
-    Action("Cancel…", "danger", "cancel",
-           lambda job, page: job["state"] in TAKES["cancel"],
-           ask_to_cancel, "Cancelled %s"),
-    Action("Delete…", "danger", "delete", can_delete, lambda job, page:
-           "Delete %s? Its runs and their output go as well." % job["id"],
-           "Deleted %s"),
-]
-
-
-def job_buttons(job, page):
-    """Yield a button for each action that is possible, and why there is no Delete.
-
-    Each has a key, so that the focus does not slide to another one when one goes.
-    """
-    for action in JOB_ACTIONS:
-        if action.is_offered(job, page):
-            yield button(
-                action.words, job_address(job, action.verb), action.kind,
-                ask=action.ask and action.ask(job, page), key="do-" + action.words,
-                done=action.done % job["id"],
-                do="Yes, " + action.words.strip("…").lower())
-    if page.queue.waiting_dependents(job, 1):
-        yield element("span", "It can't be deleted: other jobs wait for it", kind="dim")
+        is_needed and "The jobs that come after it stay, and wait until it is retried"
+        " and completed.", by=" ")
 
 
 def page_reason(job, page):
@@ -8252,8 +8254,8 @@ def page_reason(job, page):
     tries = job["attempts"] and not waiting and "try %d of %d" % (
         job["attempts"], tries_allowed(job["max_retries"]))
     words = joined(failure_of(job), waiting or time_cell(job, page), tries)
-    return element("p", icon(word), element("b", word, kind="hue"), " – " + words,
-                   id="why", kind=JOB_KINDS[word].state)
+    return element("p", icon(word), element("b", word, css="hue"), " – " + words,
+                   id="why", css=JOB_KINDS[word].state)
 
 
 # Fields that the panel shows in other places, or as a part of others.
@@ -8263,18 +8265,13 @@ SHOWN_ELSEWHERE = ("id", "command", "run_at")
 def job_facts(job, page):
     """Return what the panel lists of a job, by name; empty values are not shown."""
     fields = public_job(job)
-
-    def moment(name):
-        stamp = fields[name] and re.sub("[TZ]", " ", fields[name]) + "UTC"
-        return stamp and "%s · %s" % (ago(job[name], page), stamp)
-
     after = [(id, page.queue.state(id)) for id in fields["after"][: LINKS_SHOWN + 1]]
     facts = {
         "comes after": job_links(after, page),
         "comes before": job_links(page.queue.dependents(job, LINKS_SHOWN + 1), page),
-        "enqueued": moment("created_at"),
-        "due": can_run_now(job, page) and moment("run_at"),
-        "started": moment("started_at"),
+        "enqueued": moment(job["created_at"], page),
+        "due": can_run_now(job, page) and moment(job["run_at"], page),
+        "started": job["started_at"] and moment(job["started_at"], page),
         "worker": next((worker["pid"] for worker in page.status["workers"]
                         if worker["job"] == job["id"]), None)}
     facts.update((name.replace("_", " "), fields[name])
@@ -8283,6 +8280,11 @@ def job_facts(job, page):
     facts["timeout"] = fields["timeout"] and spaced(duration_text(fields["timeout"]))
     facts["env"] = " ".join(map("=".join, fields["env"].items()))
     return facts
+
+
+def moment(time, page):
+    """Return a time relative to now, and as a date."""
+    return "%s · %s" % (ago(time, page), re.sub("[TZ]", " ", iso(time)) + "UTC")
 
 
 def lock_fact(job, page):
@@ -8308,7 +8310,7 @@ def job_links(jobs, page):
 def run_links(job, shown, page):
     """Return links to the latest runs, the last one first."""
     runs = page.queue.runs(job)[: -RUNS_SHOWN - 1 : -1]
-    return element("nav", *[run_link(run, shown, page) for run in runs], kind="row",
+    return element("nav", *[run_link(run, shown, page) for run in runs], css="row",
                    id="runs", aria_label="Runs")
 
 
@@ -8322,40 +8324,46 @@ def run_link(run, shown, page):
                 aria_current="true" if run["run"] == shown else None)
 
 
+# -- the page: the output of a run, piece by piece -------------------------------------
+
+
 def panel_output(job, run, page):
     """Yield the title of an output and its box, which the script fills."""
     if not run:
         yield element("h2", "Not run yet")
         return
-    size, asked = page.queue.output_size(job, run), {"id": job["id"], "run": run}
+    size, name = page.queue.output_size(job, run), query_of(id=job["id"], run=run)
     words = "following" if is_live(job, run) else grouped(size or 0) + " bytes"
     yield element(
-        "div", element("h2", "Output"), element("span", words, kind="dim"),
-        link("Download", "/output.log" + query_of(**asked), "button end",
-             download="%s-%d.log" % (job["id"], run)), kind="row")
-    piece = element("code", data_next="/output" + query_of(**asked))
-    if page.is_whole:
-        piece = output_piece(Request(
-            page.queue, {name: str(value) for name, value in asked.items()}, None))
+        "div", element("h2", "Output"), element("span", words, css="dim"),
+        link("Download", "/output.log" + name, "button end",
+             download="%s-%d.log" % (job["id"], run)), css="row")
+    piece = output_piece(page.queue, job, run) if page.is_whole else element(
+        "code", data_next="/output" + name)
     yield element("pre", piece, id="output", tabindex=0, role="region",
                   aria_label="Output", data_key="%s %s" % (job["id"], run),
                   data_keep="yes")
 
 
-# -- the page: the output of a run, piece by piece -------------------------------------
+def is_live(job, run):
+    """Tell whether a run still goes on."""
+    return job["state"] == "processing" and run == job["run"]
 
 
-def output_piece(request):
+def piece_route(queue, query):
+    """Return the piece of an output that an earlier piece has named."""
+    begin = count_from(0, "from")(query.get("from", "0"))
+    colour = count_from(0, "colour", 6)(query.get("colour", "0"))
+    return output_piece(queue, *run_of(queue, query), begin, colour)
+
+
+def output_piece(queue, job, run, begin=0, colour=0):
     """Return what a run has printed from a place on, and the address of the next piece.
 
     The next piece begins with the last line if that has no end: the line is given again
     with what follows, so that nobody has to keep half a line, or half a character.
     """
-    job, run = run_of(request)
-    begin = count_from(0, "from")(request.query.get("from", "0"))
-    colour = count_from(0, "colour", 6)(request.query.get("colour", "0"))
-    start, output = output_from(
-        begin, *split_dropped(output_of(request.queue, job, run)))
+    start, output = output_from(begin, *split_dropped(output_of(queue, job, run)))
     end = output.rfind(b"\n") + 1
     note = "[%s bytes before this are not shown here]\n" % grouped(start)
     lines, colour = coloured(output[:end], colour)
@@ -8381,57 +8389,40 @@ def output_from(begin, dropped, output):
 def coloured(output, colour):
     """Return an output in elements with its colours, and the colour at its end."""
     parts, colour = painted(output, colour)
-    return [element("span", text, kind="a%d" % hue) if hue else text
+    return [element("span", text, css="a%d" % hue) if hue else text
             for text, hue in parts], colour
 
 
 # -- the page: all of it ---------------------------------------------------------------
 
 
-def main_route(request, is_whole=False):
+def make_page(queue, query, memory, is_whole=False):
     """Return all of the page but its chart and its output, which may take a while."""
-    queue, query, memory = request
     # From the cache: to group a hundred thousand takes longer than all the rest.
     groups = memory.counts.get("dead", lambda: errors_of(queue))
     with queue.snapshot():
-        status, now = read_status(queue), queue.clock()
+        status, now, view = read_status(queue), queue.clock(), View.of(query)
         # From the cache as well: two requests at once would make two looks.
         growth = memory.counts.get("growth", lambda: memory.trend.growth(
             now, count_unfinished(status["jobs"])))
-        return page_main(Page(
-            queue, View.of(query), now, status, groups, growth, memory, is_whole))
+        if queue.state(view.before) is None:  # deleted meanwhile
+            view = view._replace(before="", first="")
+        found = newest_jobs(queue, dict(
+            view.filters(), before=view.before, limit=str(PAGE_ROWS + 1)))
+        return page_parts(Page(queue, view, now, status, groups, growth, found,
+                               memory.counts, is_whole))
 
 
-def page_main(page):
+def page_parts(page):
     """Return the title, the parts of the page, and the panel of the job that is open."""
     parts = [page_now(page)]
+    if count_in(page, ""):
+        parts += [page_tiles(page), page_middle(page), page_jobs(page)]
     dead = page.status["jobs"]["dead"] - page.status["cancelled"]
-    if any(page.status["jobs"].values()):
-        parts = [page_now(page), page_tiles(page), page_middle(page), page_jobs(page)]
-    return Html("".join([
-        page_title(joined(dead and grouped(dead) + " dead",
-                          os.path.basename(page.queue.path), by=" – ")),
-        page_header(page), element("main", *parts), *open_panel(page)]))
-
-
-def page_title(words):
-    """Return the title of the window."""
-    return element("title", words)
-
-
-def page_without_queue():
-    return Html(
-        page_title("queuectl") + element("header", headline()) + element("main"))
-
-
-def page_trouble(words):
-    """Return the place that tells why the page is old or empty, and how old it is.
-
-    The age is no part of the alert, which would be read aloud at each change.
-    """
-    return element("div", element("p", words[:1].upper() + words[1:], role="alert"),
-                   element("p"), id="trouble", kind="card",
-                   hidden=None if words else "")
+    title = joined(dead and grouped(dead) + " dead", os.path.basename(page.queue.path),
+                   by=" – ")
+    return Html("".join([element("title", title), page_header(page),
+                         element("main", *parts), *open_panel(page)]))
 
 
 def open_panel(page):
@@ -8445,43 +8436,52 @@ def open_panel(page):
         yield page_panel(page)
 
 
-# What answers a request. A GET returns a document, a POST carries out a verb. The id of
-# a job comes from the path, or from the query for ids like `..`, which browsers take
-# out of a path.
+def page_without_queue():
+    return Html(element("title", "queuectl") + element("header", headline())
+                + element("main"))
+
+
+def page_trouble(words):
+    """Return the place that tells why the page is old or empty, and how old it is.
+
+    The age is no part of the alert, which would be read aloud at each change.
+    """
+    return element("div", element("p", words[:1].upper() + words[1:], role="alert"),
+                   element("p"), id="trouble", css="card",
+                   hidden=None if words else "")
+
+
+# What answers a request, but for the page itself. A GET returns a document, a POST
+# carries out a verb. The id of a job comes from the path, or from the query for ids
+# like `..`, which browsers take out of a path.
 ROUTES = {
-    "GET /main": main_route,
-    "GET /charts": charts_route,
+    "GET /chart": chart_route,
     "GET /question": question_route,
-    "GET /output": output_piece,
+    "GET /output": piece_route,
     "GET /output.log": download_route,
     "GET /metrics": metrics_route,
-    "GET /api/status": lambda request: status_document(
-        read_status(request.queue), request.queue.clock()),
+    "GET /api/status": lambda queue, query: status_document(
+        read_status(queue), queue.clock()),
     "GET /api/stats": stats_by_minute,
     "GET /api/dead": dead_route,
-    "GET /api/count": counts_route,
-    "GET /api/jobs": lambda request: list(
-        map(public_job, newest_jobs(request.queue, request.query))),
-    "GET /api/jobs/ID": lambda request: job_document(
-        request.queue, request.queue.job(request.query["id"])),
+    "GET /api/jobs": lambda queue, query: [
+        public_job(job) for job in newest_jobs(queue, query)],
+    "GET /api/jobs/ID": lambda queue, query: job_document(queue, queue.job(query["id"])),
     "GET /api/jobs/ID/output": output_route,
-    "POST /api/jobs/ID/retry": lambda request: request.queue.retry(
-        [request.query["id"]]),
-    "POST /api/jobs/ID/cancel": lambda request: request.queue.cancel(
-        [request.query["id"]]),
-    "POST /api/jobs/ID/delete": lambda request: request.queue.delete(
-        [request.query["id"]]),
-    "POST /api/jobs/ID/run": lambda request: request.queue.edit(
-        request.query["id"], {"run_at": request.queue.clock()}),
-    "POST /api/retry": lambda request: request.queue.retry_all(
-        selected_by("retry", request.query).taken),
-    "POST /api/delete": lambda request: request.queue.delete_all(
-        selected_by("delete", request.query).taken),
-    "POST /api/pause": lambda request: request.queue.set_paused(True),
-    "POST /api/resume": lambda request: request.queue.set_paused(False),
+    "POST /api/jobs/ID/retry": lambda queue, query: queue.retry([query["id"]]),
+    "POST /api/jobs/ID/cancel": lambda queue, query: queue.cancel([query["id"]]),
+    "POST /api/jobs/ID/delete": lambda queue, query: queue.delete([query["id"]]),
+    "POST /api/jobs/ID/run": lambda queue, query: queue.edit(
+        query["id"], {"run_at": queue.clock()}),
+    "POST /api/retry": lambda queue, query: queue.retry_all(
+        selected_by("retry", query).taken),
+    "POST /api/delete": lambda queue, query: queue.delete_all(
+        selected_by("delete", query).taken),
+    "POST /api/pause": lambda queue, query: queue.set_paused(True),
+    "POST /api/resume": lambda queue, query: queue.set_paused(False),
 }
 # With a million runs they take a while: whoever asks, one request makes them.
-SLOW_ROUTES = ("GET /api/stats", "GET /charts")
+SLOW_ROUTES = ("GET /api/stats", "GET /chart")
 
 
 # -- the server ------------------------------------------------------------------------
@@ -8554,9 +8554,12 @@ class Site:
 
     def content(self, method, url):
         """Return type and text of what an address names."""
-        if url.path == "/" and method == "GET":
+        name = method + " " + url.path
+        if name == "GET /":
+            return "text/html", self.whole_page(url)
+        if name == "GET /main":
             return "text/html", self.page(url)
-        if method + " " + url.path in SLOW_ROUTES:
+        if name in SLOW_ROUTES:
             return self.memory.statistics.get(url, lambda: self.document(method, url))
         try:
             return self.document(method, url)
@@ -8564,12 +8567,15 @@ class Site:
             if method == "POST":  # the page must show what was done
                 self.memory.counts.clear()
 
-    def page(self, url):
+    def page(self, url, is_whole=False):
+        """Return what the script fetches at each refresh."""
+        with self.open_queue() as queue:
+            return make_page(queue, query_fields(url), self.memory, is_whole)
+
+    def whole_page(self, url):
         """Return the page; of a queue that can't be read, why that is so."""
         try:
-            with self.open_queue() as queue:
-                request = Request(queue, query_fields(url), self.memory)
-                content, trouble = main_route(request, is_whole=True), ""
+            content, trouble = self.page(url, is_whole=True), ""
         except (Refusal, QueueError, sqlite3.Error, OSError) as error:
             content, trouble = page_without_queue(), str(error)
         title, end, content = content.partition("</title>")
@@ -8621,7 +8627,7 @@ class Site:
         with self.open_queue() as queue:
             if job:
                 require_job(queue, query["id"])
-            value = route(Request(queue, query, self.memory))
+            value = route(queue, query)
         if isinstance(value, str):
             return "text/html" if isinstance(value, Html) else "text/plain", value
         return "application/json", json.dumps(value)
@@ -8631,7 +8637,10 @@ def query_fields(url):
     """Return the fields of an address's query."""
     from urllib.parse import parse_qsl
 
-    return dict(parse_qsl(url.query, max_num_fields=10))
+    fields = dict(parse_qsl(url.query, max_num_fields=10))
+    if not is_storable("".join(fields.values())):
+        raise Refusal(400, "not text")
+    return fields
 
 
 def listen(site, host, port):
@@ -8761,6 +8770,7 @@ button, .button, input {
 }
 button { cursor: pointer; }
 button:hover, .button:hover { border-color: var(--text); }
+[aria-disabled] { opacity: .5; cursor: not-allowed; }
 .filter { border-radius: 1rem; background: var(--bg); }
 .primary { background: var(--blue); border-color: var(--blue); color: var(--card); }
 .danger { color: var(--red); }
@@ -8815,7 +8825,13 @@ header .line { flex: 1; }
   content: ""; display: inline-block; width: .5em; height: .5em; margin-right: .4em;
   border-radius: 50%; background: var(--c); vertical-align: .1em;
 }
-#now p { margin-top: .15rem; }
+#now > p { margin-top: .15rem; }
+.advice { margin-top: .25rem; }
+.advice code {
+  padding: .15rem .5rem; border: 1px solid var(--line); border-radius: .3rem;
+  background: var(--card); overflow-wrap: anywhere;
+}
+.advice button { padding: 0 .5rem; }
 #now ul:not(:empty) { margin-top: .5rem; }
 #now li {
   display: grid; grid-template-columns: 7rem 11rem 1fr auto; gap: .7rem; align-items: center;
@@ -8826,14 +8842,18 @@ header .line { flex: 1; }
 #tiles a:hover { border-color: var(--edge); }
 #tiles :is(b, .dim) { display: block; }
 #tiles b { font-size: 1.4rem; line-height: 1.3; }
+#tiles .icon { vertical-align: -.1em; stroke: var(--dim); }
+#tiles .some .icon { stroke: var(--c); }
+#tiles .dead.some :is(b, span:first-child) { color: var(--c); }
 #tiles [aria-current] { box-shadow: inset 0 -3px var(--c, var(--edge)); }
-ol { padding-left: 1.2rem; margin-top: .5rem; }
-#now ol li { display: list-item; padding: .2rem 0; border: 0; }
-ol code { background: var(--bg); padding: .15rem .5rem; border-radius: .3rem; }
+/* A queue without jobs: there is nothing but the first steps. */
+body:not(:has(#tiles)) #now { max-width: 50rem; margin: 12vh auto; padding: 1.6rem 2rem; }
+ol { padding-left: 1.2rem; }
+#now ol li { display: list-item; padding: .6rem 0 0; border: 0; }
 
 .two { display: grid; grid-template-columns: 3fr 2fr; column-gap: .7rem; }
 .two > * { min-width: 0; min-height: 9.4rem; }
-#charts { display: flex; flex-direction: column; }
+.two > * { display: flex; flex-direction: column; }
 #charts svg {
   width: 100%; flex: 1 0 4.5rem; height: 0; margin-bottom: .15rem;
   border: solid var(--line); border-width: 1px 0;
@@ -8851,10 +8871,11 @@ rect.part { opacity: .45; }
   content: ""; display: inline-block; width: .65em; height: .65em; margin-right: .4em;
   border-radius: .15em; box-sizing: border-box;
 }
+.none { flex: 1; display: grid; place-content: center; text-align: center; }
 #running li { display: flex; gap: .6rem; padding-top: .25rem; align-items: center; }
 #running li span { flex: 1; }
 #running .icon { margin: 0; flex: none; }
-#running > a { display: inline-block; margin-top: .5rem; padding: .2rem 0; }
+#running > a { margin-top: .5rem; padding: .2rem 0; }
 #running li a { max-width: 50%; flex: none; }
 
 #q { flex: 1 1 14rem; min-width: 0; max-width: 34rem; }
@@ -8924,6 +8945,10 @@ dd a { margin-right: 1em; }
 /* On a phone a job is two lines: state, id and time above its command. */
 @media (max-width: 44rem) {
   body { padding: .6rem .6rem 3rem; }
+  /* What needs somebody and the jobs come before the chart. */
+  main { display: flex; flex-direction: column; }
+  .two { display: contents; }
+  #charts { order: 1; min-height: 10.8rem; }
   #tiles { gap: 0 .4rem; }
   #tiles a { padding: .35rem .6rem; margin-top: .4rem; }
   #tiles .dim, thead { display: none; }
@@ -8935,7 +8960,6 @@ dd a { margin-right: 1em; }
   td.rest { grid-row: 2; grid-column: 1 / 4; }
   td.mid { width: auto; }
   #now li { grid-template-columns: auto 1fr auto; gap: .1rem .7rem; }
-  #charts { min-height: 10.8rem; }
   #now li .dim { grid-row: 2; grid-column: 1 / 4; }
 }
 @media (forced-colors: active) {
@@ -8944,13 +8968,13 @@ dd a { margin-right: 1em; }
 }
 """
 
-# What the page shows is made by `main_route`, `charts_route` and `output_piece`. The
-# script fetches them again and again, and lets what is shown become what came. It knows
-# no state, no duration, no colour and no text of a job.
+# What the page shows is made by `make_page`, `chart_route` and `output_piece`. The script
+# fetches them again and again, and lets what is shown become what came. It knows no
+# state, no duration, no colour and no text of a job.
 PAGE_SCRIPT = r"""
 "use strict";
 const find = id => document.getElementById(id);
-const wait = isBusy => document.body.classList.toggle("busy", isBusy);
+const setBusy = isBusy => document.body.classList.toggle("busy", isBusy);
 const parse = text => new DOMParser().parseFromString(text, "text/html");
 let turn = 0, timer, chartDue = 0, seen = performance.now(), toastTimer;
 
@@ -9013,12 +9037,12 @@ async function refresh() {
     seen = performance.now();
     find("trouble").hidden = true;
     chart().catch(() => { chartDue = 0; });  // which may take a while: nobody waits for it
-    await tail(find("output"));
+    await follow(find("output"));
   } catch (error) {
     if (mine === turn) trouble(error.message);
   }
   if (mine !== turn) return;
-  wait(false);
+  setBusy(false);
   timer = setTimeout(refresh, document.hidden ? 15000 : 2000);
 }
 
@@ -9031,7 +9055,7 @@ function moveFocus(opened, focused) {
   const job = find("job") && find("job").dataset.key;
   const row = opened && document.querySelector(`tr[data-key="${CSS.escape(opened)}"] a`);
   let target = focused.isConnected ? null : find("name") || find("verdict");
-  if (job !== opened) target = job ? find("name") : row || target;
+  if (job !== opened) target = job ? find(focused.id) || find("name") : row || target;
   if (target) target.focus({preventScroll: true});
 }
 
@@ -9049,6 +9073,8 @@ function trouble(words) {
   const seconds = Math.round((performance.now() - seen) / 1000);
   find("trouble").hidden = false;
   if (alert.textContent !== sentence(words)) alert.textContent = sentence(words);
+  for (const button of document.querySelectorAll("#page [data-post]"))
+    button.setAttribute("aria-disabled", true);  // until the next refresh
   age.textContent = (find("now") ? `What is shown is ${seconds} s old. ` : "")
     + "This page tries again every 2 s.";
 }
@@ -9056,12 +9082,12 @@ function trouble(words) {
 async function chart() {
   if (performance.now() < chartDue || !find("charts")) return;
   chartDue = performance.now() + 10000;
-  becomeChildren(find("charts"), parse(await get("/charts")).body);
+  becomeChildren(find("charts"), parse(await get("/chart")).body);
 }
 
 /* Each piece of an output names the address of what follows it, which begins with its last
    line again while that has no end. */
-async function tail(box) {
+async function follow(box) {
   const piece = box && box.lastElementChild, next = piece && piece.dataset.next;
   if (!next) return;
   const came = parse(await get(next)).body.firstChild, last = piece.querySelector("i");
@@ -9077,7 +9103,7 @@ async function tail(box) {
 
 function go(address) {
   history.pushState(null, "", address);
-  wait(true);
+  setBusy(true);
   refresh().then(() => {
     const target = find(location.hash.slice(1));
     const top = target ? target.getBoundingClientRect().top : 0;
@@ -9093,26 +9119,26 @@ function say(words) {
   toastTimer = setTimeout(() => { find("said").hidden = true; }, 6000);
 }
 
-function confirmed(question, words, kind) {
+function confirmed(question, words, css) {
   const box = find("sure");
-  wait(false);
+  setBusy(false);
   find("question").textContent = question;
   find("yes").textContent = words;
-  find("yes").className = kind || "primary";
+  find("yes").className = css || "primary";
   box.returnValue = "";
   box.showModal();
   return new Promise(resolve => {
     box.onclose = () => resolve(box.returnValue === "yes");
-  }).finally(() => wait(true));
+  }).finally(() => setBusy(true));
 }
 
-async function act({post, question, ask, do: words, done, kind}) {
+async function act({post, question, ask, do: words, done, css}) {
   if (question) {
     const answer = JSON.parse(await get(question));
     if (answer.none) return say(answer.none);
     ask = answer.ask;
   }
-  if (ask && !await confirmed(ask, words, kind)) return;
+  if (ask && !await confirmed(ask, words, css)) return;
   const changed = JSON.parse(await get(post, {method: "POST", headers: {"X-Token": "TOKEN"}}));
   const jobs = changed === 1 ? " job" : " jobs";
   say(question ? done + " " + changed.toLocaleString("en") + jobs : done);
@@ -9126,10 +9152,12 @@ function copy(node) {
 }
 
 function press(button) {
-  if (button.dataset.copy) return copy(find(button.dataset.copy));
-  if (!button.dataset.post) return find("sure").close(button.value);
-  wait(true);
-  act(button.dataset).catch(error => say(error.message)).then(() => wait(false));
+  const {copy: copies, post} = button.dataset;
+  if (copies !== undefined) return copy(button.previousElementSibling);
+  if (button.hasAttribute("aria-disabled")) return;
+  if (!post) return find("sure").close(button.value);
+  setBusy(true);
+  act(button.dataset).catch(error => say(error.message)).then(() => setBusy(false));
 }
 
 document.onclick = event => {
@@ -9157,7 +9185,9 @@ document.oninput = event => {
 document.onkeydown = event => {
   const search = find("q");
   if (event.target === search || find("sure").open) return;
-  if (event.key === "Escape" && find("close")) find("close").click();
+  const id = {Escape: "close", ArrowLeft: "previous", ArrowRight: "next"}[event.key];
+  const link = id && !event.altKey && !event.ctrlKey && !event.metaKey && find(id);
+  if (link) link.click();
   if (event.key === "/" && search) {
     event.preventDefault();
     search.focus();
