@@ -7599,6 +7599,10 @@ def spaced(duration):
     return re.sub("([a-z]+)", r" \1", duration)
 
 
+def sentence_case(words):
+    return words[:1].upper() + words[1:]
+
+
 def query_of(**fields):
     """Return the query of an address."""
     from urllib.parse import urlencode
@@ -7647,35 +7651,16 @@ Page = collections.namedtuple(
     "Page", "queue view now status groups growth found counts is_whole")
 
 
-def icons():
-    """Return the icons of all kinds of jobs, hidden; `icon` shows one."""
-    return element("svg", *[
-        element("symbol", element("path", d=kind.icon), id=icon_name(word),
-                viewBox="0 0 16 16")
-        for word, kind in JOB_KINDS.items()], hidden="")
-
-
-def icon_name(word):
-    return "icon-" + word.replace(" ", "-")
-
-
 def icon(word):
-    return element("svg", element("use", href="#" + icon_name(word)), css="icon",
-                   aria_hidden="true")
+    """Return the icon of a kind of jobs."""
+    return element("svg", element("path", d=JOB_KINDS[word].icon), css="icon",
+                   viewBox="0 0 16 16", aria_hidden="true")
 
 
 # -- the page: the verdict, and what needs somebody ------------------------------------
 
-LOGO = "M2 4h12M2 8h8M2 12h11"
 FIRST_STEPS = ("add a job: queuectl.py enqueue -- echo hello",
                "run it: queuectl.py worker start")
-
-
-def headline():
-    """Return the name of the program with its logo."""
-    logo = element("svg", element("path", d=LOGO), css="logo", viewBox="0 0 16 16",
-                   aria_hidden="true")
-    return element("h1", logo, "queuectl")
 
 
 def page_header(page):
@@ -7687,10 +7672,9 @@ def page_header(page):
             "Resume", "/api/resume", "primary", done="Resumed: jobs start again")
     elif count_in(page, ""):
         switch = button("Pause", "/api/pause", done="Paused: no further job starts")
-    return element(
-        "header", headline(),
-        element("span", element("span", folder + os.sep, css="wide"), name,
-                css="mono dim line", title=page.queue.path), switch, css="row")
+    path = element("span", element("span", folder + os.sep, css="wide"), name,
+                   css="mono dim line", title=page.queue.path)
+    return element("nav", path, switch, id="queue", aria_label="Queue", css="row")
 
 
 def page_now(page):
@@ -7729,7 +7713,7 @@ def advice_line(advice, page):
     if command:
         command = "queuectl.py --db " + quoted([page.queue.path]) + command
     return element(
-        "div", element("span", words[:1].upper() + words[1:]),
+        "div", element("span", sentence_case(words)),
         *[element("code", command, css="mono"), copy_button("Copy the command")]
         if command else [], css="row advice")
 
@@ -7846,8 +7830,8 @@ def workers_text(status):
 
 def page_middle(page):
     """Return the place of the chart, which the script fetches, and what runs now."""
-    place = element("section", element("h2", CHART_TITLE), id="charts", css="card",
-                    data_keep="yes")
+    place = element("section", element("h2", "The last hour"),
+                    element("div", id="chart", data_keep="yes"), id="charts", css="card")
     return element("div", place, page_running(page), css="two")
 
 
@@ -7878,16 +7862,11 @@ def running_job(job, page):
         data_key=job["id"], css=JOB_KINDS[word].state)
 
 
-CHART_TITLE = "The last hour"
-
-
 def chart_route(queue, query):
     """Return the chart of the last hour, and in words what its runs were like."""
     stats = stats_by_minute(queue, query)
-    title = element("h2", CHART_TITLE)
     if not stats["runs"]:
-        words = element("p", "No job ran in the last hour", css="dim none")
-        return Html(title + words)
+        return element("p", "No job ran in the last hour", css="dim none")
     bars = [(bar["completed"], bar["failed"]) for bar in stats["throughput"]]
     first = next((at for at, bar in enumerate(bars) if any(bar)), len(bars))
     bars = bars[min(first, len(bars) - 10) :]  # from the first run on
@@ -7895,8 +7874,8 @@ def chart_route(queue, query):
     label = "%s completed, %s failed in the last hour" % (
         grouped(stats["completed"]), grouped(stats["failed"]))
     return Html("".join([
-        element("div", title, element("span", stats_text(stats), css="dim",
-                title=STATS_TITLE), css="row"),
+        element("p", stats_text(stats), css="dim", title="A run takes the median; one in"
+                " twenty takes longer than the slow one"),
         element("span", grouped(top) + " runs a minute", css="axis dim"),
         element("svg", *chart_bars(bars, top), viewBox="0 0 %d %d" % (len(bars), top),
                 role="img", aria_label=label, preserveAspectRatio="none"),
@@ -7911,18 +7890,15 @@ def chart_axis(minutes):
                    element("span", *legend), element("span", "now"), css="axis dim row")
 
 
-STATS_TITLE = "typical: half take less; slow: one in twenty takes longer"
-
-
 def stats_text(stats):
     """Return in words what the runs of the last hour were like."""
     rate, wait = stats["success_rate"], stats["waiting_time"]["median"]
     typical, slow = [took_text(stats["run_time"][part]) for part in ("median", "p95")]
     return joined(
-        "%s in the last minute" % plural(round(60 * stats["per_second_now"]), "run"),
+        "%s in the last minute" % grouped(round(60 * stats["per_second_now"])),
         rate is not None and "%d %% succeed" % int(100 * rate),
-        "a typical run takes %s, a slow one %s" % (typical, slow),
-        wait is not None and "a job waits %s for it" % took_text(wait), by=" · ")
+        "a run takes %s, a slow one %s" % (typical, slow),
+        wait is not None and "jobs wait " + took_text(wait), by=" · ")
 
 
 def chart_bars(bars, top):
@@ -8025,20 +8001,15 @@ def page_jobs(page):
     rows, total = page.found[:PAGE_ROWS], count_of_view(page)
     heads = [element("th", column.title, css=column.css, scope="col")
              for column in JOB_COLUMNS]
+    words = " and ".join(map("“{}”".format, page.view.filters().values()))
     return element(
         "section", jobs_header(page, total),
         element("table", element("thead", element("tr", *heads)),
                 element("tbody", *[job_row(job, page) for job in rows]),
                 aria_label="Jobs"),
-        None if rows else no_match(page.view), page_links(page, total),
-        id="jobs", css="card")
-
-
-def no_match(view):
-    """Return that no job passes the filters, which can be cleared."""
-    words = " and ".join(map("“{}”".format, view.filters().values()))
-    return element("p", "No job matches %s " % words, link("Clear", view.only()),
-                   css="dim none")
+        None if rows else element("p", "No job matches %s " % words,
+                                  link("Clear", page.view.only()), css="dim"),
+        page_links(page, total), id="jobs", css="card")
 
 
 def count_of_view(page):
@@ -8396,21 +8367,21 @@ def coloured(output, colour):
 # -- the page: all of it ---------------------------------------------------------------
 
 
-def make_page(queue, query, memory, is_whole=False):
+def make_page(queue, query, site, is_whole=False):
     """Return all of the page but its chart and its output, which may take a while."""
     # From the cache: to group a hundred thousand takes longer than all the rest.
-    groups = memory.counts.get("dead", lambda: errors_of(queue))
+    groups = site.counts.get("dead", lambda: errors_of(queue))
     with queue.snapshot():
         status, now, view = read_status(queue), queue.clock(), View.of(query)
         # From the cache as well: two requests at once would make two looks.
-        growth = memory.counts.get("growth", lambda: memory.trend.growth(
+        growth = site.counts.get("growth", lambda: site.trend.growth(
             now, count_unfinished(status["jobs"])))
         if queue.state(view.before) is None:  # deleted meanwhile
             view = view._replace(before="", first="")
         found = newest_jobs(queue, dict(
             view.filters(), before=view.before, limit=str(PAGE_ROWS + 1)))
         return page_parts(Page(queue, view, now, status, groups, growth, found,
-                               memory.counts, is_whole))
+                               site.counts, is_whole))
 
 
 def page_parts(page):
@@ -8434,21 +8405,6 @@ def open_panel(page):
                       data_back=page.view.open(""))
     else:
         yield page_panel(page)
-
-
-def page_without_queue():
-    return Html(element("title", "queuectl") + element("header", headline())
-                + element("main"))
-
-
-def page_trouble(words):
-    """Return the place that tells why the page is old or empty, and how old it is.
-
-    The age is no part of the alert, which would be read aloud at each change.
-    """
-    return element("div", element("p", words[:1].upper() + words[1:], role="alert"),
-                   element("p"), id="trouble", css="card",
-                   hidden=None if words else "")
 
 
 # What answers a request, but for the page itself. A GET returns a document, a POST
@@ -8512,15 +8468,6 @@ class Cache:
             self.values.clear()
 
 
-class Memory:
-    """What a dashboard keeps from one request to the next, for everybody."""
-
-    def __init__(self):
-        self.trend = Trend()
-        self.statistics = Cache()
-        self.counts = Cache()  # of its own: statistics must not delay a refresh
-
-
 class Site:
     """What the dashboard answers to requests; `listen` only speaks HTTP."""
 
@@ -8532,7 +8479,8 @@ class Site:
         if host not in LOOPBACK:  # it is reached by the names of its machine as well
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
         self.token = secrets.token_hex(16)
-        self.memory = Memory()
+        self.trend, self.statistics = Trend(), Cache()
+        self.counts = Cache()  # of its own: statistics must not delay a refresh
 
     def answer(self, method, target, headers):
         """Return status, type and text of the answer, or of the refusal."""
@@ -8560,27 +8508,27 @@ class Site:
         if name == "GET /main":
             return "text/html", self.page(url)
         if name in SLOW_ROUTES:
-            return self.memory.statistics.get(url, lambda: self.document(method, url))
+            return self.statistics.get(url, lambda: self.document(method, url))
         try:
             return self.document(method, url)
         finally:
             if method == "POST":  # the page must show what was done
-                self.memory.counts.clear()
+                self.counts.clear()
 
     def page(self, url, is_whole=False):
         """Return what the script fetches at each refresh."""
         with self.open_queue() as queue:
-            return make_page(queue, query_fields(url), self.memory, is_whole)
+            return make_page(queue, query_fields(url), self, is_whole)
 
     def whole_page(self, url):
         """Return the page; of a queue that can't be read, why that is so."""
         try:
             content, trouble = self.page(url, is_whole=True), ""
         except (Refusal, QueueError, sqlite3.Error, OSError) as error:
-            content, trouble = page_without_queue(), str(error)
+            content, trouble = "<title>queuectl</title>", str(error)
         title, end, content = content.partition("</title>")
-        parts = {"TOKEN": self.token, "TITLE": title + end, "ICONS": icons(),
-                 "TROUBLE": page_trouble(trouble), "CONTENT": content}
+        parts = {"TOKEN": self.token, "TITLE": title + end, "CONTENT": content,
+                 "TROUBLE": element("p", sentence_case(trouble), role="alert")}
         return re.sub("|".join(parts), lambda name: parts[name[0]], PAGE_HTML)
 
     def open_queue(self):
@@ -8783,16 +8731,17 @@ button:hover, .button:hover { border-color: var(--text); }
   position: sticky; top: .4rem; z-index: 3; margin: 0 0 .7rem;
   background: var(--red); color: var(--card);
 }
-#trouble:not([hidden]) ~ #page main { opacity: .55; }
+#trouble:has(:first-child:empty) { display: none; }
+#trouble:not(:has(:first-child:empty)) ~ #page main { opacity: .55; }
 /* Without anything good to show it is all of the page. */
-body:not(:has(#now)) { display: flex; flex-direction: column; }
-body:not(:has(#now)) #trouble {
+body:not(:has(main)) { display: flex; flex-direction: column; }
+body:not(:has(main)) #trouble {
   position: static; order: 1; width: 100%; max-width: 44rem; margin: 10vh auto;
   padding: 1.4rem 1.8rem;
   background: var(--card); color: var(--text); border-left: 4px solid var(--red);
   font-size: 1.2rem; overflow-wrap: anywhere;
 }
-body:not(:has(#now)) #trouble p + p { margin-top: .4rem; color: var(--dim); font-size: 1rem; }
+body:not(:has(main)) #trouble p + p { margin-top: .4rem; color: var(--dim); font-size: 1rem; }
 #said {
   position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%); z-index: 2;
   max-width: calc(100% - 2rem); padding: .5rem 1rem; border-radius: .4rem;
@@ -8814,8 +8763,9 @@ dialog .row { justify-content: flex-end; margin-top: 1.1rem; }
 }
 @keyframes busy { from { scale: 0 1; } to { scale: 1 1; } }
 
-header { flex-wrap: nowrap; }
-header .line { flex: 1; }
+header { float: left; margin: .2rem .7rem 0 0; }
+#queue { flex-wrap: nowrap; }
+#queue .line { flex: 1; line-height: 2; }
 #now {
   border-left: 4px solid var(--c); padding: .9rem 1.1rem .8rem;
   background: color-mix(in srgb, var(--c) 5%, var(--card));
@@ -8831,11 +8781,12 @@ header .line { flex: 1; }
   padding: .15rem .5rem; border: 1px solid var(--line); border-radius: .3rem;
   background: var(--card); overflow-wrap: anywhere;
 }
-.advice button { padding: 0 .5rem; }
+#now li .row > * { min-width: 4.6rem; text-align: center; }
+#now :is(button, .button) { padding: .05rem .55rem; }
 #now ul:not(:empty) { margin-top: .5rem; }
 #now li {
   display: grid; grid-template-columns: 7rem 11rem 1fr auto; gap: .7rem; align-items: center;
-  padding: .35rem 0; border-top: 1px solid var(--line);
+  padding: .3rem 0; border-top: 1px solid var(--line);
 }
 #tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 0 .7rem; }
 #tiles a { text-decoration: none; padding: .45rem .9rem .55rem; min-width: 0; }
@@ -8853,8 +8804,9 @@ ol { padding-left: 1.2rem; }
 
 .two { display: grid; grid-template-columns: 3fr 2fr; column-gap: .7rem; }
 .two > * { min-width: 0; min-height: 9.4rem; }
-.two > * { display: flex; flex-direction: column; }
-#charts svg {
+.two > *, #chart { display: flex; flex-direction: column; flex: 1; }
+#chart p { align-self: flex-start; }
+#chart svg {
   width: 100%; flex: 1 0 4.5rem; height: 0; margin-bottom: .15rem;
   border: solid var(--line); border-width: 1px 0;
 }
@@ -8914,7 +8866,7 @@ pre {
 }
 code { font: inherit; }
 pre i { font-style: normal; }
-#command { max-height: 9rem; padding-right: 4.5rem; }
+.box pre { max-height: 9rem; padding-right: 4.5rem; }
 #output { flex: 1 0 12rem; height: 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
 dl div { display: contents; }
@@ -8948,7 +8900,8 @@ dd a { margin-right: 1em; }
   /* What needs somebody and the jobs come before the chart. */
   main { display: flex; flex-direction: column; }
   .two { display: contents; }
-  #charts { order: 1; min-height: 10.8rem; }
+  #charts { min-height: 10.8rem; }
+  #charts, #running:has(.none) { order: 1; }
   #tiles { gap: 0 .4rem; }
   #tiles a { padding: .35rem .6rem; margin-top: .4rem; }
   #tiles .dim, thead { display: none; }
@@ -9035,7 +8988,7 @@ async function refresh() {
     if (search && search !== focused) search.value = search.defaultValue;
     moveFocus(opened, focused);
     seen = performance.now();
-    find("trouble").hidden = true;
+    trouble("");
     chart().catch(() => { chartDue = 0; });  // which may take a while: nobody waits for it
     await follow(find("output"));
   } catch (error) {
@@ -9062,27 +9015,26 @@ function moveFocus(opened, focused) {
 /* What the panel covers can't be reached, by the Tab key either. */
 const narrow = matchMedia("(max-width: 100rem)");
 function cover() {
-  for (const part of document.querySelectorAll("header > :not(h1), main > *"))
+  for (const part of document.querySelectorAll("#queue, main > *"))
     part.inert = narrow.matches && Boolean(find("job"));
 }
 
-const sentence = words => words[0].toUpperCase() + words.slice(1);
+const sentence = words => words.slice(0, 1).toUpperCase() + words.slice(1);
 
 function trouble(words) {
   const [alert, age] = find("trouble").children;
   const seconds = Math.round((performance.now() - seen) / 1000);
-  find("trouble").hidden = false;
   if (alert.textContent !== sentence(words)) alert.textContent = sentence(words);
-  for (const button of document.querySelectorAll("#page [data-post]"))
-    button.setAttribute("aria-disabled", true);  // until the next refresh
-  age.textContent = (find("now") ? `What is shown is ${seconds} s old. ` : "")
+  age.textContent = (find("queue") ? `What is shown is ${seconds} s old. ` : "")
     + "This page tries again every 2 s.";
+  if (words) for (const button of document.querySelectorAll("#page [data-post]"))
+    button.setAttribute("aria-disabled", true);  // until the next refresh
 }
 
 async function chart() {
-  if (performance.now() < chartDue || !find("charts")) return;
+  if (performance.now() < chartDue || !find("chart")) return;
   chartDue = performance.now() + 10000;
-  becomeChildren(find("charts"), parse(await get("/chart")).body);
+  becomeChildren(find("chart"), parse(await get("/chart")).body);
 }
 
 /* Each piece of an output names the address of what follows it, which begins with its last
@@ -9216,8 +9168,9 @@ TITLE
 <style nonce="TOKEN">""" + PAGE_CSS + """</style>
 </head>
 <body>
-TROUBLE
-ICONS
+<div id="trouble" class="card">TROUBLE<p></p></div>
+<header><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
+<path d="M2 4h12M2 8h8M2 12h11"/></svg>queuectl</h1></header>
 <div id="page">CONTENT</div>
 <p id="said" role="status" hidden></p>
 <dialog id="sure" aria-labelledby="question">
