@@ -7518,18 +7518,18 @@ def metrics_route(queue, query):
     status, totals = read_status(queue), queue.totals()
     busy = sum(worker["job"] is not None for worker in status["workers"])
     families = [
-        ("jobs", "gauge", "jobs by state", "state", status["jobs"]),
-        ("workers", "gauge", "workers of all pools", "state",
+        ("jobs", "jobs by state", "state", status["jobs"]),
+        ("workers", "workers of all pools", "state",
          {"busy": busy, "idle": len(status["workers"]) - busy}),
-        ("runs_total", "counter", "runs that ended, by outcome", "outcome",
+        ("runs_total", "runs that ended, by outcome", "outcome",
          {outcome: runs for outcome, (runs, _) in totals.items()}),
-        ("run_seconds_total", "counter", "seconds of these runs", "outcome",
-         {outcome: "%.6f" % seconds for outcome, (_, seconds) in totals.items()}),
-    ]
+        ("run_seconds_total", "seconds of these runs", "outcome",
+         {outcome: "%.6f" % seconds for outcome, (_, seconds) in totals.items()})]
     lines = []
-    for name, type, meaning, label, values in families:
+    for name, meaning, label, values in families:
         lines.append("# HELP queuectl_%s %s" % (name, meaning))
-        lines.append("# TYPE queuectl_%s %s" % (name, type))
+        lines.append("# TYPE queuectl_%s %s" % (
+            name, "counter" if name.endswith("_total") else "gauge"))
         lines += ['queuectl_%s{%s="%s"} %s' % (name, label, *pair)
                   for pair in values.items()]
     return "\n".join(lines) + "\n"
@@ -7610,18 +7610,14 @@ def query_of(**fields):
     return "?" + urlencode(fields) if fields else ""
 
 
-def verb_address(verb, id):
-    """Return the address of a verb for a job. An id may be `..`, which no path can."""
-    return "/api/jobs/-/" + verb + query_of(id=id)
+def number_or(default, text):
+    """Return the whole number in a part of an address, or a default."""
+    return int(text) if text.isdecimal() else default
 
 
 class View(collections.namedtuple(
         "View", "state q error behind before first job run")):
     """What the page shows: the query of its address."""
-
-    @classmethod
-    def of(cls, query):
-        return cls(*(query.get(name, "") for name in cls._fields))
 
     def filters(self):
         """Return what narrows the list of jobs, as the actions for many take it."""
@@ -7727,15 +7723,15 @@ def alerts(page):
     rest = sum(group["jobs"] for group in groups[shown:])
     if rest:
         yield alert(grouped(rest) + " dead", "", "of other errors",
-                    show_link(page.view.only(state="dead"), "all dead jobs"))
+                    page.view.only(state="dead"), "all dead jobs")
     if page.status["blocked_seqs"]:
         for dead in page.counts.get(
                 "blockers", lambda: page.queue.blockers(SHOWN_ERRORS)):
-            yield alert(
-                grouped(dead["jobs"]) + " blocked", dead["id"],
-                "by this job, which is " + state_word(dead),
-                show_link(page.view.only(behind=dead["id"]), "jobs behind " + dead["id"]),
-                retry_button(dead["id"]))
+            id = dead["id"]
+            yield alert(grouped(dead["jobs"]) + " blocked", id,
+                        "by this job, which is " + state_word(dead),
+                        page.view.only(behind=id), "jobs behind " + id,
+                        job_button("Retry", "retry", id, "Retried"))
 
 
 def error_alert(group, page):
@@ -7746,27 +7742,19 @@ def error_alert(group, page):
                    line and "“%s” ·" % line, ago(group["latest"], page), by=" ")
     return alert(
         grouped(group["jobs"]) + " dead", error, words,
-        show_link(page.view.only(**chosen), "the dead of " + error),
-        retry_button(group["id"]) if is_one else
+        page.view.only(**chosen), "the dead of " + error,
+        job_button("Retry", "retry", group["id"], "Retried") if is_one else
         bulk_button("Retry…", "retry", chosen, "Retry the dead of " + error))
 
 
-def alert(count, error, words, *actions):
-    """Return a line about jobs that need somebody."""
+def alert(count, name, words, address, shown, retry=None):
+    """Return a line about jobs that need somebody; the address shows these jobs."""
     return element(
         "li", element("b", count, css="hue"),
-        element("span", error, css="mono line", title=error or None),
+        element("span", name, css="mono line", title=name or None),
         element("span", words, css="dim line", title=words),
-        element("span", *actions, css="row"), css="dead", data_key=error or words)
-
-
-def show_link(address, what):
-    return link("Show", address, "button", aria_label="Show " + what)
-
-
-def retry_button(id):
-    return button("Retry", verb_address("retry", id), label="Retry " + id,
-                  done="Retried " + id)
+        element("span", link("Show", address, "button", aria_label="Show " + shown),
+                retry, css="row"), css="dead", data_key=name or words)
 
 
 def count_in(page, state):
@@ -7775,17 +7763,20 @@ def count_in(page, state):
     return jobs.get(state, 0) if state else sum(jobs.values())
 
 
+# -- the page: the tiles ---------------------------------------------------------------
+
+
 def page_tiles(page):
     """Return a tile for all jobs and one for those of each state, which shows them."""
-    status, total = page.status, count_in(page, "")
+    status, cancelled = page.status, page.status["cancelled"]
+    done = 100 * count_in(page, "completed") // count_in(page, "")
     hints = {
         "": grouped(count_unfinished(status["jobs"])) + " to go",
         "pending": longest_wait(page),
         "processing": workers_text(status),
-        "completed": "%d %% of all" % (100 * count_in(page, "completed") // total),
+        "completed": "%d %% of all" % done,
         "failed": next_due(page, "failed"),
-        "dead": grouped(status["cancelled"]) + " cancelled"
-        if status["cancelled"] else None}
+        "dead": grouped(cancelled) + " cancelled" if cancelled else None}
     return element("nav", *[tile(page, state, hint) for state, hint in hints.items()],
                    id="tiles", aria_label="Jobs by state")
 
@@ -8100,26 +8091,20 @@ def page_links(page, total):
     view, has_more = page.view, len(page.found) > PAGE_ROWS
     if not has_more and not view.before:
         return None
-    first = first_place(view)
+    first = number_or(1, view.first)
     last = first + min(len(page.found), PAGE_ROWS) - 1
     place = "%s–%s of %s" % (grouped(first), grouped(last), grouped(max(last, total)))
-    newest = view.address("#jobs", before="", first="")
+    newest = link("Newest", view.address("#jobs", before="", first=""), "button")
     return element(
-        "nav", link("Newest", newest, "button") if view.before else None,
-        element("span", place, css="dim"),
+        "nav", newest if view.before else None, element("span", place, css="dim"),
         link("Older", view.address("#jobs", **older(page)), "button")
         if has_more else None, css="row", id="pages", aria_label="Pages")
-
-
-def first_place(view):
-    """Return which of all jobs is the first of this page."""
-    return int(view.first) if view.first.isdecimal() else 1
 
 
 def older(page):
     """Return what differs in the address of the next page."""
     return dict(before=page.found[PAGE_ROWS - 1]["id"],
-                first=str(first_place(page.view) + PAGE_ROWS))
+                first=str(number_or(1, page.view.first) + PAGE_ROWS))
 
 
 # -- the page: the panel of a job ------------------------------------------------------
@@ -8128,7 +8113,7 @@ def older(page):
 def page_panel(page):
     """Return the panel of a job: the reason first, the rest of the height to output."""
     job = page.queue.job(page.view.job)
-    run = run_shown(job, page.view)
+    run = min(number_or(job["run"], page.view.run), job["run"])
     command = element("pre", job["command"], tabindex=0, role="region",
                       aria_label="Command")
     return element(
@@ -8165,12 +8150,6 @@ def step_link(arrow, words, id, view, name, **changes):
                 aria_label=words + id, title=words + id)
 
 
-def run_shown(job, view):
-    """Return the number of the run whose output is shown (default: the latest)."""
-    run = int(view.run) if view.run.isdecimal() else 0
-    return run if 1 <= run <= job["run"] else job["run"]
-
-
 def can_run_now(job, page):
     """Tell whether a job waits for nothing but a time."""
     return job["state"] in WAITING and job["run_at"] > page.now and not job["waits"]
@@ -8203,9 +8182,11 @@ def job_buttons(job, page):
 def job_button(words, verb, id, done, css=None, ask=None):
     """Return the button of a verb for a job.
 
-    It has a key, so that the focus does not slide to another one when it goes.
+    It has a key, so that the focus does not slide to another one when it goes. The id
+    is in the query, as it may be `..`, which no path can have.
     """
-    return button(words, verb_address(verb, id), css, ask=ask, key="do-" + words,
+    return button(words, "/api/jobs/-/" + verb + query_of(id=id), css,
+                  words + " " + id, ask=ask, key="do-" + words,
                   do="Yes, " + words.strip("…").lower(), done=done + " " + id)
 
 
@@ -8372,7 +8353,8 @@ def make_page(queue, query, site, is_whole=False):
     # From the cache: to group a hundred thousand takes longer than all the rest.
     groups = site.counts.get("dead", lambda: errors_of(queue))
     with queue.snapshot():
-        status, now, view = read_status(queue), queue.clock(), View.of(query)
+        status, now, view = read_status(queue), queue.clock(), View(
+            *(query.get(name, "") for name in View._fields))
         # From the cache as well: two requests at once would make two looks.
         growth = site.counts.get("growth", lambda: site.trend.growth(
             now, count_unfinished(status["jobs"])))
@@ -8775,7 +8757,7 @@ header { float: left; margin: .2rem .7rem 0 0; }
   content: ""; display: inline-block; width: .5em; height: .5em; margin-right: .4em;
   border-radius: 50%; background: var(--c); vertical-align: .1em;
 }
-#now > p { margin-top: .15rem; }
+#now > p { margin-top: .2rem; }
 .advice { margin-top: .25rem; }
 .advice code {
   padding: .15rem .5rem; border: 1px solid var(--line); border-radius: .3rem;
@@ -8904,6 +8886,7 @@ dd a { margin-right: 1em; }
   #charts, #running:has(.none) { order: 1; }
   #tiles { gap: 0 .4rem; }
   #tiles a { padding: .35rem .6rem; margin-top: .4rem; }
+  #tiles b { font-size: 1.2rem; }
   #tiles .dim, thead { display: none; }
   td { border: 0; padding: .05rem .4rem; }
   tr {
@@ -9112,12 +9095,15 @@ function press(button) {
   act(button.dataset).catch(error => say(error.message)).then(() => setBusy(false));
 }
 
+const isPlain = event =>
+  !(event.ctrlKey || event.metaKey || event.shiftKey || event.altKey);
+
 document.onclick = event => {
-  const {target} = event, plain = !(event.ctrlKey || event.metaKey || event.shiftKey);
+  const {target} = event;
   const button = target.closest("button"), link = target.closest("a");
   const row = target.closest("tbody tr");
   if (button) press(button);
-  else if (link && plain && !link.download) {
+  else if (link && isPlain(event) && !link.download) {
     event.preventDefault();
     go(link.href);
   } else if (row && !link && !String(getSelection())) go(row.querySelector("a").href);
@@ -9137,9 +9123,8 @@ document.oninput = event => {
 document.onkeydown = event => {
   const search = find("q");
   if (event.target === search || find("sure").open) return;
-  const id = {Escape: "close", ArrowLeft: "previous", ArrowRight: "next"}[event.key];
-  const link = id && !event.altKey && !event.ctrlKey && !event.metaKey && find(id);
-  if (link) link.click();
+  const link = find({Escape: "close", ArrowLeft: "previous", ArrowRight: "next"}[event.key]);
+  if (link && isPlain(event)) link.click();
   if (event.key === "/" && search) {
     event.preventDefault();
     search.focus();
