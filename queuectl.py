@@ -7543,7 +7543,7 @@ class Html(str):
 
 
 def element(name, *content, **attributes):
-    """Return an element, without content and attributes that are None.
+    """Return an element, without content and attributes that are None or False.
 
     `css` are its classes. Nothing else makes markup, so nothing else has to escape.
     """
@@ -7551,10 +7551,12 @@ def element(name, *content, **attributes):
 
     written = "".join([
         ' %s="%s"' % ("class" if key == "css" else key.replace("_", "-"),
-                      escape(str(value)))
-        for key, value in attributes.items() if value is not None])
-    inside = "".join([part if isinstance(part, Html) else escape(str(part))
-                      for part in content if part is not None])
+                      escape("true" if value is True else str(value)))
+        for key, value in attributes.items()
+        if not (value is None or value is False)])
+    inside = "".join([
+        part if isinstance(part, Html) else escape(str(part))
+        for part in content if not (part is None or part is False)])
     if name == "input":
         return Html("<input%s/>" % written)
     return Html("<%s%s>%s</%s>" % (name, written, inside, name))
@@ -7611,8 +7613,8 @@ def query_of(**fields):
 
 
 def number_or(default, text):
-    """Return the whole number in a part of an address, or a default."""
-    return int(text) if text.isdecimal() else default
+    """Return the number above 0 in a part of an address, or a default."""
+    return text.isdecimal() and int(text) or default
 
 
 class View(collections.namedtuple(
@@ -7724,14 +7726,18 @@ def alerts(page):
     if rest:
         yield alert(grouped(rest) + " dead", "", "of other errors",
                     page.view.only(state="dead"), "all dead jobs")
-    if page.status["blocked_seqs"]:
-        for dead in page.counts.get(
-                "blockers", lambda: page.queue.blockers(SHOWN_ERRORS)):
-            id = dead["id"]
-            yield alert(grouped(dead["jobs"]) + " blocked", id,
-                        "by this job, which is " + state_word(dead),
-                        page.view.only(behind=id), "jobs behind " + id,
-                        job_button("Retry", "retry", id, "Retried"))
+    for dead in blockers(page):
+        yield alert(grouped(dead["jobs"]) + " blocked", dead["id"],
+                    "by this job, which is " + state_word(dead),
+                    page.view.only(behind=dead["id"]), "jobs behind " + dead["id"],
+                    job_button("Retry", "retry", dead["id"], "Retried"))
+
+
+def blockers(page):
+    """Return the dead jobs that most others wait for."""
+    if not page.status["blocked_seqs"]:
+        return []
+    return page.counts.get("blockers", lambda: page.queue.blockers(SHOWN_ERRORS))
 
 
 def error_alert(group, page):
@@ -7785,12 +7791,12 @@ def tile(page, state, hint):
     """Return the tile of a state. It has a hint if there are jobs in that state."""
     count = count_in(page, state)
     return element(
-        "a", element("span", icon(state) if state else None, state or "all"), " ",
+        "a", element("span", state and icon(state), state or "all"), " ",
         element("b", grouped(count)), " ",
-        element("span", hint if count or state == "processing" else None, css="dim"),
+        element("span", hint if count or state == "processing" else "", css="dim line"),
         href=page.view.only(state=state),
         css=joined("card", state, count and "some", by=" "),
-        aria_current="true" if page.view.state == state else None)
+        aria_current=page.view.state == state)
 
 
 def longest_wait(page):
@@ -7821,9 +7827,9 @@ def workers_text(status):
 
 def page_middle(page):
     """Return the place of the chart, which the script fetches, and what runs now."""
-    place = element("section", element("h2", "The last hour"),
-                    element("div", id="chart", data_keep="yes"), id="charts", css="card")
-    return element("div", place, page_running(page), css="two")
+    chart = element("div", id="chart", data_keep="yes")
+    hour = element("section", element("h2", "The last hour"), chart, css="card")
+    return element("div", hour, page_running(page), css="two")
 
 
 def page_running(page):
@@ -7832,13 +7838,13 @@ def page_running(page):
     more, lost = len(runs) - RUNNING_SHOWN, len(page.status["lost"])
     return element(
         "section", element("h2", "Running now"),
-        element("p", grouped(lost) + " without a worker", css="failed hue")
-        if lost else None,
+        lost > 0 and element("p", grouped(lost) + " without a worker",
+                             css="failed hue"),
         element("ul", *[running_job(page.queue.job(run.id), page)
                         for run in runs[:RUNNING_SHOWN]]),
-        None if runs else element("p", "Nothing", css="dim none"),
-        link(grouped(more) + " more", page.view.only(state="processing"), "dim")
-        if more > 0 else None, id="running", css="card")
+        not runs and element("p", "Nothing", css="dim none"),
+        more > 0 and link(grouped(more) + " more", page.view.only(state="processing"),
+                          "dim"), id="running", css="card")
 
 
 def running_job(job, page):
@@ -7865,8 +7871,8 @@ def chart_route(queue, query):
     label = "%s completed, %s failed in the last hour" % (
         grouped(stats["completed"]), grouped(stats["failed"]))
     return Html("".join([
-        element("p", stats_text(stats), css="dim", title="A run takes the median; one in"
-                " twenty takes longer than the slow one"),
+        element("p", stats_text(stats), css="dim",
+                title="Half of the runs take less, one in twenty takes longer"),
         element("span", grouped(top) + " runs a minute", css="axis dim"),
         element("svg", *chart_bars(bars, top), viewBox="0 0 %d %d" % (len(bars), top),
                 role="img", aria_label=label, preserveAspectRatio="none"),
@@ -7886,10 +7892,10 @@ def stats_text(stats):
     rate, wait = stats["success_rate"], stats["waiting_time"]["median"]
     typical, slow = [took_text(stats["run_time"][part]) for part in ("median", "p95")]
     return joined(
-        "%s in the last minute" % grouped(round(60 * stats["per_second_now"])),
+        plural(round(60 * stats["per_second_now"]), "run") + " in the last minute",
         rate is not None and "%d %% succeed" % int(100 * rate),
         "a run takes %s, a slow one %s" % (typical, slow),
-        wait is not None and "jobs wait " + took_text(wait), by=" · ")
+        wait is not None and "a job waits " + took_text(wait), by=" · ")
 
 
 def chart_bars(bars, top):
@@ -7929,8 +7935,8 @@ def command_cell(job, page):
     error, line = failure_of(job), ""
     if error and page.view.state == "dead":
         line = last_line(page.queue.tail(job))
-    return element("span", element("b", error, css="hue") if error else None,
-                   " “%s” · " % line if line else " " if error else None,
+    return element("span", error and element("b", error, css="hue"),
+                   " “%s” · " % line if line else error and " ",
                    one_line(job["command"]))
 
 
@@ -7984,7 +7990,7 @@ def job_row(job, page):
     cells = [element("td", column.cell(job, page), css=column.css)
              for column in JOB_COLUMNS]
     return element("tr", *cells, data_key=job["id"], css=state, title=job["command"],
-                   aria_current="true" if page.view.job == job["id"] else None)
+                   aria_current=page.view.job == job["id"])
 
 
 def page_jobs(page):
@@ -7998,8 +8004,8 @@ def page_jobs(page):
         element("table", element("thead", element("tr", *heads)),
                 element("tbody", *[job_row(job, page) for job in rows]),
                 aria_label="Jobs"),
-        None if rows else element("p", "No job matches %s " % words,
-                                  link("Clear", page.view.only()), css="dim"),
+        not rows and element("p", "No job matches %s " % words,
+                             link("Clear", page.view.only()), css="dim"),
         page_links(page, total), id="jobs", css="card")
 
 
@@ -8094,11 +8100,12 @@ def page_links(page, total):
     first = number_or(1, view.first)
     last = first + min(len(page.found), PAGE_ROWS) - 1
     place = "%s–%s of %s" % (grouped(first), grouped(last), grouped(max(last, total)))
-    newest = link("Newest", view.address("#jobs", before="", first=""), "button")
+    newest = view.address("#jobs", before="", first="")
     return element(
-        "nav", newest if view.before else None, element("span", place, css="dim"),
-        link("Older", view.address("#jobs", **older(page)), "button")
-        if has_more else None, css="row", id="pages", aria_label="Pages")
+        "nav", view.before and link("Newest", newest, "button"),
+        element("span", place, css="dim"),
+        has_more and link("Older", view.address("#jobs", **older(page)), "button"),
+        css="row", id="pages", aria_label="Pages")
 
 
 def older(page):
@@ -8138,16 +8145,13 @@ def step_links(page):
     """
     ids = [job["id"] for job in page.found]
     at = ids.index(page.view.job) if page.view.job in ids else -1
-    if at > 0:
-        yield step_link("←", "Previous job: ", ids[at - 1], page.view, "previous")
-    if at + 1 < len(ids):
-        changes = older(page) if at + 1 == PAGE_ROWS else {}
-        yield step_link("→", "Next job: ", ids[at + 1], page.view, "next", **changes)
-
-
-def step_link(arrow, words, id, view, name, **changes):
-    return link(arrow, view.open(id, **changes), "button", id=name,
-                aria_label=words + id, title=words + id)
+    onward = older(page) if at + 1 == PAGE_ROWS < len(ids) else {}
+    for name, arrow, to, changes in (
+            ("previous", "←", at - 1, {}), ("next", "→", at + 1, onward)):
+        if 0 <= to < len(ids):
+            words = "%s job: %s" % (name.capitalize(), ids[to])
+            yield link(arrow, page.view.open(ids[to], **changes), "button", id=name,
+                       aria_label=words, title=words)
 
 
 def can_run_now(job, page):
@@ -8273,7 +8277,7 @@ def run_link(run, shown, page):
         words[2:] = run["error"] or "exit 0", took_text(run["seconds"])
     return link("run " + " · ".join(map(str, words)),
                 page.view.address(run=str(run["run"])), "button",
-                aria_current="true" if run["run"] == shown else None)
+                aria_current=run["run"] == shown)
 
 
 # -- the page: the output of a run, piece by piece -------------------------------------
@@ -8322,8 +8326,8 @@ def output_piece(queue, job, run, begin=0, colour=0):
     last, _ = coloured(output[end:], colour)
     following = {"id": job["id"], "run": run, "colour": colour,
                  "from": start + end + overwritten(output[end:])}
-    address = "/output" + query_of(**following) if is_live(job, run) else None
-    return element("code", note if start > begin else None, *lines, element("i", *last),
+    address = is_live(job, run) and "/output" + query_of(**following)
+    return element("code", start > begin and note, *lines, element("i", *last),
                    data_next=address)
 
 
@@ -8353,11 +8357,11 @@ def make_page(queue, query, site, is_whole=False):
     # From the cache: to group a hundred thousand takes longer than all the rest.
     groups = site.counts.get("dead", lambda: errors_of(queue))
     with queue.snapshot():
-        status, now, view = read_status(queue), queue.clock(), View(
-            *(query.get(name, "") for name in View._fields))
+        status, now = read_status(queue), queue.clock()
         # From the cache as well: two requests at once would make two looks.
         growth = site.counts.get("growth", lambda: site.trend.growth(
             now, count_unfinished(status["jobs"])))
+        view = View(*(query.get(name, "") for name in View._fields))
         if queue.state(view.before) is None:  # deleted meanwhile
             view = view._replace(before="", first="")
         found = newest_jobs(queue, dict(
@@ -8367,7 +8371,7 @@ def make_page(queue, query, site, is_whole=False):
 
 
 def page_parts(page):
-    """Return the title, the parts of the page, and the panel of the job that is open."""
+    """Return the title, the parts of the page, and the panel of the open job."""
     parts = [page_now(page)]
     if count_in(page, ""):
         parts += [page_tiles(page), page_middle(page), page_jobs(page)]
@@ -8404,7 +8408,8 @@ ROUTES = {
     "GET /api/dead": dead_route,
     "GET /api/jobs": lambda queue, query: [
         public_job(job) for job in newest_jobs(queue, query)],
-    "GET /api/jobs/ID": lambda queue, query: job_document(queue, queue.job(query["id"])),
+    "GET /api/jobs/ID": lambda queue, query: job_document(
+        queue, queue.job(query["id"])),
     "GET /api/jobs/ID/output": output_route,
     "POST /api/jobs/ID/retry": lambda queue, query: queue.retry([query["id"]]),
     "POST /api/jobs/ID/cancel": lambda queue, query: queue.cancel([query["id"]]),
@@ -8658,19 +8663,15 @@ PAGE_CSS = """
 }
 
 /* --c is the colour of a state; a1 to a6 are those of a terminal. */
-.pending { --c: var(--dim); }
-.processing { --c: var(--blue); }
-.completed { --c: var(--green); }
-.failed { --c: var(--amber); }
-.dead { --c: var(--red); }
+.pending { --c: var(--dim); } .processing { --c: var(--blue); }
+.completed { --c: var(--green); } .failed { --c: var(--amber); } .dead { --c: var(--red); }
 .hue { color: var(--c); }
 .a1 { color: var(--red); } .a2 { color: var(--green); } .a3 { color: var(--amber); }
 .a4 { color: var(--blue); } .a5 { color: var(--pink); } .a6 { color: var(--cyan); }
 
 * { box-sizing: border-box; margin: 0; }
 /* Without the script nothing answers these. */
-body:not(.live) :is(button, input, #charts) { display: none; }
-[hidden] { display: none !important; }
+body:not(.live) :is(button, input, .card:has(#chart)) { display: none; }
 body {
   margin: 0 auto; max-width: 92rem; padding: .8rem 1.2rem 3rem;
   background: var(--bg); color: var(--text);
@@ -8747,6 +8748,7 @@ dialog .row { justify-content: flex-end; margin-top: 1.1rem; }
 
 header { float: left; margin: .2rem .7rem 0 0; }
 #queue { flex-wrap: nowrap; }
+main { clear: both; }
 #queue .line { flex: 1; line-height: 2; }
 #now {
   border-left: 4px solid var(--c); padding: .9rem 1.1rem .8rem;
@@ -8763,7 +8765,7 @@ header { float: left; margin: .2rem .7rem 0 0; }
   padding: .15rem .5rem; border: 1px solid var(--line); border-radius: .3rem;
   background: var(--card); overflow-wrap: anywhere;
 }
-#now li .row > * { min-width: 4.6rem; text-align: center; }
+#now ul .row > * { min-width: 4.6rem; text-align: center; }
 #now :is(button, .button) { padding: .05rem .55rem; }
 #now ul:not(:empty) { margin-top: .5rem; }
 #now li {
@@ -8787,7 +8789,6 @@ ol { padding-left: 1.2rem; }
 .two { display: grid; grid-template-columns: 3fr 2fr; column-gap: .7rem; }
 .two > * { min-width: 0; min-height: 9.4rem; }
 .two > *, #chart { display: flex; flex-direction: column; flex: 1; }
-#chart p { align-self: flex-start; }
 #chart svg {
   width: 100%; flex: 1 0 4.5rem; height: 0; margin-bottom: .15rem;
   border: solid var(--line); border-width: 1px 0;
@@ -8821,9 +8822,7 @@ th { width: 14rem; border: 0; }
 th.hue, th.mono { color: var(--dim); font: inherit; font-weight: 600; }
 td a { text-decoration: none; }
 .num { text-align: right; }
-.slim { width: 5.5rem; }
-.mid { width: 9rem; }
-.rest { width: auto; }
+.slim { width: 5.5rem; } .mid { width: 9rem; } .rest { width: auto; }
 tbody tr { cursor: pointer; }
 tbody tr:hover, tr[aria-current] { background: color-mix(in srgb, var(--blue) 9%, transparent); }
 #pages { justify-content: center; margin-top: .7rem; }
@@ -8866,9 +8865,7 @@ dd a { margin-right: 1em; }
   #job { box-shadow: 0 0 0 100vmax #0006; }
 }
 @media (max-width: 75rem) {
-  th { width: 10rem; }
-  .mid { width: 8.6rem; }
-  .slim { width: 4.5rem; }
+  th { width: 10rem; } .mid { width: 8.6rem; } .slim { width: 4.5rem; }
 }
 @media (max-width: 60rem) {
   .two { grid-template-columns: 1fr; }
@@ -8882,8 +8879,8 @@ dd a { margin-right: 1em; }
   /* What needs somebody and the jobs come before the chart. */
   main { display: flex; flex-direction: column; }
   .two { display: contents; }
-  #charts { min-height: 10.8rem; }
-  #charts, #running:has(.none) { order: 1; }
+  .two > * { order: 1; }
+  #running:has(li) { order: 0; }
   #tiles { gap: 0 .4rem; }
   #tiles a { padding: .35rem .6rem; margin-top: .4rem; }
   #tiles b { font-size: 1.2rem; }
