@@ -7719,25 +7719,26 @@ def advice_line(advice, page):
 def alerts(page):
     """Yield a line for each of the most common errors, and for what blocks most."""
     groups = died(page.groups)
-    shown = len(groups) if len(groups) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
-    for group in groups[:shown]:
+    named = len(groups) if len(groups) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
+    for group in groups[:named]:
         yield error_alert(group, page)
-    rest = sum(group["jobs"] for group in groups[shown:])
+    rest = sum(group["jobs"] for group in groups[named:])
     if rest:
         yield alert(grouped(rest) + " dead", "", "of other errors",
                     page.view.only(state="dead"), "all dead jobs")
-    for dead in blockers(page):
-        yield alert(grouped(dead["jobs"]) + " blocked", dead["id"],
-                    "by this job, which is " + state_word(dead),
-                    page.view.only(behind=dead["id"]), "jobs behind " + dead["id"],
-                    job_button("Retry", "retry", dead["id"], "Retried"))
+    if page.status["blocked_seqs"]:
+        blockers = page.counts.get(
+            "blockers", lambda: page.queue.blockers(SHOWN_ERRORS))
+        yield from [blocked_alert(dead, page) for dead in blockers]
 
 
-def blockers(page):
-    """Return the dead jobs that most others wait for."""
-    if not page.status["blocked_seqs"]:
-        return []
-    return page.counts.get("blockers", lambda: page.queue.blockers(SHOWN_ERRORS))
+def blocked_alert(dead, page):
+    """Return the line about the jobs that wait for a dead one."""
+    id = dead["id"]
+    return alert(grouped(dead["jobs"]) + " blocked", id,
+                 "by this job, which is " + state_word(dead),
+                 page.view.only(behind=id), "jobs behind " + id,
+                 job_button("Retry", "retry", id, "Retried"))
 
 
 def error_alert(group, page):
@@ -7753,14 +7754,14 @@ def error_alert(group, page):
         bulk_button("Retry…", "retry", chosen, "Retry the dead of " + error))
 
 
-def alert(count, name, words, address, shown, retry=None):
-    """Return a line about jobs that need somebody; the address shows these jobs."""
+def alert(count, name, words, address, selection, retry=None):
+    """Return a line about a selection of jobs, which the address shows."""
+    show = link("Show", address, "button", aria_label="Show " + selection)
     return element(
         "li", element("b", count, css="hue"),
         element("span", name, css="mono line", title=name or None),
         element("span", words, css="dim line", title=words),
-        element("span", link("Show", address, "button", aria_label="Show " + shown),
-                retry, css="row"), css="dead", data_key=name or words)
+        element("span", show, retry, css="row"), css="dead", data_key=name or words)
 
 
 def count_in(page, state):
@@ -8378,19 +8379,17 @@ def page_parts(page):
     dead = page.status["jobs"]["dead"] - page.status["cancelled"]
     title = joined(dead and grouped(dead) + " dead", os.path.basename(page.queue.path),
                    by=" – ")
-    return Html("".join([element("title", title), page_header(page),
-                         element("main", *parts), *open_panel(page)]))
+    return Html("".join([
+        element("title", title), page_header(page), element("main", *parts),
+        open_panel(page) if page.view.job else ""]))
 
 
 def open_panel(page):
-    """Yield the panel of the job that is open, or that there is no job of that id."""
-    if not page.view.job:
-        return
+    """Return the panel of the open job, or that there is no job of that id."""
     if page.queue.state(page.view.job) is None:
-        yield element("p", str(no_job(page.view.job)), id="gone",
-                      data_back=page.view.open(""))
-    else:
-        yield page_panel(page)
+        return element("p", str(no_job(page.view.job)), id="gone",
+                       data_back=page.view.open(""))
+    return page_panel(page)
 
 
 # What answers a request, but for the page itself. A GET returns a document, a POST
@@ -8589,11 +8588,12 @@ def listen(site, host, port):
         server_version, sys_version = "queuectl", ""
 
         def do_GET(self):
-            status, kind, text = site.answer(self.command, self.path, self.headers)
+            status, content_type, text = site.answer(
+                self.command, self.path, self.headers)
             # The body of a POST is not read. It must not be taken for the next request.
             self.close_connection |= self.command == "POST"
             self.send_response(status)
-            self.send_header("Content-Type", kind + "; charset=utf-8")
+            self.send_header("Content-Type", content_type + "; charset=utf-8")
             self.send_header("Content-Length", str(len(text.encode())))
             for name, value in HEADERS.items():
                 self.send_header(name, value.replace("TOKEN", site.token))
@@ -8650,16 +8650,12 @@ def serve(path, host, port):
 PAGE_CSS = """
 :root {
   color-scheme: light dark;
-  --bg: #f6f8fa; --card: #fff; --text: #1f2328; --dim: #59636e; --line: #d8dee4;
-  --edge: #868f99; --blue: #0860ca; --green: #157a34; --red: #c21c2c; --amber: #8a5c00;
-  --pink: #8b3fb0; --cyan: #0b6b7d;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --bg: #0d1117; --card: #161b22; --text: #e6edf3; --dim: #9aa4af; --line: #2b323b;
-    --edge: #6e7781; --blue: #6cb6ff; --green: #4cc764; --red: #ff7b72; --amber: #e3b341;
-    --pink: #d2a8ff; --cyan: #5fd7e0;
-  }
+  --bg: light-dark(#f6f8fa, #0d1117); --card: light-dark(#fff, #161b22);
+  --text: light-dark(#1f2328, #e6edf3); --dim: light-dark(#59636e, #9aa4af);
+  --line: light-dark(#d8dee4, #2b323b); --edge: light-dark(#868f99, #6e7781);
+  --blue: light-dark(#0860ca, #6cb6ff); --green: light-dark(#157a34, #4cc764);
+  --red: light-dark(#c21c2c, #ff7b72); --amber: light-dark(#8a5c00, #e3b341);
+  --pink: light-dark(#8b3fb0, #d2a8ff); --cyan: light-dark(#0b6b7d, #5fd7e0);
 }
 
 /* --c is the colour of a state; a1 to a6 are those of a terminal. */
