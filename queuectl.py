@@ -7449,10 +7449,7 @@ def filters_of(query, states=STATES):
 
 
 def newest_jobs(queue, query):
-    """Return a page of jobs, newest first; it begins after the id in `before`.
-
-    Dead ones stand in the order of their deaths, the latest first.
-    """
+    """Return a page of jobs after that in `before`: newest, or latest death, first."""
     limit = min(count_from(0, "limit")(query.get("limit", "50")) or 50, BATCH_SIZE)
     filters, before = filters_of(query), query.get("before", "")
     if before:
@@ -7465,12 +7462,11 @@ def newest_jobs(queue, query):
 
 
 def stats_by_minute(queue, query):
-    """Return `stats`; those of the last hour begin with a full minute.
-
-    So the bars on the page stay where they are from one refresh to the next.
-    """
+    """Return `stats`; those of the last hour begin with a full minute."""
     since = queue.clock() - seconds_from(1, "since")(query.get("since", "1h"))
-    return read_stats(queue, since if "since" in query else since // 60 * 60 + 60)
+    if "since" not in query:  # or the bars would move at each refresh
+        since = since // 60 * 60 + 60
+    return read_stats(queue, since)
 
 
 def selected_by(verb, query):
@@ -7676,10 +7672,7 @@ def page_header(page):
 
 
 def page_now(page):
-    """Return the verdict, then the dead and the blocked jobs with what can be done.
-
-    A queue without jobs gets the first steps instead.
-    """
+    """Return the verdict, and what needs somebody; without jobs, the first steps."""
     status = page.status
     state, sentence, advice = verdict(status, page.now, page.growth)
     if status["paused"]:  # there is a button
@@ -7900,20 +7893,17 @@ def stats_text(stats):
 
 
 def chart_bars(bars, top):
-    """Yield the bars of a chart: completed runs of each minute, then failed ones.
-
-    The last one is paler: its minute goes on.
-    """
+    """Yield the bars of a chart: completed runs of each minute, failed ones on top."""
     for x, (completed, failed) in enumerate(bars):
         minutes = len(bars) - 1 - x
         title = element("title", "%d completed, %d failed, %d min ago" % (
             completed, failed, minutes))
+        part = "" if minutes else " part"  # paler: this minute goes on
         for state, base, height in (
                 ("completed", 0, completed), ("failed", completed, failed)):
             if height:
-                yield element("rect", title, css=state + ("" if minutes else " part"),
-                              x="%.2f" % (x + 0.06), y=top - base - height,
-                              width=0.88, height=height)
+                yield element("rect", title, css=state + part, x="%.2f" % (x + 0.06),
+                              y=top - base - height, width=0.88, height=height)
 
 
 # -- the page: the table of jobs -------------------------------------------------------
@@ -7929,12 +7919,9 @@ def id_cell(job, page):
 
 
 def command_cell(job, page):
-    """Return the command, behind the error; in a list of dead jobs its last line, too.
-
-    There the rows would look the same otherwise.
-    """
+    """Return the command, behind the error and, for dead jobs, the last line."""
     error, line = failure_of(job), ""
-    if error and page.view.state == "dead":
+    if error and page.view.state == "dead":  # where the rows would look the same
         line = last_line(page.queue.tail(job))
     return element("span", error and element("b", error, css="hue"),
                    " “%s” · " % line if line else error and " ",
@@ -8011,10 +7998,7 @@ def page_jobs(page):
 
 
 def count_of_view(page):
-    """Return how many jobs the filters leave.
-
-    To count what a search finds takes a while, so that is cached.
-    """
+    """Return how many jobs the filters leave; what takes a while is cached."""
     filters = page.view.filters()
     if not {*filters} - {"state"}:
         return count_in(page, page.view.state)
@@ -8064,14 +8048,12 @@ def bulk_button(words, verb, filters, label=None):
 
 
 def question_route(queue, query):
-    """Return the question before a verb for many, or why there is nothing to do.
-
-    The jobs are counted only now: with a million of them that takes a while.
-    """
+    """Return the question before a verb for many, or why there is nothing to do."""
     verb = query.get("verb", "retry")
     if verb not in ("retry", "delete"):
         raise Refusal(400, "no such verb")
     selection = selected_by(verb, query)
+    # Only now, and not for each page: with a million jobs that takes a while.
     count, left = queue.count(selection.taken), queue.count(selection.left)
     stays = left and "%s left out: %s." % (
         plural(left, "job") + (" is" if left == 1 else " are"), selection.why)
@@ -8140,11 +8122,9 @@ def page_panel(page):
 
 
 def step_links(page):
-    """Yield links to the jobs above and below the open one in the table.
-
-    Below one that is not in the table is the first; below the last is the next page.
-    """
+    """Yield links to the jobs above and below the open one in the table."""
     ids = [job["id"] for job in page.found]
+    # From a job that is not in the table the next one is the first of the table.
     at = ids.index(page.view.job) if page.view.job in ids else -1
     onward = older(page) if at + 1 == PAGE_ROWS < len(ids) else {}
     for name, arrow, to, changes in (
@@ -8187,8 +8167,8 @@ def job_buttons(job, page):
 def job_button(words, verb, id, done, css=None, ask=None):
     """Return the button of a verb for a job.
 
-    It has a key, so that the focus does not slide to another one when it goes. The id
-    is in the query, as it may be `..`, which no path can have.
+    Its key keeps the focus from sliding to another button. The id is in the query, as
+    it may be `..`, which no path can have.
     """
     return button(words, "/api/jobs/-/" + verb + query_of(id=id), css,
                   words + " " + id, ask=ask, key="do-" + words,
@@ -8333,10 +8313,8 @@ def output_piece(queue, job, run, begin=0, colour=0):
 
 
 def output_from(begin, dropped, output):
-    """Return what is shown of an output from a place on, and where that begins.
-
-    That is later if the beginning was dropped, or is too long to be shown.
-    """
+    """Return what is shown of an output from a place on, and where that begins."""
+    # Later, if the beginning was dropped, or if all of it would be too long.
     start = max(begin, dropped, dropped + len(output) - PIECE)
     output = output[start - dropped :]
     cut = output.find(b"\n") + 1 if start > begin else 0  # in the middle of a line
