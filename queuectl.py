@@ -8935,8 +8935,8 @@ async function refresh() {
     const came = parse(await get("/main" + location.search));
     if (mine !== turn) return;
     const focused = document.activeElement;
+    cover(came.body);
     becomeChildren(find("page"), came.body);
-    cover();
     document.title = came.title;
     const search = find("q");
     if (search && search !== focused) search.value = search.defaultValue;
@@ -8968,9 +8968,9 @@ function moveFocus(opened, focused) {
 
 /* What the panel covers can't be reached, by the Tab key either. */
 const narrow = matchMedia("(max-width: 100rem)");
-function cover() {
-  for (const part of document.querySelectorAll("#queue, main > *"))
-    part.inert = narrow.matches && Boolean(find("job"));
+function cover(page) {
+  const isCovered = narrow.matches && Boolean(page.querySelector("#job"));
+  for (const part of page.querySelectorAll("#queue, main > *")) part.inert = isCovered;
 }
 
 const sentence = words => words.slice(0, 1).toUpperCase() + words.slice(1);
@@ -9103,8 +9103,8 @@ document.onkeydown = event => {
 };
 
 window.onpopstate = document.onvisibilitychange = refresh;
-narrow.onchange = cover;
-cover();
+narrow.onchange = () => cover(find("page"));
+narrow.onchange();
 document.body.classList.add("live");
 if (find("output")) find("output").scrollTop = find("output").scrollHeight;
 if (find("name")) find("name").focus();
