@@ -8030,11 +8030,11 @@ def filter_links(view):
 
 
 def bulk_buttons(page):
-    """Yield what can be done with all jobs that the filters leave."""
+    """Yield what can be done with all jobs that the filters leave, if there are any."""
     filters, state = page.view.filters(), page.view.state
-    if state in ("", "dead") and page.status["jobs"]["dead"]:
+    if page.found and state in ("", "dead") and page.status["jobs"]["dead"]:
         yield bulk_button("Retry dead…", "retry", filters)
-    if filters and page.found and state != "processing":
+    if page.found and filters and state != "processing":
         yield bulk_button("Delete…", "delete", filters)
 
 
