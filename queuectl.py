@@ -4253,12 +4253,10 @@ def colour_after(codes, colour):
 def nearest_colour(values):
     """Return the colour nearest to one of 256, or to red, green and blue up to 255."""
     if len(values) == 1:
-        number = values[0]
-        if number < 16:
-            return number % 8 % 7
-        if number > 231:  # greys
-            return 0
-        values = [(number - 16) // 36, (number - 16) // 6 % 6, (number - 16) % 6]
+        number, cube = values[0], values[0] - 16
+        if not 0 <= cube < 216:  # one of the first sixteen, or a grey
+            return number % 8 % 7 if number < 16 else 0
+        values = [cube // 36, cube // 6 % 6, cube % 6]
     bits = [2 * value > max(values) for value in values]
     return sum(bit << at for at, bit in enumerate(bits)) % 7
 
@@ -7645,6 +7643,7 @@ Page = collections.namedtuple(
     "Page", "queue view now status groups growth found counts is_whole")
 
 
+@functools.lru_cache(None)  # a page shows each of them many times
 def icon(word):
     """Return the icon of a kind of jobs."""
     return element("svg", element("path", d=JOB_KINDS[word].icon), css="icon",
@@ -7668,7 +7667,7 @@ def page_header(page):
         switch = button("Pause", "/api/pause", done="Paused: no further job starts")
     path = element("span", element("span", folder + os.sep, css="wide"), name,
                    css="mono dim line", title=page.queue.path)
-    return element("nav", path, switch, id="queue", aria_label="Queue", css="row")
+    return element("section", path, switch, id="queue", aria_label="Queue", css="row")
 
 
 def page_now(page):
@@ -8015,7 +8014,7 @@ def jobs_header(page, total):
         "div", element("h2", "Jobs"),
         element("span", grouped(total) + order, id="total", css="dim"),
         element("input", id="q", type="search", aria_label="Search jobs",
-                placeholder="Search id, command, error", value=view.q),
+                placeholder="Search id, command, error", title="Key /", value=view.q),
         *filter_links(view),
         element("span", *bulk_buttons(page), css="row end"), css="row")
 
@@ -8132,7 +8131,7 @@ def step_links(page):
         if 0 <= to < len(ids):
             words = "%s job: %s" % (name.capitalize(), ids[to])
             yield link(arrow, page.view.open(ids[to], **changes), "button", id=name,
-                       aria_label=words, title=words)
+                       aria_label=words, title="%s (key %s)" % (words, arrow))
 
 
 def can_run_now(job, page):
