@@ -8488,7 +8488,7 @@ class Site:
         try:
             content, trouble = self.page(url, is_whole=True), ""
         except (Refusal, QueueError, sqlite3.Error, OSError) as error:
-            content, trouble = "<title>queuectl</title>", str(error)
+            content, trouble = "<title>queuectl</title><main></main>", str(error)
         title, end, content = content.partition("</title>")
         parts = {"TOKEN": self.token, "TITLE": title + end, "CONTENT": content,
                  "TROUBLE": element("p", sentence_case(trouble), role="alert")}
@@ -8690,14 +8690,14 @@ button:hover, .button:hover { border-color: var(--text); }
 #trouble:has(:first-child:empty) { display: none; }
 #trouble:not(:has(:first-child:empty)) ~ #page main { opacity: .55; }
 /* Without anything good to show it is all of the page. */
-body:not(:has(main)) { display: flex; flex-direction: column; }
-body:not(:has(main)) #trouble {
+body:not(:has(#now)) { display: flex; flex-direction: column; }
+body:not(:has(#now)) #trouble {
   position: static; order: 1; width: 100%; max-width: 44rem; margin: 10vh auto;
   padding: 1.4rem 1.8rem;
   background: var(--card); color: var(--text); border-left: 4px solid var(--red);
   font-size: 1.2rem; overflow-wrap: anywhere;
 }
-body:not(:has(main)) #trouble p + p { margin-top: .4rem; color: var(--dim); font-size: 1rem; }
+body:not(:has(#now)) #trouble p + p { margin-top: .4rem; color: var(--dim); font-size: 1rem; }
 #said {
   position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%); z-index: 2;
   max-width: calc(100% - 2rem); padding: .5rem 1rem; border-radius: .4rem;
@@ -8882,7 +8882,7 @@ PAGE_SCRIPT = r"""
 const find = id => document.getElementById(id);
 const setBusy = isBusy => document.body.classList.toggle("busy", isBusy);
 const parse = text => new DOMParser().parseFromString(text, "text/html");
-let turn = 0, timer, chartDue = 0, seen = performance.now(), toastTimer;
+let turn = 0, timer, chartDue = 0, lastGood = performance.now(), toastTimer;
 
 /* A line that was cut gives no error by itself. An action may take as long as it needs. */
 async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
@@ -8940,7 +8940,7 @@ async function refresh() {
     const search = find("q");
     if (search && search !== focused) search.value = search.defaultValue;
     moveFocus(opened, focused);
-    seen = performance.now();
+    lastGood = performance.now();
     trouble("");
     chart().catch(() => { chartDue = 0; });  // which may take a while: nobody waits for it
     await follow(find("output"));
@@ -8976,7 +8976,7 @@ const sentence = words => words.slice(0, 1).toUpperCase() + words.slice(1);
 
 function trouble(words) {
   const [alert, age] = find("trouble").children;
-  const seconds = Math.round((performance.now() - seen) / 1000);
+  const seconds = Math.round((performance.now() - lastGood) / 1000);
   if (alert.textContent !== sentence(words)) alert.textContent = sentence(words);
   age.textContent = (find("queue") ? `What is shown is ${seconds} s old. ` : "")
     + "This page tries again every 2 s.";
@@ -9123,7 +9123,7 @@ TITLE
 <style nonce="TOKEN">""" + PAGE_CSS + """</style>
 </head>
 <body>
-<div id="trouble" class="card">TROUBLE<p></p></div>
+<section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p></section>
 <header><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
 <path d="M2 4h12M2 8h8M2 12h11"/></svg>queuectl</h1></header>
 <div id="page">CONTENT</div>

@@ -7992,13 +7992,13 @@ class TestPage:
         for query in ("state=x", "q=%00"):
             whole = dashboard.ask("/?" + query)
             assert whole.status == 200 and re.search(
-                '<div id="trouble"[^>]*><p role="alert">[^<]', whole.text)
+                '<section id="trouble"[^>]*><p role="alert">[^<]', whole.text)
             assert dashboard.ask("/main?" + query).status == 400
 
     def test_a_removed_queue_is_reported_on_the_page(self):
         site = queuectl.Site(os.path.abspath("none.db"), "localhost")
         status, kind, text = site.answer("GET", "/", {"Host": "localhost"})
-        trouble, = re.findall('<div id="trouble"[^>]*>.*?</p>', text)
+        trouble, = re.findall('<section id="trouble"[^>]*>.*?</p>', text)
         assert (status, kind) == (200, "text/html")
         assert "There is no queue" in trouble and "hidden" not in trouble
         assert site.answer("GET", "/main", {"Host": "localhost"})[0] == 400
