@@ -7829,13 +7829,15 @@ def page_running(page):
     """Return the jobs that have run longest, with their commands and times."""
     runs = sorted(page.queue.processing_runs(), key=lambda run: run.started_at)
     more, lost = len(runs) - RUNNING_SHOWN, len(page.status["lost"])
+    workers = len(page.status["workers"])
+    idle = joined("No job runs", workers and plural(workers, "worker") + " idle")
     return element(
         "section", element("h2", "Running now"),
         lost > 0 and element("p", grouped(lost) + " without a worker",
                              css="failed hue"),
         element("ul", *[running_job(page.queue.job(run.id), page)
                         for run in runs[:RUNNING_SHOWN]]),
-        not runs and element("p", "Nothing", css="dim none"),
+        not runs and element("p", idle, css="dim none"),
         more > 0 and link(grouped(more) + " more", page.view.only(state="processing"),
                           "dim"), id="running", css="card")
 

@@ -7805,6 +7805,12 @@ class TestPage:
         assert words_of(running.find("ul/li")) == "j0echo 03 min"
         assert links_of(running)["2 more"] == "/?state=processing#jobs"
 
+    def test_idle_workers_are_counted_where_nothing_runs(self, queue, page, monkeypatch):
+        add_job(queue)
+        assert words_of(named_part(page(), "running")) == "Running nowNo job runs"
+        monkeypatch.setattr(queuectl, "living_pools", lambda path: {7: [1, 2]})
+        assert "No job runs, 2 workers idle" in words_of(named_part(page(), "running"))
+
     def test_a_run_near_its_timeout_is_marked(self, queue, clock, page):
         for name, timeout in (("near", 100), ("far", 1000), ("free", None)):
             add_job(queue, id=name, timeout=timeout)
