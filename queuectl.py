@@ -135,6 +135,7 @@ HOOKS_AT_END = 30.0  # seconds that a pool takes at its end to announce dead job
 MAX_DEATHS = 5  # worker deaths after which their job is taken for the cause
 
 SHOWN_ERRORS = 4  # most common errors of dead jobs, in `status` and on the page
+MAX_WATCHED = 2000  # jobs of which `wait` counts the states; of more, the whole queue
 MAX_ERRORS = 100  # most common errors of dead jobs that are told apart
 BATCH_SIZE = 500  # rows of one read or write; more would hold up other processes
 WORK_SLICE = 0.05  # seconds that one transaction of many may take
@@ -471,13 +472,14 @@ def optional(check, word):
     return check_or_none
 
 
-# A setting. `none` is the word that means no value, None where there is always one.
+# A setting. `unit` is that of its value: "seconds", "bytes" or None. `none` is the word
+# that means no value, None where there is always one.
 Setting = collections.namedtuple(
-    "Setting", "check default meaning none", defaults=(None,))
+    "Setting", "check default meaning unit none", defaults=(None, None))
 
 
-def optional_setting(check, meaning, none="none"):
-    return Setting(optional(check, none), None, meaning, none)
+def optional_setting(check, meaning, unit=None, none="none"):
+    return Setting(optional(check, none), None, meaning, unit, none)
 
 
 SETTINGS = {
@@ -486,24 +488,24 @@ SETTINGS = {
     "backoff_base": Setting(
         in_range(parse_duration, 0, 10**6, "a number from 0 to 1000000"), 2,
         "the wait after n failures: base ** n seconds"),
-    "backoff_max": Setting(duration_from(0), 86400, "longest such wait, in seconds"),
+    "backoff_max": Setting(duration_from(0), 86400, "longest such wait", "seconds"),
     "timeout": optional_setting(
-        duration_from(0.001), "seconds a run may take, if its job has none"),
+        duration_from(0.001), "how long a run may take if its job has none", "seconds"),
     "output_limit": Setting(
         in_range(parse_size, 0, 2**26, "bytes from 0 to 64M, like 500, 64K, 1M"), 2**20,
-        "bytes of output that are kept, like 1M"),
+        "bytes of a run's output that are kept", "bytes"),
     "launcher": optional_setting(
         check_launcher, "what runs are started through, like srun"),
     "keep": optional_setting(
-        duration_from(0), "seconds that completed jobs are kept", none="forever"),
+        duration_from(0), "how long completed jobs are kept", "seconds", "forever"),
     "on_dead": optional_setting(
         check_command, "command for each job that fails for good"),
 }
 
 # A field that is given with a job. Its option of `enqueue` and `edit` is `--name
 # METAVAR`. `otherwise` tells in words what a new job has without it. `parse` converts
-# the option's text to what `check` expects. If it `repeats`, the option may be given
-# several times. The settings max_retries and timeout are the defaults of these fields.
+# the option's text to what `check` expects. If it `repeats`, all values of the option
+# are kept. The settings max_retries and timeout are the defaults of these fields.
 Field = collections.namedtuple(
     "Field", "check metavar help otherwise parse repeats default",
     defaults=("none", str, False, None))
@@ -518,7 +520,8 @@ FIELDS = {
         whole_number(-MAX_INTEGER - 1, MAX_INTEGER), "N", "higher ones first", "0",
         parse_number, default=0),
     "run_at": Field(check_time, "TIME", "ISO 8601, epoch seconds, or now", "now"),
-    "delay": Field(duration_from(0), "T", "like 90s, 10m, 1h30m, 7d"),
+    "delay": Field(
+        duration_from(0), "T", "start after this time, like 90s, 1h30m, 7d"),
     "timeout": Field(
         SETTINGS["timeout"].check, "T", "end a run that takes longer, or none",
         "the setting"),
@@ -534,7 +537,7 @@ FIELDS = {
         "start only when job ID is completed; repeatable", repeats=True),
     "lock": Field(
         optional(check_id, "none"), "NAME",
-        "run at most one job with this lock at a time"),
+        "run at most one job with this lock at a time", repeats=True),
 }
 # The fields that are columns of `jobs`: `delay` becomes a `run_at`, `after` rows of
 # `dependencies`.
@@ -1390,7 +1393,7 @@ CREATE TABLE IF NOT EXISTS runs (
     pid INTEGER,                            -- PID and process group of the command
     started_at REAL NOT NULL,
     finished_at REAL,
-    kind TEXT,                              -- how it ended, one of KINDS
+    kind TEXT,                              -- how it ended, one of RUN_KINDS
     exit_code INTEGER,
     error TEXT,
     PRIMARY KEY (seq, run)
@@ -1906,26 +1909,26 @@ if not WINDOWS:
 # What follows from the way in which a run ended: the total that counts it, and whether
 # its job is put back, so that the attempt does not count. A run without a total never
 # began, and is not recorded.
-Kind = collections.namedtuple("Kind", "total is_put_back")
-KINDS = {
-    "completed": Kind("completed", False),
-    "failed": Kind("failed", False),  # an exit code, a signal, a timeout
-    "cancelled": Kind("interrupted", False),
-    "stopped": Kind("interrupted", True),  # with its pool, or with its whole service
-    "lost": Kind("interrupted", True),  # its worker died
-    "refused": Kind(None, True),  # the system had no process to give
+RunKind = collections.namedtuple("RunKind", "total is_put_back")
+RUN_KINDS = {
+    "completed": RunKind("completed", False),
+    "failed": RunKind("failed", False),  # an exit code, a signal, a timeout
+    "cancelled": RunKind("interrupted", False),
+    "stopped": RunKind("interrupted", True),  # with its pool, or with its whole service
+    "lost": RunKind("interrupted", True),  # its worker died
+    "refused": RunKind(None, True),  # the system had no process to give
 }
 TOTALS = ("completed", "failed", "interrupted")
 # The SQL for the total of a run.
 TOTAL_OF_RUN = "CASE %s END" % " ".join(
     "WHEN kind = '%s' THEN '%s'" % (name, kind.total)
-    for name, kind in KINDS.items() if kind.total)
+    for name, kind in RUN_KINDS.items() if kind.total)
 # The errors of runs and jobs that have one in every case.
 WORKER_DIED, STOPPED_NOW, STOPPED, CANCELLED = (
     "worker died", "stopped now", "stopped", "cancelled")
 
-# How a run ended: one of KINDS; exit code, or None without one; the text that is stored
-# and shown, None after success; epoch seconds; bytes.
+# How a run ended: one of RUN_KINDS; exit code, or None without one; the text that is
+# stored and shown, None after success; epoch seconds; bytes.
 Outcome = collections.namedtuple("Outcome", "kind exit_code error finished_at output")
 
 # How much of an output is kept.
@@ -2111,13 +2114,24 @@ def where(states=STATES, **filters):
     return Condition(sql, given, sql)
 
 
-def needed(condition, is_needed=True):
-    """Narrow a condition to the jobs that have to be kept, or to the others.
+def needed(condition):
+    """Narrow a condition to the jobs that have to be kept."""
+    return condition._replace(sql="%s AND %s" % (condition.sql, is_needed(condition)))
+
+
+def not_needed(condition):
+    """Narrow a condition to the jobs that need not be kept."""
+    return condition._replace(spares_needed=True, sql="%s AND NOT %s" % (
+        condition.sql, is_needed(condition)))
+
+
+def is_needed(condition):
+    """Return the SQL that is true of those selected jobs that have to be kept.
 
     A job that is selected has to be kept if it is not completed and an unfinished job
     waits for it that is not selected, or that has to be kept itself.
     """
-    is_kept = """(NOT {success} AND seq IN (WITH RECURSIVE needed (seq) AS (
+    return """(NOT {success} AND seq IN (WITH RECURSIVE needed (seq) AS (
         SELECT waits_for FROM jobs JOIN dependencies USING (seq)
             WHERE {dependent} AND ({selected}) IS NOT 1
         UNION SELECT waits_for FROM needed CROSS JOIN jobs USING (seq)
@@ -2125,8 +2139,6 @@ def needed(condition, is_needed=True):
         SELECT seq FROM needed))""".format(
         success=IS_SUCCESS, dependent=UNFINISHED_DEPENDENT,
         selected=condition.sql)  # NULL, where a job has no error, is no selection
-    return condition._replace(spares_needed=not is_needed, sql="%s AND %s%s" % (
-        condition.sql, "" if is_needed else "NOT ", is_kept))
 
 
 # What `enqueue` did: the numbers of the first and the last new job; of the jobs that
@@ -2207,12 +2219,13 @@ class Queue(Database):
         added = self.enqueue([job])
         return self._value("SELECT id FROM jobs WHERE seq = ?", added.last)
 
-    def enqueue(self, jobs, unique=False):
+    def enqueue(self, jobs, unique=False, place_name="job {}".format):
         """Add jobs as `checked_job` makes them, all or none; return `Added`.
 
         JOBS may be a generator: it is read within the transaction. A job without an id
         gets one. UNIQUE leaves alone a job whose id is waiting or running, and starts a
-        finished one again with the new fields; its earlier runs stay.
+        finished one again with the new fields; its earlier runs stay. PLACE_NAME makes
+        words of the number of a job, for an error.
         """
         new = NewJobs(self, unique)
         with self.transaction():
@@ -2226,7 +2239,7 @@ class Queue(Database):
                     for columns, rows in itertools.groupby(
                         new.rows(jobs), key=operator.itemgetter(0)))
             except sqlite3.IntegrityError:
-                raise self._id_taken(new) from None
+                raise self._id_taken(new, place_name) from None
             self._change(
                 "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'", count)
             last = self._value("SELECT MAX(seq) FROM jobs") or 0
@@ -2236,14 +2249,15 @@ class Queue(Database):
         wake_workers(self.path)
         return Added(last - count + 1, last, new.unchanged, dropped)
 
-    def _id_taken(self, new):
+    def _id_taken(self, new, place_name):
         """Return the QueueError for the latest of NEW jobs: its id is taken."""
         first = self._value("SELECT MAX(seq) FROM jobs") - (new.count - 2)
         twin = self._seq_of(new.id) - first + 1
         if twin < 1:
-            return QueueError("there is a job %s already", new.id)
-        return QueueError("jobs %d and %d of this batch have the same id: %s",
-                          twin, new.count, new.id)
+            place = place_name(new.count) + ": " if new.count > 1 else ""
+            return QueueError(place + "there is a job %s already", new.id)
+        return QueueError("%s and %s have the same id: %s", place_name(twin),
+                          place_name(new.count), new.id)
 
     def _restart(self, job):
         """Start a job again with these fields; return False if it was not finished."""
@@ -2391,7 +2405,7 @@ class Queue(Database):
         This and each of the three verbs return the new state of the job, or None if the
         run no longer owns it.
         """
-        if KINDS[outcome.kind].is_put_back:
+        if RUN_KINDS[outcome.kind].is_put_back:
             return self.release(run, outcome)
         if outcome.kind == "completed":
             return self.complete(run, outcome)
@@ -2454,7 +2468,7 @@ class Queue(Database):
             return state
 
     def _record_run(self, run, outcome):
-        total = KINDS[outcome.kind].total
+        total = RUN_KINDS[outcome.kind].total
         if total is None:
             self._change(
                 "DELETE FROM runs WHERE seq = ? AND run = ?", run.seq, run.number)
@@ -3041,7 +3055,7 @@ class Queue(Database):
         rows = self._rows("SELECT state, runs FROM drains WHERE pool = ?", self.drain)
         return {**dict.fromkeys(FINISHED, 0), **dict(rows)}
 
-    def wait(self, ids=None, timeout=None, on_check=lambda counts: None):
+    def wait(self, ids=None, timeout=None, on_check=lambda wait: None):
         """Wait until jobs are completed or dead, or until what is left can't go on.
 
         Without IDS, wait for all jobs that are unfinished now. Within a job of this
@@ -3050,7 +3064,7 @@ class Queue(Database):
         that wait for a dead job; and without IDS as `died_before` how many dead jobs
         there were that nobody cancelled, since what became of a job must not depend on
         how soon it died. Return None after TIMEOUT seconds. `on_check` is called at
-        each check with the counts of all jobs.
+        each check with the `Wait`, which can count the jobs by state.
         """
         died_before = 0
         jobs = None if ids is None else self._named(ids)
@@ -3181,6 +3195,7 @@ class Wait:
     def __init__(self, queue, ids, on_check):
         self.queue, self.on_check = queue, on_check
         self.left = collections.deque(ids)
+        self.is_small = len(self.left) <= MAX_WATCHED
         self.ended = dict.fromkeys((*STATES, "removed"), 0)
         self.began = time.monotonic()
         self.seen_at = {}  # {id: when the job was last seen unfinished}
@@ -3191,7 +3206,7 @@ class Wait:
         A job that was seen to end is not checked again, since it may be removed.
         """
         self.queue.require_file()
-        self.on_check(self.queue.counts())
+        self.on_check(self)
         blocked, stuck = self.queue.blocked_seqs(), []
         while self.left:
             id = self.left[-1]
@@ -3207,6 +3222,18 @@ class Wait:
             stuck.append(self.left.pop())
         self.left.extendleft(stuck)
         return len(self.left) == len(stuck)
+
+    def counts(self):
+        """Return how many of the jobs are in each state, as `Queue.counts` does."""
+        if not self.is_small:
+            return self.queue.counts()
+        counts, ids = {state: self.ended[state] for state in STATES}, iter(self.left)
+        for batch in iter(lambda: [*itertools.islice(ids, BATCH_SIZE)], []):
+            for state, jobs in self.queue._rows(
+                    "SELECT state, COUNT(*) FROM jobs WHERE id IN (%s) GROUP BY state"
+                    % ", ".join("?" * len(batch)), *batch):
+                counts[state] += jobs
+        return counts
 
     def state_of_gone(self, id):
         """Return `completed` for a job that `keep` may have deleted, or `removed`.
@@ -3889,21 +3916,16 @@ def scan_with_tools(leases):
 # ======================================================================================
 
 
-def notice(message):
-    """Print a line for people on standard error."""
-    with contextlib.suppress(OSError):  # its reader is gone
-        print("queuectl: %s" % message, file=sys.stderr, flush=True)
+def duration_text(seconds):
+    """Return a duration exactly, in two units at most: 43ms, 0.4s, 12s, 3m 20s, 4d 1h.
 
-
-def duration_text(seconds, precise=False):
-    """Return a duration in one or two units: 0.2s, 12s, 3m 20s, 2h 5m, 4d 1h.
-
-    A PRECISE one shows less than a second as milliseconds: 43ms.
+    Commands show durations so. Where a picture refreshes itself, and for what is only
+    estimated, `roughly` is used instead.
     """
-    if precise and seconds < 0.9995:
-        return "%.0fms" % max(0, 1000 * seconds)
-    if seconds < 10:
-        return "%.1fs" % max(0.0, seconds)
+    if seconds < 0.0995:
+        return "%.0fms" % (1000 * seconds) if seconds >= 0.0005 else "<1ms"
+    if seconds < 9.95:
+        return "%.1fs" % seconds
     rest, parts = int(seconds), []
     for unit in "dhms":
         count, rest = divmod(rest, UNITS[unit])
@@ -3913,10 +3935,7 @@ def duration_text(seconds, precise=False):
 
 
 def roughly(seconds):
-    """Return a duration in one unit: 1 s, 12 s, 19 min, 30 h, 4 d.
-
-    A page that refreshes every two seconds stays calm that way.
-    """
+    """Return about how long a duration is, in one unit: 1 s, 19 min, 30 h, 4 d."""
     for least, unit, name in ((172800, "d", "d"), (5400, "h", "h"), (120, "m", "min")):
         if seconds >= least:
             return "%.0f %s" % (seconds / UNITS[unit], name)
@@ -3947,10 +3966,25 @@ def joined(*words, by=", "):
 
 
 def setting_text(name, value):
-    """Return the value of a setting as it can be set."""
+    """Return the value of a setting for scripts, a number without a unit."""
     if value is None:
         return SETTINGS[name].none
     return printable(value) if isinstance(value, str) else number_text(value)
+
+
+def setting_with_unit(name, value):
+    """Return the value of a setting for people, as it can be set: 1h30m, 64K, none."""
+    text, unit = setting_text(name, value), SETTINGS[name].unit
+    if value is None or not unit:
+        return text
+    if unit == "seconds":
+        duration = duration_text(value).replace(" ", "")
+        is_exact = value >= 10 and parse_duration(duration) == value
+        return duration if is_exact else text + "s"
+    for size, letter in ((2**20, "M"), (2**10, "K")):
+        if value >= size and value % size == 0:
+            return "%d%s" % (value // size, letter)
+    return text
 
 
 # Why a job is not running, and how far a queue is.
@@ -3960,8 +3994,7 @@ ORPHAN_HINT = "its worker died, but its processes still run; the next pool ends 
     " and %s"
 TO_RESUME = "to go on: queuectl.py resume"
 TO_START = "to start one: queuectl.py worker start"
-PAUSED_HINT = "paused; " + TO_RESUME
-NO_POOL = "no pool is running; " + TO_START
+TO_START_ANOTHER = "to start another: queuectl.py worker start"
 
 
 def quoted(words):
@@ -3980,32 +4013,50 @@ def in_queue(path, hint):
     return hint.replace("queuectl.py", "queuectl.py --db " + quoted([path]))
 
 
+def standstill(queue):
+    """Return in words why no job is started, and the next step; nothing if jobs are."""
+    hint, pools = "", supervised_pools(queue.path)
+    if queue.is_paused():
+        hint = "the queue is paused; " + TO_RESUME
+    elif not pools:
+        hint = "no pool is running; " + TO_START
+    elif all(requested_stop(queue.path, pool) for pool in pools):
+        hint = "the pool is stopping; " + TO_START_ANOTHER
+    return in_queue(queue.path, hint)
+
+
+def supervised_pools(path):
+    """Return the pools whose supervisors live: others only finish their jobs."""
+    return {pool for pool in living_pools(path) if is_locked(pool_file(path, pool))}
+
+
+def lost_jobs(queue, workers):
+    """Return the ids of the running jobs that none of these WORKERS has.
+
+    The state of a job has to be read before the workers: another worker may claim it.
+    """
+    attended = {worker["job"] for worker in workers}
+    return {run.id for run in queue.processing_runs()} - attended
+
+
 def why_waiting(queue, job, workers, text_of=duration_text):
     """Return in words why a job is not running; None if it runs or has finished.
 
     WORKERS are those of `Queue.workers`. TEXT_OF makes the text of a duration.
     """
-    no_pool = "" if workers else "; " + in_queue(queue.path, NO_POOL)
     if job["state"] == "processing":
-        run = queue.latest_run(job)
-        is_attended = job["id"] in [worker["job"] for worker in workers]
-        if is_attended or not queue.is_current(run):
-            return None
-        hint = ORPHAN_HINT if is_locked(run.lease) else LOST_HINT
-        return hint % ("makes the job dead" if job["cancelled"] else
-                       "runs the job again") + no_pool
+        return why_lost(queue, job, workers)
     if job["state"] not in WAITING:
         return None
     if job["waits"]:
         return why_dependent(queue, job)
-    if queue.is_paused():
-        return "the queue is " + in_queue(queue.path, PAUSED_HINT)
+    stopped = standstill(queue)
     if job["gate"] == CLOSED:
         what = "try %d is due" % (job["attempts"] + 1) if job["attempts"] else "due"
         when = due_text(job, queue.clock(), text_of) or "now"
-        return "%s %s%s" % (what, when, no_pool)
-    if not workers:
-        return in_queue(queue.path, NO_POOL)
+        return joined("%s %s" % (what, when), stopped, by="; ")
+    if stopped:
+        return stopped
     holder = queue.lock_holder(job) if job["lock"] else job["id"]
     if holder != job["id"]:
         other = "job " + printable(holder) if holder else "another job"
@@ -4013,6 +4064,16 @@ def why_waiting(queue, job, workers, text_of=duration_text):
         return message % (printable(job["lock"]), other)
     ahead = queue.count_ahead(job)
     return plural(ahead, "job") + " before it" if ahead else "next in line"
+
+
+def why_lost(queue, job, workers):
+    """Return in words what becomes of a running job without a worker, else None."""
+    if job["id"] not in lost_jobs(queue, workers):
+        return None
+    has_processes = is_locked(queue.latest_run(job).lease)
+    hint = (ORPHAN_HINT if has_processes else LOST_HINT) % (
+        "makes the job dead" if job["cancelled"] else "runs the job again")
+    return joined(hint, standstill(queue), by="; ")
 
 
 def why_dependent(queue, job):
@@ -4064,7 +4125,7 @@ JOB_KINDS = {
 
 def kind_of(job, status, now):
     """Return which of JOB_KINDS a job is. STATUS has the values of `read_status`."""
-    if job["id"] in status["lost"]:
+    if job["state"] == "processing" and job["id"] in status["lost"]:
         return "lost"
     if job["state"] != "pending":
         return state_word(job)
@@ -4092,8 +4153,10 @@ RULES = [
                          or status["jobs"]["processing"]),
      Verdict("dead", "Stuck{left} for dead ones",
              "retry the dead ones, or cancel what waits")),
-    (lambda status: not status["has_pool"],
+    (lambda status: not status["pools"],
      Verdict("dead", "No pool is running{left}", TO_START)),
+    (lambda status: status["pools"] <= status["stopping_pools"],
+     Verdict("failed", "The pool is stopping{left}", TO_START_ANOTHER)),
     (lambda status: status["growth"] >= 1,
      Verdict("failed", "Falling behind: {ready} waiting, {growth:,.0f} more a minute",
              "")),
@@ -4186,15 +4249,22 @@ class Trend:
         return min(steps)
 
 
-def progress_text(counts, done, seconds):
-    """Return a line on the progress of a queue, which ended DONE jobs in SECONDS."""
+def progress_text(counts, done, seconds, width):
+    """Return a line on the progress of jobs, of which DONE have ended in SECONDS.
+
+    What does not fit into the width is left out.
+    """
     running, waiting = counts["processing"], sum(counts[state] for state in WAITING)
-    line = "completed %d, dead %d, running %d, waiting %d" % (
-        counts["completed"], counts["dead"], running, waiting)
-    if done <= 0 or seconds <= 0 or not running:
-        return line
-    left = duration_text((running + waiting) * seconds / done)
-    return line + ", %.1f/s, %s left" % (done / seconds, left)
+    parts = ["%d waiting" % waiting, "%d running" % running]
+    parts += ["%d %s" % (counts[state], state) for state in FINISHED[::-1]]
+    if done > 0 and seconds > 0 and running:
+        left = (running + waiting) * seconds / done
+        parts += ["%.1f/s" % (done / seconds), "about %s left" % roughly(left)]
+    line = parts[0]
+    for part in parts[1:]:
+        longer = line + ", " + part
+        line = longer if len(longer) <= width else line
+    return line
 
 
 # The output of a run as a terminal would show it.
@@ -4279,6 +4349,44 @@ class Line(str):
         line.colour, line.start = colour, start
         line.end = len(text) if end is None else end
         return line
+
+
+def notice(message):
+    """Print a line for people on standard error."""
+    lines = wrapped("queuectl: %s" % message, terminal_width(sys.stderr))
+    with contextlib.suppress(OSError):  # its reader is gone
+        print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+# What is not broken into lines: a word, or a command up to its end or a gap.
+UNBROKEN = r"queuectl\.py(?: ?(?:'[^']*'|\"[^\"]*\"|[^ ;)'\"]))*[;)]?|\S+"
+
+
+def wrapped(line, width):
+    """Return the lines that a text takes on a terminal, broken between words.
+
+    A command that is longer than a line is left to the terminal, so that it can be
+    copied. What stands behind a gap, as in a help, stays behind it.
+    """
+    if width is None or display_width(line) <= width:
+        return [line]
+    gaps = [gap.end() for gap in re.finditer(r"\S {2,}", line[: 2 * width // 3])]
+    margin = gaps[-1] if gaps else len(line) - len(line.lstrip()) + 2
+    parts, start, end, indent = [], 0, 0, 0
+    for word in re.finditer(UNBROKEN, line):
+        if end and indent + display_width(line[start : word.end()]) > width:
+            parts.append(part_of(line, start, end, indent))
+            start, indent = word.start(), margin
+        end = word.end()
+    return [*parts, part_of(line, start, end, indent)]
+
+
+def part_of(line, start, end, indent):
+    """Return a part of a line, indented; its coloured part keeps the colour."""
+    text, shift = " " * indent + line[start:end], indent - start
+    if not isinstance(line, Line) or not start < line.end or not line.start < end:
+        return text
+    return Line(text, line.colour, max(indent, line.start + shift), line.end + shift)
 
 
 def painter():
@@ -4383,8 +4491,12 @@ def fitted(widths, room):
 
 
 # A column of a table of jobs: its title; how wide a terminal has to be to show it (what
-# a job is and why comes first); and the function of job and time that makes its text.
+# a job is and why comes first); and the function of a job and a `Look` that makes its
+# text.
 ListColumn = collections.namedtuple("ListColumn", "title terminal text")
+# What the texts of columns need beside the job: the queue, the values of `read_status`,
+# and the time.
+Look = collections.namedtuple("Look", "queue status now")
 
 
 def due_text(job, now, text_of=duration_text):
@@ -4394,16 +4506,22 @@ def due_text(job, now, text_of=duration_text):
     return ""
 
 
-def short_reason(job, now):
+def short_reason(job, look):
     """Return why a job has failed or died, or what it waits for, in a few words."""
-    due = due_text(job, now)
+    kind, due = kind_of(job, look.status, look.now), due_text(job, look.now)
+    if kind == "lost":
+        return WORKER_DIED
     if job["state"] == "failed" and due:
         return "%s, again %s" % (job["error"], due)
     if job["state"] in ("failed", "dead"):
         return job["error"]
-    if job["waits"]:
+    if kind == "blocked":
+        first = look.queue.dependencies(job)[0]
+        word = state_word(first) if first["state"] == "dead" else kind
+        return "after %s (%s)" % (first["id"], word)
+    if kind == "behind a job":
         return "after " + job["waits_for"].replace("\n", ", ")
-    if job["gate"] == LOCKED:
+    if kind == "behind a lock":
         return "lock " + job["lock"]
     return due and "due " + due
 
@@ -4411,32 +4529,33 @@ def short_reason(job, now):
 def last_columns(changed, reason):
     """Return the last columns, of which two have the titles CHANGED and REASON."""
     return [
-        ListColumn(changed, 76, lambda job, now: relative_time(job["updated_at"], now)),
-        ListColumn(reason, 36, lambda job, now: printable(short_reason(job, now))),
-        ListColumn("COMMAND", 60, lambda job, now: printable(job["command"])),
+        ListColumn(changed, 76, lambda job, look: relative_time(
+            job["updated_at"], look.now)),
+        ListColumn(reason, 36, lambda job, look: printable(short_reason(job, look))),
+        ListColumn("COMMAND", 60, lambda job, look: printable(job["command"])),
     ]
 
 
 LIST_COLUMNS = [
-    ListColumn("ID", 0, lambda job, now: printable(job["id"])),
-    ListColumn("STATE", 0, lambda job, now: job["state"]),
-    ListColumn("TRIES", 48, lambda job, now: "%d/%d" % (
+    ListColumn("ID", 0, lambda job, look: printable(job["id"])),
+    ListColumn("STATE", 0, lambda job, look: job["state"]),
+    ListColumn("TRIES", 48, lambda job, look: "%d/%d" % (
         job["attempts"], tries_allowed(job["max_retries"]))),
     *last_columns("CHANGED", "WHY"),
 ]
 DLQ_COLUMNS = [*LIST_COLUMNS[:3], *last_columns("DIED", "ERROR")]
 
 
-def job_table(jobs, now, columns):
+def job_table(jobs, look, columns):
     """Return the lines of a table of jobs; a terminal gets the columns that fit."""
     width, jobs = terminal_width(sys.stdout), iter(jobs)
     if width:
         first = list(itertools.islice(jobs, BATCH_SIZE))
         jobs = itertools.chain(first, jobs)
-        used = [one for one in columns if any(one.text(job, now) for job in first)]
+        used = [one for one in columns if any(one.text(job, look) for job in first)]
         spare = 24 * (len(columns) - len(used))  # of a column without a text
         columns = [one for one in used if width + spare >= one.terminal]
-    rows = ([column.text(job, now) for column in columns] for job in jobs)
+    rows = ([column.text(job, look) for column in columns] for job in jobs)
     return table([column.title for column in columns], rows, width, state_column=1)
 
 
@@ -4449,8 +4568,9 @@ def run_table(runs, now):
         result = "running" if is_running else printable(run["error"] or "exit 0")
         rows.append([
             str(run["run"]), str(run["attempt"]), relative_time(run["started_at"], now),
-            duration_text(seconds, precise=True), result])
-    return table(["RUN", "TRY", "STARTED", "TOOK", "RESULT"], rows)
+            duration_text(seconds), result])
+    titles = ["RUN", "TRY", "STARTED", "TOOK", "RESULT"]
+    return table(titles, rows, terminal_width(sys.stdout))
 
 
 def stats_lines(stats, width):
@@ -4465,21 +4585,19 @@ def stats_lines(stats, width):
         100 * stats["success_rate"], stats["per_second_now"], stats["per_second"],
         period)
     for name in ("run_time", "waiting_time"):
-        times = [duration_text(value or 0, precise=True)
-                 for value in stats[name].values()]
+        times = [duration_text(value or 0) for value in stats[name].values()]
         yield "%s: median %s, 95 %% within %s, longest %s" % (
             name.replace("_", " "), *times)
     yield from throughput_lines(stats["throughput"], period, width)
     yield from histogram(stats["run_times"], width)
-    yield "Slowest commands:"
-    for row in stats["slowest_commands"]:
-        yield truncate("%8s on average of %s of  %s" % (
-            duration_text(row["mean"], precise=True), plural(row["runs"], "run"),
-            printable(row["command"])), width)
+    yield from table(["AVERAGE", "RUNS", "SLOWEST COMMANDS"], [
+        [duration_text(row["mean"]), grouped(row["runs"]), printable(row["command"])]
+        for row in stats["slowest_commands"]], width)
     if stats["common_errors"]:
-        yield "Most common errors:"
-    for row in stats["common_errors"]:
-        yield truncate("%8d x %s" % (row["runs"], printable(row["error"])), width)
+        yield ""
+        yield from table(["RUNS", "MOST COMMON ERRORS"], [
+            [grouped(row["runs"]), printable(row["error"])]
+            for row in stats["common_errors"]], width)
 
 
 def throughput_lines(bars, period, width):
@@ -4527,8 +4645,8 @@ class ProgressLine:
             done = done or {state: max(0, counts[state] - self.first[state])
                             for state in FINISHED}
             seconds = time.monotonic() - self.began
-            line = progress_text({**counts, **done}, sum(done.values()), seconds)
-            self.redraw(line[: width - 1])
+            self.redraw(progress_text(
+                {**counts, **done}, sum(done.values()), seconds, width - 1))
 
     def close(self):
         """Clear the line, to make room for the result."""
@@ -4582,8 +4700,18 @@ class LenientOutput:
 
 def print_result(args, value, *lines):
     """Print the result of a command: one JSON document, or else lines for people."""
-    for line in [json.dumps(value)] if args.json else map(painter(), lines):
-        print(line)
+    if args.json:
+        print(json.dumps(value))
+    else:
+        print_lines(lines)
+
+
+def print_lines(lines):
+    """Print lines for people, wrapped and painted where that is a terminal."""
+    width, paint = terminal_width(sys.stdout), painter()
+    for line in lines:
+        for part in wrapped(line, width):
+            print(paint(part))
 
 
 def print_jobs(args, jobs, lines_of, empty):
@@ -4692,7 +4820,8 @@ def printing_handler(level):
 
     class Printer(logging.Handler):
         def emit(self, record):
-            text, state = record.getMessage(), getattr(record, "state", None)
+            lines = wrapped(record.getMessage(), terminal_width(sys.stderr))
+            text, state = "\n".join(lines), getattr(record, "state", None)
             if has_colours and state and STATES[state].colour:
                 text = text.replace(" " + state, " \x1b[%dm%s\x1b[0m" % (
                     STATES[state].colour, state), 1)
@@ -4858,12 +4987,12 @@ class Worker:
         message = state or "no longer ours, result dropped"
         if outcome.error:
             message += " (%s)" % outcome.error
-        seconds = outcome.finished_at - run.started_at
+        took = duration_text(outcome.finished_at - run.started_at)
         note = self.next_try(run) if state == "failed" else ""
         last = last_line(outcome.output[-4000:]) if state == "dead" else ""
         if last:
             note = ": " + truncate(printable(last), 80)
-        self.log.info("%s %s in %.2fs%s", run_label(run), message, seconds, note,
+        self.log.info("%s %s in %s%s", run_label(run), message, took, note,
                       extra={"state": state})
         if state == "dead":
             wake([self.pool])  # which starts `on_dead`
@@ -5451,7 +5580,7 @@ class Supervisor:
         """Report that the queue is paused, once for each pause."""
         is_paused = queue.is_paused()
         if is_paused and not self.was_paused:
-            pool_notice("the queue is " + in_queue(self.path, PAUSED_HINT))
+            pool_notice(standstill(queue))
         self.was_paused = is_paused
 
     def finish(self, queue):
@@ -5518,18 +5647,13 @@ def command(name, meaning, example, *arguments, **facts):
 
 # The commands that people mean by the words of other tools.
 MEANT = {
-    "jobs": "list", "ps": "status", "top": "status --watch", "info": "show",
-    "worker list": "status", "worker status": "status", "worker ps": "status",
-    "workers": "status", "start": "worker start",
-    "stop": "worker stop, or cancel",
-    "run": "worker start", "worker run": "worker start", "worker kill": "worker stop",
-    "add": "enqueue", "submit": "enqueue", "push": "enqueue", "kill": "cancel",
-    "abort": "cancel", "tail": "logs", "cat": "logs", "log": "logs", "output": "logs",
-    "remove": "delete", "prune": "delete", "clean": "delete", "clear": "dlq clear",
-    "restart": "retry", "rerun": "retry", "requeue": "retry", "unpause": "resume",
+    "jobs": "list", "ps": "status", "top": "status --watch", "worker list": "status",
+    "worker status": "status", "start": "worker start", "run": "worker start",
+    "stop": "worker stop, or cancel", "add": "enqueue", "submit": "enqueue",
+    "kill": "cancel", "tail": "logs", "cat": "logs", "log": "logs",
+    "prune": "delete", "clean": "delete", "clear": "dlq clear", "requeue": "retry",
     "dlq requeue": "dlq retry", "dlq show": "dlq list", "dlq delete": "dlq clear",
-    "dead": "dlq list", "settings": "config show", "set": "config set",
-    "config reset": "config unset", "version": "--version", "web": "dashboard",
+    "set": "config set", "config reset": "config unset", "version": "--version",
     "reset": "delete --all, or to remove queuectl.db",
 }
 
@@ -5564,9 +5688,9 @@ def command_named(words):
     return name, [*options, *words]
 
 
-# An argument: its names; the kind of its value, which help shows and completion knows,
+# An argument: its names; the word for its value, which help shows and completion knows,
 # None for a flag; and what argparse wants to know.
-Argument = collections.namedtuple("Argument", "names kind options")
+Argument = collections.namedtuple("Argument", "names metavar options")
 
 
 def flag(names, meaning):
@@ -5574,10 +5698,10 @@ def flag(names, meaning):
     return Argument(names.split(), None, dict(help=meaning, action="store_true"))
 
 
-def option(names, kind, meaning, convert=str, **options):
+def option(names, metavar, meaning, convert=str, **options):
     """Return an option with a value."""
-    return Argument(
-        names.split(), kind, dict(options, help=meaning, metavar=kind, type=convert))
+    return Argument(names.split(), metavar, dict(
+        options, help=meaning, metavar=metavar, type=convert))
 
 
 positional = option  # without a name; argparse tells them apart by the dashes
@@ -5632,9 +5756,22 @@ IDS = positional("ids", "ID", "ids of jobs", nargs="*")
 ID = positional("id", "ID", "id of a job, or its beginning, of four characters or more")
 KEY = positional(
     "key", "KEY", "name of a setting: " + ", ".join(SETTINGS), setting_as_typed)
-STATE = option("--state", "STATE", "one of %s (repeatable; default: all)"
-               % ", ".join(STATES),
-               state_name, action="append", default=[])
+
+
+def state_option(states):
+    """Return the option that selects jobs by these states."""
+    names = ", ".join(states)
+
+    def convert(text):
+        if state_name(text) not in states:
+            message = "--state %s: it has to be one of %s"
+            raise QueueError(message, text, names, code=2)
+        return state_name(text)
+
+    return option("--state", "STATE", "one of %s (repeatable; default: all)" % names,
+                  convert, action="append", default=[])
+
+
 SINCE, DIED_SINCE = (
     option("--since", "T", "only jobs that %s within T, like 12h (default: all)" % verb,
            seconds_from(0, "--since")) for verb in ("changed", "died"))
@@ -5667,17 +5804,16 @@ def read_status(queue):
     with queue.snapshot():  # or a job that has just been claimed would seem lost
         oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
         workers = queue.workers()
-        pools = {worker["pool"] for worker in workers}
-        killed = {pool for pool in pools if not is_locked(pool_file(queue.path, pool))}
+        pools = supervised_pools(queue.path)
         commands = {job["id"]: job["command"] for job in queue.jobs(
             where(["processing"]), brief=True)}
         return {
             "path": queue.path,
             "jobs": queue.counts(), "workers": workers, "commands": commands,
-            "lost": {*commands} - {worker["job"] for worker in workers},
-            "killed_pools": killed, "has_pool": bool(pools - killed),
-            "stopping_pools": {
+            "lost": lost_jobs(queue, workers),
+            "pools": pools, "stopping_pools": {
                 pool for pool in pools if requested_stop(queue.path, pool)},
+            "standstill": standstill(queue),
             "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
             "next_due": due["run_at"], "next_job": due["id"],
             "paused": queue.is_paused(), "blocked": queue.first_blocked(),
@@ -5714,32 +5850,36 @@ def status_screen(status, groups, now, growth):
     """Yield what `status` shows on a terminal, where people look."""
     state, sentence, advice = verdict(status, now, growth)
     advice = in_queue(status["path"], advice)
-    yield Line("; ".join(filter(None, [sentence, advice])), STATES[state].colour, 0,
-               len(sentence))
+    colour, text = STATES[state].colour, joined(sentence, advice, by="; ")
+    yield Line(text, colour, 0, len(sentence))
     yield from count_lines(status, now)
-    yield from error_lines(died(groups), now)
-    yield from worker_lines(status, now)
+    groups, width = died(groups), terminal_width(sys.stdout)
+    more = groups[SHOWN_ERRORS:]
+    for line in error_lines(groups[:SHOWN_ERRORS], now):
+        yield truncate(line, width)
+    if more:
+        yield in_queue(status["path"], "  and of %s; to see all: queuectl.py dlq list"
+                       % plural(len(more), "more error"))
+    for line in worker_lines(status, now):
+        yield truncate(line, width)
 
 
 def error_lines(groups, now):
-    """Yield a line for each of the most common errors of dead jobs."""
-    for group in groups[:SHOWN_ERRORS]:
-        line = group["line"] and ": " + printable(group["line"])
-        yield "  %d dead of %s, the latest %s%s" % (
+    """Yield a line for each error of dead jobs."""
+    for group in groups:
+        yield "  %d dead of %s, %s%s%s" % (
             group["jobs"], printable(group["error"]),
-            relative_time(group["latest"], now, roughly), line)
-    if groups[SHOWN_ERRORS:]:
-        more = plural(len(groups) - SHOWN_ERRORS, "more error")
-        yield "  and of %s; to see all: queuectl.py dlq list" % more
+            "the latest " if group["jobs"] > 1 else "",
+            relative_time(group["latest"], now),
+            group["line"] and ": " + printable(group["line"]))
 
 
 def status_lines(status, now):
     """Yield what `status` prints into a pipe or a file."""
     yield from count_lines(status, now)
-    if status["paused"]:
-        yield in_queue(status["path"], PAUSED_HINT.capitalize())
-    if count_unfinished(status["jobs"]) and not status["has_pool"]:
-        yield in_queue(status["path"], NO_POOL.capitalize())
+    stopped = status["standstill"]
+    if stopped and (status["paused"] or count_unfinished(status["jobs"])):
+        yield stopped[0].upper() + stopped[1:]
     yield from worker_lines(status, now)
 
 
@@ -5755,7 +5895,7 @@ def count_lines(status, now):
         yield "Oldest Waiting: %s, for %s" % (printable(status["oldest_job"]), waited)
     if due is not None:
         when = relative_time(due, now) if due > now else "now"
-        if due < now and status["has_pool"]:
+        if due < now and status["pools"]:
             when = "late by %s, as all workers are busy" % duration_text(now - due)
         yield "Next Due: %s, %s" % (printable(status["next_job"]), when)
     if status["blocked"]:
@@ -5774,16 +5914,17 @@ def worker_lines(status, now):
         line = "  worker %(pid)d of pool %(pool)d: "
         if worker["pool"] in status["stopping_pools"]:
             line = "  worker %(pid)d of pool %(pool)d, which is stopping: "
-        if worker["pool"] in status["killed_pools"]:
+        if worker["pool"] not in status["pools"]:
             line = "  worker %(pid)d, whose pool %(pool)d was killed: "
         yield line % worker + doing
 
 
 def job_document(queue, job):
     """Return what `show --json` prints."""
-    runs = [with_iso_times(run, "started_at", "finished_at") for run in queue.runs(job)]
-    waiting = why_waiting(queue, job, queue.workers())
-    return dict(public_job(job), waiting=waiting, runs=runs)
+    return dict(
+        public_job(job), waiting=why_waiting(queue, job, queue.workers()),
+        runs=[with_iso_times(run, "started_at", "finished_at")
+              for run in queue.runs(job)])
 
 
 def output_document(job, run, output):
@@ -5808,15 +5949,17 @@ def output_document(job, run, output):
     *map(field_option, FIELDS),
     creates_queue=True, takes_words=True,
     usage="queuectl.py enqueue [OPTION]... -- COMMAND...\n"
-    "       queuectl.py enqueue [OPTION]... JSON... | - | --file F | --lines")
+    "       queuectl.py enqueue [OPTION]... JSON...\n"
+    "       queuectl.py enqueue [OPTION]... - | --file F | --lines")
 def cmd_enqueue(args, queue):
     if args.lines and not args.file and not args.jobs:
         args.jobs = ["-"]
     options, ids, number = enqueue_options(args), [], itertools.count()
     defaults = queue.defaults(args.cwd)  # this directory may be gone
+    places = Places()
 
     def check(given):
-        if args.id and next(number) > 0:
+        if args.id and next(number):
             raise QueueError("--id: one id can't serve several jobs", code=2)
         if options and type(given) is dict:  # an option wins over the job's own field
             given = {**given, **options}
@@ -5829,21 +5972,20 @@ def cmd_enqueue(args, queue):
         if args.file or args.jobs == ["-"]:
             lines = files.enter_context(spool(args.file))
             read = read_commands if args.lines else read_json_lines
-            jobs = read(lines, check)
+            jobs = read(lines, check, places)
         else:
             # A command after -- is an option for this empty job.
             jobs = read_arguments(args.jobs or ["{}"], check)
-        added = queue.enqueue(jobs, args.unique)
+        added = queue.enqueue(jobs, args.unique, places.name)
     report_dropped(added.dropped)
     if args.quiet:
         return
-    jobs = queue.jobs(first=added.first, last=added.last, brief=not args.json)
-    if args.unique:
-        jobs = map(queue.job, dict.fromkeys(ids))
+    jobs = map(queue.job, dict.fromkeys(ids)) if args.unique else queue.jobs(
+        first=added.first, last=added.last, brief=not args.json)
     print_jobs(args, jobs, functools.partial(enqueued_lines, unchanged=added.unchanged),
                "no jobs were given")
-    if sys.stderr.isatty() and not args.json and not living_pools(args.db):
-        notice(in_queue(args.db, NO_POOL))
+    if sys.stderr.isatty() and not args.json and standstill(queue):
+        notice(standstill(queue))
 
 
 def report_dropped(dropped):
@@ -5891,7 +6033,7 @@ def require_one_source(args):
         trouble = "no job"
         if any(sources):
             trouble = "give jobs, a command after --, or --file"
-        message = "enqueue: %s (see: queuectl.py enqueue --help)"
+        message = "enqueue: %s; see: queuectl.py enqueue --help"
         raise QueueError(message, trouble, code=2)
     if args.jobs and args.jobs != ["-"] and args.jobs[0].lstrip()[:1] not in ("{", "["):
         text = " ".join(args.jobs)
@@ -5911,6 +6053,7 @@ def given_fields(args):
     """Return the job fields that options and a command line give."""
     given = dict(vars(args))
     given.setdefault("id")  # `edit` has no --id
+    given["lock"] = only_one("--lock", args.lock)
     given["after"] = repeated("--after", args.after)
     given["env"] = repeated("--env", args.env)
     if isinstance(given["env"], list):
@@ -5920,6 +6063,13 @@ def given_fields(args):
     if args.words:
         given["command"] = shell_line(args.words)
     return {name: given[name] for name in FIELDS if given[name] is not None}
+
+
+def only_one(option, values):
+    """Return the value of an option; refuse a second one, which would be lost."""
+    if values and len(values) > 1:
+        raise QueueError("%s: given twice, and a job has one", option, code=2)
+    return values and values[0]
 
 
 def repeated(option, values):
@@ -5943,21 +6093,39 @@ def read_arguments(texts, check):
         yield from map(check, given if isinstance(given, list) else [given])
 
 
-def read_commands(lines, check):
+class Places:
+    """Where in a batch its jobs stand: `blank` has the lines without a job.
+
+    It is None unless each job has a line.
+    """
+
+    def __init__(self):
+        self.blank = None
+
+    def name(self, number):
+        """Return the place of a job, counted from 1: line 3, or job 3."""
+        for line in self.blank or ():
+            number += line <= number
+        return "%s %d" % ("job" if self.blank is None else "line", number)
+
+
+def read_commands(lines, check, places):
     """Yield the checked jobs of lines with a command each; a refusal names the line."""
-    number = 0
+    number, places.blank = 0, []
     try:
         for number, line in enumerate(lines, 1):
-            if not line.isspace():
-                text = line.decode("utf-8", "surrogateescape")
-                yield check({"command": text.rstrip("\r\n")})
+            if line.isspace():
+                places.blank.append(number)
+                continue
+            text = line.decode("utf-8", "surrogateescape")
+            yield check({"command": text.rstrip("\r\n")})
     except QueueError as error:
         raise at_line(number, error) from None
 
 
-def read_json_lines(lines, check):
+def read_json_lines(lines, check, places):
     """Yield the checked jobs of an array or of JSON Lines; a refusal names the line."""
-    number = 0
+    number, places.blank = 0, []
     try:
         for batch in iter(lambda: list(itertools.islice(lines, BATCH_SIZE)), []):
             found = parse_batch(batch)
@@ -5965,11 +6133,14 @@ def read_json_lines(lines, check):
                 number += 1
                 if found:
                     yield check(found[index])
+                elif line.isspace():
+                    places.blank.append(number)
                 elif line.lstrip()[:1] == b"[":  # an array: all the rest
+                    places.blank = None
                     rest = b"".join(batch[index:]) + lines.read()
                     yield from map(check, parse_json(rest))
                     return
-                elif not line.isspace():
+                else:
                     yield check(parse_json(line))
     except QueueError as error:
         raise at_line(number, error) from None
@@ -6053,13 +6224,13 @@ def drop_last_ctrl_z(file):
 
 
 @command("list", "list jobs, oldest first", "list --state pending --limit 20",
-         STATE, MATCH, SINCE,
-         LIMIT, flag("--newest", "newest first"),
+         state_option(STATES), MATCH, SINCE, LIMIT, flag("--newest", "newest first"),
          creates_queue=True, only_reads=True, aliases=("ls",))
 def cmd_list(args, queue):
     chosen = where(args.state or STATES, text=args.match,
                    changed_since=time_since(args, queue))
-    room = room_for_jobs(args)
+    note = note_below(args, queue)
+    room = room_for_jobs(args, note)
     if room:  # the newest, in their order
         jobs = list(queue.jobs(chosen, room, newest=True))
         jobs = jobs if args.newest else jobs[::-1]
@@ -6067,17 +6238,29 @@ def cmd_list(args, queue):
         jobs = queue.jobs(chosen, args.limit or 0, args.newest)
     list_jobs(args, queue, jobs)
     report_left(args, room, queue.count(chosen))
+    print_lines(note)
 
 
-def room_for_jobs(args):
+def note_below(args, queue):
+    """Return what a terminal shows below a list of jobs that wait in vain: a line."""
+    if args.json or not terminal_width(sys.stdout):
+        return []
+    counts, states = queue.counts(), args.state or WAITING
+    is_concerned = any(counts[state] for state in WAITING if state in states)
+    reason = is_concerned and standstill(queue)
+    return [Line(reason, DIM)] if reason else []
+
+
+def room_for_jobs(args, note=()):
     """Return how many jobs fit between the titles and the prompt of a terminal.
 
     It is None where --limit says how many jobs are listed, or where all are.
     """
-    if args.limit is not None or args.json:
-        return None
     size = terminal_size(sys.stdout)
-    return size and max(1, size.lines - 3)
+    if args.limit is not None or args.json or not size:
+        return None
+    below = sum(len(wrapped(line, size.columns)) for line in note)
+    return max(1, size.lines - 3 - below)
 
 
 def report_left(args, room, count):
@@ -6085,14 +6268,12 @@ def report_left(args, room, count):
     limit = room or args.limit or 0
     if not limit or count <= limit or args.json:
         return
-    if room:
-        more = plural(count - limit, "older job") + MORE_HINT
-        print_result(args, count - limit, Line(more, DIM))
+    more = plural(count - limit, "older job" if room else "more job")
+    more += "; --limit 0 lists all"
+    if terminal_width(sys.stdout):
+        print_lines([Line(more, DIM)])
     else:
-        notice(plural(count - limit, "more job") + MORE_HINT)
-
-
-MORE_HINT = "; --limit 0 lists all"
+        notice(more)
 
 
 def time_since(args, queue):
@@ -6102,9 +6283,8 @@ def time_since(args, queue):
 
 def list_jobs(args, queue, jobs, columns=LIST_COLUMNS, empty="no jobs"):
     """Print a table of jobs; if there are none, report which queue was looked at."""
-    now = queue.clock()
-    is_empty = print_jobs(
-        args, jobs, lambda jobs: job_table(jobs, now, columns), empty)
+    is_empty = print_jobs(args, jobs, lambda jobs: job_table(
+        jobs, Look(queue, read_status(queue), queue.clock()), columns), empty)
     if is_empty:
         report_queue(args)
 
@@ -6119,7 +6299,10 @@ def report_queue(args):
          only_reads=True)
 def cmd_show(args, queue):
     job = job_named(queue, args.id)
-    print_result(args, job_document(queue, job), *job_lines(queue, job))
+    if args.json:
+        print_result(args, job_document(queue, job))
+    else:
+        print_lines(job_lines(queue, job))
 
 
 # The fields that the answer of `show` has said: a terminal gets them once.
@@ -6129,39 +6312,45 @@ SAID = ("id", "command", "state", "error", "exit_code", "waits_for", "waiting",
 
 def job_lines(queue, job):
     """Yield what is asked first about a job, then its fields and its runs."""
-    now, fields, runs = queue.clock(), public_job(job), queue.runs(job)
-    yield from answer_lines(queue, job, now)
+    now, runs = queue.clock(), queue.runs(job)
+    waiting = why_waiting(queue, job, queue.workers())
+    yield from answer_lines(queue, job, now, waiting)
     yield ""
     said = SAID if terminal_width(sys.stdout) else ()  # the answer must stay in sight
+    for name, value in field_texts(job, now, waiting).items():
+        if value not in (None, "") and name not in said:
+            yield from field_lines(name, value)
+    if runs:
+        yield ""
+        yield from run_table(runs, now)
+
+
+def field_texts(job, now, waiting):
+    """Return the fields of a job for people, by name."""
+    fields = dict(public_job(job), waiting=waiting)
     for name in TIMES:
         if job[name] is not None:
             fields[name] += ", " + relative_time(job[name], now)
     fields["env"] = " ".join("%s=%s" % pair for pair in fields["env"].items())
     for name in ("after", "waits_for"):
         fields[name] = ", ".join(fields[name])
-    fields["waiting"] = why_waiting(queue, job, queue.workers())
-    for name, value in fields.items():
-        if value not in (None, "") and name not in said:
-            yield field_line(name, value)
-    if runs:
-        yield ""
-        yield from run_table(runs, now)
+    return fields
 
 
 # The next step for a job in a state: what it does, and the command.
 NEXT_COMMANDS = {
-    "processing": ("to follow its output", "logs -f %s"),
-    "completed": ("to run it again", "retry %s"),
-    "failed": ("to try it now", "edit %s --run-at now"),
-    "dead": ("to run it again", "retry %s"),
+    "processing": ("to follow its output", "logs -f {}"),
+    "completed": ("to run it again", "retry {}"),
+    "failed": ("to try it now", "edit {} --run-at now"),
+    "dead": ("to run it again", "retry {}"),
 }
 
 
-def answer_lines(queue, job, now):
+def answer_lines(queue, job, now, waiting):
     """Yield why a job is what it is, what it printed last, and the next step."""
     id, state, width = printable(job["id"]), job["state"], terminal_width(sys.stdout)
     start = len(id) + len(" is ")
-    reason = ": " + printable("; ".join(state_reasons(queue, job, now)))
+    reason = ": " + printable("; ".join(state_reasons(job, now, waiting)))
     yield Line("%s is %s%s" % (id, state, reason), STATES[state].colour, start,
                start + len(state))
     yield truncate("  $ " + printable(job["command"]), width)
@@ -6173,27 +6362,26 @@ def answer_lines(queue, job, now):
         yield "%s wait%s for it: %s%s" % (
             plural(len(ids), "job"), "s" if len(ids) == 1 else "",
             printable(", ".join(ids[:3])), more)
-    yield from next_step(queue, job, now)
+    yield from filter(None, [next_step(queue, job, now)])
 
 
 def next_step(queue, job, now):
-    """Yield what can be done about a job, as a command."""
+    """Return what can be done about a job, as a command, or nothing."""
     what, line, id = *NEXT_COMMANDS.get(job["state"], ("", "")), job["id"]
     if job["state"] == "failed" and not due_text(job, now):
         what = ""  # it is due already
-    dead = [other["id"] for other in queue.dependencies(job)
-            if other["state"] == "dead"]
-    if job["waits"] and dead:
-        what, line, id = "to go on", "retry %s", dead[0]
-    if what:
-        command = "queuectl.py " + line % quoted([id])
-        yield "%s: %s" % (what, in_queue(queue.path, command))
+    if job["waits"] and job["seq"] in queue.blocked_seqs():
+        first = queue.dependencies(job)[0]
+        what, line, id = "to see why", "show {}", first["id"]
+        if first["state"] == "dead":
+            what, line = "to go on", "retry {}"
+    command = "queuectl.py " + line.format(quoted([id]))
+    return what and "%s: %s" % (what, in_queue(queue.path, command))
 
 
-def state_reasons(queue, job, now):
+def state_reasons(job, now, waiting):
     """Return in words why a job is in its state, and since when."""
     tries = "try %d of %d" % (job["attempts"], tries_allowed(job["max_retries"]))
-    waiting = why_waiting(queue, job, queue.workers())
     if waiting:
         return [job["error"], waiting] if job["state"] == "failed" else [waiting]
     if job["state"] == "processing":
@@ -6201,16 +6389,15 @@ def state_reasons(queue, job, now):
     changed = relative_time(job["updated_at"], now)
     if job["error"]:
         return [job["error"], tries, changed]
-    return ["took " + duration_text(job["seconds"], precise=True), changed]
+    return ["took " + duration_text(job["seconds"]), changed]
 
 
-def field_line(name, value):
-    """Return a field and its value, which may have several lines."""
-    margin = 13 * " "
-    lines = map(printable, str(value).split("\n"))
-    text = (name + ":").ljust(len(margin)) + ("\n" + margin).join(lines)
-    colour = STATES[value].colour if name == "state" else None
-    return Line(text, colour, len(margin))
+def field_lines(name, value):
+    """Yield a field and its value, which may have several lines."""
+    colour, title = STATES[value].colour if name == "state" else None, name + ":"
+    for line in map(printable, str(value).split("\n")):
+        yield Line(title.ljust(13) + line, colour, 13)
+        title = ""
 
 
 def job_named(queue, id):
@@ -6262,8 +6449,9 @@ def print_logs(args, queue, jobs):
     for job in jobs:
         run, output = latest_output(queue, job)
         end = run["error"] or ("completed" if run["finished_at"] else "is running")
-        print("==> %s: %s: %s" % tuple(map(printable, (
-            job["id"], end, job["command"]))))
+        line = "==> %s: %s: %s" % tuple(map(printable, (
+            job["id"], end, job["command"])))
+        print(truncate(line, terminal_width(sys.stdout)))
         OutputPrinter().print(
             output + b"\n" * bool(output and not output.endswith(b"\n")))
 
@@ -6281,7 +6469,7 @@ def latest_output(queue, job, chosen={}):
         runs = [run for run in runs if run[name] == number]
         if not runs:
             raise QueueError("job %s has no %s %d", job["id"], name, number)
-    no_run = {"run": job["run"], "error": NO_RUN, "finished_at": None}
+    no_run = {"run": job["run"], "error": job["error"] or NO_RUN, "finished_at": None}
     run = runs[-1] if runs else no_run
     return run, output_of(queue, job, run["run"])
 
@@ -6319,15 +6507,14 @@ def follow(queue, job):
             notice("%d bytes of output were dropped here" % (dropped - printed))
         printer.print(output[max(0, printed - dropped) :], is_last=not is_running)
         printed = max(printed, dropped + len(output))
-        is_lost = not is_locked(run.lease) and queue.is_current(run)
-        if is_running and is_lost:
+        if is_running and run.id in lost_jobs(queue, queue.workers()):
             raise QueueError("the worker of job %s died; a pool puts it back", run.id)
+        if is_running and is_reader_gone(sys.stdout):
+            return
         if is_running:
-            if is_reader_gone(sys.stdout):
-                return
             time.sleep(WAIT_INTERVAL)
     ends = [row["error"] for row in queue.runs(job) if row["run"] == run.number]
-    end = ends[0] if ends else NO_RUN
+    end = ends[0] if ends else job["error"] or NO_RUN
     if end:
         notice("job %s: %s" % (printable(run.id), printable(end)))
 
@@ -6359,17 +6546,20 @@ def output_of(queue, job, run):
 
 
 @command("wait", "wait until jobs, or all, are completed or dead (1: dead)",
-         "wait job1 --timeout 10m", IDS,
-         option("--timeout", "T", "give up with exit code 124 (default: never)",
-                seconds_from(0, "--timeout")))
+         "wait job1 --timeout 10m",
+         positional("ids", "ID", "ids of jobs (default: all that wait or run)",
+                    nargs="*"),
+         option("--timeout", "T", "give up with exit code 124 (default: never, though"
+                " no pool is running)", seconds_from(0, "--timeout")))
 def cmd_wait(args, queue):
     with contextlib.closing(ProgressLine()) as progress:
         report = WaitReport(queue, progress)
-        counts = queue.wait(args.ids or None, args.timeout, report.check)
+        counts = queue.wait(args.ids or None, args.timeout, report.update)
     if counts is None:
-        message = "still waiting for %s after %s" % (
-            printable(", ".join(args.ids)) or "jobs", duration_text(args.timeout))
-        notice("; ".join([message, *standstill(queue)]))
+        message = "still waiting for " + (printable(", ".join(args.ids)) or "jobs")
+        if args.timeout:
+            message += " after " + duration_text(args.timeout)
+        notice(joined(message, why_nothing_ends(queue), by="; "))
         return 124
     message = ", ".join("%d %s" % (counts[state], state) for state in FINISHED)
     if args.ids and counts["dead"]:
@@ -6400,31 +6590,28 @@ class WaitReport:
 
     def __init__(self, queue, progress):
         self.queue, self.progress = queue, progress
-        self.began, self.reported = time.monotonic(), set()
+        self.began, self.reported = time.monotonic(), {""}
 
-    def check(self, counts):
+    def update(self, wait):
         """Show the progress. After REPORT_DELAY report each standstill once."""
-        self.progress.show(counts)
+        if terminal_width(sys.stderr):
+            self.progress.show(wait.counts())
         if time.monotonic() < self.began + REPORT_DELAY:
             return
-        for reason in standstill(self.queue):
-            if reason not in self.reported:
-                self.progress.close()
-                notice(reason)
-            self.reported.add(reason)
+        reason = why_nothing_ends(self.queue)
+        if reason not in self.reported:
+            self.progress.close()
+            notice(reason)
+        self.reported.add(reason)
 
 
-def standstill(queue):
-    """Return in words why no job is started at all: a pause, no pool."""
-    reasons = []
-    if queue.is_paused():
-        reasons.append("the queue is " + in_queue(queue.path, PAUSED_HINT))
-    workers = queue.workers()
-    if not living_pools(queue.path):
-        reasons.append(in_queue(queue.path, NO_POOL))
-    elif queue.own_job() and all(worker["job"] for worker in workers):
-        reasons.append("no worker is free; one runs this very job")
-    return reasons
+def why_nothing_ends(queue):
+    """Return in words why this wait may never end, or nothing."""
+    reason = standstill(queue)
+    if not reason and queue.own_job() and all(
+            worker["job"] for worker in queue.workers()):
+        return "no worker is free; one runs this very job"
+    return reason
 
 
 @command("status", "count the jobs, list the workers", "status --watch",
@@ -6448,8 +6635,10 @@ def cmd_status(args, queue):
                 lines = status_screen(status, errors_of(queue), now, growth)
             if is_screen:
                 print(end=screenful([*lines]))
+            elif args.json:
+                print_result(args, status_document(status, now))
             else:
-                print_result(args, status_document(status, now), *lines)
+                print_lines(lines)
             if not args.watch:
                 if not any(status["jobs"].values()) and not status["workers"]:
                     report_queue(args)
@@ -6461,11 +6650,13 @@ def cmd_status(args, queue):
 def screenful(lines):
     """Return the text that redraws these lines, as many as fit on the terminal."""
     width, height = terminal_size(sys.stdout)
+    lines = [part for line in lines for part in wrapped(line, width)]
     if len(lines) > height - 1:
         rest = len(lines) - height + 2
         lines = lines[: height - 2] + ["  and %d more" % rest]
-    lines = map(painter(), (truncate(line, width - 1) for line in lines))
-    return "\x1b[H" + "".join(line + "\x1b[K\n" for line in lines) + "\x1b[J"
+    # Each line is cleared first: behind its last column that would clear this.
+    lines = ("\x1b[K%s\n" % paint for paint in map(painter(), lines))
+    return "\x1b[H" + "".join(lines) + "\x1b[J"
 
 
 @command("stats", "show throughput, run times, waiting times and errors",
@@ -6488,24 +6679,27 @@ def cmd_stats(args, queue):
 def cmd_edit(args, queue):
     fields = given_fields(args)
     if not fields:
-        message = "edit: nothing to change (see: queuectl.py edit --help)"
+        message = "edit: nothing to change; see: queuectl.py edit --help"
         raise QueueError(message, code=2)
     queue.edit(args.job, fields)
-    print_result(
-        args, public_job(queue.job(args.job)), "edited " + printable(args.job))
+    job, answer = queue.job(args.job), "edited " + printable(args.job)
+    if job["state"] == "dead":
+        answer += ": still dead; " + next_step(queue, job, queue.clock())
+    print_result(args, public_job(job), answer)
 
 
 @command("pause", "let no further job start; running ones finish", "pause",
          creates_queue=True)
 def cmd_pause(args, queue):
     queue.set_paused(True)
-    print_result(args, {"paused": True}, in_queue(args.db, PAUSED_HINT))
+    print_result(args, {"paused": True}, standstill(queue))
 
 
 @command("resume", "let jobs start again", "resume", creates_queue=True)
 def cmd_resume(args, queue):
     queue.set_paused(False)
-    print_result(args, {"paused": False}, "resumed")
+    answer = joined("resumed", standstill(queue), by="; ")
+    print_result(args, {"paused": False}, answer)
 
 
 # A command that changes jobs names them by ids, or selects many by options.
@@ -6525,15 +6719,6 @@ def require_one_selection(args, *ways):
         raise QueueError(message, code=2)
 
 
-def selected_states(args, taken):
-    """Return the states given by --state, or all states that the command accepts."""
-    for state in args.state:
-        if state not in taken:
-            message = "--state %s: this is for jobs that are %s"
-            raise QueueError(message, state, " or ".join(taken), code=2)
-    return args.state or taken
-
-
 # `taken` is the condition for the jobs that a verb for many changes. `left` is that for
 # those which it leaves alone, or None, and `why` the reason, for the message.
 Selection = collections.namedtuple("Selection", "taken left why")
@@ -6547,14 +6732,13 @@ def jobs_to_retry(states, **filters):
 
 def jobs_to_delete(states, **filters):
     chosen = where(states, **filters)
-    return Selection(needed(chosen, False), needed(chosen), "other jobs wait for them")
+    return Selection(not_needed(chosen), needed(chosen), "other jobs wait for them")
 
 
-def print_each(args, done, *lines):
-    """Print what was done to the ids: a line for each, or LINES in place of them."""
+def print_each(args, done, answer):
+    """Print what was done to the ids: for each the line that `answer(id)` makes."""
     ids = list(dict.fromkeys(args.ids))
-    lines = lines or ["%s %s" % (done, printable(id)) for id in ids]
-    print_result(args, {done: ids}, *dict.fromkeys(lines))
+    print_result(args, {done: ids}, *map(answer, ids))
 
 
 def apply_to_many(args, queue, verb, done, selection):
@@ -6571,16 +6755,16 @@ def apply_to_many(args, queue, verb, done, selection):
 
 
 @command("cancel", "end jobs that wait or run; they become dead", "cancel job1",
-         IDS, STATE, MATCH, DRY_RUN)
+         IDS, state_option(TAKES["cancel"]), MATCH, DRY_RUN)
 def cmd_cancel(args, queue):
     require_one_selection(args, args.state or args.match)
     if args.ids:
         queue.cancel(args.ids)
         # The worker of a running job has to end it first.
         workers = queue.workers()
-        return print_each(args, "cancelled", *(
-            cancel_answer(queue, queue.job(id), workers) for id in args.ids))
-    chosen = where(selected_states(args, TAKES["cancel"]), text=args.match)
+        return print_each(args, "cancelled", lambda id: cancel_answer(
+            queue, queue.job(id), workers))
+    chosen = where(args.state or TAKES["cancel"], text=args.match)
     apply_to_many(
         args, queue, queue.cancel_all, "cancelled", Selection(chosen, None, None))
 
@@ -6594,25 +6778,25 @@ def cancel_answer(queue, job, workers):
 
 
 @command("retry", "run finished jobs again, with attempts 0", "retry job1",
-         IDS, STATE, MATCH, DRY_RUN)
+         IDS, state_option(TAKES["retry"]), MATCH, DRY_RUN)
 def cmd_retry(args, queue):
     require_one_selection(args, args.state or args.match)
-    retry_jobs(args, queue, selected_states(args, TAKES["retry"]))
+    retry_jobs(args, queue, args.state or TAKES["retry"])
 
 
 def retry_jobs(args, queue, states, **filters):
     """Retry the jobs with the given ids, or those in these states."""
     if args.ids:
         queue.retry(args.ids, states)
-        return print_each(args, "retried", *(
-            "retried %s: pending again, with 0 attempts" % printable(id)
-            for id in args.ids))
+        answer = "retried %s: pending again, with 0 attempts"
+        return print_each(args, "retried", lambda id: answer % printable(id))
     apply_to_many(args, queue, queue.retry_all, "retried",
                   jobs_to_retry(states, text=args.match, **filters))
 
 
 @command("delete", "remove jobs that do not run",
-         "delete --state completed --older-than 7d", IDS, STATE, MATCH,
+         "delete --state completed --older-than 7d", IDS,
+         state_option(TAKES["delete"]), MATCH,
          flag("--all", "all but running ones"),
          option("--older-than", "T", "only jobs that finished more than T ago; without"
                 " --state or --all only completed ones",
@@ -6624,11 +6808,9 @@ def cmd_delete(args, queue):
     if has_age and {*args.state} - {*FINISHED}:
         message = "--older-than: only jobs that have finished have an age"
         raise QueueError(message, code=2)
-    if "processing" in args.state:
-        raise QueueError("delete: a running job can't be deleted; cancel it first")
     if args.ids:
         queue.delete(args.ids)
-        return print_each(args, "deleted")
+        return print_each(args, "deleted", lambda id: "deleted " + printable(id))
     apply_to_many(args, queue, queue.delete_all, "deleted", selection_to_delete(
         args, None if not has_age else queue.clock() - args.older_than))
 
@@ -6654,15 +6836,21 @@ def cmd_dlq_list(args, queue):
                    changed_since=time_since(args, queue))
     chosen, room = where(["dead"], **filters), room_for_jobs(args)
     if not args.json:
-        errors = ["%(jobs)d x %(error)s" % row for row in queue.common_errors(chosen)]
-        rest = len(errors) - 3
-        more = " and " + plural(rest, "other error") if rest > 0 else ""
-        if errors:
-            print("Most common errors: " + printable(", ".join(errors[:3])) + more)
-        room = room and max(1, room - 1)
+        errors = queue.common_errors(chosen)
+        if errors and errors[0]["jobs"] > 1:
+            print(truncate(errors_text(errors), terminal_width(sys.stdout)))
+            room = room and max(1, room - 1)
     dead = queue.dead_jobs(limit=room or args.limit or -1, **filters)
     list_jobs(args, queue, dead, DLQ_COLUMNS, "no dead jobs")
     report_left(args, room, queue.count(chosen))
+
+
+def errors_text(errors):
+    """Return the most common errors of dead jobs, and how many others there are."""
+    rest = len(errors) - 3
+    return "Most common errors: %s%s" % (
+        printable(", ".join("%(jobs)d x %(error)s" % row for row in errors[:3])),
+        " and " + plural(rest, "other error") if rest > 0 else "")
 
 
 @command("dlq logs", "print the latest output of dead jobs", "dlq logs --since 12h",
@@ -6700,8 +6888,8 @@ def cmd_config_show(args, queue):
     width = terminal_width(sys.stdout)
     columns = 4 if width is None or width >= 60 else 2
     rows = [
-        [name, setting_text(name, values[name]), setting_text(name, setting.default),
-         setting.meaning][:columns]
+        [name, setting_with_unit(name, values[name]),
+         setting_with_unit(name, setting.default), setting.meaning][:columns]
         for name, setting in SETTINGS.items()]
     titles = ["SETTING", "VALUE", "DEFAULT", "MEANING"][:columns]
     print_result(args, values, *table(titles, rows, width))
@@ -6720,7 +6908,8 @@ def cmd_config_get(args, queue):
 
 
 @command("config set", "change a setting", "config set max_retries 5", KEY,
-         positional("value", "VALUE", "its new value"), creates_queue=True)
+         positional("value", "VALUE", "its new value, like 5, 90s, 64K, none"),
+         creates_queue=True)
 def cmd_config_set(args, queue):
     queue.set(args.key, parse_number(args.value))
     print_setting(args, queue)
@@ -6737,7 +6926,7 @@ def print_setting(args, queue):
     """Print the value of a setting, under the name as it was typed."""
     name = setting_name(args.key)
     value = queue.settings()[name]
-    message = "%s = %s" % (args.key, setting_text(name, value))
+    message = "%s = %s" % (args.key, setting_with_unit(name, value))
     print_result(args, {name: value}, message)
 
 
@@ -6990,7 +7179,7 @@ function _queuectl
 end
 complete -c queuectl -f -a '(_queuectl)'
 """}
-CHOICES = {"STATE": STATES, "KEY": SETTINGS, "SHELL": COMPLETIONS}  # by kind of value
+CHOICES = {"STATE": STATES, "KEY": SETTINGS, "SHELL": COMPLETIONS}  # by metavar
 
 
 @command("completion", "print a script for a shell to complete commands and ids",
@@ -7017,30 +7206,31 @@ def candidates(words, path):
     name, words = command_named(filter(None, words))
     is_command = name in COMMANDS
     arguments = [*(COMMANDS[name].arguments if is_command else ()), *EVERYWHERE]
-    kind = expected_kind(words, arguments)
+    metavar = expected_metavar(words, arguments)
     if "--" in words:
         return []
     if begun.startswith("-"):
         found = ["--help", *itertools.chain(*(each.names for each in arguments))]
-    elif kind == "ID":
+    elif metavar == "ID":
         found = complete_ids(words, begun, path, TAKES.get(name, STATES))
-    elif kind or is_command:
-        found = CHOICES.get(kind, ())
+    elif metavar or is_command:
+        found = CHOICES.get(metavar, ())
     else:
         found = [known[len(name) :].split()[0] for known in COMMANDS
                  if known.startswith(name)]
     return [word for word in dict.fromkeys(found) if word.startswith(begun)]
 
 
-def expected_kind(words, arguments):
-    """Return the kind of value that comes behind these words, or None."""
-    kinds = {name: argument.kind for argument in arguments for name in argument.names}
-    places = [kinds[name] for name in kinds if not name.startswith("-")]
+def expected_metavar(words, arguments):
+    """Return the metavar of the value that comes behind these words, or None."""
+    metavars = {
+        name: argument.metavar for argument in arguments for name in argument.names}
+    places = [metavars[name] for name in metavars if not name.startswith("-")]
     value = None  # of an option
     for word in words:
         if not value and not word.startswith("-"):
             places = places[1:] or places  # the last one may take several
-        value = kinds.get(word) if word.startswith("-") else None
+        value = metavars.get(word) if word.startswith("-") else None
     return value or (places or [None])[0]
 
 
@@ -7335,7 +7525,8 @@ def cmd_selftest(args):
             trials.append(Trial(os.path.join(home, str(len(trials))), end))
             results.append(try_promise(text, show, trials[-1]))
             if not args.json:
-                print(promise_line(results[-1]), flush=True)
+                print_lines([promise_line(results[-1])])
+                sys.stdout.flush()
             if show is show_locks and not results[-1]["holds"]:
                 break  # nothing else can hold
     finally:
@@ -7583,18 +7774,6 @@ def ago(moment, page):
     return relative_time(moment, page.now, roughly)
 
 
-def took_text(seconds):
-    """Return how long something took, in one unit: <1 ms, 43 ms, 3.2 s, 19 min."""
-    if seconds >= 10:
-        return roughly(seconds)
-    return "<1 ms" if seconds < 0.0005 else spaced(duration_text(seconds, precise=True))
-
-
-def spaced(duration):
-    """Return the text of a duration with a space before each unit."""
-    return re.sub("([a-z]+)", r" \1", duration)
-
-
 def sentence_case(words):
     return words[:1].upper() + words[1:]
 
@@ -7675,7 +7854,7 @@ def page_now(page):
     status = page.status
     state, sentence, advice = verdict(status, page.now, page.growth)
     if status["paused"]:  # there is a button
-        advice = "" if status["has_pool"] else NO_POOL
+        advice = "" if status["has_pool"] else "no pool is running; " + TO_START
     if count_in(page, ""):
         load = load_text(page)
         more = [load and element("p", load, css="dim"),
@@ -7885,12 +8064,12 @@ def chart_axis(minutes):
 def stats_text(stats):
     """Return in words what the runs of the last hour were like."""
     rate, wait = stats["success_rate"], stats["waiting_time"]["median"]
-    typical, slow = [took_text(stats["run_time"][part]) for part in ("median", "p95")]
+    typical, slow = [duration_text(stats["run_time"][part]) for part in ("median", "p95")]
     return joined(
         plural(round(60 * stats["per_second_now"]), "run") + " in the last minute",
         rate is not None and "%d %% succeed" % int(100 * rate),
         "a run takes %s, a slow one %s" % (typical, slow),
-        wait is not None and "a job waits " + took_text(wait), by=" · ")
+        wait is not None and "a job waits " + duration_text(wait), by=" · ")
 
 
 def chart_bars(bars, top):
@@ -7935,7 +8114,7 @@ def tries_cell(job, page):
 
 
 def took_cell(job, page):
-    return "" if job["seconds"] is None else took_text(job["seconds"])
+    return "" if job["seconds"] is None else duration_text(job["seconds"])
 
 
 def time_cell(job, page):
@@ -8215,7 +8394,7 @@ def job_facts(job, page):
     facts.update((name.replace("_", " "), fields[name])
                  for name in COLUMNS if name not in SHOWN_ELSEWHERE)
     facts["lock"] = lock_fact(job, page)
-    facts["timeout"] = fields["timeout"] and spaced(duration_text(fields["timeout"]))
+    facts["timeout"] = fields["timeout"] and duration_text(fields["timeout"])
     facts["env"] = " ".join(map("=".join, fields["env"].items()))
     return facts
 
@@ -8256,7 +8435,7 @@ def run_link(run, shown, page):
     """Return a link to the output of a run, with when it began and how it ended."""
     words = [run["run"], iso(run["started_at"])[11:19], "running"]
     if run["finished_at"] is not None:
-        words[2:] = run["error"] or "exit 0", took_text(run["seconds"])
+        words[2:] = run["error"] or "exit 0", duration_text(run["seconds"])
     return link("run " + " · ".join(map(str, words)),
                 page.view.address(run=str(run["run"])), "button",
                 aria_current=run["run"] == shown)
@@ -9160,41 +9339,41 @@ GROUPS = {"worker": "pools", "dlq": "the dead letter queue", "config": "settings
 
 
 def overview():
-    """Return the short help of all commands, which fits on a terminal of 24 lines."""
-    lines = ["usage: queuectl.py COMMAND ... [--db PATH] [--json]"
-             "     (more: COMMAND --help)"]
+    """Return the lines of the help of all commands, which fit on a terminal of 24."""
+    lines = ["usage: queuectl.py COMMAND ...  with --db PATH, --json, --help"]
     for topic, names in TOPICS.items():
         for name in names:
-            verbs = [each.split()[1] for each in COMMANDS if each.startswith(name + " ")]
+            verbs = [each.split()[1] for each in COMMANDS
+                     if each.startswith(name + " ")]
             meaning = GROUPS[name] if verbs else COMMANDS[name].meaning
             lines.append("  %-7s %-11s %s" % (
                 "" if name != names[0] else topic, name,
                 ": ".join([meaning, ", ".join(verbs)]) if verbs else meaning))
     lines += ["examples: queuectl.py enqueue -- echo Hello",
-              "          queuectl.py worker start --count 2"]
-    return "\n".join(lines)
+              "          queuectl.py worker start"]
+    return lines
 
 
 def group_overview(group):
-    """Return the short help of the commands of a group."""
+    """Return the lines of the short help of the commands of a group."""
     chosen = {name: entry for name, entry in COMMANDS.items()
               if name.startswith(group + " ")}
-    lines = ["usage: queuectl.py %s COMMAND ... [--db PATH] [--json]" % group, ""]
+    usage = "usage: queuectl.py %s COMMAND ...  with --db PATH, --json, --help"
+    lines = [usage % group, ""]
     lines += ["  %-14s %s" % (name, entry.meaning) for name, entry in chosen.items()]
     lines += ["", "examples:"]
-    lines += ["  queuectl.py " + entry.example for entry in chosen.values()]
-    return "\n".join(lines)
+    return lines + ["  queuectl.py " + entry.example for entry in chosen.values()]
 
 
 def refuse_mistaken(name, words):
     """Refuse words that a command would take for something else than was meant."""
     message = None
     if name in ("retry", "dlq retry") and "--" in words:
-        message = "%s: to change the command of a job: %s, then retry it", name, usage(
-            "edit", *words)
+        message = "%s: it takes no command; to change that of a job first: %s", name, \
+            usage("edit", *words)
     setting = re.match("--([^=]+)=?", words[0]) if words else None
     if name == "config set" and setting and not setting[1] in ("json", "db", "help"):
-        message = "config set: write: %s", usage(
+        message = "config set: write it without dashes: %s", usage(
             "config", "set", setting[1], words[0][setting.end() :] or words[-1])
     if message:
         raise QueueError(*message, code=2)
@@ -9237,14 +9416,14 @@ def parse_arguments(name, words):
             raise QueueError("%s: %s; %s", name, message, hint, code=2)
 
     refuse_mistaken(name, words)
-    entry = COMMANDS[name]
+    entry, width = COMMANDS[name], min(terminal_width(sys.stdout) or 80, 80) - 1
     parser = Parser(
         prog="queuectl.py " + name, usage=entry.usage,
         description=entry.meaning[0].upper() + entry.meaning[1:] + ".",
         epilog="example: queuectl.py " + entry.example, allow_abbrev=False,
         # To ask for the terminal's width, argparse imports modules for a fifth of the
         # whole time.
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=79),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=width),
     )
     for argument in [*entry.arguments, *EVERYWHERE]:
         parser.add_argument(*argument.names, **argument.options)
@@ -9294,11 +9473,11 @@ def show_help(group, words):
              if not group or not re.match("--db$|--db=|--json$|[^-]", word)]
     if stray and not {"-h", "--help", "-V", "--version"} & set(words):
         words = " ".join([*group.split(), *words])
-        raise QueueError("no command in: %s (see: queuectl.py --help)", words, code=2)
+        raise QueueError("no command in: %s; see: queuectl.py --help", words, code=2)
     if {"-V", "--version"} & set(words):
         print("queuectl " + __version__)
     else:
-        print(group_overview(group) if group else overview())
+        print_lines(group_overview(group) if group else overview())
     return 0
 
 
