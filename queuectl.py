@@ -746,9 +746,10 @@ else:
     WAKE_SIGNAL = signal.SIGURG  # ignored by default: harmless if the PID is another's
     NO_DIRECTORY = (FileNotFoundError,)
 
-# The requests to a pool: to stop after its running jobs (`stop`), to end them and stop
-# (`now`), and from its own worker to stop since the drain is `over`. {request: its
-# offset in the pool's PID file}, the strongest first: of several, that one counts.
+# The requests to a pool: `stop` after its running jobs, stop `now` and end these jobs;
+# a worker of the pool itself requests `over`: its drain has nothing left to do.
+# {request: its offset in the pool's PID file}, the strongest first: of several
+# requests the first in this order counts.
 REQUESTS = {"now": 5, "over": 9, "stop": 0}
 NO_REQUEST = b" " * 15 + b"\n"  # reserves the bytes: a full disk must not block a stop
 
@@ -764,8 +765,8 @@ def try_lock(fd, shared=False):
             os.lseek(fd, LOCK_OFFSET, os.SEEK_SET)
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
         else:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            fcntl.flock(fd, fcntl.LOCK_NB | kind)
+            mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(fd, fcntl.LOCK_NB | mode)
         return True
     except OSError as error:
         if WINDOWS or isinstance(error, (BlockingIOError, PermissionError)):
@@ -877,7 +878,7 @@ def is_mount_point(path):
 
 
 def owner_hint(path):
-    """Return what to do about a file of another user; an empty text if it is ours."""
+    """Return what to do about another user's file; an empty text for one of ours."""
     with contextlib.suppress(OSError, AttributeError):
         if os.stat(path).st_uid != os.geteuid() and not os.access(path, os.W_OK):
             return " belongs to another user: chown it, or run this as that user"
@@ -936,8 +937,8 @@ def workers_with_files(path):
     found = []
     with contextlib.suppress(*NO_DIRECTORY):
         for name in os.listdir(path_beside(path, ".runs")):
-            kind, *numbers = name.split("-")
-            if kind == "worker" and len(numbers) == 2 and "".join(numbers).isdecimal():
+            owner, *numbers = name.split("-")
+            if owner == "worker" and len(numbers) == 2 and "".join(numbers).isdecimal():
                 found.append(tuple(map(int, numbers)))
     return sorted(found)
 
@@ -953,6 +954,11 @@ def living_pools(path):
         if is_locked(worker_file(path, pool, pid)):
             found.setdefault(pool, []).append(pid)
     return found
+
+
+def living_workers(path):
+    """Return the PIDs of the living workers of all pools."""
+    return set().union(*living_pools(path).values())
 
 
 def remove_stale_pool_files(path):
@@ -1130,29 +1136,24 @@ def require_descriptors(count):
     resource.setrlimit(resource.RLIMIT_NOFILE, (count + spare, hard))
 
 
-def is_writable(stream):
-    """Tell whether a line can be written to a stream now, without waiting.
+def poll_events(stream):
+    """Return the events of poll(2) that an output has now.
 
-    On Windows nobody can tell: there `write_in_time` takes a thread.
+    In a test it is no file: then it can be written to.
     """
     poll = select.poll()
     try:
         poll.register(stream.fileno(), select.POLLOUT)
-    except (OSError, ValueError):  # in a test it is no file
-        return True
-    return any(event & select.POLLOUT for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return select.POLLOUT
+    return sum(events for _, events in poll.poll(0))
 
 
 def is_reader_gone(stream):
-    """Tell whether nobody can read any more what is written to a stream."""
+    """Tell whether nobody can read any more what is written to an output."""
     if WINDOWS:
         return False
-    poll = select.poll()
-    try:
-        poll.register(stream.fileno(), select.POLLERR | select.POLLHUP)
-    except (OSError, ValueError):  # in a test it is no file
-        return False
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    return bool(poll_events(stream) & (select.POLLERR | select.POLLHUP))
 
 
 def is_console(handle):
@@ -1173,33 +1174,42 @@ def takes_text(stream):
     return False
 
 
-def write_in_time(stream, text):
-    """Write a line to a stream; drop it if that would block, or if nobody is there."""
-    with contextlib.suppress(OSError, ValueError):
-        if WINDOWS:
-            write_by_thread(stream, text)
-        elif is_writable(stream):
-            os.write(stream.fileno(), text.encode(errors="replace"))
+def write_or_drop(stream, line):
+    """Write a line to an output; drop it if that would block.
+
+    A reader that has stopped reading must hold up neither a job nor a stop. (O_NONBLOCK
+    would hold for all processes on a terminal.)
+    """
+    if WINDOWS:
+        write_by_thread(stream, line)
+    elif poll_events(stream) & select.POLLOUT:
+        write_line(stream, line)
 
 
-def write_by_thread(stream, text):
-    """Write a line, on Windows; drop it while an earlier one waits for a reader."""
+def write_by_thread(stream, line):
+    """Write a line, on Windows; drop it while an earlier one waits for a reader.
+
+    Windows can't tell whether an output would block.
+    """
     import threading
-
-    def write():
-        with contextlib.suppress(OSError, ValueError):
-            if takes_text(stream):
-                print(text, end="", file=stream, flush=True)
-            else:  # without the stream's lock, which the end of this process takes
-                data = text.replace("\n", os.linesep).encode(
-                    stream.encoding, "backslashreplace")
-                os.write(stream.fileno(), data)
 
     name = "writes to a reader"
     if name not in {thread.name for thread in threading.enumerate()}:
-        writer = threading.Thread(target=write, name=name, daemon=True)
+        writer = threading.Thread(
+            target=write_line, args=(stream, line), name=name, daemon=True)
         writer.start()
         writer.join(FILE_INTERVAL)
+
+
+def write_line(stream, line):
+    """Write a line to an output; do nothing if its reader is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        if takes_text(stream):
+            print(line, end="", file=stream, flush=True)
+        else:  # without the lock of its buffer: the end of this process takes that
+            data = line.replace("\n", os.linesep).encode(
+                stream.encoding, "backslashreplace")
+            getattr(stream.buffer, "raw", stream.buffer).write(data)
 
 
 def decode_line(error):
@@ -4661,11 +4671,7 @@ def open_log(queue_path, role, is_quiet=True):
 
 
 def printing_handler(level):
-    """Return a handler of `logging` that prints lines of this level on standard error.
-
-    A reader that has stopped reading must hold up neither a job nor a stop: a line that
-    would block is dropped. (O_NONBLOCK would hold for all processes on the terminal.)
-    """
+    """Return a handler of `logging` that prints lines of this level for people."""
     import logging
 
     start = "\r\x1b[K" if terminal_width(sys.stderr) else ""  # over the progress line
@@ -4677,17 +4683,14 @@ def printing_handler(level):
             if has_colours and state and STATES[state].colour:
                 text = text.replace(" " + state, " \x1b[%dm%s\x1b[0m" % (
                     STATES[state].colour, state), 1)
-            write_in_time(sys.stderr, start + text + "\n")
+            write_or_drop(sys.stderr, start + text + "\n")
 
     return Printer(level)
 
 
 def pool_notice(message):
     """Print a line of a pool for people, unless that would block the pool."""
-    if WINDOWS:
-        write_in_time(sys.stderr, "queuectl: %s\n" % message)
-    elif is_writable(sys.stderr):
-        notice(message)
+    write_or_drop(sys.stderr, "queuectl: %s\n" % message)
 
 
 def run_label(run):

@@ -7215,7 +7215,7 @@ queuectl.os.environ["PATH"] = "/nowhere"
         reader, writer = os.pipe()
         with open(writer, "w", encoding="utf-8") as stream:
             for _ in range(50):  # more than a pipe can hold
-                queuectl.write_in_time(stream, 10000 * "x")
+                queuectl.write_or_drop(stream, 10000 * "x")
             assert os.read(reader, 2**20).startswith(b"xxx")
             os.close(reader)  # now the thread that waits ends
 
