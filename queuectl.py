@@ -2924,6 +2924,24 @@ class Queue(Database):
         return [Run(lease=self.lease_path(row["seq"], row["number"]), **dict(row))
                 for row in rows]
 
+    def lost_runs(self, own_workers=()):
+        """Return the runs in PROCESSING that have lost their worker or their lease.
+
+        OWN_WORKERS are PIDs of workers that live, even if their files were removed.
+
+        A claim locks the lease before its commit, and a worker locks its own file
+        before it claims. So the runs are read first, and the files are tested then. If
+        one of the two is unlocked, the worker has died, or it has recorded the end in
+        between and no longer owns the job. (Within a snapshot it would still own it.)
+        """
+        runs = self.processing_runs()
+        workers = living_workers(self.path).union(own_workers)
+
+        def is_attended(run):  # another process may have got the PID of a dead worker
+            return run.worker in workers and is_locked(run.lease)
+
+        return [run for run in runs if not is_attended(run) and self.is_current(run)]
+
     def workers(self):
         """Return the workers of all pools, each with its job: `pid pool job since`."""
         runs, found = {run.worker: run for run in self.processing_runs()}, []
@@ -3976,11 +3994,10 @@ def why_waiting(queue, job, workers, text_of=duration_text):
     """
     no_pool = "" if workers else "; " + in_queue(queue.path, NO_POOL)
     if job["state"] == "processing":
-        run = queue.latest_run(job)
-        is_attended = job["id"] in [worker["job"] for worker in workers]
-        if is_attended or not queue.is_current(run):
+        lost = [run for run in queue.lost_runs() if run.id == job["id"]]
+        if not lost:
             return None
-        hint = ORPHAN_HINT if is_locked(run.lease) else LOST_HINT
+        hint = ORPHAN_HINT if is_locked(lost[0].lease) else LOST_HINT
         return hint % ("makes the job dead" if job["cancelled"] else
                        "runs the job again") + no_pool
     if job["state"] not in WAITING:
@@ -4999,17 +5016,12 @@ class Reaper:
     def recover_lost(self, queue, workers):
         """Put jobs in PROCESSING back that no process runs; end orphans first.
 
-        WORKERS are the PIDs of this pool's living workers. What makes this safe:
-
-        A claim locks the lease before its commit, and a worker locks its own file
-        before it claims. So the runs are listed first, and the files are tested then.
-        If one of the two is unlocked, the worker has died, or it has recorded the end
-        in between and no longer owns the job. Processes that still belong to the run of
-        a dead worker are ended first. The lease is tested again within the transaction
-        that puts the job back: if it is unlocked then, no process is left that could
-        fork another.
+        WORKERS are the PIDs of this pool's living workers. Processes that still belong
+        to the run of a dead worker are ended first. The lease is tested again within
+        the transaction that puts the job back: if it is unlocked then, no process is
+        left that could fork another.
         """
-        lost = self.lost_runs(queue, {self.pid, *workers})
+        lost = {run.lease: run for run in queue.lost_runs(workers)}
         found = processes_of(dict.fromkeys(lost))
         self.recovery_done = True
         for lease, run in lost.items():
@@ -5028,20 +5040,6 @@ class Reaper:
         dead = {run.worker for run in lost.values()}
         self.worker_died_at = {
             pid: at for pid, at in self.worker_died_at.items() if pid in dead}
-
-    def lost_runs(self, queue, own):
-        """Return the runs without a worker or without a lease: {lease: run}.
-
-        OWN are the PIDs of this pool's processes, which live.
-        """
-        runs = queue.processing_runs()  # before the files, as explained above
-        living = own.union(*living_pools(self.path).values())
-        lost = {}
-        for run in runs:
-            is_attended = run.worker in living and is_locked(run.lease)
-            if not is_attended and queue.is_current(run):
-                lost[run.lease] = run
-        return lost
 
     def worker_died_just_now(self, worker):
         """Tell whether this pool may be about to be killed together with a worker.
@@ -5648,7 +5646,8 @@ def within_job_of(path):
 def read_status(queue):
     """Return the values that `status` shows, with times still as epoch seconds."""
     none = {"id": None, "run_at": None}
-    with queue.snapshot():  # or a job that has just been claimed would seem lost
+    lost = {run.id for run in queue.lost_runs()}
+    with queue.snapshot():  # so that the counts agree with the lists
         oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
         workers = queue.workers()
         pools = {worker["pool"] for worker in workers}
@@ -5658,7 +5657,7 @@ def read_status(queue):
         return {
             "path": queue.path,
             "jobs": queue.counts(), "workers": workers, "commands": commands,
-            "lost": {*commands} - {worker["job"] for worker in workers},
+            "lost": lost & {*commands},
             "killed_pools": killed, "has_pool": bool(pools - killed),
             "stopping_pools": {
                 pool for pool in pools if requested_stop(queue.path, pool)},
@@ -6303,8 +6302,7 @@ def follow(queue, job):
             notice("%d bytes of output were dropped here" % (dropped - printed))
         printer.print(output[max(0, printed - dropped) :], is_last=not is_running)
         printed = max(printed, dropped + len(output))
-        is_lost = not is_locked(run.lease) and queue.is_current(run)
-        if is_running and is_lost:
+        if run.lease in [lost.lease for lost in queue.lost_runs()]:
             raise QueueError("the worker of job %s died; a pool puts it back", run.id)
         if is_running:
             if is_reader_gone(sys.stdout):

@@ -3637,9 +3637,12 @@ class TestShow:
         assert why("b", ()).startswith("no pool is running")
         assert why("c") == "due in 12s"
         run = claim(queue)
-        assert why("a") is None and why("a", [{"job": None}]) == (
-            "its worker died; the next pool runs the job again")
-        lease = queuectl.Lease(run.lease, queuectl.OutputLimit(10))
+        worker = queuectl.lock_file(queuectl.worker_file(queue.path, 1, run.worker))
+        lease = queuectl.Lease(run.lease, run.limit)
+        assert why("a") is None
+        os.close(worker)
+        assert why("a") == "its worker died, but its processes still run; the next" \
+            " pool ends them and runs the job again"
         assert why("a", ()) == queuectl.ORPHAN_HINT % "runs the job again" + (
             "; " + queuectl.NO_POOL)
         os.close(lease.fd)
