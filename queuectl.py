@@ -888,6 +888,7 @@ def owner_hint(path):
 # The files beside a database.
 
 
+@functools.lru_cache()
 def path_beside(path, ending):
     """Return the path of a file that lies beside a queue's database.
 
@@ -1944,22 +1945,13 @@ WORKER_DIED, STOPPED_NOW, STOPPED, CANCELLED = (
 # and shown, None after success; epoch seconds; bytes.
 Outcome = collections.namedtuple("Outcome", "kind exit_code error finished_at output")
 
-# How much of an output is kept.
-OutputLimit = collections.namedtuple("OutputLimit", "bytes")
-
-
-def output_limit(settings):
-    """Return the `OutputLimit` that settings give."""
-    return OutputLimit(settings["output_limit"])
-
-
 # One run of a job, until it is recorded. `number` counts the runs of a job and only
 # ever grows; `attempt` is given back when the job is put back. `pid` and `started_at`
 # are those of the command. The fields from `command` on are set only for the worker
 # that claimed the job.
 Run = collections.namedtuple(
     "Run", "seq number id attempt max_retries worker pid started_at lease"
-    " command cwd env timeout launcher limit", defaults=(None,) * 6)
+    " command cwd env timeout launcher output_limit", defaults=(None,) * 6)
 
 CLAIMABLE = "state = 'pending' AND gate = %d" % OPEN
 FOR_A_TIME = "gate = %d AND waits = 0" % CLOSED  # the job waits for its time alone
@@ -2329,7 +2321,7 @@ class Queue(Database):
             run = Run(worker=worker, pid=None, started_at=now,
                       lease=self.lease_path(row["seq"], row["number"]),
                       launcher=None if launcher == "none" else launcher,
-                      limit=output_limit(values), **fields)
+                      output_limit=values["output_limit"], **fields)
             take_lease(run)
             self._change(
                 "UPDATE jobs SET state = 'processing', attempts = ?, run = ?,"
@@ -3110,10 +3102,6 @@ class Queue(Database):
 
     # -- settings ----------------------------------------------------------------------
 
-    def output_limit(self):
-        """Return the present `OutputLimit`."""
-        return output_limit(self.settings())
-
     def settings(self):
         """Return the value of every setting, the default where none was set."""
         given = dict(self._rows("SELECT key, value FROM config"))
@@ -3323,13 +3311,13 @@ def split_dropped(output):
     return (int(note[1]), output[note.end() :]) if note else (0, output)
 
 
-def tail(output, limit):
-    """Return the end of an output, of which LIMIT says how much is kept.
+def kept_end(output, limit):
+    """Return the end of an output: LIMIT bytes of it are kept.
 
     If bytes were dropped before it, a note with their number comes first.
     """
     dropped, output = split_dropped(output)
-    cut = max(0, len(output) - limit.bytes)
+    cut = max(0, len(output) - limit)
     note = DROPPED_NOTE % (dropped + cut) if dropped + cut else b""
     return note + output[cut:]
 
@@ -3340,7 +3328,7 @@ def max_file_size(limit):
     Twice what is kept, so that the copy of the end does not overlap the end, and as
     much more as a pipe holds.
     """
-    return 2 * limit.bytes + 2**16
+    return 2 * limit + 2**16
 
 
 def read_output(path, limit):
@@ -3361,7 +3349,7 @@ def read_output(path, limit):
                 if is_settled and file.read(64).startswith(note):
                     break
             time.sleep(FILE_INTERVAL / 10)
-    return tail(output, limit)
+    return kept_end(output, limit)
 
 
 class Lease:
@@ -3387,7 +3375,7 @@ class Lease:
                 self.compact()
         except OSError:
             # If more is unwritten than is kept, nothing of the file is needed.
-            if len(self.unwritten) > self.limit.bytes:
+            if len(self.unwritten) > self.limit:
                 self.unwritten = self.output()
                 self.empty()
 
@@ -3407,7 +3395,7 @@ class Lease:
         if not self.size and not self.unwritten:
             return b""
         os.lseek(self.fd, 0, os.SEEK_SET)
-        return tail(os.read(self.fd, self.size) + self.unwritten, self.limit)
+        return kept_end(os.read(self.fd, self.size) + self.unwritten, self.limit)
 
     def empty(self):
         """Give the space of the file back: on a full disk the result needs it."""
@@ -3471,9 +3459,9 @@ class RunningCommand:
     """The command of a run, from its start until none of its processes is left.
 
     This class has what is the same on all systems. A class for a system has:
-    `open_pipe`, which sets `reader` and `writer`; `start`, which sets `pid`;
-    `readable_bytes`, `poll` and `wait` for its output and its end; `processes` and
-    `send_signal`.
+    `open_pipe`, which sets `reader` and `writer`; `start`, which sets `pid`; `wait`,
+    for output, the end, a signal or a timeout; `readable_bytes`; `poll`, which returns
+    the exit code or None; `processes` and `send_signal`.
     """
 
     def __init__(self, run, lease, path):
@@ -3510,29 +3498,28 @@ class RunningCommand:
             return data == b""
         return False
 
-    def watch(self, waiter, timeout, watchdog):
+    def watch(self, waiter, timeout, check):
         """Wait for the end of the command; return its exit code and None or an `End`.
 
         The exit code is -N if signal N ended the command. The `End` says why the
-        command was ended from outside: for its timeout, or for what `watchdog()`
-        returned at one of the checks. If a signal killed the leader, all its processes
-        are ended, or they would meet the next run. Raise Unkillable if one can't be
-        ended.
+        command was ended from outside: for its timeout, or for what `check()` returned.
+        If a signal killed the leader, all its processes are ended, or they would meet
+        the next run. Raise Unkillable if one can't be ended.
         """
         deadline = time.monotonic() + (timeout or MAX_DURATION)
         next_check, code, end = time.monotonic() + POLL_INTERVAL, None, None
         while code is None and end is None:
             self.wait(waiter, min(deadline, next_check) - time.monotonic())
+            self.read()
             code, now = self.poll(), time.monotonic()
             if code is None and now >= deadline:
                 end = End("failed", "timeout %ss" % number_text(timeout))
             elif code is None and now >= next_check:
-                next_check, end = now + POLL_INTERVAL, watchdog()
+                next_check, end = now + POLL_INTERVAL, check()
         if end or code < 0:
             self.terminate(waiter)
         if end:
-            code = self.poll()
-        self.read()
+            code = self.poll()  # only now: `terminate` says why
         return code, end
 
     def read_rest(self, waiter):
@@ -3544,7 +3531,7 @@ class RunningCommand:
         self.writer = None
         deadline = time.monotonic() + REST_TIMEOUT
         while not self.read() and time.monotonic() < deadline:
-            self.wait_for_output(waiter, deadline - time.monotonic())
+            self.wait(waiter, deadline - time.monotonic())
 
     def terminate(self, waiter):
         """End every process that belongs to the run, or that the command has left.
@@ -3559,6 +3546,7 @@ class RunningCommand:
             if termination.is_stuck():
                 raise Unkillable(sorted(left))
             self.wait(waiter, STEP_INTERVAL)
+            self.read()  # what prints while it ends must not wait for room in the pipe
             left = self.processes()
 
     def close(self):
@@ -3610,7 +3598,7 @@ class PosixCommand(RunningCommand):
             os.chdir("/")  # an idle worker must not keep a file system mounted
 
     def poll(self):
-        """Return None, or the exit code; -N if signal N has ended the command."""
+        """Return the exit code, or None; -N if signal N has ended the command."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if not pid:
             return None
@@ -3618,11 +3606,6 @@ class PosixCommand(RunningCommand):
         return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
 
     def wait(self, waiter, timeout):
-        """Wait for the end, output, a signal or a timeout; take over the output."""
-        waiter.wait(timeout, self.reader)
-        self.read()
-
-    def wait_for_output(self, waiter, timeout):
         waiter.wait(timeout, self.reader)
 
     def processes(self):
@@ -3702,12 +3685,13 @@ class WindowsCommand(RunningCommand):
         return self.popen.poll()
 
     def wait(self, waiter, timeout):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.popen.wait(max(0.0, min(timeout, STEP_INTERVAL / 5)))
-        self.read()
-
-    def wait_for_output(self, waiter, timeout):
-        time.sleep(max(0.0, min(timeout, STEP_INTERVAL / 5)))
+        """Wait a short while: Windows can't wait for a pipe and a process at once."""
+        seconds = max(0.0, min(timeout, STEP_INTERVAL / 5))
+        if self.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.popen.wait(seconds)
+        else:  # for output of what the command has left
+            time.sleep(seconds)
 
     def processes(self):
         """Return as many numbers as the run has living processes."""
@@ -3795,7 +3779,7 @@ def processes_of(runs):
         owner[lease] = owner[lease + " (deleted)"] = lease  # if it was removed
     has_proc = os.path.exists("/proc/self/fd")
     # All processes of our child's run are younger than this one: others are left out.
-    since = int(proc_stat("self")[19]) if has_proc and all(runs.values()) else 0
+    since = proc_stat("self").started if has_proc and all(runs.values()) else 0
     own = os.getpid()  # holds the lease of its run, and does not belong to it
     seen = set()
     for _ in range(2):
@@ -3821,16 +3805,23 @@ def require_process_list():
 GONE_OR_FOREIGN = FileNotFoundError, ProcessLookupError, PermissionError
 
 
+# What /proc/PID/stat says (proc(5)). `started` is in ticks after the boot.
+ProcStat = collections.namedtuple("ProcStat", "state group threads started")
+
+
 def proc_stat(pid):
-    """Return the fields of /proc/PID/stat, from the state on."""
+    """Return the `ProcStat` of a process."""
     with open_descriptor("/proc/%s/stat" % pid) as fd:
-        return os.read(fd, 4096).rpartition(b")")[2].split()
+        # The name of the program, in brackets, may have a blank or a bracket in it.
+        fields = os.read(fd, 4096).rpartition(b")")[2].split()
+    return ProcStat(
+        fields[0], int(fields[2]), threads=int(fields[17]), started=int(fields[19]))
 
 
 def is_suspended(pid):
     """Tell whether a process was stopped by a signal, as Ctrl-Z sends it."""
     try:
-        return proc_stat(pid)[0] == b"T"
+        return proc_stat(pid).state == b"T"
     except OSError:  # without /proc it can't be known
         return False
 
@@ -3845,15 +3836,14 @@ def scan_proc(since, seen):
     """
     for pid in {*filter(str.isdigit, os.listdir("/proc"))} - seen:
         with contextlib.suppress(*GONE_OR_FOREIGN):
-            state, group, threads, started = operator.itemgetter(0, 2, 17, 19)(
-                proc_stat(pid))
-            directory, has_ended = "/proc/%s/" % pid, state in b"ZX"
-            if (has_ended and threads == b"1") or int(started) < since:
+            process, directory = proc_stat(pid), "/proc/%s/" % pid
+            has_ended = process.state in b"ZX"
+            if (has_ended and process.threads == 1) or process.started < since:
                 seen.add(pid)
                 continue
             if has_ended:  # its main thread; the one that is listed last lives on
                 directory += "task/%s/" % os.listdir(directory + "task")[-1]
-            yield int(pid), int(group)
+            yield int(pid), process.group
             with open(directory + "environ", "rb", 0) as file:
                 marked = (b"\0" + file.read()).split(b"\0QUEUECTL_RUN=")
             for mark in marked[1:]:
@@ -3866,7 +3856,10 @@ def scan_proc(since, seen):
 
 
 def scan_with_tools(leases):
-    """Yield the same without /proc: process groups from `ps`, files from `lsof`."""
+    """Yield (PID, trace) like `scan_proc`, without /proc, for the files of LEASES.
+
+    Process groups come from `ps`, open files from `lsof`.
+    """
     import subprocess
 
     def lines_of(*argv):
@@ -3881,13 +3874,13 @@ def scan_with_tools(leases):
         if state[0] not in "ZX":
             yield int(pid), int(group)
     pid = access = None
-    for kind, *rest in lines_of("lsof", "-F", "pan", "--", *leases):
-        value = "".join(rest)
-        if kind == "p":
+    for line in lines_of("lsof", "-F", "pan", "--", *leases):
+        field, value = line[:1], line[1:]
+        if field == "p":
             pid = int(value)
-        elif kind == "a":
+        elif field == "a":
             access = value
-        elif kind == "n" and access in ("u", "w"):
+        elif field == "n" and access in ("u", "w"):
             yield pid, value
 
 
@@ -4033,13 +4026,8 @@ def why_dependent(queue, job):
     return message
 
 
-def obstacles(queue):
-    """Return in words why jobs can't go on until somebody does something."""
-    blocked = queue.first_blocked()
-    return [blocked_text(blocked)] if blocked else []
-
-
 def blocked_text(blocked):
+    """Return in words what `Queue.first_blocked` has found."""
     return "%s waits for %s, which is %s" % (
         printable(blocked["id"]), printable(blocked["dependency"]), state_word(blocked))
 
@@ -4737,7 +4725,7 @@ class Worker:
         self.queue = None
         self.lease = None  # of the present run
         self.trouble = None  # the error that `with_retries` waits out
-        self.started_run = None  # the run whose start was recorded
+        self.recorded_run = None  # the run whose start was recorded
         self.got_sigterm = False
         self.refusal_logged = False  # that the system has no process to give
         self.waiter = Waiter()
@@ -4850,7 +4838,7 @@ class Worker:
         return run
 
     def take_lease(self, run):
-        self.lease = Lease(run.lease, run.limit)
+        self.lease = Lease(run.lease, run.output_limit)
 
     def report(self, state, run, outcome):
         """Log how a run ended. A result that came too late is logged and dropped."""
@@ -4859,18 +4847,17 @@ class Worker:
         message = state or "no longer ours, result dropped"
         if outcome.error:
             message += " (%s)" % outcome.error
-        seconds = outcome.finished_at - run.started_at
-        note = self.next_try(run) if state == "failed" else ""
-        last = last_line(outcome.output[-4000:]) if state == "dead" else ""
-        if last:
-            note = ": " + truncate(printable(last), 80)
-        self.log.info("%s %s in %.2fs%s", run_label(run), message, seconds, note,
-                      extra={"state": state})
-        if state == "dead":
+        message += " in %.2fs" % (outcome.finished_at - run.started_at)
+        if state == "failed":
+            message += self.next_try(run)
+        elif state == "dead":
+            line = last_line(outcome.output[-4000:])
+            message += line and ": " + truncate(printable(line), 80)
             wake([self.pool])  # which starts `on_dead`
+        self.log.info("%s %s", run_label(run), message, extra={"state": state})
 
     def next_try(self, run):
-        """Return in words when a job that has failed runs again, if it still waits."""
+        """Return in words when a failed job runs again; "" if it no longer waits."""
         with contextlib.suppress(sqlite3.Error, QueueError):
             due = due_text(self.queue.job(run.id), self.queue.clock())
             return due and ", again " + due
@@ -4883,16 +4870,20 @@ class Worker:
         except (OSError, ValueError) as error:
             return run, self.not_started(run, error)
         self.refusal_logged = False
-        began = time.monotonic()
         run = run._replace(pid=command.pid, started_at=self.queue.clock())
+        try:
+            return run, self.attend(run, command)
+        finally:
+            command.close()
+
+    def attend(self, run, command):
+        """Wait until a command has ended, or end it; return the outcome of its run."""
+        began = time.monotonic()
         try:
             code, end = command.watch(
                 self.waiter, run.timeout, functools.partial(self.check_run, run))
             finished_at = run.started_at + time.monotonic() - began
-            # A stopped service signals all its processes at once. The pool may be about
-            # to hear of the stop that has ended this command.
-            if end is None and code in STOP_CODES and wait_until(
-                    self.is_pool_stopping, BLAME_DELAY):
+            if end is None and self.was_stopped_with_pool(code):
                 end = End("stopped", STOPPED)
                 command.terminate(self.waiter)  # what a shell may have left
             command.read_rest(self.waiter)
@@ -4901,14 +4892,20 @@ class Worker:
             # these processes are gone.
             message = "%s can't be ended: processes %s are left alone"
             raise QueueError(message, run_label(run), left) from None
-        finally:
-            command.close()
         if command.kill_was_sent and run.launcher:
             message = "%s: the launcher was killed; what it started may live on"
             self.log.warning(message, run_label(run))
         kind, error = end or exit_end(code)
         exit_code = code if code is not None and code >= 0 else None
-        return run, Outcome(kind, exit_code, error, finished_at, self.lease.output())
+        return Outcome(kind, exit_code, error, finished_at, self.lease.output())
+
+    def was_stopped_with_pool(self, code):
+        """Tell whether a command seems to have ended because its service was stopped.
+
+        A stopped service signals all its processes at once: this pool may be about to
+        hear of that.
+        """
+        return code in STOP_CODES and wait_until(self.is_pool_stopping, BLAME_DELAY)
 
     def not_started(self, run, error):
         """Return the outcome of a run whose command could not be started.
@@ -4929,42 +4926,36 @@ class Worker:
         return Outcome(kind, None, text, run.started_at, self.lease.output())
 
     def check_run(self, run):
-        """Record the start of a run; return its `End` if it has to end now.
-
-        The start is recorded at the first check: most runs are over before it.
-        """
-        with contextlib.suppress(sqlite3.Error):
-            if self.started_run != run:
-                self.record_start(run)
-        return self.reason_to_end(run)
-
-    def record_start(self, run):
-        self.queue.record_pid(run)
-        self.log.info("%s runs, pid %d", run_label(run), run.pid)
-        self.started_run = run
-
-    def reason_to_end(self, run):
         """Return the `End` of a run that has to end now; None if it may go on."""
+        if self.recorded_run != run:
+            self.record_start(run)
         if requested_stop(self.path, self.pool) == "now":
             return End("stopped", STOPPED_NOW)
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(sqlite3.Error):  # the next check asks again
             if self.queue.cancel_requested(run):
                 return End("cancelled", CANCELLED)
         return None
 
+    def record_start(self, run):
+        """Record the start of a run at its first check: most runs are over before."""
+        with contextlib.suppress(sqlite3.Error):  # the next check tries again
+            self.queue.record_pid(run)
+            self.log.info("%s runs, pid %d", run_label(run), run.pid)
+            self.recorded_run = run
+
 
 def worker_main(path, pool, drain, is_quiet, pool_fd):
-    """Be a worker, in a process of its own."""
+    """Run a worker; this is the main function of its process."""
     if not WINDOWS:
         os.close(pool_fd)  # or the supervisor would seem to live as long as this worker
     worker = Worker(path, pool, drain, is_quiet)
-    own = worker_file(path, pool, os.getpid())
+    own_file = worker_file(path, pool, os.getpid())
     try:
-        fd = worker.with_retries(lock_file, own)
+        fd = worker.with_retries(lock_file, own_file)
         try:
             worker.work()
         finally:
-            drop_lock_file(path, fd, own)
+            drop_lock_file(path, fd, own_file)
             if supervisor_is_gone(pool):
                 # The last worker removes the file of the pool. On Windows that fails
                 # while another process looks at the file.
@@ -5063,7 +5054,7 @@ class Reaper:
 
     def put_back(self, queue, run):
         """Put the job of a lost run back, unless something holds the lease again."""
-        output = read_output(run.lease, queue.output_limit())
+        output = read_output(run.lease, queue.settings()["output_limit"])
         outcome = Outcome("lost", None, WORKER_DIED, queue.clock(), output)
         with queue.transaction():
             state = None if is_locked(run.lease) else queue.release(
@@ -5189,12 +5180,12 @@ class Supervisor:
     that it starts, like `on_dead`, close all that by their exec.)
     """
 
-    def __init__(self, path, count, is_drain=False, is_quiet=True, on_check=None):
+    def __init__(self, path, count, is_drain=False, is_quiet=True, show_progress=None):
         self.path, self.count = os.path.realpath(path), count
         self.pid = os.getpid()
         self.is_quiet = is_quiet
         self.drain = self.pid if is_drain else None  # as for `Queue`
-        self.on_check = on_check  # called with the queue, every DRAIN_INTERVAL
+        self.show_progress = show_progress  # with the queue, every DRAIN_INTERVAL
         self.own_file = pool_file(self.path, self.pid)
         self.fd = None  # of that file
         self.file_status = None  # of the database
@@ -5276,7 +5267,7 @@ class Supervisor:
         while True:
             if self.signals:  # the first asks to stop, a second to stop now
                 self.ask_to_stop("stop" if self.signals == 1 else "now")
-            self.reap()
+            self.collect_workers()
             self.require_own_file()
             are_missing = self.start_missing()
             if time.monotonic() >= self.next_check:
@@ -5296,7 +5287,7 @@ class Supervisor:
     def check_interval(self):
         if not self.reaper.is_idle():
             return POLL_INTERVAL
-        return DRAIN_INTERVAL if self.on_check else RECOVERY_INTERVAL
+        return DRAIN_INTERVAL if self.show_progress else RECOVERY_INTERVAL
 
     def is_over(self):
         """Tell whether the pool may leave: the runs of its dead workers are recovered.
@@ -5352,14 +5343,13 @@ class Supervisor:
         print(file=sys.stderr)
         running = self.with_queue(lambda queue: [
             run for run in queue.processing_runs() if run.worker in self.worker_pids])
-        if running and request == "stop":
-            pool_notice("finishing %s; Ctrl-C again ends them now"
-                        % plural(len(running), "running job"))
-        elif running:
-            pool_notice("putting %s back to pending"
-                        % plural(len(running), "running job"))
+        if running:
+            message = "finishing %s; Ctrl-C again ends them now"
+            if request == "now":
+                message = "putting %s back to pending"
+            pool_notice(message % plural(len(running), "running job"))
 
-    def reap(self):
+    def collect_workers(self):
         """Take note of the workers that have ended."""
         for worker in [one for one in self.workers if one.exitcode is not None]:
             self.workers.remove(worker)
@@ -5426,8 +5416,8 @@ class Supervisor:
         self.reaper.announce_dead_jobs(queue)
         queue.promote_after_clock_step()
         self.reaper.prune(queue)
-        if self.on_check:
-            self.on_check(queue)
+        if self.show_progress:
+            self.show_progress(queue)
 
     def report_pause(self, queue):
         """Report that the queue is paused, once for each pause."""
@@ -5454,23 +5444,26 @@ class Supervisor:
 
         Delayed jobs are no failure. Others that are left are one.
         """
-        counts, due = queue.drain_counts(), queue.next_due()
+        counts, blocked = queue.drain_counts(), queue.first_blocked()
         counts.update(delayed=queue.count_delayed(), blocked=len(queue.blocked_seqs()))
-        failures, notes = obstacles(queue), []
         is_over = requested_stop(self.path, self.pid) == "over"
-        if not is_over and not queue.is_drained():
-            failures.append("the pool was stopped early")
+        was_stopped = not is_over and not queue.is_drained()
         self.result = {"pool": self.pid, **counts}
-        self.has_failed = bool(counts["dead"] or failures)
+        self.has_failed = bool(counts["dead"] or blocked or was_stopped)
         self.summary = ", ".join(
             "%d %s" % (count, name) for name, count in counts.items()
             if count or name in FINISHED)
+        reasons, due = [], queue.next_due()
+        if blocked:
+            reasons.append(blocked_text(blocked))
+        if was_stopped:
+            reasons.append("the pool was stopped early")
         if due:
             when = relative_time(due["run_at"], queue.clock())
-            notes.append("the next is due " + when)
-        if failures or notes:
+            reasons.append("the next is due " + when)
+        if reasons:
             left = plural(sum(queue.counts()[state] for state in WAITING), "job")
-            self.summary += "; %s left: %s" % (left, "; ".join(failures + notes))
+            self.summary += "; %s left: %s" % (left, "; ".join(reasons))
 
 
 # ======================================================================================
@@ -6335,7 +6328,7 @@ def output_of(queue, job, run):
     output = queue.output(job, run)
     if output is None and run == job["run"]:
         # If the run has ended between the two reads, its output is in the database now.
-        lease, limit = queue.latest_run(job).lease, queue.output_limit()
+        lease, limit = queue.latest_run(job).lease, queue.settings()["output_limit"]
         output = read_output(lease, limit) or queue.output(job, run)
     return output or b""
 
@@ -6361,7 +6354,8 @@ def cmd_wait(args, queue):
     if counts["removed"]:
         message += ", %d removed before they were seen to end" % counts["removed"]
     if counts["left"]:
-        why = "; ".join(obstacles(queue)) or "what held them up has just ended"
+        blocked = queue.first_blocked()
+        why = blocked_text(blocked) if blocked else "what held them up has just ended"
         message += ", %d can't go on: %s" % (len(counts["left"]), why)
     print_result(args, counts, message)
     failures = [state for state in FINISHED if state not in SUCCESSFUL]

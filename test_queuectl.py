@@ -140,7 +140,7 @@ SCRIPT = os.path.abspath(queuectl.__file__)
 HERE = os.path.dirname(SCRIPT)
 DAY = 86400  # seconds
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # what os.kill does on Windows
-LIMIT = queuectl.OutputLimit(1000)
+LIMIT = 1000
 # How a byte that is no UTF-8 is shown: on Windows it is in a code page.
 BYTE_FF = "\\xff" if os.name == "posix" else b"\xff".decode("mbcs")
 SHORT_TIMEOUT = 0.5 if os.name == "posix" else 3  # seconds; a command starts in less
@@ -731,7 +731,7 @@ def leased_run(queue, worker):
     """Claim a job, and hold the lease of its run in this process."""
     leases = []
     run = queue.claim(worker, lambda run: leases.append(
-        queuectl.Lease(run.lease, run.limit)))
+        queuectl.Lease(run.lease, run.output_limit)))
     try:
         yield run, leases[0]
     finally:
@@ -1797,7 +1797,7 @@ class TestEndedFromOutsideEndsWhole:
         pool = start_pool(count=1)
         wait_until(live_commands)
         [pid] = live_commands()
-        wait_until(lambda: queuectl.proc_stat(pid)[0] == b"Z")
+        wait_until(lambda: queuectl.proc_stat(pid).state == b"Z")
         run_ok("cancel", "x")
         wait_until(lambda: state_of("x") == "dead")
         assert not live_commands()
@@ -1864,7 +1864,7 @@ class TestEndedFromOutsideEndsWhole:
     @mechanism
     @needs_proc
     def test_a_scan_skips_processes_older_than_the_pool(self):
-        began = int(queuectl.proc_stat("self")[19])
+        began = queuectl.proc_stat("self").started
         assert os.getpid() in dict(queuectl.scan_proc(began, set()))
         assert os.getpid() not in dict(queuectl.scan_proc(began + 1, set()))
 
@@ -2161,8 +2161,7 @@ class TestOutputIsKept:
                 raise OSError(28, "No space left on device")
             return write(fd, data[:taken])
 
-        limit_of_lease = queuectl.OutputLimit(limit)
-        lease = queuectl.Lease(str(home / "queuectl.runs" / "x"), limit_of_lease)
+        lease = queuectl.Lease(str(home / "queuectl.runs" / "x"), limit)
         for step in range(200):
             monkeypatch.setattr(os, "write", full if step % 50 > 24 else write)
             size = rnd.choice([1, 10, 1000, 30000, 100000])
@@ -2173,7 +2172,7 @@ class TestOutputIsKept:
             assert queuectl.split_dropped(lease.output())[1] == kept[1]
             if step < 25:  # the disk has taken every write so far
                 assert queuectl.split_dropped(lease.output()) == kept
-                on_disk = queuectl.read_output(lease.path, limit_of_lease)
+                on_disk = queuectl.read_output(lease.path, limit)
                 assert queuectl.split_dropped(on_disk) == kept
                 assert os.path.getsize(lease.path) <= 2 * limit + 2**16
         lease.discard()
@@ -3638,7 +3637,7 @@ class TestShow:
         assert why("c") == "due in 12s"
         run = claim(queue)
         worker = queuectl.lock_file(queuectl.worker_file(queue.path, 1, run.worker))
-        lease = queuectl.Lease(run.lease, run.limit)
+        lease = queuectl.Lease(run.lease, run.output_limit)
         assert why("a") is None
         os.close(worker)
         assert why("a") == "its worker died, but its processes still run; the next" \
@@ -8050,6 +8049,7 @@ class TestPanel:
         add_job(queue)
         claim(queue)
         monkeypatch.setattr(queuectl, "living_pools", lambda path: {7: [1]})
+        monkeypatch.setattr(queuectl, "is_locked", lambda path: True)
         panel = page("/?job=job").find("aside")
         assert words_of(named_part(panel, "why")) == "processing – for 1 s, try 1 of 3"
         assert "worker1" in words_of(panel.find("dl"))
