@@ -2924,7 +2924,8 @@ class Queue(Database):
         A claim locks the lease before its commit, and a worker locks its own file
         before it claims. So the runs are read first, and the files are tested then. If
         one of the two is unlocked, the worker has died, or it has recorded the end in
-        between and no longer owns the job. (Within a snapshot it would still own it.)
+        between and no longer owns the job. Within a snapshot it would still own it, and
+        seem lost.
         """
         runs = self.processing_runs()
         workers = living_workers(self.path).union(own_workers)
@@ -5636,10 +5637,14 @@ def within_job_of(path):
     return lease.startswith(os.path.join(runs, "")) and is_locked(lease)
 
 
-def read_status(queue):
-    """Return the values that `status` shows, with times still as epoch seconds."""
+def read_status(queue, lost=None):
+    """Return the values that `status` shows, with times still as epoch seconds.
+
+    Within a snapshot the caller passes the `lost_runs` from before it.
+    """
+    if lost is None:
+        lost = queue.lost_runs()
     none = {"id": None, "run_at": None}
-    lost = {run.id for run in queue.lost_runs()}
     with queue.snapshot():  # so that the counts agree with the lists
         oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
         workers = queue.workers()
@@ -5650,7 +5655,7 @@ def read_status(queue):
         return {
             "path": queue.path,
             "jobs": queue.counts(), "workers": workers, "commands": commands,
-            "lost": lost & {*commands},
+            "lost": {run.id for run in lost} & {*commands},
             "killed_pools": killed, "has_pool": bool(pools - killed),
             "stopping_pools": {
                 pool for pool in pools if requested_stop(queue.path, pool)},
@@ -8226,7 +8231,8 @@ def job_buttons(job, page):
 def page_reason(job, page):
     """Return in words what a job is, and why."""
     word = kind_of(job, page.status, page.now)
-    waiting = why_waiting(page.queue, job, page.status["workers"], roughly)
+    waiting = word != "processing" and why_waiting(
+        page.queue, job, page.status["workers"], roughly)
     tries = job["attempts"] and not waiting and "try %d of %d" % (
         job["attempts"], tries_allowed(job["max_retries"]))
     words = joined(failure_of(job), waiting or time_cell(job, page), tries)
@@ -8371,8 +8377,9 @@ def main_route(request, is_whole=False):
     queue, query, memory = request
     # From the cache: to group a hundred thousand takes longer than all the rest.
     groups = memory.counts.get("dead", lambda: errors_of(queue))
+    lost = queue.lost_runs()
     with queue.snapshot():
-        status, now = read_status(queue), queue.clock()
+        status, now = read_status(queue, lost), queue.clock()
         # From the cache as well: two requests at once would make two looks.
         growth = memory.counts.get("growth", lambda: memory.trend.growth(
             now, count_unfinished(status["jobs"])))

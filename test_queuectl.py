@@ -1416,6 +1416,15 @@ class TestRunsNeverOverlap:
         assert queue.job("job")["state"] == "processing"
 
     @mechanism
+    def test_a_job_is_lost_if_another_worker_has_got_the_pid(self, queue):
+        add_job(queue)
+        with leased_run(queue, 7):
+            fd = queuectl.lock_file(queuectl.worker_file(queue.path, 1, 7))
+        make_reaper(queue).recover_lost(queue, [])
+        os.close(fd)
+        assert queue.job("job")["state"] == "pending"
+
+    @mechanism
     def test_a_second_pool_of_the_same_pid_is_refused(self, queue):
         """Pools in two containers may have the same pid."""
         fd = queuectl.lock_file(queuectl.pool_file(queue.path, os.getpid()))
@@ -4709,6 +4718,24 @@ class TestStatus:
         monkeypatch.setattr(queuectl.Queue, "workers", look_then_claim)
         assert queuectl.read_status(queue)["lost"] == set()
 
+    @mechanism
+    def test_a_job_completed_meanwhile_does_not_seem_lost(
+        self, queue, page, monkeypatch
+    ):
+        def complete_then_look(path):
+            with queuectl.Queue("queuectl.db") as other:
+                other.complete(run, make_outcome(None))
+            return {run.worker}
+
+        monkeypatch.setattr(queuectl, "living_workers", complete_then_look)
+        for id in ("by status", "by the page"):
+            add_job(queue, id=id)
+            run = claim(queue)  # its lease is free, as after its end
+            if id == "by status":
+                assert queuectl.read_status(queue)["lost"] == set()
+            else:
+                assert "lost" not in words_of(page("/"))
+
     @pytest.mark.parametrize("counts, growth", [
         ([5], 0), ([5, 9, 13], 0.5), ([9, 5], -16), ([5, 6, 8, 9], 4),
         ([0, 900, 895, 890, 885], -20), ([9, 8, 9, 10], -4)])
@@ -7954,8 +7981,8 @@ class TestPage:
         add_job(queue, id="b", after=["a"])
         read = queuectl.read_status
 
-        def read_then_complete(queue):
-            status = read(queue)
+        def read_then_complete(*args):
+            status = read(*args)
             with queuectl.Queue("queuectl.db") as other:
                 claim_and_complete(other)
             return status
