@@ -975,9 +975,9 @@ def remove_stale_pool_files(path):
 
 
 def drop_lock_file(path, fd, own_file):
-    """Release and remove a process's own file; the last one removes the directory.
+    """Release and remove a process's own file; the last process removes the directory.
 
-    A probe by another process can prevent both for a moment.
+    A look by another process can prevent both for a moment: then this tries again.
     """
     directory = path_beside(path, ".runs")
     os.close(fd)
@@ -987,8 +987,8 @@ def drop_lock_file(path, fd, own_file):
         with contextlib.suppress(OSError):  # not empty: other processes use it
             os.rmdir(directory)
         with contextlib.suppress(*NO_DIRECTORY):
-            if {*os.listdir(directory)} <= {os.path.basename(own_file)}:
-                return False  # empty but for this file: try again
+            if not os.listdir(directory):
+                return False
         return not os.path.exists(own_file)
 
     wait_until(try_remove, 10 * FILE_INTERVAL)
@@ -1338,10 +1338,13 @@ GATE_OF_NEW = gate_rule(
     "NEW.state", "NEW.waits", "NEW.run_at", "NEW.updated_at", "NEW.lock")
 
 
-# SQLite uses the index jobs_rare only in a query that contains all of its condition,
-# word by word; likewise jobs_dependent for `waits > 0`.
+# Most jobs are pending or completed. The index jobs_rare has only the jobs in other,
+# rare states, so it stays small. SQLite uses it only for a query that contains all of
+# its condition, word by word; likewise jobs_dependent for `waits > 0`.
+
+
 def rare(column="state"):
-    """Return the SQL that is true of a rare state in a column."""
+    """Return the SQL that tells whether the state in a column is a rare one."""
     return "{0} <> 'pending' AND {0} <> 'completed'".format(column)
 
 
@@ -3714,7 +3717,8 @@ class WindowsCommand(RunningCommand):
 SystemCommand = WindowsCommand if WINDOWS else PosixCommand
 
 
-# Passes a line on to cmd.exe, which does not understand the \" of other programs.
+# Arguments of Python: it passes a line on to cmd.exe, which does not understand the \"
+# of other programs.
 TO_SHELL = [
     "-ISc", "import subprocess, sys; code = subprocess.call(sys.argv[1], shell=True);"
     " sys.exit(code - 2**32 * (code >= 2**31))"]
@@ -4662,10 +4666,11 @@ def open_log(queue_path, role, is_quiet=True):
     # Python's logging HOWTO, "Optimization": what no line shows is not gathered.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    printer = printing_handler("INFO" if role == "worker" else "WARNING")
     try:
         os.close(open_private(path, os.O_WRONLY | os.O_CREAT))
-        handlers = [log_handler(path)] if is_quiet else [log_handler(path), printer]
+        handlers = [log_handler(path)]
+        if not is_quiet:
+            handlers.append(printing_handler("INFO" if role == "worker" else "WARNING"))
     except OSError as error:
         handlers = [logging.StreamHandler()]
         notice("cannot write the log, logging here instead: %s" % error)
@@ -4733,9 +4738,10 @@ class Worker:
         catch_signals(self.take_signal)
 
     def take_signal(self, number, frame):
-        # Ctrl-C and a hangup reach the whole group: the supervisor counts them, and
-        # requests a stop through its file. SIGTERM makes this worker leave after its
-        # job.
+        """Leave after the present job if the signal is SIGTERM.
+
+        Ctrl-C and a hangup reach the supervisor as well: it requests a stop.
+        """
         if number == signal.SIGTERM:
             self.got_sigterm = True
 
@@ -4770,23 +4776,27 @@ class Worker:
         while True:
             try:
                 result = action(*args)
-                if self.trouble:
-                    self.log.info("going on")
-                self.trouble = None
-                return result
             except (sqlite3.Error, OSError) as error:
-                is_hopeless = isinstance(error, sqlite3.IntegrityError) or (
-                    self.is_database_gone())
-                has_outcome = self.lease is not None
-                # Not after the first error: the next try may already work.
-                may_leave = self.should_leave() and (
-                    not has_outcome or requested_stop(self.path, self.pool) == "now")
-                if is_hopeless or (self.trouble and may_leave):
+                if self.should_give_up(error):
                     raise QueueError("leaving while there is still: %s", error)
                 if str(error) != self.trouble:
                     self.log.error("%s; waiting until it is over", error)
                 self.trouble = str(error)
-            self.waiter.wait(TROUBLE_INTERVAL)
+                self.waiter.wait(TROUBLE_INTERVAL)
+            else:
+                if self.trouble:
+                    self.log.info("going on")
+                self.trouble = None
+                return result
+
+    def should_give_up(self, error):
+        """Tell whether `with_retries` has to leave after an error."""
+        if isinstance(error, sqlite3.IntegrityError) or self.is_database_gone():
+            return True
+        if not self.trouble or not self.should_leave():  # the next try may work
+            return False
+        has_outcome = self.lease is not None
+        return not has_outcome or requested_stop(self.path, self.pool) == "now"
 
     def is_database_gone(self):
         return self.queue and not may_be_same_file(self.path, self.queue.file_status)
@@ -5197,7 +5207,7 @@ class Supervisor:
         self.next_start = self.next_check = self.checked_at = 0.0  # monotonic times
         self.is_unreadable = False  # the queue, at the latest check
         self.signals, self.signalled_at = 0, -MAX_DURATION
-        self.asked = None  # by a signal; its file has more, unless that was removed
+        self.asked = None  # the latest request of its own: its file may be removed
         self.has_failed = is_drain  # until `finish` has found that no job died
         self.result = {"pool": self.pid}  # of a drain, as JSON
         self.summary = "the queue could not be read at the end"
