@@ -5203,7 +5203,6 @@ class Supervisor:
         self.was_paused = False  # the queue, at the latest check
         self.waiter = self.log = self.reaper = None
         self.workers = []  # their processes
-        self.worker_pids = set()  # of all workers that it ever had
         self.next_start = self.next_check = self.checked_at = 0.0  # monotonic times
         self.is_unreadable = False  # the queue, at the latest check
         self.signals, self.signalled_at = 0, -MAX_DURATION
@@ -5351,9 +5350,9 @@ class Supervisor:
 
     def announce_stop(self, request):
         """Print what becomes of the running jobs, on a new line after the `^C`."""
-        print(file=sys.stderr)
+        write_or_drop(sys.stderr, "\n")
         running = self.with_queue(lambda queue: [
-            run for run in queue.processing_runs() if run.worker in self.worker_pids])
+            run for run in queue.processing_runs() if run.worker in self.worker_pids()])
         if running:
             message = "finishing %s; Ctrl-C again ends them now"
             if request == "now":
@@ -5394,9 +5393,11 @@ class Supervisor:
                 self.next_start = time.monotonic() + RESTART_INTERVAL
                 return True
             self.workers.append(worker)
-            self.worker_pids.add(worker.pid)
             self.reaper.forget_worker_death(worker.pid)  # of an earlier one, same PID
         return False
+
+    def worker_pids(self):
+        return {worker.pid for worker in self.workers}
 
     def with_queue(self, action):
         """Call an action with the queue; return its result, None after an error.
@@ -5421,7 +5422,7 @@ class Supervisor:
         """Do what is due for the queue at every check."""
         if self.drain:  # it waits while the queue is paused
             self.report_pause(queue)
-        self.reaper.recover_lost(queue, [worker.pid for worker in self.workers])
+        self.reaper.recover_lost(queue, self.worker_pids())
         self.reaper.remove_stale_files(queue)
         self.reaper.rotate_log()
         self.reaper.announce_dead_jobs(queue)
