@@ -750,9 +750,10 @@ else:
     WAKE_SIGNAL = signal.SIGURG  # ignored by default: harmless if the PID is another's
     NO_DIRECTORY = (FileNotFoundError,)
 
-# The requests to a pool: to stop after its running jobs (`stop`), to end them and stop
-# (`now`), and from its own worker to stop since the drain is `over`. {request: its
-# offset in the pool's PID file}, the strongest first: of several, that one counts.
+# The requests to a pool: `stop` after its running jobs, stop `now` and end these jobs;
+# a worker of the pool itself requests `over`: its drain has nothing left to do.
+# {request: its offset in the pool's PID file}, the strongest first: of several
+# requests the first in this order counts.
 REQUESTS = {"now": 5, "over": 9, "stop": 0}
 NO_REQUEST = b" " * 15 + b"\n"  # reserves the bytes: a full disk must not block a stop
 
@@ -768,8 +769,8 @@ def try_lock(fd, shared=False):
             os.lseek(fd, LOCK_OFFSET, os.SEEK_SET)
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
         else:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            fcntl.flock(fd, fcntl.LOCK_NB | kind)
+            mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(fd, fcntl.LOCK_NB | mode)
         return True
     except OSError as error:
         if WINDOWS or isinstance(error, (BlockingIOError, PermissionError)):
@@ -881,7 +882,7 @@ def is_mount_point(path):
 
 
 def owner_hint(path):
-    """Return what to do about a file of another user; an empty text if it is ours."""
+    """Return what to do about another user's file; an empty text for one of ours."""
     with contextlib.suppress(OSError, AttributeError):
         if os.stat(path).st_uid != os.geteuid() and not os.access(path, os.W_OK):
             return " belongs to another user: chown it, or run this as that user"
@@ -891,6 +892,7 @@ def owner_hint(path):
 # The files beside a database.
 
 
+@functools.lru_cache()
 def path_beside(path, ending):
     """Return the path of a file that lies beside a queue's database.
 
@@ -940,8 +942,8 @@ def workers_with_files(path):
     found = []
     with contextlib.suppress(*NO_DIRECTORY):
         for name in os.listdir(path_beside(path, ".runs")):
-            kind, *numbers = name.split("-")
-            if kind == "worker" and len(numbers) == 2 and "".join(numbers).isdecimal():
+            owner, *numbers = name.split("-")
+            if owner == "worker" and len(numbers) == 2 and "".join(numbers).isdecimal():
                 found.append(tuple(map(int, numbers)))
     return sorted(found)
 
@@ -959,6 +961,11 @@ def living_pools(path):
     return found
 
 
+def living_workers(path):
+    """Return the PIDs of the living workers of all pools."""
+    return set().union(*living_pools(path).values())
+
+
 def remove_stale_pool_files(path):
     """Remove the PID files of pools of which no process lives.
 
@@ -972,9 +979,9 @@ def remove_stale_pool_files(path):
 
 
 def drop_lock_file(path, fd, own_file):
-    """Release and remove a process's own file; the last one removes the directory.
+    """Release and remove a process's own file; the last process removes the directory.
 
-    A probe by another process can prevent both for a moment.
+    A look by another process can prevent both for a moment: then this tries again.
     """
     directory = path_beside(path, ".runs")
     os.close(fd)
@@ -984,8 +991,8 @@ def drop_lock_file(path, fd, own_file):
         with contextlib.suppress(OSError):  # not empty: other processes use it
             os.rmdir(directory)
         with contextlib.suppress(*NO_DIRECTORY):
-            if {*os.listdir(directory)} <= {os.path.basename(own_file)}:
-                return False  # empty but for this file: try again
+            if not os.listdir(directory):
+                return False
         return not os.path.exists(own_file)
 
     wait_until(try_remove, 10 * FILE_INTERVAL)
@@ -1134,29 +1141,24 @@ def require_descriptors(count):
     resource.setrlimit(resource.RLIMIT_NOFILE, (count + spare, hard))
 
 
-def is_writable(stream):
-    """Tell whether a line can be written to a stream now, without waiting.
+def poll_events(stream):
+    """Return the events of poll(2) that an output has now.
 
-    On Windows nobody can tell: there `write_in_time` takes a thread.
+    In a test it is no file: then it can be written to.
     """
     poll = select.poll()
     try:
         poll.register(stream.fileno(), select.POLLOUT)
-    except (OSError, ValueError):  # in a test it is no file
-        return True
-    return any(event & select.POLLOUT for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return select.POLLOUT
+    return sum(events for _, events in poll.poll(0))
 
 
 def is_reader_gone(stream):
-    """Tell whether nobody can read any more what is written to a stream."""
+    """Tell whether nobody can read any more what is written to an output."""
     if WINDOWS:
         return False
-    poll = select.poll()
-    try:
-        poll.register(stream.fileno(), select.POLLERR | select.POLLHUP)
-    except (OSError, ValueError):  # in a test it is no file
-        return False
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    return bool(poll_events(stream) & (select.POLLERR | select.POLLHUP))
 
 
 def is_console(handle):
@@ -1177,33 +1179,42 @@ def takes_text(stream):
     return False
 
 
-def write_in_time(stream, text):
-    """Write a line to a stream; drop it if that would block, or if nobody is there."""
-    with contextlib.suppress(OSError, ValueError):
-        if WINDOWS:
-            write_by_thread(stream, text)
-        elif is_writable(stream):
-            os.write(stream.fileno(), text.encode(errors="replace"))
+def write_or_drop(stream, line):
+    """Write a line to an output; drop it if that would block.
+
+    A reader that has stopped reading must hold up neither a job nor a stop. (O_NONBLOCK
+    would hold for all processes on a terminal.)
+    """
+    if WINDOWS:
+        write_by_thread(stream, line)
+    elif poll_events(stream) & select.POLLOUT:
+        write_line(stream, line)
 
 
-def write_by_thread(stream, text):
-    """Write a line, on Windows; drop it while an earlier one waits for a reader."""
+def write_by_thread(stream, line):
+    """Write a line, on Windows; drop it while an earlier one waits for a reader.
+
+    Windows can't tell whether an output would block.
+    """
     import threading
-
-    def write():
-        with contextlib.suppress(OSError, ValueError):
-            if takes_text(stream):
-                print(text, end="", file=stream, flush=True)
-            else:  # without the stream's lock, which the end of this process takes
-                data = text.replace("\n", os.linesep).encode(
-                    stream.encoding, "backslashreplace")
-                os.write(stream.fileno(), data)
 
     name = "writes to a reader"
     if name not in {thread.name for thread in threading.enumerate()}:
-        writer = threading.Thread(target=write, name=name, daemon=True)
+        writer = threading.Thread(
+            target=write_line, args=(stream, line), name=name, daemon=True)
         writer.start()
         writer.join(FILE_INTERVAL)
+
+
+def write_line(stream, line):
+    """Write a line to an output; do nothing if its reader is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        if takes_text(stream):
+            print(line, end="", file=stream, flush=True)
+        else:  # without the lock of its buffer: the end of this process takes that
+            data = line.replace("\n", os.linesep).encode(
+                stream.encoding, "backslashreplace")
+            getattr(stream.buffer, "raw", stream.buffer).write(data)
 
 
 def decode_line(error):
@@ -1332,10 +1343,13 @@ GATE_OF_NEW = gate_rule(
     "NEW.state", "NEW.waits", "NEW.run_at", "NEW.updated_at", "NEW.lock")
 
 
-# SQLite uses the index jobs_rare only in a query that contains all of its condition,
-# word by word; likewise jobs_dependent for `waits > 0`.
+# Most jobs are pending or completed. The index jobs_rare has only the jobs in other,
+# rare states, so it stays small. SQLite uses it only for a query that contains all of
+# its condition, word by word; likewise jobs_dependent for `waits > 0`.
+
+
 def rare(column="state"):
-    """Return the SQL that is true of a rare state in a column."""
+    """Return the SQL that tells whether the state in a column is a rare one."""
     return f"{column} <> 'pending' AND {column} <> 'completed'"
 
 
@@ -1931,22 +1945,13 @@ WORKER_DIED, STOPPED_NOW, STOPPED, CANCELLED = (
 # stored and shown, None after success; epoch seconds; bytes.
 Outcome = collections.namedtuple("Outcome", "kind exit_code error finished_at output")
 
-# How much of an output is kept.
-OutputLimit = collections.namedtuple("OutputLimit", "bytes")
-
-
-def output_limit(settings):
-    """Return the `OutputLimit` that settings give."""
-    return OutputLimit(settings["output_limit"])
-
-
 # One run of a job, until it is recorded. `number` counts the runs of a job and only
 # ever grows; `attempt` is given back when the job is put back. `pid` and `started_at`
 # are those of the command. The fields from `command` on are set only for the worker
 # that claimed the job.
 Run = collections.namedtuple(
     "Run", "seq number id attempt max_retries worker pid started_at lease"
-    " command cwd env timeout launcher limit", defaults=(None,) * 6)
+    " command cwd env timeout launcher output_limit", defaults=(None,) * 6)
 
 CLAIMABLE = f"state = 'pending' AND gate = {OPEN}"
 FOR_A_TIME = f"gate = {CLOSED} AND waits = 0"  # a waiting job; only its time is missing
@@ -2349,7 +2354,7 @@ class Queue(Database):
             run = Run(worker=worker, pid=None, started_at=now,
                       lease=self.lease_path(row["seq"], row["number"]),
                       launcher=None if launcher == "none" else launcher,
-                      limit=output_limit(values), **fields)
+                      output_limit=values["output_limit"], **fields)
             take_lease(run)
             self._change("""
                 UPDATE jobs SET state = 'processing', attempts = ?, run = ?,
@@ -2951,6 +2956,25 @@ class Queue(Database):
         return [Run(lease=self.lease_path(row["seq"], row["number"]), **dict(row))
                 for row in rows]
 
+    def lost_runs(self, own_workers=()):
+        """Return the runs in PROCESSING that have lost their worker or their lease.
+
+        OWN_WORKERS are PIDs of workers that live, even if their files were removed.
+
+        A claim locks the lease before its commit, and a worker locks its own file
+        before it claims. So the runs are read first, and the files are tested then. If
+        one of the two is unlocked, the worker has died, or it has recorded the end in
+        between and no longer owns the job. Within a snapshot it would still own it, and
+        seem lost.
+        """
+        runs = self.processing_runs()
+        workers = living_workers(self.path).union(own_workers)
+
+        def is_attended(run):  # another process may have got the PID of a dead worker
+            return run.worker in workers and is_locked(run.lease)
+
+        return [run for run in runs if not is_attended(run) and self.is_current(run)]
+
     def workers(self):
         """Return the workers of all pools, each with its job: `pid pool job since`."""
         runs, found = {run.worker: run for run in self.processing_runs()}, []
@@ -3115,10 +3139,6 @@ class Queue(Database):
         return [id for id, died in rows if not died], sum(died for _, died in rows)
 
     # -- settings ----------------------------------------------------------------------
-
-    def output_limit(self):
-        """Return the present `OutputLimit`."""
-        return output_limit(self.settings())
 
     def settings(self):
         """Return the value of every setting, the default where none was set."""
@@ -3343,13 +3363,13 @@ def split_dropped(output):
     return (int(note[1]), output[note.end() :]) if note else (0, output)
 
 
-def tail(output, limit):
-    """Return the end of an output, of which LIMIT says how much is kept.
+def kept_end(output, limit):
+    """Return the end of an output: LIMIT bytes of it are kept.
 
     If bytes were dropped before it, a note with their number comes first.
     """
     dropped, output = split_dropped(output)
-    cut = max(0, len(output) - limit.bytes)
+    cut = max(0, len(output) - limit)
     note = DROPPED_NOTE % (dropped + cut) if dropped + cut else b""
     return note + output[cut:]
 
@@ -3360,7 +3380,7 @@ def max_file_size(limit):
     Twice what is kept, so that the copy of the end does not overlap the end, and as
     much more as a pipe holds.
     """
-    return 2 * limit.bytes + 2**16
+    return 2 * limit + 2**16
 
 
 def read_output(path, limit):
@@ -3381,7 +3401,7 @@ def read_output(path, limit):
                 if is_settled and file.read(64).startswith(note):
                     break
             time.sleep(FILE_INTERVAL / 10)
-    return tail(output, limit)
+    return kept_end(output, limit)
 
 
 class Lease:
@@ -3407,7 +3427,7 @@ class Lease:
                 self.compact()
         except OSError:
             # If more is unwritten than is kept, nothing of the file is needed.
-            if len(self.unwritten) > self.limit.bytes:
+            if len(self.unwritten) > self.limit:
                 self.unwritten = self.output()
                 self.empty()
 
@@ -3427,7 +3447,7 @@ class Lease:
         if not self.size and not self.unwritten:
             return b""
         os.lseek(self.fd, 0, os.SEEK_SET)
-        return tail(os.read(self.fd, self.size) + self.unwritten, self.limit)
+        return kept_end(os.read(self.fd, self.size) + self.unwritten, self.limit)
 
     def empty(self):
         """Give the space of the file back: on a full disk the result needs it."""
@@ -3491,9 +3511,9 @@ class RunningCommand:
     """The command of a run, from its start until none of its processes is left.
 
     This class has what is the same on all systems. A class for a system has:
-    `open_pipe`, which sets `reader` and `writer`; `start`, which sets `pid`;
-    `readable_bytes`, `poll` and `wait` for its output and its end; `processes` and
-    `send_signal`.
+    `open_pipe`, which sets `reader` and `writer`; `start`, which sets `pid`; `wait`,
+    for output, the end, a signal or a timeout; `readable_bytes`; `poll`, which returns
+    the exit code or None; `processes` and `send_signal`.
     """
 
     def __init__(self, run, lease, path):
@@ -3530,29 +3550,28 @@ class RunningCommand:
             return data == b""
         return False
 
-    def watch(self, waiter, timeout, watchdog):
+    def watch(self, waiter, timeout, check):
         """Wait for the end of the command; return its exit code and None or an `End`.
 
         The exit code is -N if signal N ended the command. The `End` says why the
-        command was ended from outside: for its timeout, or for what `watchdog()`
-        returned at one of the checks. If a signal killed the leader, all its processes
-        are ended, or they would meet the next run. Raise Unkillable if one can't be
-        ended.
+        command was ended from outside: for its timeout, or for what `check()` returned.
+        If a signal killed the leader, all its processes are ended, or they would meet
+        the next run. Raise Unkillable if one can't be ended.
         """
         deadline = time.monotonic() + (timeout or MAX_DURATION)
         next_check, code, end = time.monotonic() + POLL_INTERVAL, None, None
         while code is None and end is None:
             self.wait(waiter, min(deadline, next_check) - time.monotonic())
+            self.read()
             code, now = self.poll(), time.monotonic()
             if code is None and now >= deadline:
                 end = End("failed", "timeout %ss" % number_text(timeout))
             elif code is None and now >= next_check:
-                next_check, end = now + POLL_INTERVAL, watchdog()
+                next_check, end = now + POLL_INTERVAL, check()
         if end or code < 0:
             self.terminate(waiter)
         if end:
-            code = self.poll()
-        self.read()
+            code = self.poll()  # only now: `terminate` says why
         return code, end
 
     def read_rest(self, waiter):
@@ -3564,7 +3583,7 @@ class RunningCommand:
         self.writer = None
         deadline = time.monotonic() + REST_TIMEOUT
         while not self.read() and time.monotonic() < deadline:
-            self.wait_for_output(waiter, deadline - time.monotonic())
+            self.wait(waiter, deadline - time.monotonic())
 
     def terminate(self, waiter):
         """End every process that belongs to the run, or that the command has left.
@@ -3579,6 +3598,7 @@ class RunningCommand:
             if termination.is_stuck():
                 raise Unkillable(sorted(left))
             self.wait(waiter, STEP_INTERVAL)
+            self.read()  # what prints while it ends must not wait for room in the pipe
             left = self.processes()
 
     def close(self):
@@ -3630,7 +3650,7 @@ class PosixCommand(RunningCommand):
             os.chdir("/")  # an idle worker must not keep a file system mounted
 
     def poll(self):
-        """Return None, or the exit code; -N if signal N has ended the command."""
+        """Return the exit code, or None; -N if signal N has ended the command."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if not pid:
             return None
@@ -3638,11 +3658,6 @@ class PosixCommand(RunningCommand):
         return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
 
     def wait(self, waiter, timeout):
-        """Wait for the end, output, a signal or a timeout; take over the output."""
-        waiter.wait(timeout, self.reader)
-        self.read()
-
-    def wait_for_output(self, waiter, timeout):
         waiter.wait(timeout, self.reader)
 
     def processes(self):
@@ -3722,12 +3737,13 @@ class WindowsCommand(RunningCommand):
         return self.popen.poll()
 
     def wait(self, waiter, timeout):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.popen.wait(max(0.0, min(timeout, STEP_INTERVAL / 5)))
-        self.read()
-
-    def wait_for_output(self, waiter, timeout):
-        time.sleep(max(0.0, min(timeout, STEP_INTERVAL / 5)))
+        """Wait a short while: Windows can't wait for a pipe and a process at once."""
+        seconds = max(0.0, min(timeout, STEP_INTERVAL / 5))
+        if self.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.popen.wait(seconds)
+        else:  # for output of what the command has left
+            time.sleep(seconds)
 
     def processes(self):
         """Return as many numbers as the run has living processes."""
@@ -3749,7 +3765,8 @@ class WindowsCommand(RunningCommand):
 SystemCommand = WindowsCommand if WINDOWS else PosixCommand
 
 
-# Passes a line on to cmd.exe, which does not understand the \" of other programs.
+# Arguments of Python: it passes a line on to cmd.exe, which does not understand the \"
+# of other programs.
 TO_SHELL = [
     "-ISc", "import subprocess, sys; code = subprocess.call(sys.argv[1], shell=True);"
     " sys.exit(code - 2**32 * (code >= 2**31))"]
@@ -3815,7 +3832,7 @@ def processes_of(runs):
         owner[lease] = owner[lease + " (deleted)"] = lease  # if it was removed
     has_proc = os.path.exists("/proc/self/fd")
     # All processes of our child's run are younger than this one: others are left out.
-    since = int(proc_stat("self")[19]) if has_proc and all(runs.values()) else 0
+    since = proc_stat("self").started if has_proc and all(runs.values()) else 0
     own = os.getpid()  # holds the lease of its run, and does not belong to it
     seen = set()
     for _ in range(2):
@@ -3841,16 +3858,23 @@ def require_process_list():
 GONE_OR_FOREIGN = FileNotFoundError, ProcessLookupError, PermissionError
 
 
+# What /proc/PID/stat says (proc(5)). `started` is in ticks after the boot.
+ProcStat = collections.namedtuple("ProcStat", "state group threads started")
+
+
 def proc_stat(pid):
-    """Return the fields of /proc/PID/stat, from the state on."""
+    """Return the `ProcStat` of a process."""
     with open_descriptor("/proc/%s/stat" % pid) as fd:
-        return os.read(fd, 4096).rpartition(b")")[2].split()
+        # The name of the program, in brackets, may have a blank or a bracket in it.
+        fields = os.read(fd, 4096).rpartition(b")")[2].split()
+    return ProcStat(
+        fields[0], int(fields[2]), threads=int(fields[17]), started=int(fields[19]))
 
 
 def is_suspended(pid):
     """Tell whether a process was stopped by a signal, as Ctrl-Z sends it."""
     try:
-        return proc_stat(pid)[0] == b"T"
+        return proc_stat(pid).state == b"T"
     except OSError:  # without /proc it can't be known
         return False
 
@@ -3865,15 +3889,14 @@ def scan_proc(since, seen):
     """
     for pid in {*filter(str.isdigit, os.listdir("/proc"))} - seen:
         with contextlib.suppress(*GONE_OR_FOREIGN):
-            state, group, threads, started = operator.itemgetter(0, 2, 17, 19)(
-                proc_stat(pid))
-            directory, has_ended = "/proc/%s/" % pid, state in b"ZX"
-            if (has_ended and threads == b"1") or int(started) < since:
+            process, directory = proc_stat(pid), "/proc/%s/" % pid
+            has_ended = process.state in b"ZX"
+            if (has_ended and process.threads == 1) or process.started < since:
                 seen.add(pid)
                 continue
             if has_ended:  # its main thread; the one that is listed last lives on
                 directory += "task/%s/" % os.listdir(directory + "task")[-1]
-            yield int(pid), int(group)
+            yield int(pid), process.group
             with open(directory + "environ", "rb", 0) as file:
                 marked = (b"\0" + file.read()).split(b"\0QUEUECTL_RUN=")
             for mark in marked[1:]:
@@ -3886,7 +3909,10 @@ def scan_proc(since, seen):
 
 
 def scan_with_tools(leases):
-    """Yield the same without /proc: process groups from `ps`, files from `lsof`."""
+    """Yield (PID, trace) like `scan_proc`, without /proc, for the files of LEASES.
+
+    Process groups come from `ps`, open files from `lsof`.
+    """
     import subprocess
 
     def lines_of(*argv):
@@ -3901,13 +3927,13 @@ def scan_with_tools(leases):
         if state[0] not in "ZX":
             yield int(pid), int(group)
     pid = access = None
-    for kind, *rest in lines_of("lsof", "-F", "pan", "--", *leases):
-        value = "".join(rest)
-        if kind == "p":
+    for line in lines_of("lsof", "-F", "pan", "--", *leases):
+        field, value = line[:1], line[1:]
+        if field == "p":
             pid = int(value)
-        elif kind == "a":
+        elif field == "a":
             access = value
-        elif kind == "n" and access in ("u", "w"):
+        elif field == "n" and access in ("u", "w"):
             yield pid, value
 
 
@@ -4030,22 +4056,13 @@ def supervised_pools(path):
     return {pool for pool in living_pools(path) if is_locked(pool_file(path, pool))}
 
 
-def lost_jobs(queue, workers):
-    """Return the ids of the running jobs that none of these WORKERS has.
-
-    The state of a job has to be read before the workers: another worker may claim it.
-    """
-    attended = {worker["job"] for worker in workers}
-    return {run.id for run in queue.processing_runs()} - attended
-
-
-def why_waiting(queue, job, workers, text_of=duration_text):
+def why_waiting(queue, job, text_of=duration_text):
     """Return in words why a job is not running; None if it runs or has finished.
 
-    WORKERS are those of `Queue.workers`. TEXT_OF makes the text of a duration.
+    TEXT_OF makes the text of a duration.
     """
     if job["state"] == "processing":
-        return why_lost(queue, job, workers)
+        return why_lost(queue, job)
     if job["state"] not in WAITING:
         return None
     if job["waits"]:
@@ -4066,12 +4083,12 @@ def why_waiting(queue, job, workers, text_of=duration_text):
     return plural(ahead, "job") + " before it" if ahead else "next in line"
 
 
-def why_lost(queue, job, workers):
+def why_lost(queue, job):
     """Return in words what becomes of a running job without a worker, else None."""
-    if job["id"] not in lost_jobs(queue, workers):
+    lost = [run for run in queue.lost_runs() if run.id == job["id"]]
+    if not lost:
         return None
-    has_processes = is_locked(queue.latest_run(job).lease)
-    hint = (ORPHAN_HINT if has_processes else LOST_HINT) % (
+    hint = (ORPHAN_HINT if is_locked(lost[0].lease) else LOST_HINT) % (
         "makes the job dead" if job["cancelled"] else "runs the job again")
     return joined(hint, standstill(queue), by="; ")
 
@@ -4088,13 +4105,8 @@ def why_dependent(queue, job):
     return message
 
 
-def obstacles(queue):
-    """Return in words why jobs can't go on until somebody does something."""
-    blocked = queue.first_blocked()
-    return [blocked_text(blocked)] if blocked else []
-
-
 def blocked_text(blocked):
+    """Return in words what `Queue.first_blocked` has found."""
     return "%s waits for %s, which is %s" % (
         printable(blocked["id"]), printable(blocked["dependency"]), state_word(blocked))
 
@@ -4793,10 +4805,11 @@ def open_log(queue_path, role, is_quiet=True):
     # Python's logging HOWTO, "Optimization": what no line shows is not gathered.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    printer = printing_handler("INFO" if role == "worker" else "WARNING")
     try:
         os.close(open_private(path, os.O_WRONLY | os.O_CREAT))
-        handlers = [log_handler(path)] if is_quiet else [log_handler(path), printer]
+        handlers = [log_handler(path)]
+        if not is_quiet:
+            handlers.append(printing_handler("INFO" if role == "worker" else "WARNING"))
     except OSError as error:
         handlers = [logging.StreamHandler()]
         notice("cannot write the log, logging here instead: %s" % error)
@@ -4808,11 +4821,7 @@ def open_log(queue_path, role, is_quiet=True):
 
 
 def printing_handler(level):
-    """Return a handler of `logging` that prints lines of this level on standard error.
-
-    A reader that has stopped reading must hold up neither a job nor a stop: a line that
-    would block is dropped. (O_NONBLOCK would hold for all processes on the terminal.)
-    """
+    """Return a handler of `logging` that prints lines of this level for people."""
     import logging
 
     start = "\r\x1b[K" if terminal_width(sys.stderr) else ""  # over the progress line
@@ -4825,17 +4834,14 @@ def printing_handler(level):
             if has_colours and state and STATES[state].colour:
                 text = text.replace(" " + state, " \x1b[%dm%s\x1b[0m" % (
                     STATES[state].colour, state), 1)
-            write_in_time(sys.stderr, start + text + "\n")
+            write_or_drop(sys.stderr, start + text + "\n")
 
     return Printer(level)
 
 
 def pool_notice(message):
     """Print a line of a pool for people, unless that would block the pool."""
-    if WINDOWS:
-        write_in_time(sys.stderr, "queuectl: %s\n" % message)
-    elif is_writable(sys.stderr):
-        notice(message)
+    write_or_drop(sys.stderr, "queuectl: %s\n" % message)
 
 
 def run_label(run):
@@ -4865,16 +4871,17 @@ class Worker:
         self.queue = None
         self.lease = None  # of the present run
         self.trouble = None  # the error that `with_retries` waits out
-        self.started_run = None  # the run whose start was recorded
+        self.recorded_run = None  # the run whose start was recorded
         self.got_sigterm = False
         self.refusal_logged = False  # that the system has no process to give
         self.waiter = Waiter()
         catch_signals(self.take_signal)
 
     def take_signal(self, number, frame):
-        # Ctrl-C and a hangup reach the whole group: the supervisor counts them, and
-        # requests a stop through its file. SIGTERM makes this worker leave after its
-        # job.
+        """Leave after the present job if the signal is SIGTERM.
+
+        Ctrl-C and a hangup reach the supervisor as well: it requests a stop.
+        """
         if number == signal.SIGTERM:
             self.got_sigterm = True
 
@@ -4909,23 +4916,27 @@ class Worker:
         while True:
             try:
                 result = action(*args)
-                if self.trouble:
-                    self.log.info("going on")
-                self.trouble = None
-                return result
             except (sqlite3.Error, OSError) as error:
-                is_hopeless = isinstance(error, sqlite3.IntegrityError) or (
-                    self.is_database_gone())
-                has_outcome = self.lease is not None
-                # Not after the first error: the next try may already work.
-                may_leave = self.should_leave() and (
-                    not has_outcome or requested_stop(self.path, self.pool) == "now")
-                if is_hopeless or (self.trouble and may_leave):
+                if self.should_give_up(error):
                     raise QueueError("leaving while there is still: %s", error)
                 if str(error) != self.trouble:
                     self.log.error("%s; waiting until it is over", error)
                 self.trouble = str(error)
-            self.waiter.wait(TROUBLE_INTERVAL)
+                self.waiter.wait(TROUBLE_INTERVAL)
+            else:
+                if self.trouble:
+                    self.log.info("going on")
+                self.trouble = None
+                return result
+
+    def should_give_up(self, error):
+        """Tell whether `with_retries` has to leave after an error."""
+        if isinstance(error, sqlite3.IntegrityError) or self.is_database_gone():
+            return True
+        if not self.trouble or not self.should_leave():  # the next try may work
+            return False
+        has_outcome = self.lease is not None
+        return not has_outcome or requested_stop(self.path, self.pool) == "now"
 
     def is_database_gone(self):
         return self.queue and not may_be_same_file(self.path, self.queue.file_status)
@@ -4978,7 +4989,7 @@ class Worker:
         return run
 
     def take_lease(self, run):
-        self.lease = Lease(run.lease, run.limit)
+        self.lease = Lease(run.lease, run.output_limit)
 
     def report(self, state, run, outcome):
         """Log how a run ended. A result that came too late is logged and dropped."""
@@ -4987,18 +4998,17 @@ class Worker:
         message = state or "no longer ours, result dropped"
         if outcome.error:
             message += " (%s)" % outcome.error
-        took = duration_text(outcome.finished_at - run.started_at)
-        note = self.next_try(run) if state == "failed" else ""
-        last = last_line(outcome.output[-4000:]) if state == "dead" else ""
-        if last:
-            note = ": " + truncate(printable(last), 80)
-        self.log.info("%s %s in %s%s", run_label(run), message, took, note,
-                      extra={"state": state})
-        if state == "dead":
+        message += " in " + duration_text(outcome.finished_at - run.started_at)
+        if state == "failed":
+            message += self.next_try(run)
+        elif state == "dead":
+            line = last_line(outcome.output[-4000:])
+            message += line and ": " + truncate(printable(line), 80)
             wake([self.pool])  # which starts `on_dead`
+        self.log.info("%s %s", run_label(run), message, extra={"state": state})
 
     def next_try(self, run):
-        """Return in words when a job that has failed runs again, if it still waits."""
+        """Return in words when a failed job runs again; "" if it no longer waits."""
         with contextlib.suppress(sqlite3.Error, QueueError):
             due = due_text(self.queue.job(run.id), self.queue.clock())
             return due and ", again " + due
@@ -5011,16 +5021,20 @@ class Worker:
         except (OSError, ValueError) as error:
             return run, self.not_started(run, error)
         self.refusal_logged = False
-        began = time.monotonic()
         run = run._replace(pid=command.pid, started_at=self.queue.clock())
+        try:
+            return run, self.attend(run, command)
+        finally:
+            command.close()
+
+    def attend(self, run, command):
+        """Wait until a command has ended, or end it; return the outcome of its run."""
+        began = time.monotonic()
         try:
             code, end = command.watch(
                 self.waiter, run.timeout, functools.partial(self.check_run, run))
             finished_at = run.started_at + time.monotonic() - began
-            # A stopped service signals all its processes at once. The pool may be about
-            # to hear of the stop that has ended this command.
-            if end is None and code in STOP_CODES and wait_until(
-                    self.is_pool_stopping, BLAME_DELAY):
+            if end is None and self.was_stopped_with_pool(code):
                 end = End("stopped", STOPPED)
                 command.terminate(self.waiter)  # what a shell may have left
             command.read_rest(self.waiter)
@@ -5029,14 +5043,20 @@ class Worker:
             # these processes are gone.
             message = "%s can't be ended: processes %s are left alone"
             raise QueueError(message, run_label(run), left) from None
-        finally:
-            command.close()
         if command.kill_was_sent and run.launcher:
             message = "%s: the launcher was killed; what it started may live on"
             self.log.warning(message, run_label(run))
         kind, error = end or exit_end(code)
         exit_code = code if code is not None and code >= 0 else None
-        return run, Outcome(kind, exit_code, error, finished_at, self.lease.output())
+        return Outcome(kind, exit_code, error, finished_at, self.lease.output())
+
+    def was_stopped_with_pool(self, code):
+        """Tell whether a command seems to have ended because its service was stopped.
+
+        A stopped service signals all its processes at once: this pool may be about to
+        hear of that.
+        """
+        return code in STOP_CODES and wait_until(self.is_pool_stopping, BLAME_DELAY)
 
     def not_started(self, run, error):
         """Return the outcome of a run whose command could not be started.
@@ -5057,42 +5077,36 @@ class Worker:
         return Outcome(kind, None, text, run.started_at, self.lease.output())
 
     def check_run(self, run):
-        """Record the start of a run; return its `End` if it has to end now.
-
-        The start is recorded at the first check: most runs are over before it.
-        """
-        with contextlib.suppress(sqlite3.Error):
-            if self.started_run != run:
-                self.record_start(run)
-        return self.reason_to_end(run)
-
-    def record_start(self, run):
-        self.queue.record_pid(run)
-        self.log.info("%s runs, pid %d", run_label(run), run.pid)
-        self.started_run = run
-
-    def reason_to_end(self, run):
         """Return the `End` of a run that has to end now; None if it may go on."""
+        if self.recorded_run != run:
+            self.record_start(run)
         if requested_stop(self.path, self.pool) == "now":
             return End("stopped", STOPPED_NOW)
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(sqlite3.Error):  # the next check asks again
             if self.queue.cancel_requested(run):
                 return End("cancelled", CANCELLED)
         return None
 
+    def record_start(self, run):
+        """Record the start of a run at its first check: most runs are over before."""
+        with contextlib.suppress(sqlite3.Error):  # the next check tries again
+            self.queue.record_pid(run)
+            self.log.info("%s runs, pid %d", run_label(run), run.pid)
+            self.recorded_run = run
+
 
 def worker_main(path, pool, drain, is_quiet, pool_fd):
-    """Be a worker, in a process of its own."""
+    """Run a worker; this is the main function of its process."""
     if not WINDOWS:
         os.close(pool_fd)  # or the supervisor would seem to live as long as this worker
     worker = Worker(path, pool, drain, is_quiet)
-    own = worker_file(path, pool, os.getpid())
+    own_file = worker_file(path, pool, os.getpid())
     try:
-        fd = worker.with_retries(lock_file, own)
+        fd = worker.with_retries(lock_file, own_file)
         try:
             worker.work()
         finally:
-            drop_lock_file(path, fd, own)
+            drop_lock_file(path, fd, own_file)
             if supervisor_is_gone(pool):
                 # The last worker removes the file of the pool. On Windows that fails
                 # while another process looks at the file.
@@ -5144,17 +5158,12 @@ class Reaper:
     def recover_lost(self, queue, workers):
         """Put jobs in PROCESSING back that no process runs; end orphans first.
 
-        WORKERS are the PIDs of this pool's living workers. What makes this safe:
-
-        A claim locks the lease before its commit, and a worker locks its own file
-        before it claims. So the runs are listed first, and the files are tested then.
-        If one of the two is unlocked, the worker has died, or it has recorded the end
-        in between and no longer owns the job. Processes that still belong to the run of
-        a dead worker are ended first. The lease is tested again within the transaction
-        that puts the job back: if it is unlocked then, no process is left that could
-        fork another.
+        WORKERS are the PIDs of this pool's living workers. Processes that still belong
+        to the run of a dead worker are ended first. The lease is tested again within
+        the transaction that puts the job back: if it is unlocked then, no process is
+        left that could fork another.
         """
-        lost = self.lost_runs(queue, {self.pid, *workers})
+        lost = {run.lease: run for run in queue.lost_runs(workers)}
         found = processes_of(dict.fromkeys(lost))
         self.recovery_done = True
         for lease, run in lost.items():
@@ -5173,20 +5182,6 @@ class Reaper:
         dead = {run.worker for run in lost.values()}
         self.worker_died_at = {
             pid: at for pid, at in self.worker_died_at.items() if pid in dead}
-
-    def lost_runs(self, queue, own):
-        """Return the runs without a worker or without a lease: {lease: run}.
-
-        OWN are the PIDs of this pool's processes, which live.
-        """
-        runs = queue.processing_runs()  # before the files, as explained above
-        living = own.union(*living_pools(self.path).values())
-        lost = {}
-        for run in runs:
-            is_attended = run.worker in living and is_locked(run.lease)
-            if not is_attended and queue.is_current(run):
-                lost[run.lease] = run
-        return lost
 
     def worker_died_just_now(self, worker):
         """Tell whether this pool may be about to be killed together with a worker.
@@ -5210,7 +5205,7 @@ class Reaper:
 
     def put_back(self, queue, run):
         """Put the job of a lost run back, unless something holds the lease again."""
-        output = read_output(run.lease, queue.output_limit())
+        output = read_output(run.lease, queue.settings()["output_limit"])
         outcome = Outcome("lost", None, WORKER_DIED, queue.clock(), output)
         with queue.transaction():
             state = None if is_locked(run.lease) else queue.release(
@@ -5336,23 +5331,22 @@ class Supervisor:
     that it starts, like `on_dead`, close all that by their exec.)
     """
 
-    def __init__(self, path, count, is_drain=False, is_quiet=True, on_check=None):
+    def __init__(self, path, count, is_drain=False, is_quiet=True, show_progress=None):
         self.path, self.count = os.path.realpath(path), count
         self.pid = os.getpid()
         self.is_quiet = is_quiet
         self.drain = self.pid if is_drain else None  # as for `Queue`
-        self.on_check = on_check  # called with the queue, every DRAIN_INTERVAL
+        self.show_progress = show_progress  # with the queue, every DRAIN_INTERVAL
         self.own_file = pool_file(self.path, self.pid)
         self.fd = None  # of that file
         self.file_status = None  # of the database
         self.was_paused = False  # the queue, at the latest check
         self.waiter = self.log = self.reaper = None
         self.workers = []  # their processes
-        self.worker_pids = set()  # of all workers that it ever had
         self.next_start = self.next_check = self.checked_at = 0.0  # monotonic times
         self.is_unreadable = False  # the queue, at the latest check
         self.signals, self.signalled_at = 0, -MAX_DURATION
-        self.asked = None  # by a signal; its file has more, unless that was removed
+        self.asked = None  # the latest request of its own: its file may be removed
         self.has_failed = is_drain  # until `finish` has found that no job died
         self.result = {"pool": self.pid}  # of a drain, as JSON
         self.summary = "the queue could not be read at the end"
@@ -5423,7 +5417,7 @@ class Supervisor:
         while True:
             if self.signals:  # the first asks to stop, a second to stop now
                 self.ask_to_stop("stop" if self.signals == 1 else "now")
-            self.reap()
+            self.collect_workers()
             self.require_own_file()
             are_missing = self.start_missing()
             if time.monotonic() >= self.next_check:
@@ -5443,7 +5437,7 @@ class Supervisor:
     def check_interval(self):
         if not self.reaper.is_idle():
             return POLL_INTERVAL
-        return DRAIN_INTERVAL if self.on_check else RECOVERY_INTERVAL
+        return DRAIN_INTERVAL if self.show_progress else RECOVERY_INTERVAL
 
     def is_over(self):
         """Tell whether the pool may leave: the runs of its dead workers are recovered.
@@ -5496,17 +5490,16 @@ class Supervisor:
 
     def announce_stop(self, request):
         """Print what becomes of the running jobs, on a new line after the `^C`."""
-        print(file=sys.stderr)
+        write_or_drop(sys.stderr, "\n")
         running = self.with_queue(lambda queue: [
-            run for run in queue.processing_runs() if run.worker in self.worker_pids])
-        if running and request == "stop":
-            pool_notice("finishing %s; Ctrl-C again ends them now"
-                        % plural(len(running), "running job"))
-        elif running:
-            pool_notice("putting %s back to pending"
-                        % plural(len(running), "running job"))
+            run for run in queue.processing_runs() if run.worker in self.worker_pids()])
+        if running:
+            message = "finishing %s; Ctrl-C again ends them now"
+            if request == "now":
+                message = "putting %s back to pending"
+            pool_notice(message % plural(len(running), "running job"))
 
-    def reap(self):
+    def collect_workers(self):
         """Take note of the workers that have ended."""
         for worker in [one for one in self.workers if one.exitcode is not None]:
             self.workers.remove(worker)
@@ -5540,9 +5533,11 @@ class Supervisor:
                 self.next_start = time.monotonic() + RESTART_INTERVAL
                 return True
             self.workers.append(worker)
-            self.worker_pids.add(worker.pid)
             self.reaper.forget_worker_death(worker.pid)  # of an earlier one, same PID
         return False
+
+    def worker_pids(self):
+        return {worker.pid for worker in self.workers}
 
     def with_queue(self, action):
         """Call an action with the queue; return its result, None after an error.
@@ -5567,14 +5562,14 @@ class Supervisor:
         """Do what is due for the queue at every check."""
         if self.drain:  # it waits while the queue is paused
             self.report_pause(queue)
-        self.reaper.recover_lost(queue, [worker.pid for worker in self.workers])
+        self.reaper.recover_lost(queue, self.worker_pids())
         self.reaper.remove_stale_files(queue)
         self.reaper.rotate_log()
         self.reaper.announce_dead_jobs(queue)
         queue.promote_after_clock_step()
         self.reaper.prune(queue)
-        if self.on_check:
-            self.on_check(queue)
+        if self.show_progress:
+            self.show_progress(queue)
 
     def report_pause(self, queue):
         """Report that the queue is paused, once for each pause."""
@@ -5601,23 +5596,26 @@ class Supervisor:
 
         Delayed jobs are no failure. Others that are left are one.
         """
-        counts, due = queue.drain_counts(), queue.next_due()
+        counts, blocked = queue.drain_counts(), queue.first_blocked()
         counts.update(delayed=queue.count_delayed(), blocked=len(queue.blocked_seqs()))
-        failures, notes = obstacles(queue), []
         is_over = requested_stop(self.path, self.pid) == "over"
-        if not is_over and not queue.is_drained():
-            failures.append("the pool was stopped early")
+        was_stopped = not is_over and not queue.is_drained()
         self.result = {"pool": self.pid, **counts}
-        self.has_failed = bool(counts["dead"] or failures)
+        self.has_failed = bool(counts["dead"] or blocked or was_stopped)
         self.summary = ", ".join(
             "%d %s" % (count, name) for name, count in counts.items()
             if count or name in FINISHED)
+        reasons, due = [], queue.next_due()
+        if blocked:
+            reasons.append(blocked_text(blocked))
+        if was_stopped:
+            reasons.append("the pool was stopped early")
         if due:
             when = relative_time(due["run_at"], queue.clock())
-            notes.append("the next is due " + when)
-        if failures or notes:
+            reasons.append("the next is due " + when)
+        if reasons:
             left = plural(sum(queue.counts()[state] for state in WAITING), "job")
-            self.summary += "; %s left: %s" % (left, "; ".join(failures + notes))
+            self.summary += "; %s left: %s" % (left, "; ".join(reasons))
 
 
 # ======================================================================================
@@ -5798,10 +5796,15 @@ def within_job_of(path):
     return lease.startswith(os.path.join(runs, "")) and is_locked(lease)
 
 
-def read_status(queue):
-    """Return the values that `status` shows, with times still as epoch seconds."""
+def read_status(queue, lost=None):
+    """Return the values that `status` shows, with times still as epoch seconds.
+
+    Within a snapshot the caller passes the `lost_runs` from before it.
+    """
+    if lost is None:
+        lost = queue.lost_runs()
     none = {"id": None, "run_at": None}
-    with queue.snapshot():  # or a job that has just been claimed would seem lost
+    with queue.snapshot():  # so that the counts agree with the lists
         oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
         workers = queue.workers()
         pools = supervised_pools(queue.path)
@@ -5810,7 +5813,7 @@ def read_status(queue):
         return {
             "path": queue.path,
             "jobs": queue.counts(), "workers": workers, "commands": commands,
-            "lost": lost_jobs(queue, workers),
+            "lost": {run.id for run in lost} & {*commands},
             "pools": pools, "stopping_pools": {
                 pool for pool in pools if requested_stop(queue.path, pool)},
             "standstill": standstill(queue),
@@ -5922,7 +5925,7 @@ def worker_lines(status, now):
 def job_document(queue, job):
     """Return what `show --json` prints."""
     return dict(
-        public_job(job), waiting=why_waiting(queue, job, queue.workers()),
+        public_job(job), waiting=why_waiting(queue, job),
         runs=[with_iso_times(run, "started_at", "finished_at")
               for run in queue.runs(job)])
 
@@ -6313,7 +6316,7 @@ SAID = ("id", "command", "state", "error", "exit_code", "waits_for", "waiting",
 def job_lines(queue, job):
     """Yield what is asked first about a job, then its fields and its runs."""
     now, runs = queue.clock(), queue.runs(job)
-    waiting = why_waiting(queue, job, queue.workers())
+    waiting = why_waiting(queue, job)
     yield from answer_lines(queue, job, now, waiting)
     yield ""
     said = SAID if terminal_width(sys.stdout) else ()  # the answer must stay in sight
@@ -6507,7 +6510,7 @@ def follow(queue, job):
             notice("%d bytes of output were dropped here" % (dropped - printed))
         printer.print(output[max(0, printed - dropped) :], is_last=not is_running)
         printed = max(printed, dropped + len(output))
-        if is_running and run.id in lost_jobs(queue, queue.workers()):
+        if run.lease in [lost.lease for lost in queue.lost_runs()]:
             raise QueueError("the worker of job %s died; a pool puts it back", run.id)
         if is_running and is_reader_gone(sys.stdout):
             return
@@ -6523,14 +6526,14 @@ def wait_for_run(queue, job):
     """Wait until a job has run or runs; return it. Report why it does not run."""
     id = job["id"]
     if not job["run"] and job["state"] not in FINISHED:
-        why = why_waiting(queue, job, queue.workers())
+        why = why_waiting(queue, job)
         notice("job %s: %s" % (printable(id), why))
     while not job["run"] and job["state"] not in FINISHED:
         time.sleep(WAIT_INTERVAL)
         queue.require_file()
         job = queue.job(id)
         if job["waits"] and job["seq"] in queue.blocked_seqs():
-            why = why_waiting(queue, job, queue.workers())
+            why = why_waiting(queue, job)
             raise QueueError("job %s can't go on: %s", id, why)
     return job
 
@@ -6540,7 +6543,7 @@ def output_of(queue, job, run):
     output = queue.output(job, run)
     if output is None and run == job["run"]:
         # If the run has ended between the two reads, its output is in the database now.
-        lease, limit = queue.latest_run(job).lease, queue.output_limit()
+        lease, limit = queue.latest_run(job).lease, queue.settings()["output_limit"]
         output = read_output(lease, limit) or queue.output(job, run)
     return output or b""
 
@@ -6569,7 +6572,8 @@ def cmd_wait(args, queue):
     if counts["removed"]:
         message += ", %d removed before they were seen to end" % counts["removed"]
     if counts["left"]:
-        why = "; ".join(obstacles(queue)) or "what held them up has just ended"
+        blocked = queue.first_blocked()
+        why = blocked_text(blocked) if blocked else "what held them up has just ended"
         message += ", %d can't go on: %s" % (len(counts["left"]), why)
     print_result(args, counts, message)
     failures = [state for state in FINISHED if state not in SUCCESSFUL]
@@ -6760,20 +6764,18 @@ def cmd_cancel(args, queue):
     require_one_selection(args, args.state or args.match)
     if args.ids:
         queue.cancel(args.ids)
-        # The worker of a running job has to end it first.
-        workers = queue.workers()
-        return print_each(args, "cancelled", lambda id: cancel_answer(
-            queue, queue.job(id), workers))
+        return print_each(
+            args, "cancelled", lambda id: cancel_answer(queue, queue.job(id)))
     chosen = where(args.state or TAKES["cancel"], text=args.match)
     apply_to_many(
         args, queue, queue.cancel_all, "cancelled", Selection(chosen, None, None))
 
 
-def cancel_answer(queue, job, workers):
+def cancel_answer(queue, job):
     """Return what `cancel` prints of a job."""
-    if job["state"] != "processing":
+    if job["state"] != "processing":  # the worker of a running one has to end it first
         return "cancelled " + printable(job["id"])
-    how = why_waiting(queue, job, workers) or "ending its processes"
+    how = why_waiting(queue, job) or "ending its processes"
     return "cancelling %s: %s" % (printable(job["id"]), how)
 
 
@@ -7356,7 +7358,7 @@ class Trial:
         require(wait_until(are_there, self.time_left()), TOO_SLOW)
 
     def finish_second_run(self, pool):
-        """Let the beating job end in its second run, which must not overlap the first."""
+        """Let the beating job end in its second run, which may not overlap the first."""
         self.wait_for_beats(2)
         self.write("over")
         self.finish(pool)
@@ -7854,7 +7856,7 @@ def page_now(page):
     status = page.status
     state, sentence, advice = verdict(status, page.now, page.growth)
     if status["paused"]:  # there is a button
-        advice = "" if status["has_pool"] else "no pool is running; " + TO_START
+        advice = "" if status["pools"] else "no pool is running; " + TO_START
     if count_in(page, ""):
         load = load_text(page)
         more = [load and element("p", load, css="dim"),
@@ -8064,11 +8066,12 @@ def chart_axis(minutes):
 def stats_text(stats):
     """Return in words what the runs of the last hour were like."""
     rate, wait = stats["success_rate"], stats["waiting_time"]["median"]
-    typical, slow = [duration_text(stats["run_time"][part]) for part in ("median", "p95")]
+    times = stats["run_time"]
     return joined(
         plural(round(60 * stats["per_second_now"]), "run") + " in the last minute",
         rate is not None and "%d %% succeed" % int(100 * rate),
-        "a run takes %s, a slow one %s" % (typical, slow),
+        "a run takes %s, a slow one %s" % (
+            duration_text(times["median"]), duration_text(times["p95"])),
         wait is not None and "a job waits " + duration_text(wait), by=" · ")
 
 
@@ -8367,7 +8370,8 @@ def ask_to_cancel(job, is_needed):
 def page_reason(job, page):
     """Return in words what a job is, and why."""
     word = kind_of(job, page.status, page.now)
-    waiting = why_waiting(page.queue, job, page.status["workers"], roughly)
+    waiting = word != "processing" and why_waiting(
+        page.queue, job, roughly)
     tries = job["attempts"] and not waiting and "try %d of %d" % (
         job["attempts"], tries_allowed(job["max_retries"]))
     words = joined(failure_of(job), waiting or time_cell(job, page), tries)
@@ -8515,8 +8519,9 @@ def make_page(queue, query, site, is_whole=False):
     """Return all of the page but its chart and its output, which may take a while."""
     # From the cache: to group a hundred thousand takes longer than all the rest.
     groups = site.counts.get("dead", lambda: errors_of(queue))
+    lost = queue.lost_runs()
     with queue.snapshot():
-        status, now = read_status(queue), queue.clock()
+        status, now = read_status(queue, lost), queue.clock()
         # From the cache as well: two requests at once would make two looks.
         growth = site.counts.get("growth", lambda: site.trend.growth(
             now, count_unfinished(status["jobs"])))

@@ -141,7 +141,7 @@ SCRIPT = os.path.abspath(queuectl.__file__)
 HERE = os.path.dirname(SCRIPT)
 DAY = 86400  # seconds
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # what os.kill does on Windows
-LIMIT = queuectl.OutputLimit(1000)
+LIMIT = 1000
 # How a byte that is no UTF-8 is shown: on Windows it is in a code page.
 BYTE_FF = "\\xff" if os.name == "posix" else b"\xff".decode("mbcs")
 SHORT_TIMEOUT = 0.5 if os.name == "posix" else 3  # seconds; a command starts in less
@@ -732,7 +732,7 @@ def leased_run(queue, worker):
     """Claim a job, and hold the lease of its run in this process."""
     leases = []
     run = queue.claim(worker, lambda run: leases.append(
-        queuectl.Lease(run.lease, run.limit)))
+        queuectl.Lease(run.lease, run.output_limit)))
     try:
         yield run, leases[0]
     finally:
@@ -1420,6 +1420,15 @@ class TestRunsNeverOverlap:
         assert queue.job("job")["state"] == "processing"
 
     @mechanism
+    def test_a_job_is_lost_if_another_worker_has_got_the_pid(self, queue):
+        add_job(queue)
+        with leased_run(queue, 7):
+            fd = queuectl.lock_file(queuectl.worker_file(queue.path, 1, 7))
+        make_reaper(queue).recover_lost(queue, [])
+        os.close(fd)
+        assert queue.job("job")["state"] == "pending"
+
+    @mechanism
     def test_a_second_pool_of_the_same_pid_is_refused(self, queue):
         """Pools in two containers may have the same pid."""
         fd = queuectl.lock_file(queuectl.pool_file(queue.path, os.getpid()))
@@ -1801,7 +1810,7 @@ class TestEndedFromOutsideEndsWhole:
         pool = start_pool(count=1)
         wait_until(live_commands)
         [pid] = live_commands()
-        wait_until(lambda: queuectl.proc_stat(pid)[0] == b"Z")
+        wait_until(lambda: queuectl.proc_stat(pid).state == b"Z")
         run_ok("cancel", "x")
         wait_until(lambda: state_of("x") == "dead")
         assert not live_commands()
@@ -1868,7 +1877,7 @@ class TestEndedFromOutsideEndsWhole:
     @mechanism
     @needs_proc
     def test_a_scan_skips_processes_older_than_the_pool(self):
-        began = int(queuectl.proc_stat("self")[19])
+        began = queuectl.proc_stat("self").started
         assert os.getpid() in dict(queuectl.scan_proc(began, set()))
         assert os.getpid() not in dict(queuectl.scan_proc(began + 1, set()))
 
@@ -2165,8 +2174,7 @@ class TestOutputIsKept:
                 raise OSError(28, "No space left on device")
             return write(fd, data[:taken])
 
-        limit_of_lease = queuectl.OutputLimit(limit)
-        lease = queuectl.Lease(str(home / "queuectl.runs" / "x"), limit_of_lease)
+        lease = queuectl.Lease(str(home / "queuectl.runs" / "x"), limit)
         for step in range(200):
             monkeypatch.setattr(os, "write", full if step % 50 > 24 else write)
             size = rnd.choice([1, 10, 1000, 30000, 100000])
@@ -2177,7 +2185,7 @@ class TestOutputIsKept:
             assert queuectl.split_dropped(lease.output())[1] == kept[1]
             if step < 25:  # the disk has taken every write so far
                 assert queuectl.split_dropped(lease.output()) == kept
-                on_disk = queuectl.read_output(lease.path, limit_of_lease)
+                on_disk = queuectl.read_output(lease.path, limit)
                 assert queuectl.split_dropped(on_disk) == kept
                 assert os.path.getsize(lease.path) <= 2 * limit + 2**16
         lease.discard()
@@ -3650,10 +3658,10 @@ class TestShow:
     def test_it_says_why_a_job_is_not_running(self, queue, clock):
         own_file = queuectl.pool_file("queuectl.db", os.getpid())
 
-        def why(id, workers=({"job": "a"},)):
-            fd = queuectl.lock_file(own_file) if workers else None
+        def why(id, has_pool=True):
+            fd = queuectl.lock_file(own_file) if has_pool else None
             try:
-                return queuectl.why_waiting(queue, queue.job(id), workers)
+                return queuectl.why_waiting(queue, queue.job(id))
             finally:
                 if fd:
                     queuectl.drop_lock_file(queue.path, fd, own_file)
@@ -3663,19 +3671,23 @@ class TestShow:
         add_job(queue, id="c", delay=12)
         no_pool = "no pool is running; to start one: queuectl.py worker start"
         assert why("a") == "next in line" and why("b") == "1 job before it"
-        assert why("b", ()).startswith("no pool is running")
+        assert why("b", has_pool=False).startswith("no pool is running")
         assert why("c") == "due in 12s"
         run = claim(queue)
-        assert why("a") is None and why("a", [{"job": None}]) == (
-            "its worker died; the next pool runs the job again")
-        lease = queuectl.Lease(run.lease, queuectl.OutputLimit(10))
-        assert why("a", ()) == queuectl.ORPHAN_HINT % "runs the job again" + (
+        worker = queuectl.lock_file(queuectl.worker_file(queue.path, 1, run.worker))
+        lease = queuectl.Lease(run.lease, run.output_limit)
+        assert why("a") is None
+        os.close(worker)
+        assert why("a") == "its worker died, but its processes still run; the next" \
+            " pool ends them and runs the job again"
+        assert why("a", has_pool=False) == queuectl.ORPHAN_HINT % "runs the job again" + (
             "; " + no_pool)
         os.close(lease.fd)
-        assert why("a", ()) == queuectl.LOST_HINT % "runs the job again" + (
+        assert why("a", has_pool=False) == queuectl.LOST_HINT % "runs the job again" + (
             "; " + no_pool)
         queue.fail(run, make_outcome("exit 1"))
-        assert why("a") == "try 2 is due in 2.0s" and why("a", ()).endswith("worker start")
+        assert why("a") == "try 2 is due in 2.0s"
+        assert why("a", has_pool=False).endswith("worker start")
         assert "waiting:     due" in run_ok("show", "c").out
 
     @fork_only
@@ -4761,6 +4773,24 @@ class TestStatus:
 
         monkeypatch.setattr(queuectl.Queue, "workers", look_then_claim)
         assert queuectl.read_status(queue)["lost"] == set()
+
+    @mechanism
+    def test_a_job_completed_meanwhile_does_not_seem_lost(
+        self, queue, page, monkeypatch
+    ):
+        def complete_then_look(path):
+            with queuectl.Queue("queuectl.db") as other:
+                other.complete(run, make_outcome(None))
+            return {run.worker}
+
+        monkeypatch.setattr(queuectl, "living_workers", complete_then_look)
+        for id in ("by status", "by the page"):
+            add_job(queue, id=id)
+            run = claim(queue)  # its lease is free, as after its end
+            if id == "by status":
+                assert queuectl.read_status(queue)["lost"] == set()
+            else:
+                assert "lost" not in words_of(page("/"))
 
     @pytest.mark.parametrize("counts, growth", [
         ([5], 0), ([5, 9, 13], 0.5), ([9, 5], -16), ([5, 6, 8, 9], 4),
@@ -7368,7 +7398,7 @@ queuectl.os.environ["PATH"] = "/nowhere"
         reader, writer = os.pipe()
         with open(writer, "w", encoding="utf-8") as stream:
             for _ in range(50):  # more than a pipe can hold
-                queuectl.write_in_time(stream, 10000 * "x")
+                queuectl.write_or_drop(stream, 10000 * "x")
             assert os.read(reader, 2**20).startswith(b"xxx")
             os.close(reader)  # now the thread that waits ends
 
@@ -8117,8 +8147,8 @@ class TestPage:
         add_job(queue, id="b", after=["a"])
         read = queuectl.read_status
 
-        def read_then_complete(queue):
-            status = read(queue)
+        def read_then_complete(*args):
+            status = read(*args)
             with queuectl.Queue("queuectl.db") as other:
                 claim_and_complete(other)
             return status
@@ -8212,6 +8242,7 @@ class TestPanel:
         add_job(queue)
         claim(queue)
         monkeypatch.setattr(queuectl, "living_pools", lambda path: {7: [1]})
+        monkeypatch.setattr(queuectl, "is_locked", lambda path: True)
         panel = page("/?job=job").find("aside")
         assert words_of(named_part(panel, "why")) == "processing – for 1 s, try 1 of 3"
         assert "worker1" in words_of(panel.find("dl"))
