@@ -750,9 +750,10 @@ else:
     WAKE_SIGNAL = signal.SIGURG  # ignored by default: harmless if the PID is another's
     NO_DIRECTORY = (FileNotFoundError,)
 
-# The requests to a pool: to stop after its running jobs (`stop`), to end them and stop
-# (`now`), and from its own worker to stop since the drain is `over`. {request: its
-# offset in the pool's PID file}, the strongest first: of several, that one counts.
+# The requests to a pool: `stop` after its running jobs, stop `now` and end these jobs;
+# a worker of the pool itself requests `over`: its drain has nothing left to do.
+# {request: its offset in the pool's PID file}, the strongest first: of several
+# requests the first in this order counts.
 REQUESTS = {"now": 5, "over": 9, "stop": 0}
 NO_REQUEST = b" " * 15 + b"\n"  # reserves the bytes: a full disk must not block a stop
 
@@ -768,8 +769,8 @@ def try_lock(fd, shared=False):
             os.lseek(fd, LOCK_OFFSET, os.SEEK_SET)
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
         else:
-            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            fcntl.flock(fd, fcntl.LOCK_NB | kind)
+            mode = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(fd, fcntl.LOCK_NB | mode)
         return True
     except OSError as error:
         if WINDOWS or isinstance(error, (BlockingIOError, PermissionError)):
@@ -881,7 +882,7 @@ def is_mount_point(path):
 
 
 def owner_hint(path):
-    """Return what to do about a file of another user; an empty text if it is ours."""
+    """Return what to do about another user's file; an empty text for one of ours."""
     with contextlib.suppress(OSError, AttributeError):
         if os.stat(path).st_uid != os.geteuid() and not os.access(path, os.W_OK):
             return " belongs to another user: chown it, or run this as that user"
@@ -891,6 +892,7 @@ def owner_hint(path):
 # The files beside a database.
 
 
+@functools.lru_cache()
 def path_beside(path, ending):
     """Return the path of a file that lies beside a queue's database.
 
@@ -940,8 +942,8 @@ def workers_with_files(path):
     found = []
     with contextlib.suppress(*NO_DIRECTORY):
         for name in os.listdir(path_beside(path, ".runs")):
-            kind, *numbers = name.split("-")
-            if kind == "worker" and len(numbers) == 2 and "".join(numbers).isdecimal():
+            owner, *numbers = name.split("-")
+            if owner == "worker" and len(numbers) == 2 and "".join(numbers).isdecimal():
                 found.append(tuple(map(int, numbers)))
     return sorted(found)
 
@@ -959,6 +961,11 @@ def living_pools(path):
     return found
 
 
+def living_workers(path):
+    """Return the PIDs of the living workers of all pools."""
+    return set().union(*living_pools(path).values())
+
+
 def remove_stale_pool_files(path):
     """Remove the PID files of pools of which no process lives.
 
@@ -972,9 +979,9 @@ def remove_stale_pool_files(path):
 
 
 def drop_lock_file(path, fd, own_file):
-    """Release and remove a process's own file; the last one removes the directory.
+    """Release and remove a process's own file; the last process removes the directory.
 
-    A probe by another process can prevent both for a moment.
+    A look by another process can prevent both for a moment: then this tries again.
     """
     directory = path_beside(path, ".runs")
     os.close(fd)
@@ -984,8 +991,8 @@ def drop_lock_file(path, fd, own_file):
         with contextlib.suppress(OSError):  # not empty: other processes use it
             os.rmdir(directory)
         with contextlib.suppress(*NO_DIRECTORY):
-            if {*os.listdir(directory)} <= {os.path.basename(own_file)}:
-                return False  # empty but for this file: try again
+            if not os.listdir(directory):
+                return False
         return not os.path.exists(own_file)
 
     wait_until(try_remove, 10 * FILE_INTERVAL)
@@ -1134,29 +1141,24 @@ def require_descriptors(count):
     resource.setrlimit(resource.RLIMIT_NOFILE, (count + spare, hard))
 
 
-def is_writable(stream):
-    """Tell whether a line can be written to a stream now, without waiting.
+def poll_events(stream):
+    """Return the events of poll(2) that an output has now.
 
-    On Windows nobody can tell: there `write_in_time` takes a thread.
+    In a test it is no file: then it can be written to.
     """
     poll = select.poll()
     try:
         poll.register(stream.fileno(), select.POLLOUT)
-    except (OSError, ValueError):  # in a test it is no file
-        return True
-    return any(event & select.POLLOUT for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return select.POLLOUT
+    return sum(events for _, events in poll.poll(0))
 
 
 def is_reader_gone(stream):
-    """Tell whether nobody can read any more what is written to a stream."""
+    """Tell whether nobody can read any more what is written to an output."""
     if WINDOWS:
         return False
-    poll = select.poll()
-    try:
-        poll.register(stream.fileno(), select.POLLERR | select.POLLHUP)
-    except (OSError, ValueError):  # in a test it is no file
-        return False
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    return bool(poll_events(stream) & (select.POLLERR | select.POLLHUP))
 
 
 def is_console(handle):
@@ -1177,33 +1179,42 @@ def takes_text(stream):
     return False
 
 
-def write_in_time(stream, text):
-    """Write a line to a stream; drop it if that would block, or if nobody is there."""
-    with contextlib.suppress(OSError, ValueError):
-        if WINDOWS:
-            write_by_thread(stream, text)
-        elif is_writable(stream):
-            os.write(stream.fileno(), text.encode(errors="replace"))
+def write_or_drop(stream, line):
+    """Write a line to an output; drop it if that would block.
+
+    A reader that has stopped reading must hold up neither a job nor a stop. (O_NONBLOCK
+    would hold for all processes on a terminal.)
+    """
+    if WINDOWS:
+        write_by_thread(stream, line)
+    elif poll_events(stream) & select.POLLOUT:
+        write_line(stream, line)
 
 
-def write_by_thread(stream, text):
-    """Write a line, on Windows; drop it while an earlier one waits for a reader."""
+def write_by_thread(stream, line):
+    """Write a line, on Windows; drop it while an earlier one waits for a reader.
+
+    Windows can't tell whether an output would block.
+    """
     import threading
-
-    def write():
-        with contextlib.suppress(OSError, ValueError):
-            if takes_text(stream):
-                print(text, end="", file=stream, flush=True)
-            else:  # without the stream's lock, which the end of this process takes
-                data = text.replace("\n", os.linesep).encode(
-                    stream.encoding, "backslashreplace")
-                os.write(stream.fileno(), data)
 
     name = "writes to a reader"
     if name not in {thread.name for thread in threading.enumerate()}:
-        writer = threading.Thread(target=write, name=name, daemon=True)
+        writer = threading.Thread(
+            target=write_line, args=(stream, line), name=name, daemon=True)
         writer.start()
         writer.join(FILE_INTERVAL)
+
+
+def write_line(stream, line):
+    """Write a line to an output; do nothing if its reader is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        if takes_text(stream):
+            print(line, end="", file=stream, flush=True)
+        else:  # without the lock of its buffer: the end of this process takes that
+            data = line.replace("\n", os.linesep).encode(
+                stream.encoding, "backslashreplace")
+            getattr(stream.buffer, "raw", stream.buffer).write(data)
 
 
 def decode_line(error):
@@ -1332,10 +1343,13 @@ GATE_OF_NEW = gate_rule(
     "NEW.state", "NEW.waits", "NEW.run_at", "NEW.updated_at", "NEW.lock")
 
 
-# SQLite uses the index jobs_rare only in a query that contains all of its condition,
-# word by word; likewise jobs_dependent for `waits > 0`.
+# Most jobs are pending or completed. The index jobs_rare has only the jobs in other,
+# rare states, so it stays small. SQLite uses it only for a query that contains all of
+# its condition, word by word; likewise jobs_dependent for `waits > 0`.
+
+
 def rare(column="state"):
-    """Return the SQL that is true of a rare state in a column."""
+    """Return the SQL that tells whether the state in a column is a rare one."""
     return f"{column} <> 'pending' AND {column} <> 'completed'"
 
 
@@ -1931,22 +1945,13 @@ WORKER_DIED, STOPPED_NOW, STOPPED, CANCELLED = (
 # stored and shown, None after success; epoch seconds; bytes.
 Outcome = collections.namedtuple("Outcome", "kind exit_code error finished_at output")
 
-# How much of an output is kept.
-OutputLimit = collections.namedtuple("OutputLimit", "bytes")
-
-
-def output_limit(settings):
-    """Return the `OutputLimit` that settings give."""
-    return OutputLimit(settings["output_limit"])
-
-
 # One run of a job, until it is recorded. `number` counts the runs of a job and only
 # ever grows; `attempt` is given back when the job is put back. `pid` and `started_at`
 # are those of the command. The fields from `command` on are set only for the worker
 # that claimed the job.
 Run = collections.namedtuple(
     "Run", "seq number id attempt max_retries worker pid started_at lease"
-    " command cwd env timeout launcher limit", defaults=(None,) * 6)
+    " command cwd env timeout launcher output_limit", defaults=(None,) * 6)
 
 CLAIMABLE = f"state = 'pending' AND gate = {OPEN}"
 FOR_A_TIME = f"gate = {CLOSED} AND waits = 0"  # a waiting job; only its time is missing
@@ -2349,7 +2354,7 @@ class Queue(Database):
             run = Run(worker=worker, pid=None, started_at=now,
                       lease=self.lease_path(row["seq"], row["number"]),
                       launcher=None if launcher == "none" else launcher,
-                      limit=output_limit(values), **fields)
+                      output_limit=values["output_limit"], **fields)
             take_lease(run)
             self._change("""
                 UPDATE jobs SET state = 'processing', attempts = ?, run = ?,
@@ -2951,6 +2956,25 @@ class Queue(Database):
         return [Run(lease=self.lease_path(row["seq"], row["number"]), **dict(row))
                 for row in rows]
 
+    def lost_runs(self, own_workers=()):
+        """Return the runs in PROCESSING that have lost their worker or their lease.
+
+        OWN_WORKERS are PIDs of workers that live, even if their files were removed.
+
+        A claim locks the lease before its commit, and a worker locks its own file
+        before it claims. So the runs are read first, and the files are tested then. If
+        one of the two is unlocked, the worker has died, or it has recorded the end in
+        between and no longer owns the job. Within a snapshot it would still own it, and
+        seem lost.
+        """
+        runs = self.processing_runs()
+        workers = living_workers(self.path).union(own_workers)
+
+        def is_attended(run):  # another process may have got the PID of a dead worker
+            return run.worker in workers and is_locked(run.lease)
+
+        return [run for run in runs if not is_attended(run) and self.is_current(run)]
+
     def workers(self):
         """Return the workers of all pools, each with its job: `pid pool job since`."""
         runs, found = {run.worker: run for run in self.processing_runs()}, []
@@ -3115,10 +3139,6 @@ class Queue(Database):
         return [id for id, died in rows if not died], sum(died for _, died in rows)
 
     # -- settings ----------------------------------------------------------------------
-
-    def output_limit(self):
-        """Return the present `OutputLimit`."""
-        return output_limit(self.settings())
 
     def settings(self):
         """Return the value of every setting, the default where none was set."""
@@ -3343,13 +3363,13 @@ def split_dropped(output):
     return (int(note[1]), output[note.end() :]) if note else (0, output)
 
 
-def tail(output, limit):
-    """Return the end of an output, of which LIMIT says how much is kept.
+def kept_end(output, limit):
+    """Return the end of an output: LIMIT bytes of it are kept.
 
     If bytes were dropped before it, a note with their number comes first.
     """
     dropped, output = split_dropped(output)
-    cut = max(0, len(output) - limit.bytes)
+    cut = max(0, len(output) - limit)
     note = DROPPED_NOTE % (dropped + cut) if dropped + cut else b""
     return note + output[cut:]
 
@@ -3360,7 +3380,7 @@ def max_file_size(limit):
     Twice what is kept, so that the copy of the end does not overlap the end, and as
     much more as a pipe holds.
     """
-    return 2 * limit.bytes + 2**16
+    return 2 * limit + 2**16
 
 
 def read_output(path, limit):
@@ -3381,7 +3401,7 @@ def read_output(path, limit):
                 if is_settled and file.read(64).startswith(note):
                     break
             time.sleep(FILE_INTERVAL / 10)
-    return tail(output, limit)
+    return kept_end(output, limit)
 
 
 class Lease:
@@ -3407,7 +3427,7 @@ class Lease:
                 self.compact()
         except OSError:
             # If more is unwritten than is kept, nothing of the file is needed.
-            if len(self.unwritten) > self.limit.bytes:
+            if len(self.unwritten) > self.limit:
                 self.unwritten = self.output()
                 self.empty()
 
@@ -3427,7 +3447,7 @@ class Lease:
         if not self.size and not self.unwritten:
             return b""
         os.lseek(self.fd, 0, os.SEEK_SET)
-        return tail(os.read(self.fd, self.size) + self.unwritten, self.limit)
+        return kept_end(os.read(self.fd, self.size) + self.unwritten, self.limit)
 
     def empty(self):
         """Give the space of the file back: on a full disk the result needs it."""
@@ -3491,9 +3511,9 @@ class RunningCommand:
     """The command of a run, from its start until none of its processes is left.
 
     This class has what is the same on all systems. A class for a system has:
-    `open_pipe`, which sets `reader` and `writer`; `start`, which sets `pid`;
-    `readable_bytes`, `poll` and `wait` for its output and its end; `processes` and
-    `send_signal`.
+    `open_pipe`, which sets `reader` and `writer`; `start`, which sets `pid`; `wait`,
+    for output, the end, a signal or a timeout; `readable_bytes`; `poll`, which returns
+    the exit code or None; `processes` and `send_signal`.
     """
 
     def __init__(self, run, lease, path):
@@ -3530,29 +3550,28 @@ class RunningCommand:
             return data == b""
         return False
 
-    def watch(self, waiter, timeout, watchdog):
+    def watch(self, waiter, timeout, check):
         """Wait for the end of the command; return its exit code and None or an `End`.
 
         The exit code is -N if signal N ended the command. The `End` says why the
-        command was ended from outside: for its timeout, or for what `watchdog()`
-        returned at one of the checks. If a signal killed the leader, all its processes
-        are ended, or they would meet the next run. Raise Unkillable if one can't be
-        ended.
+        command was ended from outside: for its timeout, or for what `check()` returned.
+        If a signal killed the leader, all its processes are ended, or they would meet
+        the next run. Raise Unkillable if one can't be ended.
         """
         deadline = time.monotonic() + (timeout or MAX_DURATION)
         next_check, code, end = time.monotonic() + POLL_INTERVAL, None, None
         while code is None and end is None:
             self.wait(waiter, min(deadline, next_check) - time.monotonic())
+            self.read()
             code, now = self.poll(), time.monotonic()
             if code is None and now >= deadline:
                 end = End("failed", "timeout %ss" % number_text(timeout))
             elif code is None and now >= next_check:
-                next_check, end = now + POLL_INTERVAL, watchdog()
+                next_check, end = now + POLL_INTERVAL, check()
         if end or code < 0:
             self.terminate(waiter)
         if end:
-            code = self.poll()
-        self.read()
+            code = self.poll()  # only now: `terminate` says why
         return code, end
 
     def read_rest(self, waiter):
@@ -3564,7 +3583,7 @@ class RunningCommand:
         self.writer = None
         deadline = time.monotonic() + REST_TIMEOUT
         while not self.read() and time.monotonic() < deadline:
-            self.wait_for_output(waiter, deadline - time.monotonic())
+            self.wait(waiter, deadline - time.monotonic())
 
     def terminate(self, waiter):
         """End every process that belongs to the run, or that the command has left.
@@ -3579,6 +3598,7 @@ class RunningCommand:
             if termination.is_stuck():
                 raise Unkillable(sorted(left))
             self.wait(waiter, STEP_INTERVAL)
+            self.read()  # what prints while it ends must not wait for room in the pipe
             left = self.processes()
 
     def close(self):
@@ -3630,7 +3650,7 @@ class PosixCommand(RunningCommand):
             os.chdir("/")  # an idle worker must not keep a file system mounted
 
     def poll(self):
-        """Return None, or the exit code; -N if signal N has ended the command."""
+        """Return the exit code, or None; -N if signal N has ended the command."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         if not pid:
             return None
@@ -3638,11 +3658,6 @@ class PosixCommand(RunningCommand):
         return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
 
     def wait(self, waiter, timeout):
-        """Wait for the end, output, a signal or a timeout; take over the output."""
-        waiter.wait(timeout, self.reader)
-        self.read()
-
-    def wait_for_output(self, waiter, timeout):
         waiter.wait(timeout, self.reader)
 
     def processes(self):
@@ -3722,12 +3737,13 @@ class WindowsCommand(RunningCommand):
         return self.popen.poll()
 
     def wait(self, waiter, timeout):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.popen.wait(max(0.0, min(timeout, STEP_INTERVAL / 5)))
-        self.read()
-
-    def wait_for_output(self, waiter, timeout):
-        time.sleep(max(0.0, min(timeout, STEP_INTERVAL / 5)))
+        """Wait a short while: Windows can't wait for a pipe and a process at once."""
+        seconds = max(0.0, min(timeout, STEP_INTERVAL / 5))
+        if self.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.popen.wait(seconds)
+        else:  # for output of what the command has left
+            time.sleep(seconds)
 
     def processes(self):
         """Return as many numbers as the run has living processes."""
@@ -3749,7 +3765,8 @@ class WindowsCommand(RunningCommand):
 SystemCommand = WindowsCommand if WINDOWS else PosixCommand
 
 
-# Passes a line on to cmd.exe, which does not understand the \" of other programs.
+# Arguments of Python: it passes a line on to cmd.exe, which does not understand the \"
+# of other programs.
 TO_SHELL = [
     "-ISc", "import subprocess, sys; code = subprocess.call(sys.argv[1], shell=True);"
     " sys.exit(code - 2**32 * (code >= 2**31))"]
@@ -3815,7 +3832,7 @@ def processes_of(runs):
         owner[lease] = owner[lease + " (deleted)"] = lease  # if it was removed
     has_proc = os.path.exists("/proc/self/fd")
     # All processes of our child's run are younger than this one: others are left out.
-    since = int(proc_stat("self")[19]) if has_proc and all(runs.values()) else 0
+    since = proc_stat("self").started if has_proc and all(runs.values()) else 0
     own = os.getpid()  # holds the lease of its run, and does not belong to it
     seen = set()
     for _ in range(2):
@@ -3841,16 +3858,23 @@ def require_process_list():
 GONE_OR_FOREIGN = FileNotFoundError, ProcessLookupError, PermissionError
 
 
+# What /proc/PID/stat says (proc(5)). `started` is in ticks after the boot.
+ProcStat = collections.namedtuple("ProcStat", "state group threads started")
+
+
 def proc_stat(pid):
-    """Return the fields of /proc/PID/stat, from the state on."""
+    """Return the `ProcStat` of a process."""
     with open_descriptor("/proc/%s/stat" % pid) as fd:
-        return os.read(fd, 4096).rpartition(b")")[2].split()
+        # The name of the program, in brackets, may have a blank or a bracket in it.
+        fields = os.read(fd, 4096).rpartition(b")")[2].split()
+    return ProcStat(
+        fields[0], int(fields[2]), threads=int(fields[17]), started=int(fields[19]))
 
 
 def is_suspended(pid):
     """Tell whether a process was stopped by a signal, as Ctrl-Z sends it."""
     try:
-        return proc_stat(pid)[0] == b"T"
+        return proc_stat(pid).state == b"T"
     except OSError:  # without /proc it can't be known
         return False
 
@@ -3865,15 +3889,14 @@ def scan_proc(since, seen):
     """
     for pid in {*filter(str.isdigit, os.listdir("/proc"))} - seen:
         with contextlib.suppress(*GONE_OR_FOREIGN):
-            state, group, threads, started = operator.itemgetter(0, 2, 17, 19)(
-                proc_stat(pid))
-            directory, has_ended = "/proc/%s/" % pid, state in b"ZX"
-            if (has_ended and threads == b"1") or int(started) < since:
+            process, directory = proc_stat(pid), "/proc/%s/" % pid
+            has_ended = process.state in b"ZX"
+            if (has_ended and process.threads == 1) or process.started < since:
                 seen.add(pid)
                 continue
             if has_ended:  # its main thread; the one that is listed last lives on
                 directory += "task/%s/" % os.listdir(directory + "task")[-1]
-            yield int(pid), int(group)
+            yield int(pid), process.group
             with open(directory + "environ", "rb", 0) as file:
                 marked = (b"\0" + file.read()).split(b"\0QUEUECTL_RUN=")
             for mark in marked[1:]:
@@ -3886,7 +3909,10 @@ def scan_proc(since, seen):
 
 
 def scan_with_tools(leases):
-    """Yield the same without /proc: process groups from `ps`, files from `lsof`."""
+    """Yield (PID, trace) like `scan_proc`, without /proc, for the files of LEASES.
+
+    Process groups come from `ps`, open files from `lsof`.
+    """
     import subprocess
 
     def lines_of(*argv):
@@ -3901,13 +3927,13 @@ def scan_with_tools(leases):
         if state[0] not in "ZX":
             yield int(pid), int(group)
     pid = access = None
-    for kind, *rest in lines_of("lsof", "-F", "pan", "--", *leases):
-        value = "".join(rest)
-        if kind == "p":
+    for line in lines_of("lsof", "-F", "pan", "--", *leases):
+        field, value = line[:1], line[1:]
+        if field == "p":
             pid = int(value)
-        elif kind == "a":
+        elif field == "a":
             access = value
-        elif kind == "n" and access in ("u", "w"):
+        elif field == "n" and access in ("u", "w"):
             yield pid, value
 
 
@@ -4030,22 +4056,13 @@ def supervised_pools(path):
     return {pool for pool in living_pools(path) if is_locked(pool_file(path, pool))}
 
 
-def lost_jobs(queue, workers):
-    """Return the ids of the running jobs that none of these WORKERS has.
-
-    The state of a job has to be read before the workers: another worker may claim it.
-    """
-    attended = {worker["job"] for worker in workers}
-    return {run.id for run in queue.processing_runs()} - attended
-
-
-def why_waiting(queue, job, workers, text_of=duration_text):
+def why_waiting(queue, job, text_of=duration_text):
     """Return in words why a job is not running; None if it runs or has finished.
 
-    WORKERS are those of `Queue.workers`. TEXT_OF makes the text of a duration.
+    TEXT_OF makes the text of a duration.
     """
     if job["state"] == "processing":
-        return why_lost(queue, job, workers)
+        return why_lost(queue, job)
     if job["state"] not in WAITING:
         return None
     if job["waits"]:
@@ -4066,12 +4083,12 @@ def why_waiting(queue, job, workers, text_of=duration_text):
     return plural(ahead, "job") + " before it" if ahead else "next in line"
 
 
-def why_lost(queue, job, workers):
+def why_lost(queue, job):
     """Return in words what becomes of a running job without a worker, else None."""
-    if job["id"] not in lost_jobs(queue, workers):
+    lost = [run for run in queue.lost_runs() if run.id == job["id"]]
+    if not lost:
         return None
-    has_processes = is_locked(queue.latest_run(job).lease)
-    hint = (ORPHAN_HINT if has_processes else LOST_HINT) % (
+    hint = (ORPHAN_HINT if is_locked(lost[0].lease) else LOST_HINT) % (
         "makes the job dead" if job["cancelled"] else "runs the job again")
     return joined(hint, standstill(queue), by="; ")
 
@@ -4088,13 +4105,8 @@ def why_dependent(queue, job):
     return message
 
 
-def obstacles(queue):
-    """Return in words why jobs can't go on until somebody does something."""
-    blocked = queue.first_blocked()
-    return [blocked_text(blocked)] if blocked else []
-
-
 def blocked_text(blocked):
+    """Return in words what `Queue.first_blocked` has found."""
     return "%s waits for %s, which is %s" % (
         printable(blocked["id"]), printable(blocked["dependency"]), state_word(blocked))
 
@@ -4323,12 +4335,10 @@ def colour_after(codes, colour):
 def nearest_colour(values):
     """Return the colour nearest to one of 256, or to red, green and blue up to 255."""
     if len(values) == 1:
-        number = values[0]
-        if number < 16:
-            return number % 8 % 7
-        if number > 231:  # greys
-            return 0
-        values = [(number - 16) // 36, (number - 16) // 6 % 6, (number - 16) % 6]
+        number, cube = values[0], values[0] - 16
+        if not 0 <= cube < 216:  # one of the first sixteen, or a grey
+            return number % 8 % 7 if number < 16 else 0
+        values = [cube // 36, cube // 6 % 6, cube % 6]
     bits = [2 * value > max(values) for value in values]
     return sum(bit << at for at, bit in enumerate(bits)) % 7
 
@@ -4795,10 +4805,11 @@ def open_log(queue_path, role, is_quiet=True):
     # Python's logging HOWTO, "Optimization": what no line shows is not gathered.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    printer = printing_handler("INFO" if role == "worker" else "WARNING")
     try:
         os.close(open_private(path, os.O_WRONLY | os.O_CREAT))
-        handlers = [log_handler(path)] if is_quiet else [log_handler(path), printer]
+        handlers = [log_handler(path)]
+        if not is_quiet:
+            handlers.append(printing_handler("INFO" if role == "worker" else "WARNING"))
     except OSError as error:
         handlers = [logging.StreamHandler()]
         notice("cannot write the log, logging here instead: %s" % error)
@@ -4810,11 +4821,7 @@ def open_log(queue_path, role, is_quiet=True):
 
 
 def printing_handler(level):
-    """Return a handler of `logging` that prints lines of this level on standard error.
-
-    A reader that has stopped reading must hold up neither a job nor a stop: a line that
-    would block is dropped. (O_NONBLOCK would hold for all processes on the terminal.)
-    """
+    """Return a handler of `logging` that prints lines of this level for people."""
     import logging
 
     start = "\r\x1b[K" if terminal_width(sys.stderr) else ""  # over the progress line
@@ -4827,17 +4834,14 @@ def printing_handler(level):
             if has_colours and state and STATES[state].colour:
                 text = text.replace(" " + state, " \x1b[%dm%s\x1b[0m" % (
                     STATES[state].colour, state), 1)
-            write_in_time(sys.stderr, start + text + "\n")
+            write_or_drop(sys.stderr, start + text + "\n")
 
     return Printer(level)
 
 
 def pool_notice(message):
     """Print a line of a pool for people, unless that would block the pool."""
-    if WINDOWS:
-        write_in_time(sys.stderr, "queuectl: %s\n" % message)
-    elif is_writable(sys.stderr):
-        notice(message)
+    write_or_drop(sys.stderr, "queuectl: %s\n" % message)
 
 
 def run_label(run):
@@ -4867,16 +4871,17 @@ class Worker:
         self.queue = None
         self.lease = None  # of the present run
         self.trouble = None  # the error that `with_retries` waits out
-        self.started_run = None  # the run whose start was recorded
+        self.recorded_run = None  # the run whose start was recorded
         self.got_sigterm = False
         self.refusal_logged = False  # that the system has no process to give
         self.waiter = Waiter()
         catch_signals(self.take_signal)
 
     def take_signal(self, number, frame):
-        # Ctrl-C and a hangup reach the whole group: the supervisor counts them, and
-        # requests a stop through its file. SIGTERM makes this worker leave after its
-        # job.
+        """Leave after the present job if the signal is SIGTERM.
+
+        Ctrl-C and a hangup reach the supervisor as well: it requests a stop.
+        """
         if number == signal.SIGTERM:
             self.got_sigterm = True
 
@@ -4911,23 +4916,27 @@ class Worker:
         while True:
             try:
                 result = action(*args)
-                if self.trouble:
-                    self.log.info("going on")
-                self.trouble = None
-                return result
             except (sqlite3.Error, OSError) as error:
-                is_hopeless = isinstance(error, sqlite3.IntegrityError) or (
-                    self.is_database_gone())
-                has_outcome = self.lease is not None
-                # Not after the first error: the next try may already work.
-                may_leave = self.should_leave() and (
-                    not has_outcome or requested_stop(self.path, self.pool) == "now")
-                if is_hopeless or (self.trouble and may_leave):
+                if self.should_give_up(error):
                     raise QueueError("leaving while there is still: %s", error)
                 if str(error) != self.trouble:
                     self.log.error("%s; waiting until it is over", error)
                 self.trouble = str(error)
-            self.waiter.wait(TROUBLE_INTERVAL)
+                self.waiter.wait(TROUBLE_INTERVAL)
+            else:
+                if self.trouble:
+                    self.log.info("going on")
+                self.trouble = None
+                return result
+
+    def should_give_up(self, error):
+        """Tell whether `with_retries` has to leave after an error."""
+        if isinstance(error, sqlite3.IntegrityError) or self.is_database_gone():
+            return True
+        if not self.trouble or not self.should_leave():  # the next try may work
+            return False
+        has_outcome = self.lease is not None
+        return not has_outcome or requested_stop(self.path, self.pool) == "now"
 
     def is_database_gone(self):
         return self.queue and not may_be_same_file(self.path, self.queue.file_status)
@@ -4980,7 +4989,7 @@ class Worker:
         return run
 
     def take_lease(self, run):
-        self.lease = Lease(run.lease, run.limit)
+        self.lease = Lease(run.lease, run.output_limit)
 
     def report(self, state, run, outcome):
         """Log how a run ended. A result that came too late is logged and dropped."""
@@ -4989,18 +4998,17 @@ class Worker:
         message = state or "no longer ours, result dropped"
         if outcome.error:
             message += " (%s)" % outcome.error
-        took = duration_text(outcome.finished_at - run.started_at)
-        note = self.next_try(run) if state == "failed" else ""
-        last = last_line(outcome.output[-4000:]) if state == "dead" else ""
-        if last:
-            note = ": " + truncate(printable(last), 80)
-        self.log.info("%s %s in %s%s", run_label(run), message, took, note,
-                      extra={"state": state})
-        if state == "dead":
+        message += " in " + duration_text(outcome.finished_at - run.started_at)
+        if state == "failed":
+            message += self.next_try(run)
+        elif state == "dead":
+            line = last_line(outcome.output[-4000:])
+            message += line and ": " + truncate(printable(line), 80)
             wake([self.pool])  # which starts `on_dead`
+        self.log.info("%s %s", run_label(run), message, extra={"state": state})
 
     def next_try(self, run):
-        """Return in words when a job that has failed runs again, if it still waits."""
+        """Return in words when a failed job runs again; "" if it no longer waits."""
         with contextlib.suppress(sqlite3.Error, QueueError):
             due = due_text(self.queue.job(run.id), self.queue.clock())
             return due and ", again " + due
@@ -5013,16 +5021,20 @@ class Worker:
         except (OSError, ValueError) as error:
             return run, self.not_started(run, error)
         self.refusal_logged = False
-        began = time.monotonic()
         run = run._replace(pid=command.pid, started_at=self.queue.clock())
+        try:
+            return run, self.attend(run, command)
+        finally:
+            command.close()
+
+    def attend(self, run, command):
+        """Wait until a command has ended, or end it; return the outcome of its run."""
+        began = time.monotonic()
         try:
             code, end = command.watch(
                 self.waiter, run.timeout, functools.partial(self.check_run, run))
             finished_at = run.started_at + time.monotonic() - began
-            # A stopped service signals all its processes at once. The pool may be about
-            # to hear of the stop that has ended this command.
-            if end is None and code in STOP_CODES and wait_until(
-                    self.is_pool_stopping, BLAME_DELAY):
+            if end is None and self.was_stopped_with_pool(code):
                 end = End("stopped", STOPPED)
                 command.terminate(self.waiter)  # what a shell may have left
             command.read_rest(self.waiter)
@@ -5031,14 +5043,20 @@ class Worker:
             # these processes are gone.
             message = "%s can't be ended: processes %s are left alone"
             raise QueueError(message, run_label(run), left) from None
-        finally:
-            command.close()
         if command.kill_was_sent and run.launcher:
             message = "%s: the launcher was killed; what it started may live on"
             self.log.warning(message, run_label(run))
         kind, error = end or exit_end(code)
         exit_code = code if code is not None and code >= 0 else None
-        return run, Outcome(kind, exit_code, error, finished_at, self.lease.output())
+        return Outcome(kind, exit_code, error, finished_at, self.lease.output())
+
+    def was_stopped_with_pool(self, code):
+        """Tell whether a command seems to have ended because its service was stopped.
+
+        A stopped service signals all its processes at once: this pool may be about to
+        hear of that.
+        """
+        return code in STOP_CODES and wait_until(self.is_pool_stopping, BLAME_DELAY)
 
     def not_started(self, run, error):
         """Return the outcome of a run whose command could not be started.
@@ -5059,42 +5077,36 @@ class Worker:
         return Outcome(kind, None, text, run.started_at, self.lease.output())
 
     def check_run(self, run):
-        """Record the start of a run; return its `End` if it has to end now.
-
-        The start is recorded at the first check: most runs are over before it.
-        """
-        with contextlib.suppress(sqlite3.Error):
-            if self.started_run != run:
-                self.record_start(run)
-        return self.reason_to_end(run)
-
-    def record_start(self, run):
-        self.queue.record_pid(run)
-        self.log.info("%s runs, pid %d", run_label(run), run.pid)
-        self.started_run = run
-
-    def reason_to_end(self, run):
         """Return the `End` of a run that has to end now; None if it may go on."""
+        if self.recorded_run != run:
+            self.record_start(run)
         if requested_stop(self.path, self.pool) == "now":
             return End("stopped", STOPPED_NOW)
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(sqlite3.Error):  # the next check asks again
             if self.queue.cancel_requested(run):
                 return End("cancelled", CANCELLED)
         return None
 
+    def record_start(self, run):
+        """Record the start of a run at its first check: most runs are over before."""
+        with contextlib.suppress(sqlite3.Error):  # the next check tries again
+            self.queue.record_pid(run)
+            self.log.info("%s runs, pid %d", run_label(run), run.pid)
+            self.recorded_run = run
+
 
 def worker_main(path, pool, drain, is_quiet, pool_fd):
-    """Be a worker, in a process of its own."""
+    """Run a worker; this is the main function of its process."""
     if not WINDOWS:
         os.close(pool_fd)  # or the supervisor would seem to live as long as this worker
     worker = Worker(path, pool, drain, is_quiet)
-    own = worker_file(path, pool, os.getpid())
+    own_file = worker_file(path, pool, os.getpid())
     try:
-        fd = worker.with_retries(lock_file, own)
+        fd = worker.with_retries(lock_file, own_file)
         try:
             worker.work()
         finally:
-            drop_lock_file(path, fd, own)
+            drop_lock_file(path, fd, own_file)
             if supervisor_is_gone(pool):
                 # The last worker removes the file of the pool. On Windows that fails
                 # while another process looks at the file.
@@ -5146,17 +5158,12 @@ class Reaper:
     def recover_lost(self, queue, workers):
         """Put jobs in PROCESSING back that no process runs; end orphans first.
 
-        WORKERS are the PIDs of this pool's living workers. What makes this safe:
-
-        A claim locks the lease before its commit, and a worker locks its own file
-        before it claims. So the runs are listed first, and the files are tested then.
-        If one of the two is unlocked, the worker has died, or it has recorded the end
-        in between and no longer owns the job. Processes that still belong to the run of
-        a dead worker are ended first. The lease is tested again within the transaction
-        that puts the job back: if it is unlocked then, no process is left that could
-        fork another.
+        WORKERS are the PIDs of this pool's living workers. Processes that still belong
+        to the run of a dead worker are ended first. The lease is tested again within
+        the transaction that puts the job back: if it is unlocked then, no process is
+        left that could fork another.
         """
-        lost = self.lost_runs(queue, {self.pid, *workers})
+        lost = {run.lease: run for run in queue.lost_runs(workers)}
         found = processes_of(dict.fromkeys(lost))
         self.recovery_done = True
         for lease, run in lost.items():
@@ -5175,20 +5182,6 @@ class Reaper:
         dead = {run.worker for run in lost.values()}
         self.worker_died_at = {
             pid: at for pid, at in self.worker_died_at.items() if pid in dead}
-
-    def lost_runs(self, queue, own):
-        """Return the runs without a worker or without a lease: {lease: run}.
-
-        OWN are the PIDs of this pool's processes, which live.
-        """
-        runs = queue.processing_runs()  # before the files, as explained above
-        living = own.union(*living_pools(self.path).values())
-        lost = {}
-        for run in runs:
-            is_attended = run.worker in living and is_locked(run.lease)
-            if not is_attended and queue.is_current(run):
-                lost[run.lease] = run
-        return lost
 
     def worker_died_just_now(self, worker):
         """Tell whether this pool may be about to be killed together with a worker.
@@ -5212,7 +5205,7 @@ class Reaper:
 
     def put_back(self, queue, run):
         """Put the job of a lost run back, unless something holds the lease again."""
-        output = read_output(run.lease, queue.output_limit())
+        output = read_output(run.lease, queue.settings()["output_limit"])
         outcome = Outcome("lost", None, WORKER_DIED, queue.clock(), output)
         with queue.transaction():
             state = None if is_locked(run.lease) else queue.release(
@@ -5338,23 +5331,22 @@ class Supervisor:
     that it starts, like `on_dead`, close all that by their exec.)
     """
 
-    def __init__(self, path, count, is_drain=False, is_quiet=True, on_check=None):
+    def __init__(self, path, count, is_drain=False, is_quiet=True, show_progress=None):
         self.path, self.count = os.path.realpath(path), count
         self.pid = os.getpid()
         self.is_quiet = is_quiet
         self.drain = self.pid if is_drain else None  # as for `Queue`
-        self.on_check = on_check  # called with the queue, every DRAIN_INTERVAL
+        self.show_progress = show_progress  # with the queue, every DRAIN_INTERVAL
         self.own_file = pool_file(self.path, self.pid)
         self.fd = None  # of that file
         self.file_status = None  # of the database
         self.was_paused = False  # the queue, at the latest check
         self.waiter = self.log = self.reaper = None
         self.workers = []  # their processes
-        self.worker_pids = set()  # of all workers that it ever had
         self.next_start = self.next_check = self.checked_at = 0.0  # monotonic times
         self.is_unreadable = False  # the queue, at the latest check
         self.signals, self.signalled_at = 0, -MAX_DURATION
-        self.asked = None  # by a signal; its file has more, unless that was removed
+        self.asked = None  # the latest request of its own: its file may be removed
         self.has_failed = is_drain  # until `finish` has found that no job died
         self.result = {"pool": self.pid}  # of a drain, as JSON
         self.summary = "the queue could not be read at the end"
@@ -5425,7 +5417,7 @@ class Supervisor:
         while True:
             if self.signals:  # the first asks to stop, a second to stop now
                 self.ask_to_stop("stop" if self.signals == 1 else "now")
-            self.reap()
+            self.collect_workers()
             self.require_own_file()
             are_missing = self.start_missing()
             if time.monotonic() >= self.next_check:
@@ -5445,7 +5437,7 @@ class Supervisor:
     def check_interval(self):
         if not self.reaper.is_idle():
             return POLL_INTERVAL
-        return DRAIN_INTERVAL if self.on_check else RECOVERY_INTERVAL
+        return DRAIN_INTERVAL if self.show_progress else RECOVERY_INTERVAL
 
     def is_over(self):
         """Tell whether the pool may leave: the runs of its dead workers are recovered.
@@ -5498,17 +5490,16 @@ class Supervisor:
 
     def announce_stop(self, request):
         """Print what becomes of the running jobs, on a new line after the `^C`."""
-        print(file=sys.stderr)
+        write_or_drop(sys.stderr, "\n")
         running = self.with_queue(lambda queue: [
-            run for run in queue.processing_runs() if run.worker in self.worker_pids])
-        if running and request == "stop":
-            pool_notice("finishing %s; Ctrl-C again ends them now"
-                        % plural(len(running), "running job"))
-        elif running:
-            pool_notice("putting %s back to pending"
-                        % plural(len(running), "running job"))
+            run for run in queue.processing_runs() if run.worker in self.worker_pids()])
+        if running:
+            message = "finishing %s; Ctrl-C again ends them now"
+            if request == "now":
+                message = "putting %s back to pending"
+            pool_notice(message % plural(len(running), "running job"))
 
-    def reap(self):
+    def collect_workers(self):
         """Take note of the workers that have ended."""
         for worker in [one for one in self.workers if one.exitcode is not None]:
             self.workers.remove(worker)
@@ -5542,9 +5533,11 @@ class Supervisor:
                 self.next_start = time.monotonic() + RESTART_INTERVAL
                 return True
             self.workers.append(worker)
-            self.worker_pids.add(worker.pid)
             self.reaper.forget_worker_death(worker.pid)  # of an earlier one, same PID
         return False
+
+    def worker_pids(self):
+        return {worker.pid for worker in self.workers}
 
     def with_queue(self, action):
         """Call an action with the queue; return its result, None after an error.
@@ -5569,14 +5562,14 @@ class Supervisor:
         """Do what is due for the queue at every check."""
         if self.drain:  # it waits while the queue is paused
             self.report_pause(queue)
-        self.reaper.recover_lost(queue, [worker.pid for worker in self.workers])
+        self.reaper.recover_lost(queue, self.worker_pids())
         self.reaper.remove_stale_files(queue)
         self.reaper.rotate_log()
         self.reaper.announce_dead_jobs(queue)
         queue.promote_after_clock_step()
         self.reaper.prune(queue)
-        if self.on_check:
-            self.on_check(queue)
+        if self.show_progress:
+            self.show_progress(queue)
 
     def report_pause(self, queue):
         """Report that the queue is paused, once for each pause."""
@@ -5603,23 +5596,26 @@ class Supervisor:
 
         Delayed jobs are no failure. Others that are left are one.
         """
-        counts, due = queue.drain_counts(), queue.next_due()
+        counts, blocked = queue.drain_counts(), queue.first_blocked()
         counts.update(delayed=queue.count_delayed(), blocked=len(queue.blocked_seqs()))
-        failures, notes = obstacles(queue), []
         is_over = requested_stop(self.path, self.pid) == "over"
-        if not is_over and not queue.is_drained():
-            failures.append("the pool was stopped early")
+        was_stopped = not is_over and not queue.is_drained()
         self.result = {"pool": self.pid, **counts}
-        self.has_failed = bool(counts["dead"] or failures)
+        self.has_failed = bool(counts["dead"] or blocked or was_stopped)
         self.summary = ", ".join(
             "%d %s" % (count, name) for name, count in counts.items()
             if count or name in FINISHED)
+        reasons, due = [], queue.next_due()
+        if blocked:
+            reasons.append(blocked_text(blocked))
+        if was_stopped:
+            reasons.append("the pool was stopped early")
         if due:
             when = relative_time(due["run_at"], queue.clock())
-            notes.append("the next is due " + when)
-        if failures or notes:
+            reasons.append("the next is due " + when)
+        if reasons:
             left = plural(sum(queue.counts()[state] for state in WAITING), "job")
-            self.summary += "; %s left: %s" % (left, "; ".join(failures + notes))
+            self.summary += "; %s left: %s" % (left, "; ".join(reasons))
 
 
 # ======================================================================================
@@ -5800,10 +5796,15 @@ def within_job_of(path):
     return lease.startswith(os.path.join(runs, "")) and is_locked(lease)
 
 
-def read_status(queue):
-    """Return the values that `status` shows, with times still as epoch seconds."""
+def read_status(queue, lost=None):
+    """Return the values that `status` shows, with times still as epoch seconds.
+
+    Within a snapshot the caller passes the `lost_runs` from before it.
+    """
+    if lost is None:
+        lost = queue.lost_runs()
     none = {"id": None, "run_at": None}
-    with queue.snapshot():  # or a job that has just been claimed would seem lost
+    with queue.snapshot():  # so that the counts agree with the lists
         oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
         workers = queue.workers()
         pools = supervised_pools(queue.path)
@@ -5812,7 +5813,7 @@ def read_status(queue):
         return {
             "path": queue.path,
             "jobs": queue.counts(), "workers": workers, "commands": commands,
-            "lost": lost_jobs(queue, workers),
+            "lost": {run.id for run in lost} & {*commands},
             "pools": pools, "stopping_pools": {
                 pool for pool in pools if requested_stop(queue.path, pool)},
             "standstill": standstill(queue),
@@ -5924,7 +5925,7 @@ def worker_lines(status, now):
 def job_document(queue, job):
     """Return what `show --json` prints."""
     return dict(
-        public_job(job), waiting=why_waiting(queue, job, queue.workers()),
+        public_job(job), waiting=why_waiting(queue, job),
         runs=[with_iso_times(run, "started_at", "finished_at")
               for run in queue.runs(job)])
 
@@ -6315,7 +6316,7 @@ SAID = ("id", "command", "state", "error", "exit_code", "waits_for", "waiting",
 def job_lines(queue, job):
     """Yield what is asked first about a job, then its fields and its runs."""
     now, runs = queue.clock(), queue.runs(job)
-    waiting = why_waiting(queue, job, queue.workers())
+    waiting = why_waiting(queue, job)
     yield from answer_lines(queue, job, now, waiting)
     yield ""
     said = SAID if terminal_width(sys.stdout) else ()  # the answer must stay in sight
@@ -6509,7 +6510,7 @@ def follow(queue, job):
             notice("%d bytes of output were dropped here" % (dropped - printed))
         printer.print(output[max(0, printed - dropped) :], is_last=not is_running)
         printed = max(printed, dropped + len(output))
-        if is_running and run.id in lost_jobs(queue, queue.workers()):
+        if run.lease in [lost.lease for lost in queue.lost_runs()]:
             raise QueueError("the worker of job %s died; a pool puts it back", run.id)
         if is_running and is_reader_gone(sys.stdout):
             return
@@ -6525,14 +6526,14 @@ def wait_for_run(queue, job):
     """Wait until a job has run or runs; return it. Report why it does not run."""
     id = job["id"]
     if not job["run"] and job["state"] not in FINISHED:
-        why = why_waiting(queue, job, queue.workers())
+        why = why_waiting(queue, job)
         notice("job %s: %s" % (printable(id), why))
     while not job["run"] and job["state"] not in FINISHED:
         time.sleep(WAIT_INTERVAL)
         queue.require_file()
         job = queue.job(id)
         if job["waits"] and job["seq"] in queue.blocked_seqs():
-            why = why_waiting(queue, job, queue.workers())
+            why = why_waiting(queue, job)
             raise QueueError("job %s can't go on: %s", id, why)
     return job
 
@@ -6542,7 +6543,7 @@ def output_of(queue, job, run):
     output = queue.output(job, run)
     if output is None and run == job["run"]:
         # If the run has ended between the two reads, its output is in the database now.
-        lease, limit = queue.latest_run(job).lease, queue.output_limit()
+        lease, limit = queue.latest_run(job).lease, queue.settings()["output_limit"]
         output = read_output(lease, limit) or queue.output(job, run)
     return output or b""
 
@@ -6571,7 +6572,8 @@ def cmd_wait(args, queue):
     if counts["removed"]:
         message += ", %d removed before they were seen to end" % counts["removed"]
     if counts["left"]:
-        why = "; ".join(obstacles(queue)) or "what held them up has just ended"
+        blocked = queue.first_blocked()
+        why = blocked_text(blocked) if blocked else "what held them up has just ended"
         message += ", %d can't go on: %s" % (len(counts["left"]), why)
     print_result(args, counts, message)
     failures = [state for state in FINISHED if state not in SUCCESSFUL]
@@ -6762,20 +6764,18 @@ def cmd_cancel(args, queue):
     require_one_selection(args, args.state or args.match)
     if args.ids:
         queue.cancel(args.ids)
-        # The worker of a running job has to end it first.
-        workers = queue.workers()
-        return print_each(args, "cancelled", lambda id: cancel_answer(
-            queue, queue.job(id), workers))
+        return print_each(
+            args, "cancelled", lambda id: cancel_answer(queue, queue.job(id)))
     chosen = where(args.state or TAKES["cancel"], text=args.match)
     apply_to_many(
         args, queue, queue.cancel_all, "cancelled", Selection(chosen, None, None))
 
 
-def cancel_answer(queue, job, workers):
+def cancel_answer(queue, job):
     """Return what `cancel` prints of a job."""
-    if job["state"] != "processing":
+    if job["state"] != "processing":  # the worker of a running one has to end it first
         return "cancelled " + printable(job["id"])
-    how = why_waiting(queue, job, workers) or "ending its processes"
+    how = why_waiting(queue, job) or "ending its processes"
     return "cancelling %s: %s" % (printable(job["id"]), how)
 
 
@@ -7358,7 +7358,7 @@ class Trial:
         require(wait_until(are_there, self.time_left()), TOO_SLOW)
 
     def finish_second_run(self, pool):
-        """Let the beating job end in its second run, which must not overlap the first."""
+        """Let the beating job end in its second run, which may not overlap the first."""
         self.wait_for_beats(2)
         self.write("over")
         self.finish(pool)
@@ -7621,9 +7621,8 @@ class Refusal(Exception):
 
 # -- the documents of the commands -----------------------------------------------------
 
-# What a route gets: the queue, the query of the address, and what the dashboard keeps
-# from one request to the next. The id of a job is `query["id"]`.
-Request = collections.namedtuple("Request", "queue query memory")
+# A route is a function of the queue and of the query of the address. The id of a job is
+# `query["id"]`.
 
 
 def require_job(queue, id):
@@ -7636,39 +7635,29 @@ def filters_of(query, states=STATES):
     """Return arguments for `where`: what a query asks for, of these states alone."""
     if "state" in query:
         states = [state for state in states if state == state_name(query["state"])]
-    text, error, behind = query.get("q", ""), query.get("error"), query.get("behind")
-    if not is_storable(text + (error or "") + (behind or "")):
-        raise Refusal(400, "not text")
-    pattern = like_pattern(text) if text else None
-    return dict(states=states, pattern=pattern, error=error, behind=behind)
+    return dict(states=states, error=query.get("error"), behind=query.get("behind"),
+                pattern=like_pattern(query["q"]) if query.get("q") else None)
 
 
 def newest_jobs(queue, query):
-    """Return a page of jobs, newest first; it begins after the id in `before`.
-
-    Dead ones stand in the order of their deaths, the latest first.
-    """
+    """Return a page of jobs after that in `before`: newest, or latest death, first."""
     limit = min(count_from(0, "limit")(query.get("limit", "50")) or 50, BATCH_SIZE)
     filters, before = filters_of(query), query.get("before", "")
-    if not is_storable(before):
-        raise Refusal(400, "not text")
     if before:
         require_job(queue, before)
-    if query.get("state", "").lower() == "dead":
+    if filters["states"] == ["dead"]:
         del filters["states"]
         return list(queue.dead_jobs(before, limit, **filters))
     return list(queue.jobs(
         where(**filters), limit, newest=True, last=queue.seq_before(before)))
 
 
-def stats_by_minute(request):
-    """Return `stats`; those of the last hour begin with a full minute.
-
-    So the bars on the page stay where they are from one refresh to the next.
-    """
-    queue, query, _ = request
+def stats_by_minute(queue, query):
+    """Return `stats`; those of the last hour begin with a full minute."""
     since = queue.clock() - seconds_from(1, "since")(query.get("since", "1h"))
-    return read_stats(queue, since if "since" in query else since // 60 * 60 + 60)
+    if "since" not in query:  # or the bars would move at each refresh
+        since = since // 60 * 60 + 60
+    return read_stats(queue, since)
 
 
 def selected_by(verb, query):
@@ -7678,24 +7667,15 @@ def selected_by(verb, query):
     return jobs_to_delete(**filters_of(query, TAKES["delete"]))
 
 
-def counts_route(request):
-    """Return how many jobs a query names, and how many of them each verb would take."""
-    queue, query, _ = request
-    return {"jobs": queue.count(where(**filters_of(query))),
-            "retry": queue.count(selected_by("retry", query).taken),
-            "delete": queue.count(selected_by("delete", query).taken)}
-
-
-def dead_route(request):
+def dead_route(queue, query):
     """Return the dead jobs by their errors, the most common first."""
     names = "error", "jobs", "latest", "id", "line"
     return [with_iso_times({name: group[name] for name in names}, "latest")
-            for group in errors_of(request.queue)]
+            for group in errors_of(queue)]
 
 
-def run_of(request):
+def run_of(queue, query):
     """Return the job that a query names, and the number of its run."""
-    queue, query, _ = request
     require_job(queue, query.get("id", ""))
     job = queue.job(query["id"])
     run = count_from(0, "run")(query.get("run", str(job["run"])))
@@ -7704,55 +7684,39 @@ def run_of(request):
     return job, run
 
 
-def is_live(job, run):
-    """Tell whether a run still goes on."""
-    return job["state"] == "processing" and run == job["run"]
-
-
-def output_route(request):
-    """Return the output of a run as text: all of it, its end, or a part."""
-    import codecs
-
-    job, run = run_of(request)
-    query, output = request.query, output_of(request.queue, job, run)
-    if not {"from", "tail"} & {*query}:
-        return output_document(job, run, output)
-    dropped, output = split_dropped(output)
-    end = dropped + len(output)
-    start = count_from(0, "from")(query.get("from", "0"))
+def output_route(queue, query):
+    """Return the output of a run as text: all of it, or the last `tail` bytes."""
+    job, run = run_of(queue, query)
+    output = output_of(queue, job, run)
     if "tail" in query:
-        start = max(start, end - count_from(0, "tail")(query["tail"]))
-    start = max(dropped, start)
-    decoder = codecs.getincrementaldecoder("utf-8")(FOREIGN_BYTES)
-    text = decoder.decode(output[start - dropped :], final=not is_live(job, run))
-    end -= len(decoder.getstate()[0])  # half a character is left for the next time
-    return {"id": job["id"], "run": run, "output": text, "start": start, "end": end}
+        _, output = split_dropped(output)
+        output = output[max(0, len(output) - count_from(0, "tail")(query["tail"])) :]
+    return output_document(job, run, output)
 
 
-def download_route(request):
+def download_route(queue, query):
     """Return what is kept of an output, as text to save."""
-    job, run = run_of(request)
-    output = split_dropped(output_of(request.queue, job, run))[1]
+    _, output = split_dropped(output_of(queue, *run_of(queue, query)))
     return output.decode("utf-8", FOREIGN_BYTES)
 
 
-def metrics_route(request):
+def metrics_route(queue, query):
     """Return the numbers of the queue in the text format of Prometheus."""
-    status, totals = read_status(request.queue), request.queue.totals()
+    status, totals = read_status(queue), queue.totals()
     busy = sum(worker["job"] is not None for worker in status["workers"])
     families = [
-        ("jobs", "gauge", "jobs by state", "state", status["jobs"]),
-        ("workers", "gauge", "workers of all pools", "state",
+        ("jobs", "jobs by state", "state", status["jobs"]),
+        ("workers", "workers of all pools", "state",
          {"busy": busy, "idle": len(status["workers"]) - busy}),
-        ("runs_total", "counter", "runs that ended, by outcome", "outcome",
+        ("runs_total", "runs that ended, by outcome", "outcome",
          {outcome: runs for outcome, (runs, _) in totals.items()}),
-        ("run_seconds_total", "counter", "seconds of these runs", "outcome",
-         {outcome: "%.6f" % seconds for outcome, (_, seconds) in totals.items()}),
-    ]
+        ("run_seconds_total", "seconds of these runs", "outcome",
+         {outcome: "%.6f" % seconds for outcome, (_, seconds) in totals.items()})]
     lines = []
-    for name, kind, meaning, label, values in families:
+    for name, meaning, label, values in families:
         lines.append("# HELP queuectl_%s %s" % (name, meaning))
-        lines.append("# TYPE queuectl_%s %s" % (name, kind))
+        lines.append("# TYPE queuectl_%s %s" % (
+            name, "counter" if name.endswith("_total") else "gauge"))
         lines += ['queuectl_%s{%s="%s"} %s' % (name, label, *pair)
                   for pair in values.items()]
     return "\n".join(lines) + "\n"
@@ -7766,36 +7730,43 @@ class Html(str):
 
 
 def element(name, *content, **attributes):
-    """Return an element, without content and attributes that are None.
+    """Return an element, without content and attributes that are None or False.
 
-    `kind` is the class. Nothing else makes markup, so nothing else has to escape.
+    `css` are its classes. Nothing else makes markup, so nothing else has to escape.
     """
     from html import escape
 
-    written = "".join(
-        ' %s="%s"' % ("class" if key == "kind" else key.replace("_", "-"),
-                      escape(str(value)))
-        for key, value in attributes.items() if value is not None)
-    inside = "".join(part if isinstance(part, Html) else escape(str(part))
-                     for part in content if part is not None)
+    written = "".join([
+        ' %s="%s"' % ("class" if key == "css" else key.replace("_", "-"),
+                      escape("true" if value is True else str(value)))
+        for key, value in attributes.items()
+        if not (value is None or value is False)])
+    inside = "".join([
+        part if isinstance(part, Html) else escape(str(part))
+        for part in content if not (part is None or part is False)])
     if name == "input":
         return Html("<input%s/>" % written)
     return Html("<%s%s>%s</%s>" % (name, written, inside, name))
 
 
-def link(words, address, kind=None, **attributes):
-    return element("a", words, href=address, kind=kind, **attributes)
+def link(words, address, css=None, **attributes):
+    return element("a", words, href=address, css=css, **attributes)
 
 
-def button(words, post, kind=None, label=None, **data):
+def button(words, post, css=None, label=None, **data):
     """Return a button whose click the script turns into a POST.
 
     `ask` is asked before it, or what the address in `question` answers, with `do` on
     the button that goes on. `done` is shown after it.
     """
-    data = {"data_" + name: value for name, value in dict(data, kind=kind).items()}
-    return element("button", words, type="button", kind=kind, aria_label=label,
+    data = {"data_" + name: value for name, value in dict(data, css=css).items()}
+    return element("button", words, type="button", css=css, aria_label=label,
                    data_post=post, **data)
+
+
+def copy_button(label):
+    """Return a button that copies the text of the element before it."""
+    return element("button", "Copy", type="button", data_copy="", aria_label=label)
 
 
 def ago(moment, page):
@@ -7805,6 +7776,10 @@ def ago(moment, page):
     return relative_time(moment, page.now, roughly)
 
 
+def sentence_case(words):
+    return words[:1].upper() + words[1:]
+
+
 def query_of(**fields):
     """Return the query of an address."""
     from urllib.parse import urlencode
@@ -7812,18 +7787,14 @@ def query_of(**fields):
     return "?" + urlencode(fields) if fields else ""
 
 
-def job_address(job, what):
-    """Return the address of an action for a job. Its id may be `..`: no path."""
-    return "/api/jobs/-/" + what + query_of(id=job["id"])
+def number_or(default, text):
+    """Return the number above 0 in a part of an address, or a default."""
+    return text.isdecimal() and int(text) or default
 
 
 class View(collections.namedtuple(
         "View", "state q error behind before first job run")):
     """What the page shows: the query of its address."""
-
-    @classmethod
-    def of(cls, query):
-        return cls(*(query.get(name, "") for name in cls._fields))
 
     def filters(self):
         """Return what narrows the list of jobs, as the actions for many take it."""
@@ -7840,46 +7811,30 @@ class View(collections.namedtuple(
         nothing = dict(state="", q="", error="", behind="", before="", first="")
         return self.address("#jobs", **dict(nothing, **filters))
 
-    def open(self, id):
+    def open(self, id, **changes):
         """Return the address with the panel of a job."""
-        return self.address(job=id, run="")
+        return self.address(job=id, run="", **changes)
 
 
 # What the parts of the page are made of: the queue; the `View`; the time; the values of
-# `read_status`; those of `errors_of`; the growth for `verdict`; the `Memory`; whether
-# the page holds the output of the open job (otherwise the script fetches it).
+# `read_status`; those of `errors_of`; the growth for `verdict`; the jobs of the table,
+# and one more if there are older ones; the counts in the cache; whether the page holds
+# the output of the open job (otherwise the script fetches it).
 Page = collections.namedtuple(
-    "Page", "queue view now status groups growth memory is_whole")
+    "Page", "queue view now status groups growth found counts is_whole")
 
 
-def icons():
-    """Return the icons of all kinds of jobs, hidden; `icon` shows one."""
-    return element("svg", *[
-        element("symbol", element("path", d=kind.icon), id=icon_name(word),
-                viewBox="0 0 16 16")
-        for word, kind in JOB_KINDS.items()], hidden="")
-
-
-def icon_name(word):
-    return "icon-" + word.replace(" ", "-")
-
-
+@functools.lru_cache(None)  # a page shows each of them many times
 def icon(word):
-    return element("svg", element("use", href="#" + icon_name(word)), kind="icon",
-                   aria_hidden="true")
+    """Return the icon of a kind of jobs."""
+    return element("svg", element("path", d=JOB_KINDS[word].icon), css="icon",
+                   viewBox="0 0 16 16", aria_hidden="true")
 
 
 # -- the page: the verdict, and what needs somebody ------------------------------------
 
-
-LOGO = "M2 4h12M2 8h8M2 12h11"
-
-
-def headline():
-    """Return the name of the program with its logo."""
-    logo = element("svg", element("path", d=LOGO), kind="logo", viewBox="0 0 16 16",
-                   aria_hidden="true")
-    return element("h1", logo, "queuectl")
+FIRST_STEPS = ("add a job: queuectl.py enqueue -- echo hello",
+               "run it: queuectl.py worker start")
 
 
 def page_header(page):
@@ -7891,41 +7846,26 @@ def page_header(page):
             "Resume", "/api/resume", "primary", done="Resumed: jobs start again")
     elif count_in(page, ""):
         switch = button("Pause", "/api/pause", done="Paused: no further job starts")
-    return element(
-        "header", headline(),
-        element("span", element("span", folder + os.sep, kind="wide"), name,
-                kind="mono dim line", title=page.queue.path), switch, kind="row")
+    path = element("span", element("span", folder + os.sep, css="wide"), name,
+                   css="mono dim line", title=page.queue.path)
+    return element("section", path, switch, id="queue", aria_label="Queue", css="row")
 
 
 def page_now(page):
-    """Return the verdict, then the dead and the blocked jobs with what can be done.
-
-    A queue without jobs gets the first steps instead.
-    """
-    state, sentence, advice = verdict(page.status, page.now, page.growth)
-    if page.status["paused"]:
-        advice = ""  # there is a button
-    advice = advice[:1].upper() + advice[1:].replace("queuectl.py", command_line(page))
-    words = joined(load_text(page), advice, by=" · ")
-    more = [element("p", words, kind="dim") if words else None,
-            element("ul", *alerts(page))]
-    if not any(page.status["jobs"].values()):
-        more = [first_steps(page)]
+    """Return the verdict, and what needs somebody; without jobs, the first steps."""
+    status = page.status
+    state, sentence, advice = verdict(status, page.now, page.growth)
+    if status["paused"]:  # there is a button
+        advice = "" if status["pools"] else "no pool is running; " + TO_START
+    if count_in(page, ""):
+        load = load_text(page)
+        more = [load and element("p", load, css="dim"),
+                advice and advice_line(advice, page), element("ul", *alerts(page))]
+    else:
+        steps = [element("li", advice_line(step, page)) for step in FIRST_STEPS]
+        more = [element("ol", *steps)]
     return element("section", element("h2", sentence, id="verdict", tabindex=-1), *more,
-                   id="now", kind="card " + state)
-
-
-def command_line(page):
-    """Return the beginning of a command, which is pasted into another folder."""
-    return "queuectl.py --db " + quoted([page.queue.path])
-
-
-def first_steps(page):
-    """Return the commands that make and run a job."""
-    steps = [("Add a job: ", " enqueue -- echo hello"), ("Run it: ", " worker start")]
-    return element("ol", *[
-        element("li", words, element("code", command_line(page) + command, kind="mono"))
-        for words, command in steps])
+                   id="now", css="card " + state)
 
 
 def load_text(page):
@@ -7938,60 +7878,99 @@ def load_text(page):
     return joined(*[count and grouped(count) + " " + words for count, words in counts])
 
 
+def advice_line(advice, page):
+    """Return an advice; a command in it names the queue, and can be copied."""
+    words, _, command = advice.partition("queuectl.py")
+    if command:
+        command = "queuectl.py --db " + quoted([page.queue.path]) + command
+    return element(
+        "div", element("span", sentence_case(words)),
+        *[element("code", command, css="mono"), copy_button("Copy the command")]
+        if command else [], css="row advice")
+
+
 def alerts(page):
     """Yield a line for each of the most common errors, and for what blocks most."""
     groups = died(page.groups)
-    shown = len(groups) if len(groups) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
-    for group in groups[:shown]:
+    named = len(groups) if len(groups) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
+    for group in groups[:named]:
         yield error_alert(group, page)
-    rest = sum(group["jobs"] for group in groups[shown:])
+    rest = sum(group["jobs"] for group in groups[named:])
     if rest:
         yield alert(grouped(rest) + " dead", "", "of other errors",
-                    show_link(page.view.only(state="dead"), "all dead jobs"))
+                    page.view.only(state="dead"), "all dead jobs")
     if page.status["blocked_seqs"]:
-        for dead in page.memory.counts.get(
-                "blockers", lambda: page.queue.blockers(SHOWN_ERRORS)):
-            yield blocked_alert(dead, page)
+        blockers = page.counts.get(
+            "blockers", lambda: page.queue.blockers(SHOWN_ERRORS))
+        yield from [blocked_alert(dead, page) for dead in blockers]
 
 
 def blocked_alert(dead, page):
     """Return the line about the jobs that wait for a dead one."""
-    name = dead["id"]
-    return alert(
-        grouped(dead["jobs"]) + " blocked", name,
-        "by this job, which is " + state_word(dead),
-        show_link(page.view.only(behind=name), "jobs behind " + name),
-        button("Retry", job_address(dead, "retry"), label="Retry " + name,
-               done="Retried " + name))
+    id = dead["id"]
+    return alert(grouped(dead["jobs"]) + " blocked", id,
+                 "by this job, which is " + state_word(dead),
+                 page.view.only(behind=id), "jobs behind " + id,
+                 job_button("Retry", "retry", id, "Retried"))
 
 
 def error_alert(group, page):
     """Return the line about the jobs that died of one error."""
-    chosen = {"state": "dead", "error": group["error"]}
-    line, is_one = group["line"], group["jobs"] == 1
+    error, line, is_one = group["error"], group["line"], group["jobs"] == 1
+    chosen = {"state": "dead", "error": error}
     words = joined(not is_one and ("the latest printed" if line else "the latest"),
-                   line and "“%s” ·" % line,
-                   ago(group["latest"], page), by=" ")
+                   line and "“%s” ·" % line, ago(group["latest"], page), by=" ")
     return alert(
-        grouped(group["jobs"]) + " dead", group["error"], words,
-        show_link(page.view.only(**chosen), "the dead of " + group["error"]),
-        bulk_button("Retry…", "retry", chosen, "Retry the dead of " + group["error"]))
+        grouped(group["jobs"]) + " dead", error, words,
+        page.view.only(**chosen), "the dead of " + error,
+        job_button("Retry", "retry", group["id"], "Retried") if is_one else
+        bulk_button("Retry…", "retry", chosen, "Retry the dead of " + error))
 
 
-def alert(count, error, words, *actions):
-    """Return a line about jobs that need somebody."""
+def alert(count, name, words, address, selection, retry=None):
+    """Return a line about a selection of jobs, which the address shows."""
+    show = link("Show", address, "button", aria_label="Show " + selection)
     return element(
-        "li", element("b", count, kind="hue"),
-        element("span", error, kind="mono line", title=error or None),
-        element("span", words, kind="dim line", title=words),
-        element("span", *actions, kind="row"), kind="dead", data_key=error or words)
+        "li", element("b", count, css="hue"),
+        element("span", name, css="mono line", title=name or None),
+        element("span", words, css="dim line", title=words),
+        element("span", show, retry, css="row"), css="dead", data_key=name or words)
 
 
-def show_link(address, what):
-    return link("Show", address, "button", aria_label="Show " + what)
+def count_in(page, state):
+    """Return how many jobs are in a state, or in all of them."""
+    jobs = page.status["jobs"]
+    return jobs.get(state, 0) if state else sum(jobs.values())
 
 
-# What stands in a tile beside the number of jobs in a state, if there are any.
+# -- the page: the tiles ---------------------------------------------------------------
+
+
+def page_tiles(page):
+    """Return a tile for all jobs and one for those of each state, which shows them."""
+    status, cancelled = page.status, page.status["cancelled"]
+    done = 100 * count_in(page, "completed") // count_in(page, "")
+    hints = {
+        "": grouped(count_unfinished(status["jobs"])) + " to go",
+        "pending": longest_wait(page),
+        "processing": workers_text(status),
+        "completed": "%d %% of all" % done,
+        "failed": next_due(page, "failed"),
+        "dead": grouped(cancelled) + " cancelled" if cancelled else None}
+    return element("nav", *[tile(page, state, hint) for state, hint in hints.items()],
+                   id="tiles", aria_label="Jobs by state")
+
+
+def tile(page, state, hint):
+    """Return the tile of a state. It has a hint if there are jobs in that state."""
+    count = count_in(page, state)
+    return element(
+        "a", element("span", state and icon(state), state or "all"), " ",
+        element("b", grouped(count)), " ",
+        element("span", hint if count or state == "processing" else "", css="dim line"),
+        href=page.view.only(state=state),
+        css=joined("card", state, count and "some", by=" "),
+        aria_current=page.view.state == state)
 
 
 def longest_wait(page):
@@ -8011,70 +7990,37 @@ def next_due(page, state):
     return "next due " + ago(due, page)
 
 
-def workers_text(page):
+def workers_text(status):
     """Return how many running jobs lost their worker, or how many workers there are."""
-    lost, workers = len(page.status["lost"]), len(page.status["workers"])
+    lost, workers = len(status["lost"]), len(status["workers"])
     return grouped(lost) + " lost" if lost else "of " + plural(workers, "worker")
 
 
-TILES = {
-    "": lambda page: grouped(count_unfinished(page.status["jobs"])) + " to go",
-    "pending": longest_wait,
-    "processing": workers_text,
-    "completed": lambda page: "%d %% of all" % (
-        100 * count_in(page, "completed") // count_in(page, "")),
-    "failed": lambda page: next_due(page, "failed"),
-    "dead": lambda page: page.status["cancelled"] and "%s cancelled" % grouped(
-        page.status["cancelled"]),
-}
-
-
-def page_tiles(page):
-    """Return a tile for all jobs and one for those of each state, which shows them."""
-    return element("nav", *[tile(page, state, hint) for state, hint in TILES.items()],
-                   id="tiles", aria_label="Jobs by state")
-
-
-def tile(page, state, hint):
-    count = count_in(page, state)
-    return element(
-        "a", element("span", state or "all"), " ", element("b", grouped(count)), " ",
-        element("span", (count or state == "processing") and hint(page) or None,
-                kind="dim"),
-        href=page.view.only(state=state),
-        kind=joined("card", state, "hue" if state == "dead" and count else "", by=" "),
-        aria_current="true" if page.view.state == state else None)
-
-
-def count_in(page, state):
-    """Return how many jobs are in a state, or in all of them."""
-    jobs = page.status["jobs"]
-    return jobs.get(state, 0) if state else sum(jobs.values())
-
-
-# -- the page: the last hour, and what runs now ----------------------------------------
+# -- the page: what runs now, and the last hour ----------------------------------------
 
 
 def page_middle(page):
     """Return the place of the chart, which the script fetches, and what runs now."""
-    place = element("section", element("h2", "Runs a minute"), id="charts", kind="card",
-                    data_keep="yes")
-    return element("div", place, page_running(page), kind="two")
+    chart = element("div", id="chart", data_keep="yes")
+    hour = element("section", element("h2", "The last hour"), chart, css="card")
+    return element("div", hour, page_running(page), css="two")
 
 
 def page_running(page):
     """Return the jobs that have run longest, with their commands and times."""
     runs = sorted(page.queue.processing_runs(), key=lambda run: run.started_at)
     more, lost = len(runs) - RUNNING_SHOWN, len(page.status["lost"])
+    workers = len(page.status["workers"])
+    idle = joined("No job runs", workers and plural(workers, "worker") + " idle")
     return element(
         "section", element("h2", "Running now"),
-        element("p", grouped(lost) + " without a worker", kind="failed hue")
-        if lost else None,
+        lost > 0 and element("p", grouped(lost) + " without a worker",
+                             css="failed hue"),
         element("ul", *[running_job(page.queue.job(run.id), page)
                         for run in runs[:RUNNING_SHOWN]]),
-        None if runs else element("p", "Nothing", kind="dim"),
-        link(grouped(more) + " more", page.view.only(state="processing"), "dim")
-        if more > 0 else None, id="running", kind="card")
+        not runs and element("p", idle, css="dim none"),
+        more > 0 and link(grouped(more) + " more", page.view.only(state="processing"),
+                          "dim"), id="running", css="card")
 
 
 def running_job(job, page):
@@ -8084,89 +8030,94 @@ def running_job(job, page):
     is_late = job["timeout"] and seconds > 0.8 * job["timeout"]
     return element(
         "li", icon(word), link(job["id"], page.view.open(job["id"]), "mono line"),
-        element("span", one_line(job["command"]), kind="mono dim line"),
-        element("b", roughly(seconds), kind="failed hue" if is_late else None),
-        data_key=job["id"], kind=JOB_KINDS[word].state)
+        element("span", one_line(job["command"]), css="mono dim line"),
+        element("b", roughly(seconds), css="failed hue" if is_late else None),
+        data_key=job["id"], css=JOB_KINDS[word].state)
 
 
-def charts_route(request):
+def chart_route(queue, query):
     """Return the chart of the last hour, and in words what its runs were like."""
-    stats = stats_by_minute(request)
+    stats = stats_by_minute(queue, query)
+    if not stats["runs"]:
+        return element("p", "No job ran in the last hour", css="dim none")
     bars = [(bar["completed"], bar["failed"]) for bar in stats["throughput"]]
     first = next((at for at, bar in enumerate(bars) if any(bar)), len(bars))
     bars = bars[min(first, len(bars) - 10) :]  # from the first run on
     top = max(4, *map(sum, bars))
-    words = "%s completed, %s failed in the last hour" % (
+    label = "%s completed, %s failed in the last hour" % (
         grouped(stats["completed"]), grouped(stats["failed"]))
     return Html("".join([
-        element("div", element("h2", "Runs a minute"),
-                element("span", stats_text(stats), kind="dim"), kind="row"),
-        element("span", grouped(top), kind="axis dim"),
+        element("p", stats_text(stats), css="dim",
+                title="Half of the runs take less, one in twenty takes longer"),
+        element("span", grouped(top) + " runs a minute", css="axis dim"),
         element("svg", *chart_bars(bars, top), viewBox="0 0 %d %d" % (len(bars), top),
-                role="img", aria_label=words, preserveAspectRatio="none"),
-        element("div", element("span", "%d min ago" % len(bars)), element(
-            "span", *[element("span", state, kind="legend " + state)
-                      for state in ("completed", "failed")]),
-            element("span", "now"), kind="axis dim row")]))
+                role="img", aria_label=label, preserveAspectRatio="none"),
+        chart_axis(len(bars))]))
+
+
+def chart_axis(minutes):
+    """Return what stands below a chart: its times, and what its colours mean."""
+    legend = [element("span", state, css="legend " + state)
+              for state in ("completed", "failed")]
+    return element("div", element("span", "%d min ago" % minutes),
+                   element("span", *legend), element("span", "now"), css="axis dim row")
 
 
 def stats_text(stats):
     """Return in words what the runs of the last hour were like."""
-    if not stats["runs"]:
-        return "nothing ran in the last hour"
     rate, wait = stats["success_rate"], stats["waiting_time"]["median"]
-    took = [duration_text(stats["run_time"][part]) for part in ("median", "p95")]
+    times = stats["run_time"]
     return joined(
-        "%s in the last minute" % grouped(round(60 * stats["per_second_now"])),
+        plural(round(60 * stats["per_second_now"]), "run") + " in the last minute",
         rate is not None and "%d %% succeed" % int(100 * rate),
-        "a run takes %s (95 %%: %s)" % tuple(took),
-        wait is not None and "jobs waited " + duration_text(wait), by=" · ")
+        "a run takes %s, a slow one %s" % (
+            duration_text(times["median"]), duration_text(times["p95"])),
+        wait is not None and "a job waits " + duration_text(wait), by=" · ")
 
 
 def chart_bars(bars, top):
-    """Yield the bars of a chart: completed runs of each minute, then failed ones.
-
-    The last one is paler: its minute goes on.
-    """
+    """Yield the bars of a chart: completed runs of each minute, failed ones on top."""
     for x, (completed, failed) in enumerate(bars):
         minutes = len(bars) - 1 - x
         title = element("title", "%d completed, %d failed, %d min ago" % (
             completed, failed, minutes))
-        for kind, base, height in (
+        part = "" if minutes else " part"  # paler: this minute goes on
+        for state, base, height in (
                 ("completed", 0, completed), ("failed", completed, failed)):
             if height:
-                yield element("rect", title, kind=kind + ("" if minutes else " part"),
-                              x="%.2f" % (x + 0.06), y=top - base - height,
-                              width=0.88, height=height)
+                yield element("rect", title, css=state + part, x="%.2f" % (x + 0.06),
+                              y=top - base - height, width=0.88, height=height)
 
 
 # -- the page: the table of jobs -------------------------------------------------------
 
-# A column of the table: its title, its classes, and what a job shows in it.
-Column = collections.namedtuple("Column", "title kind show")
 
-
-def kind_cell(job, page):
+def state_cell(job, page):
     word = kind_of(job, page.status, page.now)
     return Html(icon(word) + element("span", word))
 
 
-def command_cell(job, page):
-    """Return the command, behind the error; in a list of dead jobs its last line, too.
+def id_cell(job, page):
+    return link(job["id"], page.view.open(job["id"]))
 
-    There the rows would look the same otherwise.
-    """
+
+def command_cell(job, page):
+    """Return the command, behind the error and, for dead jobs, the last line."""
     error, line = failure_of(job), ""
-    if error and page.view.state == "dead":
+    if error and page.view.state == "dead":  # where the rows would look the same
         line = last_line(page.queue.tail(job))
-    return element("span", element("b", error, kind="hue") if error else None,
-                   " “%s” · " % line if line else " " if error else None,
+    return element("span", error and element("b", error, css="hue"),
+                   " “%s” · " % line if line else error and " ",
                    one_line(job["command"]))
 
 
 def tries_cell(job, page):
     most = tries_allowed(job["max_retries"])
     return "%d/%d" % (job["attempts"], most) if job["attempts"] else ""
+
+
+def took_cell(job, page):
+    return "" if job["seconds"] is None else duration_text(job["seconds"])
 
 
 def time_cell(job, page):
@@ -8183,13 +8134,14 @@ def time_cell(job, page):
     return "retry " + due if job["state"] == "failed" else due
 
 
+# A column of the table: its title, its classes, and what a job shows in it.
+Column = collections.namedtuple("Column", "title css cell")
 JOB_COLUMNS = [
-    Column("State", "hue mid", kind_cell),
-    Column("Id", "mono", lambda job, page: link(job["id"], page.view.open(job["id"]))),
+    Column("State", "hue mid", state_cell),
+    Column("Id", "mono", id_cell),
     Column("Command", "mono rest", command_cell),
     Column("Tries", "slim wide num", tries_cell),
-    Column("Took", "slim wide num", lambda job, page: "" if job["seconds"] is None
-           else duration_text(job["seconds"])),
+    Column("Took", "slim wide num", took_cell),
     Column("When", "mid num", time_cell),
 ]
 
@@ -8206,60 +8158,49 @@ def failure_of(job):
 
 def job_row(job, page):
     state = JOB_KINDS[kind_of(job, page.status, page.now)].state
-    cells = [element("td", column.show(job, page), kind=column.kind)
+    cells = [element("td", column.cell(job, page), css=column.css)
              for column in JOB_COLUMNS]
-    return element("tr", *cells, data_key=job["id"], kind=state, title=job["command"],
-                   aria_current="true" if page.view.job == job["id"] else None)
+    return element("tr", *cells, data_key=job["id"], css=state, title=job["command"],
+                   aria_current=page.view.job == job["id"])
 
 
 def page_jobs(page):
     """Return the search, the actions for many, and a page of jobs, newest first."""
-    if page.queue.state(page.view.before) is None:  # deleted meanwhile
-        page = page._replace(view=page.view._replace(before="", first=""))
-    view = page.view
-    found = newest_jobs(page.queue, dict(
-        view.filters(), before=view.before, limit=str(PAGE_ROWS + 1)))
-    rows, has_more = found[:PAGE_ROWS], len(found) > PAGE_ROWS
-    total = count_of_view(page, None if has_more or view.before else len(rows))
-    heads = [element("th", column.title, kind=column.kind, scope="col")
+    rows, total = page.found[:PAGE_ROWS], count_of_view(page)
+    heads = [element("th", column.title, css=column.css, scope="col")
              for column in JOB_COLUMNS]
+    words = " and ".join(map("“{}”".format, page.view.filters().values()))
     return element(
-        "section", jobs_header(page, rows, total),
+        "section", jobs_header(page, total),
         element("table", element("thead", element("tr", *heads)),
                 element("tbody", *[job_row(job, page) for job in rows]),
                 aria_label="Jobs"),
-        None if rows else element(
-            "p", "No job matches %s " % " and ".join(
-                map("“{}”".format, view.filters().values())),
-            link("Clear", view.only()), kind="dim"),
-        page_links(page, rows, total, has_more), id="jobs", kind="card")
+        not rows and element("p", "No job matches %s " % words,
+                             link("Clear", page.view.only()), css="dim"),
+        page_links(page, total), id="jobs", css="card")
 
 
-def count_of_view(page, known):
-    """Return how many jobs the filters leave, the KNOWN number if it is not None.
-
-    To count what a search finds takes a while, so that is cached.
-    """
+def count_of_view(page):
+    """Return how many jobs the filters leave; what takes a while is cached."""
     filters = page.view.filters()
     if not {*filters} - {"state"}:
         return count_in(page, page.view.state)
-    if known is not None:
-        return known
-    key = "count" + query_of(**filters)
-    return page.memory.counts.get(
-        key, lambda: page.queue.count(where(**filters_of(filters))))
+    if len(page.found) <= PAGE_ROWS and not page.view.before:
+        return len(page.found)
+    return page.counts.get("count" + query_of(**filters),
+                           lambda: page.queue.count(where(**filters_of(filters))))
 
 
-def jobs_header(page, rows, total):
+def jobs_header(page, total):
     view = page.view
-    words = ", the latest death first" if view.state == "dead" else ", newest first"
+    order = ", the latest death first" if view.state == "dead" else ", newest first"
     return element(
         "div", element("h2", "Jobs"),
-        element("span", grouped(total) + words, id="total", kind="dim"),
+        element("span", grouped(total) + order, id="total", css="dim"),
         element("input", id="q", type="search", aria_label="Search jobs",
-                placeholder="Search id, command, error", value=view.q),
+                placeholder="Search id, command, error", title="Key /", value=view.q),
         *filter_links(view),
-        element("span", *bulk_buttons(page, rows), kind="row end"), kind="row")
+        element("span", *bulk_buttons(page), css="row end"), css="row")
 
 
 def filter_links(view):
@@ -8271,12 +8212,12 @@ def filter_links(view):
                        "button filter", aria_label="Remove the filter " + words)
 
 
-def bulk_buttons(page, rows):
-    """Yield what can be done with all jobs that the filters leave."""
+def bulk_buttons(page):
+    """Yield what can be done with all jobs that the filters leave, if there are any."""
     filters, state = page.view.filters(), page.view.state
-    if state in ("", "dead") and page.status["jobs"]["dead"]:
+    if page.found and state in ("", "dead") and page.status["jobs"]["dead"]:
         yield bulk_button("Retry dead…", "retry", filters)
-    if filters and rows and state != "processing":
+    if page.found and filters and state != "processing":
         yield bulk_button("Delete…", "delete", filters)
 
 
@@ -8289,16 +8230,13 @@ def bulk_button(words, verb, filters, label=None):
                   do="Yes, " + verb)
 
 
-def question_route(request):
-    """Return the question before a verb for many, or why there is nothing to do.
-
-    The jobs are counted only now: with a million of them that takes a while.
-    """
-    queue, query, _ = request
+def question_route(queue, query):
+    """Return the question before a verb for many, or why there is nothing to do."""
     verb = query.get("verb", "retry")
     if verb not in ("retry", "delete"):
         raise Refusal(400, "no such verb")
     selection = selected_by(verb, query)
+    # Only now, and not for each page: with a million jobs that takes a while.
     count, left = queue.count(selection.taken), queue.count(selection.left)
     stays = left and "%s left out: %s." % (
         plural(left, "job") + (" is" if left == 1 else " are"), selection.why)
@@ -8320,21 +8258,26 @@ def jobs_of_query(count, verb, query):
                   query.get("behind") and "behind “%(behind)s”" % query, by=" ")
 
 
-def page_links(page, rows, total, has_more):
+def page_links(page, total):
     """Return the place of this page among all, and links to others."""
-    if not has_more and not page.view.before:
+    view, has_more = page.view, len(page.found) > PAGE_ROWS
+    if not has_more and not view.before:
         return None
-    first = int(page.view.first) if page.view.first.isdecimal() else 1
-    last = first + len(rows) - 1
+    first = number_or(1, view.first)
+    last = first + min(len(page.found), PAGE_ROWS) - 1
     place = "%s–%s of %s" % (grouped(first), grouped(last), grouped(max(last, total)))
-    newest = page.view.address("#jobs", before="", first="")
-    older = rows and page.view.address(
-        "#jobs", before=rows[-1]["id"], first=str(first + PAGE_ROWS))
+    newest = view.address("#jobs", before="", first="")
     return element(
-        "nav", link("Newest", newest, "button") if page.view.before else None,
-        element("span", place, kind="dim"),
-        link("Older", older, "button") if has_more else None,
-        kind="row", id="pages", aria_label="Pages")
+        "nav", view.before and link("Newest", newest, "button"),
+        element("span", place, css="dim"),
+        has_more and link("Older", view.address("#jobs", **older(page)), "button"),
+        css="row", id="pages", aria_label="Pages")
+
+
+def older(page):
+    """Return what differs in the address of the next page."""
+    return dict(before=page.found[PAGE_ROWS - 1]["id"],
+                first=str(number_or(1, page.view.first) + PAGE_ROWS))
 
 
 # -- the page: the panel of a job ------------------------------------------------------
@@ -8343,34 +8286,36 @@ def page_links(page, rows, total, has_more):
 def page_panel(page):
     """Return the panel of a job: the reason first, the rest of the height to output."""
     job = page.queue.job(page.view.job)
-    run = run_shown(job, page.view)
-    copy = element("button", "Copy", type="button", data_copy="command",
-                   aria_label="Copy the command")
+    run = min(number_or(job["run"], page.view.run), job["run"])
+    command = element("pre", job["command"], tabindex=0, role="region",
+                      aria_label="Command")
     return element(
         "aside",
-        element("div", element("h2", job["id"], id="name", tabindex=-1, kind="mono"),
-                link("Close", page.view.open(""), "button end", id="close"),
-                kind="row top"),
+        element("div", element("h2", job["id"], id="name", tabindex=-1, css="mono"),
+                element("nav", *step_links(page), aria_label="Jobs of the list",
+                        css="row end"),
+                link("Close", page.view.open(""), "button", id="close"), css="row top"),
         page_reason(job, page),
-        element("div", *job_buttons(job, page), kind="row"),
-        element("div", element("pre", job["command"], id="command", tabindex=0,
-                               role="region", aria_label="Command"), copy, kind="box"),
+        element("div", *job_buttons(job, page), css="row"),
+        element("div", command, copy_button("Copy the command"), css="box"),
         element("dl", *[fact(name, value)
                         for name, value in job_facts(job, page).items() if value]),
         run_links(job, run, page), *panel_output(job, run, page),
-        id="job", kind="card", aria_labelledby="name", data_key=job["id"])
+        id="job", css="card", aria_labelledby="name", data_key=job["id"])
 
 
-def run_shown(job, view):
-    """Return the number of the run whose output is shown (default: the latest)."""
-    run = int(view.run) if view.run.isdecimal() else 0
-    return run if 1 <= run <= job["run"] else job["run"]
-
-
-# An action for a job: the words of its button and its class, the verb of its address,
-# whether it can be done with the job, the question before it, or None, and the answer
-# after it. What destroys, or runs a command once more, has a question.
-Action = collections.namedtuple("Action", "words kind verb is_offered ask done")
+def step_links(page):
+    """Yield links to the jobs above and below the open one in the table."""
+    ids = [job["id"] for job in page.found]
+    # From a job that is not in the table the next one is the first of the table.
+    at = ids.index(page.view.job) if page.view.job in ids else -1
+    onward = older(page) if at + 1 == PAGE_ROWS < len(ids) else {}
+    for name, arrow, to, changes in (
+            ("previous", "←", at - 1, {}), ("next", "→", at + 1, onward)):
+        if 0 <= to < len(ids):
+            words = "%s job: %s" % (name.capitalize(), ids[to])
+            yield link(arrow, page.view.open(ids[to], **changes), "button", id=name,
+                       aria_label=words, title="%s (key %s)" % (words, arrow))
 
 
 def can_run_now(job, page):
@@ -8378,61 +8323,60 @@ def can_run_now(job, page):
     return job["state"] in WAITING and job["run_at"] > page.now and not job["waits"]
 
 
-def can_delete(job, page):
-    """Tell whether a job can be deleted: not while unfinished jobs wait for it."""
-    return job["state"] in TAKES["delete"] and not page.queue.waiting_dependents(job, 1)
+def job_buttons(job, page):
+    """Yield a button for each verb that is possible, and why there is no Delete.
+
+    What destroys, or runs a command once more, asks first.
+    """
+    id, state = job["id"], job["state"]
+    is_needed = bool(page.queue.waiting_dependents(job, 1))
+    if state == "dead":
+        yield job_button("Retry", "retry", id, "Retried", "primary")
+    if state in SUCCESSFUL:
+        yield job_button("Run again…", "retry", id, "Runs again:",
+                         ask=id + " is completed. Run it again?")
+    if can_run_now(job, page):
+        yield job_button("Run now", "run", id, "Due now:", "primary")
+    if state in TAKES["cancel"]:
+        yield job_button("Cancel…", "cancel", id, "Cancelled", "danger",
+                         ask_to_cancel(job, is_needed))
+    if is_needed:
+        yield element("span", "It can't be deleted: other jobs wait for it", css="dim")
+    elif state in TAKES["delete"]:
+        yield job_button("Delete…", "delete", id, "Deleted", "danger",
+                         "Delete %s? Its runs and their output go as well." % id)
 
 
-def ask_to_cancel(job, page):
+def job_button(words, verb, id, done, css=None, ask=None):
+    """Return the button of a verb for a job.
+
+    Its key keeps the focus from sliding to another button. The id is in the query, as
+    it may be `..`, which no path can have.
+    """
+    return button(words, "/api/jobs/-/" + verb + query_of(id=id), css,
+                  words + " " + id, ask=ask, key="do-" + words,
+                  do="Yes, " + words.strip("…").lower(), done=done + " " + id)
+
+
+def ask_to_cancel(job, is_needed):
     """Return the question before a job is cancelled, with what that means."""
     is_running = job["state"] == "processing"
     return joined(
         "Cancel %s?" % job["id"], is_running and "All its processes are ended.",
-        page.queue.waiting_dependents(job, 1) and "The jobs that come after it stay,"
-        " and wait until it is retried and completed.", by=" ")
-
-
-JOB_ACTIONS = [
-    Action("Retry", "primary", "retry", lambda job, page: job["state"] == "dead",
-           None, "Retried %s"),
-    Action("Run again…", None, "retry", lambda job, page: job["state"] in SUCCESSFUL,
-           lambda job, page: "%s is completed. Run it again?" % job["id"],
-           "Runs again: %s"),
-    Action("Run now", "primary", "run", can_run_now, None, "Due now: %s"),
-    Action("Cancel…", "danger", "cancel",
-           lambda job, page: job["state"] in TAKES["cancel"],
-           ask_to_cancel, "Cancelled %s"),
-    Action("Delete…", "danger", "delete", can_delete, lambda job, page:
-           "Delete %s? Its runs and their output go as well." % job["id"],
-           "Deleted %s"),
-]
-
-
-def job_buttons(job, page):
-    """Yield a button for each action that is possible, and why there is no Delete.
-
-    Each has a key, so that the focus does not slide to another one when one goes.
-    """
-    for action in JOB_ACTIONS:
-        if action.is_offered(job, page):
-            yield button(
-                action.words, job_address(job, action.verb), action.kind,
-                ask=action.ask and action.ask(job, page), key="do-" + action.words,
-                done=action.done % job["id"],
-                do="Yes, " + action.words.strip("…").lower())
-    if page.queue.waiting_dependents(job, 1):
-        yield element("span", "It can't be deleted: other jobs wait for it", kind="dim")
+        is_needed and "The jobs that come after it stay, and wait until it is retried"
+        " and completed.", by=" ")
 
 
 def page_reason(job, page):
     """Return in words what a job is, and why."""
     word = kind_of(job, page.status, page.now)
-    waiting = why_waiting(page.queue, job, page.status["workers"], roughly)
+    waiting = word != "processing" and why_waiting(
+        page.queue, job, roughly)
     tries = job["attempts"] and not waiting and "try %d of %d" % (
         job["attempts"], tries_allowed(job["max_retries"]))
     words = joined(failure_of(job), waiting or time_cell(job, page), tries)
-    return element("p", icon(word), element("b", word, kind="hue"), " – " + words,
-                   id="why", kind=JOB_KINDS[word].state)
+    return element("p", icon(word), element("b", word, css="hue"), " – " + words,
+                   id="why", css=JOB_KINDS[word].state)
 
 
 # Fields that the panel shows in other places, or as a part of others.
@@ -8442,18 +8386,13 @@ SHOWN_ELSEWHERE = ("id", "command", "run_at")
 def job_facts(job, page):
     """Return what the panel lists of a job, by name; empty values are not shown."""
     fields = public_job(job)
-
-    def moment(name):
-        stamp = fields[name] and re.sub("[TZ]", " ", fields[name]) + "UTC"
-        return stamp and "%s · %s" % (ago(job[name], page), stamp)
-
     after = [(id, page.queue.state(id)) for id in fields["after"][: LINKS_SHOWN + 1]]
     facts = {
         "comes after": job_links(after, page),
         "comes before": job_links(page.queue.dependents(job, LINKS_SHOWN + 1), page),
-        "enqueued": moment("created_at"),
-        "due": can_run_now(job, page) and moment("run_at"),
-        "started": moment("started_at"),
+        "enqueued": moment(job["created_at"], page),
+        "due": can_run_now(job, page) and moment(job["run_at"], page),
+        "started": job["started_at"] and moment(job["started_at"], page),
         "worker": next((worker["pid"] for worker in page.status["workers"]
                         if worker["job"] == job["id"]), None)}
     facts.update((name.replace("_", " "), fields[name])
@@ -8462,6 +8401,11 @@ def job_facts(job, page):
     facts["timeout"] = fields["timeout"] and duration_text(fields["timeout"])
     facts["env"] = " ".join(map("=".join, fields["env"].items()))
     return facts
+
+
+def moment(time, page):
+    """Return a time relative to now, and as a date."""
+    return "%s · %s" % (ago(time, page), re.sub("[TZ]", " ", iso(time)) + "UTC")
 
 
 def lock_fact(job, page):
@@ -8487,7 +8431,7 @@ def job_links(jobs, page):
 def run_links(job, shown, page):
     """Return links to the latest runs, the last one first."""
     runs = page.queue.runs(job)[: -RUNS_SHOWN - 1 : -1]
-    return element("nav", *[run_link(run, shown, page) for run in runs], kind="row",
+    return element("nav", *[run_link(run, shown, page) for run in runs], css="row",
                    id="runs", aria_label="Runs")
 
 
@@ -8498,7 +8442,10 @@ def run_link(run, shown, page):
         words[2:] = run["error"] or "exit 0", duration_text(run["seconds"])
     return link("run " + " · ".join(map(str, words)),
                 page.view.address(run=str(run["run"])), "button",
-                aria_current="true" if run["run"] == shown else None)
+                aria_current=run["run"] == shown)
+
+
+# -- the page: the output of a run, piece by piece -------------------------------------
 
 
 def panel_output(job, run, page):
@@ -8506,51 +8453,52 @@ def panel_output(job, run, page):
     if not run:
         yield element("h2", "Not run yet")
         return
-    size, asked = page.queue.output_size(job, run), {"id": job["id"], "run": run}
+    size, name = page.queue.output_size(job, run), query_of(id=job["id"], run=run)
     words = "following" if is_live(job, run) else grouped(size or 0) + " bytes"
     yield element(
-        "div", element("h2", "Output"), element("span", words, kind="dim"),
-        link("Download", "/output.log" + query_of(**asked), "button end",
-             download="%s-%d.log" % (job["id"], run)), kind="row")
-    piece = element("code", data_next="/output" + query_of(**asked))
-    if page.is_whole:
-        piece = output_piece(Request(
-            page.queue, {name: str(value) for name, value in asked.items()}, None))
+        "div", element("h2", "Output"), element("span", words, css="dim"),
+        link("Download", "/output.log" + name, "button end",
+             download="%s-%d.log" % (job["id"], run)), css="row")
+    piece = output_piece(page.queue, job, run) if page.is_whole else element(
+        "code", data_next="/output" + name)
     yield element("pre", piece, id="output", tabindex=0, role="region",
                   aria_label="Output", data_key="%s %s" % (job["id"], run),
                   data_keep="yes")
 
 
-# -- the page: the output of a run, piece by piece -------------------------------------
+def is_live(job, run):
+    """Tell whether a run still goes on."""
+    return job["state"] == "processing" and run == job["run"]
 
 
-def output_piece(request):
+def piece_route(queue, query):
+    """Return the piece of an output that an earlier piece has named."""
+    begin = count_from(0, "from")(query.get("from", "0"))
+    colour = count_from(0, "colour", 6)(query.get("colour", "0"))
+    return output_piece(queue, *run_of(queue, query), begin, colour)
+
+
+def output_piece(queue, job, run, begin=0, colour=0):
     """Return what a run has printed from a place on, and the address of the next piece.
 
     The next piece begins with the last line if that has no end: the line is given again
     with what follows, so that nobody has to keep half a line, or half a character.
     """
-    job, run = run_of(request)
-    begin = count_from(0, "from")(request.query.get("from", "0"))
-    colour = count_from(0, "colour", 6)(request.query.get("colour", "0"))
-    start, output = output_from(
-        begin, *split_dropped(output_of(request.queue, job, run)))
+    start, output = output_from(begin, *split_dropped(output_of(queue, job, run)))
     end = output.rfind(b"\n") + 1
     note = "[%s bytes before this are not shown here]\n" % grouped(start)
     lines, colour = coloured(output[:end], colour)
     last, _ = coloured(output[end:], colour)
     following = {"id": job["id"], "run": run, "colour": colour,
                  "from": start + end + overwritten(output[end:])}
-    address = "/output" + query_of(**following) if is_live(job, run) else None
-    return element("code", note if start > begin else None, *lines, element("i", *last),
+    address = is_live(job, run) and "/output" + query_of(**following)
+    return element("code", start > begin and note, *lines, element("i", *last),
                    data_next=address)
 
 
 def output_from(begin, dropped, output):
-    """Return what is shown of an output from a place on, and where that begins.
-
-    That is later if the beginning was dropped, or is too long to be shown.
-    """
+    """Return what is shown of an output from a place on, and where that begins."""
+    # Later, if the beginning was dropped, or if all of it would be too long.
     start = max(begin, dropped, dropped + len(output) - PIECE)
     output = output[start - dropped :]
     cut = output.find(b"\n") + 1 if start > begin else 0  # in the middle of a line
@@ -8560,107 +8508,85 @@ def output_from(begin, dropped, output):
 def coloured(output, colour):
     """Return an output in elements with its colours, and the colour at its end."""
     parts, colour = painted(output, colour)
-    return [element("span", text, kind="a%d" % hue) if hue else text
+    return [element("span", text, css="a%d" % hue) if hue else text
             for text, hue in parts], colour
 
 
 # -- the page: all of it ---------------------------------------------------------------
 
 
-def main_route(request, is_whole=False):
+def make_page(queue, query, site, is_whole=False):
     """Return all of the page but its chart and its output, which may take a while."""
-    queue, query, memory = request
     # From the cache: to group a hundred thousand takes longer than all the rest.
-    groups = memory.counts.get("dead", lambda: errors_of(queue))
+    groups = site.counts.get("dead", lambda: errors_of(queue))
+    lost = queue.lost_runs()
     with queue.snapshot():
-        status, now = read_status(queue), queue.clock()
+        status, now = read_status(queue, lost), queue.clock()
         # From the cache as well: two requests at once would make two looks.
-        growth = memory.counts.get("growth", lambda: memory.trend.growth(
+        growth = site.counts.get("growth", lambda: site.trend.growth(
             now, count_unfinished(status["jobs"])))
-        return page_main(Page(
-            queue, View.of(query), now, status, groups, growth, memory, is_whole))
+        view = View(*(query.get(name, "") for name in View._fields))
+        if queue.state(view.before) is None:  # deleted meanwhile
+            view = view._replace(before="", first="")
+        found = newest_jobs(queue, dict(
+            view.filters(), before=view.before, limit=str(PAGE_ROWS + 1)))
+        return page_parts(Page(queue, view, now, status, groups, growth, found,
+                               site.counts, is_whole))
 
 
-def page_main(page):
-    """Return the title, the parts of the page, and the panel of the job that is open."""
+def page_parts(page):
+    """Return the title, the parts of the page, and the panel of the open job."""
     parts = [page_now(page)]
+    if count_in(page, ""):
+        parts += [page_tiles(page), page_middle(page), page_jobs(page)]
     dead = page.status["jobs"]["dead"] - page.status["cancelled"]
-    if any(page.status["jobs"].values()):
-        parts = [page_now(page), page_tiles(page), page_middle(page), page_jobs(page)]
+    title = joined(dead and grouped(dead) + " dead", os.path.basename(page.queue.path),
+                   by=" – ")
     return Html("".join([
-        page_title(joined(dead and grouped(dead) + " dead",
-                          os.path.basename(page.queue.path), by=" – ")),
-        page_header(page), element("main", *parts), *open_panel(page)]))
-
-
-def page_title(words):
-    """Return the title of the window."""
-    return element("title", words)
-
-
-def page_without_queue():
-    return Html(
-        page_title("queuectl") + element("header", headline()) + element("main"))
-
-
-def page_trouble(words):
-    """Return the place that tells why the page is old or empty, and how old it is.
-
-    The age is no part of the alert, which would be read aloud at each change.
-    """
-    return element("div", element("p", words[:1].upper() + words[1:], role="alert"),
-                   element("p"), id="trouble", kind="card",
-                   hidden=None if words else "")
+        element("title", title), page_header(page), element("main", *parts),
+        open_panel(page) if page.view.job else ""]))
 
 
 def open_panel(page):
-    """Yield the panel of the job that is open, or that there is no job of that id."""
-    if not page.view.job:
-        return
+    """Return the panel of the open job, or that there is no job of that id."""
     if page.queue.state(page.view.job) is None:
-        yield element("p", str(no_job(page.view.job)), id="gone",
-                      data_back=page.view.open(""))
-    else:
-        yield page_panel(page)
+        return element("p", str(no_job(page.view.job)), id="gone",
+                       data_back=page.view.open(""))
+    return page_panel(page)
 
 
-# What answers a request. A GET returns a document, a POST carries out a verb. The id of
-# a job comes from the path, or from the query for ids like `..`, which browsers take
-# out of a path.
+# What answers a request, but for the page itself. A GET returns a document, a POST
+# carries out a verb. The id of a job comes from the path, or from the query for ids
+# like `..`, which browsers take out of a path.
 ROUTES = {
-    "GET /main": main_route,
-    "GET /charts": charts_route,
+    "GET /chart": chart_route,
     "GET /question": question_route,
-    "GET /output": output_piece,
+    "GET /output": piece_route,
     "GET /output.log": download_route,
     "GET /metrics": metrics_route,
-    "GET /api/status": lambda request: status_document(
-        read_status(request.queue), request.queue.clock()),
+    "GET /api/status": lambda queue, query: status_document(
+        read_status(queue), queue.clock()),
     "GET /api/stats": stats_by_minute,
     "GET /api/dead": dead_route,
-    "GET /api/count": counts_route,
-    "GET /api/jobs": lambda request: list(
-        map(public_job, newest_jobs(request.queue, request.query))),
-    "GET /api/jobs/ID": lambda request: job_document(
-        request.queue, request.queue.job(request.query["id"])),
+    "GET /api/jobs": lambda queue, query: [
+        public_job(job) for job in newest_jobs(queue, query)],
+    "GET /api/jobs/ID": lambda queue, query: job_document(
+        queue, queue.job(query["id"])),
     "GET /api/jobs/ID/output": output_route,
-    "POST /api/jobs/ID/retry": lambda request: request.queue.retry(
-        [request.query["id"]]),
-    "POST /api/jobs/ID/cancel": lambda request: request.queue.cancel(
-        [request.query["id"]]),
-    "POST /api/jobs/ID/delete": lambda request: request.queue.delete(
-        [request.query["id"]]),
-    "POST /api/jobs/ID/run": lambda request: request.queue.edit(
-        request.query["id"], {"run_at": request.queue.clock()}),
-    "POST /api/retry": lambda request: request.queue.retry_all(
-        selected_by("retry", request.query).taken),
-    "POST /api/delete": lambda request: request.queue.delete_all(
-        selected_by("delete", request.query).taken),
-    "POST /api/pause": lambda request: request.queue.set_paused(True),
-    "POST /api/resume": lambda request: request.queue.set_paused(False),
+    "POST /api/jobs/ID/retry": lambda queue, query: queue.retry([query["id"]]),
+    "POST /api/jobs/ID/cancel": lambda queue, query: queue.cancel([query["id"]]),
+    "POST /api/jobs/ID/delete": lambda queue, query: queue.delete([query["id"]]),
+    "POST /api/jobs/ID/run": lambda queue, query: queue.edit(
+        query["id"], {"run_at": queue.clock()}),
+    "POST /api/retry": lambda queue, query: queue.retry_all(
+        selected_by("retry", query).taken),
+    "POST /api/delete": lambda queue, query: queue.delete_all(
+        selected_by("delete", query).taken),
+    "POST /api/pause": lambda queue, query: queue.set_paused(True),
+    "POST /api/resume": lambda queue, query: queue.set_paused(False),
 }
 # With a million runs they take a while: whoever asks, one request makes them.
-SLOW_ROUTES = ("GET /api/stats", "GET /charts")
+SLOW_ROUTES = ("GET /api/stats", "GET /chart")
 
 
 # -- the server ------------------------------------------------------------------------
@@ -8691,15 +8617,6 @@ class Cache:
             self.values.clear()
 
 
-class Memory:
-    """What a dashboard keeps from one request to the next, for everybody."""
-
-    def __init__(self):
-        self.trend = Trend()
-        self.statistics = Cache()
-        self.counts = Cache()  # of its own: statistics must not delay a refresh
-
-
 class Site:
     """What the dashboard answers to requests; `listen` only speaks HTTP."""
 
@@ -8711,7 +8628,8 @@ class Site:
         if host not in LOOPBACK:  # it is reached by the names of its machine as well
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
         self.token = secrets.token_hex(16)
-        self.memory = Memory()
+        self.trend, self.statistics = Trend(), Cache()
+        self.counts = Cache()  # of its own: statistics must not delay a refresh
 
     def answer(self, method, target, headers):
         """Return status, type and text of the answer, or of the refusal."""
@@ -8733,27 +8651,33 @@ class Site:
 
     def content(self, method, url):
         """Return type and text of what an address names."""
-        if url.path == "/" and method == "GET":
+        name = method + " " + url.path
+        if name == "GET /":
+            return "text/html", self.whole_page(url)
+        if name == "GET /main":
             return "text/html", self.page(url)
-        if method + " " + url.path in SLOW_ROUTES:
-            return self.memory.statistics.get(url, lambda: self.document(method, url))
+        if name in SLOW_ROUTES:
+            return self.statistics.get(url, lambda: self.document(method, url))
         try:
             return self.document(method, url)
         finally:
             if method == "POST":  # the page must show what was done
-                self.memory.counts.clear()
+                self.counts.clear()
 
-    def page(self, url):
+    def page(self, url, is_whole=False):
+        """Return what the script fetches at each refresh."""
+        with self.open_queue() as queue:
+            return make_page(queue, query_fields(url), self, is_whole)
+
+    def whole_page(self, url):
         """Return the page; of a queue that can't be read, why that is so."""
         try:
-            with self.open_queue() as queue:
-                request = Request(queue, query_fields(url), self.memory)
-                content, trouble = main_route(request, is_whole=True), ""
+            content, trouble = self.page(url, is_whole=True), ""
         except (Refusal, QueueError, sqlite3.Error, OSError) as error:
-            content, trouble = page_without_queue(), str(error)
+            content, trouble = "<title>queuectl</title><main></main>", str(error)
         title, end, content = content.partition("</title>")
-        parts = {"TOKEN": self.token, "TITLE": title + end, "ICONS": icons(),
-                 "TROUBLE": page_trouble(trouble), "CONTENT": content}
+        parts = {"TOKEN": self.token, "TITLE": title + end, "CONTENT": content,
+                 "TROUBLE": element("p", sentence_case(trouble), role="alert")}
         return re.sub("|".join(parts), lambda name: parts[name[0]], PAGE_HTML)
 
     def open_queue(self):
@@ -8800,7 +8724,7 @@ class Site:
         with self.open_queue() as queue:
             if job:
                 require_job(queue, query["id"])
-            value = route(Request(queue, query, self.memory))
+            value = route(queue, query)
         if isinstance(value, str):
             return "text/html" if isinstance(value, Html) else "text/plain", value
         return "application/json", json.dumps(value)
@@ -8810,7 +8734,10 @@ def query_fields(url):
     """Return the fields of an address's query."""
     from urllib.parse import parse_qsl
 
-    return dict(parse_qsl(url.query, max_num_fields=10))
+    fields = dict(parse_qsl(url.query, max_num_fields=10))
+    if not is_storable("".join(fields.values())):
+        raise Refusal(400, "not text")
+    return fields
 
 
 def listen(site, host, port):
@@ -8824,11 +8751,12 @@ def listen(site, host, port):
         server_version, sys_version = "queuectl", ""
 
         def do_GET(self):
-            status, kind, text = site.answer(self.command, self.path, self.headers)
+            status, content_type, text = site.answer(
+                self.command, self.path, self.headers)
             # The body of a POST is not read. It must not be taken for the next request.
             self.close_connection |= self.command == "POST"
             self.send_response(status)
-            self.send_header("Content-Type", kind + "; charset=utf-8")
+            self.send_header("Content-Type", content_type + "; charset=utf-8")
             self.send_header("Content-Length", str(len(text.encode())))
             for name, value in HEADERS.items():
                 self.send_header(name, value.replace("TOKEN", site.token))
@@ -8885,32 +8813,24 @@ def serve(path, host, port):
 PAGE_CSS = """
 :root {
   color-scheme: light dark;
-  --bg: #f6f8fa; --card: #fff; --text: #1f2328; --dim: #59636e; --line: #d8dee4;
-  --edge: #868f99; --blue: #0860ca; --green: #157a34; --red: #c21c2c; --amber: #8a5c00;
-  --pink: #8b3fb0; --cyan: #0b6b7d;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --bg: #0d1117; --card: #161b22; --text: #e6edf3; --dim: #9aa4af; --line: #2b323b;
-    --edge: #6e7781; --blue: #6cb6ff; --green: #4cc764; --red: #ff7b72; --amber: #e3b341;
-    --pink: #d2a8ff; --cyan: #5fd7e0;
-  }
+  --bg: light-dark(#f6f8fa, #0d1117); --card: light-dark(#fff, #161b22);
+  --text: light-dark(#1f2328, #e6edf3); --dim: light-dark(#59636e, #9aa4af);
+  --line: light-dark(#d8dee4, #2b323b); --edge: light-dark(#868f99, #6e7781);
+  --blue: light-dark(#0860ca, #6cb6ff); --green: light-dark(#157a34, #4cc764);
+  --red: light-dark(#c21c2c, #ff7b72); --amber: light-dark(#8a5c00, #e3b341);
+  --pink: light-dark(#8b3fb0, #d2a8ff); --cyan: light-dark(#0b6b7d, #5fd7e0);
 }
 
 /* --c is the colour of a state; a1 to a6 are those of a terminal. */
-.pending { --c: var(--dim); }
-.processing { --c: var(--blue); }
-.completed { --c: var(--green); }
-.failed { --c: var(--amber); }
-.dead { --c: var(--red); }
+.pending { --c: var(--dim); } .processing { --c: var(--blue); }
+.completed { --c: var(--green); } .failed { --c: var(--amber); } .dead { --c: var(--red); }
 .hue { color: var(--c); }
 .a1 { color: var(--red); } .a2 { color: var(--green); } .a3 { color: var(--amber); }
 .a4 { color: var(--blue); } .a5 { color: var(--pink); } .a6 { color: var(--cyan); }
 
 * { box-sizing: border-box; margin: 0; }
 /* Without the script nothing answers these. */
-body:not(.live) :is(button, input, #charts) { display: none; }
-[hidden] { display: none !important; }
+body:not(.live) :is(button, input, .card:has(#chart)) { display: none; }
 body {
   margin: 0 auto; max-width: 92rem; padding: .8rem 1.2rem 3rem;
   background: var(--bg); color: var(--text);
@@ -8940,6 +8860,7 @@ button, .button, input {
 }
 button { cursor: pointer; }
 button:hover, .button:hover { border-color: var(--text); }
+[aria-disabled] { opacity: .5; cursor: not-allowed; }
 .filter { border-radius: 1rem; background: var(--bg); }
 .primary { background: var(--blue); border-color: var(--blue); color: var(--card); }
 .danger { color: var(--red); }
@@ -8952,7 +8873,8 @@ button:hover, .button:hover { border-color: var(--text); }
   position: sticky; top: .4rem; z-index: 3; margin: 0 0 .7rem;
   background: var(--red); color: var(--card);
 }
-#trouble:not([hidden]) ~ #page main { opacity: .55; }
+#trouble:has(:first-child:empty) { display: none; }
+#trouble:not(:has(:first-child:empty)) ~ #page main { opacity: .55; }
 /* Without anything good to show it is all of the page. */
 body:not(:has(#now)) { display: flex; flex-direction: column; }
 body:not(:has(#now)) #trouble {
@@ -8983,8 +8905,10 @@ dialog .row { justify-content: flex-end; margin-top: 1.1rem; }
 }
 @keyframes busy { from { scale: 0 1; } to { scale: 1 1; } }
 
-header { flex-wrap: nowrap; }
-header .line { flex: 1; }
+header { float: left; margin: .2rem .7rem 0 0; }
+#queue { flex-wrap: nowrap; }
+main { clear: both; }
+#queue .line { flex: 1; line-height: 2; }
 #now {
   border-left: 4px solid var(--c); padding: .9rem 1.1rem .8rem;
   background: color-mix(in srgb, var(--c) 5%, var(--card));
@@ -8994,26 +8918,37 @@ header .line { flex: 1; }
   content: ""; display: inline-block; width: .5em; height: .5em; margin-right: .4em;
   border-radius: 50%; background: var(--c); vertical-align: .1em;
 }
-#now p { margin-top: .15rem; }
+#now > p { margin-top: .2rem; }
+.advice { margin-top: .25rem; }
+.advice code {
+  padding: .15rem .5rem; border: 1px solid var(--line); border-radius: .3rem;
+  background: var(--card); overflow-wrap: anywhere;
+}
+#now ul .row > * { min-width: 4.6rem; text-align: center; }
+#now :is(button, .button) { padding: .05rem .55rem; }
 #now ul:not(:empty) { margin-top: .5rem; }
 #now li {
   display: grid; grid-template-columns: 7rem 11rem 1fr auto; gap: .7rem; align-items: center;
-  padding: .35rem 0; border-top: 1px solid var(--line);
+  padding: .3rem 0; border-top: 1px solid var(--line);
 }
 #tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 0 .7rem; }
 #tiles a { text-decoration: none; padding: .45rem .9rem .55rem; min-width: 0; }
 #tiles a:hover { border-color: var(--edge); }
 #tiles :is(b, .dim) { display: block; }
 #tiles b { font-size: 1.4rem; line-height: 1.3; }
+#tiles .icon { vertical-align: -.1em; stroke: var(--dim); }
+#tiles .some .icon { stroke: var(--c); }
+#tiles .dead.some :is(b, span:first-child) { color: var(--c); }
 #tiles [aria-current] { box-shadow: inset 0 -3px var(--c, var(--edge)); }
-ol { padding-left: 1.2rem; margin-top: .5rem; }
-#now ol li { display: list-item; padding: .2rem 0; border: 0; }
-ol code { background: var(--bg); padding: .15rem .5rem; border-radius: .3rem; }
+/* A queue without jobs: there is nothing but the first steps. */
+body:not(:has(#tiles)) #now { max-width: 50rem; margin: 12vh auto; padding: 1.6rem 2rem; }
+ol { padding-left: 1.2rem; }
+#now ol li { display: list-item; padding: .6rem 0 0; border: 0; }
 
 .two { display: grid; grid-template-columns: 3fr 2fr; column-gap: .7rem; }
 .two > * { min-width: 0; min-height: 9.4rem; }
-#charts { display: flex; flex-direction: column; }
-#charts svg {
+.two > *, #chart { display: flex; flex-direction: column; flex: 1; }
+#chart svg {
   width: 100%; flex: 1 0 4.5rem; height: 0; margin-bottom: .15rem;
   border: solid var(--line); border-width: 1px 0;
 }
@@ -9030,10 +8965,11 @@ rect.part { opacity: .45; }
   content: ""; display: inline-block; width: .65em; height: .65em; margin-right: .4em;
   border-radius: .15em; box-sizing: border-box;
 }
+.none { flex: 1; display: grid; place-content: center; text-align: center; }
 #running li { display: flex; gap: .6rem; padding-top: .25rem; align-items: center; }
 #running li span { flex: 1; }
 #running .icon { margin: 0; flex: none; }
-#running > a { display: inline-block; margin-top: .5rem; padding: .2rem 0; }
+#running > a { margin-top: .5rem; padding: .2rem 0; }
 #running li a { max-width: 50%; flex: none; }
 
 #q { flex: 1 1 14rem; min-width: 0; max-width: 34rem; }
@@ -9045,9 +8981,7 @@ th { width: 14rem; border: 0; }
 th.hue, th.mono { color: var(--dim); font: inherit; font-weight: 600; }
 td a { text-decoration: none; }
 .num { text-align: right; }
-.slim { width: 5.5rem; }
-.mid { width: 9rem; }
-.rest { width: auto; }
+.slim { width: 5.5rem; } .mid { width: 9rem; } .rest { width: auto; }
 tbody tr { cursor: pointer; }
 tbody tr:hover, tr[aria-current] { background: color-mix(in srgb, var(--blue) 9%, transparent); }
 #pages { justify-content: center; margin-top: .7rem; }
@@ -9072,7 +9006,7 @@ pre {
 }
 code { font: inherit; }
 pre i { font-style: normal; }
-#command { max-height: 9rem; padding-right: 4.5rem; }
+.box pre { max-height: 9rem; padding-right: 4.5rem; }
 #output { flex: 1 0 12rem; height: 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
 dl div { display: contents; }
@@ -9090,9 +9024,7 @@ dd a { margin-right: 1em; }
   #job { box-shadow: 0 0 0 100vmax #0006; }
 }
 @media (max-width: 75rem) {
-  th { width: 10rem; }
-  .mid { width: 8.6rem; }
-  .slim { width: 4.5rem; }
+  th { width: 10rem; } .mid { width: 8.6rem; } .slim { width: 4.5rem; }
 }
 @media (max-width: 60rem) {
   .two { grid-template-columns: 1fr; }
@@ -9103,8 +9035,14 @@ dd a { margin-right: 1em; }
 /* On a phone a job is two lines: state, id and time above its command. */
 @media (max-width: 44rem) {
   body { padding: .6rem .6rem 3rem; }
+  /* What needs somebody and the jobs come before the chart. */
+  main { display: flex; flex-direction: column; }
+  .two { display: contents; }
+  .two > * { order: 1; }
+  #running:has(li) { order: 0; }
   #tiles { gap: 0 .4rem; }
   #tiles a { padding: .35rem .6rem; margin-top: .4rem; }
+  #tiles b { font-size: 1.2rem; }
   #tiles .dim, thead { display: none; }
   td { border: 0; padding: .05rem .4rem; }
   tr {
@@ -9114,7 +9052,6 @@ dd a { margin-right: 1em; }
   td.rest { grid-row: 2; grid-column: 1 / 4; }
   td.mid { width: auto; }
   #now li { grid-template-columns: auto 1fr auto; gap: .1rem .7rem; }
-  #charts { min-height: 10.8rem; }
   #now li .dim { grid-row: 2; grid-column: 1 / 4; }
 }
 @media (forced-colors: active) {
@@ -9123,15 +9060,15 @@ dd a { margin-right: 1em; }
 }
 """
 
-# What the page shows is made by `main_route`, `charts_route` and `output_piece`. The
-# script fetches them again and again, and lets what is shown become what came. It knows
-# no state, no duration, no colour and no text of a job.
+# What the page shows is made by `make_page`, `chart_route` and `output_piece`. The script
+# fetches them again and again, and lets what is shown become what came. It knows no
+# state, no duration, no colour and no text of a job.
 PAGE_SCRIPT = r"""
 "use strict";
 const find = id => document.getElementById(id);
-const wait = isBusy => document.body.classList.toggle("busy", isBusy);
+const setBusy = isBusy => document.body.classList.toggle("busy", isBusy);
 const parse = text => new DOMParser().parseFromString(text, "text/html");
-let turn = 0, timer, chartDue = 0, seen = performance.now(), toastTimer;
+let turn = 0, timer, chartDue = 0, lastGood = performance.now(), toastTimer;
 
 /* A line that was cut gives no error by itself. An action may take as long as it needs. */
 async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
@@ -9183,21 +9120,21 @@ async function refresh() {
     const came = parse(await get("/main" + location.search));
     if (mine !== turn) return;
     const focused = document.activeElement;
+    cover(came.body);
     becomeChildren(find("page"), came.body);
-    cover();
     document.title = came.title;
     const search = find("q");
     if (search && search !== focused) search.value = search.defaultValue;
     moveFocus(opened, focused);
-    seen = performance.now();
-    find("trouble").hidden = true;
+    lastGood = performance.now();
+    trouble("");
     chart().catch(() => { chartDue = 0; });  // which may take a while: nobody waits for it
-    await tail(find("output"));
+    await follow(find("output"));
   } catch (error) {
     if (mine === turn) trouble(error.message);
   }
   if (mine !== turn) return;
-  wait(false);
+  setBusy(false);
   timer = setTimeout(refresh, document.hidden ? 15000 : 2000);
 }
 
@@ -9210,37 +9147,38 @@ function moveFocus(opened, focused) {
   const job = find("job") && find("job").dataset.key;
   const row = opened && document.querySelector(`tr[data-key="${CSS.escape(opened)}"] a`);
   let target = focused.isConnected ? null : find("name") || find("verdict");
-  if (job !== opened) target = job ? find("name") : row || target;
+  if (job !== opened) target = job ? find(focused.id) || find("name") : row || target;
   if (target) target.focus({preventScroll: true});
 }
 
 /* What the panel covers can't be reached, by the Tab key either. */
 const narrow = matchMedia("(max-width: 100rem)");
-function cover() {
-  for (const part of document.querySelectorAll("header > :not(h1), main > *"))
-    part.inert = narrow.matches && Boolean(find("job"));
+function cover(page) {
+  const isCovered = narrow.matches && Boolean(page.querySelector("#job"));
+  for (const part of page.querySelectorAll("#queue, main > *")) part.inert = isCovered;
 }
 
-const sentence = words => words[0].toUpperCase() + words.slice(1);
+const sentence = words => words.slice(0, 1).toUpperCase() + words.slice(1);
 
 function trouble(words) {
   const [alert, age] = find("trouble").children;
-  const seconds = Math.round((performance.now() - seen) / 1000);
-  find("trouble").hidden = false;
+  const seconds = Math.round((performance.now() - lastGood) / 1000);
   if (alert.textContent !== sentence(words)) alert.textContent = sentence(words);
-  age.textContent = (find("now") ? `What is shown is ${seconds} s old. ` : "")
+  age.textContent = (find("queue") ? `What is shown is ${seconds} s old. ` : "")
     + "This page tries again every 2 s.";
+  if (words) for (const button of document.querySelectorAll("#page [data-post]"))
+    button.setAttribute("aria-disabled", true);  // until the next refresh
 }
 
 async function chart() {
-  if (performance.now() < chartDue || !find("charts")) return;
+  if (performance.now() < chartDue || !find("chart")) return;
   chartDue = performance.now() + 10000;
-  becomeChildren(find("charts"), parse(await get("/charts")).body);
+  becomeChildren(find("chart"), parse(await get("/chart")).body);
 }
 
 /* Each piece of an output names the address of what follows it, which begins with its last
    line again while that has no end. */
-async function tail(box) {
+async function follow(box) {
   const piece = box && box.lastElementChild, next = piece && piece.dataset.next;
   if (!next) return;
   const came = parse(await get(next)).body.firstChild, last = piece.querySelector("i");
@@ -9256,7 +9194,7 @@ async function tail(box) {
 
 function go(address) {
   history.pushState(null, "", address);
-  wait(true);
+  setBusy(true);
   refresh().then(() => {
     const target = find(location.hash.slice(1));
     const top = target ? target.getBoundingClientRect().top : 0;
@@ -9272,26 +9210,26 @@ function say(words) {
   toastTimer = setTimeout(() => { find("said").hidden = true; }, 6000);
 }
 
-function confirmed(question, words, kind) {
+function confirmed(question, words, css) {
   const box = find("sure");
-  wait(false);
+  setBusy(false);
   find("question").textContent = question;
   find("yes").textContent = words;
-  find("yes").className = kind || "primary";
+  find("yes").className = css || "primary";
   box.returnValue = "";
   box.showModal();
   return new Promise(resolve => {
     box.onclose = () => resolve(box.returnValue === "yes");
-  }).finally(() => wait(true));
+  }).finally(() => setBusy(true));
 }
 
-async function act({post, question, ask, do: words, done, kind}) {
+async function act({post, question, ask, do: words, done, css}) {
   if (question) {
     const answer = JSON.parse(await get(question));
     if (answer.none) return say(answer.none);
     ask = answer.ask;
   }
-  if (ask && !await confirmed(ask, words, kind)) return;
+  if (ask && !await confirmed(ask, words, css)) return;
   const changed = JSON.parse(await get(post, {method: "POST", headers: {"X-Token": "TOKEN"}}));
   const jobs = changed === 1 ? " job" : " jobs";
   say(question ? done + " " + changed.toLocaleString("en") + jobs : done);
@@ -9305,18 +9243,23 @@ function copy(node) {
 }
 
 function press(button) {
-  if (button.dataset.copy) return copy(find(button.dataset.copy));
-  if (!button.dataset.post) return find("sure").close(button.value);
-  wait(true);
-  act(button.dataset).catch(error => say(error.message)).then(() => wait(false));
+  const {copy: copies, post} = button.dataset;
+  if (copies !== undefined) return copy(button.previousElementSibling);
+  if (button.hasAttribute("aria-disabled")) return;
+  if (!post) return find("sure").close(button.value);
+  setBusy(true);
+  act(button.dataset).catch(error => say(error.message)).then(() => setBusy(false));
 }
 
+const isPlain = event =>
+  !(event.ctrlKey || event.metaKey || event.shiftKey || event.altKey);
+
 document.onclick = event => {
-  const {target} = event, plain = !(event.ctrlKey || event.metaKey || event.shiftKey);
+  const {target} = event;
   const button = target.closest("button"), link = target.closest("a");
   const row = target.closest("tbody tr");
   if (button) press(button);
-  else if (link && plain && !link.download) {
+  else if (link && isPlain(event) && !link.download) {
     event.preventDefault();
     go(link.href);
   } else if (row && !link && !String(getSelection())) go(row.querySelector("a").href);
@@ -9336,7 +9279,8 @@ document.oninput = event => {
 document.onkeydown = event => {
   const search = find("q");
   if (event.target === search || find("sure").open) return;
-  if (event.key === "Escape" && find("close")) find("close").click();
+  const link = find({Escape: "close", ArrowLeft: "previous", ArrowRight: "next"}[event.key]);
+  if (link && isPlain(event)) link.click();
   if (event.key === "/" && search) {
     event.preventDefault();
     search.focus();
@@ -9344,8 +9288,8 @@ document.onkeydown = event => {
 };
 
 window.onpopstate = document.onvisibilitychange = refresh;
-narrow.onchange = cover;
-cover();
+narrow.onchange = () => cover(find("page"));
+narrow.onchange();
 document.body.classList.add("live");
 if (find("output")) find("output").scrollTop = find("output").scrollHeight;
 if (find("name")) find("name").focus();
@@ -9365,8 +9309,9 @@ TITLE
 <style nonce="TOKEN">""" + PAGE_CSS + """</style>
 </head>
 <body>
-TROUBLE
-ICONS
+<section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p></section>
+<header><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
+<path d="M2 4h12M2 8h8M2 12h11"/></svg>queuectl</h1></header>
 <div id="page">CONTENT</div>
 <p id="said" role="status" hidden></p>
 <dialog id="sure" aria-labelledby="question">

@@ -141,7 +141,7 @@ SCRIPT = os.path.abspath(queuectl.__file__)
 HERE = os.path.dirname(SCRIPT)
 DAY = 86400  # seconds
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # what os.kill does on Windows
-LIMIT = queuectl.OutputLimit(1000)
+LIMIT = 1000
 # How a byte that is no UTF-8 is shown: on Windows it is in a code page.
 BYTE_FF = "\\xff" if os.name == "posix" else b"\xff".decode("mbcs")
 SHORT_TIMEOUT = 0.5 if os.name == "posix" else 3  # seconds; a command starts in less
@@ -732,7 +732,7 @@ def leased_run(queue, worker):
     """Claim a job, and hold the lease of its run in this process."""
     leases = []
     run = queue.claim(worker, lambda run: leases.append(
-        queuectl.Lease(run.lease, run.limit)))
+        queuectl.Lease(run.lease, run.output_limit)))
     try:
         yield run, leases[0]
     finally:
@@ -869,13 +869,16 @@ def page(queue):
 
     So each test of the page also tests that its markup is well-formed.
     """
-    routes = {"/charts": queuectl.charts_route, "/output": queuectl.output_piece}
+    routes = {"/chart": queuectl.chart_route, "/output": queuectl.piece_route}
 
     def ask(address="/", **options):
         path, _, query = address.partition("?")
         query = dict(urllib.parse.parse_qsl(query.partition("#")[0]))
-        request = queuectl.Request(queue, query, queuectl.Memory())
-        made = routes.get(path, queuectl.main_route)(request, **options)
+        if path in routes:
+            made = routes[path](queue, query)
+        else:
+            made = queuectl.make_page(
+                queue, query, queuectl.Site(queue.path, "localhost"), **options)
         return ElementTree.fromstring("<body>%s</body>" % made)
 
     return ask
@@ -1417,6 +1420,15 @@ class TestRunsNeverOverlap:
         assert queue.job("job")["state"] == "processing"
 
     @mechanism
+    def test_a_job_is_lost_if_another_worker_has_got_the_pid(self, queue):
+        add_job(queue)
+        with leased_run(queue, 7):
+            fd = queuectl.lock_file(queuectl.worker_file(queue.path, 1, 7))
+        make_reaper(queue).recover_lost(queue, [])
+        os.close(fd)
+        assert queue.job("job")["state"] == "pending"
+
+    @mechanism
     def test_a_second_pool_of_the_same_pid_is_refused(self, queue):
         """Pools in two containers may have the same pid."""
         fd = queuectl.lock_file(queuectl.pool_file(queue.path, os.getpid()))
@@ -1798,7 +1810,7 @@ class TestEndedFromOutsideEndsWhole:
         pool = start_pool(count=1)
         wait_until(live_commands)
         [pid] = live_commands()
-        wait_until(lambda: queuectl.proc_stat(pid)[0] == b"Z")
+        wait_until(lambda: queuectl.proc_stat(pid).state == b"Z")
         run_ok("cancel", "x")
         wait_until(lambda: state_of("x") == "dead")
         assert not live_commands()
@@ -1865,7 +1877,7 @@ class TestEndedFromOutsideEndsWhole:
     @mechanism
     @needs_proc
     def test_a_scan_skips_processes_older_than_the_pool(self):
-        began = int(queuectl.proc_stat("self")[19])
+        began = queuectl.proc_stat("self").started
         assert os.getpid() in dict(queuectl.scan_proc(began, set()))
         assert os.getpid() not in dict(queuectl.scan_proc(began + 1, set()))
 
@@ -2162,8 +2174,7 @@ class TestOutputIsKept:
                 raise OSError(28, "No space left on device")
             return write(fd, data[:taken])
 
-        limit_of_lease = queuectl.OutputLimit(limit)
-        lease = queuectl.Lease(str(home / "queuectl.runs" / "x"), limit_of_lease)
+        lease = queuectl.Lease(str(home / "queuectl.runs" / "x"), limit)
         for step in range(200):
             monkeypatch.setattr(os, "write", full if step % 50 > 24 else write)
             size = rnd.choice([1, 10, 1000, 30000, 100000])
@@ -2174,7 +2185,7 @@ class TestOutputIsKept:
             assert queuectl.split_dropped(lease.output())[1] == kept[1]
             if step < 25:  # the disk has taken every write so far
                 assert queuectl.split_dropped(lease.output()) == kept
-                on_disk = queuectl.read_output(lease.path, limit_of_lease)
+                on_disk = queuectl.read_output(lease.path, limit)
                 assert queuectl.split_dropped(on_disk) == kept
                 assert os.path.getsize(lease.path) <= 2 * limit + 2**16
         lease.discard()
@@ -3647,10 +3658,10 @@ class TestShow:
     def test_it_says_why_a_job_is_not_running(self, queue, clock):
         own_file = queuectl.pool_file("queuectl.db", os.getpid())
 
-        def why(id, workers=({"job": "a"},)):
-            fd = queuectl.lock_file(own_file) if workers else None
+        def why(id, has_pool=True):
+            fd = queuectl.lock_file(own_file) if has_pool else None
             try:
-                return queuectl.why_waiting(queue, queue.job(id), workers)
+                return queuectl.why_waiting(queue, queue.job(id))
             finally:
                 if fd:
                     queuectl.drop_lock_file(queue.path, fd, own_file)
@@ -3660,19 +3671,23 @@ class TestShow:
         add_job(queue, id="c", delay=12)
         no_pool = "no pool is running; to start one: queuectl.py worker start"
         assert why("a") == "next in line" and why("b") == "1 job before it"
-        assert why("b", ()).startswith("no pool is running")
+        assert why("b", has_pool=False).startswith("no pool is running")
         assert why("c") == "due in 12s"
         run = claim(queue)
-        assert why("a") is None and why("a", [{"job": None}]) == (
-            "its worker died; the next pool runs the job again")
-        lease = queuectl.Lease(run.lease, queuectl.OutputLimit(10))
-        assert why("a", ()) == queuectl.ORPHAN_HINT % "runs the job again" + (
+        worker = queuectl.lock_file(queuectl.worker_file(queue.path, 1, run.worker))
+        lease = queuectl.Lease(run.lease, run.output_limit)
+        assert why("a") is None
+        os.close(worker)
+        assert why("a") == "its worker died, but its processes still run; the next" \
+            " pool ends them and runs the job again"
+        assert why("a", has_pool=False) == queuectl.ORPHAN_HINT % "runs the job again" + (
             "; " + no_pool)
         os.close(lease.fd)
-        assert why("a", ()) == queuectl.LOST_HINT % "runs the job again" + (
+        assert why("a", has_pool=False) == queuectl.LOST_HINT % "runs the job again" + (
             "; " + no_pool)
         queue.fail(run, make_outcome("exit 1"))
-        assert why("a") == "try 2 is due in 2.0s" and why("a", ()).endswith("worker start")
+        assert why("a") == "try 2 is due in 2.0s"
+        assert why("a", has_pool=False).endswith("worker start")
         assert "waiting:     due" in run_ok("show", "c").out
 
     @fork_only
@@ -4758,6 +4773,24 @@ class TestStatus:
 
         monkeypatch.setattr(queuectl.Queue, "workers", look_then_claim)
         assert queuectl.read_status(queue)["lost"] == set()
+
+    @mechanism
+    def test_a_job_completed_meanwhile_does_not_seem_lost(
+        self, queue, page, monkeypatch
+    ):
+        def complete_then_look(path):
+            with queuectl.Queue("queuectl.db") as other:
+                other.complete(run, make_outcome(None))
+            return {run.worker}
+
+        monkeypatch.setattr(queuectl, "living_workers", complete_then_look)
+        for id in ("by status", "by the page"):
+            add_job(queue, id=id)
+            run = claim(queue)  # its lease is free, as after its end
+            if id == "by status":
+                assert queuectl.read_status(queue)["lost"] == set()
+            else:
+                assert "lost" not in words_of(page("/"))
 
     @pytest.mark.parametrize("counts, growth", [
         ([5], 0), ([5, 9, 13], 0.5), ([9, 5], -16), ([5, 6, 8, 9], 4),
@@ -7365,7 +7398,7 @@ queuectl.os.environ["PATH"] = "/nowhere"
         reader, writer = os.pipe()
         with open(writer, "w", encoding="utf-8") as stream:
             for _ in range(50):  # more than a pipe can hold
-                queuectl.write_in_time(stream, 10000 * "x")
+                queuectl.write_or_drop(stream, 10000 * "x")
             assert os.read(reader, 2**20).startswith(b"xxx")
             os.close(reader)  # now the thread that waits ends
 
@@ -7501,7 +7534,7 @@ class TestStatistics:
         add_job(queue, id="x")
         run = claim(queue)._replace(started_at=clock.now - 60)
         queue.complete(run, make_outcome(None, finished_at=clock.now - 45))
-        stats = queuectl.stats_by_minute(queuectl.Request(queue, {}, None))
+        stats = queuectl.stats_by_minute(queue, {})
         assert stats["bar_seconds"] == 60 and len(stats["throughput"]) == 60
         assert [bar["completed"] for bar in stats["throughput"]][-2:] == [1, 0]
 
@@ -7543,8 +7576,8 @@ class TestServer:
         ("/api/jobs?before=%00", 400), ("/api/jobs?limit=-1", 400),
         ("/api/jobs?state=x", 400), ("/api/stats?since=x", 400),
         ("/api/jobs?before=gone", 404), ("/api/jobs?state=dead&before=gone", 404),
-        ("/api/jobs?error=%00", 400), ("/api/count?state=x", 400),
-        ("/output", 404), ("/output?id=x", 404), ("/output.log?id=%00", 404),
+        ("/api/jobs?error=%00", 400), ("/api/stats?a=%00", 400),
+        ("/output", 404), ("/output?id=x", 404), ("/output.log?id=%00", 400),
         ("/question?verb=delete", 200), ("/?state=x&q=%00&before=x&job=x", 200),
         ("/api/jobs/x/output?run=1e9", 404), ("/api/jobs?" + "a=1&" * 20, 400),
         ("/api/jobs?limit=" + "9" * 30, 400),
@@ -7594,7 +7627,7 @@ class TestServer:
         assert not read_status()["paused"]
 
     @pytest.mark.parametrize("path", [
-        "/", "/main", "/charts", "/output?id=x", "/output.log?id=x", "/api/dead",
+        "/", "/main", "/chart", "/output?id=x", "/output.log?id=x", "/api/dead",
         "/question", "/api/jobs"])
     def test_a_rebound_name_reads_nothing(self, empty_dashboard, path):
         answer = empty_dashboard.ask(path, Host="evil.example")
@@ -7679,8 +7712,6 @@ class TestApi:
         assert ids("?error=exit+1") == ["j4", "j1", "j0"]
         assert ids("?state=dead&error=exit+1") == ["j1", "j0"]
         assert ids("?error=exit") == []
-        assert dashboard.json("/api/count?error=exit+1") == {
-            "jobs": 3, "retry": 2, "delete": 3}
         assert dashboard.post("/api/retry?error=exit+1").text == "2"
         assert dashboard.post("/api/delete?state=dead&error=exit+127").text == "1"
         assert sorted(jobs("--state", "dead")) == ["j3"]
@@ -7704,10 +7735,9 @@ class TestApi:
     def test_the_last_bytes_of_an_output_can_be_asked_for(self, dashboard, queue):
         add_job(queue, id="x")
         queue.complete(claim(queue), make_outcome(None, output=b"0123456789"))
-        for query, text, start in (("tail=3", "789", 7), ("tail=99", "0123456789", 0),
-                                   ("tail=3&from=8", "89", 8), ("tail=0", "", 10)):
-            part = dashboard.json("/api/jobs/x/output?" + query)
-            assert (part["output"], part["start"], part["end"]) == (text, start, 10)
+        for tail, text in (("3", "789"), ("99", "0123456789"), ("0", "")):
+            assert dashboard.json("/api/jobs/x/output?tail=" + tail) == {
+                "id": "x", "run": 1, "output": text}
         assert dashboard.ask("/api/jobs/x/output?tail=-1").status == 400
 
     def test_it_can_cancel_retry_and_delete(self, dashboard):
@@ -7733,12 +7763,13 @@ class TestApi:
         run_ok("cancel", "cut")
         enqueue(id="waits", after=["b1"])
         enqueue(id="a3", delay=3600)
-        assert dashboard.json("/api/count") == {"jobs": 7, "retry": 4, "delete": 7}
-        assert dashboard.json("/api/count?q=a") == {"jobs": 5, "retry": 2, "delete": 5}
+        question = lambda query: [*dashboard.json("/question?verb=" + query).values()][0]
+        assert question("retry").startswith("Retry 4 dead jobs?")
+        assert question("retry&q=a").startswith("Retry 2 dead jobs with “a” in them?")
+        assert question("delete&q=a").startswith("Delete 5 jobs with “a” in them?")
         # An error matches as well.
-        assert dashboard.json("/api/count?q=exit+2")["jobs"] == 1
-        assert dashboard.json("/api/count?state=pending") == {
-            "jobs": 2, "retry": 0, "delete": 2}
+        assert question("delete&q=exit+2").startswith("Delete 1 job with")
+        assert question("retry&state=pending") == "There is nothing to retry."
         for path in (
             "retry?state=pending", "retry?state=processing", "delete?state=processing"
         ):
@@ -7781,19 +7812,6 @@ class TestApi:
         for run in ("0", "2"):
             assert dashboard.ask("/api/jobs/x/output?run=" + run).status == 404
 
-    def test_an_output_can_be_read_on_from_a_position(self, dashboard, queue):
-        configure("output_limit", "10")
-        add_job(queue, id="x")
-        with leased_run(queue, os.getpid()) as (run, lease):
-            lease.write("0123é".encode()[:-1])
-            part = dashboard.json("/api/jobs/x/output?from=1")
-            assert (part["output"], part["start"], part["end"]) == ("123", 1, 4)
-            lease.write("é".encode()[-1:] + b"6789abcdef")
-            part = dashboard.json("/api/jobs/x/output?from=4")
-            assert (part["output"], part["start"], part["end"]) == ("6789abcdef", 6, 16)
-            assert dashboard.json("/api/jobs/x/output?from=16")["output"] == ""
-            assert dashboard.ask("/api/jobs/x/output?from=-1").status == 400
-
 
 class TestPage:
     """The parts of the page, made without a browser."""
@@ -7806,14 +7824,14 @@ class TestPage:
         whole = page("/?" + query, is_whole=True)
         assert whole.find("aside//h2").text == NASTY_ID
         assert NASTY_ID in words_of(named_part(whole, "output"))
-        assert not [*whole.iter("script")] + [*page("/charts").iter("script")]
+        assert not [*whole.iter("script")] + [*page("/chart").iter("script")]
 
     def test_its_policy_allows_its_own_script_alone(self, empty_dashboard):
         whole = empty_dashboard.ask("/")
         assert "innerHTML" not in whole.text and "style=" not in whole.text
         policy = whole.headers["Content-Security-Policy"]
         assert "default-src 'none'" in policy and "unsafe" not in policy
-        for path in ("/", "/main", "/charts", "/api/jobs", "/metrics", "/no"):
+        for path in ("/", "/main", "/chart", "/api/jobs", "/metrics", "/no"):
             headers = empty_dashboard.ask(path).headers
             assert headers["X-Content-Type-Options"] == "nosniff"
             assert headers["X-Frame-Options"] == "DENY"
@@ -7846,12 +7864,12 @@ class TestPage:
         now = named_part(page(), "now")
         assert words_of(named_part(now, "verdict")) == (
             "Stuck: 1 job waits for dead ones")
-        assert now.find("p").text == (
-            "1 behind other jobs · Retry the dead ones, or cancel what waits")
+        assert now.find("p").text == "1 behind other jobs"
+        assert words_of(now.find("div")) == "Retry the dead ones, or cancel what waits"
         rows = [[words_of(part) for part in row] for row in now.findall("ul/li")]
         assert rows == [
             ["2 dead", "exit 12", "the latest just now", "ShowRetry…"],
-            ["1 dead", "exit 1", "“no such row” · just now", "ShowRetry…"],
+            ["1 dead", "exit 1", "“no such row” · just now", "ShowRetry"],
             ["1 blocked", "a", "by this job, which is dead", "ShowRetry"]]
 
     def test_what_blocks_most_comes_first_and_leads_to_what_waits(
@@ -7878,12 +7896,25 @@ class TestPage:
         assert dashboard.post("/api/delete?behind=a").text == "3"
 
     def test_commands_to_paste_name_the_queue(self, queue, page):
-        name = " --db " + queue.path
-        steps = page().find(".//ol")
-        assert words_of(steps[0]) == (
-            "Add a job: queuectl.py%s enqueue -- echo hello" % name)
+        def command():
+            """Return what the first Copy of the page copies: the text before it."""
+            _, code, copy = named_part(page(), "now").find(".//div[button]")
+            assert copy.get("data-copy") == ""
+            return code.text
+
+        name = "queuectl.py --db " + queuectl.quoted([queue.path])
+        assert command() == name + " enqueue -- echo hello"
         add_job(queue)
-        assert "queuectl.py%s worker start" % name in words_of(named_part(page(), "now"))
+        assert command() == name + " worker start"
+
+    def test_a_paused_queue_without_a_pool_lacks_both(self, queue, page, monkeypatch):
+        add_job(queue)
+        queue.set_paused(True)
+        advice = "No pool is running; to start one: queuectl.py"
+        assert advice in words_of(named_part(page(), "now"))
+        monkeypatch.setattr(queuectl, "is_locked", lambda path: True)
+        monkeypatch.setattr(queuectl, "living_pools", lambda path: {7: [1]})
+        assert "No pool" not in words_of(named_part(page(), "now"))
 
     def test_show_and_retry_take_the_jobs_of_exactly_one_error(
             self, queue, page, dashboard):
@@ -7891,11 +7922,20 @@ class TestPage:
         let_die(queue, "b", "exit 127")
         row = named_part(page(), "now").find("ul/li[@data-key='exit 1']")
         assert [job[1] for job in table_of(page(links_of(row)["Show"]))] == ["a"]
+        let_die(queue, "c", "exit 1")
+        row = named_part(page(), "now").find("ul/li[@data-key='exit 1']")
         retry = buttons_of(row)["Retry…"]
         assert dashboard.json(retry["data-question"]) == {
-            "ask": "Retry 1 dead job with the error “exit 1”?"}
-        assert dashboard.post(retry["data-post"]).text == "1"
-        assert (state_of("a"), state_of("b")) == ("pending", "dead")
+            "ask": "Retry 2 dead jobs with the error “exit 1”?"}
+        assert dashboard.post(retry["data-post"]).text == "2"
+        assert sorted(jobs("--state", "dead")) == ["b"]
+
+    def test_one_dead_job_is_retried_without_a_question(self, queue, page, dashboard):
+        let_die(queue, "a")
+        retry = buttons_of(named_part(page(), "now"))["Retry"]
+        assert not {"data-ask", "data-question"} & {*retry}
+        assert dashboard.post(retry["data-post"]).status == 200
+        assert state_of("a") == "pending"
 
     def test_only_the_most_common_errors_are_named(self, queue, page):
         for number in range(6):
@@ -7907,16 +7947,15 @@ class TestPage:
         assert [words_of(row)[:11] for row in rows][4:] == ["1 deadexit "]
 
     def test_it_can_pause_and_resume(self, queue, page, dashboard):
-        assert not buttons_of(page())  # there is nothing to pause
+        assert "Pause" not in buttons_of(page())  # there is nothing to pause
         add_job(queue)
         waits = ": 1 job waits"
         for word, verdict in (("Pause", "Paused" + waits),
                               ("Resume", "No pool is running" + waits)):
-            switch = buttons_of(page().find("header"))[word]
+            switch = buttons_of(named_part(page(), "queue"))[word]
             assert dashboard.post(switch["data-post"]).status == 200
             assert words_of(named_part(page(), "verdict")) == verdict
-            assert ("queuectl.py" in words_of(named_part(page(), "now"))) == (
-                word == "Resume")
+            assert "to go on" not in words_of(named_part(page(), "now"))
 
     def test_tiles_count_and_lead_to_their_jobs(self, queue, clock, page):
         add_job(queue, id="fails")
@@ -7933,8 +7972,8 @@ class TestPage:
             "all 4 3 to go", "pending 2 longest wait 19 min", "processing 0 of 0 workers",
             "completed 0", "failed 1 next due in 2 s", "dead 1 1 cancelled"]
         assert [row[0] for row in table_of(page(tiles[5].get("href")))] == ["cancelled"]
-        current = named_part(page("/?state=dead"), "tiles").find("a[@aria-current]")
-        assert current[0].text == "dead"
+        current = named_part(page("/?state=dead"), "tiles").find("a[@aria-current='true']")
+        assert words_of(current[0]) == "dead"
 
     def test_it_shows_what_runs_now(self, queue, clock, page):
         for number in range(queuectl.RUNNING_SHOWN + 2):
@@ -7944,6 +7983,12 @@ class TestPage:
         running = named_part(page(), "running")
         assert words_of(running.find("ul/li")) == "j0echo 03 min"
         assert links_of(running)["2 more"] == "/?state=processing#jobs"
+
+    def test_idle_workers_are_counted_where_nothing_runs(self, queue, page, monkeypatch):
+        add_job(queue)
+        assert words_of(named_part(page(), "running")) == "Running nowNo job runs"
+        monkeypatch.setattr(queuectl, "living_pools", lambda path: {7: [1, 2]})
+        assert "No job runs, 2 workers idle" in words_of(named_part(page(), "running"))
 
     def test_a_run_near_its_timeout_is_marked(self, queue, clock, page):
         for name, timeout in (("near", 100), ("far", 1000), ("free", None)):
@@ -7975,13 +8020,13 @@ class TestPage:
         assert [row[2] for row in table_of(page())] == ["exit 1 true"] * 3
 
     def test_its_chart_shows_minutes(self, queue, clock, page):
-        assert "nothing ran in the last hour" in words_of(page("/charts"))
+        assert words_of(page("/chart")) == "No job ran in the last hour"
         add_job(queue)
         queue.complete(claim(queue), make_outcome(None, finished_at=clock.now + 0.5))
-        chart = page("/charts")
+        chart = page("/chart")
         assert [title.text for title in chart.iter("title")] == [
             "1 completed, 0 failed, 0 min ago"]
-        assert "100 % succeed · a run takes 0.5s (95 %: 0.5s)" in words_of(chart)
+        assert "100 % succeed · a run takes 0.5s, a slow one 0.5s" in words_of(chart)
         assert chart.find("svg/rect").get("class") == "completed part"
         assert chart.find("svg").get("viewBox") == "0 0 10 4"  # since the first run
         assert "10 min ago" in words_of(chart)
@@ -8014,9 +8059,9 @@ class TestPage:
             "locked": ("behind a lock", "waits 1 s"),
             "ready": ("pending", "waits 1 s"), "delayed": ("delayed", "in 60 s"),
             "behind": ("behind a job", "after holds")}
-        symbols = ElementTree.fromstring(queuectl.icons())
-        assert {use.get("href") for use in page().iter("use")} <= {
-            "#" + symbol.get("id") for symbol in symbols}
+        icons = [path.get("d") for path in page().iterfind(".//tbody//path")]
+        assert sorted(icons) == sorted(
+            queuectl.JOB_KINDS[word].icon for word, _ in shown.values())
 
     def test_a_search_takes_any_case_and_no_wildcards(self, queue, page):
         add_job(queue, id="Early", command="echo 100%_")
@@ -8054,7 +8099,7 @@ class TestPage:
     @pytest.mark.parametrize("address, offered", [
         ("/", ["Retry dead…"]), ("/?q=x", ["Retry dead…", "Delete…"]),
         ("/?state=dead", ["Retry dead…", "Delete…"]), ("/?state=pending", ["Delete…"]),
-        ("/?state=processing", []), ("/?q=nothing", ["Retry dead…"])])
+        ("/?state=processing", []), ("/?q=nothing", [])])
     def test_it_offers_for_many_what_can_be_done(self, queue, page, address, offered):
         add_job(queue, id="x1"), add_job(queue, id="x2")
         queue.cancel(["x2"])
@@ -8102,8 +8147,8 @@ class TestPage:
         add_job(queue, id="b", after=["a"])
         read = queuectl.read_status
 
-        def read_then_complete(queue):
-            status = read(queue)
+        def read_then_complete(*args):
+            status = read(*args)
             with queuectl.Queue("queuectl.db") as other:
                 claim_and_complete(other)
             return status
@@ -8132,13 +8177,13 @@ class TestPage:
         for query in ("state=x", "q=%00"):
             whole = dashboard.ask("/?" + query)
             assert whole.status == 200 and re.search(
-                '<div id="trouble"[^>]*><p role="alert">[^<]', whole.text)
+                '<section id="trouble"[^>]*><p role="alert">[^<]', whole.text)
             assert dashboard.ask("/main?" + query).status == 400
 
     def test_a_removed_queue_is_reported_on_the_page(self):
         site = queuectl.Site(os.path.abspath("none.db"), "localhost")
         status, kind, text = site.answer("GET", "/", {"Host": "localhost"})
-        trouble, = re.findall('<div id="trouble"[^>]*>.*?</p>', text)
+        trouble, = re.findall('<section id="trouble"[^>]*>.*?</p>', text)
         assert (status, kind) == (200, "text/html")
         assert "There is no queue" in trouble and "hidden" not in trouble
         assert site.answer("GET", "/main", {"Host": "localhost"})[0] == 400
@@ -8170,7 +8215,7 @@ class TestPage:
                 stderr=subprocess.DEVNULL, timeout=60, encoding="utf-8").stdout
         output, = re.findall('(?s)<pre id="output".*?</pre>', shown)
         assert "c&lt;i&gt;" in output and output.count("<code") == 1
-        assert re.search('id="trouble"[^>]*hidden', shown) and 'class="live' in shown
+        assert '<p role="alert"></p>' in shown and 'class="live' in shown
         assert "succeed" in shown  # the chart, which only the script fetches
 
 
@@ -8197,6 +8242,7 @@ class TestPanel:
         add_job(queue)
         claim(queue)
         monkeypatch.setattr(queuectl, "living_pools", lambda path: {7: [1]})
+        monkeypatch.setattr(queuectl, "is_locked", lambda path: True)
         panel = page("/?job=job").find("aside")
         assert words_of(named_part(panel, "why")) == "processing – for 1 s, try 1 of 3"
         assert "worker1" in words_of(panel.find("dl"))
@@ -8211,6 +8257,23 @@ class TestPanel:
         assert "Delete…" not in buttons
         assert "It can't be deleted: other jobs wait for it" in words_of(panel)
         assert "come after it stay" in buttons["Cancel…"]["data-ask"]
+
+    def test_it_leads_to_the_jobs_above_and_below_it(self, queue, page):
+        add_jobs(queue, [{"command": "true", "id": "j%d" % n} for n in range(60)])
+
+        def steps(address):
+            links = page(address).findall("aside//a")
+            return {link.get("id"): link.get("href") for link in links
+                    if link.get("id") in ("previous", "next")}
+
+        assert steps("/?job=j59") == {"next": "/?job=j58"}
+        assert steps("/?q=j3&job=j35") == {
+            "previous": "/?q=j3&job=j36", "next": "/?q=j3&job=j34"}
+        assert steps("/?q=j3&job=j50") == {"next": "/?q=j3&job=j39"}
+        onward = steps("/?job=j10")["next"]  # from the last row to the next page
+        assert onward == "/?before=j10&first=51&job=j9"
+        assert steps(onward) == {"next": "/?before=j10&first=51&job=j8"}
+        assert steps("/?job=j0&before=j1") == {}
 
     def test_a_chain_can_be_followed_both_ways(self, queue, page):
         for name, after in (("a", []), ("b", ["a"]), ("c", ["b"])):
@@ -8333,9 +8396,8 @@ class TestPanel:
         assert "{:,} bytes".format(len(output)) in words_of(panel)
         saved = panel.find(".//a[@download]")
         assert saved.get("download") == "x-1.log"
-        request = queuectl.Request(queue, {"id": "x", "run": "1"}, None)
         assert saved.get("href") == "/output.log?id=x&run=1"
-        assert queuectl.download_route(request) == output.decode()
+        assert queuectl.download_route(queue, {"id": "x", "run": "1"}) == output.decode()
 
 
 # ======================================================================================
