@@ -4365,9 +4365,13 @@ class Line(str):
 
 def notice(message):
     """Print a line for people on standard error."""
-    lines = wrapped("queuectl: %s" % message, terminal_width(sys.stderr))
     with contextlib.suppress(OSError):  # its reader is gone
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        print(for_standard_error("queuectl: %s" % message), file=sys.stderr, flush=True)
+
+
+def for_standard_error(line):
+    """Return a line as standard error shows it: on a terminal it is wrapped."""
+    return "\n".join(wrapped(line, terminal_width(sys.stderr)))
 
 
 # What is not broken into lines: a word, or a command up to its end or a gap.
@@ -4829,8 +4833,8 @@ def printing_handler(level):
 
     class Printer(logging.Handler):
         def emit(self, record):
-            lines = wrapped(record.getMessage(), terminal_width(sys.stderr))
-            text, state = "\n".join(lines), getattr(record, "state", None)
+            text = for_standard_error(record.getMessage())
+            state = getattr(record, "state", None)
             if has_colours and state and STATES[state].colour:
                 text = text.replace(" " + state, " \x1b[%dm%s\x1b[0m" % (
                     STATES[state].colour, state), 1)
@@ -4841,7 +4845,7 @@ def printing_handler(level):
 
 def pool_notice(message):
     """Print a line of a pool for people, unless that would block the pool."""
-    write_or_drop(sys.stderr, "queuectl: %s\n" % message)
+    write_or_drop(sys.stderr, for_standard_error("queuectl: %s" % message) + "\n")
 
 
 def run_label(run):

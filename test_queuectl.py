@@ -6009,6 +6009,14 @@ class TestTerminal:
             "  queuectl.py worker start\r\n")
 
     @posix_only
+    def test_lines_of_a_pool_are_broken_like_others(self):
+        enqueue("exit 3", id="a-job-with-a-long-name", max_retries=1)
+        shown = run_on_terminal("worker", "start", "--drain", columns=30)[1]
+        lines = re.split(r"\r\n|\r\x1b\[K", re.sub(r"\x1b\[\d*m", "", shown))
+        assert "a-job-with-a-long-name 1/1" in lines and max(map(len, lines)) <= 30
+        assert "queuectl: 0 completed, 1 dead" in lines
+
+    @posix_only
     def test_json_is_one_line_on_a_terminal_too(self):
         for words in ("status", "list", "config show", "show x"):
             enqueue(id="x" if words == "status" else None)
