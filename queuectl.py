@@ -97,7 +97,7 @@ WINDOWS = os.name == "nt"
 # finished; whether its dependents may then go on; and its colour on a terminal, a code
 # of ANSI. A new state needs a new version of the schema, with a table `jobs` made anew:
 # SQLite can't change its CHECK. `gate_rule` says whether it may be claimed. RARE,
-# `prune`, `JOB_KINDS`, `RULES` and the page name states as well.
+# `prune`, `JOB_KINDS`, `verdict` and the page name states as well.
 State = collections.namedtuple("State", "is_waiting is_finished is_success colour")
 STATES = {
     "pending": State(True, False, False, None),
@@ -4150,37 +4150,9 @@ def kind_of(job, status, now):
     return "delayed" if job["run_at"] > now else "pending"
 
 
-# What a queue comes down to: the first rule that holds. `state` gives the colour;
-# `advice` is the next step, where there is one.
-Verdict = collections.namedtuple("Verdict", "state sentence advice")
-RULES = [
-    (lambda status: status["paused"],
-     Verdict("failed", "Paused{left}", TO_RESUME)),
-    (lambda status: not any(status["jobs"].values()),
-     Verdict("pending", "No jobs yet",
-             "to add one: queuectl.py enqueue -- echo hello")),
-    (lambda status: not count_unfinished(status["jobs"]),
-     Verdict("completed", "Ended: {ended}", "")),
-    (lambda status: not (status["oldest_job"] or status["locked"] or status["next_job"]
-                         or status["jobs"]["processing"]),
-     Verdict("dead", "Stuck{left} for dead ones",
-             "retry the dead ones, or cancel what waits")),
-    (lambda status: not status["pools"],
-     Verdict("dead", "No pool is running{left}", TO_START)),
-    (lambda status: status["pools"] <= status["stopping_pools"],
-     Verdict("failed", "The pool is stopping{left}", TO_START_ANOTHER)),
-    (lambda status: status["growth"] >= 1,
-     Verdict("failed", "Falling behind: {ready} waiting, {growth:,.0f} more a minute",
-             "")),
-    (lambda status: status["oldest_job"] or status["is_late"],
-     Verdict("processing", "Working: {ready} waiting{time_left}{harm}", "")),
-    (lambda status: status["locked"],
-     Verdict("processing", "Working: {ready} waiting for a lock{time_left}{harm}", "")),
-    (lambda status: status["jobs"]["processing"],
-     Verdict("processing", "Keeping up: no job waits for a worker{harm}", "")),
-    (lambda status: True,
-     Verdict("completed", "Idle: the next job is due {next_due}{harm}", "")),
-]
+# What a queue comes down to. `state` gives the colour; `advice` is the next step, where
+# there is one.
+Verdict = collections.namedtuple("Verdict", "state sentence advice", defaults=("",))
 
 
 def verdict(status, now, growth=0):
@@ -4189,22 +4161,63 @@ def verdict(status, now, growth=0):
     STATUS has the values of `read_status`. GROWTH is how many more jobs are left each
     minute, for a caller that has looked before.
     """
-    jobs, cancelled = status["jobs"], status["cancelled"]
-    dead, blocked = jobs["dead"] - cancelled, len(status["blocked_seqs"])
-    harm = joined(dead and grouped(dead) + " dead",
+    found = verdict_at_rest(status) or verdict_at_work(status, now, growth)
+    if found.state in ("processing", "completed") and harm_text(status):
+        return found._replace(state="failed")
+    return found
+
+
+def verdict_at_rest(status):
+    """Return the `Verdict` on a queue in which no job is started, else None."""
+    jobs, left = status["jobs"], left_text(status)
+    can_go_on = status["oldest_job"] or status["locked"] or status["next_job"]
+    if status["paused"]:
+        return Verdict("failed", "Paused" + left, TO_RESUME)
+    if not any(jobs.values()):
+        return Verdict("pending", "No jobs yet",
+                       "to add one: queuectl.py enqueue -- echo hello")
+    if not count_unfinished(jobs):
+        completed, cancelled = jobs["completed"], status["cancelled"]
+        return Verdict("completed", "Ended: " + joined(
+            completed and grouped(completed) + " completed", harm_text(status),
+            cancelled and grouped(cancelled) + " cancelled"))
+    if status["blocked_seqs"] and not can_go_on and not jobs["processing"]:
+        return Verdict("dead", "Stuck" + left + " for dead ones",
+                       "retry the dead ones, or cancel what waits")
+    if not status["pools"]:
+        return Verdict("dead", "No pool is running" + left, TO_START)
+    if status["pools"] <= status["stopping_pools"]:
+        return Verdict("failed", "The pool is stopping" + left, TO_START_ANOTHER)
+    return None
+
+
+def verdict_at_work(status, now, growth):
+    """Return the `Verdict` on a queue whose jobs a pool starts."""
+    ready, due = grouped(max(1, status["ready"])), status["next_due"]
+    if growth >= 1:
+        return Verdict("failed", "Falling behind: %s waiting, %s more a minute" % (
+            ready, grouped(round(growth))))
+    is_late = due is not None and due <= now
+    if status["oldest_job"] or status["locked"] or is_late:
+        for_lock = "" if status["oldest_job"] or is_late else " for a lock"
+        when = "" if growth > 0 else time_left(status, now)
+        sentence = "Working: " + ready + " waiting" + for_lock + when
+        state = "processing"
+    elif status["jobs"]["processing"]:
+        sentence = "Keeping up: no job waits for a worker"
+        state = "processing"
+    else:
+        sentence = "Idle: the next job is due " + relative_time(due or now, now, roughly)
+        state = "completed"
+    return Verdict(state, joined(sentence, harm_text(status), by="; "))
+
+
+def harm_text(status):
+    """Return in words how many jobs are dead or blocked: 2 dead, 5 blocked."""
+    dead = status["jobs"]["dead"] - status["cancelled"]
+    blocked = len(status["blocked_seqs"])
+    return joined(dead and grouped(dead) + " dead",
                   blocked and grouped(blocked) + " blocked")
-    ended = joined(jobs["completed"] and grouped(jobs["completed"]) + " completed",
-                   harm, cancelled and grouped(cancelled) + " cancelled")
-    facts = dict(
-        status, growth=growth, ready=grouped(max(1, status["ready"])), ended=ended,
-        harm=harm and "; " + harm, left=left_text(status),
-        is_late=bool(status["next_job"]) and status["next_due"] <= now,
-        time_left="" if growth > 0 else time_left(status, now),
-        next_due=relative_time(status["next_due"] or now, now, roughly))
-    state, sentence, advice = next(found for holds, found in RULES if holds(facts))
-    if harm and state in ("processing", "completed"):
-        state = "failed"
-    return Verdict(state, sentence.format(**facts), advice)
 
 
 def left_text(status):
