@@ -92,6 +92,11 @@ from datetime import datetime, timedelta
 __version__ = "1.2.0"
 
 WINDOWS = os.name == "nt"
+# The word by which hints name this program: the one that its user types. The command
+# that `install` makes has this name, and a pool that is detached takes over the word.
+PROGRAM = os.environ.get("QUEUECTL_DETACHED") or (
+    "queuectl" if os.path.basename("".join(sys.argv[:1])) == "queuectl"
+    else "queuectl.py")
 
 # The states of a job, in the order of `status`: whether it waits to be run, or has
 # finished; whether its dependents may then go on; and its colour on a terminal, a code
@@ -887,6 +892,18 @@ def owner_hint(path):
         if os.stat(path).st_uid != os.geteuid() and not os.access(path, os.W_OK):
             return " belongs to another user: chown it, or run this as that user"
     return ""
+
+
+def is_open_to_others(path):
+    """Tell whether users who are neither owner nor group can reach and read a file."""
+    paths = {path, os.path.realpath(path)}
+    for path in list(paths):
+        while path != os.path.dirname(path):
+            path = os.path.dirname(path)
+            paths.add(path)
+    modes = [os.stat(path).st_mode for path in paths]
+    return all(mode & (stat.S_IXOTH if stat.S_ISDIR(mode) else stat.S_IROTH)
+               for mode in modes)
 
 
 # The files beside a database.
@@ -1808,7 +1825,7 @@ class Database:
         database of another name its lease is not where this version looks for it.
         """
         for pool in older_pools(self.path):
-            how = "queuectl.py worker stop"
+            how = PROGRAM + " worker stop"
             if os.path.basename(self.path) != "queuectl.db":
                 how = "worker stop of that queuectl"
             raise QueueError("pool %d of an older queuectl runs: stop it with %s, then"
@@ -4018,9 +4035,9 @@ def setting_with_unit(name, value):
 LOST_HINT = "its worker died; the next pool %s"
 ORPHAN_HINT = "its worker died, but its processes still run; the next pool ends them" \
     " and %s"
-TO_RESUME = "to go on: queuectl.py resume"
-TO_START = "to start one: queuectl.py worker start"
-TO_START_ANOTHER = "to start another: queuectl.py worker start"
+TO_RESUME = "to go on: %s resume" % PROGRAM
+TO_START = "to start one: %s worker start" % PROGRAM
+TO_START_ANOTHER = "to start another: %s worker start" % PROGRAM
 
 
 def quoted(words):
@@ -4033,10 +4050,10 @@ def quoted(words):
 
 
 def in_queue(path, hint):
-    """Return a hint whose commands name the queue, unless they would find it anyway."""
+    """Return a hint whose command names the queue, unless it would find it anyway."""
     if path == os.path.realpath(os.environ.get("QUEUECTL_DB") or "queuectl.db"):
         return hint
-    return hint.replace("queuectl.py", "queuectl.py --db " + quoted([path]))
+    return hint.replace(PROGRAM, "%s --db %s" % (PROGRAM, quoted([path])), 1)
 
 
 def standstill(queue):
@@ -4175,7 +4192,7 @@ def verdict_at_rest(status):
         return Verdict("failed", "Paused" + left, TO_RESUME)
     if not any(jobs.values()):
         return Verdict("pending", "No jobs yet",
-                       "to add one: queuectl.py enqueue -- echo hello")
+                       "to add one: %s enqueue -- echo hello" % PROGRAM)
     if not count_unfinished(jobs):
         completed, cancelled = jobs["completed"], status["cancelled"]
         return Verdict("completed", "Ended: " + joined(
@@ -4388,7 +4405,8 @@ def for_standard_error(line):
 
 
 # What is not broken into lines: a word, or a command up to its end or a gap.
-UNBROKEN = r"queuectl\.py(?: ?(?:'[^']*'|\"[^\"]*\"|[^ ;)'\"]))*[;)]?|\S+"
+UNBROKEN = re.escape(PROGRAM) + (
+    r"(?= )(?: ?(?:'[^']*'|\"[^\"]*\"|[^ ;)'\"]))*[;)]?|\S+")
 
 
 def wrapped(line, width):
@@ -5878,8 +5896,8 @@ def status_screen(status, groups, now, growth):
     for line in error_lines(groups[:SHOWN_ERRORS], now):
         yield truncate(line, width)
     if more:
-        yield in_queue(status["path"], "  and of %s; to see all: queuectl.py dlq list"
-                       % plural(len(more), "more error"))
+        yield in_queue(status["path"], "  and of %s; to see all: %s dlq list" % (
+            plural(len(more), "more error"), PROGRAM))
     for line in worker_lines(status, now):
         yield truncate(line, width)
 
@@ -5968,9 +5986,9 @@ def output_document(job, run, output):
     flag("--quiet", "print no ids"),
     *map(field_option, FIELDS),
     creates_queue=True, takes_words=True,
-    usage="queuectl.py enqueue [OPTION]... -- COMMAND...\n"
-    "       queuectl.py enqueue [OPTION]... JSON...\n"
-    "       queuectl.py enqueue [OPTION]... - | --file F | --lines")
+    usage="%(prog)s [OPTION]... -- COMMAND...\n"
+    "       %(prog)s [OPTION]... JSON...\n"
+    "       %(prog)s [OPTION]... - | --file F | --lines")
 def cmd_enqueue(args, queue):
     if args.lines and not args.file and not args.jobs:
         args.jobs = ["-"]
@@ -6053,8 +6071,8 @@ def require_one_source(args):
         trouble = "no job"
         if any(sources):
             trouble = "give jobs, a command after --, or --file"
-        message = "enqueue: %s; see: queuectl.py enqueue --help"
-        raise QueueError(message, trouble, code=2)
+        raise QueueError("enqueue: %s; see: %s", trouble, usage("enqueue", "--help"),
+                         code=2)
     if args.jobs and args.jobs != ["-"] and args.jobs[0].lstrip()[:1] not in ("{", "["):
         text = " ".join(args.jobs)
         if re.match(r"'\s*[{[]", text):  # cmd passes '…' on, and takes it apart
@@ -6066,7 +6084,7 @@ def require_one_source(args):
 
 def usage(*words):
     """Return a command line of queuectl that can be pasted into a shell."""
-    return quoted(["queuectl.py", *words])
+    return quoted([PROGRAM, *words])
 
 
 def given_fields(args):
@@ -6395,7 +6413,7 @@ def next_step(queue, job, now):
         what, line, id = "to see why", "show {}", first["id"]
         if first["state"] == "dead":
             what, line = "to go on", "retry {}"
-    command = "queuectl.py " + line.format(quoted([id]))
+    command = "%s %s" % (PROGRAM, line.format(quoted([id])))
     return what and "%s: %s" % (what, in_queue(queue.path, command))
 
 
@@ -6696,11 +6714,11 @@ def cmd_stats(args, queue):
 @command("edit", "change a job that waits or is dead", "edit job1 --run-at now",
          positional("job", "ID", "id of a job"),
          *[field_option(name, False) for name in FIELDS if name != "id"],
-         takes_words=True, usage="queuectl.py edit ID [OPTION]... [-- COMMAND...]")
+         takes_words=True, usage="%(prog)s ID [OPTION]... [-- COMMAND...]")
 def cmd_edit(args, queue):
     fields = given_fields(args)
     if not fields:
-        message = "edit: nothing to change; see: queuectl.py edit --help"
+        message = "edit: nothing to change; see: " + usage("edit", "--help")
         raise QueueError(message, code=2)
     queue.edit(args.job, fields)
     job, answer = queue.job(args.job), "edited " + printable(args.job)
@@ -7015,7 +7033,7 @@ def start_detached(args):
     words = ["worker", "start", "--json", "--db", args.db, "--count", str(args.count)]
     if args.drain:
         words.append("--drain")
-    pool = start_own(words, QUEUECTL_DETACHED="1")
+    pool = start_own(words, QUEUECTL_DETACHED=PROGRAM)
     for line in pool.stdout:
         if line.startswith(b"{"):
             print_started(args, json.loads(line)["pool"],
@@ -7071,8 +7089,8 @@ def report_stop(args, pools):
             if running:
                 notice("waiting for %s%s" % (
                     ", ".join(running[:5] + more),
-                    "" if args.now else in_queue(
-                        args.db, "; to end them: queuectl.py worker stop --now")))
+                    "" if args.now else "; to end them: " + in_queue(
+                        args.db, usage("worker", "stop", "--now"))))
     suspended = [pid for pid in pools if is_suspended(pid)]
     if suspended:
         notice("suspended, as by Ctrl-Z; to resume: kill -CONT"
@@ -7084,14 +7102,17 @@ def report_stop(args, pools):
 # Without -I, Python would import a json.py of the current directory. What -S leaves out
 # costs time, and only packages of others need it. A json.py that lies beside this file
 # is not the library's either, so its folder comes last: workers on Windows look for
-# this module there.
+# this module there. The hook makes one line of an error: `try` is no part of a line.
 FILE = "sys.argv.pop(1)"
 if WINDOWS:  # its path has escapes: a batch file is read in the present code page
     FILE += ".encode().decode('unicode_escape')"
 IMPORTER = [
     "-ISc", "import os, sys, importlib.util as util; file = " + FILE + ";"
-    " os.path.exists(file) or sys.exit('queuectl: ' + file + ' is gone: install it"
-    " again'); home, name = os.path.split(file[:-3]); sys.path.append(home);"
+    " sys.argv[0] = 'queuectl'; sys.excepthook = lambda kind, error, _: print("
+    "'queuectl:', file + ' is gone: install it again' if kind is FileNotFoundError else"
+    " 'cannot read %s: %s' % (file, error.strerror), file=sys.stderr);"
+    " open(file).close(); sys.excepthook = sys.__excepthook__;"
+    " home, name = os.path.split(file[:-3]); sys.path.append(home);"
     " spec = util.spec_from_file_location(name, file);"
     " sys.modules[name] = module = util.module_from_spec(spec);"
     " spec.loader.exec_module(module); sys.exit(module.main())"]
@@ -7134,6 +7155,16 @@ def cmd_install(args):
     if not on_path:
         lines.append(printable(home) + " is not on PATH: add it")
     print_result(args, {"path": path, "on_path": on_path}, *lines)
+    if not WINDOWS and os.geteuid() == 0 and is_open_to_others(path):
+        report_closed(sys.executable, os.path.abspath(__file__))
+
+
+def report_closed(*paths):
+    """Report which files other users can't read, though their command needs these."""
+    closed = ["%s is closed to them" % printable(path) for path in paths
+              if not is_open_to_others(path)]
+    if closed:
+        notice("other users can't run this: " + ", ".join(closed))
 
 
 def command_file(own, home):
@@ -7850,8 +7881,8 @@ def icon(word):
 
 # -- the page: the verdict, and what needs somebody ------------------------------------
 
-FIRST_STEPS = ("add a job: queuectl.py enqueue -- echo hello",
-               "run it: queuectl.py worker start")
+FIRST_STEPS = ("add a job: %s enqueue -- echo hello" % PROGRAM,
+               "run it: %s worker start" % PROGRAM)
 
 
 def page_header(page):
@@ -7897,9 +7928,9 @@ def load_text(page):
 
 def advice_line(advice, page):
     """Return an advice; a command in it names the queue, and can be copied."""
-    words, _, command = advice.partition("queuectl.py")
+    words, _, command = advice.partition(PROGRAM)
     if command:
-        command = "queuectl.py --db " + quoted([page.queue.path]) + command
+        command = "%s --db %s%s" % (PROGRAM, quoted([page.queue.path]), command)
     return element(
         "div", element("span", sentence_case(words)),
         *[element("code", command, css="mono"), copy_button("Copy the command")]
@@ -8694,6 +8725,7 @@ class Site:
             content, trouble = "<title>queuectl</title><main></main>", str(error)
         title, end, content = content.partition("</title>")
         parts = {"TOKEN": self.token, "TITLE": title + end, "CONTENT": content,
+                 "PROGRAM": PROGRAM,
                  "TROUBLE": element("p", sentence_case(trouble), role="alert")}
         return re.sub("|".join(parts), lambda name: parts[name[0]], PAGE_HTML)
 
@@ -9090,7 +9122,7 @@ let turn = 0, timer, chartDue = 0, lastGood = performance.now(), toastTimer;
 /* A line that was cut gives no error by itself. An action may take as long as it needs. */
 async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
   const silent = () => {
-    throw new Error("The dashboard does not answer. To start it: queuectl.py dashboard");
+    throw new Error("The dashboard does not answer. To start it: PROGRAM dashboard");
   };
   const answer = await fetch(url, options).catch(silent);
   const body = await answer.text().catch(silent);
@@ -9362,7 +9394,7 @@ GROUPS = {"worker": "pools", "dlq": "the dead letter queue", "config": "settings
 
 def overview():
     """Return the lines of the help of all commands, which fit on a terminal of 24."""
-    lines = ["usage: queuectl.py COMMAND ...  with --db PATH, --json, --help"]
+    lines = ["usage: %s COMMAND ...  with --db PATH, --json, --help" % PROGRAM]
     for topic, names in TOPICS.items():
         for name in names:
             verbs = [each.split()[1] for each in COMMANDS
@@ -9371,8 +9403,8 @@ def overview():
             lines.append("  %-7s %-11s %s" % (
                 "" if name != names[0] else topic, name,
                 ": ".join([meaning, ", ".join(verbs)]) if verbs else meaning))
-    lines += ["examples: queuectl.py enqueue -- echo Hello",
-              "          queuectl.py worker start"]
+    lines += ["examples: %s enqueue -- echo Hello" % PROGRAM,
+              "          %s worker start" % PROGRAM]
     return lines
 
 
@@ -9380,11 +9412,12 @@ def group_overview(group):
     """Return the lines of the short help of the commands of a group."""
     chosen = {name: entry for name, entry in COMMANDS.items()
               if name.startswith(group + " ")}
-    usage = "usage: queuectl.py %s COMMAND ...  with --db PATH, --json, --help"
-    lines = [usage % group, ""]
+    usage = "usage: %s %s COMMAND ...  with --db PATH, --json, --help"
+    lines = [usage % (PROGRAM, group), ""]
     lines += ["  %-14s %s" % (name, entry.meaning) for name, entry in chosen.items()]
     lines += ["", "examples:"]
-    return lines + ["  queuectl.py " + entry.example for entry in chosen.values()]
+    return lines + [
+        "  %s %s" % (PROGRAM, entry.example) for entry in chosen.values()]
 
 
 def refuse_mistaken(name, words):
@@ -9430,7 +9463,8 @@ def parse_arguments(name, words):
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            hint = option_meant(words, self) or "see: queuectl.py %s --help" % name
+            hint = option_meant(words, self) or "see: " + usage(
+                *name.split(), "--help")
             if name == "enqueue" and words[0][:1] not in ("{", "[", "-"):
                 hint = "to run a command: " + usage("enqueue", "--", *words)
             if any(word.startswith("'") for word in words):
@@ -9440,9 +9474,9 @@ def parse_arguments(name, words):
     refuse_mistaken(name, words)
     entry, width = COMMANDS[name], min(terminal_width(sys.stdout) or 80, 80) - 1
     parser = Parser(
-        prog="queuectl.py " + name, usage=entry.usage,
+        prog="%s %s" % (PROGRAM, name), usage=entry.usage,
         description=entry.meaning[0].upper() + entry.meaning[1:] + ".",
-        epilog="example: queuectl.py " + entry.example, allow_abbrev=False,
+        epilog="example: %s %s" % (PROGRAM, entry.example), allow_abbrev=False,
         # To ask for the terminal's width, argparse imports modules for a fifth of the
         # whole time.
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=width),
@@ -9495,7 +9529,7 @@ def show_help(group, words):
              if not group or not re.match("--db$|--db=|--json$|[^-]", word)]
     if stray and not {"-h", "--help", "-V", "--version"} & set(words):
         words = " ".join([*group.split(), *words])
-        raise QueueError("no command in: %s; see: queuectl.py --help", words, code=2)
+        raise QueueError("no command in: %s; see: %s", words, usage("--help"), code=2)
     if {"-V", "--version"} & set(words):
         print("queuectl " + __version__)
     else:

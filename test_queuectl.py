@@ -5422,6 +5422,60 @@ class TestInstall:
         assert answer.returncode == 1 and "unpack it" in answer.stderr
         assert os.listdir() == ["app.zip"]
 
+    @posix_only
+    def test_root_hears_what_is_closed_to_other_users(self, monkeypatch):
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        monkeypatch.setattr(sys, "executable", "/bin/sh")
+        with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+            inner = os.path.join(folder, "inner")
+            os.mkdir(inner)
+            own = shutil.copy(SCRIPT, os.path.join(inner, "queuectl.py"))
+            monkeypatch.setattr(queuectl, "__file__", own)
+            trouble = "queuectl: other users can't run this: %s is closed to them\n" % own
+
+            def report(folder_mode, inner_mode, own_mode):
+                for path, mode in zip((folder, inner, own), (
+                        folder_mode, inner_mode, own_mode)):
+                    os.chmod(path, mode)
+                return run_ok("install", folder).err
+
+            assert report(0o755, 0o755, 0o644) == ""
+            assert report(0o755, 0o700, 0o644) == report(0o755, 0o755, 0o600) == trouble
+            assert report(0o700, 0o700, 0o600) == ""  # nor is the command for others
+            link = os.path.join(folder, "python")
+            os.symlink(own, link)  # like the interpreter of a virtual environment
+            monkeypatch.setattr(sys, "executable", link)
+            assert "%s is closed to them" % link in report(0o755, 0o700, 0o644)
+
+    def test_a_file_that_cannot_be_read_is_not_called_gone(self, home):
+        own = shutil.copy(SCRIPT, "queuectl.py")
+        subprocess.run([sys.executable, own, "install", "bin"], check=True,
+                       stdout=subprocess.DEVNULL)
+        os.remove(own)
+        path = str(home / own)
+        assert run_installed("list").stderr == (
+            "queuectl: %s is gone: install it again\n" % path)
+        os.mkdir(own)  # even root can't read it
+        answer = run_installed("list")
+        assert answer.returncode == 1 and answer.stderr.count("\n") == 1
+        assert answer.stderr.startswith("queuectl: cannot read %s: " % path)
+
+    def test_its_hints_name_the_command_that_was_typed(self):
+        run_ok("install", "bin")
+        assert run_installed().stdout.startswith("usage: queuectl COMMAND ...")
+        assert run_installed("wait", "--x").stderr.endswith(
+            "; see: queuectl wait --help\n")
+        run_installed("pause")
+        env = dict(os.environ, QUEUECTL_DB="other.db")
+        assert run_installed("status").stdout.endswith("; to go on: queuectl resume\n")
+        assert run_installed("worker", "start", "--detach").stderr == (
+            "queuectl: the queue is paused; to go on: queuectl resume\n")
+        assert run_installed("worker", "stop").returncode == 0
+        named = " --db " + queuectl.quoted([queue_path()])
+        assert run_installed("resume", "--db", queue_path(), env=env).stdout == (
+            "resumed; no pool is running; to start one: queuectl%s worker start\n"
+            % named)
+
     def test_it_overwrites_no_file_of_another_program(self, monkeypatch):
         os.mkdir("bin")
         path = os.path.join("bin", INSTALLED_AS)
