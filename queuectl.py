@@ -6748,7 +6748,7 @@ def require_one_selection(args, *ways):
     """Refuse a command line unless it selects jobs by ids, or in one of these WAYS."""
     given = [bool(way) for way in (args.ids, *ways)].count(True)
     options = ", ".join("--" + name.replace("_", "-") for name in (
-        "all", "state", "match", "error", "older_than") if hasattr(args, name))
+        "all", "state", "match", "error", "since", "older_than") if hasattr(args, name))
     if not given:
         raise QueueError("which jobs? name ids, or %s", options, code=2)
     if given > 1:
@@ -6869,6 +6869,7 @@ def selection_to_delete(args, before):
 @command("dlq list", "list the dead jobs, the latest first", "dlq list --since 12h",
          MATCH, ERROR, DIED_SINCE, LIMIT, creates_queue=True, only_reads=True)
 def cmd_dlq_list(args, queue):
+    report_unknown_error(args, queue)
     filters = dict(text=args.match, error=args.error,
                    changed_since=time_since(args, queue))
     chosen, room = where(["dead"], **filters), room_for_jobs(args)
@@ -6882,6 +6883,16 @@ def cmd_dlq_list(args, queue):
     report_left(args, room, queue.count(chosen))
 
 
+def report_unknown_error(args, queue):
+    """Report which errors dead jobs have if `--error` names another one."""
+    errors = args.error and queue.common_errors(where(["dead"]))
+    if errors and args.error not in [row["error"] for row in errors]:
+        rest = plural(len(errors) - 3, "other error") if errors[3:] else ""
+        known = ["%(error)s (%(jobs)d)" % row for row in errors[:3]]
+        notice("no dead job has this very error; there are: "
+               + printable(joined(*known, rest)))
+
+
 def errors_text(errors):
     """Return the most common errors of dead jobs, and how many others there are."""
     rest = len(errors) - 3
@@ -6893,6 +6904,7 @@ def errors_text(errors):
 @command("dlq logs", "print the latest output of dead jobs", "dlq logs --since 12h",
          MATCH, ERROR, DIED_SINCE, only_reads=True)
 def cmd_dlq_logs(args, queue):
+    report_unknown_error(args, queue)
     dead = queue.dead_jobs(text=args.match, error=args.error,
                            changed_since=time_since(args, queue))
     first = list(itertools.islice(dead, 1))
@@ -6902,17 +6914,23 @@ def cmd_dlq_logs(args, queue):
 
 
 @command("dlq retry", "make dead jobs pending again, with attempts 0", "dlq retry job4",
-         IDS, flag("--all", "all but those that were cancelled"), MATCH, ERROR, DRY_RUN)
+         IDS, flag("--all", "all but those that were cancelled"), MATCH, ERROR,
+         DIED_SINCE, DRY_RUN)
 def cmd_dlq_retry(args, queue):
-    require_one_selection(args, args.match or args.error, args.all)
-    retry_jobs(args, queue, TAKES["dlq retry"], error=args.error)
+    has_filter = args.match or args.error or args.since is not None
+    require_one_selection(args, has_filter, args.all)
+    report_unknown_error(args, queue)
+    retry_jobs(args, queue, TAKES["dlq retry"], error=args.error,
+               changed_since=time_since(args, queue))
 
 
-@command("dlq clear", "remove all dead jobs", "dlq clear", MATCH, ERROR, DRY_RUN,
-         aliases=("dlq purge",))
+@command("dlq clear", "remove all dead jobs", "dlq clear", MATCH, ERROR, DIED_SINCE,
+         DRY_RUN, aliases=("dlq purge",))
 def cmd_dlq_clear(args, queue):
+    report_unknown_error(args, queue)
     apply_to_many(args, queue, queue.delete_all, "deleted", jobs_to_delete(
-        TAKES["dlq clear"], text=args.match, error=args.error))
+        TAKES["dlq clear"], text=args.match, error=args.error,
+        changed_since=time_since(args, queue)))
 
 
 # -- settings --------------------------------------------------------------------------

@@ -4592,6 +4592,39 @@ class TestDeadLetterQueue:
         assert run_ok("dlq", "clear", *chosen).out == "deleted 0 jobs\n"
         assert run_ok("dlq", "logs", *chosen).out == "no dead jobs\n"
 
+    def test_an_error_that_no_job_has_is_reported_with_those_they_have(self):
+        assert cli("dlq", "retry", "--error", "exit").code == 1  # there is no queue
+        for code in (4, 4, 4, 5):
+            enqueue("exit %d" % code, max_retries=1)
+        drain()
+        words = "queuectl: no dead job has this very error; there are: exit 4 (3), exit"
+        for verb, done in ("retry", "retried"), ("clear", "deleted"):
+            answer = run_ok("dlq", verb, "--error", "exit")
+            assert answer.out == done + " 0 jobs\n"
+            assert answer.err == words + " 5 (1)\n"
+            chosen = "--error", "exit 4", "--match", "nothing"
+            assert run_ok("dlq", verb, *chosen).err == ""
+        for verb in ("list", "logs"):
+            answer = run_ok("dlq", verb, "--error", "exit")
+            assert (answer.out, answer.err) == ("no dead jobs\n", words + " 5 (1)\n")
+        assert run_ok("dlq", "retry", "--error", "exit 4").err == ""
+
+    def test_since_selects_the_jobs_that_died_within_that_time(self, queue, clock):
+        for name in ("old", "new", "last"):
+            add_job(queue, id=name, max_retries=1)
+            clock.now = time.time() - (7200 if name == "old" else 60)
+            queue.fail(claim(queue), make_outcome())
+        assert run_ok("dlq", "retry", "--since", "1h", "--match", "new").out == (
+            "retried 1 job\n")
+        assert run_ok("dlq", "clear", "--since", "1h", "--dry-run").out.count("\n") == 2
+        assert run_ok("dlq", "clear", "--since", "1h").out == "deleted 1 job\n"
+        assert run_ok("dlq", "retry", "--since", "0").out == "retried 0 jobs\n"
+        assert [job["state"] for job in jobs().values()] == ["dead", "pending"]
+        assert "or --all, --match, --error, --since" in run_refused(
+            "dlq", "retry", code=2)
+        assert "but not both" in run_refused("dlq", "retry", "old", "--since", "1h",
+                                             code=2)
+
     @posix_only
     def test_cancel_does_not_promise_what_nobody_does(self):
         enqueue(UNTIL_GO, id="lost")
