@@ -4606,7 +4606,8 @@ class TestDeadLetterQueue:
             assert run_ok("dlq", verb, *chosen).err == ""
         for verb in ("list", "logs"):
             answer = run_ok("dlq", verb, "--error", "exit")
-            assert (answer.out, answer.err) == ("no dead jobs\n", words + " 5 (1)\n")
+            assert answer.out == "no dead jobs\n"
+            assert answer.err.startswith(words + " 5 (1)\n")
         assert run_ok("dlq", "retry", "--error", "exit 4").err == ""
 
     def test_since_selects_the_jobs_that_died_within_that_time(self, queue, clock):
