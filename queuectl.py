@@ -135,6 +135,7 @@ MAX_TIME = 253402300799.0  # 9999-12-31T23:59:59Z, the last time that ISO 8601 c
 MAX_COMMAND, LENGTH_UNIT = (8091, "characters") if WINDOWS else (131071, "bytes")
 MAX_WORKERS = 256
 MAX_HOOKS = 8  # `on_dead` commands that a pool runs at a time
+MAX_HOOK_OUTPUT = 2**20  # bytes of what such a command prints; then they are dropped
 HOOK_TIMEOUT = 300.0  # seconds after which an `on_dead` command is ended
 HOOKS_AT_END = 30.0  # seconds that a pool takes at its end to announce dead jobs
 MAX_DEATHS = 5  # worker deaths after which their job is taken for the cause
@@ -167,6 +168,7 @@ BLAME_DELAY = 0.5  # seconds within which a death and a stop count as one event
 EXIT_UNUSABLE = 2  # exit code of a worker that left because its queue can't be used
 SELFTEST_TIME = 28.0  # seconds that `selftest` takes before it clears up
 CHECK_TIME = 10.0  # the same for one promise
+TAIL_SIZE = 4000  # bytes at the end of an output in which the log looks for a line
 LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
 
 
@@ -4856,7 +4858,10 @@ def open_log(queue_path, role, is_quiet=True):
 
 
 def printing_handler(level):
-    """Return a handler of `logging` that prints lines of this level for people."""
+    """Return a handler of `logging` that prints lines of this level for people.
+
+    Those with `is_printed` have been printed before.
+    """
     import logging
 
     start = "\r\x1b[K" if terminal_width(sys.stderr) else ""  # over the progress line
@@ -4864,6 +4869,8 @@ def printing_handler(level):
 
     class Printer(logging.Handler):
         def emit(self, record):
+            if hasattr(record, "is_printed"):
+                return
             text = for_standard_error(record.getMessage())
             state = getattr(record, "state", None)
             if has_colours and state and STATES[state].colour:
@@ -4885,6 +4892,12 @@ def run_label(run):
     return "%s %d/%d" % (printable(run.id), run.attempt, tries)
 
 
+def reason_in(output):
+    """Return the last line of an output after a colon, for the log; "" without one."""
+    line = last_line(output[-TAIL_SIZE:])
+    return line and ": " + truncate(printable(line), 80)
+
+
 # Exit codes after a signal that a stopped service sends to all its processes at once. A
 # shell whose child was killed by a signal exits with 128 more.
 STOP_CODES = {
@@ -4896,6 +4909,25 @@ NO_PROCESS = errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE
 WINDOWS_NO_MEMORY = 1450, 1455  # ERROR_NO_SYSTEM_RESOURCES, ERROR_COMMITMENT_LIMIT
 
 
+class Trouble:
+    """An error that a process of a pool waits out. It is logged once, and its end."""
+
+    def __init__(self, log):
+        self.log, self.error = log, None
+
+    def begin(self, error):
+        """Log the text of an error, unless it lasts since the latest try."""
+        if error != self.error:
+            self.log.error("%s; waiting until it is over", error)
+        self.error = error
+
+    def end(self):
+        """Log that the work goes on, if there was an error."""
+        if self.error:
+            self.log.info("going on")
+        self.error = None
+
+
 class Worker:
     """One process of a pool. It runs one job at a time."""
 
@@ -4905,10 +4937,10 @@ class Worker:
         self.log = open_log(path, "worker", is_quiet)
         self.queue = None
         self.lease = None  # of the present run
-        self.trouble = None  # the error that `with_retries` waits out
+        self.trouble = Trouble(self.log)  # which `with_retries` waits out
         self.recorded_run = None  # the run whose start was recorded
         self.got_sigterm = False
-        self.refusal_logged = False  # that the system has no process to give
+        self.refusal = Trouble(self.log)  # of the system to give a process
         self.waiter = Waiter()
         catch_signals(self.take_signal)
 
@@ -4954,21 +4986,17 @@ class Worker:
             except (sqlite3.Error, OSError) as error:
                 if self.should_give_up(error):
                     raise QueueError("leaving while there is still: %s", error)
-                if str(error) != self.trouble:
-                    self.log.error("%s; waiting until it is over", error)
-                self.trouble = str(error)
+                self.trouble.begin(str(error))
                 self.waiter.wait(TROUBLE_INTERVAL)
             else:
-                if self.trouble:
-                    self.log.info("going on")
-                self.trouble = None
+                self.trouble.end()
                 return result
 
     def should_give_up(self, error):
         """Tell whether `with_retries` has to leave after an error."""
         if isinstance(error, sqlite3.IntegrityError) or self.is_database_gone():
             return True
-        if not self.trouble or not self.should_leave():  # the next try may work
+        if not self.trouble.error or not self.should_leave():  # the next try may work
             return False
         has_outcome = self.lease is not None
         return not has_outcome or requested_stop(self.path, self.pool) == "now"
@@ -5037,10 +5065,11 @@ class Worker:
         if state == "failed":
             message += self.next_try(run)
         elif state == "dead":
-            line = last_line(outcome.output[-4000:])
-            message += line and ": " + truncate(printable(line), 80)
+            message += reason_in(outcome.output)
             wake([self.pool])  # which starts `on_dead`
-        self.log.info("%s %s", run_label(run), message, extra={"state": state})
+        is_failure = state == "dead" and outcome.kind != "cancelled"
+        log = self.log.warning if is_failure else self.log.info
+        log("%s %s", run_label(run), message, extra={"state": state})
 
     def next_try(self, run):
         """Return in words when a failed job runs again; "" if it no longer waits."""
@@ -5055,7 +5084,7 @@ class Worker:
             command = SystemCommand(run, self.lease, self.path)
         except (OSError, ValueError) as error:
             return run, self.not_started(run, error)
-        self.refusal_logged = False
+        self.refusal.end()
         run = run._replace(pid=command.pid, started_at=self.queue.clock())
         try:
             return run, self.attend(run, command)
@@ -5105,9 +5134,7 @@ class Worker:
         if getattr(error, "errno", None) in NO_PROCESS or (
                 getattr(error, "winerror", None) in WINDOWS_NO_MEMORY):
             kind = "refused"
-            if not self.refusal_logged:
-                self.log.error("%s; waiting for room for a process", text)
-            self.refusal_logged = True
+            self.refusal.begin(text)
             self.waiter.wait(TROUBLE_INTERVAL)
         return Outcome(kind, None, text, run.started_at, self.lease.output())
 
@@ -5160,6 +5187,10 @@ def try_remove_pool_file(path, pool):
     return not os.path.exists(pool_file(path, pool))
 
 
+# An `on_dead` command: the id of its job, when to end it, and what it prints, a file.
+Hook = collections.namedtuple("Hook", "id end_at output")
+
+
 class Reaper:
     """What a supervisor does for a queue, for the runs of other pools as well.
 
@@ -5172,9 +5203,9 @@ class Reaper:
         self.worker_died_at = {}  # {PID of a worker of this pool: monotonic time}
         self.recovery_done = True  # for the runs of dead workers
         self.terminations = {}  # {lease of an orphan: its Termination}
-        self.hooks = {}  # {a running `on_dead`: (the id of its job, when to end it)}
+        self.hooks = {}  # {a running process: its Hook}
         self.are_hooks_busy = False  # whether that was logged
-        self.hook_error = None  # why `on_dead` could not be started
+        self.hook_trouble = Trouble(log)  # why `on_dead` could not be started
 
     def is_idle(self):
         """Tell whether no lost run is left, or only runs that can't be ended."""
@@ -5253,42 +5284,50 @@ class Reaper:
     def announce_dead_jobs(self, queue):
         """Start `on_dead` for the jobs that died; return how many of them run.
 
-        No job waits for these commands, and they may outlive the pool. Their output is
-        dropped, and a failure is logged. Only a few run at a time: if they hang, there
-        must not be one for each of a thousand dead jobs.
+        No job waits for these commands, and they may outlive the pool. A failure is
+        logged. Only a few run at a time: if they hang, there must not be one for each
+        of a thousand dead jobs.
         """
         self.reap_hooks()
         line = queue.settings()["on_dead"]
         try:
             while len(self.hooks) < MAX_HOOKS and queue.announce_dead_job(
                     lambda job: line and self.start_hook(line, job)):
-                self.hook_error = None
+                self.hook_trouble.end()
         except OSError as error:  # the next check tries again
-            if self.hook_error != str(error):
-                self.log.error("on_dead cannot start: %s", error)
-            self.hook_error = str(error)
+            self.hook_trouble.begin("on_dead cannot start: %s" % error)
         self.report_busy_hooks(queue)
         return len(self.hooks)
 
     def reap_hooks(self):
         """Take note of the `on_dead` commands that have ended; end those that hang."""
-        for hook, (id, end_at) in list(self.hooks.items()):
-            if hook.poll() is not None:
-                del self.hooks[hook]
-                if hook.returncode:
-                    self.log.error("on_dead for %s: exit %d", id, hook.returncode)
-            elif time.monotonic() >= end_at:
-                self.log.error("on_dead for %s is ended after %s", id,
+        for process, hook in list(self.hooks.items()):
+            if process.poll() is not None:
+                del self.hooks[process]
+                self.report_hook(process.returncode, hook)
+            elif time.monotonic() >= hook.end_at:
+                self.log.error("on_dead for %s is ended after %s", hook.id,
                                duration_text(HOOK_TIMEOUT))
-                self.end_hook(hook)
+                self.end_hook(process)
+            elif os.fstat(hook.output.fileno()).st_size > MAX_HOOK_OUTPUT:
+                hook.output.truncate(0)  # or one that never stops would fill the disk
 
-    def end_hook(self, hook):
+    def report_hook(self, code, hook):
+        """Log the failure of an `on_dead` command that has ended."""
+        with hook.output as file:
+            if code:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_SIZE))
+                end = file.read().lstrip(b"\0")  # the part that was truncated
+                self.log.error("on_dead for %s: exit %d%s", hook.id, code,
+                               reason_in(end))
+
+    def end_hook(self, process):
         """Kill an `on_dead` command, on POSIX with its process group."""
         with contextlib.suppress(OSError):
             if WINDOWS:
-                hook.kill()
+                process.kill()
             else:
-                os.killpg(hook.pid, KILL)
+                os.killpg(process.pid, KILL)
 
     def report_busy_hooks(self, queue):
         """Log that all places for `on_dead` are taken, once for each time."""
@@ -5317,14 +5356,19 @@ class Reaper:
         # Beside the queue, since a read-only system may have no other place for files.
         directory = path_beside(self.path, ".runs")
         os.makedirs(directory, 0o700, exist_ok=True)  # it goes with the last worker
-        with tempfile.TemporaryFile(dir=directory) as text:
+        with contextlib.ExitStack() as files:
+            text, output = (files.enter_context(tempfile.TemporaryFile(dir=directory))
+                            for _ in range(2))
             text.write(json.dumps(public_job(job)).encode() + b"\n")
             text.seek(0)
-            hook = subprocess.Popen(
+            process = subprocess.Popen(
                 line, shell=True, cwd=os.path.dirname(self.path), stdin=text,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                start_new_session=True, env={**os.environ, "QUEUECTL_DB": self.path})
-        self.hooks[hook] = printable(job["id"]), time.monotonic() + HOOK_TIMEOUT
+                stdout=output, stderr=output, start_new_session=True,
+                env={**os.environ, "QUEUECTL_DB": self.path})
+            files.pop_all()
+        text.close()
+        self.hooks[process] = Hook(
+            printable(job["id"]), time.monotonic() + HOOK_TIMEOUT, output)
 
     def prune(self, queue):
         """Delete jobs that are older than `keep`, some of them if there are many."""
@@ -5377,9 +5421,9 @@ class Supervisor:
         self.file_status = None  # of the database
         self.was_paused = False  # the queue, at the latest check
         self.waiter = self.log = self.reaper = None
+        self.queue_trouble = self.start_trouble = None  # made with the log
         self.workers = []  # their processes
         self.next_start = self.next_check = self.checked_at = 0.0  # monotonic times
-        self.is_unreadable = False  # the queue, at the latest check
         self.signals, self.signalled_at = 0, -MAX_DURATION
         self.asked = None  # the latest request of its own: its file may be removed
         self.has_failed = is_drain  # until `finish` has found that no job died
@@ -5403,6 +5447,8 @@ class Supervisor:
             os.write(self.fd, NO_REQUEST)
             self.log = open_log(self.path, "pool", self.is_quiet)
             self.reaper = Reaper(self.path, self.log)
+            self.queue_trouble = Trouble(self.log)
+            self.start_trouble = Trouble(self.log)
             self.log.info("pool of %d started", self.count)
             with Queue(self.path, drain=self.drain) as queue:
                 queue.begin_drain()
@@ -5487,7 +5533,7 @@ class Supervisor:
         if self.stop_reason or not may_be_same_file(self.path, self.file_status):
             return True
         if not self.reaper.recovery_done:
-            return request == "now" and self.is_unreadable
+            return request == "now" and bool(self.queue_trouble.error)
         return self.reaper.is_idle()
 
     def require_own_file(self):
@@ -5508,7 +5554,7 @@ class Supervisor:
         if self.stop_reason:
             return
         self.stop_reason = why
-        self.log.info("this pool stops: %s", why)
+        self.log.error("this pool stops: %s", why, extra={"is_printed": True})
         pool_notice("this pool stops: " + why)
         self.ask_to_stop("stop")
 
@@ -5553,8 +5599,8 @@ class Supervisor:
         import multiprocessing
 
         context = multiprocessing.get_context("spawn" if WINDOWS else "fork")
-        while len(self.workers) < self.count and not requested_stop(
-                self.path, self.pid):
+        while len(self.workers) < self.count and self.has_database() and (
+                not requested_stop(self.path, self.pid)):
             if time.monotonic() < self.next_start:
                 return True
             worker = context.Process(
@@ -5564,15 +5610,26 @@ class Supervisor:
                 with sheltered_start():
                     worker.start()
             except OSError as error:  # too many processes or files
-                self.log.error("a worker cannot start: %s", error)
+                self.start_trouble.begin("a worker cannot start: %s" % error)
                 self.next_start = time.monotonic() + RESTART_INTERVAL
                 return True
+            self.start_trouble.end()
             self.workers.append(worker)
             self.reaper.forget_worker_death(worker.pid)  # of an earlier one, same PID
         return False
 
     def worker_pids(self):
         return {worker.pid for worker in self.workers}
+
+    def has_database(self):
+        """Return True if the database is there. If it is gone, stop this pool.
+
+        A worker that is started without it dies, and so would the next one.
+        """
+        if may_be_same_file(self.path, self.file_status):
+            return True
+        self.give_up("%s was removed" % printable(self.path))
+        return False
 
     def with_queue(self, action):
         """Call an action with the queue; return its result, None after an error.
@@ -5581,17 +5638,16 @@ class Supervisor:
         queuectl can't use it any more, the pool stops.
         """
         try:
-            if may_be_same_file(self.path, self.file_status):
+            if self.has_database():
                 with Queue(self.path, for_pool=True, drain=self.drain) as queue:
-                    self.is_unreadable = False
-                    return action(queue)
-            self.give_up("%s was removed" % printable(self.path))
+                    result = action(queue)
+                self.queue_trouble.end()
+                return result
         except QueueError as error:
             self.give_up(str(error))
         except (sqlite3.Error, OSError) as error:
-            self.is_unreadable = True
             self.reaper.recovery_done = False
-            self.log.error("%s", error)
+            self.queue_trouble.begin(str(error))
 
     def maintain(self, queue):
         """Do what is due for the queue at every check."""

@@ -792,7 +792,8 @@ queuectl.Queue = make
 SUPERVISOR_IN_TROUBLE = """
 def keep_house(self, queue, keep_house=queuectl.Supervisor.maintain):
     if queuectl.os.path.exists("trouble"):
-        raise queuectl.sqlite3.OperationalError("trouble")
+        trouble = "trouble %s" % queuectl.time.monotonic()  # each is logged
+        raise queuectl.sqlite3.OperationalError(trouble)
     return keep_house(self, queue)
 queuectl.Supervisor.maintain = keep_house
 """
@@ -1669,7 +1670,8 @@ class TestNotBlamed:
         error = OSError(22, "no memory")
         error.winerror = number
         worker = types.SimpleNamespace(
-            refusal_logged=True, lease=types.SimpleNamespace(output=lambda: b""),
+            refusal=queuectl.Trouble(queuectl.open_log(queue.path, "worker")),
+            lease=types.SimpleNamespace(output=lambda: b""),
             waiter=types.SimpleNamespace(wait=lambda timeout: None))
         outcome = queuectl.Worker.not_started(worker, claim(queue), error)
         assert outcome.kind == "refused"
@@ -2475,6 +2477,33 @@ class TestErrorsAreOneLine:
             wait_until(lambda: "database is locked" in read_text("queuectl.log"))
         wait_until(lambda: state_of("x") == "completed")
         assert pool.poll() is None
+
+    @fork_only
+    def test_a_lasting_trouble_of_the_supervisor_is_logged_once(self):
+        start_pool(count=1, script="""if 1:
+        import os
+        def recover_lost(self, *_, real=queuectl.Reaper.recover_lost):
+            if os.path.exists("full"):
+                with open("tries", "a") as tries:
+                    tries.write("x")
+                raise queuectl.sqlite3.OperationalError("database or disk is full")
+            real(self, *_)
+        queuectl.Reaper.recover_lost = recover_lost""")
+        open("full", "w").close()
+        wait_until(lambda: os.path.exists("tries") and len(read_text("tries")) > 3)
+        os.remove("full")
+        wait_until(lambda: "INFO" in read_text("queuectl.log").partition("full")[2])
+        assert re.findall(r"(?:ERROR|INFO) pool.*] (.*)", read_text("queuectl.log")) == [
+            "pool of 1 started", "database or disk is full; waiting until it is over",
+            "going on"]
+
+    def test_a_job_that_died_is_a_warning_in_the_log(self):
+        enqueue("exit 3", id="x", max_retries=2)
+        configure("backoff_base", "0")
+        drain()
+        log = read_text("queuectl.log")
+        assert re.findall(r"(\w+) worker\[\d+\] x (\d/2 (?:failed|dead))", log) == [
+            ("INFO", "1/2 failed"), ("WARNING", "2/2 dead")]
 
     @posix_only
     def test_a_drain_reports_its_end_after_the_database_was_locked(self):
@@ -5777,9 +5806,18 @@ class TestRemovedQueue:
         wait_until(lambda: state_of("x") == "completed")
         os.remove("queuectl.db")
         assert pool.wait(10) == 1
-        assert "was removed" in pool.stderr.read()
-        assert "stops: " in read_text("queuectl.log")
+        assert pool.stderr.read().count("was removed") == 1
+        assert re.search(r"ERROR pool.* this pool stops: ", read_text("queuectl.log"))
         assert jobs() == {}
+
+    @fork_only
+    def test_a_pool_without_its_database_starts_no_further_worker(self):
+        pool = start_pool(count=1, script="queuectl.RECOVERY_INTERVAL = 60")
+        enqueue(id="x")
+        wait_until(lambda: state_of("x") == "completed")
+        os.remove("queuectl.db")  # which the worker notices first
+        assert pool.wait(10) == 1
+        assert "died" not in read_text("queuectl.log")
 
     @posix_only  # other systems keep open files from being removed
     def test_a_pool_with_closed_stderr_makes_no_new_database(self):
@@ -6478,7 +6516,8 @@ class TestOnDead:
 
     def test_it_gets_the_job_and_its_failure_does_no_harm(self):
         configure("on_dead", python_command(
-            "import sys; open('dead.json', 'w').write(sys.stdin.read()); sys.exit(5)"))
+            "import sys; open('dead.json', 'w').write(sys.stdin.read());"
+            " print('connecting'); sys.exit('no smtp')"))
         enqueue("exit 3", id="x", max_retries=1)
         assert drain() == 1
         printed = read_text("dead.json")
@@ -6486,7 +6525,7 @@ class TestOnDead:
         assert printed.endswith("}\n")
         job = json.loads(printed)
         assert (job["id"], job["state"], job["error"]) == ("x", "dead", "exit 3")
-        assert "on_dead for x: exit 5" in read_text("queuectl.log")
+        assert "on_dead for x: exit 1: no smtp\n" in read_text("queuectl.log")
         enqueue("exit 3", id="y", max_retries=1, cwd=os.getcwd())
         configure("on_dead", "no-such-command")
         assert drain() == 1 and state_of("y") == "dead"
@@ -6588,6 +6627,7 @@ class TestOnDead:
         for hook in reaper.hooks:
             os.killpg(hook.pid, signal.SIGKILL)
             hook.wait(10)
+        assert reaper.announce_dead_jobs(queue) == 0
 
     @posix_only
     def test_every_death_is_announced_whatever_is_killed(self):
@@ -6674,6 +6714,23 @@ tempfile.tempdir, tempfile._get_default_tempdir = None, find_none
         assert told()[:2] == [
             "on_dead: 1 run, 1 dead job wait", "on_dead for x is ended after 0.1s"]
         wait_until(lambda: not live_commands())
+
+    @mechanism
+    @posix_only
+    def test_what_it_prints_cannot_fill_the_disk(self, queue, monkeypatch):
+        monkeypatch.setattr(queuectl, "MAX_HOOK_OUTPUT", 1000)
+        queue.set("on_dead", "seq 1000; touch printed; %s; echo over; exit 3" % UNTIL_GO)
+        add_job(queue, id="x", max_retries=1)
+        queue.fail(claim(queue), make_outcome())
+        reaper = make_reaper(queue)
+        reaper.announce_dead_jobs(queue)
+        (hook,) = reaper.hooks.values()
+        wait_until(lambda: os.path.exists("printed"))
+        reaper.announce_dead_jobs(queue)
+        assert os.fstat(hook.output.fileno()).st_size == 0
+        open("go", "w").close()
+        wait_until(lambda: not reaper.announce_dead_jobs(queue))
+        assert "on_dead for x: exit 3: over\n" in read_text("queuectl.log")
 
     @fork_only
     def test_a_pool_killed_during_an_announcement_repeats_it(self):
