@@ -1609,6 +1609,12 @@ def database_uri(path):
     return "file://" + "/" * (name[0] != "/") + name + "?mode=rw"
 
 
+def error_text(error):
+    """Return the words of an error; with the next step for a damaged database."""
+    is_damaged = isinstance(error, sqlite3.Error) and "malformed" in str(error)
+    return str(error) + "; restore a backup" * is_damaged
+
+
 CONNECTED = weakref.WeakSet()  # the databases of this process that have a connection
 
 
@@ -4986,7 +4992,7 @@ class Worker:
             except (sqlite3.Error, OSError) as error:
                 if self.should_give_up(error):
                     raise QueueError("leaving while there is still: %s", error)
-                self.trouble.begin(str(error))
+                self.trouble.begin(error_text(error))
                 self.waiter.wait(TROUBLE_INTERVAL)
             else:
                 self.trouble.end()
@@ -5647,7 +5653,7 @@ class Supervisor:
             self.give_up(str(error))
         except (sqlite3.Error, OSError) as error:
             self.reaper.recovery_done = False
-            self.queue_trouble.begin(str(error))
+            self.queue_trouble.begin(error_text(error))
 
     def maintain(self, queue):
         """Do what is due for the queue at every check."""
@@ -7657,8 +7663,10 @@ def cmd_selftest(args):
         catch_signals(lambda *_: None)  # a second Ctrl-C must not cut this short
         clear_up(home, trials)
     holding = sum(result["holds"] for result in results)
-    print_result(args, results, "%d of %d promises hold in %s" % (
-        holding, len(PROMISES), printable(os.path.dirname(args.db))))
+    untried = len(PROMISES) - len(results)
+    print_result(args, results, "%d of %d promises hold in %s%s" % (
+        holding, len(PROMISES), printable(os.path.dirname(args.db)),
+        untried and "; %d were not tried" % untried or ""))
     return 0 if holding == len(PROMISES) else 1
 
 
@@ -7826,10 +7834,16 @@ def metrics_route(queue, query):
     """Return the numbers of the queue in the text format of Prometheus."""
     status, totals = read_status(queue), queue.totals()
     busy = sum(worker["job"] is not None for worker in status["workers"])
+    now = queue.clock()
     families = [
         ("jobs", "jobs by state", "state", status["jobs"]),
         ("workers", "workers of all pools", "state",
          {"busy": busy, "idle": len(status["workers"]) - busy}),
+        ("paused", "1 while the queue is paused", "", {"": int(status["paused"])}),
+        ("blocked_jobs", "jobs that wait for a dead one", "",
+         {"": len(status["blocked_seqs"])}),
+        ("oldest_waiting_seconds", "how long the oldest job waits for a worker", "",
+         {"": "%.3f" % max(0, now - (status["oldest_waiting"] or now))}),
         ("runs_total", "runs that ended, by outcome", "outcome",
          {outcome: runs for outcome, (runs, _) in totals.items()}),
         ("run_seconds_total", "seconds of these runs", "outcome",
@@ -7839,8 +7853,9 @@ def metrics_route(queue, query):
         lines.append("# HELP queuectl_%s %s" % (name, meaning))
         lines.append("# TYPE queuectl_%s %s" % (
             name, "counter" if name.endswith("_total") else "gauge"))
-        lines += ['queuectl_%s{%s="%s"} %s' % (name, label, *pair)
-                  for pair in values.items()]
+        lines += ["queuectl_%s%s %s" % (
+            name, label and '{%s="%s"}' % (label, key), value)
+            for key, value in values.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -8768,7 +8783,7 @@ class Site:
         except (ValueError, QueueError) as error:
             status, message = 400, str(error)
         except (sqlite3.Error, OSError) as error:
-            status, message = 503, str(error)
+            status, message = 503, error_text(error)
         return status, "application/json", json.dumps({"error": message})
 
     def content(self, method, url):
@@ -8796,7 +8811,7 @@ class Site:
         try:
             content, trouble = self.page(url, is_whole=True), ""
         except (Refusal, QueueError, sqlite3.Error, OSError) as error:
-            content, trouble = "<title>queuectl</title><main></main>", str(error)
+            content, trouble = "<title>queuectl</title><main></main>", error_text(error)
         title, end, content = content.partition("</title>")
         parts = {"TOKEN": self.token, "TITLE": title + end, "CONTENT": content,
                  "PROGRAM": PROGRAM,
@@ -9586,7 +9601,7 @@ def run_command(argv):
         with Queue(args.db, create=entry.creates_queue) as queue:
             return entry.function(args, queue) or 0
     except sqlite3.Error as error:
-        raise QueueError("%s: %s", args.db, error) from None
+        raise QueueError("%s: %s", args.db, error_text(error)) from None
 
 
 def create_queue(path):

@@ -2363,6 +2363,17 @@ class TestErrorsAreOneLine:
             message = run_refused("list", "--db", name)
             assert word in message and name.split("/")[0] in message
 
+    def test_a_damaged_database_is_reported_with_the_next_step(self):
+        run_ok("enqueue", "-", stdin=b'{"command": "true"}\n' * 500)
+        with open("queuectl.db", "r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(4096)
+            file.write(b"\xff" * (size - 4096))
+        words = "queuectl.db: database disk image is malformed; restore a backup\n"
+        assert run_refused("list").endswith(words)
+        pool = start_process("worker", "start")
+        assert pool.wait(10) == 1 and pool.stderr.read().endswith(words)
+
     def test_a_queue_of_version_1_is_refused_and_left_alone(self):
         enqueue(id="x")
         with contextlib.closing(sqlite3.connect("queuectl.db")) as db:
@@ -5760,6 +5771,7 @@ class TestSelftest:
         answer = run_process("selftest", env=env)
         assert answer.returncode == 1 and answer.stdout.count("\n") == 2
         assert "\n0 of 9 promises hold in " in answer.stdout
+        assert answer.stdout.endswith("; 8 were not tried\n")
         assert answer.stdout.startswith("FAILED  locks hold ")
         assert "the file system has no locks" in answer.stdout
         assert "; take a local disk\n" in answer.stdout
@@ -7849,8 +7861,24 @@ class TestServer:
         assert 'queuectl_runs_total{outcome="failed"} 1\n' in printed
         for line in printed.splitlines():
             assert re.fullmatch(
-                r"# (HELP|TYPE) \w+ .+|\w+\{\w+=\"[\w.]+\"\} [\d.]+", line
+                r"# (HELP|TYPE) \w+ .+|\w+(\{\w+=\"[\w.]+\"\})? [\d.]+", line
             ), line
+
+    def test_metrics_tell_what_keeps_jobs_waiting(self, dashboard):
+        def metric(name):
+            printed = dashboard.ask("/metrics").text
+            assert "# TYPE queuectl_%s gauge\n" % name in printed
+            return float(re.search(r"\nqueuectl_%s (.+)" % name, printed)[1])
+
+        assert metric("paused") == metric("blocked_jobs") == 0
+        assert metric("oldest_waiting_seconds") == 0  # none waits
+        enqueue(id="first")
+        run_ok("enqueue", "--after", "first", "--", "true")
+        assert 0 < metric("oldest_waiting_seconds") < 60
+        run_ok("cancel", "first")
+        run_ok("pause")
+        assert metric("paused") == metric("blocked_jobs") == 1
+        assert metric("oldest_waiting_seconds") == 0
 
 
 class TestApi:
