@@ -9147,6 +9147,7 @@ class TestReadme:
             r"(?m)^sudo (useradd|systemctl) .*\n| -o queue|sudo (-u queue )?", "",
             "\n".join(readme_block("sudo useradd")))
         script = script.replace(" /", " %s/" % home)
+        script = script.replace("/usr/bin/python3", shlex.quote(sys.executable))
         subprocess.run("set -e\n" + script, shell=True, check=True)
         os.chdir("srv/queue")
         assert [job["command"] for job in jobs().values()] == ["date"]
@@ -9169,17 +9170,30 @@ class TestReadme:
         drain(1)
         assert run_ok("logs", "x").out == "a  b $HOME; *\n"
 
-    @pytest.mark.skipif(not shutil.which("sqlite3"), reason="needs sqlite3")
+    @posix_only
+    def test_its_monitoring_tells_whether_somebody_is_needed(self):
+        monitor = own_command("\n".join(readme_block("queuectl status --json |")))
+        code = lambda: subprocess.run(monitor, shell=True).returncode
+        enqueue(id="x", max_retries=1)
+        assert code() == 1
+        start_pool()
+        wait_until(lambda: state_of("x") == "completed")
+        assert code() == 0
+        run_ok("enqueue", "--id", "dead", "--max-retries", "1", "--", "exit 1")
+        wait_until(lambda: state_of("dead") == "dead")
+        assert code() == 1
+
+    @posix_only
     def test_its_backup_can_be_restored(self):
         enqueue(id="kept")
         lines = readme_block("(umask 077")
         pool = start_pool()
         wait_until(lambda: state_of("kept") == "completed")
-        run_readme_line(lines[0])
+        run_readme_line("\n".join(lines[:2]))
         assert os.stat("backup.db").st_mode & 0o77 == 0
         enqueue(id="later")
-        run_readme_line("\n".join(lines[1:]))
-        assert pool.wait(10) == 0
+        run_readme_line("\n".join(lines[2:]))
+        assert pool.wait(10) == 0 and read_status()["paused"]
         assert list(jobs()) == ["kept"] and state_of("kept") == "completed"
 
     def test_its_library_example_runs(self):
