@@ -3602,7 +3602,7 @@ class TestList:
         ):
             assert "name ids, or " in run_refused(*words, code=2)
         assert run_refused("dlq", "retry", code=2) == (
-            "queuectl: which jobs? name ids, or --all, --match, --error\n")
+            "queuectl: which jobs? name ids, or --all, --match, --error, --since\n")
 
     def test_more_jobs_than_a_page_holds_are_all_listed(self):
         count = 2 * queuectl.BATCH_SIZE + 7
