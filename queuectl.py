@@ -967,13 +967,17 @@ def workers_with_files(path):
     return sorted(found)
 
 
+def supervised_pools(path):
+    """Return the pools whose supervisors live: others only finish their jobs."""
+    return {pool for pool in pools_with_files(path) if is_locked(pool_file(path, pool))}
+
+
 def living_pools(path):
     """Return the living pools of a queue, each with its workers: {pool: [pid]}.
 
     A pool with a killed supervisor is among them until its last worker has left.
     """
-    found = {pool: [] for pool in pools_with_files(path)
-             if is_locked(pool_file(path, pool))}
+    found = {pool: [] for pool in supervised_pools(path)}
     for pool, pid in workers_with_files(path):
         if is_locked(worker_file(path, pool, pid)):
             found.setdefault(pool, []).append(pid)
@@ -4064,21 +4068,38 @@ def in_queue(path, hint):
     return hint.replace(PROGRAM, "%s --db %s" % (PROGRAM, quoted([path])), 1)
 
 
+# What a queue comes down to. `state` gives the colour; `advice` is the next step, where
+# there is one.
+Verdict = collections.namedtuple("Verdict", "state sentence advice", defaults=("",))
+
+
+def obstacle(is_paused, pools, stopping_pools):
+    """Return the `Verdict` on a queue in which no job is started; None if jobs are."""
+    if is_paused:
+        return Verdict("failed", "Paused", TO_RESUME)
+    if not pools:
+        return Verdict("dead", "No pool is running", TO_START)
+    if not pools - stopping_pools:
+        return Verdict("failed", "The pool is stopping", TO_START_ANOTHER)
+    return None
+
+
 def standstill(queue):
     """Return in words why no job is started, and the next step; nothing if jobs are."""
-    hint, pools = "", supervised_pools(queue.path)
-    if queue.is_paused():
-        hint = "the queue is paused; " + TO_RESUME
-    elif not pools:
-        hint = "no pool is running; " + TO_START
-    elif all(requested_stop(queue.path, pool) for pool in pools):
-        hint = "the pool is stopping; " + TO_START_ANOTHER
-    return in_queue(queue.path, hint)
+    pools = supervised_pools(queue.path)
+    found = obstacle(queue.is_paused(), pools, stopping(queue.path, pools))
+    return found and with_advice(found, queue.path, str.lower)
 
 
-def supervised_pools(path):
-    """Return the pools whose supervisors live: others only finish their jobs."""
-    return {pool for pool in living_pools(path) if is_locked(pool_file(path, pool))}
+def with_advice(found, path, first_letter=str):
+    """Return a verdict and its advice as one text, with this case of the first letter."""
+    sentence = first_letter(found.sentence[0]) + found.sentence[1:]
+    return joined(sentence, in_queue(path, found.advice), by="; ")
+
+
+def stopping(path, pools):
+    """Return those of the pools that were asked to stop."""
+    return {pool for pool in pools if requested_stop(path, pool)}
 
 
 def why_waiting(queue, job, text_of=duration_text):
@@ -4175,11 +4196,6 @@ def kind_of(job, status, now):
     return "delayed" if job["run_at"] > now else "pending"
 
 
-# What a queue comes down to. `state` gives the colour; `advice` is the next step, where
-# there is one.
-Verdict = collections.namedtuple("Verdict", "state sentence advice", defaults=("",))
-
-
 def verdict(status, now, growth=0):
     """Return the `Verdict` on a queue.
 
@@ -4196,24 +4212,20 @@ def verdict_at_rest(status):
     """Return the `Verdict` on a queue in which no job is started, else None."""
     jobs, left = status["jobs"], left_text(status)
     can_go_on = status["oldest_job"] or status["locked"] or status["next_job"]
-    if status["paused"]:
-        return Verdict("failed", "Paused" + left, TO_RESUME)
-    if not any(jobs.values()):
-        return Verdict("pending", "No jobs yet",
-                       "to add one: %s enqueue -- echo hello" % PROGRAM)
-    if not count_unfinished(jobs):
-        completed, cancelled = jobs["completed"], status["cancelled"]
-        return Verdict("completed", "Ended: " + joined(
-            completed and grouped(completed) + " completed", harm_text(status),
-            cancelled and grouped(cancelled) + " cancelled"))
-    if status["blocked_seqs"] and not can_go_on and not jobs["processing"]:
-        return Verdict("dead", "Stuck" + left + " for dead ones",
-                       "retry the dead ones, or cancel what waits")
-    if not status["pools"]:
-        return Verdict("dead", "No pool is running" + left, TO_START)
-    if status["pools"] <= status["stopping_pools"]:
-        return Verdict("failed", "The pool is stopping" + left, TO_START_ANOTHER)
-    return None
+    if not status["paused"]:
+        if not any(jobs.values()):
+            return Verdict("pending", "No jobs yet",
+                           "to add one: %s enqueue -- echo hello" % PROGRAM)
+        if not count_unfinished(jobs):
+            completed, cancelled = jobs["completed"], status["cancelled"]
+            return Verdict("completed", "Ended: " + joined(
+                completed and grouped(completed) + " completed", harm_text(status),
+                cancelled and grouped(cancelled) + " cancelled"))
+        if status["blocked_seqs"] and not can_go_on and not jobs["processing"]:
+            return Verdict("dead", "Stuck" + left + " for dead ones",
+                           "retry the dead ones, or cancel what waits")
+    found = obstacle(status["paused"], status["pools"], status["stopping_pools"])
+    return found and found._replace(sentence=found.sentence + left)
 
 
 def verdict_at_work(status, now, growth):
@@ -5911,9 +5923,7 @@ def read_status(queue, lost=None):
             "path": queue.path,
             "jobs": queue.counts(), "workers": workers, "commands": commands,
             "lost": {run.id for run in lost} & {*commands},
-            "pools": pools, "stopping_pools": {
-                pool for pool in pools if requested_stop(queue.path, pool)},
-            "standstill": standstill(queue),
+            "pools": pools, "stopping_pools": stopping(queue.path, pools),
             "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
             "next_due": due["run_at"], "next_job": due["id"],
             "paused": queue.is_paused(), "blocked": queue.first_blocked(),
@@ -5948,10 +5958,9 @@ def died(groups):
 
 def status_screen(status, groups, now, growth):
     """Yield what `status` shows on a terminal, where people look."""
-    state, sentence, advice = verdict(status, now, growth)
-    advice = in_queue(status["path"], advice)
-    colour, text = STATES[state].colour, joined(sentence, advice, by="; ")
-    yield Line(text, colour, 0, len(sentence))
+    found = verdict(status, now, growth)
+    yield Line(with_advice(found, status["path"]), STATES[found.state].colour, 0,
+               len(found.sentence))
     yield from count_lines(status, now)
     groups, width = died(groups), terminal_width(sys.stdout)
     more = groups[SHOWN_ERRORS:]
@@ -5977,9 +5986,9 @@ def error_lines(groups, now):
 def status_lines(status, now):
     """Yield what `status` prints into a pipe or a file."""
     yield from count_lines(status, now)
-    stopped = status["standstill"]
-    if stopped and (status["paused"] or count_unfinished(status["jobs"])):
-        yield stopped[0].upper() + stopped[1:]
+    found = obstacle(status["paused"], status["pools"], status["stopping_pools"])
+    if found and (status["paused"] or count_unfinished(status["jobs"])):
+        yield with_advice(found, status["path"])
     yield from worker_lines(status, now)
 
 

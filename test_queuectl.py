@@ -3989,7 +3989,7 @@ class TestLogs:
         run_ok("pause")
         enqueue(id="y")
         follower = start_process("logs", "-f", "y")
-        assert "job y: the queue is paused" in follower.stderr.readline()
+        assert "job y: paused" in follower.stderr.readline()
         run_ok("resume")
         assert follower.wait(20) == 0
         assert follower.stderr.read() == ""
@@ -4174,7 +4174,7 @@ class TestWait:
         enqueue(id="x")
         run_ok("pause")
         lines = cli("wait", "x", "--timeout", "0.1").err.splitlines()
-        reason = "the queue is paused; to go on: queuectl.py resume"
+        reason = "paused; to go on: queuectl.py resume"
         assert lines == [  # the reason once, and with the timeout
             "queuectl: " + reason,
             "queuectl: still waiting for x after 0.1s; " + reason]
@@ -4310,10 +4310,10 @@ class TestPauseAndResume:
         wait_until(lambda: state_of("x") == "completed")
         assert (
             run_ok("pause").out
-            == "the queue is paused; to go on: queuectl.py resume\n"
+            == "paused; to go on: queuectl.py resume\n"
             == run_ok("pause").out)
         enqueue(id="y")
-        words = "the queue is paused; to go on: queuectl.py resume"
+        words = "paused; to go on: queuectl.py resume"
         assert words.capitalize() in run_ok("status").out
         assert words in run_ok("show", "y").out
         assert read_status()["paused"] is True
@@ -4334,7 +4334,7 @@ class TestPauseAndResume:
         run_ok("pause")
         open("go", "w").close()
         wait_until(lambda: state_of("runs") == "completed")
-        assert pool.stderr.readline().startswith("queuectl: the queue is paused")
+        assert pool.stderr.readline().startswith("queuectl: paused")
         assert pool.poll() is None and state_of("next") == "pending"
         run_ok("resume")
         assert pool.wait(20) == 0 and state_of("next") == "completed"
@@ -5543,7 +5543,7 @@ class TestInstall:
         env = dict(os.environ, QUEUECTL_DB="other.db")
         assert run_installed("status").stdout.endswith("; to go on: queuectl resume\n")
         assert run_installed("worker", "start", "--detach").stderr == (
-            "queuectl: the queue is paused; to go on: queuectl resume\n")
+            "queuectl: paused; to go on: queuectl resume\n")
         assert run_installed("worker", "stop").returncode == 0
         named = " --db " + queuectl.quoted([queue_path()])
         assert run_installed("resume", "--db", queue_path(), env=env).stdout == (
@@ -8094,7 +8094,7 @@ class TestPage:
         advice = "No pool is running; to start one: queuectl.py"
         assert advice in words_of(named_part(page(), "now"))
         monkeypatch.setattr(queuectl, "is_locked", lambda path: True)
-        monkeypatch.setattr(queuectl, "living_pools", lambda path: {7: [1]})
+        monkeypatch.setattr(queuectl, "pools_with_files", lambda path: [7])
         assert "No pool" not in words_of(named_part(page(), "now"))
 
     def test_show_and_retry_take_the_jobs_of_exactly_one_error(
