@@ -2926,20 +2926,21 @@ class Queue(Database):
         `tail` the end of what it printed, which says more than `exit 1`, and
         `is_cancelled` whether somebody cancelled it.
         """
-        groups = self._rows("""
-            SELECT error, COUNT(*) AS jobs, MAX(updated_at) AS latest FROM jobs
-            WHERE state = 'dead' GROUP BY error ORDER BY jobs DESC, latest DESC
-            LIMIT ?""", MAX_ERRORS)
-        return [dict(group, **self._latest_death(group["error"])) for group in groups]
+        with self.snapshot():  # or the latest job of an error may be gone
+            groups = self._rows("""
+                SELECT error, COUNT(*) AS jobs, MAX(updated_at) AS latest FROM jobs
+                WHERE state = 'dead' GROUP BY error ORDER BY jobs DESC, latest DESC
+                LIMIT ?""", MAX_ERRORS)
+            return [dict(group, **self._latest_death(group["error"]))
+                    for group in groups]
 
     def _latest_death(self, error):
         """Return what `dead_by_error` tells of the job that died of an error last."""
-        row = self._row("""
+        return self._row("""
             SELECT id, cancelled AS is_cancelled, substr(output, -2000) AS tail
             FROM jobs LEFT JOIN outputs USING (seq, run)
             WHERE state = 'dead' AND error IS ?
             ORDER BY updated_at DESC LIMIT 1""", error)
-        return dict(row or {"id": None, "is_cancelled": 0, "tail": None})
 
     def work_left(self):
         """Return a dict of what waits: numbers of jobs, and seconds for a run.
@@ -3308,7 +3309,8 @@ def read_stats(queue, since):
     now = queue.clock()
     period = max(now - since, 1.0)
     width = ceil_div(period, BARS)  # whole seconds
-    rows = queue.run_bars(since, width, BARS)
+    with queue.snapshot():  # so that the sample has runs if there are any
+        rows, sample = queue.run_bars(since, width, BARS), queue.run_sample(since)
     latest = sum(row["latest"] for row in rows)
     sums = {key: sum(row[key] for row in rows) for key in (*TOTALS, "retries")}
     judged = sums["completed"] + sums["failed"]
@@ -3320,7 +3322,7 @@ def read_stats(queue, since):
         "since": iso(since), "seconds": now - since, "runs": runs, **sums,
         "success_rate": sums["completed"] / judged if judged else None,
         "per_second": runs / period, "per_second_now": latest / min(60, period),
-        **sample_stats(queue.run_sample(since)),
+        **sample_stats(sample),
         "bar_seconds": width, "throughput": bars,
     }
 
@@ -4015,6 +4017,12 @@ def grouped(count):
     return "{:,}".format(count)
 
 
+def listed(words, most=3):
+    """Return the first words, and how many more there are: a, b, c and 5 more."""
+    rest = len(words) - most
+    return printable(", ".join(words[:most])) + (" and %d more" % rest if rest > 0 else "")
+
+
 def joined(*words, by=", "):
     """Return those of the words that are not empty, joined."""
     return by.join(filter(None, words))
@@ -4413,6 +4421,15 @@ class Line(str):
         return line
 
 
+def state_line(before, state, behind):
+    """Return a line in which a state has its colour; None is no state."""
+    if state is None:
+        return before + behind
+    start = len(before)
+    return Line(before + state + behind, STATES[state].colour, start,
+                start + len(state))
+
+
 def notice(message):
     """Print a line for people on standard error."""
     with contextlib.suppress(OSError):  # its reader is gone
@@ -4420,8 +4437,9 @@ def notice(message):
 
 
 def for_standard_error(line):
-    """Return a line as standard error shows it: on a terminal it is wrapped."""
-    return "\n".join(wrapped(line, terminal_width(sys.stderr)))
+    """Return a line as standard error shows it: wrapped and painted on a terminal."""
+    lines = wrapped(line, terminal_width(sys.stderr))
+    return "\n".join(map(painter(sys.stderr), lines))
 
 
 # What is not broken into lines: a word, or a command up to its end or a gap.
@@ -4456,9 +4474,9 @@ def part_of(line, start, end, indent):
     return Line(text, line.colour, max(indent, line.start + shift), line.end + shift)
 
 
-def painter():
-    """Return what paints a `Line`. It does so on a terminal that wants colours."""
-    if terminal_width(sys.stdout) is None or os.environ.get("NO_COLOR"):
+def painter(stream):
+    """Return the function that paints a `Line` for a terminal that wants colours."""
+    if terminal_width(stream) is None or os.environ.get("NO_COLOR"):
         return str
 
     def paint(line):
@@ -4539,8 +4557,9 @@ def table(titles, rows, width=None, state_column=None):
         cells = list(padded(row))
         line = "  ".join(cells).rstrip()
         if state_column is not None:
-            start, state = len("  ".join(cells[:state_column])) + 2, row[state_column]
-            line = Line(line, STATES[state].colour, start, start + len(state))
+            before = "  ".join(cells[:state_column]) + "  "
+            state = row[state_column]
+            line = state_line(before, state, line[len(before) + len(state) :])
         yield line
 
 
@@ -4775,7 +4794,7 @@ def print_result(args, value, *lines):
 
 def print_lines(lines):
     """Print lines for people, wrapped and painted where that is a terminal."""
-    width, paint = terminal_width(sys.stdout), painter()
+    width, paint = terminal_width(sys.stdout), painter(sys.stdout)
     for line in lines:
         for part in wrapped(line, width):
             print(paint(part))
@@ -4791,7 +4810,7 @@ def print_jobs(args, jobs, lines_of, empty):
     first = list(itertools.islice(jobs, 1))
     jobs = itertools.chain(first, jobs)
     if not args.json:
-        lines = map(painter(), lines_of(jobs)) if first else [empty]
+        lines = map(painter(sys.stdout), lines_of(jobs)) if first else [empty]
         sys.stdout.writelines(line + "\n" for line in lines)
         return not first
     print(end="[")
@@ -4883,18 +4902,12 @@ def printing_handler(level):
     import logging
 
     start = "\r\x1b[K" if terminal_width(sys.stderr) else ""  # over the progress line
-    has_colours = start and not os.environ.get("NO_COLOR")
 
     class Printer(logging.Handler):
         def emit(self, record):
-            if hasattr(record, "is_printed"):
-                return
-            text = for_standard_error(record.getMessage())
-            state = getattr(record, "state", None)
-            if has_colours and state and STATES[state].colour:
-                text = text.replace(" " + state, " \x1b[%dm%s\x1b[0m" % (
-                    STATES[state].colour, state), 1)
-            write_or_drop(sys.stderr, start + text + "\n")
+            if not hasattr(record, "is_printed"):
+                line = record.msg if type(record.msg) is Line else record.getMessage()
+                write_or_drop(sys.stderr, start + for_standard_error(line) + "\n")
 
     return Printer(level)
 
@@ -5076,7 +5089,7 @@ class Worker:
         """Log how a run ended. A result that came too late is logged and dropped."""
         if outcome.kind == "refused":  # already logged
             return
-        message = state or "no longer ours, result dropped"
+        message = "" if state else "no longer ours, result dropped"
         if outcome.error:
             message += " (%s)" % outcome.error
         message += " in " + duration_text(outcome.finished_at - run.started_at)
@@ -5087,7 +5100,7 @@ class Worker:
             wake([self.pool])  # which starts `on_dead`
         is_failure = state == "dead" and outcome.kind != "cancelled"
         log = self.log.warning if is_failure else self.log.info
-        log("%s %s", run_label(run), message, extra={"state": state})
+        log(state_line(run_label(run) + " ", state, message))
 
     def next_try(self, run):
         """Return in words when a failed job runs again; "" if it no longer waits."""
@@ -6101,9 +6114,8 @@ def report_dropped(dropped):
     """Report the dependencies that were dropped: {id: [id]}, as in `Added`."""
     ids = sorted({*itertools.chain(*dropped.values())})
     if ids:
-        more = " and %d more" % (len(ids) - 5) if len(ids) > 5 else ""
-        notice("this queue has no jobs %s%s: dropped from `after` of %s" % (
-            printable(", ".join(ids[:5])), more, plural(len(dropped), "job")))
+        notice("this queue has no jobs %s: dropped from `after` of %s" % (
+            listed(ids, 5), plural(len(dropped), "job")))
 
 
 def enqueued_lines(jobs, unchanged):
@@ -6458,19 +6470,15 @@ NEXT_COMMANDS = {
 def answer_lines(queue, job, now, waiting):
     """Yield why a job is what it is, what it printed last, and the next step."""
     id, state, width = printable(job["id"]), job["state"], terminal_width(sys.stdout)
-    start = len(id) + len(" is ")
     reason = ": " + printable("; ".join(state_reasons(job, now, waiting)))
-    yield Line("%s is %s%s" % (id, state, reason), STATES[state].colour, start,
-               start + len(state))
+    yield state_line(id + " is ", state, reason)
     yield truncate("  $ " + printable(job["command"]), width)
     for line in last_lines(output_of(queue, job, job["run"])[-4000:], 5):
         yield truncate("  | " + printable(line), width)
     ids = [id for _, id in queue.waiting_dependents(job)]
     if ids:
-        more = ", …" if len(ids) > 3 else ""
-        yield "%s wait%s for it: %s%s" % (
-            plural(len(ids), "job"), "s" if len(ids) == 1 else "",
-            printable(", ".join(ids[:3])), more)
+        yield "%s wait%s for it: %s" % (
+            plural(len(ids), "job"), "s" if len(ids) == 1 else "", listed(ids))
     yield from filter(None, [next_step(queue, job, now)])
 
 
@@ -6623,9 +6631,16 @@ def follow(queue, job):
         if is_running:
             time.sleep(WAIT_INTERVAL)
     ends = [row["error"] for row in queue.runs(job) if row["run"] == run.number]
-    end = ends[0] if ends else job["error"] or NO_RUN
+    end = ends[0] if ends else end_without_run(queue, job)
     if end:
         notice("job %s: %s" % (printable(run.id), printable(end)))
+
+
+def end_without_run(queue, job):
+    """Return in words what became of a job that has no run, or none any more."""
+    if queue.state(job["id"]) is None:
+        return "it was removed"
+    return job["error"] or NO_RUN
 
 
 def wait_for_run(queue, job):
@@ -6690,9 +6705,7 @@ def cmd_wait(args, queue):
 def dead_text(queue, ids):
     """Return which of these jobs are dead, and why."""
     dead = [id for id in dict.fromkeys(ids) if queue.state(id) == "dead"]
-    more = ["%d more" % (len(dead) - 3)] if len(dead) > 3 else []
-    return ", ".join([
-        printable("%s: %s" % (id, queue.job(id)["error"])) for id in dead[:3]] + more)
+    return listed(["%s: %s" % (id, queue.job(id)["error"]) for id in dead])
 
 
 class WaitReport:
@@ -6765,7 +6778,7 @@ def screenful(lines):
         rest = len(lines) - height + 2
         lines = lines[: height - 2] + ["  and %d more" % rest]
     # Each line is cleared first: behind its last column that would clear this.
-    lines = ("\x1b[K%s\n" % paint for paint in map(painter(), lines))
+    lines = ("\x1b[K%s\n" % paint for paint in map(painter(sys.stdout), lines))
     return "\x1b[H" + "".join(lines) + "\x1b[J"
 
 
@@ -6947,7 +6960,8 @@ def cmd_dlq_list(args, queue):
     if not args.json:
         errors = queue.common_errors(chosen)
         if errors and errors[0]["jobs"] > 1:
-            print(truncate(errors_text(errors), terminal_width(sys.stdout)))
+            print_lines([truncate("Most common errors: " + errors_text(errors),
+                                  terminal_width(sys.stdout))])
             room = room and max(1, room - 1)
     dead = queue.dead_jobs(limit=room or args.limit or -1, **filters)
     list_jobs(args, queue, dead, DLQ_COLUMNS, "no dead jobs")
@@ -6958,18 +6972,12 @@ def report_unknown_error(args, queue):
     """Report which errors dead jobs have if `--error` names another one."""
     errors = args.error and queue.common_errors(where(["dead"]))
     if errors and args.error not in [row["error"] for row in errors]:
-        rest = plural(len(errors) - 3, "other error") if errors[3:] else ""
-        known = ["%(error)s (%(jobs)d)" % row for row in errors[:3]]
-        notice("no dead job has this very error; there are: "
-               + printable(joined(*known, rest)))
+        notice("no dead job has this very error; there are: " + errors_text(errors))
 
 
 def errors_text(errors):
-    """Return the most common errors of dead jobs, and how many others there are."""
-    rest = len(errors) - 3
-    return "Most common errors: %s%s" % (
-        printable(", ".join("%(jobs)d x %(error)s" % row for row in errors[:3])),
-        " and " + plural(rest, "other error") if rest > 0 else "")
+    """Return the most common errors of dead jobs, each with its count."""
+    return listed(["%(error)s (%(jobs)d)" % row for row in errors])
 
 
 @command("dlq logs", "print the latest output of dead jobs", "dlq logs --since 12h",
@@ -7172,12 +7180,11 @@ def report_stop(args, pools):
             busy = [worker for worker in queue.workers()
                     if worker["pool"] in pools and worker["job"]]
             running = ["%s (for %s)" % (
-                printable(worker["job"]),
-                duration_text(queue.clock() - worker["since"])) for worker in busy]
-            more = running[5:] and [plural(len(running) - 5, "more job")]
+                worker["job"], duration_text(queue.clock() - worker["since"]))
+                for worker in busy]
             if running:
                 notice("waiting for %s%s" % (
-                    ", ".join(running[:5] + more),
+                    listed(running, 5),
                     "" if args.now else "; to end them: " + in_queue(
                         args.db, usage("worker", "stop", "--now"))))
     suspended = [pid for pid in pools if is_suspended(pid)]

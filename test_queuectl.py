@@ -4581,9 +4581,9 @@ class TestDeadLetterQueue:
         enqueue(id="good")
         drain()
         assert run_ok("dlq", "list").out.splitlines()[0] == (
-            "Most common errors: 3 x exit 127, 1 x exit 3")
+            "Most common errors: exit 127 (3), exit 3 (1)")
         assert run_ok("dlq", "list", "--match", "127").out.splitlines()[0] == (
-            "Most common errors: 3 x exit 127")
+            "Most common errors: exit 127 (3)")
         assert run_ok("dlq", "purge", "--dry-run").out.count(" dead ") == 4
         assert run_ok("dlq", "clear").out == "deleted 4 jobs\n"
         assert list(jobs()) == ["good"]
@@ -4597,8 +4597,8 @@ class TestDeadLetterQueue:
         enqueue("exit 4", max_retries=1)
         drain()
         first = run_ok("dlq", "list").out.splitlines()[0]
-        assert first.startswith("Most common errors: 2 x exit 4, 1 x exit")
-        assert first.endswith(" and 2 other errors") and first.count("1 x exit") == 2
+        assert first.startswith("Most common errors: exit 4 (2), exit")
+        assert first.endswith(" and 2 more") and first.count(" (1)") == 2
 
     def test_list_begins_with_the_latest_death(self, queue, clock):
         for name in ("first", "second", "third"):
