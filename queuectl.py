@@ -3256,7 +3256,6 @@ class Wait:
         A job that was seen to end is not checked again, since it may be removed.
         """
         self.queue.require_file()
-        self.on_check(self)
         blocked, stuck = self.queue.blocked_seqs(), []
         while self.left:
             id = self.left[-1]
@@ -3271,7 +3270,10 @@ class Wait:
                 break  # this one may go on: the others need no check
             stuck.append(self.left.pop())
         self.left.extendleft(stuck)
-        return len(self.left) == len(stuck)
+        if len(self.left) == len(stuck):
+            return True
+        self.on_check(self)  # now that what has ended is known
+        return False
 
     def counts(self):
         """Return how many of the jobs are in each state, as `Queue.counts` does."""
@@ -5455,6 +5457,7 @@ class Supervisor:
         self.queue_trouble = self.start_trouble = None  # made with the log
         self.workers = []  # their processes
         self.next_start = self.next_check = self.checked_at = 0.0  # monotonic times
+        self.kill_at = 0.0  # likewise, for the workers that a stop now has not ended
         self.signals, self.signalled_at = 0, -MAX_DURATION
         self.asked = None  # the latest request of its own: its file may be removed
         self.has_failed = is_drain  # until `finish` has found that no job died
@@ -5530,6 +5533,7 @@ class Supervisor:
             if self.signals:  # the first asks to stop, a second to stop now
                 self.ask_to_stop("stop" if self.signals == 1 else "now")
             self.collect_workers()
+            self.kill_stuck_workers()
             self.require_own_file()
             are_missing = self.start_missing()
             if time.monotonic() >= self.next_check:
@@ -5621,6 +5625,18 @@ class Supervisor:
                 self.reaper.note_worker_death(worker.pid, worker.exitcode)
                 self.next_check = 0.0
                 self.next_start = time.monotonic() + RESTART_INTERVAL
+
+    def kill_stuck_workers(self):
+        """Kill the workers that outlive a stop now: they are suspended, or hang.
+
+        None takes that long to end its run. What it leaves is an orphan, as after any
+        death of a worker.
+        """
+        if requested_stop(self.path, self.pid) != "now":
+            self.kill_at = time.monotonic() + TERM_GRACE + KILL_GRACE + POLL_INTERVAL
+        elif time.monotonic() >= self.kill_at:
+            for worker in self.workers:
+                worker.kill()
 
     def start_missing(self):
         """Start the workers that are missing; return whether some still are.
@@ -7187,7 +7203,8 @@ def report_stop(args, pools):
                     listed(running, 5),
                     "" if args.now else "; to end them: " + in_queue(
                         args.db, usage("worker", "stop", "--now"))))
-    suspended = [pid for pid in pools if is_suspended(pid)]
+    pids = itertools.chain(pools, *living_pools(args.db).values())
+    suspended = [pid for pid in pids if is_suspended(pid)]
     if suspended:
         notice("suspended, as by Ctrl-Z; to resume: kill -CONT"
                + "".join(map(" {}".format, suspended)))

@@ -5277,6 +5277,18 @@ class TestWorkerStop:
         assert waits[0] == 1 and pool.wait(10) == 0
 
     @posix_only
+    def test_a_stop_now_ends_suspended_workers_too(self):
+        enqueue(LONG_COMMAND, id="x")
+        pool = start_pool(script="queuectl.TERM_GRACE = queuectl.KILL_GRACE = 0.8")
+        wait_until(lambda: state_of("x") == "processing" and live_commands())
+        for worker in workers_of(pool.pid):  # one of them is idle
+            os.kill(worker, signal.SIGSTOP)
+        answer = run_ok("worker", "stop", "--now")
+        assert pool.wait(10) == 0 and "suspended" in answer.err
+        assert (state_of("x"), attempts_of("x")) == ("pending", 0)
+        assert not live_commands()
+
+    @posix_only
     def test_ctrl_c_says_which_jobs_the_pool_waits_for(self):
         enqueue("touch runs; while ! test -e go; do sleep 0.05; done", id="x")
         pid, terminal = fork_on_terminal(["worker", "start"])
@@ -7632,6 +7644,27 @@ queuectl.os.environ["PATH"] = "/nowhere"
 
 class TestStatistics:
     """Numbers over runs: rates, times and errors."""
+
+    @mechanism
+    def test_its_numbers_are_of_one_moment(self, queue, clock, monkeypatch):
+        add_job(queue, id="x", max_retries=1)
+        queue.fail(claim(queue), make_outcome("exit 3", finished_at=clock.now + 1))
+        rows = queuectl.Queue._rows
+
+        def delete_behind(self, *args, **named):
+            found = rows(self, *args, **named)
+            with queuectl.Queue("queuectl.db") as other:
+                other.delete_all(queuectl.where(["dead"]))
+            return found
+
+        with queuectl.Queue("queuectl.db", clock=clock) as reader:
+            monkeypatch.setattr(reader, "_rows", delete_behind.__get__(reader))
+            assert queuectl.read_stats(reader, clock.now - 60)["run_time"]["longest"] == 1
+        add_job(queue, id="x", max_retries=1)
+        queue.fail(claim(queue), make_outcome("exit 3"))
+        with queuectl.Queue("queuectl.db") as reader:
+            monkeypatch.setattr(reader, "_rows", delete_behind.__get__(reader))
+            assert [group["id"] for group in reader.dead_by_error()] == ["x"]
 
     def test_rates_times_and_errors_are_counted(self, queue, clock):
         begun = clock.now
