@@ -101,8 +101,8 @@ PROGRAM = os.environ.get("QUEUECTL_DETACHED") or (
 # The states of a job, in the order of `status`: whether it waits to be run, or has
 # finished; whether its dependents may then go on; and its colour on a terminal, a code
 # of ANSI. A new state needs a new version of the schema, with a table `jobs` made anew:
-# SQLite can't change its CHECK. `gate_rule` says whether it may be claimed. RARE,
-# `prune`, `JOB_KINDS`, `verdict` and the page name states as well.
+# SQLite can't change its CHECK. `gate_rule` says whether it may be claimed. Many verbs
+# and texts are about one state: search for its name.
 State = collections.namedtuple("State", "is_waiting is_finished is_success colour")
 STATES = {
     "pending": State(True, False, False, None),
@@ -133,43 +133,59 @@ MAX_TIME = 253402300799.0  # 9999-12-31T23:59:59Z, the last time that ISO 8601 c
 # The longest line that the system can start: in bytes on Linux; for cmd.exe 8191
 # characters, in which its own path and option stand as well (Microsoft, KB 830473).
 MAX_COMMAND, LENGTH_UNIT = (8091, "characters") if WINDOWS else (131071, "bytes")
+
+# How much.
 MAX_WORKERS = 256
+MAX_DEATHS = 5  # worker deaths after which their job is taken for the cause
 MAX_HOOKS = 8  # `on_dead` commands that a pool runs at a time
 MAX_HOOK_OUTPUT = 2**20  # bytes of what such a command prints; then they are dropped
-HOOK_TIMEOUT = 300.0  # seconds after which an `on_dead` command is ended
-HOOKS_AT_END = 30.0  # seconds that a pool takes at its end to announce dead jobs
-MAX_DEATHS = 5  # worker deaths after which their job is taken for the cause
-
+MAX_ERRORS = 100  # most common errors of dead jobs that are told apart
 SHOWN_ERRORS = 4  # most common errors of dead jobs, in `status` and on the page
 MAX_WATCHED = 2000  # jobs of which `wait` counts the states; of more, the whole queue
-MAX_ERRORS = 100  # most common errors of dead jobs that are told apart
 BATCH_SIZE = 500  # rows of one read or write; more would hold up other processes
-WORK_SLICE = 0.05  # seconds that one transaction of many may take
-LOCK_TIMEOUT = 30.0  # seconds that a command waits for another program's lock
-POOL_LOCK_TIMEOUT = 1.0  # the same for a pool and the dashboard, which try again
-RECOVERY_INTERVAL = 2.0  # seconds between two checks of a pool for lost jobs
-DRAIN_INTERVAL = 0.5  # the same for a drain that shows its progress
-IDLE_INTERVAL = 1.0  # seconds after which an idle worker tries to claim unasked
-TROUBLE_INTERVAL = 1.0  # seconds until a worker tries again after an error
-RESTART_INTERVAL = 1.0  # seconds between two starts of workers that keep dying
-POLL_INTERVAL = 0.2  # seconds between two checks for a request, by worker and pool
-REPORT_DELAY = 10.0  # seconds after which `wait` reports what it waits for
-STOP_REPORT_DELAY = 1.0  # seconds after which `worker stop` does
-WAIT_INTERVAL = 0.1  # seconds between two checks of `wait` and `logs -f`
-STEP_INTERVAL = 0.05  # seconds between two checks whether processes have ended
-FILE_INTERVAL = 0.02  # seconds between two tries with a file that others probe
-SIGNAL_INTERVAL = 0.2  # seconds within which two signals count as one
-PRUNE_SLICE = 0.2  # seconds that a pool spends at once on deleting old jobs
-COMPLETION_TIMEOUT = 0.2  # seconds that TAB waits for another program's lock
-TERM_GRACE = 3.0  # seconds from SIGTERM to SIGKILL
-REST_TIMEOUT = 0.5  # seconds that output is read after the exit of a command
-KILL_GRACE = 5.0  # seconds after SIGKILL until a process counts as unkillable
-BLAME_DELAY = 0.5  # seconds within which a death and a stop count as one event
-EXIT_UNUSABLE = 2  # exit code of a worker that left because its queue can't be used
-SELFTEST_TIME = 28.0  # seconds that `selftest` takes before it clears up
-CHECK_TIME = 10.0  # the same for one promise
 TAIL_SIZE = 4000  # bytes at the end of an output in which the log looks for a line
 LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
+
+# How often: seconds between two looks or tries.
+RECOVERY_INTERVAL = 2.0  # of a pool for lost jobs
+DRAIN_INTERVAL = 0.5  # of a drain that shows its progress
+IDLE_INTERVAL = 1.0  # of an idle worker, which tries to claim unasked
+TROUBLE_INTERVAL = 1.0  # of a worker that tries again after an error
+RESTART_INTERVAL = 1.0  # of the starts of workers that keep dying
+POLL_INTERVAL = 0.2  # of a worker and a pool for a request
+WAIT_INTERVAL = 0.1  # of `wait` and `logs -f`
+STEP_INTERVAL = 0.05  # whether processes have ended
+FILE_INTERVAL = 0.02  # with a file that others probe
+SIGNAL_INTERVAL = 0.2  # within it two signals count as one
+
+# How long, in seconds.
+LOCK_TIMEOUT = 30.0  # that a command waits for another program's lock
+POOL_LOCK_TIMEOUT = 1.0  # the same for a pool and the dashboard, which try again
+COMPLETION_TIMEOUT = 0.2  # that TAB waits for another program's lock
+WORK_SLICE = 0.05  # that one transaction of many may take
+PRUNE_SLICE = 0.2  # that a pool deletes old jobs at a time
+TERM_GRACE = 3.0  # from SIGTERM to SIGKILL
+KILL_GRACE = 5.0  # after SIGKILL, until a process counts as unkillable
+REST_TIMEOUT = 0.5  # that output is read after the exit of a command
+BLAME_DELAY = 0.5  # within it a death and a stop count as one event
+HOOK_TIMEOUT = 300.0  # after which an `on_dead` command is ended
+HOOKS_AT_END = 30.0  # that a pool takes at its end to announce dead jobs
+REPORT_DELAY = 10.0  # after which `wait` reports what it waits for
+STOP_REPORT_DELAY = 1.0  # after which `worker stop` does
+SELFTEST_TIME = 28.0  # that `selftest` takes before it clears up
+CHECK_TIME = 10.0  # of them, for one promise
+
+EXIT_UNUSABLE = 2  # exit code of a worker that left because its queue can't be used
+
+
+def batches(items):
+    """Yield the items in lists of BATCH_SIZE."""
+    items = iter(items)
+    while True:
+        batch = list(itertools.islice(items, BATCH_SIZE))
+        if not batch:
+            return
+        yield batch
 
 
 def printable(text):
@@ -946,7 +962,7 @@ def pids_in_names(prefix):
 
 
 def older_pools(path):
-    """Return the PIDs of the living pools, with the files of queuectl 1.1 too.
+    """Return the PIDs of the living pools, also those of queuectl 1.1.
 
     A file with such a name may be an application's. It is only probed.
     """
@@ -1979,7 +1995,7 @@ Outcome = collections.namedtuple("Outcome", "kind exit_code error finished_at ou
 # are those of the command. The fields from `command` on are set only for the worker
 # that claimed the job.
 Run = collections.namedtuple(
-    "Run", "seq number id attempt max_retries worker pid started_at lease"
+    "Run", "seq number id attempt max_retries worker pid started_at lease_path"
     " command cwd env timeout launcher output_limit", defaults=(None,) * 6)
 
 CLAIMABLE = f"state = 'pending' AND gate = {OPEN}"
@@ -2076,14 +2092,15 @@ BEHIND_DEAD = f"""SELECT jobs.seq AS seq, dependency.id AS dependency,
         AND {IN_LINE}"""
 
 
-def blocked(columns):
+def blocked(with_root=False):
     """Return the SQL for the table `blocked`: those jobs, and all that wait for them.
 
-    COLUMNS are `seq`, or `seq, root` for a row for each dead job that one waits for.
+    Each has a row; WITH_ROOT, a row for each dead one that it waits for.
     """
-    return f"""WITH RECURSIVE blocked ({columns}) AS (
-        SELECT {columns} FROM ({BEHIND_DEAD})
-        UNION SELECT jobs.{columns} FROM blocked
+    root = ", root" if with_root else ""
+    return f"""WITH RECURSIVE blocked (seq{root}) AS (
+        SELECT seq{root} FROM ({BEHIND_DEAD})
+        UNION SELECT jobs.seq{root} FROM blocked
             CROSS JOIN dependencies ON waits_for = blocked.seq
             CROSS JOIN jobs ON jobs.seq = dependencies.seq
             WHERE {IN_LINE})"""
@@ -2150,16 +2167,16 @@ def where(states=STATES, **filters):
 
 def needed(condition):
     """Narrow a condition to the jobs that have to be kept."""
-    return condition._replace(sql="%s AND %s" % (condition.sql, is_needed(condition)))
+    return condition._replace(sql="%s AND %s" % (condition.sql, needed_sql(condition)))
 
 
 def not_needed(condition):
     """Narrow a condition to the jobs that need not be kept."""
     return condition._replace(spares_needed=True, sql="%s AND NOT %s" % (
-        condition.sql, is_needed(condition)))
+        condition.sql, needed_sql(condition)))
 
 
-def is_needed(condition):
+def needed_sql(condition):
     """Return the SQL that is true of those selected jobs that have to be kept.
 
     A job that is selected has to be kept if it is not completed and an unfinished job
@@ -2191,13 +2208,14 @@ class NewJobs:
         self.locks = set()  # of the jobs that are inserted
         self.unchanged = {}  # as in `Added`
 
-    def rows(self, jobs):
+    def to_insert(self, jobs):
         """Yield columns and values for `insert_job`, for each job to be inserted.
 
-        The caller inserts them one by one. With `unique` a job that exists is restarted
-        in the same step, or left unchanged.
+        The caller inserts a job before it asks for the next one. With `unique` a job
+        that exists is not yielded: it is restarted here, or left unchanged.
         """
-        for self.count, job in enumerate(jobs, 1):
+        for job in jobs:
+            self.count += 1
             self.id, run_at = job["id"], job["run_at"]
             if self.id is None:
                 if self.unique:
@@ -2264,14 +2282,13 @@ class Queue(Database):
         new = NewJobs(self, unique)
         with self.transaction():
             self.require_file()  # a removed file takes jobs, and nobody would find them
+            count = 0
             try:
-                # Jobs in a row with values in the same columns take one statement. To
-                # read a row restarts jobs as well.
-                count = sum(
-                    self.db.executemany(
+                # Jobs in a row that have values in the same columns take one statement.
+                for columns, rows in itertools.groupby(
+                        new.to_insert(jobs), key=operator.itemgetter(0)):
+                    count += self.db.executemany(
                         insert_job(columns), (values for _, values in rows)).rowcount
-                    for columns, rows in itertools.groupby(
-                        new.rows(jobs), key=operator.itemgetter(0)))
             except sqlite3.IntegrityError:
                 raise self._id_taken(new, place_name) from None
             self._change(
@@ -2381,7 +2398,7 @@ class Queue(Database):
             values, fields = self.settings(), dict(row)
             launcher = fields.pop("launcher") or values["launcher"]
             run = Run(worker=worker, pid=None, started_at=now,
-                      lease=self.lease_path(row["seq"], row["number"]),
+                      lease_path=self.lease_path(row["seq"], row["number"]),
                       launcher=None if launcher == "none" else launcher,
                       output_limit=values["output_limit"], **fields)
             take_lease(run)
@@ -2858,7 +2875,7 @@ class Queue(Database):
         return Run(
             job["seq"], job["run"], job["id"], job["attempts"], job["max_retries"],
             worker=None, pid=None, started_at=job["started_at"],
-            lease=self.lease_path(job["seq"], job["run"]))
+            lease_path=self.lease_path(job["seq"], job["run"]))
 
     # -- many jobs ---------------------------------------------------------------------
 
@@ -2983,7 +3000,7 @@ class Queue(Database):
             SELECT seq, run AS number, id, attempts AS attempt, max_retries, worker,
                 pid, started_at FROM jobs JOIN runs USING (seq, run)
             WHERE state = 'processing' AND {RARE}""")
-        return [Run(lease=self.lease_path(row["seq"], row["number"]), **dict(row))
+        return [Run(lease_path=self.lease_path(row["seq"], row["number"]), **dict(row))
                 for row in rows]
 
     def lost_runs(self, own_workers=()):
@@ -3001,7 +3018,7 @@ class Queue(Database):
         workers = living_workers(self.path).union(own_workers)
 
         def is_attended(run):  # another process may have got the PID of a dead worker
-            return run.worker in workers and is_locked(run.lease)
+            return run.worker in workers and is_locked(run.lease_path)
 
         return [run for run in runs if not is_attended(run) and self.is_current(run)]
 
@@ -3017,7 +3034,7 @@ class Queue(Database):
 
     def blocked_seqs(self):
         """Return the numbers of the jobs that wait, directly or not, for a dead one."""
-        return {seq for seq, in self._rows(blocked("seq") + "SELECT seq FROM blocked")}
+        return {seq for seq, in self._rows(blocked() + " SELECT seq FROM blocked")}
 
     def count_delayed(self):
         """Return how many jobs wait for their time alone."""
@@ -3047,7 +3064,7 @@ class Queue(Database):
         These wait directly or not. They are counted up to ten thousand.
         """
         return self._rows(f"""
-            {blocked("seq, root")}
+            {blocked(with_root=True)}
             SELECT id, state, cancelled, roots.jobs AS jobs
             FROM (SELECT root, COUNT(*) AS jobs
                 FROM (SELECT root FROM blocked LIMIT 10000)
@@ -3142,7 +3159,7 @@ class Queue(Database):
         """Return the job of this queue whose present run has started this process."""
         lease = os.environ.get("QUEUECTL_RUN")
         for run in self.processing_runs() if lease else ():
-            if run.lease == lease:
+            if run.lease_path == lease:
                 return self.job(run.id)
         return None
 
@@ -3279,11 +3296,12 @@ class Wait:
         """Return how many of the jobs are in each state, as `Queue.counts` does."""
         if not self.is_small:
             return self.queue.counts()
-        counts, ids = {state: self.ended[state] for state in STATES}, iter(self.left)
-        for batch in iter(lambda: [*itertools.islice(ids, BATCH_SIZE)], []):
-            for state, jobs in self.queue._rows(
-                    "SELECT state, COUNT(*) FROM jobs WHERE id IN (%s) GROUP BY state"
-                    % ", ".join("?" * len(batch)), *batch):
+        counts = {state: self.ended[state] for state in STATES}
+        for batch in batches(self.left):
+            ids = ", ".join("?" for _ in batch)
+            for state, jobs in self.queue._rows(f"""
+                    SELECT state, COUNT(*) FROM jobs WHERE id IN ({ids})
+                    GROUP BY state""", *batch):
                 counts[state] += jobs
         return counts
 
@@ -4144,7 +4162,7 @@ def why_lost(queue, job):
     lost = [run for run in queue.lost_runs() if run.id == job["id"]]
     if not lost:
         return None
-    hint = (ORPHAN_HINT if is_locked(lost[0].lease) else LOST_HINT) % (
+    hint = (ORPHAN_HINT if is_locked(lost[0].lease_path) else LOST_HINT) % (
         "makes the job dead" if job["cancelled"] else "runs the job again")
     return joined(hint, standstill(queue), by="; ")
 
@@ -4269,7 +4287,7 @@ def harm_text(status):
 
 def left_text(status):
     """Return in words which jobs need a worker: 1 job waits, 7 lost their worker."""
-    waiting = sum(status["jobs"][state] for state in WAITING)
+    waiting = count_waiting(status["jobs"])
     lost = len(status["lost"])
     words = joined(
         waiting and plural(waiting, "job") + (" waits" if waiting == 1 else " wait"),
@@ -4296,6 +4314,10 @@ def time_left(status, now):
 
 def count_unfinished(counts):
     return sum(count for state, count in counts.items() if state not in FINISHED)
+
+
+def count_waiting(counts):
+    return sum(counts[state] for state in WAITING)
 
 
 class Trend:
@@ -4326,7 +4348,7 @@ def progress_text(counts, done, seconds, width):
 
     What does not fit into the width is left out.
     """
-    running, waiting = counts["processing"], sum(counts[state] for state in WAITING)
+    running, waiting = counts["processing"], count_waiting(counts)
     parts = ["%d waiting" % waiting, "%d running" % running]
     parts += ["%d %s" % (counts[state], state) for state in FINISHED[::-1]]
     if done > 0 and seconds > 0 and running:
@@ -4816,8 +4838,8 @@ def print_jobs(args, jobs, lines_of, empty):
         sys.stdout.writelines(line + "\n" for line in lines)
         return not first
     print(end="[")
-    jobs, comma = map(public_job, jobs), ""
-    for batch in iter(lambda: list(itertools.islice(jobs, BATCH_SIZE)), []):
+    comma = ""
+    for batch in batches(map(public_job, jobs)):
         print(end=comma + json.dumps(batch)[1:-1])
         comma = ", "
     print("]")
@@ -5085,7 +5107,7 @@ class Worker:
         return run
 
     def take_lease(self, run):
-        self.lease = Lease(run.lease, run.output_limit)
+        self.lease = Lease(run.lease_path, run.output_limit)
 
     def report(self, state, run, outcome):
         """Log how a run ended. A result that came too late is logged and dropped."""
@@ -5262,7 +5284,7 @@ class Reaper:
         the transaction that puts the job back: if it is unlocked then, no process is
         left that could fork another.
         """
-        lost = {run.lease: run for run in queue.lost_runs(workers)}
+        lost = {run.lease_path: run for run in queue.lost_runs(workers)}
         found = processes_of(dict.fromkeys(lost))
         self.recovery_done = True
         for lease, run in lost.items():
@@ -5292,9 +5314,9 @@ class Reaper:
 
     def end_orphan(self, run, pids):
         """Signal what a dead worker left running, as the worker would have done."""
-        termination = self.terminations.get(run.lease)
+        termination = self.terminations.get(run.lease_path)
         if not termination:
-            termination = self.terminations[run.lease] = Termination()
+            termination = self.terminations[run.lease_path] = Termination()
             self.log.warning("%s worker died, ending %s", run_label(run), sorted(pids))
         kill_sent = termination.kill_sent
         termination.step(pids, signal_processes)
@@ -5304,14 +5326,14 @@ class Reaper:
 
     def put_back(self, queue, run):
         """Put the job of a lost run back, unless something holds the lease again."""
-        output = read_output(run.lease, queue.settings()["output_limit"])
+        output = read_output(run.lease_path, queue.settings()["output_limit"])
         outcome = Outcome("lost", None, WORKER_DIED, queue.clock(), output)
         with queue.transaction():
-            state = None if is_locked(run.lease) else queue.release(
+            state = None if is_locked(run.lease_path) else queue.release(
                 run, outcome, is_blamed=run.worker in self.worker_died_at)
         if state:
             self.log.warning("%s worker died, %s", run_label(run), state)
-            remove_leftover(run.lease)
+            remove_leftover(run.lease_path)
             wake_workers(self.path)
 
     def announce_dead_jobs(self, queue):
@@ -5419,7 +5441,7 @@ class Reaper:
         """Remove the files that no process holds any more."""
         directory = path_beside(self.path, ".runs")
         with queue.transaction():  # so that no run is claimed or lost in between
-            leases = {run.lease for run in queue.processing_runs()}
+            leases = {run.lease_path for run in queue.processing_runs()}
             with contextlib.suppress(FileNotFoundError):
                 for name in os.listdir(directory):
                     path = os.path.join(directory, name)
@@ -5752,7 +5774,7 @@ class Supervisor:
             when = relative_time(due["run_at"], queue.clock())
             reasons.append("the next is due " + when)
         if reasons:
-            left = plural(sum(queue.counts()[state] for state in WAITING), "job")
+            left = plural(count_waiting(queue.counts()), "job")
             self.summary += "; %s left: %s" % (left, "; ".join(reasons))
 
 
@@ -6264,7 +6286,7 @@ def read_json_lines(lines, check, places):
     """Yield the checked jobs of an array or of JSON Lines; a refusal names the line."""
     number, places.blank = 0, []
     try:
-        for batch in iter(lambda: list(itertools.islice(lines, BATCH_SIZE)), []):
+        for batch in batches(lines):
             found = parse_batch(batch)
             for index, line in enumerate(batch):
                 number += 1
@@ -6640,7 +6662,7 @@ def follow(queue, job):
             notice("%d bytes of output were dropped here" % (dropped - printed))
         printer.print(output[max(0, printed - dropped) :], is_last=not is_running)
         printed = max(printed, dropped + len(output))
-        if run.lease in [lost.lease for lost in queue.lost_runs()]:
+        if run.lease_path in [lost.lease_path for lost in queue.lost_runs()]:
             raise QueueError("the worker of job %s died; a pool puts it back", run.id)
         if is_running and is_reader_gone(sys.stdout):
             return
@@ -6680,7 +6702,7 @@ def output_of(queue, job, run):
     output = queue.output(job, run)
     if output is None and run == job["run"]:
         # If the run has ended between the two reads, its output is in the database now.
-        lease, limit = queue.latest_run(job).lease, queue.settings()["output_limit"]
+        lease, limit = queue.latest_run(job).lease_path, queue.settings()["output_limit"]
         output = read_output(lease, limit) or queue.output(job, run)
     return output or b""
 

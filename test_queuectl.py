@@ -732,7 +732,7 @@ def leased_run(queue, worker):
     """Claim a job, and hold the lease of its run in this process."""
     leases = []
     run = queue.claim(worker, lambda run: leases.append(
-        queuectl.Lease(run.lease, run.output_limit)))
+        queuectl.Lease(run.lease_path, run.output_limit)))
     try:
         yield run, leases[0]
     finally:
@@ -1406,7 +1406,7 @@ class TestRunsNeverOverlap:
                 queue.db.execute("UPDATE runs SET worker = ?", (pid,))
                 workers = [pid] * own
                 if removed:
-                    os.remove(run.lease)
+                    os.remove(run.lease_path)
                 reaper.recover_lost(queue, workers)
             assert queue.job("job")["state"] == "processing"
 
@@ -1459,9 +1459,9 @@ class TestRunsNeverOverlap:
         with leased_run(queue, 1) as (run, _):
             pass
         program = "import os, queuectl; os.setuid(65534); print(queuectl.is_locked(%r))"
-        answer = subprocess.run([sys.executable, "-c", program % run.lease], cwd="/",
+        answer = subprocess.run([sys.executable, "-c", program % run.lease_path], cwd="/",
                               stdout=subprocess.PIPE, env=python_environment())
-        assert answer.stdout == b"True\n" and not queuectl.is_locked(run.lease)
+        assert answer.stdout == b"True\n" and not queuectl.is_locked(run.lease_path)
         monkeypatch.setattr(queuectl, "is_locked", lambda path, missing=False: True)
         make_reaper(queue).recover_lost(queue, [])
         assert state_of("job") == "processing"
@@ -2736,7 +2736,7 @@ class TestNothingElseIsSignalled:
         reaper = forbid_signals(monkeypatch, make_reaper(queue))
         with leased_run(queue, 1) as (run, lease), lease_heir(lease) as pid:
             listed = queue.processing_runs()
-            assert queuectl.processes_of({run.lease: None}) == {run.lease: {pid}}
+            assert queuectl.processes_of({run.lease_path: None}) == {run.lease_path: {pid}}
             queue.complete(run, make_outcome(None))
             monkeypatch.setattr(queue, "processing_runs", lambda: listed)
             reaper.recover_lost(queue, [])
@@ -3715,7 +3715,7 @@ class TestShow:
         assert why("c") == "due in 12s"
         run = claim(queue)
         worker = queuectl.lock_file(queuectl.worker_file(queue.path, 1, run.worker))
-        lease = queuectl.Lease(run.lease, run.output_limit)
+        lease = queuectl.Lease(run.lease_path, run.output_limit)
         assert why("a") is None
         os.close(worker)
         assert why("a") == "its worker died, but its processes still run; the next" \
