@@ -6378,7 +6378,7 @@ def room_for_jobs(args, note=()):
     It is None where --limit says how many jobs are listed, or where all are.
     """
     size = terminal_size(sys.stdout)
-    if args.limit is not None or args.json or not size:
+    if getattr(args, "limit", None) is not None or args.json or not size:
         return None
     below = sum(len(wrapped(line, size.columns)) for line in note)
     return max(1, size.lines - 3 - below)
@@ -6387,14 +6387,17 @@ def room_for_jobs(args, note=()):
 def report_left(args, room, count):
     """Report how many of COUNT jobs were not listed."""
     limit = room or args.limit or 0
-    if not limit or count <= limit or args.json:
-        return
-    more = plural(count - limit, "older job" if room else "more job")
-    more += "; --limit 0 lists all"
-    if terminal_width(sys.stdout):
-        print_lines([Line(more, DIM)])
-    else:
-        notice(more)
+    if limit and count > limit:
+        more = plural(count - limit, "older job" if room else "more job")
+        report_below(args, more + "; --limit 0 lists all")
+
+
+def report_below(args, message):
+    """Print what is to be known of a table: below it, or on standard error."""
+    if terminal_width(sys.stdout) and not args.json:
+        print_lines([Line(message, DIM)])
+    elif not args.json:
+        notice(message)
 
 
 def time_since(args, queue):
@@ -6837,9 +6840,6 @@ def require_one_selection(args, *ways):
         raise QueueError("which jobs? name ids, or %s", options, code=2)
     if given > 1:
         raise QueueError("name ids, or one of %s, but not both", options, code=2)
-    if args.ids and args.dry_run:
-        message = "--dry-run needs options that select jobs, not ids"
-        raise QueueError(message, code=2)
 
 
 # `taken` is the condition for the jobs that a verb for many changes. `left` is that for
@@ -6858,16 +6858,45 @@ def jobs_to_delete(states, **filters):
     return Selection(not_needed(chosen), needed(chosen), "other jobs wait for them")
 
 
-def print_each(args, done, answer):
-    """Print what was done to the ids: for each the line that `answer(id)` makes."""
+def apply_to_named(args, queue, verb, done, answer):
+    """Apply a verb to the jobs with the given ids; with --dry-run only list them.
+
+    For each the line is printed that `answer(id)` makes.
+    """
     ids = list(dict.fromkeys(args.ids))
+    if args.dry_run:
+        jobs = rehearse(queue, verb, ids)
+        return list_dry_run(args, queue, done, jobs, len(jobs))
+    verb(ids)
     print_result(args, {done: ids}, *map(answer, ids))
+
+
+class Rehearsed(Exception):
+    """Ends a transaction that is not to change anything."""
+
+
+def rehearse(queue, verb, ids):
+    """Return the jobs with these ids; refuse what the verb refuses. Change nothing."""
+    with contextlib.suppress(Rehearsed), queue.transaction():
+        jobs = [queue.job(id) for id in ids]
+        verb(ids)
+        raise Rehearsed
+    return jobs
+
+
+def list_dry_run(args, queue, done, jobs, count):
+    """List the jobs that a verb would change; a terminal gets as many as fit."""
+    message = "%s would be %s; nothing is changed" % (plural(count, "job"), done)
+    room = room_for_jobs(args, [message])
+    list_jobs(args, queue, itertools.islice(jobs, room))
+    report_below(args, message)
 
 
 def apply_to_many(args, queue, verb, done, selection):
     """Apply a verb to the jobs of a selection; with --dry-run only list them."""
     if args.dry_run:
-        return list_jobs(args, queue, queue.jobs(selection.taken))
+        jobs, count = queue.jobs(selection.taken), queue.count(selection.taken)
+        return list_dry_run(args, queue, done, jobs, count)
     count = verb(selection.taken)
     result, message = {done: count}, "%s %s" % (done, plural(count, "job"))
     if selection.left:
@@ -6882,9 +6911,8 @@ def apply_to_many(args, queue, verb, done, selection):
 def cmd_cancel(args, queue):
     require_one_selection(args, args.state or args.match)
     if args.ids:
-        queue.cancel(args.ids)
-        return print_each(
-            args, "cancelled", lambda id: cancel_answer(queue, queue.job(id)))
+        return apply_to_named(args, queue, queue.cancel, "cancelled",
+                              lambda id: cancel_answer(queue, queue.job(id)))
     chosen = where(args.state or TAKES["cancel"], text=args.match)
     apply_to_many(
         args, queue, queue.cancel_all, "cancelled", Selection(chosen, None, None))
@@ -6908,9 +6936,9 @@ def cmd_retry(args, queue):
 def retry_jobs(args, queue, states, **filters):
     """Retry the jobs with the given ids, or those in these states."""
     if args.ids:
-        queue.retry(args.ids, states)
         answer = "retried %s: pending again, with 0 attempts"
-        return print_each(args, "retried", lambda id: answer % printable(id))
+        return apply_to_named(args, queue, lambda ids: queue.retry(ids, states),
+                              "retried", lambda id: answer % printable(id))
     apply_to_many(args, queue, queue.retry_all, "retried",
                   jobs_to_retry(states, text=args.match, **filters))
 
@@ -6930,8 +6958,8 @@ def cmd_delete(args, queue):
         message = "--older-than: only jobs that have finished have an age"
         raise QueueError(message, code=2)
     if args.ids:
-        queue.delete(args.ids)
-        return print_each(args, "deleted", lambda id: "deleted " + printable(id))
+        return apply_to_named(args, queue, queue.delete, "deleted",
+                              lambda id: "deleted " + printable(id))
     apply_to_many(args, queue, queue.delete_all, "deleted", selection_to_delete(
         args, None if not has_age else queue.clock() - args.older_than))
 

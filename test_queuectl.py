@@ -4484,6 +4484,26 @@ class TestDelete:
         add_job(queue, id="b", after=["a"])
         assert run_ok("delete", "--all").out == "deleted 2 jobs\n" and jobs() == {}
 
+    def test_a_dry_run_of_ids_refuses_what_the_command_would(self, queue):
+        for id, after in ("a", []), ("b", ["a"]):
+            add_job(queue, id=id, after=after)
+        for words in ["delete", "b", "a"], ["cancel", "a"]:
+            answer = run_ok(*words, "--dry-run")
+            assert [line.split()[0] for line in answer.out.splitlines()[1:]] == words[1:]
+            assert "would be " in answer.err and "nothing is changed" in answer.err
+        assert set(read_status()["jobs"].values()) == {0, 2}
+        assert "b waits for it" in run_refused("delete", "a", "--dry-run")
+        assert "a is pending" in run_refused("retry", "a", "--dry-run")
+        listed = run_ok("delete", "b", "--dry-run", "--json")
+        assert listed.json[0]["id"] == "b" and not listed.err
+
+    @posix_only
+    def test_a_dry_run_leaves_its_answer_on_the_terminal(self, queue):
+        add_jobs(queue, [{"command": "true"}] * 40)
+        shown = run_on_terminal("delete", "--all", "--dry-run", columns=80)[1]
+        assert shown.count("\r\n") <= 23 and shown.count("pending") == 20
+        assert "40 jobs would be deleted; nothing is changed" in shown.splitlines()[-1]
+
     @pytest.mark.parametrize("words", [
         ["delete", "--match", "x"], ["delete", "--state", "pending"],
         ["dlq", "clear"], ["dlq", "clear", "--match", "x"], ["delete", "--all"]])
@@ -6053,7 +6073,6 @@ class TestCommandLine:
             enqueue(id=name)
         assert "several jobs begin with abcd: abcd1, abcd2" in run_refused(
             "show", "abcd")
-        assert "--dry-run" in run_refused("delete", "abcd1", "--dry-run", code=2)
         enqueue(id="none")
         enqueue(id="x", after=["none"])
         assert details_of("x")["after"] == ["none"]
