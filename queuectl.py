@@ -4675,15 +4675,16 @@ def stats_lines(stats, width):
         yield "%s: median %s, 95 %% within %s, longest %s" % (
             name.replace("_", " "), *times)
     yield from throughput_lines(stats["throughput"], period, width)
-    yield from histogram(stats["run_times"], width)
-    yield from table(["AVERAGE", "RUNS", "SLOWEST COMMANDS"], [
-        [duration_text(row["mean"]), grouped(row["runs"]), printable(row["command"])]
-        for row in stats["slowest_commands"]], width)
     if stats["common_errors"]:
-        yield ""
         yield from table(["RUNS", "MOST COMMON ERRORS"], [
             [grouped(row["runs"]), printable(row["error"])]
             for row in stats["common_errors"]], width)
+        yield ""
+    yield from table(["AVERAGE", "RUNS", "SLOWEST COMMANDS"], [
+        [duration_text(row["mean"]), grouped(row["runs"]), printable(row["command"])]
+        for row in stats["slowest_commands"]], width)
+    yield ""
+    yield from histogram(stats["run_times"], width)
 
 
 def throughput_lines(bars, period, width):
@@ -4710,7 +4711,6 @@ def histogram(bins, width):
         below = "longer" if bin["below"] is None else "< %gs" % bin["below"]
         length = ceil_div(bin["runs"] * max(1, width - 24), most)
         yield "%-10s  %s %d" % (below, bar * length, bin["runs"])
-    yield ""
 
 
 class ProgressLine:
@@ -6760,11 +6760,11 @@ def cmd_status(args, queue):
                 growth = trend.growth(now, count_unfinished(status["jobs"]))
                 lines = status_screen(status, errors_of(queue), now, growth)
             if is_screen:
-                print(end=screenful([*lines]))
+                print(end=screenful(lines))
             elif args.json:
                 print_result(args, status_document(status, now))
             else:
-                print_lines(lines)
+                print_lines(fitting(lines))
             if not args.watch:
                 if not any(status["jobs"].values()) and not status["workers"]:
                     report_queue(args)
@@ -6773,15 +6773,25 @@ def cmd_status(args, queue):
             time.sleep(args.watch)
 
 
+def fitting(lines):
+    """Return the lines, wrapped for a terminal; of them as many as fit above a prompt.
+
+    What matters most is above, and must not scroll away.
+    """
+    size = terminal_size(sys.stdout)
+    if size is None:
+        return lines
+    lines = [part for line in lines for part in wrapped(line, size.columns)]
+    if len(lines) > size.lines - 1:
+        rest = len(lines) - size.lines + 2
+        lines = lines[: size.lines - 2] + ["  and %d more" % rest]
+    return lines
+
+
 def screenful(lines):
     """Return the text that redraws these lines, as many as fit on the terminal."""
-    width, height = terminal_size(sys.stdout)
-    lines = [part for line in lines for part in wrapped(line, width)]
-    if len(lines) > height - 1:
-        rest = len(lines) - height + 2
-        lines = lines[: height - 2] + ["  and %d more" % rest]
     # Each line is cleared first: behind its last column that would clear this.
-    lines = ("\x1b[K%s\n" % paint for paint in map(painter(sys.stdout), lines))
+    lines = ("\x1b[K%s\n" % line for line in map(painter(sys.stdout), fitting(lines)))
     return "\x1b[H" + "".join(lines) + "\x1b[J"
 
 
@@ -6792,7 +6802,8 @@ def screenful(lines):
          creates_queue=True, only_reads=True, aliases=("metrics",))
 def cmd_stats(args, queue):
     stats = read_stats(queue, queue.clock() - args.since)
-    print_result(args, stats, *stats_lines(stats, terminal_width(sys.stdout) or 80))
+    lines = stats_lines(stats, terminal_width(sys.stdout) or 80)
+    print_result(args, stats, *fitting(lines))
 
 
 # -- change jobs -----------------------------------------------------------------------

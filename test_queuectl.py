@@ -4946,7 +4946,7 @@ class TestStatus:
         assert shown.rstrip().endswith("\x1b[?1049l") and "Traceback" not in shown
 
     @posix_only
-    def test_watch_fits_the_terminal_with_the_counts_on_top(self):
+    def test_it_fits_the_terminal_with_the_counts_on_top(self):
         pool = start_pool(count=30)
         code, shown = run_on_terminal(
             "status", "--watch", "0.1", keys=b"\x03", columns=40)
@@ -4957,6 +4957,7 @@ class TestStatus:
         assert lines[2] == "Pending: 0" and lines[7] == "Active Workers: 30"
         assert len(lines) == 23 and lines[-1] == "  and 16 more"
         assert max(map(len, lines)) <= 40 and pool.poll() is None
+        assert run_on_terminal("status", columns=40)[1].splitlines() == lines
 
 
 class TestStats:
