@@ -6455,7 +6455,10 @@ def field_texts(job, now, waiting):
     for name in TIMES:
         if job[name] is not None:
             fields[name] += ", " + relative_time(job[name], now)
-    fields["env"] = " ".join("%s=%s" % pair for pair in fields["env"].items())
+    fields["env"] = " ".join(
+        name + "=" + quoted([value]) for name, value in fields["env"].items())
+    if job["timeout"]:
+        fields["timeout"] = setting_with_unit("timeout", job["timeout"])
     for name in ("after", "waits_for"):
         fields[name] = ", ".join(fields[name])
     return fields
@@ -6475,7 +6478,10 @@ def answer_lines(queue, job, now, waiting):
     id, state, width = printable(job["id"]), job["state"], terminal_width(sys.stdout)
     reason = ": " + printable("; ".join(state_reasons(job, now, waiting)))
     yield state_line(id + " is ", state, reason)
-    yield truncate("  $ " + printable(job["command"]), width)
+    mark = "  $ "
+    for line in map(printable, job["command"].split("\n")):
+        yield mark + line
+        mark = "    "
     for line in last_lines(output_of(queue, job, job["run"])[-4000:], 5):
         yield truncate("  | " + printable(line), width)
     ids = [id for _, id in queue.waiting_dependents(job)]

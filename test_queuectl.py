@@ -3764,6 +3764,16 @@ class TestShow:
         assert code == 0 and shown.count("\n") < 23
         assert "exit 3" in shown and "command:" not in shown and "cwd:" in shown
 
+    @posix_only
+    def test_a_terminal_shows_the_whole_command(self):
+        enqueue("echo %s end" % ("long " * 20), id="a", timeout=600, env={"B": "two c"})
+        lines = run_on_terminal("show", "a", columns=40)[1].splitlines()
+        at = lines.index("  $ echo long long long long long long")
+        assert lines[at + 3] == "    end"
+        assert "timeout:     10m" in lines
+        assert "env:         B='two c'" in lines
+        assert details_of("a")["timeout"] == 600
+
     @posix_only  # elsewhere a command has one line
     def test_it_prints_every_line_of_a_command_and_a_table_of_runs(self):
         enqueue("echo one\nexit 3", id="x", max_retries=2)
@@ -3772,6 +3782,7 @@ class TestShow:
         lines = run_ok("show", "x").out.splitlines()
         at = lines.index("command:     echo one")
         assert lines[at + 1] == "             exit 3"
+        assert lines[1:3] == ["  $ echo one", "    exit 3"]
         assert re.match(r"RUN  TRY  STARTED +TOOK +RESULT$", lines[-3])
         assert re.match(r"2    2    .* ago +<?\d+ms +exit ", lines[-1])
 
