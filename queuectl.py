@@ -4081,10 +4081,15 @@ def in_queue(path, hint):
 Verdict = collections.namedtuple("Verdict", "state sentence advice", defaults=("",))
 
 
-def obstacle(is_paused, pools, stopping_pools):
-    """Return the `Verdict` on a queue in which no job is started; None if jobs are."""
+def obstacle(is_paused, pools, stopping_pools, workers):
+    """Return the `Verdict` on a queue in which no job is started; None if jobs are.
+
+    Workers without a pool are those of one that was killed: they finish their jobs.
+    """
     if is_paused:
         return Verdict("failed", "Paused", TO_RESUME)
+    if not pools and workers:
+        return Verdict("dead", "The pool was killed", TO_START_ANOTHER)
     if not pools:
         return Verdict("dead", "No pool is running", TO_START)
     if not pools - stopping_pools:
@@ -4092,10 +4097,16 @@ def obstacle(is_paused, pools, stopping_pools):
     return None
 
 
+def obstacle_of(status):
+    """Return the `obstacle` of a queue from the values of `read_status`."""
+    return obstacle(*map(status.get, ("paused", "pools", "stopping_pools", "workers")))
+
+
 def standstill(queue):
     """Return in words why no job is started, and the next step; nothing if jobs are."""
     pools = supervised_pools(queue.path)
-    found = obstacle(queue.is_paused(), pools, stopping(queue.path, pools))
+    workers = () if pools else living_workers(queue.path)
+    found = obstacle(queue.is_paused(), pools, stopping(queue.path, pools), workers)
     return found and with_advice(found, queue.path, str.lower)
 
 
@@ -4232,7 +4243,7 @@ def verdict_at_rest(status):
         if status["blocked_seqs"] and not can_go_on and not jobs["processing"]:
             return Verdict("dead", "Stuck" + left + " for dead ones",
                            "retry the dead ones, or cancel what waits")
-    found = obstacle(status["paused"], status["pools"], status["stopping_pools"])
+    found = obstacle_of(status)
     return found and found._replace(sentence=found.sentence + left)
 
 
@@ -5999,7 +6010,7 @@ def error_lines(groups, now):
 def status_lines(status, now):
     """Yield what `status` prints into a pipe or a file."""
     yield from count_lines(status, now)
-    found = obstacle(status["paused"], status["pools"], status["stopping_pools"])
+    found = obstacle_of(status)
     if found and (status["paused"] or count_unfinished(status["jobs"])):
         yield with_advice(found, status["path"])
     yield from worker_lines(status, now)
@@ -6476,7 +6487,10 @@ NEXT_COMMANDS = {
 def answer_lines(queue, job, now, waiting):
     """Yield why a job is what it is, what it printed last, and the next step."""
     id, state, width = printable(job["id"]), job["state"], terminal_width(sys.stdout)
-    reason = ": " + printable("; ".join(state_reasons(job, now, waiting)))
+    reasons = state_reasons(job, now, waiting)
+    if state == "processing" and not waiting and not queue.is_paused():
+        reasons.append(standstill(queue))
+    reason = ": " + printable(joined(*reasons, by="; "))
     yield state_line(id + " is ", state, reason)
     mark = "  $ "
     for line in map(printable, job["command"].split("\n")):

@@ -4792,7 +4792,9 @@ class TestStatus:
         pool.wait(10)
         shown = run_ok("status").out
         line = "  worker %d, whose pool %d was killed: runs for" % (worker, pool.pid)
-        assert line in shown and "No pool is running" in shown
+        assert line in shown and "The pool was killed; to start another: " in shown
+        assert "s; the pool was killed; to start another: " in run_ok("show", "runs").out
+        assert read_status()["verdict"] == "The pool was killed"
         open("go", "w").close()
 
     def test_the_verdict_says_what_a_queue_comes_down_to(self, queue, clock):
