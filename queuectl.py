@@ -3999,6 +3999,15 @@ def roughly(seconds):
     return "%d s" % max(1, seconds)
 
 
+def rate_text(per_second):
+    """Return how often something happens: 340/s, 5.1/s, 2/min, 16/h."""
+    units = [(1, "s"), (60, "min"), (3600, "h")]
+    seconds, name = next((unit for unit in units if per_second * unit[0] >= 1),
+                         units[-1 if per_second else 0])
+    count = per_second * seconds
+    return "%s/%s" % ("%.2g" % count if count < 99.5 else grouped(round(count)), name)
+
+
 def relative_time(moment, now, text_of=duration_text):
     """Return a time as people say it: 2m 5s ago, in 4.0s."""
     if moment <= now:
@@ -4336,11 +4345,11 @@ def progress_text(counts, done, seconds, width):
     What does not fit into the width is left out.
     """
     running, waiting = counts["processing"], sum(counts[state] for state in WAITING)
-    parts = ["%d waiting" % waiting, "%d running" % running]
-    parts += ["%d %s" % (counts[state], state) for state in FINISHED[::-1]]
+    parts = [grouped(waiting) + " waiting", grouped(running) + " running"]
+    parts += [grouped(counts[state]) + " " + state for state in FINISHED[::-1]]
     if done > 0 and seconds > 0 and running:
         left = (running + waiting) * seconds / done
-        parts += ["%.1f/s" % (done / seconds), "about %s left" % roughly(left)]
+        parts += [rate_text(done / seconds), "about %s left" % roughly(left)]
     line = parts[0]
     for part in parts[1:]:
         longer = line + ", " + part
@@ -4673,14 +4682,15 @@ def run_table(runs, now):
 def stats_lines(stats, width):
     """Yield what `stats` prints."""
     period = duration_text(stats["seconds"])
-    yield "%s in %s: %d completed, %d failed (%s); %d interrupted" % (
-        plural(stats["runs"], "run"), period, stats["completed"], stats["failed"],
-        plural(stats["retries"], "retry"), stats["interrupted"])
+    yield "%s in %s: %s completed, %s failed (%s); %s interrupted" % (
+        plural(stats["runs"], "run"), period, grouped(stats["completed"]),
+        grouped(stats["failed"]), plural(stats["retries"], "retry"),
+        grouped(stats["interrupted"]))
     if stats["success_rate"] is None:
         return
-    yield "%.1f %% succeed; %.2f/s in the last minute, %.2f/s in %s" % (
-        100 * stats["success_rate"], stats["per_second_now"], stats["per_second"],
-        period)
+    yield "%d %% succeed; %s in the last minute, %s in %s" % (
+        100 * stats["completed"] // (stats["completed"] + stats["failed"]),
+        rate_text(stats["per_second_now"]), rate_text(stats["per_second"]), period)
     for name in ("run_time", "waiting_time"):
         times = [duration_text(value or 0) for value in stats[name].values()]
         yield "%s: median %s, 95 %% within %s, longest %s" % (
@@ -4719,9 +4729,9 @@ def histogram(bins, width):
     used = [at for at, bin in enumerate(bins) if bin["runs"]]
     most, bar = max(bin["runs"] for bin in bins), drawable("█", "#")
     for bin in bins[used[0] : used[-1] + 1]:
-        below = "longer" if bin["below"] is None else "< %gs" % bin["below"]
+        below = bin["below"] and "< " + duration_text(bin["below"]) or "longer"
         length = ceil_div(bin["runs"] * max(1, width - 24), most)
-        yield "%-10s  %s %d" % (below, bar * length, bin["runs"])
+        yield "%-10s  %s %s" % (below, bar * length, grouped(bin["runs"]))
 
 
 class ProgressLine:
@@ -6000,8 +6010,8 @@ def status_screen(status, groups, now, growth):
 def error_lines(groups, now):
     """Yield a line for each error of dead jobs."""
     for group in groups:
-        yield "  %d dead of %s, %s%s%s" % (
-            group["jobs"], printable(group["error"]),
+        yield "  %s dead of %s, %s%s%s" % (
+            grouped(group["jobs"]), printable(group["error"]),
             "the latest " if group["jobs"] > 1 else "",
             relative_time(group["latest"], now),
             group["line"] and ": " + printable(group["line"]))

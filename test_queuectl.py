@@ -5007,7 +5007,8 @@ class TestStats:
         printed = run_ok("stats").out
         first = "4 runs in 1h: 1 completed, 0 failed (0 retries); 3 interrupted"
         assert first in printed
-        assert "100.0 % succeed" in printed
+        assert "100 % succeed; 4/min in the last minute, 4/h in 1h" in printed
+        assert re.search(r"^(longer|< [\d.]+m?s) +█+ 1$", printed, re.MULTILINE)
         assert run_errors("x") == ["stopped now", "stopped now", "cancelled"]
 
 
@@ -5131,9 +5132,9 @@ class TestWorkerStart:
     def test_progress_is_one_line_with_rate_and_time_left(self):
         counts = dict(pending=5, processing=2, completed=30, failed=1, dead=2)
         assert queuectl.progress_text(counts, 16, 4.0, 99) == (
-            "6 waiting, 2 running, 2 dead, 30 completed, 4.0/s, about 2 s left")
+            "6 waiting, 2 running, 2 dead, 30 completed, 4/s, about 2 s left")
         assert queuectl.progress_text(counts, 16, 4.0, 39) == (
-            "6 waiting, 2 running, 2 dead, 4.0/s")
+            "6 waiting, 2 running, 2 dead, 4/s")
         assert queuectl.progress_text(counts, 0, 4.0, 99).endswith("30 completed")
 
 
@@ -6299,6 +6300,13 @@ class TestTerminal:
         assert queuectl.display_width(text) == columns
         assert queuectl.truncate(text, 9) == text
         assert queuectl.display_width(queuectl.truncate(text * 9, 5)) <= 5
+
+    @mechanism
+    @pytest.mark.parametrize("per_second, words", [
+        (0, "0/s"), (1234, "1,234/s"), (99.9, "100/s"), (5.13, "5.1/s"), (1 / 30, "2/min"),
+        (16 / 3600, "16/h"), (1 / 7200, "0.5/h")])
+    def test_rates_have_a_unit_in_which_they_are_no_fractions(self, per_second, words):
+        assert queuectl.rate_text(per_second) == words
 
     @mechanism
     @pytest.mark.parametrize("seconds, words", [
