@@ -6630,11 +6630,12 @@ class OutputPrinter:
     def __init__(self):
         import codecs
 
-        self.takes_text = takes_text(sys.stdout)
+        self.takes_text, self.is_in_line = takes_text(sys.stdout), False
         self.decoder = codecs.getincrementaldecoder("utf-8")(FOREIGN_BYTES)
 
     def print(self, output, is_last=True):
         """Print a piece of the output. Of text, half a character waits for the next."""
+        self.is_in_line = not output.endswith(b"\n") if output else self.is_in_line
         sys.stdout.flush()
         if self.takes_text:
             text = self.decoder.decode(output, is_last)
@@ -6643,6 +6644,12 @@ class OutputPrinter:
         else:
             sys.stdout.buffer.write(output)
             sys.stdout.buffer.flush()
+
+    def notice(self, message):
+        """Report something; on a terminal not in a line that the output has begun."""
+        if self.is_in_line and terminal_width(sys.stdout):
+            self.print(b"\n")
+        notice(message)
 
 
 def follow(queue, job):
@@ -6654,7 +6661,7 @@ def follow(queue, job):
         is_running = queue.is_current(run)
         dropped, output = split_dropped(output_of(queue, job, run.number))
         if dropped > printed:
-            notice("%d bytes of output were dropped here" % (dropped - printed))
+            printer.notice("%d bytes of output were dropped here" % (dropped - printed))
         printer.print(output[max(0, printed - dropped) :], is_last=not is_running)
         printed = max(printed, dropped + len(output))
         if run.lease in [lost.lease for lost in queue.lost_runs()]:
@@ -6666,7 +6673,7 @@ def follow(queue, job):
     ends = [row["error"] for row in queue.runs(job) if row["run"] == run.number]
     end = ends[0] if ends else end_without_run(queue, job)
     if end:
-        notice("job %s: %s" % (printable(run.id), printable(end)))
+        printer.notice("job %s: %s" % (printable(run.id), printable(end)))
 
 
 def end_without_run(queue, job):

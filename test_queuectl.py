@@ -3952,6 +3952,16 @@ class TestLogs:
         assert pool.poll() is None
 
     @posix_only
+    def test_on_a_terminal_the_end_begins_a_line(self):
+        enqueue("printf half; exit 3", id="x")
+        enqueue("echo whole; exit 3", id="y")
+        drain(1)
+        for id, output in ("x", "half"), ("y", "whole"):
+            shown = run_on_terminal("logs", "-f", id)[1]
+            assert shown == "%s\r\nqueuectl: job %s: exit 3\r\n" % (output, id)
+        assert run_ok("logs", "-f", "x").out == "half"
+
+    @posix_only
     def test_follow_reports_the_bytes_that_it_missed(self):
         configure("output_limit", "100000")
         os.mkfifo("go")
