@@ -4019,6 +4019,15 @@ def roughly(seconds):
     return "%d s" % max(1, seconds)
 
 
+def rate_text(per_second):
+    """Return how often something happens: 340/s, 5.1/s, 2/min, 16/h."""
+    units = [(1, "s"), (60, "min"), (3600, "h")]
+    seconds, name = next((unit for unit in units if per_second * unit[0] >= 1),
+                         units[-1 if per_second else 0])
+    count = per_second * seconds
+    return "%s/%s" % ("%.2g" % count if count < 99.5 else grouped(round(count)), name)
+
+
 def relative_time(moment, now, text_of=duration_text):
     """Return a time as people say it: 2m 5s ago, in 4.0s."""
     if moment <= now:
@@ -4101,10 +4110,15 @@ def in_queue(path, hint):
 Verdict = collections.namedtuple("Verdict", "state sentence advice", defaults=("",))
 
 
-def obstacle(is_paused, pools, stopping_pools):
-    """Return the `Verdict` on a queue in which no job is started; None if jobs are."""
+def obstacle(is_paused, pools, stopping_pools, workers):
+    """Return the `Verdict` on a queue in which no job is started; None if jobs are.
+
+    Workers without a pool are those of one that was killed: they finish their jobs.
+    """
     if is_paused:
         return Verdict("failed", "Paused", TO_RESUME)
+    if not pools and workers:
+        return Verdict("dead", "The pool was killed", TO_START_ANOTHER)
     if not pools:
         return Verdict("dead", "No pool is running", TO_START)
     if not pools - stopping_pools:
@@ -4112,11 +4126,17 @@ def obstacle(is_paused, pools, stopping_pools):
     return None
 
 
+def obstacle_of(status):
+    """Return the `obstacle` of a queue from the values of `read_status`."""
+    return obstacle(*map(status.get, ("paused", "pools", "stopping_pools", "workers")))
+
+
 def standstill(queue):
     """Return in words why no job is started, and the next step; nothing if jobs are."""
     pools = supervised_pools(queue.path)
-    found = obstacle(queue.is_paused(), pools, stopping(queue.path, pools))
-    return found and with_advice(found, queue.path, str.lower)
+    workers = () if pools else living_workers(queue.path)
+    found = obstacle(queue.is_paused(), pools, stopping(queue.path, pools), workers)
+    return with_advice(found, queue.path, str.lower) if found else ""
 
 
 def with_advice(found, path, first_letter=str):
@@ -4252,7 +4272,7 @@ def verdict_at_rest(status):
         if status["blocked_seqs"] and not can_go_on and not jobs["processing"]:
             return Verdict("dead", "Stuck" + left + " for dead ones",
                            "retry the dead ones, or cancel what waits")
-    found = obstacle(status["paused"], status["pools"], status["stopping_pools"])
+    found = obstacle_of(status)
     return found and found._replace(sentence=found.sentence + left)
 
 
@@ -4349,11 +4369,11 @@ def progress_text(counts, done, seconds, width):
     What does not fit into the width is left out.
     """
     running, waiting = counts["processing"], count_waiting(counts)
-    parts = ["%d waiting" % waiting, "%d running" % running]
-    parts += ["%d %s" % (counts[state], state) for state in FINISHED[::-1]]
+    parts = [grouped(waiting) + " waiting", grouped(running) + " running"]
+    parts += [grouped(counts[state]) + " " + state for state in FINISHED[::-1]]
     if done > 0 and seconds > 0 and running:
         left = (running + waiting) * seconds / done
-        parts += ["%.1f/s" % (done / seconds), "about %s left" % roughly(left)]
+        parts += [rate_text(done / seconds), "about %s left" % roughly(left)]
     line = parts[0]
     for part in parts[1:]:
         longer = line + ", " + part
@@ -4686,28 +4706,30 @@ def run_table(runs, now):
 def stats_lines(stats, width):
     """Yield what `stats` prints."""
     period = duration_text(stats["seconds"])
-    yield "%s in %s: %d completed, %d failed (%s); %d interrupted" % (
-        plural(stats["runs"], "run"), period, stats["completed"], stats["failed"],
-        plural(stats["retries"], "retry"), stats["interrupted"])
+    yield "%s in %s: %s completed, %s failed (%s); %s interrupted" % (
+        plural(stats["runs"], "run"), period, grouped(stats["completed"]),
+        grouped(stats["failed"]), plural(stats["retries"], "retry"),
+        grouped(stats["interrupted"]))
     if stats["success_rate"] is None:
         return
-    yield "%.1f %% succeed; %.2f/s in the last minute, %.2f/s in %s" % (
-        100 * stats["success_rate"], stats["per_second_now"], stats["per_second"],
-        period)
+    yield "%d %% succeed; %s in the last minute, %s in %s" % (
+        100 * stats["completed"] // (stats["completed"] + stats["failed"]),
+        rate_text(stats["per_second_now"]), rate_text(stats["per_second"]), period)
     for name in ("run_time", "waiting_time"):
         times = [duration_text(value or 0) for value in stats[name].values()]
         yield "%s: median %s, 95 %% within %s, longest %s" % (
             name.replace("_", " "), *times)
     yield from throughput_lines(stats["throughput"], period, width)
-    yield from histogram(stats["run_times"], width)
-    yield from table(["AVERAGE", "RUNS", "SLOWEST COMMANDS"], [
-        [duration_text(row["mean"]), grouped(row["runs"]), printable(row["command"])]
-        for row in stats["slowest_commands"]], width)
     if stats["common_errors"]:
-        yield ""
         yield from table(["RUNS", "MOST COMMON ERRORS"], [
             [grouped(row["runs"]), printable(row["error"])]
             for row in stats["common_errors"]], width)
+        yield ""
+    yield from table(["AVERAGE", "RUNS", "SLOWEST COMMANDS"], [
+        [duration_text(row["mean"]), grouped(row["runs"]), printable(row["command"])]
+        for row in stats["slowest_commands"]], width)
+    yield ""
+    yield from histogram(stats["run_times"], width)
 
 
 def throughput_lines(bars, period, width):
@@ -4731,10 +4753,9 @@ def histogram(bins, width):
     used = [at for at, bin in enumerate(bins) if bin["runs"]]
     most, bar = max(bin["runs"] for bin in bins), drawable("█", "#")
     for bin in bins[used[0] : used[-1] + 1]:
-        below = "longer" if bin["below"] is None else "< %gs" % bin["below"]
+        below = bin["below"] and "< " + duration_text(bin["below"]) or "longer"
         length = ceil_div(bin["runs"] * max(1, width - 24), most)
-        yield "%-10s  %s %d" % (below, bar * length, bin["runs"])
-    yield ""
+        yield "%-10s  %s %s" % (below, bar * length, grouped(bin["runs"]))
 
 
 class ProgressLine:
@@ -6027,8 +6048,8 @@ def status_screen(status, groups, now, growth):
 def error_lines(groups, now):
     """Yield a line for each error of dead jobs."""
     for group in groups:
-        yield "  %d dead of %s, %s%s%s" % (
-            group["jobs"], printable(group["error"]),
+        yield "  %s dead of %s, %s%s%s" % (
+            grouped(group["jobs"]), printable(group["error"]),
             "the latest " if group["jobs"] > 1 else "",
             relative_time(group["latest"], now),
             group["line"] and ": " + printable(group["line"]))
@@ -6037,7 +6058,7 @@ def error_lines(groups, now):
 def status_lines(status, now):
     """Yield what `status` prints into a pipe or a file."""
     yield from count_lines(status, now)
-    found = obstacle(status["paused"], status["pools"], status["stopping_pools"])
+    found = obstacle_of(status)
     if found and (status["paused"] or count_unfinished(status["jobs"])):
         yield with_advice(found, status["path"])
     yield from worker_lines(status, now)
@@ -6416,7 +6437,7 @@ def room_for_jobs(args, note=()):
     It is None where --limit says how many jobs are listed, or where all are.
     """
     size = terminal_size(sys.stdout)
-    if args.limit is not None or args.json or not size:
+    if getattr(args, "limit", None) is not None or args.json or not size:
         return None
     below = sum(len(wrapped(line, size.columns)) for line in note)
     return max(1, size.lines - 3 - below)
@@ -6425,14 +6446,17 @@ def room_for_jobs(args, note=()):
 def report_left(args, room, count):
     """Report how many of COUNT jobs were not listed."""
     limit = room or args.limit or 0
-    if not limit or count <= limit or args.json:
-        return
-    more = plural(count - limit, "older job" if room else "more job")
-    more += "; --limit 0 lists all"
-    if terminal_width(sys.stdout):
-        print_lines([Line(more, DIM)])
-    else:
-        notice(more)
+    if limit and count > limit:
+        more = plural(count - limit, "older job" if room else "more job")
+        report_below(args, more + "; --limit 0 lists all")
+
+
+def report_below(args, message):
+    """Print what is to be known of a table: below it, or on standard error."""
+    if terminal_width(sys.stdout) and not args.json:
+        print_lines([Line(message, DIM)])
+    elif not args.json:
+        notice(message)
 
 
 def time_since(args, queue):
@@ -6490,7 +6514,10 @@ def field_texts(job, now, waiting):
     for name in TIMES:
         if job[name] is not None:
             fields[name] += ", " + relative_time(job[name], now)
-    fields["env"] = " ".join("%s=%s" % pair for pair in fields["env"].items())
+    fields["env"] = " ".join(
+        name + "=" + quoted([value]) for name, value in fields["env"].items())
+    if job["timeout"]:
+        fields["timeout"] = setting_with_unit("timeout", job["timeout"])
     for name in ("after", "waits_for"):
         fields[name] = ", ".join(fields[name])
     return fields
@@ -6508,9 +6535,15 @@ NEXT_COMMANDS = {
 def answer_lines(queue, job, now, waiting):
     """Yield why a job is what it is, what it printed last, and the next step."""
     id, state, width = printable(job["id"]), job["state"], terminal_width(sys.stdout)
-    reason = ": " + printable("; ".join(state_reasons(job, now, waiting)))
+    reasons = state_reasons(job, now, waiting)
+    if state == "processing" and not waiting and not queue.is_paused():
+        reasons.append(standstill(queue))
+    reason = ": " + printable(joined(*reasons, by="; "))
     yield state_line(id + " is ", state, reason)
-    yield truncate("  $ " + printable(job["command"]), width)
+    mark = "  $ "
+    for line in map(printable, job["command"].split("\n")):
+        yield mark + line
+        mark = "    "
     for line in last_lines(output_of(queue, job, job["run"])[-4000:], 5):
         yield truncate("  | " + printable(line), width)
     ids = [id for _, id in queue.waiting_dependents(job)]
@@ -6635,11 +6668,12 @@ class OutputPrinter:
     def __init__(self):
         import codecs
 
-        self.takes_text = takes_text(sys.stdout)
+        self.takes_text, self.is_in_line = takes_text(sys.stdout), False
         self.decoder = codecs.getincrementaldecoder("utf-8")(FOREIGN_BYTES)
 
     def print(self, output, is_last=True):
         """Print a piece of the output. Of text, half a character waits for the next."""
+        self.is_in_line = not output.endswith(b"\n") if output else self.is_in_line
         sys.stdout.flush()
         if self.takes_text:
             text = self.decoder.decode(output, is_last)
@@ -6648,6 +6682,12 @@ class OutputPrinter:
         else:
             sys.stdout.buffer.write(output)
             sys.stdout.buffer.flush()
+
+    def notice(self, message):
+        """Report something; on a terminal not in a line that the output has begun."""
+        if self.is_in_line and terminal_width(sys.stdout):
+            self.print(b"\n")
+        notice(message)
 
 
 def follow(queue, job):
@@ -6659,7 +6699,7 @@ def follow(queue, job):
         is_running = queue.is_current(run)
         dropped, output = split_dropped(output_of(queue, job, run.number))
         if dropped > printed:
-            notice("%d bytes of output were dropped here" % (dropped - printed))
+            printer.notice("%d bytes of output were dropped here" % (dropped - printed))
         printer.print(output[max(0, printed - dropped) :], is_last=not is_running)
         printed = max(printed, dropped + len(output))
         if run.lease_path in [lost.lease_path for lost in queue.lost_runs()]:
@@ -6671,7 +6711,7 @@ def follow(queue, job):
     ends = [row["error"] for row in queue.runs(job) if row["run"] == run.number]
     end = ends[0] if ends else end_without_run(queue, job)
     if end:
-        notice("job %s: %s" % (printable(run.id), printable(end)))
+        printer.notice("job %s: %s" % (printable(run.id), printable(end)))
 
 
 def end_without_run(queue, job):
@@ -6795,11 +6835,11 @@ def cmd_status(args, queue):
                 growth = trend.growth(now, count_unfinished(status["jobs"]))
                 lines = status_screen(status, errors_of(queue), now, growth)
             if is_screen:
-                print(end=screenful([*lines]))
+                print(end=screenful(lines))
             elif args.json:
                 print_result(args, status_document(status, now))
             else:
-                print_lines(lines)
+                print_lines(fitting(lines))
             if not args.watch:
                 if not any(status["jobs"].values()) and not status["workers"]:
                     report_queue(args)
@@ -6808,15 +6848,25 @@ def cmd_status(args, queue):
             time.sleep(args.watch)
 
 
+def fitting(lines):
+    """Return the lines, wrapped for a terminal; of them as many as fit above a prompt.
+
+    What matters most is above, and must not scroll away.
+    """
+    size = terminal_size(sys.stdout)
+    if size is None:
+        return lines
+    lines = [part for line in lines for part in wrapped(line, size.columns)]
+    if len(lines) > size.lines - 1:
+        rest = len(lines) - size.lines + 2
+        lines = lines[: size.lines - 2] + ["  and %d more" % rest]
+    return lines
+
+
 def screenful(lines):
     """Return the text that redraws these lines, as many as fit on the terminal."""
-    width, height = terminal_size(sys.stdout)
-    lines = [part for line in lines for part in wrapped(line, width)]
-    if len(lines) > height - 1:
-        rest = len(lines) - height + 2
-        lines = lines[: height - 2] + ["  and %d more" % rest]
     # Each line is cleared first: behind its last column that would clear this.
-    lines = ("\x1b[K%s\n" % paint for paint in map(painter(sys.stdout), lines))
+    lines = ("\x1b[K%s\n" % line for line in map(painter(sys.stdout), fitting(lines)))
     return "\x1b[H" + "".join(lines) + "\x1b[J"
 
 
@@ -6827,7 +6877,8 @@ def screenful(lines):
          creates_queue=True, only_reads=True, aliases=("metrics",))
 def cmd_stats(args, queue):
     stats = read_stats(queue, queue.clock() - args.since)
-    print_result(args, stats, *stats_lines(stats, terminal_width(sys.stdout) or 80))
+    lines = stats_lines(stats, terminal_width(sys.stdout) or 80)
+    print_result(args, stats, *fitting(lines))
 
 
 # -- change jobs -----------------------------------------------------------------------
@@ -6875,9 +6926,6 @@ def require_one_selection(args, *ways):
         raise QueueError("which jobs? name ids, or %s", options, code=2)
     if given > 1:
         raise QueueError("name ids, or one of %s, but not both", options, code=2)
-    if args.ids and args.dry_run:
-        message = "--dry-run needs options that select jobs, not ids"
-        raise QueueError(message, code=2)
 
 
 # `taken` is the condition for the jobs that a verb for many changes. `left` is that for
@@ -6896,16 +6944,45 @@ def jobs_to_delete(states, **filters):
     return Selection(not_needed(chosen), needed(chosen), "other jobs wait for them")
 
 
-def print_each(args, done, answer):
-    """Print what was done to the ids: for each the line that `answer(id)` makes."""
+def apply_to_named(args, queue, verb, done, answer):
+    """Apply a verb to the jobs with the given ids; with --dry-run only list them.
+
+    For each the line is printed that `answer(id)` makes.
+    """
     ids = list(dict.fromkeys(args.ids))
+    if args.dry_run:
+        jobs = rehearse(queue, verb, ids)
+        return list_dry_run(args, queue, done, jobs, len(jobs))
+    verb(ids)
     print_result(args, {done: ids}, *map(answer, ids))
+
+
+class Rehearsed(Exception):
+    """Ends a transaction that is not to change anything."""
+
+
+def rehearse(queue, verb, ids):
+    """Return the jobs with these ids; refuse what the verb refuses. Change nothing."""
+    with contextlib.suppress(Rehearsed), queue.transaction():
+        jobs = [queue.job(id) for id in ids]
+        verb(ids)
+        raise Rehearsed
+    return jobs
+
+
+def list_dry_run(args, queue, done, jobs, count):
+    """List the jobs that a verb would change; a terminal gets as many as fit."""
+    message = "%s would be %s; nothing is changed" % (plural(count, "job"), done)
+    room = room_for_jobs(args, [message])
+    list_jobs(args, queue, itertools.islice(jobs, room))
+    report_below(args, message)
 
 
 def apply_to_many(args, queue, verb, done, selection):
     """Apply a verb to the jobs of a selection; with --dry-run only list them."""
     if args.dry_run:
-        return list_jobs(args, queue, queue.jobs(selection.taken))
+        jobs, count = queue.jobs(selection.taken), queue.count(selection.taken)
+        return list_dry_run(args, queue, done, jobs, count)
     count = verb(selection.taken)
     result, message = {done: count}, "%s %s" % (done, plural(count, "job"))
     if selection.left:
@@ -6920,9 +6997,8 @@ def apply_to_many(args, queue, verb, done, selection):
 def cmd_cancel(args, queue):
     require_one_selection(args, args.state or args.match)
     if args.ids:
-        queue.cancel(args.ids)
-        return print_each(
-            args, "cancelled", lambda id: cancel_answer(queue, queue.job(id)))
+        return apply_to_named(args, queue, queue.cancel, "cancelled",
+                              lambda id: cancel_answer(queue, queue.job(id)))
     chosen = where(args.state or TAKES["cancel"], text=args.match)
     apply_to_many(
         args, queue, queue.cancel_all, "cancelled", Selection(chosen, None, None))
@@ -6946,9 +7022,9 @@ def cmd_retry(args, queue):
 def retry_jobs(args, queue, states, **filters):
     """Retry the jobs with the given ids, or those in these states."""
     if args.ids:
-        queue.retry(args.ids, states)
         answer = "retried %s: pending again, with 0 attempts"
-        return print_each(args, "retried", lambda id: answer % printable(id))
+        return apply_to_named(args, queue, lambda ids: queue.retry(ids, states),
+                              "retried", lambda id: answer % printable(id))
     apply_to_many(args, queue, queue.retry_all, "retried",
                   jobs_to_retry(states, text=args.match, **filters))
 
@@ -6968,8 +7044,8 @@ def cmd_delete(args, queue):
         message = "--older-than: only jobs that have finished have an age"
         raise QueueError(message, code=2)
     if args.ids:
-        queue.delete(args.ids)
-        return print_each(args, "deleted", lambda id: "deleted " + printable(id))
+        return apply_to_named(args, queue, queue.delete, "deleted",
+                              lambda id: "deleted " + printable(id))
     apply_to_many(args, queue, queue.delete_all, "deleted", selection_to_delete(
         args, None if not has_age else queue.clock() - args.older_than))
 

@@ -3764,6 +3764,16 @@ class TestShow:
         assert code == 0 and shown.count("\n") < 23
         assert "exit 3" in shown and "command:" not in shown and "cwd:" in shown
 
+    @posix_only
+    def test_a_terminal_shows_the_whole_command(self):
+        enqueue("echo %s end" % ("long " * 20), id="a", timeout=600, env={"B": "two c"})
+        lines = run_on_terminal("show", "a", columns=40)[1].splitlines()
+        at = lines.index("  $ echo long long long long long long")
+        assert lines[at + 3] == "    end"
+        assert "timeout:     10m" in lines
+        assert "env:         B='two c'" in lines
+        assert details_of("a")["timeout"] == 600
+
     @posix_only  # elsewhere a command has one line
     def test_it_prints_every_line_of_a_command_and_a_table_of_runs(self):
         enqueue("echo one\nexit 3", id="x", max_retries=2)
@@ -3772,6 +3782,7 @@ class TestShow:
         lines = run_ok("show", "x").out.splitlines()
         at = lines.index("command:     echo one")
         assert lines[at + 1] == "             exit 3"
+        assert lines[1:3] == ["  $ echo one", "    exit 3"]
         assert re.match(r"RUN  TRY  STARTED +TOOK +RESULT$", lines[-3])
         assert re.match(r"2    2    .* ago +<?\d+ms +exit ", lines[-1])
 
@@ -3939,6 +3950,16 @@ class TestLogs:
         assert printed == ".".join(map(str, range(2000))) + "\nend\n"
         assert run_ok("logs", "-f", "x").out == printed == run_ok("logs", "x").out
         assert pool.poll() is None
+
+    @posix_only
+    def test_on_a_terminal_the_end_begins_a_line(self):
+        enqueue("printf half; exit 3", id="x")
+        enqueue("echo whole; exit 3", id="y")
+        drain(1)
+        for id, output in ("x", "half"), ("y", "whole"):
+            shown = run_on_terminal("logs", "-f", id)[1]
+            assert shown == "%s\r\nqueuectl: job %s: exit 3\r\n" % (output, id)
+        assert run_ok("logs", "-f", "x").out == "half"
 
     @posix_only
     def test_follow_reports_the_bytes_that_it_missed(self):
@@ -4484,6 +4505,26 @@ class TestDelete:
         add_job(queue, id="b", after=["a"])
         assert run_ok("delete", "--all").out == "deleted 2 jobs\n" and jobs() == {}
 
+    def test_a_dry_run_of_ids_refuses_what_the_command_would(self, queue):
+        for id, after in ("a", []), ("b", ["a"]):
+            add_job(queue, id=id, after=after)
+        for words in ["delete", "b", "a"], ["cancel", "a"]:
+            answer = run_ok(*words, "--dry-run")
+            assert [line.split()[0] for line in answer.out.splitlines()[1:]] == words[1:]
+            assert "would be " in answer.err and "nothing is changed" in answer.err
+        assert set(read_status()["jobs"].values()) == {0, 2}
+        assert "b waits for it" in run_refused("delete", "a", "--dry-run")
+        assert "a is pending" in run_refused("retry", "a", "--dry-run")
+        listed = run_ok("delete", "b", "--dry-run", "--json")
+        assert listed.json[0]["id"] == "b" and not listed.err
+
+    @posix_only
+    def test_a_dry_run_leaves_its_answer_on_the_terminal(self, queue):
+        add_jobs(queue, [{"command": "true"}] * 40)
+        shown = run_on_terminal("delete", "--all", "--dry-run", columns=80)[1]
+        assert shown.count("\r\n") <= 23 and shown.count("pending") == 20
+        assert "40 jobs would be deleted; nothing is changed" in shown.splitlines()[-1]
+
     @pytest.mark.parametrize("words", [
         ["delete", "--match", "x"], ["delete", "--state", "pending"],
         ["dlq", "clear"], ["dlq", "clear", "--match", "x"], ["delete", "--all"]])
@@ -4761,7 +4802,9 @@ class TestStatus:
         pool.wait(10)
         shown = run_ok("status").out
         line = "  worker %d, whose pool %d was killed: runs for" % (worker, pool.pid)
-        assert line in shown and "No pool is running" in shown
+        assert line in shown and "The pool was killed; to start another: " in shown
+        assert "s; the pool was killed; to start another: " in run_ok("show", "runs").out
+        assert read_status()["verdict"] == "The pool was killed"
         open("go", "w").close()
 
     def test_the_verdict_says_what_a_queue_comes_down_to(self, queue, clock):
@@ -4926,7 +4969,7 @@ class TestStatus:
         assert shown.rstrip().endswith("\x1b[?1049l") and "Traceback" not in shown
 
     @posix_only
-    def test_watch_fits_the_terminal_with_the_counts_on_top(self):
+    def test_it_fits_the_terminal_with_the_counts_on_top(self):
         pool = start_pool(count=30)
         code, shown = run_on_terminal(
             "status", "--watch", "0.1", keys=b"\x03", columns=40)
@@ -4937,6 +4980,7 @@ class TestStatus:
         assert lines[2] == "Pending: 0" and lines[7] == "Active Workers: 30"
         assert len(lines) == 23 and lines[-1] == "  and 16 more"
         assert max(map(len, lines)) <= 40 and pool.poll() is None
+        assert run_on_terminal("status", columns=40)[1].splitlines() == lines
 
 
 class TestStats:
@@ -4973,7 +5017,8 @@ class TestStats:
         printed = run_ok("stats").out
         first = "4 runs in 1h: 1 completed, 0 failed (0 retries); 3 interrupted"
         assert first in printed
-        assert "100.0 % succeed" in printed
+        assert "100 % succeed; 4/min in the last minute, 4/h in 1h" in printed
+        assert re.search(r"^(longer|< [\d.]+m?s) +█+ 1$", printed, re.MULTILINE)
         assert run_errors("x") == ["stopped now", "stopped now", "cancelled"]
 
 
@@ -5097,9 +5142,9 @@ class TestWorkerStart:
     def test_progress_is_one_line_with_rate_and_time_left(self):
         counts = dict(pending=5, processing=2, completed=30, failed=1, dead=2)
         assert queuectl.progress_text(counts, 16, 4.0, 99) == (
-            "6 waiting, 2 running, 2 dead, 30 completed, 4.0/s, about 2 s left")
+            "6 waiting, 2 running, 2 dead, 30 completed, 4/s, about 2 s left")
         assert queuectl.progress_text(counts, 16, 4.0, 39) == (
-            "6 waiting, 2 running, 2 dead, 4.0/s")
+            "6 waiting, 2 running, 2 dead, 4/s")
         assert queuectl.progress_text(counts, 0, 4.0, 99).endswith("30 completed")
 
 
@@ -6065,7 +6110,6 @@ class TestCommandLine:
             enqueue(id=name)
         assert "several jobs begin with abcd: abcd1, abcd2" in run_refused(
             "show", "abcd")
-        assert "--dry-run" in run_refused("delete", "abcd1", "--dry-run", code=2)
         enqueue(id="none")
         enqueue(id="x", after=["none"])
         assert details_of("x")["after"] == ["none"]
@@ -6278,6 +6322,13 @@ class TestTerminal:
         assert queuectl.display_width(text) == columns
         assert queuectl.truncate(text, 9) == text
         assert queuectl.display_width(queuectl.truncate(text * 9, 5)) <= 5
+
+    @mechanism
+    @pytest.mark.parametrize("per_second, words", [
+        (0, "0/s"), (1234, "1,234/s"), (99.9, "100/s"), (5.13, "5.1/s"), (1 / 30, "2/min"),
+        (16 / 3600, "16/h"), (1 / 7200, "0.5/h")])
+    def test_rates_have_a_unit_in_which_they_are_no_fractions(self, per_second, words):
+        assert queuectl.rate_text(per_second) == words
 
     @mechanism
     @pytest.mark.parametrize("seconds, words", [
