@@ -4200,6 +4200,14 @@ class TestWait:
             "queuectl: " + reason,
             "queuectl: still waiting for x after 0.1s; " + reason]
 
+    @posix_only
+    def test_while_jobs_run_it_reports_nothing(self, monkeypatch):
+        monkeypatch.setattr(queuectl, "REPORT_DELAY", 0)
+        enqueue("sleep 0.3", id="x")
+        start_pool(count=1)
+        answer = cli("wait", "x", "--timeout", "20")
+        assert (answer.code, answer.err) == (0, "")
+
 
 class TestEdit:
     """`edit` changes a job that waits."""
