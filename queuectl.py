@@ -2945,7 +2945,8 @@ class Queue(Database):
         the ready ones, `locked` wait for their lock; `line` is the longest line of jobs
         that share one. `run_seconds` is the average of the last runs of the jobs that
         were enqueued last: no index leads to the runs that ended last. It is None
-        before the first run has ended.
+        before the first run has ended. `rate` are the jobs completed each second; it is
+        None where runs are so long that the time between them does not count.
         """
         waiting = sum(self.counts()[state] for state in WAITING)
         delayed = self._value(  # what is overdue is ready, though no worker has seen it
@@ -2964,8 +2965,18 @@ class Queue(Database):
             SELECT AVG(spent) FROM (
                 SELECT finished_at - started_at AS spent FROM runs
                 ORDER BY seq DESC, run DESC LIMIT 200)""")
+        rate = self._rate() if seconds is not None and seconds < 0.1 else None
         return dict(locks, ready=waiting - delayed - dependent, delayed=delayed,
-                    dependent=dependent, run_seconds=seconds)
+                    dependent=dependent, run_seconds=seconds, rate=rate)
+
+    def _rate(self):
+        """Return how many jobs are completed each second, None if none was lately."""
+        count, first = self._row("""
+            SELECT COUNT(*), MIN(updated_at) FROM (
+                SELECT updated_at FROM jobs WHERE state = 'completed'
+                ORDER BY updated_at DESC LIMIT 1000)""")
+        seconds = self.clock() - (first or 0)
+        return count / seconds if 0 < seconds < 60 else None
 
     def seq_before(self, id):
         """Return the number before that of a job; one above all if it is gone."""
@@ -4266,7 +4277,8 @@ def time_left(status, now):
     if not workers or mean is None:
         return ""
     jobs = status["ready"] + status["jobs"]["processing"]
-    seconds = max(1, mean * max(1, jobs / workers, status["line"]))
+    seconds = max(1, mean * max(1, jobs / workers, status["line"]),
+                  jobs / (status["rate"] or MAX_INTEGER))
     longest = max(now - (worker["since"] or now) for worker in status["workers"])
     # A run that has taken longer than that is not like those before it.
     return "" if longest > seconds else ", done in about " + roughly(seconds)
@@ -4285,7 +4297,8 @@ class Trend:
     def growth(self, now, left):
         """Return how many more jobs are left each minute: the least of three steps.
 
-        So a heap that was enqueued at once, and has shrunk since, is no growth.
+        So a heap that was enqueued at once, and has shrunk since, is no growth. It is
+        0.5 where only the last step is up: nobody can tell when such a queue ends.
         """
         if self.looks and now < self.looks[-1][0]:  # the clock was set back
             self.looks.clear()
@@ -4294,9 +4307,9 @@ class Trend:
         looks = [*self.looks]
         steps = [60 * (more - less) / (end - begin)
                  for (begin, less), (end, more) in zip(looks, looks[1:])]
-        if len(steps) < 3:  # too early to call it growth, or to tell when it ends
-            steps.append(0.5 if steps else 0)
-        return min(steps)
+        if not steps or steps[-1] <= 0:
+            return min(steps, default=0)
+        return max(0.5, min(steps)) if len(steps) == 3 else 0.5
 
 
 def progress_text(counts, done, seconds, width):

@@ -4823,6 +4823,19 @@ class TestStatus:
         status["workers"][0]["since"] = clock.now - 119  # longer than was thought
         assert "done" not in queuectl.verdict(status, clock.now)[1]
 
+    def test_short_jobs_are_expected_at_the_rate_of_the_last_ones(self, queue, clock):
+        add_jobs(queue, [{"command": "true"}] * 60)
+        for _ in range(20):
+            claim_and_complete(queue)  # in no time; a pool needs some between two runs
+            clock.now += 0.5
+        status = queuectl.read_status(queue)
+        status.update(workers=[dict(pid=1, job=None, since=None)], pools={1})
+        assert (status["run_seconds"], status["rate"]) == (0, 2)
+        assert queuectl.verdict(status, clock.now).sentence == (
+            "Working: 40 waiting, done in about 20 s")
+        clock.now += 60  # the pool has stood still
+        assert queue.work_left()["rate"] is None
+
     def test_a_job_whose_worker_died_is_lost(self, queue, page):
         add_job(queue, id="a"), add_job(queue, id="b")
         claim(queue)  # by a worker that there never was
@@ -4868,7 +4881,7 @@ class TestStatus:
 
     @pytest.mark.parametrize("counts, growth", [
         ([5], 0), ([5, 9, 13], 0.5), ([9, 5], -16), ([5, 6, 8, 9], 4),
-        ([0, 900, 895, 890, 885], -20), ([9, 8, 9, 10], -4)])
+        ([0, 900, 895, 890, 885], -20), ([9, 8, 9, 10], 0.5), ([9, 8, 9], 0.5)])
     def test_a_queue_grows_if_it_does_so_look_after_look(self, counts, growth):
         trend = queuectl.Trend()
         for at, left in enumerate(counts):
