@@ -7926,6 +7926,13 @@ def ago(moment, page):
     return relative_time(moment, page.now, roughly)
 
 
+def command_line(path, rest):
+    """Return a command that runs wherever it is pasted, for the queue at a path."""
+    program = [PROGRAM] if PROGRAM == "queuectl" else [
+        sys.executable, os.path.abspath(__file__)]
+    return "%s %s" % (quoted([*program, "--db", path]), rest)
+
+
 def sentence_case(words):
     return words[:1].upper() + words[1:]
 
@@ -8030,13 +8037,16 @@ def load_text(page):
 
 def advice_line(advice, page):
     """Return an advice; a command in it names the queue, and can be copied."""
-    words, _, command = advice.partition(PROGRAM)
-    if command:
-        command = "%s --db %s%s" % (PROGRAM, quoted([page.queue.path]), command)
-    return element(
-        "div", element("span", sentence_case(words)),
-        *[element("code", command, css="mono"), copy_button("Copy the command")]
-        if command else [], css="row advice")
+    words, _, rest = advice.partition(PROGRAM + " ")
+    command = command_to_copy(page.queue.path, rest) if rest else []
+    return element("div", element("span", sentence_case(words)), *command,
+                   css="row advice")
+
+
+def command_to_copy(path, rest):
+    """Return a command, and the button that copies it."""
+    return [element("code", command_line(path, rest), css="mono"),
+            copy_button("Copy the command")]
 
 
 def alerts(page):
@@ -8520,8 +8530,9 @@ def ask_to_cancel(job, is_needed):
 def page_reason(job, page):
     """Return in words what a job is, and why."""
     word = kind_of(job, page.status, page.now)
-    waiting = word != "processing" and why_waiting(
-        page.queue, job, roughly)
+    waiting = why_waiting(page.queue, job, roughly) if word != "processing" else ""
+    stopped = page.status["standstill"]  # the verdict has the command
+    waiting = waiting and waiting.replace(stopped, stopped.partition(";")[0])
     tries = job["attempts"] and not waiting and "try %d of %d" % (
         job["attempts"], tries_allowed(job["max_retries"]))
     words = joined(failure_of(job), waiting or time_cell(job, page), tries)
@@ -8775,6 +8786,7 @@ class Site:
         import socket
 
         self.path, self.names = path, {"localhost", host.lower()}
+        self.start = "dashboard --host " + quoted([host])
         if host not in LOOPBACK:  # it is reached by the names of its machine as well
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
         self.token = secrets.token_hex(16)
@@ -8827,7 +8839,7 @@ class Site:
             content, trouble = "<title>queuectl</title><main></main>", error_text(error)
         title, end, content = content.partition("</title>")
         parts = {"TOKEN": self.token, "TITLE": title + end, "CONTENT": content,
-                 "PROGRAM": PROGRAM,
+                 "START": Html("".join(command_to_copy(self.path, self.start))),
                  "TROUBLE": element("p", sentence_case(trouble), role="alert")}
         return re.sub("|".join(parts), lambda name: parts[name[0]], PAGE_HTML)
 
@@ -8957,6 +8969,7 @@ def serve(path, host, port):
             notice(words % host)
         name = "[%s]" % host if ":" in host else host
         address = "http://%s:%d/" % (name, server.server_port)
+        site.start += " --port %d" % server.server_port
         print(address + " (to stop: Ctrl-C)", flush=True)
         server.serve_forever()
 
@@ -9071,10 +9084,12 @@ main { clear: both; }
 }
 #now > p { margin-top: .2rem; }
 .advice { margin-top: .25rem; }
+.advice[hidden] { display: none; }
 .advice code {
   padding: .15rem .5rem; border: 1px solid var(--line); border-radius: .3rem;
-  background: var(--card); overflow-wrap: anywhere;
+  background: var(--card); color: var(--text); overflow-wrap: anywhere;
 }
+#start button { color: var(--text); }
 #now ul .row > * { min-width: 4.6rem; text-align: center; }
 #now :is(button, .button) { padding: .05rem .55rem; }
 #now ul:not(:empty) { margin-top: .5rem; }
@@ -9221,11 +9236,11 @@ const setBusy = isBusy => document.body.classList.toggle("busy", isBusy);
 const parse = text => new DOMParser().parseFromString(text, "text/html");
 let turn = 0, timer, chartDue = 0, lastGood = performance.now(), toastTimer;
 
+const SILENT = "The dashboard does not answer.";
+
 /* A line that was cut gives no error by itself. An action may take as long as it needs. */
 async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
-  const silent = () => {
-    throw new Error("The dashboard does not answer. To start it: PROGRAM dashboard");
-  };
+  const silent = () => { throw new Error(SILENT); };
   const answer = await fetch(url, options).catch(silent);
   const body = await answer.text().catch(silent);
   if (answer.ok) return body;
@@ -9315,6 +9330,7 @@ function trouble(words) {
   const [alert, age] = find("trouble").children;
   const seconds = Math.round((performance.now() - lastGood) / 1000);
   if (alert.textContent !== sentence(words)) alert.textContent = sentence(words);
+  find("start").hidden = words !== SILENT;
   age.textContent = (find("queue") ? `What is shown is ${seconds} s old. ` : "")
     + "This page tries again every 2 s.";
   if (words) for (const button of document.querySelectorAll("#page [data-post]"))
@@ -9460,7 +9476,8 @@ TITLE
 <style nonce="TOKEN">""" + PAGE_CSS + """</style>
 </head>
 <body>
-<section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p></section>
+<section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p>\
+<div id="start" class="row advice" hidden>To start it: START</div></section>
 <header><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
 <path d="M2 4h12M2 8h8M2 12h11"/></svg>queuectl</h1></header>
 <div id="page">CONTENT</div>

@@ -8089,22 +8089,31 @@ class TestPage:
         assert {row[1]: row[0] for row in table_of(page())}["d"] == "behind a job"
         assert dashboard.post("/api/delete?behind=a").text == "3"
 
-    def test_commands_to_paste_name_the_queue(self, queue, page):
+    def test_commands_to_paste_name_the_queue(self, queue, page, monkeypatch):
         def command():
             """Return what the first Copy of the page copies: the text before it."""
             _, code, copy = named_part(page(), "now").find(".//div[button]")
             assert copy.get("data-copy") == ""
             return code.text
 
-        name = "queuectl.py --db " + queuectl.quoted([queue.path])
-        assert command() == name + " enqueue -- echo hello"
+        words = [sys.executable, SCRIPT, "--db", queue.path]
+        assert command() == queuectl.quoted(words) + " enqueue -- echo hello"
         add_job(queue)
-        assert command() == name + " worker start"
+        assert command() == queuectl.quoted(words) + " worker start"
+        monkeypatch.setattr(queuectl, "PROGRAM", "queuectl")  # as installed
+        assert queuectl.command_line(queue.path, "resume") == queuectl.quoted(
+            ["queuectl", "--db", queue.path]) + " resume"
+
+    def test_it_holds_the_command_that_starts_it_again(self, dashboard):
+        start, = re.findall('(?s)<div id="start".*?</div>', dashboard.ask("/").text)
+        words = words_of(ElementTree.fromstring(start.replace(" hidden", "")))
+        assert " --db " in words and words.endswith(
+            "queuectl.db dashboard --host 127.0.0.1 --port %dCopy" % dashboard.port)
 
     def test_a_paused_queue_without_a_pool_lacks_both(self, queue, page, monkeypatch):
         add_job(queue)
         queue.set_paused(True)
-        advice = "No pool is running; to start one: queuectl.py"
+        advice = "No pool is running; to start one: "
         assert advice in words_of(named_part(page(), "now"))
         monkeypatch.setattr(queuectl, "is_locked", lambda path: True)
         monkeypatch.setattr(queuectl, "living_pools", lambda path: {7: [1]})
