@@ -8332,8 +8332,10 @@ def page_jobs(page):
     words = " and ".join(map("“{}”".format, page.view.filters().values()))
     return element(
         "section", jobs_header(page, total),
+        element("button", type="button", css="primary", id="fresh", hidden=True),
         element("table", element("thead", element("tr", *heads)),
-                element("tbody", *[job_row(job, page) for job in rows]),
+                element("tbody", *[job_row(job, page) for job in rows],
+                        data_key=page.view.open("")),
                 aria_label="Jobs"),
         not rows and element("p", "No job matches %s " % words,
                              link("Clear", page.view.only()), css="dim"),
@@ -9149,6 +9151,13 @@ td a { text-decoration: none; }
 .num { text-align: right; }
 .slim { width: 5.5rem; } .mid { width: 9rem; } .rest { width: auto; }
 tbody tr { cursor: pointer; }
+.left { opacity: .55; }
+/* It takes no room: what it stands over may not move. */
+#fresh {
+  position: sticky; top: .5rem; z-index: 1; display: block; height: 2rem;
+  margin: 0 auto -2rem; box-shadow: 0 .1rem .6rem #0005;
+}
+#fresh[hidden] { display: none; }
 tbody tr:hover, tr[aria-current] { background: color-mix(in srgb, var(--blue) 9%, transparent); }
 #pages { justify-content: center; margin-top: .7rem; }
 
@@ -9278,6 +9287,29 @@ function becomeChildren(node, wanted) {
   while (node.childNodes.length > children.length) node.lastChild.remove();
 }
 
+/* No row moves while somebody points at one or is at one by keyboard, or they would open
+   another job. What left the list stays, pale; what is new is counted, until it is shown. */
+let isFree = false;
+function hold(page) {
+  const [table, wanted] = [document, page].map(page => page.querySelector("tbody"));
+  if (isFree || !table || !wanted || key(table) !== key(wanted)) return;
+  if (!table.matches(":hover, :has(:focus-visible)")) return;
+  const shown = new Map([...wanted.children].map(row => [key(row), row]));
+  const rows = [...table.children].map(row => shown.get(key(row)) || row.cloneNode(true));
+  for (const row of rows) if (!shown.delete(key(row))) row.classList.add("left");
+  wanted.replaceChildren(...rows);
+  const fresh = page.querySelector("#fresh");
+  fresh.hidden = !shown.size;
+  fresh.textContent = `Show ${shown.size} new`;
+}
+
+async function showFresh() {
+  isFree = true;
+  await refresh();
+  isFree = false;
+  document.querySelector("tbody a").focus();
+}
+
 /* The page is fetched again and again; of answers that cross only the latest counts. */
 async function refresh() {
   clearTimeout(timer);
@@ -9287,6 +9319,7 @@ async function refresh() {
     if (mine !== turn) return;
     const focused = document.activeElement;
     cover(came.body);
+    hold(came.body);
     becomeChildren(find("page"), came.body);
     document.title = came.title;
     const search = find("q");
@@ -9412,6 +9445,7 @@ function copy(node) {
 function press(button) {
   const {copy: copies, post} = button.dataset;
   if (copies !== undefined) return copy(button.previousElementSibling);
+  if (button.id === "fresh") return showFresh();
   if (button.hasAttribute("aria-disabled")) return;
   if (!post) return find("sure").close(button.value);
   setBusy(true);
