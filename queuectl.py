@@ -4221,7 +4221,11 @@ def verdict_at_rest(status):
         return Verdict("dead", "Stuck" + left + " for dead ones",
                        "retry the dead ones, or cancel what waits")
     if not status["pools"]:
-        return Verdict("dead", "No pool is running" + left, TO_START)
+        busy = sum(worker["job"] is not None for worker in status["workers"])
+        killed = busy and "; the last one was killed and left %s running" % (
+            plural(busy, "job"))
+        return Verdict("dead", joined("No pool is running" + left, killed, by=""),
+                       TO_START)
     if status["pools"] <= status["stopping_pools"]:
         return Verdict("failed", "The pool is stopping" + left, TO_START_ANOTHER)
     return None
@@ -8051,17 +8055,17 @@ def command_to_copy(path, rest):
 
 def alerts(page):
     """Yield a line for each of the most common errors, and for what blocks most."""
-    groups = died(page.groups)
-    named = len(groups) if len(groups) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
-    for group in groups[:named]:
-        yield error_alert(group, page)
-    rest = sum(group["jobs"] for group in groups[named:])
-    if rest:
-        yield alert(grouped(rest) + " dead", "", "of other errors",
-                    page.view.only(state="dead"), "all dead jobs")
+    lines = [error_alert(group, page) for group in died(page.groups)]
+    named = len(lines) if len(lines) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
+    yield from lines[:named]
+    if lines[named:]:
+        words = plural(len(lines[named:]), "more error")
+        yield element("li", element("details", element("summary", words),
+                                    element("ul", *lines[named:])), data_key="more")
     if page.status["blocked_seqs"]:
         blockers = page.counts.get(
-            "blockers", lambda: page.queue.blockers(SHOWN_ERRORS))
+            "blockers of %d" % len(page.status["blocked_seqs"]),
+            lambda: page.queue.blockers(SHOWN_ERRORS))
         yield from [blocked_alert(dead, page) for dead in blockers]
 
 
@@ -8199,7 +8203,7 @@ def chart_route(queue, query):
     """Return the chart of the last hour, and in words what its runs were like."""
     stats = stats_by_minute(queue, query)
     if not stats["runs"]:
-        return element("p", "No job ran in the last hour", css="dim none")
+        return element("p", "No run has ended in the last hour", css="dim none")
     bars = [(bar["completed"], bar["failed"]) for bar in stats["throughput"]]
     first = next((at for at, bar in enumerate(bars) if any(bar)), len(bars))
     bars = bars[min(first, len(bars) - 10) :]  # from the first run on
@@ -8377,7 +8381,11 @@ def filter_links(view):
 def bulk_buttons(page):
     """Yield what can be done with all jobs that the filters leave, if there are any."""
     filters, state = page.view.filters(), page.view.state
-    if page.found and state in ("", "dead") and page.status["jobs"]["dead"]:
+    if page.view.behind:
+        if page.queue.state(page.view.behind) == "dead":
+            yield job_button("Retry " + page.view.behind, "retry", page.view.behind,
+                             "Retried")
+    elif page.found and state in ("", "dead") and page.status["jobs"]["dead"]:
         yield bulk_button("Retry dead…", "retry", filters)
     if page.found and filters and state != "processing":
         yield bulk_button("Delete…", "delete", filters)
@@ -8680,11 +8688,13 @@ def coloured(output, colour):
 
 def make_page(queue, query, site, is_whole=False):
     """Return all of the page but its chart and its output, which may take a while."""
-    # From the cache: to group a hundred thousand takes longer than all the rest.
-    groups = site.counts.get("dead", lambda: errors_of(queue))
     lost = queue.lost_runs()
     with queue.snapshot():
         status, now = read_status(queue, lost), queue.clock()
+        # From the cache while their number is the same: to group a hundred thousand
+        # takes longer than all the rest.
+        groups = site.counts.get("dead %d" % status["jobs"]["dead"],
+                                 lambda: errors_of(queue))
         # From the cache as well: two requests at once would make two looks.
         growth = site.counts.get("growth", lambda: site.trend.growth(
             now, count_unfinished(status["jobs"])))
@@ -8702,12 +8712,22 @@ def page_parts(page):
     parts = [page_now(page)]
     if count_in(page, ""):
         parts += [page_tiles(page), page_middle(page), page_jobs(page)]
-    dead = page.status["jobs"]["dead"] - page.status["cancelled"]
-    title = joined(dead and grouped(dead) + " dead", os.path.basename(page.queue.path),
-                   by=" – ")
     return Html("".join([
-        element("title", title), page_header(page), element("main", *parts),
-        open_panel(page) if page.view.job else ""]))
+        element("title", joined(*title_words(page), by=" – ")), page_header(page),
+        element("main", *parts), open_panel(page) if page.view.job else ""]))
+
+
+def title_words(page):
+    """Yield the open job and its state, or else the verdict in short; the queue."""
+    if page.queue.state(page.view.job) is not None:
+        job = page.queue.job(page.view.job)
+        yield job["id"] + " " + kind_of(job, page.status, page.now)
+    else:
+        dead = page.status["jobs"]["dead"] - page.status["cancelled"]
+        sentence = verdict(page.status, page.now, page.growth).sentence
+        yield sentence.partition(":")[0]
+        yield dead and grouped(dead) + " dead"
+    yield os.path.basename(page.queue.path)
 
 
 def open_panel(page):
@@ -9099,6 +9119,8 @@ main { clear: both; }
   display: grid; grid-template-columns: 7rem 11rem 1fr auto; gap: .7rem; align-items: center;
   padding: .3rem 0; border-top: 1px solid var(--line);
 }
+#now li:has(details) { display: block; }
+summary { cursor: pointer; }
 #tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 0 .7rem; }
 #tiles a { text-decoration: none; padding: .45rem .9rem .55rem; min-width: 0; }
 #tiles a:hover { border-color: var(--edge); }
@@ -9202,6 +9224,8 @@ dd a { margin-right: 1em; }
   th { width: 10rem; } .mid { width: 8.6rem; } .slim { width: 4.5rem; }
 }
 @media (max-width: 60rem) {
+  #now li { grid-template-columns: auto 1fr auto; gap: .1rem .7rem; }
+  #now li > .dim { grid-row: 2; grid-column: 1 / 4; white-space: normal; }
   .two { grid-template-columns: 1fr; }
   #tiles { grid-template-columns: repeat(3, 1fr); }
   #running { min-height: 0; }
@@ -9226,8 +9250,12 @@ dd a { margin-right: 1em; }
   }
   td.rest { grid-row: 2; grid-column: 1 / 4; }
   td.mid { width: auto; }
-  #now li { grid-template-columns: auto 1fr auto; gap: .1rem .7rem; }
-  #now li .dim { grid-row: 2; grid-column: 1 / 4; }
+  button, .button, #now :is(button, .button) { padding: .35rem .7rem; }
+}
+@media (max-width: 24rem) {
+  #now li > .mono { grid-row: 2; grid-column: 1 / 4; }
+  #now li > .dim { grid-row: 3; }
+  #now li > .row { grid-column: 3; }
 }
 @media (forced-colors: active) {
   #verdict::before, .legend::before, rect { forced-color-adjust: none; }
@@ -9264,7 +9292,7 @@ function become(node, wanted) {
     return;
   }
   for (const {name} of [...node.attributes])
-    if (!wanted.hasAttribute(name)) node.removeAttribute(name);
+    if (!wanted.hasAttribute(name) && name !== "open") node.removeAttribute(name);
   for (const {name, value} of wanted.attributes)
     if (node.getAttribute(name) !== value) node.setAttribute(name, value);
   if (!node.hasAttribute("data-keep")) becomeChildren(node, wanted);
@@ -9430,8 +9458,11 @@ async function act({post, question, ask, do: words, done, css}) {
     ask = answer.ask;
   }
   if (ask && !await confirmed(ask, words, css)) return;
+  // Whoever deletes a job in the panel goes on to the next one.
+  const onward = post.startsWith("/api/jobs/-/delete") && (find("next") || find("previous"));
   const changed = JSON.parse(await get(post, {method: "POST", headers: {"X-Token": "TOKEN"}}));
   const jobs = changed === 1 ? " job" : " jobs";
+  if (onward) history.replaceState(null, "", onward.href);
   say(question ? done + " " + changed.toLocaleString("en") + jobs : done);
   await refresh();
 }

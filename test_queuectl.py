@@ -907,7 +907,8 @@ def links_of(node):
 
 def buttons_of(node):
     """Return the attributes of all buttons, by their words."""
-    return {button.text: dict(button.attrib) for button in node.iter("button")}
+    return {button.text: dict(button.attrib) for button in node.iter("button")
+            if not button.get("hidden")}
 
 
 def let_die(queue, id, error="exit 1", output=b"", **fields):
@@ -4761,7 +4762,9 @@ class TestStatus:
         pool.wait(10)
         shown = run_ok("status").out
         line = "  worker %d, whose pool %d was killed: runs for" % (worker, pool.pid)
-        assert line in shown and "No pool is running" in shown
+        assert line in shown and queuectl.verdict(
+            queuectl.read_status(queuectl.Queue("queuectl.db")), 0).sentence == (
+                "No pool is running; the last one was killed and left 1 job running")
         open("go", "w").close()
 
     def test_the_verdict_says_what_a_queue_comes_down_to(self, queue, clock):
@@ -4806,7 +4809,8 @@ class TestStatus:
         let_die(queue, "bad")
         verdict = queuectl.verdict(queuectl.read_status(queue), 0)
         assert verdict[:2] == ("failed", "Ended: 1 completed, 1 dead, 1 cancelled")
-        assert page().find("title").text == "1 dead – queuectl.db"
+        assert page().find("title").text == "Ended – 1 dead – queuectl.db"
+        assert page("/?job=bad").find("title").text == "bad dead – queuectl.db"
 
     def test_jobs_of_one_lock_are_expected_one_after_the_other(self, queue, clock):
         add_jobs(queue, [{"command": "true", "lock": "l"}] * 61)
@@ -8083,6 +8087,7 @@ class TestPage:
         behind = page(links_of(most)["Show"])
         assert [row[1] for row in table_of(behind)] == ["d", "c", "b"]
         assert "✕ behind a" in links_of(behind)
+        assert [*buttons_of(named_part(behind, "jobs"))] == ["Retry a", "Delete…"]
         assert dashboard.json("/question?verb=delete&behind=a") == {
             "ask": "Delete 3 jobs behind “a”? Their runs and their output go as well."}
         assert dashboard.post(buttons_of(most)["Retry"]["data-post"]).status == 200
@@ -8144,7 +8149,10 @@ class TestPage:
         for number in range(6):
             let_die(queue, "j%d" % number, "exit %d" % number)
         rows = named_part(page(), "now").findall("ul/li")
-        assert [words_of(row)[:11] for row in rows][4:] == ["2 deadof ot"]
+        assert [words_of(row)[:13] for row in rows][4:] == ["2 more errors"]
+        all_rows = [*rows[:4], *rows[4].findall("details/ul/li")]
+        assert {links_of(row)["Show"] for row in all_rows} == {
+            "/?state=dead&error=exit+%d#jobs" % number for number in range(6)}
         queue.delete(["j0"])  # a line for one other error may as well be that error
         rows = named_part(page(), "now").findall("ul/li")
         assert [words_of(row)[:11] for row in rows][4:] == ["1 deadexit "]
@@ -8223,7 +8231,7 @@ class TestPage:
         assert [row[2] for row in table_of(page())] == ["exit 1 true"] * 3
 
     def test_its_chart_shows_minutes(self, queue, clock, page):
-        assert words_of(page("/chart")) == "No job ran in the last hour"
+        assert words_of(page("/chart")) == "No run has ended in the last hour"
         add_job(queue)
         queue.complete(claim(queue), make_outcome(None, finished_at=clock.now + 0.5))
         chart = page("/chart")
@@ -8340,7 +8348,7 @@ class TestPage:
         assert "<style" in whole and "hi\n" in whole and "<style" not in part
         assert 'data-next="/output?id=x&amp;run=1"' in part
         for text in (whole, part):
-            assert "<title>queuectl.db</title>" in text
+            assert "<title>x completed – queuectl.db</title>" in text
         kind = dashboard.ask("/output.log?id=x").headers["Content-Type"]
         assert kind.startswith("text/plain")
 
@@ -8362,18 +8370,21 @@ class TestPage:
         assert "a (pending)" in links_of(shown.find("aside/dl"))
 
     @mechanism
-    def test_the_dead_are_not_grouped_at_each_refresh(self, queue, monkeypatch):
+    def test_the_dead_are_grouped_anew_when_there_are_more(self, queue, monkeypatch):
         site, groupings = queuectl.Site(queue.path, "localhost"), []
         monkeypatch.setattr(queuectl.Queue, "dead_by_error",
                             lambda self: groupings.append(1) or [])
         for _ in range(3):
             assert site.answer("GET", "/main", {"Host": "localhost"})[0] == 200
         assert len(groupings) == 1
+        let_die(queue, "a")  # or the sum of the rows would not be that of the tile
+        site.answer("GET", "/main", {"Host": "localhost"})
+        assert len(groupings) == 2
         own = {"Host": "localhost", "Origin": "http://localhost", "X-Token": site.token}
         assert site.answer("POST", "/api/pause", own)[0] == 200
         # They are anew after each action, which may have changed them.
         site.answer("GET", "/main", {"Host": "localhost"})
-        assert len(groupings) == 2
+        assert len(groupings) == 3
 
     def test_an_odd_address_is_reported_on_the_page(self, dashboard):
         enqueue()
