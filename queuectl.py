@@ -7743,7 +7743,7 @@ def clear_up(home, trials):
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'nonce-TOKEN'; script-src"
     " 'nonce-TOKEN'; connect-src 'self'; img-src data:; base-uri 'none';"
-    " form-action 'none'; frame-ancestors 'none'",
+    " form-action 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -7883,7 +7883,7 @@ class Html(str):
     """Markup. Any other text is escaped when it is put into an element."""
 
 
-def element(name, *content, **attributes):
+def element(name, /, *content, **attributes):
     """Return an element, without content and attributes that are None or False.
 
     `css` are its classes. Nothing else makes markup, so nothing else has to escape.
@@ -8341,8 +8341,8 @@ def page_jobs(page):
                 element("tbody", *[job_row(job, page) for job in rows],
                         data_key=page.view.open("")),
                 aria_label="Jobs"),
-        not rows and element("p", "No job matches %s " % words,
-                             link("Clear", page.view.only()), css="dim"),
+        not rows and element("p", "No job matches %s " % words, page.view.q and
+                             "(output is not searched) ", link("Clear", page.view.only()), css="dim"),
         page_links(page, total), id="jobs", css="card")
 
 
@@ -8361,12 +8361,21 @@ def jobs_header(page, total):
     view = page.view
     order = ", the latest death first" if view.state == "dead" else ", newest first"
     return element(
-        "div", element("h2", "Jobs"),
-        element("span", grouped(total) + order, id="total", css="dim"),
-        element("input", id="q", type="search", aria_label="Search jobs",
-                placeholder="Search id, command, error", title="Key /", value=view.q),
+        "div", element("h2", "Jobs", tabindex=-1),
+        element("span", grouped(total) + order, id="total", css="dim"), search_form(view),
         *filter_links(view),
         element("span", *bulk_buttons(page), css="row end"), css="row")
+
+
+def search_form(view):
+    """Return the search, which works without the script as well."""
+    others = {name: value for name, value in view.filters().items() if name != "q"}
+    return element(
+        "form", *[element("input", type="hidden", name=name, value=value)
+                  for name, value in others.items()],
+        element("input", id="q", type="search", aria_label="Search jobs", name="q",
+                placeholder="Search id, command, error", title="Key /", value=view.q),
+        role="search")
 
 
 def filter_links(view):
@@ -8625,9 +8634,12 @@ def panel_output(job, run, page):
         yield element("h2", "Not run yet")
         return
     size, name = page.queue.output_size(job, run), query_of(id=job["id"], run=run)
-    words = "following" if is_live(job, run) else grouped(size or 0) + " bytes"
+    words = [element("span", "%s bytes kept" % grouped(size or 0), css="dim")]
+    if is_live(job, run):
+        words = [element("span", "following", css="dim"),
+                 element("button", "Paused: jump to the end", type="button", id="end")]
     yield element(
-        "div", element("h2", "Output"), element("span", words, css="dim"),
+        "div", element("h2", "Output"), *words,
         link("Download", "/output.log" + name, "button end",
              download="%s-%d.log" % (job["id"], run)), css="row")
     piece = output_piece(page.queue, job, run) if page.is_whole else element(
@@ -8655,9 +8667,12 @@ def output_piece(queue, job, run, begin=0, colour=0):
     The next piece begins with the last line if that has no end: the line is given again
     with what follows, so that nobody has to keep half a line, or half a character.
     """
-    start, output = output_from(begin, *split_dropped(output_of(queue, job, run)))
+    dropped, output = split_dropped(output_of(queue, job, run))
+    start, output = output_from(begin, dropped, output)
     end = output.rfind(b"\n") + 1
-    note = "[%s bytes before this are not shown here]\n" % grouped(start)
+    note = "[before this: %s]\n" % joined(
+        dropped and grouped(dropped) + " bytes dropped",
+        start > dropped and grouped(start - dropped) + " bytes in the download")
     lines, colour = coloured(output[:end], colour)
     last, _ = coloured(output[end:], colour)
     following = {"id": job["id"], "run": run, "colour": colour,
@@ -9016,7 +9031,7 @@ PAGE_CSS = """
 
 * { box-sizing: border-box; margin: 0; }
 /* Without the script nothing answers these. */
-body:not(.live) :is(button, input, .card:has(#chart)) { display: none; }
+body:not(.live) :is(button, .card:has(#chart)) { display: none; }
 body {
   margin: 0 auto; max-width: 92rem; padding: .8rem 1.2rem 3rem;
   background: var(--bg); color: var(--text);
@@ -9162,7 +9177,9 @@ rect.part { opacity: .45; }
 #running > a { margin-top: .5rem; padding: .2rem 0; }
 #running li a { max-width: 50%; flex: none; }
 
-#q { flex: 1 1 14rem; min-width: 0; max-width: 34rem; }
+form { display: flex; flex: 1 1 14rem; min-width: 0; max-width: 34rem; }
+#q { flex: 1; min-width: 0; }
+.skip:not(:focus) { position: absolute; left: -99rem; }
 #total { min-width: 10em; }
 ::placeholder { color: var(--dim); opacity: 1; }
 table { width: 100%; border-collapse: collapse; table-layout: fixed; margin-top: .5rem; }
@@ -9205,6 +9222,7 @@ code { font: inherit; }
 pre i { font-style: normal; }
 .box pre { max-height: 9rem; padding-right: 4.5rem; }
 #output { flex: 1 0 12rem; height: 0; }
+.scrolled span:has(+ #end), body:not(.scrolled) #end { display: none; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
 dl div { display: contents; }
 dd { overflow-wrap: anywhere; }
@@ -9252,7 +9270,7 @@ dd a { margin-right: 1em; }
   td.mid { width: auto; }
   button, .button, #now :is(button, .button) { padding: .35rem .7rem; }
 }
-@media (max-width: 24rem) {
+@media (max-width: 28rem) {
   #now li > .mono { grid-row: 2; grid-column: 1 / 4; }
   #now li > .dim { grid-row: 3; }
   #now li > .row { grid-column: 3; }
@@ -9413,11 +9431,11 @@ async function follow(box) {
   const old = last ? last.textContent : "";
   if (piece !== box.lastElementChild) return;
   if (came.dataset.next === next && came.textContent === old) return;
-  const atEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 5;
+  const atEnd = isAtEnd(box);
   if (last) last.remove();
   box.append(came);
   while (box.childElementCount > 1 && box.textContent.length > 2e6) box.firstChild.remove();
-  if (atEnd) box.scrollTop = box.scrollHeight;
+  if (atEnd) toEnd();
 }
 
 function go(address) {
@@ -9427,8 +9445,14 @@ function go(address) {
     const target = find(location.hash.slice(1));
     const top = target ? target.getBoundingClientRect().top : 0;
     if (top < 0 || top > innerHeight / 2) target.scrollIntoView();
+    if (target) target.querySelector("h2").focus({preventScroll: true});
   });
 }
+
+const isAtEnd = box => !box || box.scrollTop + box.clientHeight >= box.scrollHeight - 5;
+function toEnd() { find("output").scrollTop = find("output").scrollHeight; }
+document.addEventListener("scroll", () =>
+  document.body.classList.toggle("scrolled", !isAtEnd(find("output"))), true);
 
 /* Actions. */
 function say(words) {
@@ -9477,6 +9501,7 @@ function press(button) {
   const {copy: copies, post} = button.dataset;
   if (copies !== undefined) return copy(button.previousElementSibling);
   if (button.id === "fresh") return showFresh();
+  if (button.id === "end") return toEnd();
   if (button.hasAttribute("aria-disabled")) return;
   if (!post) return find("sure").close(button.value);
   setBusy(true);
@@ -9498,6 +9523,8 @@ document.onclick = event => {
   else if (narrow.matches && find("close") && !target.closest("#job, #sure, a"))
     find("close").click();
 };
+
+document.onsubmit = () => false;  // the search has been fetched already
 
 document.oninput = event => {
   const address = new URL(location.href);
@@ -9523,7 +9550,7 @@ window.onpopstate = document.onvisibilitychange = refresh;
 narrow.onchange = () => cover(find("page"));
 narrow.onchange();
 document.body.classList.add("live");
-if (find("output")) find("output").scrollTop = find("output").scrollHeight;
+if (find("output")) toEnd();
 if (find("name")) find("name").focus();
 refresh();
 """
@@ -9541,6 +9568,8 @@ TITLE
 <style nonce="TOKEN">""" + PAGE_CSS + """</style>
 </head>
 <body>
+<a href="#jobs" class="skip button">Skip to the jobs</a>
+<noscript>Without JavaScript this page can search, but not act: use the commands.</noscript>
 <section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p>\
 <div id="start" class="row advice" hidden>To start it: START</div></section>
 <header><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\

@@ -8282,8 +8282,15 @@ class TestPage:
         for text in ("ech_", "e%25o", "\\"):
             assert table_of(page("/?q=" + text)) == [], text
         nothing = named_part(page("/?q=no"), "jobs")
-        assert words_of(nothing.find("p")) == "No job matches “no” Clear"
+        assert words_of(nothing.find("p")) == (
+            "No job matches “no” (output is not searched) Clear")
         assert links_of(nothing)["Clear"] == "/#jobs"
+
+    def test_the_search_is_a_form_that_keeps_the_other_filters(self, queue, page):
+        let_die(queue, "x")
+        form = page("/?state=dead&error=exit+1&q=x").find(".//form")
+        assert {part.get("name"): part.get("value") for part in form} == {
+            "state": "dead", "error": "exit 1", "q": "x"}
 
     def test_it_leads_to_older_jobs_and_tells_its_place(self, queue, page):
         add_jobs(queue, [{"command": "true", "id": "job%d" % n}
@@ -8460,7 +8467,8 @@ class TestPanel:
         panel = page("/?job=job").find("aside")
         assert words_of(named_part(panel, "why")) == "processing – for 1 s, try 1 of 3"
         assert "worker1" in words_of(panel.find("dl"))
-        cancel, _ = buttons_of(panel).items()
+        cancel, _, to_end = buttons_of(panel).items()
+        assert to_end[0] == "Paused: jump to the end"  # shown by the script
         assert cancel[1]["data-ask"] == "Cancel job? All its processes are ended."
 
     def test_a_job_that_others_wait_for_is_not_deleted(self, queue, page):
@@ -8602,6 +8610,7 @@ class TestPanel:
         code = page("/output?id=x")[0]
         assert len(code.text) < queuectl.PIECE + 100
         note, first, _ = code.text.split("\n", 2)
+        assert re.fullmatch(r"\[before this: [\d,]+ bytes in the download\]", note)
         before = int(re.sub(r"\D", "", note))
         assert re.fullmatch(r"line \d+", first)
         assert code.text.endswith("\nline 49999\n")
@@ -8612,6 +8621,13 @@ class TestPanel:
         assert saved.get("download") == "x-1.log"
         assert saved.get("href") == "/output.log?id=x&run=1"
         assert queuectl.download_route(queue, {"id": "x", "run": "1"}) == output.decode()
+
+    def test_what_was_dropped_is_told_from_what_is_not_shown(self, queue, page):
+        add_job(queue, id="x")
+        kept = queuectl.kept_end(b"0123456\n" * 25000, 160000)
+        queue.complete(claim(queue), make_outcome(None, output=kept))
+        assert page("/output?id=x")[0].text.startswith(
+            "[before this: 40,000 bytes dropped, 60,008 bytes in the download]\n0123456\n")
 
 
 # ======================================================================================
