@@ -2808,6 +2808,19 @@ class Queue(Database):
             UNION ALL SELECT id FROM jobs WHERE lock = :lock AND {CLAIMABLE}""",
             lock=job["lock"])
 
+    def longest_line(self):
+        """Return the lock that most jobs are behind, their number, the job before them.
+
+        Return None where no job is behind a lock.
+        """
+        line = self._row(f"""
+            SELECT lock, COUNT(*) AS jobs FROM (
+                SELECT lock FROM jobs WHERE lock NOT NULL AND state = 'pending'
+                    AND gate = {LOCKED} LIMIT 10000)
+            GROUP BY lock ORDER BY jobs DESC, lock LIMIT 1""")
+        holder = line and self.lock_holder(line)
+        return holder and (line["lock"], line["jobs"], self.job(holder))
+
     def count_ahead(self, job):
         """Return how many jobs are claimed before this one."""
         return self._value(f"""
@@ -4056,6 +4069,7 @@ ORPHAN_HINT = "its worker died, but its processes still run; the next pool ends 
     " and %s"
 TO_RESUME = "to go on: %s resume" % PROGRAM
 TO_START = "to start one: %s worker start" % PROGRAM
+TO_ADD_WORKERS = "to add workers: %s worker start --count %%d" % PROGRAM
 TO_START_ANOTHER = "to start another: %s worker start" % PROGRAM
 
 
@@ -4113,8 +4127,8 @@ def why_waiting(queue, job, text_of=duration_text):
     holder = queue.lock_holder(job) if job["lock"] else job["id"]
     if holder != job["id"]:
         other = "job " + printable(holder) if holder else "another job"
-        message = "waits for the lock %s: %s has it or gets it first"
-        return message % (printable(job["lock"]), other)
+        has = "has it" if queue.state(holder) == "processing" else "gets it first"
+        return "waits for the lock %s: %s %s" % (printable(job["lock"]), other, has)
     ahead = queue.count_ahead(job)
     return plural(ahead, "job") + " before it" if ahead else "next in line"
 
@@ -4235,13 +4249,15 @@ def verdict_at_work(status, now, growth):
     """Return the `Verdict` on a queue whose jobs a pool starts."""
     ready, due = grouped(max(1, status["ready"])), status["next_due"]
     if growth >= 1:
-        return Verdict("failed", "Falling behind: %s waiting, %s more a minute" % (
-            ready, grouped(round(growth))))
+        more = 1 + int(growth * (status["run_seconds"] or 0) / 60)
+        sentence = "Falling behind: %s waiting, %s more a minute" % (
+            ready, grouped(round(growth)))
+        return Verdict("failed", sentence, TO_ADD_WORKERS % more)
     is_late = due is not None and due <= now
     if status["oldest_job"] or status["locked"] or is_late:
-        for_lock = "" if status["oldest_job"] or is_late else " for a lock"
+        where = " waiting" if status["oldest_job"] or is_late else " behind a lock"
         when = "" if growth > 0 else time_left(status, now)
-        sentence = "Working: " + ready + " waiting" + for_lock + when
+        sentence = "Working: " + ready + where + when
         state = "processing"
     elif status["jobs"]["processing"]:
         sentence = "Keeping up: no job waits for a worker"
@@ -8034,8 +8050,8 @@ def load_text(page):
     status = page.status
     counts = [
         (status["jobs"]["processing"] - len(status["lost"]), "running"),
-        (status["dependent"], "behind other jobs"),
-        (status["delayed"], "waiting for a time"), (status["locked"], "behind a lock")]
+        (status["dependent"], "behind a job"), (status["delayed"], "delayed"),
+        (status["locked"], "behind a lock")]
     return joined(*[count and grouped(count) + " " + words for count, words in counts])
 
 
@@ -8054,7 +8070,7 @@ def command_to_copy(path, rest):
 
 
 def alerts(page):
-    """Yield a line for each of the most common errors, and for what blocks most."""
+    """Yield a line for each common error, what is tried again, blocks, or locks."""
     lines = [error_alert(group, page) for group in died(page.groups)]
     named = len(lines) if len(lines) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
     yield from lines[:named]
@@ -8062,11 +8078,33 @@ def alerts(page):
         words = plural(len(lines[named:]), "more error")
         yield element("li", element("details", element("summary", words),
                                     element("ul", *lines[named:])), data_key="more")
+    for job in page.queue.jobs(where(["failed"]), 1, newest=True):
+        yield failed_alert(job, page)
     if page.status["blocked_seqs"]:
         blockers = page.counts.get(
             "blockers of %d" % len(page.status["blocked_seqs"]),
             lambda: page.queue.blockers(SHOWN_ERRORS))
         yield from [blocked_alert(dead, page) for dead in blockers]
+    if page.status["locked"]:
+        line = page.counts.get("line", page.queue.longest_line)
+        if line:
+            yield lock_alert(*line, page)
+
+
+def failed_alert(job, page):
+    """Return the line about the jobs that are tried again; JOB is the newest one."""
+    line = last_line(page.queue.tail(job))
+    words = joined(line and "“%s”" % line, next_due(page, "failed"), by=" · ")
+    return alert(grouped(count_in(page, "failed")) + " failed", job["error"], words,
+                 page.view.only(state="failed"), "the failed jobs", css="failed")
+
+
+def lock_alert(lock, jobs, first, page):
+    """Return the line about the jobs behind a lock; FIRST has it, or gets it first."""
+    has = "has the lock" if first["state"] == "processing" else "gets the lock first"
+    words = joined(first["id"] + " " + has, time_cell(first, page), by=" · ")
+    return alert(grouped(jobs) + " behind", lock, words, page.view.open(first["id"]),
+                 "the job " + first["id"], css="pending")
 
 
 def blocked_alert(dead, page):
@@ -8091,14 +8129,15 @@ def error_alert(group, page):
         bulk_button("Retry…", "retry", chosen, "Retry the dead of " + error))
 
 
-def alert(count, name, words, address, selection, retry=None):
+def alert(count, name, words, address, selection, retry=None, css="dead"):
     """Return a line about a selection of jobs, which the address shows."""
     show = link("Show", address, "button", aria_label="Show " + selection)
     return element(
         "li", element("b", count, css="hue"),
         element("span", name, css="mono line", title=name or None),
         element("span", words, css="dim line", title=words),
-        element("span", show, retry, css="row"), css="dead", data_key=name or words)
+        element("span", show, retry, css="row"), css=css,
+        data_key=joined(css, css == "dead" and name, by=" "))
 
 
 def count_in(page, state):
@@ -8566,10 +8605,10 @@ SHOWN_ELSEWHERE = ("id", "command", "run_at")
 def job_facts(job, page):
     """Return what the panel lists of a job, by name; empty values are not shown."""
     fields = public_job(job)
-    after = [(id, page.queue.state(id)) for id in fields["after"][: LINKS_SHOWN + 1]]
+    before = [id for id, _ in page.queue.dependents(job, LINKS_SHOWN + 1)]
     facts = {
-        "comes after": job_links(after, page),
-        "comes before": job_links(page.queue.dependents(job, LINKS_SHOWN + 1), page),
+        "comes after": job_links(fields["after"], page),
+        "comes before": job_links(before, page),
         "enqueued": moment(job["created_at"], page),
         "due": can_run_now(job, page) and moment(job["run_at"], page),
         "started": job["started_at"] and moment(job["started_at"], page),
@@ -8593,7 +8632,7 @@ def lock_fact(job, page):
     holder = job["lock"] and job["state"] in WAITING and page.queue.lock_holder(job)
     if not holder or holder == job["id"]:
         return job["lock"]
-    return [job["lock"] + " · now of ", link(holder, page.view.open(holder))]
+    return [job["lock"] + " · ", *job_links([holder], page)]
 
 
 def fact(name, value):
@@ -8602,10 +8641,12 @@ def fact(name, value):
     return element("div", element("dt", name), element("dd", *content))
 
 
-def job_links(jobs, page):
-    """Return links to the first jobs, given by id and state."""
-    links = [link("%s (%s)" % (id, state), page.view.open(id)) for id, state in jobs]
-    return [*links[:LINKS_SHOWN], "and more"] if len(links) > LINKS_SHOWN else links
+def job_links(ids, page):
+    """Return links to the first jobs, with what each of them is."""
+    links = [
+        link("%s (%s)" % (id, kind_of(page.queue.job(id), page.status, page.now)),
+             page.view.open(id)) for id in ids[:LINKS_SHOWN]]
+    return [*links, "and more"] if len(ids) > LINKS_SHOWN else links
 
 
 def run_links(job, shown, page):
@@ -9032,6 +9073,7 @@ PAGE_CSS = """
 * { box-sizing: border-box; margin: 0; }
 /* Without the script nothing answers these. */
 body:not(.live) :is(button, .card:has(#chart)) { display: none; }
+body:not(.live) .two { display: block; }
 body {
   margin: 0 auto; max-width: 92rem; padding: .8rem 1.2rem 3rem;
   background: var(--bg); color: var(--text);
@@ -9501,7 +9543,7 @@ function press(button) {
   const {copy: copies, post} = button.dataset;
   if (copies !== undefined) return copy(button.previousElementSibling);
   if (button.id === "fresh") return showFresh();
-  if (button.id === "end") return toEnd();
+  if (button.id === "end") return find("output").focus(toEnd());
   if (button.hasAttribute("aria-disabled")) return;
   if (!post) return find("sure").close(button.value);
   setBusy(true);
@@ -9569,7 +9611,8 @@ TITLE
 </head>
 <body>
 <a href="#jobs" class="skip button">Skip to the jobs</a>
-<noscript>Without JavaScript this page can search, but not act: use the commands.</noscript>
+<noscript><p class="card">Without JavaScript this page can search, but not act: use the \
+commands.</p></noscript>
 <section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p>\
 <div id="start" class="row advice" hidden>To start it: START</div></section>
 <header><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\

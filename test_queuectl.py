@@ -3736,7 +3736,7 @@ class TestShow:
         enqueue(id="first", lock="db")
         enqueue(id="second", lock="db")
         start_pool(count=1, script="queuectl.Queue.claim = lambda *_: None")
-        assert "waits for the lock db: job first has it or gets it first" in (
+        assert "waits for the lock db: job first gets it first" in (
             run_ok("show", "second").out)
         assert "next in line" in run_ok("show", "first").out
 
@@ -4795,6 +4795,8 @@ class TestStatus:
         assert "done" not in judge(growth=0.5)[1]  # nobody can tell
         assert judge(growth=1300.6) == (
             "failed", "Falling behind: 4,000 waiting, 1,301 more a minute")
+        status = dict(queuectl.read_status(queue), run_seconds=2, pools={1})
+        assert queuectl.verdict(status, clock.now, 90).advice.endswith("start --count 4")
         assert judge(workers=0)[1] == "No pool is running: 4,002 jobs wait"
         queue.set_paused(True)
         assert judge(workers=0) == ("failed", "Paused: 4,002 jobs wait")
@@ -4823,7 +4825,7 @@ class TestStatus:
         status.update(workers=workers, pools={1}, lost=set())
         assert (status["locked"], status["line"]) == (59, 59)
         assert queuectl.verdict(status, clock.now)[:2] == (
-            "processing", "Working: 59 waiting for a lock, done in about 118 s")
+            "processing", "Working: 59 behind a lock, done in about 118 s")
         status["workers"][0]["since"] = clock.now - 119  # longer than was thought
         assert "done" not in queuectl.verdict(status, clock.now)[1]
 
@@ -8062,7 +8064,7 @@ class TestPage:
         now = named_part(page(), "now")
         assert words_of(named_part(now, "verdict")) == (
             "Stuck: 1 job waits for dead ones")
-        assert now.find("p").text == "1 behind other jobs"
+        assert now.find("p").text == "1 behind a job"
         assert words_of(now.find("div")) == "Retry the dead ones, or cancel what waits"
         rows = [[words_of(part) for part in row] for row in now.findall("ul/li")]
         assert rows == [
@@ -8128,10 +8130,10 @@ class TestPage:
             self, queue, page, dashboard):
         let_die(queue, "a", "exit 1")
         let_die(queue, "b", "exit 127")
-        row = named_part(page(), "now").find("ul/li[@data-key='exit 1']")
+        row = named_part(page(), "now").find("ul/li[@data-key='dead exit 1']")
         assert [job[1] for job in table_of(page(links_of(row)["Show"]))] == ["a"]
         let_die(queue, "c", "exit 1")
-        row = named_part(page(), "now").find("ul/li[@data-key='exit 1']")
+        row = named_part(page(), "now").find("ul/li[@data-key='dead exit 1']")
         retry = buttons_of(row)["Retry…"]
         assert dashboard.json(retry["data-question"]) == {
             "ask": "Retry 2 dead jobs with the error “exit 1”?"}
@@ -8156,6 +8158,22 @@ class TestPage:
         queue.delete(["j0"])  # a line for one other error may as well be that error
         rows = named_part(page(), "now").findall("ul/li")
         assert [words_of(row)[:11] for row in rows][4:] == ["1 deadexit "]
+
+    def test_what_is_tried_again_or_behind_a_lock_has_a_row(self, queue, clock, page):
+        for name in ("holds", "next", "last"):
+            add_job(queue, id=name, lock="db")
+        claim(queue)
+        for name in ("x", "y"):
+            add_job(queue, id=name)
+            queue.fail(claim(queue), make_outcome("exit 7", output=b"no " + name.encode()))
+        clock.now += 540
+        rows = [[words_of(part) for part in row]
+                for row in named_part(page(), "now").findall("ul/li")]
+        assert rows == [
+            ["2 failed", "exit 7", "“no y” · 9 min late", "Show"],
+            ["2 behind", "db", "holds has the lock · for 9 min", "Show"]]
+        shown = links_of(named_part(page(), "now").findall("ul/li")[1])
+        assert shown["Show"] == "/?job=holds"
 
     def test_it_can_pause_and_resume(self, queue, page, dashboard):
         assert "Pause" not in buttons_of(page())  # there is nothing to pause
@@ -8502,12 +8520,12 @@ class TestPanel:
             add_job(queue, id=name, after=after)
         claim_and_complete(queue)
         assert links_of(page("/?job=b").find("aside/dl")) == {
-            "a (completed)": "/?job=a", "c (pending)": "/?job=c"}
+            "a (completed)": "/?job=a", "c (behind a job)": "/?job=c"}
         for n in range(queuectl.LINKS_SHOWN + 9):
             add_job(queue, id="d%d" % n, after=["c"])
         facts = page("/?job=c").find("aside/dl")
         assert len(links_of(facts)) == 1 + queuectl.LINKS_SHOWN
-        assert "d19 (pending)and more" in words_of(facts)
+        assert "d19 (behind a job)and more" in words_of(facts)
 
     def test_no_button_takes_the_place_of_another(self, queue, page):
         add_job(queue, delay=60)
@@ -8531,8 +8549,8 @@ class TestPanel:
             add_job(queue, id=name, lock="l")
         claim(queue)
         facts = page("/?job=b").find("aside/dl")
-        assert "lockl · now of a" in words_of(facts)
-        assert links_of(facts)["a"] == "/?job=a"
+        assert "lockl · a (lost)" in words_of(facts)
+        assert links_of(facts)["a (lost)"] == "/?job=a"
 
     def test_a_job_that_is_gone_has_none_and_that_is_reported(self, queue, page):
         gone = page("/?job=gone&q=x")
