@@ -2829,6 +2829,19 @@ class Queue(Database):
             UNION ALL SELECT id FROM jobs WHERE lock = :lock AND {CLAIMABLE}""",
             lock=job["lock"])
 
+    def longest_line(self):
+        """Return the lock that most jobs are behind, their number, the job before them.
+
+        Return None where no job is behind a lock.
+        """
+        line = self._row(f"""
+            SELECT lock, COUNT(*) AS jobs FROM (
+                SELECT lock FROM jobs WHERE lock NOT NULL AND state = 'pending'
+                    AND gate = {LOCKED} LIMIT 10000)
+            GROUP BY lock ORDER BY jobs DESC, lock LIMIT 1""")
+        holder = line and self.lock_holder(line)
+        return holder and (line["lock"], line["jobs"], self.job(holder))
+
     def count_ahead(self, job):
         """Return how many jobs are claimed before this one."""
         return self._value(f"""
@@ -2967,7 +2980,8 @@ class Queue(Database):
         the ready ones, `locked` wait for their lock; `line` is the longest line of jobs
         that share one. `run_seconds` is the average of the last runs of the jobs that
         were enqueued last: no index leads to the runs that ended last. It is None
-        before the first run has ended.
+        before the first run has ended. `rate` are the jobs completed each second; it is
+        None where runs are so long that the time between them does not count.
         """
         waiting = sum(self.counts()[state] for state in WAITING)
         delayed = self._value(  # what is overdue is ready, though no worker has seen it
@@ -2986,8 +3000,18 @@ class Queue(Database):
             SELECT AVG(spent) FROM (
                 SELECT finished_at - started_at AS spent FROM runs
                 ORDER BY seq DESC, run DESC LIMIT 200)""")
+        rate = self._rate() if seconds is not None and seconds < 0.1 else None
         return dict(locks, ready=waiting - delayed - dependent, delayed=delayed,
-                    dependent=dependent, run_seconds=seconds)
+                    dependent=dependent, run_seconds=seconds, rate=rate)
+
+    def _rate(self):
+        """Return how many jobs are completed each second, None if none was lately."""
+        count, first = self._row("""
+            SELECT COUNT(*), MIN(updated_at) FROM (
+                SELECT updated_at FROM jobs WHERE state = 'completed'
+                ORDER BY updated_at DESC LIMIT 1000)""")
+        seconds = self.clock() - (first or 0)
+        return count / seconds if 0 < seconds < 60 else None
 
     def seq_before(self, id):
         """Return the number before that of a job; one above all if it is gone."""
@@ -4086,6 +4110,7 @@ ORPHAN_HINT = "its worker died, but its processes still run; the next pool ends 
     " and %s"
 TO_RESUME = "to go on: %s resume" % PROGRAM
 TO_START = "to start one: %s worker start" % PROGRAM
+TO_ADD_WORKERS = "to add workers: %s worker start --count %%d" % PROGRAM
 TO_START_ANOTHER = "to start another: %s worker start" % PROGRAM
 
 
@@ -4171,8 +4196,8 @@ def why_waiting(queue, job, text_of=duration_text):
     holder = queue.lock_holder(job) if job["lock"] else job["id"]
     if holder != job["id"]:
         other = "job " + printable(holder) if holder else "another job"
-        message = "waits for the lock %s: %s has it or gets it first"
-        return message % (printable(job["lock"]), other)
+        has = "has it" if queue.state(holder) == "processing" else "gets it first"
+        return "waits for the lock %s: %s %s" % (printable(job["lock"]), other, has)
     ahead = queue.count_ahead(job)
     return plural(ahead, "job") + " before it" if ahead else "next in line"
 
@@ -4280,13 +4305,15 @@ def verdict_at_work(status, now, growth):
     """Return the `Verdict` on a queue whose jobs a pool starts."""
     ready, due = grouped(max(1, status["ready"])), status["next_due"]
     if growth >= 1:
-        return Verdict("failed", "Falling behind: %s waiting, %s more a minute" % (
-            ready, grouped(round(growth))))
+        more = 1 + int(growth * (status["run_seconds"] or 0) / 60)
+        sentence = "Falling behind: %s waiting, %s more a minute" % (
+            ready, grouped(round(growth)))
+        return Verdict("failed", sentence, TO_ADD_WORKERS % more)
     is_late = due is not None and due <= now
     if status["oldest_job"] or status["locked"] or is_late:
-        for_lock = "" if status["oldest_job"] or is_late else " for a lock"
+        where = " waiting" if status["oldest_job"] or is_late else " behind a lock"
         when = "" if growth > 0 else time_left(status, now)
-        sentence = "Working: " + ready + " waiting" + for_lock + when
+        sentence = "Working: " + ready + where + when
         state = "processing"
     elif status["jobs"]["processing"]:
         sentence = "Keeping up: no job waits for a worker"
@@ -4326,7 +4353,8 @@ def time_left(status, now):
     if not workers or mean is None:
         return ""
     jobs = status["ready"] + status["jobs"]["processing"]
-    seconds = max(1, mean * max(1, jobs / workers, status["line"]))
+    seconds = max(1, mean * max(1, jobs / workers, status["line"]),
+                  jobs / (status["rate"] or MAX_INTEGER))
     longest = max(now - (worker["since"] or now) for worker in status["workers"])
     # A run that has taken longer than that is not like those before it.
     return "" if longest > seconds else ", done in about " + roughly(seconds)
@@ -4349,7 +4377,8 @@ class Trend:
     def growth(self, now, left):
         """Return how many more jobs are left each minute: the least of three steps.
 
-        So a heap that was enqueued at once, and has shrunk since, is no growth.
+        So a heap that was enqueued at once, and has shrunk since, is no growth. It is
+        0.5 where only the last step is up: nobody can tell when such a queue ends.
         """
         if self.looks and now < self.looks[-1][0]:  # the clock was set back
             self.looks.clear()
@@ -4358,9 +4387,9 @@ class Trend:
         looks = [*self.looks]
         steps = [60 * (more - less) / (end - begin)
                  for (begin, less), (end, more) in zip(looks, looks[1:])]
-        if len(steps) < 3:  # too early to call it growth, or to tell when it ends
-            steps.append(0.5 if steps else 0)
-        return min(steps)
+        if not steps or steps[-1] <= 0:
+            return min(steps, default=0)
+        return max(0.5, min(steps)) if len(steps) == 3 else 0.5
 
 
 def progress_text(counts, done, seconds, width):
@@ -7857,7 +7886,7 @@ def clear_up(home, trials):
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'nonce-TOKEN'; script-src"
     " 'nonce-TOKEN'; connect-src 'self'; img-src data:; base-uri 'none';"
-    " form-action 'none'; frame-ancestors 'none'",
+    " form-action 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -7997,7 +8026,7 @@ class Html(str):
     """Markup. Any other text is escaped when it is put into an element."""
 
 
-def element(name, *content, **attributes):
+def element(name, /, *content, **attributes):
     """Return an element, without content and attributes that are None or False.
 
     `css` are its classes. Nothing else makes markup, so nothing else has to escape.
@@ -8042,6 +8071,13 @@ def ago(moment, page):
     if 0 <= page.now - moment < 1:
         return "just now"
     return relative_time(moment, page.now, roughly)
+
+
+def command_line(path, rest):
+    """Return a command that runs wherever it is pasted, for the queue at a path."""
+    program = [PROGRAM] if PROGRAM == "queuectl" else [
+        sys.executable, os.path.abspath(__file__)]
+    return "%s %s" % (quoted([*program, "--db", path]), rest)
 
 
 def sentence_case(words):
@@ -8141,36 +8177,61 @@ def load_text(page):
     status = page.status
     counts = [
         (status["jobs"]["processing"] - len(status["lost"]), "running"),
-        (status["dependent"], "behind other jobs"),
-        (status["delayed"], "waiting for a time"), (status["locked"], "behind a lock")]
+        (status["dependent"], "behind a job"), (status["delayed"], "delayed"),
+        (status["locked"], "behind a lock")]
     return joined(*[count and grouped(count) + " " + words for count, words in counts])
 
 
 def advice_line(advice, page):
     """Return an advice; a command in it names the queue, and can be copied."""
-    words, _, command = advice.partition(PROGRAM)
-    if command:
-        command = "%s --db %s%s" % (PROGRAM, quoted([page.queue.path]), command)
-    return element(
-        "div", element("span", sentence_case(words)),
-        *[element("code", command, css="mono"), copy_button("Copy the command")]
-        if command else [], css="row advice")
+    words, _, rest = advice.partition(PROGRAM + " ")
+    command = command_to_copy(page.queue.path, rest) if rest else []
+    return element("div", element("span", sentence_case(words)), *command,
+                   css="row advice")
+
+
+def command_to_copy(path, rest):
+    """Return a command, and the button that copies it."""
+    return [element("code", command_line(path, rest), css="mono"),
+            copy_button("Copy the command")]
 
 
 def alerts(page):
-    """Yield a line for each of the most common errors, and for what blocks most."""
-    groups = died(page.groups)
-    named = len(groups) if len(groups) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
-    for group in groups[:named]:
-        yield error_alert(group, page)
-    rest = sum(group["jobs"] for group in groups[named:])
-    if rest:
-        yield alert(grouped(rest) + " dead", "", "of other errors",
-                    page.view.only(state="dead"), "all dead jobs")
+    """Yield a line for each common error, what is tried again, blocks, or locks."""
+    lines = [error_alert(group, page) for group in died(page.groups)]
+    named = len(lines) if len(lines) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
+    yield from lines[:named]
+    if lines[named:]:
+        words = plural(len(lines[named:]), "more error")
+        yield element("li", element("details", element("summary", words),
+                                    element("ul", *lines[named:])), data_key="more")
+    for job in page.queue.jobs(where(["failed"]), 1, newest=True):
+        yield failed_alert(job, page)
     if page.status["blocked_seqs"]:
         blockers = page.counts.get(
-            "blockers", lambda: page.queue.blockers(SHOWN_ERRORS))
+            "blockers of %d" % len(page.status["blocked_seqs"]),
+            lambda: page.queue.blockers(SHOWN_ERRORS))
         yield from [blocked_alert(dead, page) for dead in blockers]
+    if page.status["locked"]:
+        line = page.counts.get("line", page.queue.longest_line)
+        if line:
+            yield lock_alert(*line, page)
+
+
+def failed_alert(job, page):
+    """Return the line about the jobs that are tried again; JOB is the newest one."""
+    line = last_line(page.queue.tail(job))
+    words = joined(line and "“%s”" % line, next_due(page, "failed"), by=" · ")
+    return alert(grouped(count_in(page, "failed")) + " failed", job["error"], words,
+                 page.view.only(state="failed"), "the failed jobs", css="failed")
+
+
+def lock_alert(lock, jobs, first, page):
+    """Return the line about the jobs behind a lock; FIRST has it, or gets it first."""
+    has = "has the lock" if first["state"] == "processing" else "gets the lock first"
+    words = joined(first["id"] + " " + has, time_cell(first, page), by=" · ")
+    return alert(grouped(jobs) + " behind", lock, words, page.view.open(first["id"]),
+                 "the job " + first["id"], css="pending")
 
 
 def blocked_alert(dead, page):
@@ -8195,14 +8256,15 @@ def error_alert(group, page):
         bulk_button("Retry…", "retry", chosen, "Retry the dead of " + error))
 
 
-def alert(count, name, words, address, selection, retry=None):
+def alert(count, name, words, address, selection, retry=None, css="dead"):
     """Return a line about a selection of jobs, which the address shows."""
     show = link("Show", address, "button", aria_label="Show " + selection)
     return element(
         "li", element("b", count, css="hue"),
         element("span", name, css="mono line", title=name or None),
         element("span", words, css="dim line", title=words),
-        element("span", show, retry, css="row"), css="dead", data_key=name or words)
+        element("span", show, retry, css="row"), css=css,
+        data_key=joined(css, css == "dead" and name, by=" "))
 
 
 def count_in(page, state):
@@ -8307,7 +8369,7 @@ def chart_route(queue, query):
     """Return the chart of the last hour, and in words what its runs were like."""
     stats = stats_by_minute(queue, query)
     if not stats["runs"]:
-        return element("p", "No job ran in the last hour", css="dim none")
+        return element("p", "No run has ended in the last hour", css="dim none")
     bars = [(bar["completed"], bar["failed"]) for bar in stats["throughput"]]
     first = next((at for at, bar in enumerate(bars) if any(bar)), len(bars))
     bars = bars[min(first, len(bars) - 10) :]  # from the first run on
@@ -8440,11 +8502,13 @@ def page_jobs(page):
     words = " and ".join(map("“{}”".format, page.view.filters().values()))
     return element(
         "section", jobs_header(page, total),
+        element("button", type="button", css="primary", id="fresh", hidden=True),
         element("table", element("thead", element("tr", *heads)),
-                element("tbody", *[job_row(job, page) for job in rows]),
+                element("tbody", *[job_row(job, page) for job in rows],
+                        data_key=page.view.open("")),
                 aria_label="Jobs"),
-        not rows and element("p", "No job matches %s " % words,
-                             link("Clear", page.view.only()), css="dim"),
+        not rows and element("p", "No job matches %s " % words, page.view.q and
+                             "(output is not searched) ", link("Clear", page.view.only()), css="dim"),
         page_links(page, total), id="jobs", css="card")
 
 
@@ -8463,12 +8527,21 @@ def jobs_header(page, total):
     view = page.view
     order = ", the latest death first" if view.state == "dead" else ", newest first"
     return element(
-        "div", element("h2", "Jobs"),
-        element("span", grouped(total) + order, id="total", css="dim"),
-        element("input", id="q", type="search", aria_label="Search jobs",
-                placeholder="Search id, command, error", title="Key /", value=view.q),
+        "div", element("h2", "Jobs", tabindex=-1),
+        element("span", grouped(total) + order, id="total", css="dim"), search_form(view),
         *filter_links(view),
         element("span", *bulk_buttons(page), css="row end"), css="row")
+
+
+def search_form(view):
+    """Return the search, which works without the script as well."""
+    others = {name: value for name, value in view.filters().items() if name != "q"}
+    return element(
+        "form", *[element("input", type="hidden", name=name, value=value)
+                  for name, value in others.items()],
+        element("input", id="q", type="search", aria_label="Search jobs", name="q",
+                placeholder="Search id, command, error", title="Key /", value=view.q),
+        role="search")
 
 
 def filter_links(view):
@@ -8483,7 +8556,11 @@ def filter_links(view):
 def bulk_buttons(page):
     """Yield what can be done with all jobs that the filters leave, if there are any."""
     filters, state = page.view.filters(), page.view.state
-    if page.found and state in ("", "dead") and page.status["jobs"]["dead"]:
+    if page.view.behind:
+        if page.queue.state(page.view.behind) == "dead":
+            yield job_button("Retry " + page.view.behind, "retry", page.view.behind,
+                             "Retried")
+    elif page.found and state in ("", "dead") and page.status["jobs"]["dead"]:
         yield bulk_button("Retry dead…", "retry", filters)
     if page.found and filters and state != "processing":
         yield bulk_button("Delete…", "delete", filters)
@@ -8638,8 +8715,7 @@ def ask_to_cancel(job, is_needed):
 def page_reason(job, page):
     """Return in words what a job is, and why."""
     word = kind_of(job, page.status, page.now)
-    waiting = word != "processing" and why_waiting(
-        page.queue, job, roughly)
+    waiting = why_waiting(page.queue, job, roughly) if word != "processing" else ""
     tries = job["attempts"] and not waiting and "try %d of %d" % (
         job["attempts"], tries_allowed(job["max_retries"]))
     words = joined(failure_of(job), waiting or time_cell(job, page), tries)
@@ -8654,10 +8730,10 @@ SHOWN_ELSEWHERE = ("id", "command", "run_at")
 def job_facts(job, page):
     """Return what the panel lists of a job, by name; empty values are not shown."""
     fields = public_job(job)
-    after = [(id, page.queue.state(id)) for id in fields["after"][: LINKS_SHOWN + 1]]
+    before = [id for id, _ in page.queue.dependents(job, LINKS_SHOWN + 1)]
     facts = {
-        "comes after": job_links(after, page),
-        "comes before": job_links(page.queue.dependents(job, LINKS_SHOWN + 1), page),
+        "comes after": job_links(fields["after"], page),
+        "comes before": job_links(before, page),
         "enqueued": moment(job["created_at"], page),
         "due": can_run_now(job, page) and moment(job["run_at"], page),
         "started": job["started_at"] and moment(job["started_at"], page),
@@ -8681,7 +8757,7 @@ def lock_fact(job, page):
     holder = job["lock"] and job["state"] in WAITING and page.queue.lock_holder(job)
     if not holder or holder == job["id"]:
         return job["lock"]
-    return [job["lock"] + " · now of ", link(holder, page.view.open(holder))]
+    return [job["lock"] + " · ", *job_links([holder], page)]
 
 
 def fact(name, value):
@@ -8690,10 +8766,12 @@ def fact(name, value):
     return element("div", element("dt", name), element("dd", *content))
 
 
-def job_links(jobs, page):
-    """Return links to the first jobs, given by id and state."""
-    links = [link("%s (%s)" % (id, state), page.view.open(id)) for id, state in jobs]
-    return [*links[:LINKS_SHOWN], "and more"] if len(links) > LINKS_SHOWN else links
+def job_links(ids, page):
+    """Return links to the first jobs, with what each of them is."""
+    links = [
+        link("%s (%s)" % (id, kind_of(page.queue.job(id), page.status, page.now)),
+             page.view.open(id)) for id in ids[:LINKS_SHOWN]]
+    return [*links, "and more"] if len(ids) > LINKS_SHOWN else links
 
 
 def run_links(job, shown, page):
@@ -8722,9 +8800,12 @@ def panel_output(job, run, page):
         yield element("h2", "Not run yet")
         return
     size, name = page.queue.output_size(job, run), query_of(id=job["id"], run=run)
-    words = "following" if is_live(job, run) else grouped(size or 0) + " bytes"
+    words = [element("span", "%s bytes kept" % grouped(size or 0), css="dim")]
+    if is_live(job, run):
+        words = [element("span", "following", css="dim"),
+                 element("button", "Paused: jump to the end", type="button", id="end")]
     yield element(
-        "div", element("h2", "Output"), element("span", words, css="dim"),
+        "div", element("h2", "Output"), *words,
         link("Download", "/output.log" + name, "button end",
              download="%s-%d.log" % (job["id"], run)), css="row")
     piece = output_piece(page.queue, job, run) if page.is_whole else element(
@@ -8752,9 +8833,12 @@ def output_piece(queue, job, run, begin=0, colour=0):
     The next piece begins with the last line if that has no end: the line is given again
     with what follows, so that nobody has to keep half a line, or half a character.
     """
-    start, output = output_from(begin, *split_dropped(output_of(queue, job, run)))
+    dropped, output = split_dropped(output_of(queue, job, run))
+    start, output = output_from(begin, dropped, output)
     end = output.rfind(b"\n") + 1
-    note = "[%s bytes before this are not shown here]\n" % grouped(start)
+    note = "[before this: %s]\n" % joined(
+        dropped and grouped(dropped) + " bytes dropped",
+        start > dropped and grouped(start - dropped) + " bytes in the download")
     lines, colour = coloured(output[:end], colour)
     last, _ = coloured(output[end:], colour)
     following = {"id": job["id"], "run": run, "colour": colour,
@@ -8785,11 +8869,13 @@ def coloured(output, colour):
 
 def make_page(queue, query, site, is_whole=False):
     """Return all of the page but its chart and its output, which may take a while."""
-    # From the cache: to group a hundred thousand takes longer than all the rest.
-    groups = site.counts.get("dead", lambda: errors_of(queue))
     lost = queue.lost_runs()
     with queue.snapshot():
         status, now = read_status(queue, lost), queue.clock()
+        # From the cache while their number is the same: to group a hundred thousand
+        # takes longer than all the rest.
+        groups = site.counts.get("dead %d" % status["jobs"]["dead"],
+                                 lambda: errors_of(queue))
         # From the cache as well: two requests at once would make two looks.
         growth = site.counts.get("growth", lambda: site.trend.growth(
             now, count_unfinished(status["jobs"])))
@@ -8807,12 +8893,22 @@ def page_parts(page):
     parts = [page_now(page)]
     if count_in(page, ""):
         parts += [page_tiles(page), page_middle(page), page_jobs(page)]
-    dead = page.status["jobs"]["dead"] - page.status["cancelled"]
-    title = joined(dead and grouped(dead) + " dead", os.path.basename(page.queue.path),
-                   by=" – ")
     return Html("".join([
-        element("title", title), page_header(page), element("main", *parts),
-        open_panel(page) if page.view.job else ""]))
+        element("title", joined(*title_words(page), by=" – ")), page_header(page),
+        element("main", *parts), open_panel(page) if page.view.job else ""]))
+
+
+def title_words(page):
+    """Yield the open job and its state, or else the verdict in short; the queue."""
+    if page.queue.state(page.view.job) is not None:
+        job = page.queue.job(page.view.job)
+        yield job["id"] + " " + kind_of(job, page.status, page.now)
+    else:
+        dead = page.status["jobs"]["dead"] - page.status["cancelled"]
+        sentence = verdict(page.status, page.now, page.growth).sentence
+        yield sentence.partition(":")[0]
+        yield dead and grouped(dead) + " dead"
+    yield os.path.basename(page.queue.path)
 
 
 def open_panel(page):
@@ -8893,6 +8989,7 @@ class Site:
         import socket
 
         self.path, self.names = path, {"localhost", host.lower()}
+        self.start = "dashboard --host " + quoted([host])
         if host not in LOOPBACK:  # it is reached by the names of its machine as well
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
         self.token = secrets.token_hex(16)
@@ -8945,7 +9042,7 @@ class Site:
             content, trouble = "<title>queuectl</title><main></main>", error_text(error)
         title, end, content = content.partition("</title>")
         parts = {"TOKEN": self.token, "TITLE": title + end, "CONTENT": content,
-                 "PROGRAM": PROGRAM,
+                 "START": Html("".join(command_to_copy(self.path, self.start))),
                  "TROUBLE": element("p", sentence_case(trouble), role="alert")}
         return re.sub("|".join(parts), lambda name: parts[name[0]], PAGE_HTML)
 
@@ -9075,6 +9172,7 @@ def serve(path, host, port):
             notice(words % host)
         name = "[%s]" % host if ":" in host else host
         address = "http://%s:%d/" % (name, server.server_port)
+        site.start += " --port %d" % server.server_port
         print(address + " (to stop: Ctrl-C)", flush=True)
         server.serve_forever()
 
@@ -9099,7 +9197,8 @@ PAGE_CSS = """
 
 * { box-sizing: border-box; margin: 0; }
 /* Without the script nothing answers these. */
-body:not(.live) :is(button, input, .card:has(#chart)) { display: none; }
+body:not(.live) :is(button, .card:has(#chart)) { display: none; }
+body:not(.live) .two { display: block; }
 body {
   margin: 0 auto; max-width: 92rem; padding: .8rem 1.2rem 3rem;
   background: var(--bg); color: var(--text);
@@ -9189,10 +9288,12 @@ main { clear: both; }
 }
 #now > p { margin-top: .2rem; }
 .advice { margin-top: .25rem; }
+.advice[hidden] { display: none; }
 .advice code {
   padding: .15rem .5rem; border: 1px solid var(--line); border-radius: .3rem;
-  background: var(--card); overflow-wrap: anywhere;
+  background: var(--card); color: var(--text); overflow-wrap: anywhere;
 }
+#start button { color: var(--text); }
 #now ul .row > * { min-width: 4.6rem; text-align: center; }
 #now :is(button, .button) { padding: .05rem .55rem; }
 #now ul:not(:empty) { margin-top: .5rem; }
@@ -9200,6 +9301,8 @@ main { clear: both; }
   display: grid; grid-template-columns: 7rem 11rem 1fr auto; gap: .7rem; align-items: center;
   padding: .3rem 0; border-top: 1px solid var(--line);
 }
+#now li:has(details) { display: block; }
+summary { cursor: pointer; }
 #tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 0 .7rem; }
 #tiles a { text-decoration: none; padding: .45rem .9rem .55rem; min-width: 0; }
 #tiles a:hover { border-color: var(--edge); }
@@ -9241,7 +9344,9 @@ rect.part { opacity: .45; }
 #running > a { margin-top: .5rem; padding: .2rem 0; }
 #running li a { max-width: 50%; flex: none; }
 
-#q { flex: 1 1 14rem; min-width: 0; max-width: 34rem; }
+form { display: flex; flex: 1 1 14rem; min-width: 0; max-width: 34rem; }
+#q { flex: 1; min-width: 0; }
+.skip:not(:focus) { position: absolute; left: -99rem; }
 #total { min-width: 10em; }
 ::placeholder { color: var(--dim); opacity: 1; }
 table { width: 100%; border-collapse: collapse; table-layout: fixed; margin-top: .5rem; }
@@ -9252,6 +9357,13 @@ td a { text-decoration: none; }
 .num { text-align: right; }
 .slim { width: 5.5rem; } .mid { width: 9rem; } .rest { width: auto; }
 tbody tr { cursor: pointer; }
+.left { opacity: .55; }
+/* It takes no room: what it stands over may not move. */
+#fresh {
+  position: sticky; top: .5rem; z-index: 1; display: block; height: 2rem;
+  margin: 0 auto -2rem; box-shadow: 0 .1rem .6rem #0005;
+}
+#fresh[hidden] { display: none; }
 tbody tr:hover, tr[aria-current] { background: color-mix(in srgb, var(--blue) 9%, transparent); }
 #pages { justify-content: center; margin-top: .7rem; }
 
@@ -9277,6 +9389,7 @@ code { font: inherit; }
 pre i { font-style: normal; }
 .box pre { max-height: 9rem; padding-right: 4.5rem; }
 #output { flex: 1 0 12rem; height: 0; }
+.scrolled span:has(+ #end), body:not(.scrolled) #end { display: none; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
 dl div { display: contents; }
 dd { overflow-wrap: anywhere; }
@@ -9296,6 +9409,8 @@ dd a { margin-right: 1em; }
   th { width: 10rem; } .mid { width: 8.6rem; } .slim { width: 4.5rem; }
 }
 @media (max-width: 60rem) {
+  #now li { grid-template-columns: auto 1fr auto; gap: .1rem .7rem; }
+  #now li > .dim { grid-row: 2; grid-column: 1 / 4; white-space: normal; }
   .two { grid-template-columns: 1fr; }
   #tiles { grid-template-columns: repeat(3, 1fr); }
   #running { min-height: 0; }
@@ -9320,8 +9435,12 @@ dd a { margin-right: 1em; }
   }
   td.rest { grid-row: 2; grid-column: 1 / 4; }
   td.mid { width: auto; }
-  #now li { grid-template-columns: auto 1fr auto; gap: .1rem .7rem; }
-  #now li .dim { grid-row: 2; grid-column: 1 / 4; }
+  button, .button, #now :is(button, .button) { padding: .35rem .7rem; }
+}
+@media (max-width: 28rem) {
+  #now li > .mono { grid-row: 2; grid-column: 1 / 4; }
+  #now li > .dim { grid-row: 3; }
+  #now li > .row { grid-column: 3; }
 }
 @media (forced-colors: active) {
   #verdict::before, .legend::before, rect { forced-color-adjust: none; }
@@ -9339,11 +9458,11 @@ const setBusy = isBusy => document.body.classList.toggle("busy", isBusy);
 const parse = text => new DOMParser().parseFromString(text, "text/html");
 let turn = 0, timer, chartDue = 0, lastGood = performance.now(), toastTimer;
 
+const SILENT = "The dashboard does not answer.";
+
 /* A line that was cut gives no error by itself. An action may take as long as it needs. */
 async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
-  const silent = () => {
-    throw new Error("The dashboard does not answer. To start it: PROGRAM dashboard");
-  };
+  const silent = () => { throw new Error(SILENT); };
   const answer = await fetch(url, options).catch(silent);
   const body = await answer.text().catch(silent);
   if (answer.ok) return body;
@@ -9358,7 +9477,7 @@ function become(node, wanted) {
     return;
   }
   for (const {name} of [...node.attributes])
-    if (!wanted.hasAttribute(name)) node.removeAttribute(name);
+    if (!wanted.hasAttribute(name) && name !== "open") node.removeAttribute(name);
   for (const {name, value} of wanted.attributes)
     if (node.getAttribute(name) !== value) node.setAttribute(name, value);
   if (!node.hasAttribute("data-keep")) becomeChildren(node, wanted);
@@ -9381,6 +9500,29 @@ function becomeChildren(node, wanted) {
   while (node.childNodes.length > children.length) node.lastChild.remove();
 }
 
+/* No row moves while somebody points at one or is at one by keyboard, or they would open
+   another job. What left the list stays, pale; what is new is counted, until it is shown. */
+let isFree = false;
+function hold(page) {
+  const [table, wanted] = [document, page].map(page => page.querySelector("tbody"));
+  if (isFree || !table || !wanted || key(table) !== key(wanted)) return;
+  if (!table.matches(":hover, :has(:focus-visible)")) return;
+  const shown = new Map([...wanted.children].map(row => [key(row), row]));
+  const rows = [...table.children].map(row => shown.get(key(row)) || row.cloneNode(true));
+  for (const row of rows) if (!shown.delete(key(row))) row.classList.add("left");
+  wanted.replaceChildren(...rows);
+  const fresh = page.querySelector("#fresh");
+  fresh.hidden = !shown.size;
+  fresh.textContent = `Show ${shown.size} new`;
+}
+
+async function showFresh() {
+  isFree = true;
+  await refresh();
+  isFree = false;
+  document.querySelector("tbody a").focus();
+}
+
 /* The page is fetched again and again; of answers that cross only the latest counts. */
 async function refresh() {
   clearTimeout(timer);
@@ -9390,6 +9532,7 @@ async function refresh() {
     if (mine !== turn) return;
     const focused = document.activeElement;
     cover(came.body);
+    hold(came.body);
     becomeChildren(find("page"), came.body);
     document.title = came.title;
     const search = find("q");
@@ -9433,6 +9576,7 @@ function trouble(words) {
   const [alert, age] = find("trouble").children;
   const seconds = Math.round((performance.now() - lastGood) / 1000);
   if (alert.textContent !== sentence(words)) alert.textContent = sentence(words);
+  find("start").hidden = words !== SILENT;
   age.textContent = (find("queue") ? `What is shown is ${seconds} s old. ` : "")
     + "This page tries again every 2 s.";
   if (words) for (const button of document.querySelectorAll("#page [data-post]"))
@@ -9454,11 +9598,11 @@ async function follow(box) {
   const old = last ? last.textContent : "";
   if (piece !== box.lastElementChild) return;
   if (came.dataset.next === next && came.textContent === old) return;
-  const atEnd = box.scrollTop + box.clientHeight >= box.scrollHeight - 5;
+  const atEnd = isAtEnd(box);
   if (last) last.remove();
   box.append(came);
   while (box.childElementCount > 1 && box.textContent.length > 2e6) box.firstChild.remove();
-  if (atEnd) box.scrollTop = box.scrollHeight;
+  if (atEnd) toEnd();
 }
 
 function go(address) {
@@ -9468,8 +9612,14 @@ function go(address) {
     const target = find(location.hash.slice(1));
     const top = target ? target.getBoundingClientRect().top : 0;
     if (top < 0 || top > innerHeight / 2) target.scrollIntoView();
+    if (target) target.querySelector("h2").focus({preventScroll: true});
   });
 }
+
+const isAtEnd = box => !box || box.scrollTop + box.clientHeight >= box.scrollHeight - 5;
+function toEnd() { find("output").scrollTop = find("output").scrollHeight; }
+document.addEventListener("scroll", () =>
+  document.body.classList.toggle("scrolled", !isAtEnd(find("output"))), true);
 
 /* Actions. */
 function say(words) {
@@ -9499,8 +9649,11 @@ async function act({post, question, ask, do: words, done, css}) {
     ask = answer.ask;
   }
   if (ask && !await confirmed(ask, words, css)) return;
+  // Whoever deletes a job in the panel goes on to the next one.
+  const onward = post.startsWith("/api/jobs/-/delete") && (find("next") || find("previous"));
   const changed = JSON.parse(await get(post, {method: "POST", headers: {"X-Token": "TOKEN"}}));
   const jobs = changed === 1 ? " job" : " jobs";
+  if (onward) history.replaceState(null, "", onward.href);
   say(question ? done + " " + changed.toLocaleString("en") + jobs : done);
   await refresh();
 }
@@ -9514,6 +9667,8 @@ function copy(node) {
 function press(button) {
   const {copy: copies, post} = button.dataset;
   if (copies !== undefined) return copy(button.previousElementSibling);
+  if (button.id === "fresh") return showFresh();
+  if (button.id === "end") return find("output").focus(toEnd());
   if (button.hasAttribute("aria-disabled")) return;
   if (!post) return find("sure").close(button.value);
   setBusy(true);
@@ -9535,6 +9690,8 @@ document.onclick = event => {
   else if (narrow.matches && find("close") && !target.closest("#job, #sure, a"))
     find("close").click();
 };
+
+document.onsubmit = () => false;  // the search has been fetched already
 
 document.oninput = event => {
   const address = new URL(location.href);
@@ -9560,7 +9717,7 @@ window.onpopstate = document.onvisibilitychange = refresh;
 narrow.onchange = () => cover(find("page"));
 narrow.onchange();
 document.body.classList.add("live");
-if (find("output")) find("output").scrollTop = find("output").scrollHeight;
+if (find("output")) toEnd();
 if (find("name")) find("name").focus();
 refresh();
 """
@@ -9578,7 +9735,11 @@ TITLE
 <style nonce="TOKEN">""" + PAGE_CSS + """</style>
 </head>
 <body>
-<section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p></section>
+<a href="#jobs" class="skip button">Skip to the jobs</a>
+<noscript><p class="card">Without JavaScript this page can search, but not act: use the \
+commands.</p></noscript>
+<section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p>\
+<div id="start" class="row advice" hidden>To start it: START</div></section>
 <header><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
 <path d="M2 4h12M2 8h8M2 12h11"/></svg>queuectl</h1></header>
 <div id="page">CONTENT</div>

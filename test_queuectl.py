@@ -907,7 +907,8 @@ def links_of(node):
 
 def buttons_of(node):
     """Return the attributes of all buttons, by their words."""
-    return {button.text: dict(button.attrib) for button in node.iter("button")}
+    return {button.text: dict(button.attrib) for button in node.iter("button")
+            if not button.get("hidden")}
 
 
 def let_die(queue, id, error="exit 1", output=b"", **fields):
@@ -3735,7 +3736,7 @@ class TestShow:
         enqueue(id="first", lock="db")
         enqueue(id="second", lock="db")
         start_pool(count=1, script="queuectl.Queue.claim = lambda *_: None")
-        assert "waits for the lock db: job first has it or gets it first" in (
+        assert "waits for the lock db: job first gets it first" in (
             run_ok("show", "second").out)
         assert "next in line" in run_ok("show", "first").out
 
@@ -4843,6 +4844,8 @@ class TestStatus:
         assert "done" not in judge(growth=0.5)[1]  # nobody can tell
         assert judge(growth=1300.6) == (
             "failed", "Falling behind: 4,000 waiting, 1,301 more a minute")
+        status = dict(queuectl.read_status(queue), run_seconds=2, pools={1})
+        assert queuectl.verdict(status, clock.now, 90).advice.endswith("start --count 4")
         assert judge(workers=0)[1] == "No pool is running: 4,002 jobs wait"
         queue.set_paused(True)
         assert judge(workers=0) == ("failed", "Paused: 4,002 jobs wait")
@@ -4857,7 +4860,8 @@ class TestStatus:
         let_die(queue, "bad")
         verdict = queuectl.verdict(queuectl.read_status(queue), 0)
         assert verdict[:2] == ("failed", "Ended: 1 completed, 1 dead, 1 cancelled")
-        assert page().find("title").text == "1 dead – queuectl.db"
+        assert page().find("title").text == "Ended – 1 dead – queuectl.db"
+        assert page("/?job=bad").find("title").text == "bad dead – queuectl.db"
 
     def test_jobs_of_one_lock_are_expected_one_after_the_other(self, queue, clock):
         add_jobs(queue, [{"command": "true", "lock": "l"}] * 61)
@@ -4870,9 +4874,22 @@ class TestStatus:
         status.update(workers=workers, pools={1}, lost=set())
         assert (status["locked"], status["line"]) == (59, 59)
         assert queuectl.verdict(status, clock.now)[:2] == (
-            "processing", "Working: 59 waiting for a lock, done in about 118 s")
+            "processing", "Working: 59 behind a lock, done in about 118 s")
         status["workers"][0]["since"] = clock.now - 119  # longer than was thought
         assert "done" not in queuectl.verdict(status, clock.now)[1]
+
+    def test_short_jobs_are_expected_at_the_rate_of_the_last_ones(self, queue, clock):
+        add_jobs(queue, [{"command": "true"}] * 60)
+        for _ in range(20):
+            claim_and_complete(queue)  # in no time; a pool needs some between two runs
+            clock.now += 0.5
+        status = queuectl.read_status(queue)
+        status.update(workers=[dict(pid=1, job=None, since=None)], pools={1})
+        assert (status["run_seconds"], status["rate"]) == (0, 2)
+        assert queuectl.verdict(status, clock.now).sentence == (
+            "Working: 40 waiting, done in about 20 s")
+        clock.now += 60  # the pool has stood still
+        assert queue.work_left()["rate"] is None
 
     def test_a_job_whose_worker_died_is_lost(self, queue, page):
         add_job(queue, id="a"), add_job(queue, id="b")
@@ -4919,7 +4936,7 @@ class TestStatus:
 
     @pytest.mark.parametrize("counts, growth", [
         ([5], 0), ([5, 9, 13], 0.5), ([9, 5], -16), ([5, 6, 8, 9], 4),
-        ([0, 900, 895, 890, 885], -20), ([9, 8, 9, 10], -4)])
+        ([0, 900, 895, 890, 885], -20), ([9, 8, 9, 10], 0.5), ([9, 8, 9], 0.5)])
     def test_a_queue_grows_if_it_does_so_look_after_look(self, counts, growth):
         trend = queuectl.Trend()
         for at, left in enumerate(counts):
@@ -8137,7 +8154,7 @@ class TestPage:
         now = named_part(page(), "now")
         assert words_of(named_part(now, "verdict")) == (
             "Stuck: 1 job waits for dead ones")
-        assert now.find("p").text == "1 behind other jobs"
+        assert now.find("p").text == "1 behind a job"
         assert words_of(now.find("div")) == "Retry the dead ones, or cancel what waits"
         rows = [[words_of(part) for part in row] for row in now.findall("ul/li")]
         assert rows == [
@@ -8162,28 +8179,38 @@ class TestPage:
         behind = page(links_of(most)["Show"])
         assert [row[1] for row in table_of(behind)] == ["d", "c", "b"]
         assert "✕ behind a" in links_of(behind)
+        assert [*buttons_of(named_part(behind, "jobs"))] == ["Retry a", "Delete…"]
         assert dashboard.json("/question?verb=delete&behind=a") == {
             "ask": "Delete 3 jobs behind “a”? Their runs and their output go as well."}
         assert dashboard.post(buttons_of(most)["Retry"]["data-post"]).status == 200
         assert {row[1]: row[0] for row in table_of(page())}["d"] == "behind a job"
         assert dashboard.post("/api/delete?behind=a").text == "3"
 
-    def test_commands_to_paste_name_the_queue(self, queue, page):
+    def test_commands_to_paste_name_the_queue(self, queue, page, monkeypatch):
         def command():
             """Return what the first Copy of the page copies: the text before it."""
             _, code, copy = named_part(page(), "now").find(".//div[button]")
             assert copy.get("data-copy") == ""
             return code.text
 
-        name = "queuectl.py --db " + queuectl.quoted([queue.path])
-        assert command() == name + " enqueue -- echo hello"
+        words = [sys.executable, SCRIPT, "--db", queue.path]
+        assert command() == queuectl.quoted(words) + " enqueue -- echo hello"
         add_job(queue)
-        assert command() == name + " worker start"
+        assert command() == queuectl.quoted(words) + " worker start"
+        monkeypatch.setattr(queuectl, "PROGRAM", "queuectl")  # as installed
+        assert queuectl.command_line(queue.path, "resume") == queuectl.quoted(
+            ["queuectl", "--db", queue.path]) + " resume"
+
+    def test_it_holds_the_command_that_starts_it_again(self, dashboard):
+        start, = re.findall('(?s)<div id="start".*?</div>', dashboard.ask("/").text)
+        words = words_of(ElementTree.fromstring(start.replace(" hidden", "")))
+        assert " --db " in words and words.endswith(
+            "queuectl.db dashboard --host 127.0.0.1 --port %dCopy" % dashboard.port)
 
     def test_a_paused_queue_without_a_pool_lacks_both(self, queue, page, monkeypatch):
         add_job(queue)
         queue.set_paused(True)
-        advice = "No pool is running; to start one: queuectl.py"
+        advice = "No pool is running; to start one: "
         assert advice in words_of(named_part(page(), "now"))
         monkeypatch.setattr(queuectl, "is_locked", lambda path: True)
         monkeypatch.setattr(queuectl, "pools_with_files", lambda path: [7])
@@ -8193,10 +8220,10 @@ class TestPage:
             self, queue, page, dashboard):
         let_die(queue, "a", "exit 1")
         let_die(queue, "b", "exit 127")
-        row = named_part(page(), "now").find("ul/li[@data-key='exit 1']")
+        row = named_part(page(), "now").find("ul/li[@data-key='dead exit 1']")
         assert [job[1] for job in table_of(page(links_of(row)["Show"]))] == ["a"]
         let_die(queue, "c", "exit 1")
-        row = named_part(page(), "now").find("ul/li[@data-key='exit 1']")
+        row = named_part(page(), "now").find("ul/li[@data-key='dead exit 1']")
         retry = buttons_of(row)["Retry…"]
         assert dashboard.json(retry["data-question"]) == {
             "ask": "Retry 2 dead jobs with the error “exit 1”?"}
@@ -8214,10 +8241,29 @@ class TestPage:
         for number in range(6):
             let_die(queue, "j%d" % number, "exit %d" % number)
         rows = named_part(page(), "now").findall("ul/li")
-        assert [words_of(row)[:11] for row in rows][4:] == ["2 deadof ot"]
+        assert [words_of(row)[:13] for row in rows][4:] == ["2 more errors"]
+        all_rows = [*rows[:4], *rows[4].findall("details/ul/li")]
+        assert {links_of(row)["Show"] for row in all_rows} == {
+            "/?state=dead&error=exit+%d#jobs" % number for number in range(6)}
         queue.delete(["j0"])  # a line for one other error may as well be that error
         rows = named_part(page(), "now").findall("ul/li")
         assert [words_of(row)[:11] for row in rows][4:] == ["1 deadexit "]
+
+    def test_what_is_tried_again_or_behind_a_lock_has_a_row(self, queue, clock, page):
+        for name in ("holds", "next", "last"):
+            add_job(queue, id=name, lock="db")
+        claim(queue)
+        for name in ("x", "y"):
+            add_job(queue, id=name)
+            queue.fail(claim(queue), make_outcome("exit 7", output=b"no " + name.encode()))
+        clock.now += 540
+        rows = [[words_of(part) for part in row]
+                for row in named_part(page(), "now").findall("ul/li")]
+        assert rows == [
+            ["2 failed", "exit 7", "“no y” · 9 min late", "Show"],
+            ["2 behind", "db", "holds has the lock · for 9 min", "Show"]]
+        shown = links_of(named_part(page(), "now").findall("ul/li")[1])
+        assert shown["Show"] == "/?job=holds"
 
     def test_it_can_pause_and_resume(self, queue, page, dashboard):
         assert "Pause" not in buttons_of(page())  # there is nothing to pause
@@ -8293,7 +8339,7 @@ class TestPage:
         assert [row[2] for row in table_of(page())] == ["exit 1 true"] * 3
 
     def test_its_chart_shows_minutes(self, queue, clock, page):
-        assert words_of(page("/chart")) == "No job ran in the last hour"
+        assert words_of(page("/chart")) == "No run has ended in the last hour"
         add_job(queue)
         queue.complete(claim(queue), make_outcome(None, finished_at=clock.now + 0.5))
         chart = page("/chart")
@@ -8344,8 +8390,15 @@ class TestPage:
         for text in ("ech_", "e%25o", "\\"):
             assert table_of(page("/?q=" + text)) == [], text
         nothing = named_part(page("/?q=no"), "jobs")
-        assert words_of(nothing.find("p")) == "No job matches “no” Clear"
+        assert words_of(nothing.find("p")) == (
+            "No job matches “no” (output is not searched) Clear")
         assert links_of(nothing)["Clear"] == "/#jobs"
+
+    def test_the_search_is_a_form_that_keeps_the_other_filters(self, queue, page):
+        let_die(queue, "x")
+        form = page("/?state=dead&error=exit+1&q=x").find(".//form")
+        assert {part.get("name"): part.get("value") for part in form} == {
+            "state": "dead", "error": "exit 1", "q": "x"}
 
     def test_it_leads_to_older_jobs_and_tells_its_place(self, queue, page):
         add_jobs(queue, [{"command": "true", "id": "job%d" % n}
@@ -8410,7 +8463,7 @@ class TestPage:
         assert "<style" in whole and "hi\n" in whole and "<style" not in part
         assert 'data-next="/output?id=x&amp;run=1"' in part
         for text in (whole, part):
-            assert "<title>queuectl.db</title>" in text
+            assert "<title>x completed – queuectl.db</title>" in text
         kind = dashboard.ask("/output.log?id=x").headers["Content-Type"]
         assert kind.startswith("text/plain")
 
@@ -8432,18 +8485,21 @@ class TestPage:
         assert "a (pending)" in links_of(shown.find("aside/dl"))
 
     @mechanism
-    def test_the_dead_are_not_grouped_at_each_refresh(self, queue, monkeypatch):
+    def test_the_dead_are_grouped_anew_when_there_are_more(self, queue, monkeypatch):
         site, groupings = queuectl.Site(queue.path, "localhost"), []
         monkeypatch.setattr(queuectl.Queue, "dead_by_error",
                             lambda self: groupings.append(1) or [])
         for _ in range(3):
             assert site.answer("GET", "/main", {"Host": "localhost"})[0] == 200
         assert len(groupings) == 1
+        let_die(queue, "a")  # or the sum of the rows would not be that of the tile
+        site.answer("GET", "/main", {"Host": "localhost"})
+        assert len(groupings) == 2
         own = {"Host": "localhost", "Origin": "http://localhost", "X-Token": site.token}
         assert site.answer("POST", "/api/pause", own)[0] == 200
         # They are anew after each action, which may have changed them.
         site.answer("GET", "/main", {"Host": "localhost"})
-        assert len(groupings) == 2
+        assert len(groupings) == 3
 
     def test_an_odd_address_is_reported_on_the_page(self, dashboard):
         enqueue()
@@ -8519,7 +8575,8 @@ class TestPanel:
         panel = page("/?job=job").find("aside")
         assert words_of(named_part(panel, "why")) == "processing – for 1 s, try 1 of 3"
         assert "worker1" in words_of(panel.find("dl"))
-        cancel, _ = buttons_of(panel).items()
+        cancel, _, to_end = buttons_of(panel).items()
+        assert to_end[0] == "Paused: jump to the end"  # shown by the script
         assert cancel[1]["data-ask"] == "Cancel job? All its processes are ended."
 
     def test_a_job_that_others_wait_for_is_not_deleted(self, queue, page):
@@ -8553,12 +8610,12 @@ class TestPanel:
             add_job(queue, id=name, after=after)
         claim_and_complete(queue)
         assert links_of(page("/?job=b").find("aside/dl")) == {
-            "a (completed)": "/?job=a", "c (pending)": "/?job=c"}
+            "a (completed)": "/?job=a", "c (behind a job)": "/?job=c"}
         for n in range(queuectl.LINKS_SHOWN + 9):
             add_job(queue, id="d%d" % n, after=["c"])
         facts = page("/?job=c").find("aside/dl")
         assert len(links_of(facts)) == 1 + queuectl.LINKS_SHOWN
-        assert "d19 (pending)and more" in words_of(facts)
+        assert "d19 (behind a job)and more" in words_of(facts)
 
     def test_no_button_takes_the_place_of_another(self, queue, page):
         add_job(queue, delay=60)
@@ -8582,8 +8639,8 @@ class TestPanel:
             add_job(queue, id=name, lock="l")
         claim(queue)
         facts = page("/?job=b").find("aside/dl")
-        assert "lockl · now of a" in words_of(facts)
-        assert links_of(facts)["a"] == "/?job=a"
+        assert "lockl · a (lost)" in words_of(facts)
+        assert links_of(facts)["a (lost)"] == "/?job=a"
 
     def test_a_job_that_is_gone_has_none_and_that_is_reported(self, queue, page):
         gone = page("/?job=gone&q=x")
@@ -8661,6 +8718,7 @@ class TestPanel:
         code = page("/output?id=x")[0]
         assert len(code.text) < queuectl.PIECE + 100
         note, first, _ = code.text.split("\n", 2)
+        assert re.fullmatch(r"\[before this: [\d,]+ bytes in the download\]", note)
         before = int(re.sub(r"\D", "", note))
         assert re.fullmatch(r"line \d+", first)
         assert code.text.endswith("\nline 49999\n")
@@ -8671,6 +8729,13 @@ class TestPanel:
         assert saved.get("download") == "x-1.log"
         assert saved.get("href") == "/output.log?id=x&run=1"
         assert queuectl.download_route(queue, {"id": "x", "run": "1"}) == output.decode()
+
+    def test_what_was_dropped_is_told_from_what_is_not_shown(self, queue, page):
+        add_job(queue, id="x")
+        kept = queuectl.kept_end(b"0123456\n" * 25000, 160000)
+        queue.complete(claim(queue), make_outcome(None, output=kept))
+        assert page("/output?id=x")[0].text.startswith(
+            "[before this: 40,000 bytes dropped, 60,008 bytes in the download]\n0123456\n")
 
 
 # ======================================================================================
