@@ -5622,8 +5622,11 @@ class Supervisor:
             self.announce_stop(request)
 
     def announce_stop(self, request):
-        """Print what becomes of the running jobs, on a new line after the `^C`."""
-        write_or_drop(sys.stderr, "\n")
+        """Print what becomes of the running jobs, on a new line after the `^C`.
+
+        A progress line is erased, together with the `^C` behind it.
+        """
+        write_or_drop(sys.stderr, "\r\x1b[K" if self.show_progress else "\n")
         running = self.with_queue(lambda queue: [
             run for run in queue.processing_runs() if run.worker in self.worker_pids()])
         if running:
@@ -5756,9 +5759,10 @@ class Supervisor:
         if due:
             when = relative_time(due["run_at"], queue.clock())
             reasons.append("the next is due " + when)
-        if reasons:
-            left = plural(sum(queue.counts()[state] for state in WAITING), "job")
-            self.summary += "; %s left: %s" % (left, "; ".join(reasons))
+        left = sum(queue.counts()[state] for state in WAITING)
+        if reasons and left:
+            reasons[0] = "%s left: %s" % (plural(left, "job"), reasons[0])
+        self.summary = joined(self.summary, *reasons, by="; ")
 
 
 # ======================================================================================

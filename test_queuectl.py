@@ -5224,6 +5224,18 @@ class TestDrain:
         reported = "left: the pool was stopped early" in pool.stderr.read()
         assert reported == (left != "later" or again)
 
+    @posix_only
+    def test_a_stopped_drain_that_leaves_none_says_no_number(self):
+        enqueue(UNTIL_GO, id="x")
+        other = start_pool(count=1)
+        wait_until(lambda: state_of("x") == "processing")
+        pool = start_pool("--drain", count=1)
+        os.kill(pool.pid, signal.SIGTERM)
+        assert pool.wait(20) == 1 and pool.stderr.read() == (
+            "queuectl: 0 completed, 0 dead; the pool was stopped early\n")
+        open("go", "w").close()
+        assert other.poll() is None
+
     def test_it_ends_soon_after_the_recovery_of_its_last_job(self):
         enqueue(LONG_COMMAND + " once", id="x")
         pool = start_pool("--drain", script="queuectl.RECOVERY_INTERVAL = 60\n"
@@ -5338,6 +5350,23 @@ class TestWorkerStop:
         os.close(terminal)
         assert os.waitpid(pid, 0)[1] == 0 and state_of("x") == "completed"
         assert b"pool %d stopped" % pid in shown
+
+    @posix_only
+    def test_ctrl_c_erases_the_progress_of_a_drain(self):
+        enqueue("touch runs; while ! test -e go; do sleep 0.05; done", id="x")
+        pid, terminal = fork_on_terminal(["worker", "start", "--drain"])
+        shown = b""
+        while b"1 running" not in shown or not os.path.exists("runs"):
+            shown += os.read(terminal, 4096)
+        os.write(terminal, b"\x03")
+        while b"ends them now" not in shown:
+            shown += os.read(terminal, 4096)
+        open("go", "w").close()
+        with contextlib.suppress(OSError):
+            while True:
+                shown += os.read(terminal, 4096)
+        os.close(terminal)
+        assert b"^C\r\x1b[Kqueuectl: finishing 1 running job; " in shown
 
     @mechanism
     def test_a_request_to_a_pool_is_written_once_and_only_grows(
