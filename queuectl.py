@@ -7036,13 +7036,12 @@ def cmd_dlq_list(args, queue):
     report_unknown_error(args, queue)
     filters = dict(text=args.match, error=args.error,
                    changed_since=time_since(args, queue))
-    chosen, room = where(["dead"], **filters), room_for_jobs(args)
-    if not args.json:
-        errors = queue.common_errors(chosen)
-        if errors and errors[0]["jobs"] > 1:
-            print_lines([truncate("Most common errors: " + errors_text(errors),
-                                  terminal_width(sys.stdout))])
-            room = room and max(1, room - 1)
+    chosen, summary = where(["dead"], **filters), []
+    errors = [] if args.json else queue.common_errors(chosen)
+    if errors and errors[0]["jobs"] > 1:
+        summary.append("Most common errors: " + errors_text(errors))
+    print_lines(summary)
+    room = room_for_jobs(args, summary)
     dead = queue.dead_jobs(limit=room or args.limit or -1, **filters)
     list_jobs(args, queue, dead, DLQ_COLUMNS, "no dead jobs")
     report_left(args, room, queue.count(chosen))
@@ -9040,7 +9039,7 @@ def serve(path, host, port):
             notice(words % host)
         name = "[%s]" % host if ":" in host else host
         address = "http://%s:%d/" % (name, server.server_port)
-        print(address + " (to stop: Ctrl-C)", flush=True)
+        print(address + "; to stop: Ctrl-C", flush=True)
         server.serve_forever()
 
 
@@ -9588,9 +9587,8 @@ def overview():
             lines.append("  %-7s %-11s %s" % (
                 "" if name != names[0] else topic, name,
                 ": ".join([meaning, ", ".join(verbs)]) if verbs else meaning))
-    lines += ["examples: %s enqueue -- echo Hello" % PROGRAM,
-              "          %s worker start" % PROGRAM]
-    return lines
+    return lines + [
+        "examples: {0} enqueue -- echo Hello; {0} worker start".format(PROGRAM)]
 
 
 def group_overview(group):
@@ -9660,11 +9658,14 @@ def parse_arguments(name, words):
     entry, width = COMMANDS[name], min(terminal_width(sys.stdout) or 80, 80) - 1
     parser = Parser(
         prog="%s %s" % (PROGRAM, name), usage=entry.usage,
-        description=entry.meaning[0].upper() + entry.meaning[1:] + ".",
-        epilog="example: %s %s" % (PROGRAM, entry.example), allow_abbrev=False,
+        description="\n".join(wrapped(
+            entry.meaning[0].upper() + entry.meaning[1:] + ".", width)),
+        epilog="\n".join(wrapped("example: %s %s" % (PROGRAM, entry.example), width)),
+        allow_abbrev=False,
         # To ask for the terminal's width, argparse imports modules for a fifth of the
         # whole time.
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=width),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, width=width),
     )
     for argument in [*entry.arguments, *EVERYWHERE]:
         parser.add_argument(*argument.names, **argument.options)

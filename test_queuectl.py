@@ -4641,6 +4641,13 @@ class TestDeadLetterQueue:
         assert first.startswith("Most common errors: exit 4 (2), exit")
         assert first.endswith(" and 2 more") and first.count(" (1)") == 2
 
+    @posix_only
+    def test_a_terminal_shows_the_whole_summary_and_the_latest(self, queue):
+        for n in range(40):
+            let_die(queue, "job%d" % n, error="a long error, number %d" % (n % 20))
+        shown = run_on_terminal("dlq", "list", columns=40)[1]
+        assert " and 17 more\r\n" in shown and shown.count("\n") <= 23
+
     def test_list_begins_with_the_latest_death(self, queue, clock):
         for name in ("first", "second", "third"):
             add_job(queue, id=name, max_retries=1)
@@ -6318,6 +6325,15 @@ class TestTerminal:
         named = sum(queuectl.TOPICS.values(), [])
         assert set(named) == {name.split()[0] for name in queuectl.COMMANDS}
         assert run_ok("-V").out == run_ok("--version").out
+
+    @posix_only
+    def test_a_narrow_help_has_each_example_on_its_own_line(self):
+        lines = run_on_terminal(columns=40)[1].splitlines()
+        assert lines[-3:] == ["examples:", "  queuectl.py enqueue -- echo Hello;",
+                              "  queuectl.py worker start"]
+        lines = run_on_terminal("delete", "--help", columns=40)[1].splitlines()
+        assert lines[lines.index("example:") + 1] == (
+            "  queuectl.py delete --state completed --older-than 7d")
 
     def test_help_gives_defaults_where_they_hold(self):
         assert "(default: 0)" in run_ok("enqueue", "--help").out
