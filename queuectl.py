@@ -4363,6 +4363,8 @@ def progress_text(counts, done, seconds, width):
 # Kept as texts: to compile them at each start would take time.
 SEQUENCE = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[^\[\]])"
 COLOURS = r"\x1b\[([0-9;]{0,99})m"
+# What a job may not do to the terminal on which its output is read; a colour it may.
+UNWANTED = r"(%s)|%s|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]" % (COLOURS, SEQUENCE)
 
 
 def last_lines(output, count):
@@ -6629,12 +6631,16 @@ def latest_output(queue, job, chosen={}):
 
 
 class OutputPrinter:
-    """Prints output as the bytes that it is, or as text where nothing else is taken."""
+    """Prints output as the bytes that it is, but a terminal gets harmless text.
+
+    So does what takes nothing but text.
+    """
 
     def __init__(self):
         import codecs
 
-        self.takes_text, self.is_in_line = takes_text(sys.stdout), False
+        self.is_terminal, self.is_in_line = terminal_width(sys.stdout), False
+        self.takes_text = self.is_terminal or takes_text(sys.stdout)
         self.decoder = codecs.getincrementaldecoder("utf-8")(FOREIGN_BYTES)
 
     def print(self, output, is_last=True):
@@ -6643,6 +6649,8 @@ class OutputPrinter:
         sys.stdout.flush()
         if self.takes_text:
             text = self.decoder.decode(output, is_last)
+            if self.is_terminal:
+                text = re.sub(UNWANTED, r"\1", text)
             sys.stdout.write(text.replace("\r\n", "\n"))
             sys.stdout.flush()
         else:
@@ -6651,7 +6659,7 @@ class OutputPrinter:
 
     def notice(self, message):
         """Report something; on a terminal not in a line that the output has begun."""
-        if self.is_in_line and terminal_width(sys.stdout):
+        if self.is_in_line and self.is_terminal:
             self.print(b"\n")
         notice(message)
 

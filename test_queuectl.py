@@ -3952,6 +3952,16 @@ class TestLogs:
         assert pool.poll() is None
 
     @posix_only
+    def test_a_job_can_colour_a_terminal_but_not_clear_it(self):
+        output = "\x1b[31mred\x1b[0m\ttab\rover\n\x1b[2J\x1b]0;title\x07\x07\x9bend\n"
+        enqueue("printf '%s'" % output.replace("\x1b", "\\033"), id="x")
+        drain(1)
+        shown = run_on_terminal("logs", "x")[1]
+        assert shown == "\x1b[31mred\x1b[0m\ttab\rover\r\nend\r\n"
+        assert "\x1b[2J" in run_ok("logs", "x").out
+        assert "\x1b[2J" not in run_on_terminal("logs", "x", "x")[1]
+
+    @posix_only
     def test_on_a_terminal_the_end_begins_a_line(self):
         enqueue("printf half; exit 3", id="x")
         enqueue("echo whole; exit 3", id="y")
