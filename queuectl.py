@@ -5799,9 +5799,15 @@ MEANT = {
     "stop": "worker stop, or cancel", "add": "enqueue", "submit": "enqueue",
     "kill": "cancel", "tail": "logs", "cat": "logs", "log": "logs",
     "prune": "delete", "clean": "delete", "clear": "dlq clear", "requeue": "retry",
-    "dlq requeue": "dlq retry", "dlq show": "dlq list", "dlq delete": "dlq clear",
+    "dlq requeue": "dlq retry", "dlq show": "dlq list", "dlq ls": "dlq list", "dlq delete": "dlq clear",
     "set": "config set", "config reset": "config unset", "version": "--version",
     "reset": "delete --all, or to remove queuectl.db",
+}
+# The same for states.
+MEANT_STATES = {
+    "running": "processing", "waiting": "pending", "queued": "pending",
+    "done": "completed", "finished": "completed", "success": "completed",
+    "error": "failed, or dead",
 }
 
 
@@ -5872,7 +5878,7 @@ def field_option(name, of_new_job=True):
 def state_name(text):
     """Return the name of a state, spelt in any case."""
     if text.lower() not in STATES:
-        raise unknown_word("state " + text, text, STATES)
+        raise unknown_word("state " + text, text, STATES, MEANT_STATES)
     return text.lower()
 
 
@@ -9613,7 +9619,12 @@ def group_overview(group):
 
 def refuse_mistaken(name, words):
     """Refuse words that a command would take for something else than was meant."""
-    message = None
+    message, first = None, words[0].lower() if words else ""
+    if name == "list" and (first in STATES or first in MEANT_STATES):
+        message = "list: did you mean %s?", usage("list", "--state", *words)
+    if name == "worker start" and first.isdecimal():
+        message = "worker start: did you mean %s?", usage(
+            "worker", "start", "--count", *words)
     if name in ("retry", "dlq retry") and "--" in words:
         message = "%s: it takes no command; to change that of a job first: %s", name, \
             usage("edit", *words)
@@ -9643,6 +9654,7 @@ def option_meant(words, parser):
         if word not in known:
             near = [MEANT_OPTIONS.get(word)] + get_close_matches(
                 word.replace("_", "-"), known, 1, 0.8)
+            near += [each for each in known if word[2:] and each.startswith(word)]
             found = [each for each in near if each in known]
             return "did you mean %s?" % found[0] if found else None
     return None
@@ -9722,8 +9734,9 @@ def show_help(group, words):
     stray = [word for word in words
              if not group or not re.match("--db$|--db=|--json$|[^-]", word)]
     if stray and not {"-h", "--help", "-V", "--version"} & set(words):
+        hint = "did you mean --version?" if words == ["-v"] else "see: " + usage("--help")
         words = " ".join([*group.split(), *words])
-        raise QueueError("no command in: %s; see: %s", words, usage("--help"), code=2)
+        raise QueueError("no command in: %s; %s", words, hint, code=2)
     if {"-V", "--version"} & set(words):
         print("queuectl " + __version__)
     else:
