@@ -4253,7 +4253,8 @@ def verdict_at_rest(status):
             return Verdict("dead", "Stuck" + left + " for dead ones",
                            "retry the dead ones, or cancel what waits")
     found = obstacle_of(status)
-    return found and found._replace(sentence=found.sentence + left)
+    return found and found._replace(
+        sentence=joined(found.sentence + left, harm_text(status), by="; "))
 
 
 def verdict_at_work(status, now, growth):

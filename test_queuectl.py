@@ -4852,9 +4852,10 @@ class TestStatus:
         assert "done" not in judge(growth=0.5)[1]  # nobody can tell
         assert judge(growth=1300.6) == (
             "failed", "Falling behind: 4,000 waiting, 1,301 more a minute")
-        assert judge(workers=0)[1] == "No pool is running: 4,002 jobs wait"
+        left = ": 4,002 jobs wait; 1 dead, 1 blocked"
+        assert judge(workers=0)[1] == "No pool is running" + left
         queue.set_paused(True)
-        assert judge(workers=0) == ("failed", "Paused: 4,002 jobs wait")
+        assert judge(workers=0) == ("failed", "Paused" + left)
 
     def test_only_a_queue_without_failures_is_good(self, queue, page):
         add_job(queue, id="cut")
