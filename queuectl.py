@@ -6016,8 +6016,7 @@ def status_screen(status, groups, now, growth):
     if more:
         yield in_queue(status["path"], "  and of %s; to see all: %s dlq list" % (
             plural(len(more), "more error"), PROGRAM))
-    for line in worker_lines(status, now):
-        yield truncate(line, width)
+    yield from pool_lines(status, now, width)
 
 
 def error_lines(groups, now):
@@ -6073,6 +6072,24 @@ def worker_lines(status, now):
         if worker["pool"] not in status["pools"]:
             line = "  worker %(pid)d, whose pool %(pool)d was killed: "
         yield line % worker + doing
+
+
+def pool_lines(status, now, width):
+    """Yield a line for each pool, and a table of what runs, in place of PIDs."""
+    pools = {pool: [] for pool in sorted(status["pools"])}
+    for worker in status["workers"]:
+        pools.setdefault(worker["pool"], []).append(worker["job"])
+    for pool, jobs in pools.items():
+        idle = jobs.count(None)
+        yield joined("pool %d: %s" % (pool, plural(len(jobs), "worker")),
+                     idle and grouped(idle) + " idle",
+                     pool in status["stopping_pools"] and "stopping",
+                     pool not in status["pools"] and "killed")
+    running = [[printable(worker["job"]), duration_text(now - worker["since"]),
+                printable(status["commands"].get(worker["job"], ""))]
+               for worker in status["workers"] if worker["job"]]
+    if running:
+        yield from table(["JOB", "FOR", "COMMAND"], running, width)
 
 
 def job_document(queue, job):

@@ -4988,17 +4988,29 @@ class TestStatus:
 
     @posix_only
     def test_it_fits_the_terminal_with_the_counts_on_top(self):
-        pool = start_pool(count=30)
+        run_ok("enqueue", "-", stdin=b"".join(
+            b'{"id": "job%d", "command": "%s"}\n' % (n, UNTIL_GO.encode())
+            for n in range(24)))
+        pool = start_pool(count=25)
+        wait_until(lambda: read_status()["jobs"]["processing"] == 24)
         code, shown = run_on_terminal(
             "status", "--watch", "0.1", keys=b"\x03", columns=40)
-        screen = shown.split("\x1b[H")[1].split("\x1b[J")[0]
-        lines = screen.replace("\x1b[K", "").splitlines()
-        assert lines[:2] == [
-            "No jobs yet; to add one:", "  queuectl.py enqueue -- echo hello"]
-        assert lines[2] == "Pending: 0" and lines[7] == "Active Workers: 30"
-        assert len(lines) == 23 and lines[-1] == "  and 16 more"
-        assert max(map(len, lines)) <= 40 and pool.poll() is None
-        assert run_on_terminal("status", columns=40)[1].splitlines() == lines
+        screen = re.sub(r"\x1b\[\d*m", "", shown).split("\x1b[H")[1]
+        lines = screen.split("\x1b[J")[0].replace("\x1b[K", "").splitlines()
+        assert lines[:3] == [
+            "Keeping up: no job waits for a worker", "Pending: 0", "Processing: 24"]
+        assert lines[7] == "pool %d: 25 workers, 1 idle" % pool.pid
+        assert lines[8].split() == ["JOB", "FOR", "COMMAND"]
+        assert re.match(r"job\d+ +[\d.]+m?s +\S", lines[9])
+        assert len(lines) == 23 and lines[-1] == "  and 11 more"
+        assert max(map(len, lines)) <= 40
+        once = re.sub(r"\x1b\[\d*m", "", run_on_terminal("status", columns=40)[1])
+        assert once.splitlines()[:9] == lines[:9] and once.count("\n") == 23
+        os.kill(pool.pid, signal.SIGKILL)
+        pool.wait(10)
+        words = "pool %d: 24 workers, killed" % pool.pid
+        wait_until(lambda: words in run_on_terminal("status")[1])
+        open("go", "w").close()
 
 
 class TestStats:
