@@ -4558,17 +4558,17 @@ def drawable(characters, fallback):
         return fallback
 
 
-def table(titles, rows, width=None, state_column=None):
+def table(titles, rows, width=None, state_column=None, first_cut=-1):
     """Yield the lines of a table, each cell cut to fit a terminal of this width.
 
     Column widths come from the first batch of rows, so that a million can be streamed.
-    A state gets its colour.
+    A state gets its colour. FIRST_CUT is the column that matters least.
     """
     rows = iter(rows)
     batch = list(itertools.islice(rows, BATCH_SIZE))
     widths = [max(map(display_width, column)) for column in zip(titles, *batch)]
     if width:
-        widths = fitted(widths, width - 2 * (len(widths) - 1))
+        widths = fitted(widths, width - 2 * (len(widths) - 1), first_cut)
 
     def padded(row):
         for cell, room in zip(row, widths):
@@ -4586,15 +4586,15 @@ def table(titles, rows, width=None, state_column=None):
         yield line
 
 
-def fitted(widths, room):
+def fitted(widths, room, first_cut):
     """Return the widths of columns that fit into this room.
 
-    First the last column gets narrower, a command or a text, then the widest ones.
+    First the column FIRST_CUT gets narrower, then the widest ones.
     """
     # One long id must not push all else off the screen.
     widths = [min(width, 40) for width in widths[:-1]] + [min(widths[-1], room)]
     while sum(widths) > room:
-        at = -1 if widths[-1] > 10 else widths.index(max(widths))
+        at = first_cut if widths[first_cut] > 10 else widths.index(max(widths))
         widths[at] -= 1
     return widths
 
@@ -4604,8 +4604,9 @@ def fitted(widths, room):
 # text.
 ListColumn = collections.namedtuple("ListColumn", "title terminal text")
 # What the texts of columns need beside the job: the queue, the values of `read_status`,
-# and the time.
-Look = collections.namedtuple("Look", "queue status now")
+# the time, and the function that makes the text of a duration.
+Look = collections.namedtuple(
+    "Look", "queue status now text_of", defaults=(duration_text,))
 
 
 def due_text(job, now, text_of=duration_text):
@@ -4617,7 +4618,8 @@ def due_text(job, now, text_of=duration_text):
 
 def short_reason(job, look):
     """Return why a job has failed or died, or what it waits for, in a few words."""
-    kind, due = kind_of(job, look.status, look.now), due_text(job, look.now)
+    kind = kind_of(job, look.status, look.now)
+    due = due_text(job, look.now, look.text_of)
     if kind == "lost":
         return WORKER_DIED
     if job["state"] == "failed" and due:
@@ -4657,15 +4659,18 @@ DLQ_COLUMNS = [*LIST_COLUMNS[:3], *last_columns("DIED", "ERROR")]
 
 def job_table(jobs, look, columns):
     """Return the lines of a table of jobs; a terminal gets the columns that fit."""
-    width, jobs = terminal_width(sys.stdout), iter(jobs)
+    width, jobs, first_cut = terminal_width(sys.stdout), iter(jobs), -1
     if width:
         first = list(itertools.islice(jobs, BATCH_SIZE))
         jobs = itertools.chain(first, jobs)
         used = [one for one in columns if any(one.text(job, look) for job in first)]
         spare = 24 * (len(columns) - len(used))  # of a column without a text
         columns = [one for one in used if width + spare >= one.terminal]
+        if columns[-1] is not used[-1]:  # without commands the reason matters most
+            first_cut = 0
+            look = look._replace(text_of=lambda time: duration_text(time).split()[0])
     rows = ([column.text(job, look) for column in columns] for job in jobs)
-    return table([column.title for column in columns], rows, width, state_column=1)
+    return table([column.title for column in columns], rows, width, 1, first_cut)
 
 
 def run_table(runs, now):

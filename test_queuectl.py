@@ -3678,6 +3678,17 @@ class TestList:
         assert run_on_terminal("list", "--limit", "2")[1].count("job-with") == 2
 
     @posix_only
+    def test_a_narrow_terminal_cuts_the_id_before_the_reason(self):
+        first, second = "a-job-with-a-long-name", "another-job-with-a-long-name"
+        enqueue(id=first, delay=3700)
+        enqueue(id=second, after=[first])
+        lines = run_on_terminal("list", columns=40)[1].splitlines()
+        assert lines[1:3] == ["a-job-wit…  pending  due in 1h",
+                              "another-j…  pending  after a-job-with-a…"]
+        assert second + "  pending  0/3" in run_ok("list").out
+        assert "due in 1h 1m" in run_ok("list").out
+
+    @posix_only
     def test_an_empty_list_says_so_on_a_terminal(self):
         path = os.path.abspath("queuectl.db")
         made = ["queuectl: created queue " + path]
