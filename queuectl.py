@@ -314,22 +314,28 @@ def is_storable(text):
 def whole_number(low, high):
     """Return a check for whole numbers from LOW to HIGH."""
     def check(value):
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError("a whole number from %d to %d" % (low, high))
-        return value
+        is_whole = type(value) is int
+        if is_whole and low <= value <= high:
+            return value
+        if 0 <= low and high == MAX_INTEGER and not (is_whole and value > high):
+            raise ValueError("a whole number of at least %d" % low)
+        raise ValueError("a whole number from %d to %d" % (low, high))
 
     return check
 
 
-def in_range(parse, low, high, rule):
-    """Return a check for values that PARSE turns into a number from LOW to HIGH."""
+def in_range(parse, low, high, rule, range_rule=None):
+    """Return a check for values that PARSE turns into a number from LOW to HIGH.
+
+    RANGE_RULE is the rule for a number out of range, if that is another one.
+    """
     def check(value):
         try:
             result = parse(value)
         except (ValueError, OverflowError, OSError):  # the last two: far-off times
             raise ValueError(rule) from None
         if not low <= result <= high:  # NaN is in no range
-            raise ValueError(rule)
+            raise ValueError(range_rule or rule)
         return result
 
     return check
@@ -337,8 +343,9 @@ def in_range(parse, low, high, rule):
 
 def duration_from(low):
     """Return a check for durations of at least LOW seconds."""
-    rule = "a duration: from %g to %d seconds, also like 90s, 10m, 1h30m, 7d"
-    return in_range(parse_duration, low, MAX_DURATION, rule % (low, MAX_DURATION))
+    return in_range(
+        parse_duration, low, MAX_DURATION, "a duration like 90s, 10m, 1h30m, 7d",
+        "a duration from %g to %d seconds" % (low, MAX_DURATION))
 
 
 check_time = in_range(
@@ -474,7 +481,7 @@ def optional(check, word):
         try:
             return None if value in (None, word) else check(value)
         except ValueError as rule:
-            raise ValueError("%s, or %s" % (word, rule)) from None
+            raise ValueError("%s, or %s" % (rule, word)) from None
 
     return check_or_none
 
@@ -685,7 +692,7 @@ def json_error(text, error):
     """Return the QueueError for a text that is not JSON; it suggests what was meant."""
     start = printable(text[:60])
     example = '{"id":"job1","command":"echo hi"}'
-    if re.match(r"\{\s*\w", text) and '"' not in text:
+    if re.match(r"\{\s*\w+\s*:", text) and '"' not in text:
         message = "not JSON, the shell took the quotes: %s; write in sh '%s', in cmd" \
             " \"%s\", in PowerShell '%s'"
         escaped = example.replace('"', r'\"')
@@ -4340,16 +4347,21 @@ class Trend:
         return min(steps)
 
 
+def unfinished_text(counts):
+    """Return in words how many jobs wait, and how many run."""
+    waiting = sum(counts[state] for state in WAITING)
+    return "%s waiting, %s running" % (grouped(waiting), grouped(counts["processing"]))
+
+
 def progress_text(counts, done, seconds, width):
     """Return a line on the progress of jobs, of which DONE have ended in SECONDS.
 
     What does not fit into the width is left out.
     """
-    running, waiting = counts["processing"], sum(counts[state] for state in WAITING)
-    parts = [grouped(waiting) + " waiting", grouped(running) + " running"]
+    running, parts = counts["processing"], [unfinished_text(counts)]
     parts += [grouped(counts[state]) + " " + state for state in FINISHED[::-1]]
     if done > 0 and seconds > 0 and running:
-        left = (running + waiting) * seconds / done
+        left = count_unfinished(counts) * seconds / done
         parts += [rate_text(done / seconds), "about %s left" % roughly(left)]
     line = parts[0]
     for part in parts[1:]:
@@ -6634,11 +6646,11 @@ def print_logs(args, queue, jobs):
     for job in jobs:
         run, output = latest_output(queue, job)
         end = run["error"] or ("completed" if run["finished_at"] else "is running")
-        line = "==> %s: %s: %s" % tuple(map(printable, (
+        line = "==> %s: %s: $ %s" % tuple(map(printable, (
             job["id"], end, job["command"])))
         print(truncate(line, terminal_width(sys.stdout)))
-        OutputPrinter().print(
-            output + b"\n" * bool(output and not output.endswith(b"\n")))
+        output = output or b"(no output)"
+        OutputPrinter().print(output + b"\n" * (not output.endswith(b"\n")))
 
 
 NO_RUN = "has not run yet"  # in place of the end of a run
@@ -6761,12 +6773,15 @@ def cmd_wait(args, queue):
         report = WaitReport(queue, progress)
         counts = queue.wait(args.ids or None, args.timeout, report.update)
     if counts is None:
-        message = "still waiting for " + (printable(", ".join(args.ids)) or "jobs")
-        if args.timeout:
-            message += " after " + duration_text(args.timeout)
+        message = joined(
+            "gave up", args.ids and "on " + printable(", ".join(args.ids)),
+            args.timeout and "after " + duration_text(args.timeout), by=" ")
+        message += ": " + unfinished_text(report.wait.counts())
         notice(joined(message, why_nothing_ends(queue), by="; "))
         return 124
     message = ", ".join("%d %s" % (counts[state], state) for state in FINISHED)
+    if not any(counts[name] for name in counts if name != "died_before"):
+        message = "nothing to wait for; " + message
     if args.ids and counts["dead"]:
         message += " (%s)" % dead_text(queue, args.ids)
     if counts["died_before"]:
@@ -6798,6 +6813,7 @@ class WaitReport:
 
     def update(self, wait):
         """Show the progress. After REPORT_DELAY report each standstill once."""
+        self.wait = wait
         if terminal_width(sys.stderr):
             self.progress.show(wait.counts())
         if time.monotonic() < self.began + REPORT_DELAY:
@@ -9679,6 +9695,9 @@ def option_meant(words, parser):
                 word.replace("_", "-"), known, 1, 0.8)
             near += [each for each in known if word[2:] and each.startswith(word)]
             found = [each for each in near if each in known]
+            if not found and word[1:2] not in "-" and any(
+                    action.metavar == "ID" for action in parser._get_positional_actions()):
+                return "an id that begins with - stands behind a --"
             return "did you mean %s?" % found[0] if found else None
     return None
 

@@ -3910,10 +3910,11 @@ class TestLogs:
         enqueue("exit 4", id="c", max_retries=1)
         drain(1)
         assert run_ok("logs", "a", "b").out.split("\n") == [
-            "==> a: completed: echo one", "one",
-            "==> b: exit 3: echo two&& exit 3", "two", ""]
+            "==> a: completed: $ echo one", "one",
+            "==> b: exit 3: $ echo two&& exit 3", "two", ""]
         assert run_ok("dlq", "logs").out.split("\n") == [
-            "==> c: exit 4: exit 4", "==> b: exit 3: echo two&& exit 3", "two", ""]
+            "==> c: exit 4: $ exit 4", "(no output)", "==> b: exit 3: $ echo two&& exit 3",
+            "two", ""]
         assert [log["id"] for log in run_ok("dlq", "logs", "--json").json] == ["c", "b"]
         assert [log["id"] for log in run_ok("logs", "a", "c", "--json").json] == [
             "a", "c"]
@@ -4048,13 +4049,14 @@ class TestWait:
         drain()
         assert cli("wait", "good").code == 0 and cli("wait", "good", "bad").code == 1
         answer = cli("wait", "--timeout", "0.05")
-        assert answer.code == 124 and answer.out == "" and "still waiting" in answer.err
+        assert answer.code == 124 and answer.out == "" and (
+            "gave up after 50ms: 1 waiting, 0 running; no pool" in answer.err)
         assert "no job x" in run_refused("wait", "x")
         assert run_ok("wait", "good", "--json").json["completed"] == 1
         run_ok("delete", "later")
         answer = cli("wait")  # whether it died before or after the wait began
         assert answer.code == 1
-        assert answer.out == "0 completed, 0 dead, 1 died before\n"
+        assert answer.out == "nothing to wait for; 0 completed, 0 dead, 1 died before\n"
         assert cli("wait", "--json").code == 1
         run_ok("delete", "bad")
         enqueue(id="cut")
@@ -4070,7 +4072,7 @@ class TestWait:
     def test_without_ids_it_waits_for_all_unfinished_jobs(self):
         enqueue(id="now")
         drain()
-        assert run_ok("wait").out == "0 completed, 0 dead\n"
+        assert run_ok("wait").out == "nothing to wait for; 0 completed, 0 dead\n"
         enqueue(id="next")
         start_pool(count=1)
         # It may have ended before the wait began.
@@ -4219,7 +4221,7 @@ class TestWait:
         reason = "paused; to go on: queuectl.py resume"
         assert lines == [  # the reason once, and with the timeout
             "queuectl: " + reason,
-            "queuectl: still waiting for x after 0.1s; " + reason]
+            "queuectl: gave up on x after 0.1s: 1 waiting, 0 running; " + reason]
 
 
 class TestEdit:
@@ -6128,6 +6130,8 @@ class TestCommandLine:
         (["start"], "did you mean worker start?"),
         (["clear"], "did you mean dlq clear?"), (["retyr"], "did you mean retry?"),
         (["frobnicate"], "there are: enqueue, "), (["run"], "mean worker start?"),
+        (["list", "--limit", "-1"], "-1 is not a whole number of at least 0\n"),
+        (["show", "-x"], "an id that begins with - stands behind a --"),
         (["dlq", "ls"], "mean dlq list?"), (["-v"], "mean --version?"),
         (["enqueue", "--prio", "5", "--", "x"], "mean --priority?"),
         (["list", "pending"], "queuectl.py list --state pending?"),
@@ -6262,8 +6266,8 @@ class TestTerminal:
         assert words in answer.err and answer.err.count("\n") == 1
         code, shown = run_on_terminal("wait", "x", "--timeout", "0", columns=40)
         assert code == 124 and shown.endswith(
-            "queuectl: still waiting for x; no pool\r\n  is running; to start one:\r\n"
-            "  queuectl.py worker start\r\n")
+            "queuectl: gave up on x: 1 waiting, 0\r\n  running; no pool is running; to start\r\n"
+            "  one: queuectl.py worker start\r\n")
 
     @posix_only
     def test_lines_of_a_pool_are_broken_like_others(self):
@@ -6512,6 +6516,10 @@ class TestPolicy:
         (["echo hi"], "enqueue -- %s\n" % queuectl.quoted(["echo hi"])),
         (["a && b", "--priority", "5"],
          "enqueue --priority 5 -- %s\n" % queuectl.quoted(["a && b"])),
+        (["--timeout", "10x", "--", "a"],
+         'timeout: "10x" is not a duration like 90s, 10m, 1h30m, 7d, or none\n'),
+        (["--timeout", "0", "--", "a"], "is not a duration from 0.001 to 1000000000 s"),
+        (["{bad json"], "not JSON: Expecting"),
         (["--", ""], "the command is empty"), (["--id", " ", "--", "x"], "id is empty"),
         ([r'{\"id\":\"x\"}'], "the backslashes are for cmd"),
         (['{"command": x}'], "at character 13")])
