@@ -325,10 +325,7 @@ def whole_number(low, high):
 
 
 def in_range(parse, low, high, rule, range_rule=None):
-    """Return a check for values that PARSE turns into a number from LOW to HIGH.
-
-    RANGE_RULE is the rule for a number out of range, if that is another one.
-    """
+    """Return a check for values that PARSE turns into a number from LOW to HIGH."""
     def check(value):
         try:
             result = parse(value)
@@ -4097,32 +4094,26 @@ def in_queue(path, hint):
 Verdict = collections.namedtuple("Verdict", "state sentence advice", defaults=("",))
 
 
-def obstacle(is_paused, pools, stopping_pools, workers):
-    """Return the `Verdict` on a queue in which no job is started; None if jobs are.
-
-    Workers without a pool are those of one that was killed: they finish their jobs.
-    """
-    if is_paused:
+def obstacle(status):
+    """Return the `Verdict` on a queue in which no job is started; None if jobs are."""
+    if status["paused"]:
         return Verdict("failed", "Paused", TO_RESUME)
-    if not pools and workers:
+    if not status["pools"] and status["workers"]:  # these finish their jobs
         return Verdict("dead", "The pool was killed", TO_START_ANOTHER)
-    if not pools:
+    if not status["pools"]:
         return Verdict("dead", "No pool is running", TO_START)
-    if not pools - stopping_pools:
+    if not status["pools"] - status["stopping_pools"]:
         return Verdict("failed", "The pool is stopping", TO_START_ANOTHER)
     return None
-
-
-def obstacle_of(status):
-    """Return the `obstacle` of a queue from the values of `read_status`."""
-    return obstacle(*map(status.get, ("paused", "pools", "stopping_pools", "workers")))
 
 
 def standstill(queue):
     """Return in words why no job is started, and the next step; nothing if jobs are."""
     pools = supervised_pools(queue.path)
-    workers = () if pools else living_workers(queue.path)
-    found = obstacle(queue.is_paused(), pools, stopping(queue.path, pools), workers)
+    found = obstacle({
+        "paused": queue.is_paused(), "pools": pools,
+        "stopping_pools": stopping(queue.path, pools),
+        "workers": not pools and living_workers(queue.path)})
     return found and with_advice(found, queue.path, str.lower)
 
 
@@ -4259,7 +4250,7 @@ def verdict_at_rest(status):
         if status["blocked_seqs"] and not can_go_on and not jobs["processing"]:
             return Verdict("dead", "Stuck" + left + " for dead ones",
                            "retry the dead ones, or cancel what waits")
-    found = obstacle_of(status)
+    found = obstacle(status)
     return found and found._replace(
         sentence=joined(found.sentence + left, harm_text(status), by="; "))
 
@@ -6049,7 +6040,7 @@ def error_lines(groups, now):
 def status_lines(status, now):
     """Yield what `status` prints into a pipe or a file."""
     yield from count_lines(status, now)
-    found = obstacle_of(status)
+    found = obstacle(status)
     if found and (status["paused"] or count_unfinished(status["jobs"])):
         yield with_advice(found, status["path"])
     yield from worker_lines(status, now)
@@ -6637,14 +6628,11 @@ def cmd_logs(args, queue):
 
 def print_logs(args, queue, jobs):
     """Print the latest output of jobs, each under a line with its id and error."""
+    found = ((job, *latest_output(queue, job)) for job in jobs)
     if args.json:
-        documents = []
-        for job in jobs:
-            run, output = latest_output(queue, job)
-            documents.append(output_document(job, run["run"], output))
-        return print(json.dumps(documents))
-    for job in jobs:
-        run, output = latest_output(queue, job)
+        return print(json.dumps([
+            output_document(job, run["run"], output) for job, run, output in found]))
+    for job, run, output in found:
         end = run["error"] or ("completed" if run["finished_at"] else "is running")
         line = "==> %s: %s: $ %s" % tuple(map(printable, (
             job["id"], end, job["command"])))
@@ -6672,10 +6660,7 @@ def latest_output(queue, job, chosen={}):
 
 
 class OutputPrinter:
-    """Prints output as the bytes that it is, but a terminal gets harmless text.
-
-    So does what takes nothing but text.
-    """
+    """Prints output as the bytes that it is, or as text; a terminal gets harmless text."""
 
     def __init__(self):
         import codecs
@@ -6740,15 +6725,13 @@ def wait_for_run(queue, job):
     """Wait until a job has run or runs; return it. Report why it does not run."""
     id = job["id"]
     if not job["run"] and job["state"] not in FINISHED:
-        why = why_waiting(queue, job)
-        notice("job %s: %s" % (printable(id), why))
+        notice("job %s: %s" % (printable(id), why_waiting(queue, job)))
     while not job["run"] and job["state"] not in FINISHED:
         time.sleep(WAIT_INTERVAL)
         queue.require_file()
         job = queue.job(id)
         if job["waits"] and job["seq"] in queue.blocked_seqs():
-            why = why_waiting(queue, job)
-            raise QueueError("job %s can't go on: %s", id, why)
+            raise QueueError("job %s can't go on: %s", id, why_waiting(queue, job))
     return job
 
 
@@ -6964,29 +6947,23 @@ def jobs_to_delete(states, **filters):
 
 
 def apply_to_named(args, queue, verb, done, answer):
-    """Apply a verb to the jobs with the given ids; with --dry-run only list them.
+    """Apply a verb to the jobs with the given ids, and print `answer(id)` for each.
 
-    For each the line is printed that `answer(id)` makes.
+    With --dry-run only list them, but refuse what the verb refuses.
     """
     ids = list(dict.fromkeys(args.ids))
-    if args.dry_run:
-        jobs = rehearse(queue, verb, ids)
-        return list_dry_run(args, queue, done, jobs, len(jobs))
-    verb(ids)
-    print_result(args, {done: ids}, *map(answer, ids))
-
-
-class Rehearsed(Exception):
-    """Ends a transaction that is not to change anything."""
-
-
-def rehearse(queue, verb, ids):
-    """Return the jobs with these ids; refuse what the verb refuses. Change nothing."""
+    if not args.dry_run:
+        verb(ids)
+        return print_result(args, {done: ids}, *map(answer, ids))
     with contextlib.suppress(Rehearsed), queue.transaction():
         jobs = [queue.job(id) for id in ids]
         verb(ids)
         raise Rehearsed
-    return jobs
+    list_dry_run(args, queue, done, jobs, len(jobs))
+
+
+class Rehearsed(Exception):
+    """Ends a transaction that is not to change anything."""
 
 
 def list_dry_run(args, queue, done, jobs, count):
@@ -7035,7 +7012,7 @@ def cancel_answer(queue, job):
          IDS, state_option(TAKES["retry"]), MATCH, DRY_RUN)
 def cmd_retry(args, queue):
     require_one_selection(args, args.state or args.match)
-    retry_jobs(args, queue, args.state or TAKES["retry"])
+    retry_jobs(args, queue, args.state or TAKES["retry"], text=args.match)
 
 
 def retry_jobs(args, queue, states, **filters):
@@ -7044,8 +7021,8 @@ def retry_jobs(args, queue, states, **filters):
         answer = "retried %s: pending again, with 0 attempts"
         return apply_to_named(args, queue, lambda ids: queue.retry(ids, states),
                               "retried", lambda id: answer % printable(id))
-    apply_to_many(args, queue, queue.retry_all, "retried",
-                  jobs_to_retry(states, text=args.match, **filters))
+    apply_to_many(
+        args, queue, queue.retry_all, "retried", jobs_to_retry(states, **filters))
 
 
 @command("delete", "remove jobs that do not run",
@@ -7086,9 +7063,7 @@ def selection_to_delete(args, before):
 @command("dlq list", "list the dead jobs, the latest first", "dlq list --since 12h",
          MATCH, ERROR, DIED_SINCE, LIMIT, creates_queue=True, only_reads=True)
 def cmd_dlq_list(args, queue):
-    report_unknown_error(args, queue)
-    filters = dict(text=args.match, error=args.error,
-                   changed_since=time_since(args, queue))
+    filters = dead_filters(args, queue)
     chosen, summary = where(["dead"], **filters), []
     errors = [] if args.json else queue.common_errors(chosen)
     if errors and errors[0]["jobs"] > 1:
@@ -7100,11 +7075,13 @@ def cmd_dlq_list(args, queue):
     report_left(args, room, queue.count(chosen))
 
 
-def report_unknown_error(args, queue):
-    """Report which errors dead jobs have if `--error` names another one."""
+def dead_filters(args, queue):
+    """Return what selects dead jobs; report their errors if `--error` names another."""
     errors = args.error and queue.common_errors(where(["dead"]))
     if errors and args.error not in [row["error"] for row in errors]:
         notice("no dead job has this very error; there are: " + errors_text(errors))
+    return dict(
+        text=args.match, error=args.error, changed_since=time_since(args, queue))
 
 
 def errors_text(errors):
@@ -7115,9 +7092,7 @@ def errors_text(errors):
 @command("dlq logs", "print the latest output of dead jobs", "dlq logs --since 12h",
          MATCH, ERROR, DIED_SINCE, only_reads=True)
 def cmd_dlq_logs(args, queue):
-    report_unknown_error(args, queue)
-    dead = queue.dead_jobs(text=args.match, error=args.error,
-                           changed_since=time_since(args, queue))
+    dead = queue.dead_jobs(**dead_filters(args, queue))
     first = list(itertools.islice(dead, 1))
     print_logs(args, queue, itertools.chain(first, dead))
     if not first and not args.json:
@@ -7130,18 +7105,14 @@ def cmd_dlq_logs(args, queue):
 def cmd_dlq_retry(args, queue):
     has_filter = args.match or args.error or args.since is not None
     require_one_selection(args, has_filter, args.all)
-    report_unknown_error(args, queue)
-    retry_jobs(args, queue, TAKES["dlq retry"], error=args.error,
-               changed_since=time_since(args, queue))
+    retry_jobs(args, queue, TAKES["dlq retry"], **dead_filters(args, queue))
 
 
 @command("dlq clear", "remove all dead jobs", "dlq clear", MATCH, ERROR, DIED_SINCE,
          DRY_RUN, aliases=("dlq purge",))
 def cmd_dlq_clear(args, queue):
-    report_unknown_error(args, queue)
     apply_to_many(args, queue, queue.delete_all, "deleted", jobs_to_delete(
-        TAKES["dlq clear"], text=args.match, error=args.error,
-        changed_since=time_since(args, queue)))
+        TAKES["dlq clear"], **dead_filters(args, queue)))
 
 
 # -- settings --------------------------------------------------------------------------
