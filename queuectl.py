@@ -4005,11 +4005,11 @@ def roughly(seconds):
 
 def rate_text(per_second):
     """Return how often something happens: 340/s, 5.1/s, 2/min, 16/h."""
-    units = [(1, "s"), (60, "min"), (3600, "h")]
-    seconds, name = next((unit for unit in units if per_second * unit[0] >= 1),
-                         units[-1 if per_second else 0])
-    count = per_second * seconds
-    return "%s/%s" % ("%.2g" % count if count < 99.5 else grouped(round(count)), name)
+    for seconds, unit in ((1, "s"), (60, "min"), (3600, "h")):
+        count = per_second * seconds
+        if not 0 < count < 1:
+            break
+    return "%s/%s" % ("%.2g" % count if count < 99.5 else grouped(round(count)), unit)
 
 
 def relative_time(moment, now, text_of=duration_text):
@@ -4707,11 +4707,10 @@ def stats_lines(stats, width):
         yield "%s: median %s, 95 %% within %s, longest %s" % (
             name.replace("_", " "), *times)
     yield from throughput_lines(stats["throughput"], period, width)
-    if stats["common_errors"]:
-        yield from table(["RUNS", "MOST COMMON ERRORS"], [
-            [grouped(row["runs"]), printable(row["error"])]
-            for row in stats["common_errors"]], width)
-        yield ""
+    errors = [[grouped(row["runs"]), printable(row["error"])]
+              for row in stats["common_errors"]]
+    if errors:
+        yield from [*table(["RUNS", "MOST COMMON ERRORS"], errors, width), ""]
     yield from table(["AVERAGE", "RUNS", "SLOWEST COMMANDS"], [
         [duration_text(row["mean"]), grouped(row["runs"]), printable(row["command"])]
         for row in stats["slowest_commands"]], width)
@@ -5633,10 +5632,7 @@ class Supervisor:
             self.announce_stop(request)
 
     def announce_stop(self, request):
-        """Print what becomes of the running jobs, on a new line after the `^C`.
-
-        A progress line is erased, together with the `^C` behind it.
-        """
+        """Print what becomes of the running jobs, below the `^C` or over the progress."""
         write_or_drop(sys.stderr, "\r\x1b[K" if self.show_progress else "\n")
         running = self.with_queue(lambda queue: [
             run for run in queue.processing_runs() if run.worker in self.worker_pids()])
@@ -6851,10 +6847,7 @@ def cmd_status(args, queue):
 
 
 def fitting(lines):
-    """Return the lines, wrapped for a terminal; of them as many as fit above a prompt.
-
-    What matters most is above, and must not scroll away.
-    """
+    """Return the lines, wrapped for a terminal, as many as fit above its prompt."""
     size = terminal_size(sys.stdout)
     if size is None:
         return lines
@@ -6969,8 +6962,7 @@ class Rehearsed(Exception):
 def list_dry_run(args, queue, done, jobs, count):
     """List the jobs that a verb would change; a terminal gets as many as fit."""
     message = "%s would be %s; nothing is changed" % (plural(count, "job"), done)
-    room = room_for_jobs(args, [message])
-    list_jobs(args, queue, itertools.islice(jobs, room))
+    list_jobs(args, queue, itertools.islice(jobs, room_for_jobs(args, [message])))
     report_below(args, message)
 
 
@@ -7280,16 +7272,14 @@ def report_stop(args, pools):
     """Report for which jobs a stop waits, and what else may hold it up."""
     with contextlib.suppress(QueueError, sqlite3.Error):
         with Queue(args.db, create=False) as queue:
-            busy = [worker for worker in queue.workers()
-                    if worker["pool"] in pools and worker["job"]]
             running = ["%s (for %s)" % (
                 worker["job"], duration_text(queue.clock() - worker["since"]))
-                for worker in busy]
+                for worker in queue.workers()
+                if worker["pool"] in pools and worker["job"]]
             if running:
+                hint = in_queue(args.db, usage("worker", "stop", "--now"))
                 notice("waiting for %s%s" % (
-                    listed(running, 5),
-                    "" if args.now else "; to end them: " + in_queue(
-                        args.db, usage("worker", "stop", "--now"))))
+                    listed(running, 5), "" if args.now else "; to end them: " + hint))
     suspended = [pid for pid in pools if is_suspended(pid)]
     if suspended:
         notice("suspended, as by Ctrl-Z; to resume: kill -CONT"
@@ -9655,21 +9645,21 @@ MEANT_OPTIONS = {
 
 
 def option_meant(words, parser):
-    """Return which option was meant by the first word that is none, if one is near."""
+    """Return what was meant by the first word that is no option, if anything is near."""
     from difflib import get_close_matches
 
     known = parser._option_string_actions
-    strange = [word.partition("=")[0] for word in words if word.startswith("-")]
-    for word in strange:
-        if word not in known:
-            near = [MEANT_OPTIONS.get(word)] + get_close_matches(
-                word.replace("_", "-"), known, 1, 0.8)
-            near += [each for each in known if word[2:] and each.startswith(word)]
-            found = [each for each in near if each in known]
-            if not found and word[1:2] not in "-" and any(
-                    action.metavar == "ID" for action in parser._get_positional_actions()):
-                return "an id that begins with - stands behind a --"
-            return "did you mean %s?" % found[0] if found else None
+    given = [word.partition("=")[0] for word in words if word.startswith("-")]
+    word = next((word for word in given if word not in known), "")
+    near = [MEANT_OPTIONS.get(word)] + get_close_matches(
+        word.replace("_", "-"), known, 1, 0.8)
+    near += [each for each in known if word[2:] and each.startswith(word)]
+    found = [each for each in near if each in known]
+    if found:
+        return "did you mean %s?" % found[0]
+    takes_ids = any(one.metavar == "ID" for one in parser._get_positional_actions())
+    if takes_ids and re.match("-[^-]", word):
+        return "an id that begins with - stands behind a --"
     return None
 
 
