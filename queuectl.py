@@ -330,14 +330,17 @@ def is_storable(text):
 def whole_number(low, high):
     """Return a check for whole numbers from LOW to HIGH."""
     def check(value):
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError("a whole number from %d to %d" % (low, high))
-        return value
+        is_whole = type(value) is int
+        if is_whole and low <= value <= high:
+            return value
+        if 0 <= low and high == MAX_INTEGER and not (is_whole and value > high):
+            raise ValueError("a whole number of at least %d" % low)
+        raise ValueError("a whole number from %d to %d" % (low, high))
 
     return check
 
 
-def in_range(parse, low, high, rule):
+def in_range(parse, low, high, rule, range_rule=None):
     """Return a check for values that PARSE turns into a number from LOW to HIGH."""
     def check(value):
         try:
@@ -345,7 +348,7 @@ def in_range(parse, low, high, rule):
         except (ValueError, OverflowError, OSError):  # the last two: far-off times
             raise ValueError(rule) from None
         if not low <= result <= high:  # NaN is in no range
-            raise ValueError(rule)
+            raise ValueError(range_rule or rule)
         return result
 
     return check
@@ -353,8 +356,9 @@ def in_range(parse, low, high, rule):
 
 def duration_from(low):
     """Return a check for durations of at least LOW seconds."""
-    rule = "a duration: from %g to %d seconds, also like 90s, 10m, 1h30m, 7d"
-    return in_range(parse_duration, low, MAX_DURATION, rule % (low, MAX_DURATION))
+    return in_range(
+        parse_duration, low, MAX_DURATION, "a duration like 90s, 10m, 1h30m, 7d",
+        "a duration from %g to %d seconds" % (low, MAX_DURATION))
 
 
 check_time = in_range(
@@ -490,7 +494,7 @@ def optional(check, word):
         try:
             return None if value in (None, word) else check(value)
         except ValueError as rule:
-            raise ValueError("%s, or %s" % (word, rule)) from None
+            raise ValueError("%s, or %s" % (rule, word)) from None
 
     return check_or_none
 
@@ -701,7 +705,7 @@ def json_error(text, error):
     """Return the QueueError for a text that is not JSON; it suggests what was meant."""
     start = printable(text[:60])
     example = '{"id":"job1","command":"echo hi"}'
-    if re.match(r"\{\s*\w", text) and '"' not in text:
+    if re.match(r"\{\s*\w+\s*:", text) and '"' not in text:
         message = "not JSON, the shell took the quotes: %s; write in sh '%s', in cmd" \
             " \"%s\", in PowerShell '%s'"
         escaped = example.replace('"', r'\"')
@@ -4045,11 +4049,11 @@ def roughly(seconds):
 
 def rate_text(per_second):
     """Return how often something happens: 340/s, 5.1/s, 2/min, 16/h."""
-    units = [(1, "s"), (60, "min"), (3600, "h")]
-    seconds, name = next((unit for unit in units if per_second * unit[0] >= 1),
-                         units[-1 if per_second else 0])
-    count = per_second * seconds
-    return "%s/%s" % ("%.2g" % count if count < 99.5 else grouped(round(count)), name)
+    for seconds, unit in ((1, "s"), (60, "min"), (3600, "h")):
+        count = per_second * seconds
+        if not 0 < count < 1:
+            break
+    return "%s/%s" % ("%.2g" % count if count < 99.5 else grouped(round(count)), unit)
 
 
 def relative_time(moment, now, text_of=duration_text):
@@ -4135,32 +4139,26 @@ def in_queue(path, hint):
 Verdict = collections.namedtuple("Verdict", "state sentence advice", defaults=("",))
 
 
-def obstacle(is_paused, pools, stopping_pools, workers):
-    """Return the `Verdict` on a queue in which no job is started; None if jobs are.
-
-    Workers without a pool are those of one that was killed: they finish their jobs.
-    """
-    if is_paused:
+def obstacle(status):
+    """Return the `Verdict` on a queue in which no job is started; None if jobs are."""
+    if status["paused"]:
         return Verdict("failed", "Paused", TO_RESUME)
-    if not pools and workers:
+    if not status["pools"] and status["workers"]:  # these finish their jobs
         return Verdict("dead", "The pool was killed", TO_START_ANOTHER)
-    if not pools:
+    if not status["pools"]:
         return Verdict("dead", "No pool is running", TO_START)
-    if not pools - stopping_pools:
+    if not status["pools"] - status["stopping_pools"]:
         return Verdict("failed", "The pool is stopping", TO_START_ANOTHER)
     return None
-
-
-def obstacle_of(status):
-    """Return the `obstacle` of a queue from the values of `read_status`."""
-    return obstacle(*map(status.get, ("paused", "pools", "stopping_pools", "workers")))
 
 
 def standstill(queue):
     """Return in words why no job is started, and the next step; nothing if jobs are."""
     pools = supervised_pools(queue.path)
-    workers = () if pools else living_workers(queue.path)
-    found = obstacle(queue.is_paused(), pools, stopping(queue.path, pools), workers)
+    found = obstacle({
+        "paused": queue.is_paused(), "pools": pools,
+        "stopping_pools": stopping(queue.path, pools),
+        "workers": not pools and living_workers(queue.path)})
     return with_advice(found, queue.path, str.lower) if found else ""
 
 
@@ -4297,8 +4295,9 @@ def verdict_at_rest(status):
         if status["blocked_seqs"] and not can_go_on and not jobs["processing"]:
             return Verdict("dead", "Stuck" + left + " for dead ones",
                            "retry the dead ones, or cancel what waits")
-    found = obstacle_of(status)
-    return found and found._replace(sentence=found.sentence + left)
+    found = obstacle(status)
+    return found and found._replace(
+        sentence=joined(found.sentence + left, harm_text(status), by="; "))
 
 
 def verdict_at_work(status, now, growth):
@@ -4392,16 +4391,21 @@ class Trend:
         return max(0.5, min(steps)) if len(steps) == 3 else 0.5
 
 
+def unfinished_text(counts):
+    """Return in words how many jobs wait, and how many run."""
+    return "%s waiting, %s running" % (
+        grouped(count_waiting(counts)), grouped(counts["processing"]))
+
+
 def progress_text(counts, done, seconds, width):
     """Return a line on the progress of jobs, of which DONE have ended in SECONDS.
 
     What does not fit into the width is left out.
     """
-    running, waiting = counts["processing"], count_waiting(counts)
-    parts = [grouped(waiting) + " waiting", grouped(running) + " running"]
+    running, parts = counts["processing"], [unfinished_text(counts)]
     parts += [grouped(counts[state]) + " " + state for state in FINISHED[::-1]]
     if done > 0 and seconds > 0 and running:
-        left = (running + waiting) * seconds / done
+        left = count_unfinished(counts) * seconds / done
         parts += [rate_text(done / seconds), "about %s left" % roughly(left)]
     line = parts[0]
     for part in parts[1:]:
@@ -4416,6 +4420,8 @@ def progress_text(counts, done, seconds, width):
 # Kept as texts: to compile them at each start would take time.
 SEQUENCE = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[^\[\]])"
 COLOURS = r"\x1b\[([0-9;]{0,99})m"
+# What a job may not do to the terminal on which its output is read; a colour it may.
+UNWANTED = r"(%s)|%s|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]" % (COLOURS, SEQUENCE)
 
 
 def last_lines(output, count):
@@ -4608,17 +4614,17 @@ def drawable(characters, fallback):
         return fallback
 
 
-def table(titles, rows, width=None, state_column=None):
+def table(titles, rows, width=None, state_column=None, first_cut=-1):
     """Yield the lines of a table, each cell cut to fit a terminal of this width.
 
     Column widths come from the first batch of rows, so that a million can be streamed.
-    A state gets its colour.
+    A state gets its colour. FIRST_CUT is the column that matters least.
     """
     rows = iter(rows)
     batch = list(itertools.islice(rows, BATCH_SIZE))
     widths = [max(map(display_width, column)) for column in zip(titles, *batch)]
     if width:
-        widths = fitted(widths, width - 2 * (len(widths) - 1))
+        widths = fitted(widths, width - 2 * (len(widths) - 1), first_cut)
 
     def padded(row):
         for cell, room in zip(row, widths):
@@ -4636,15 +4642,15 @@ def table(titles, rows, width=None, state_column=None):
         yield line
 
 
-def fitted(widths, room):
+def fitted(widths, room, first_cut):
     """Return the widths of columns that fit into this room.
 
-    First the last column gets narrower, a command or a text, then the widest ones.
+    First the column FIRST_CUT gets narrower, then the widest ones.
     """
     # One long id must not push all else off the screen.
     widths = [min(width, 40) for width in widths[:-1]] + [min(widths[-1], room)]
     while sum(widths) > room:
-        at = -1 if widths[-1] > 10 else widths.index(max(widths))
+        at = first_cut if widths[first_cut] > 10 else widths.index(max(widths))
         widths[at] -= 1
     return widths
 
@@ -4654,8 +4660,9 @@ def fitted(widths, room):
 # text.
 ListColumn = collections.namedtuple("ListColumn", "title terminal text")
 # What the texts of columns need beside the job: the queue, the values of `read_status`,
-# and the time.
-Look = collections.namedtuple("Look", "queue status now")
+# the time, and the function that makes the text of a duration.
+Look = collections.namedtuple(
+    "Look", "queue status now text_of", defaults=(duration_text,))
 
 
 def due_text(job, now, text_of=duration_text):
@@ -4667,7 +4674,8 @@ def due_text(job, now, text_of=duration_text):
 
 def short_reason(job, look):
     """Return why a job has failed or died, or what it waits for, in a few words."""
-    kind, due = kind_of(job, look.status, look.now), due_text(job, look.now)
+    kind = kind_of(job, look.status, look.now)
+    due = due_text(job, look.now, look.text_of)
     if kind == "lost":
         return WORKER_DIED
     if job["state"] == "failed" and due:
@@ -4707,15 +4715,18 @@ DLQ_COLUMNS = [*LIST_COLUMNS[:3], *last_columns("DIED", "ERROR")]
 
 def job_table(jobs, look, columns):
     """Return the lines of a table of jobs; a terminal gets the columns that fit."""
-    width, jobs = terminal_width(sys.stdout), iter(jobs)
+    width, jobs, first_cut = terminal_width(sys.stdout), iter(jobs), -1
     if width:
         first = list(itertools.islice(jobs, BATCH_SIZE))
         jobs = itertools.chain(first, jobs)
         used = [one for one in columns if any(one.text(job, look) for job in first)]
         spare = 24 * (len(columns) - len(used))  # of a column without a text
         columns = [one for one in used if width + spare >= one.terminal]
+        if columns[-1] is not used[-1]:  # without commands the reason matters most
+            first_cut = 0
+            look = look._replace(text_of=lambda time: duration_text(time).split()[0])
     rows = ([column.text(job, look) for column in columns] for job in jobs)
-    return table([column.title for column in columns], rows, width, state_column=1)
+    return table([column.title for column in columns], rows, width, 1, first_cut)
 
 
 def run_table(runs, now):
@@ -4749,11 +4760,10 @@ def stats_lines(stats, width):
         yield "%s: median %s, 95 %% within %s, longest %s" % (
             name.replace("_", " "), *times)
     yield from throughput_lines(stats["throughput"], period, width)
-    if stats["common_errors"]:
-        yield from table(["RUNS", "MOST COMMON ERRORS"], [
-            [grouped(row["runs"]), printable(row["error"])]
-            for row in stats["common_errors"]], width)
-        yield ""
+    errors = [[grouped(row["runs"]), printable(row["error"])]
+              for row in stats["common_errors"]]
+    if errors:
+        yield from [*table(["RUNS", "MOST COMMON ERRORS"], errors, width), ""]
     yield from table(["AVERAGE", "RUNS", "SLOWEST COMMANDS"], [
         [duration_text(row["mean"]), grouped(row["runs"]), printable(row["command"])]
         for row in stats["slowest_commands"]], width)
@@ -5677,8 +5687,8 @@ class Supervisor:
             self.announce_stop(request)
 
     def announce_stop(self, request):
-        """Print what becomes of the running jobs, on a new line after the `^C`."""
-        write_or_drop(sys.stderr, "\n")
+        """Print what becomes of the running jobs, below the `^C` or over the progress."""
+        write_or_drop(sys.stderr, "\r\x1b[K" if self.show_progress else "\n")
         running = self.with_queue(lambda queue: [
             run for run in queue.processing_runs() if run.worker in self.worker_pids()])
         if running:
@@ -5823,9 +5833,10 @@ class Supervisor:
         if due:
             when = relative_time(due["run_at"], queue.clock())
             reasons.append("the next is due " + when)
-        if reasons:
-            left = plural(count_waiting(queue.counts()), "job")
-            self.summary += "; %s left: %s" % (left, "; ".join(reasons))
+        left = count_waiting(queue.counts())
+        if reasons and left:
+            reasons[0] = "%s left: %s" % (plural(left, "job"), reasons[0])
+        self.summary = joined(self.summary, *reasons, by="; ")
 
 
 # ======================================================================================
@@ -5860,9 +5871,15 @@ MEANT = {
     "stop": "worker stop, or cancel", "add": "enqueue", "submit": "enqueue",
     "kill": "cancel", "tail": "logs", "cat": "logs", "log": "logs",
     "prune": "delete", "clean": "delete", "clear": "dlq clear", "requeue": "retry",
-    "dlq requeue": "dlq retry", "dlq show": "dlq list", "dlq delete": "dlq clear",
+    "dlq requeue": "dlq retry", "dlq show": "dlq list", "dlq ls": "dlq list", "dlq delete": "dlq clear",
     "set": "config set", "config reset": "config unset", "version": "--version",
     "reset": "delete --all, or to remove queuectl.db",
+}
+# The same for states.
+MEANT_STATES = {
+    "running": "processing", "waiting": "pending", "queued": "pending",
+    "done": "completed", "finished": "completed", "success": "completed",
+    "error": "failed, or dead",
 }
 
 
@@ -5933,7 +5950,7 @@ def field_option(name, of_new_job=True):
 def state_name(text):
     """Return the name of a state, spelt in any case."""
     if text.lower() not in STATES:
-        raise unknown_word("state " + text, text, STATES)
+        raise unknown_word("state " + text, text, STATES, MEANT_STATES)
     return text.lower()
 
 
@@ -6070,8 +6087,7 @@ def status_screen(status, groups, now, growth):
     if more:
         yield in_queue(status["path"], "  and of %s; to see all: %s dlq list" % (
             plural(len(more), "more error"), PROGRAM))
-    for line in worker_lines(status, now):
-        yield truncate(line, width)
+    yield from pool_lines(status, now, width)
 
 
 def error_lines(groups, now):
@@ -6087,7 +6103,7 @@ def error_lines(groups, now):
 def status_lines(status, now):
     """Yield what `status` prints into a pipe or a file."""
     yield from count_lines(status, now)
-    found = obstacle_of(status)
+    found = obstacle(status)
     if found and (status["paused"] or count_unfinished(status["jobs"])):
         yield with_advice(found, status["path"])
     yield from worker_lines(status, now)
@@ -6127,6 +6143,24 @@ def worker_lines(status, now):
         if worker["pool"] not in status["pools"]:
             line = "  worker %(pid)d, whose pool %(pool)d was killed: "
         yield line % worker + doing
+
+
+def pool_lines(status, now, width):
+    """Yield a line for each pool, and a table of what runs, in place of PIDs."""
+    pools = {pool: [] for pool in sorted(status["pools"])}
+    for worker in status["workers"]:
+        pools.setdefault(worker["pool"], []).append(worker["job"])
+    for pool, jobs in pools.items():
+        idle = jobs.count(None)
+        yield joined("pool %d: %s" % (pool, plural(len(jobs), "worker")),
+                     idle and grouped(idle) + " idle",
+                     pool in status["stopping_pools"] and "stopping",
+                     pool not in status["pools"] and "killed")
+    running = [[printable(worker["job"]), duration_text(now - worker["since"]),
+                printable(status["commands"].get(worker["job"], ""))]
+               for worker in status["workers"] if worker["job"]]
+    if running:
+        yield from table(["JOB", "FOR", "COMMAND"], running, width)
 
 
 def job_document(queue, job):
@@ -6657,20 +6691,17 @@ def cmd_logs(args, queue):
 
 def print_logs(args, queue, jobs):
     """Print the latest output of jobs, each under a line with its id and error."""
+    found = ((job, *latest_output(queue, job)) for job in jobs)
     if args.json:
-        documents = []
-        for job in jobs:
-            run, output = latest_output(queue, job)
-            documents.append(output_document(job, run["run"], output))
-        return print(json.dumps(documents))
-    for job in jobs:
-        run, output = latest_output(queue, job)
+        return print(json.dumps([
+            output_document(job, run["run"], output) for job, run, output in found]))
+    for job, run, output in found:
         end = run["error"] or ("completed" if run["finished_at"] else "is running")
-        line = "==> %s: %s: %s" % tuple(map(printable, (
+        line = "==> %s: %s: $ %s" % tuple(map(printable, (
             job["id"], end, job["command"])))
         print(truncate(line, terminal_width(sys.stdout)))
-        OutputPrinter().print(
-            output + b"\n" * bool(output and not output.endswith(b"\n")))
+        output = output or b"(no output)"
+        OutputPrinter().print(output + b"\n" * (not output.endswith(b"\n")))
 
 
 NO_RUN = "has not run yet"  # in place of the end of a run
@@ -6692,12 +6723,13 @@ def latest_output(queue, job, chosen={}):
 
 
 class OutputPrinter:
-    """Prints output as the bytes that it is, or as text where nothing else is taken."""
+    """Prints output as the bytes that it is, or as text; a terminal gets harmless text."""
 
     def __init__(self):
         import codecs
 
-        self.takes_text, self.is_in_line = takes_text(sys.stdout), False
+        self.is_terminal, self.is_in_line = terminal_width(sys.stdout), False
+        self.takes_text = self.is_terminal or takes_text(sys.stdout)
         self.decoder = codecs.getincrementaldecoder("utf-8")(FOREIGN_BYTES)
 
     def print(self, output, is_last=True):
@@ -6706,6 +6738,8 @@ class OutputPrinter:
         sys.stdout.flush()
         if self.takes_text:
             text = self.decoder.decode(output, is_last)
+            if self.is_terminal:
+                text = re.sub(UNWANTED, r"\1", text)
             sys.stdout.write(text.replace("\r\n", "\n"))
             sys.stdout.flush()
         else:
@@ -6714,7 +6748,7 @@ class OutputPrinter:
 
     def notice(self, message):
         """Report something; on a terminal not in a line that the output has begun."""
-        if self.is_in_line and terminal_width(sys.stdout):
+        if self.is_in_line and self.is_terminal:
             self.print(b"\n")
         notice(message)
 
@@ -6754,15 +6788,13 @@ def wait_for_run(queue, job):
     """Wait until a job has run or runs; return it. Report why it does not run."""
     id = job["id"]
     if not job["run"] and job["state"] not in FINISHED:
-        why = why_waiting(queue, job)
-        notice("job %s: %s" % (printable(id), why))
+        notice("job %s: %s" % (printable(id), why_waiting(queue, job)))
     while not job["run"] and job["state"] not in FINISHED:
         time.sleep(WAIT_INTERVAL)
         queue.require_file()
         job = queue.job(id)
         if job["waits"] and job["seq"] in queue.blocked_seqs():
-            why = why_waiting(queue, job)
-            raise QueueError("job %s can't go on: %s", id, why)
+            raise QueueError("job %s can't go on: %s", id, why_waiting(queue, job))
     return job
 
 
@@ -6787,12 +6819,15 @@ def cmd_wait(args, queue):
         report = WaitReport(queue, progress)
         counts = queue.wait(args.ids or None, args.timeout, report.update)
     if counts is None:
-        message = "still waiting for " + (printable(", ".join(args.ids)) or "jobs")
-        if args.timeout:
-            message += " after " + duration_text(args.timeout)
+        message = joined(
+            "gave up", args.ids and "on " + printable(", ".join(args.ids)),
+            args.timeout and "after " + duration_text(args.timeout), by=" ")
+        message += ": " + unfinished_text(report.wait.counts())
         notice(joined(message, why_nothing_ends(queue), by="; "))
         return 124
     message = ", ".join("%d %s" % (counts[state], state) for state in FINISHED)
+    if not any(counts[name] for name in counts if name != "died_before"):
+        message = "nothing to wait for; " + message
     if args.ids and counts["dead"]:
         message += " (%s)" % dead_text(queue, args.ids)
     if counts["died_before"]:
@@ -6824,6 +6859,7 @@ class WaitReport:
 
     def update(self, wait):
         """Show the progress. After REPORT_DELAY report each standstill once."""
+        self.wait = wait
         if terminal_width(sys.stderr):
             self.progress.show(wait.counts())
         if time.monotonic() < self.began + REPORT_DELAY:
@@ -6878,10 +6914,7 @@ def cmd_status(args, queue):
 
 
 def fitting(lines):
-    """Return the lines, wrapped for a terminal; of them as many as fit above a prompt.
-
-    What matters most is above, and must not scroll away.
-    """
+    """Return the lines, wrapped for a terminal, as many as fit above its prompt."""
     size = terminal_size(sys.stdout)
     if size is None:
         return lines
@@ -6974,36 +7007,29 @@ def jobs_to_delete(states, **filters):
 
 
 def apply_to_named(args, queue, verb, done, answer):
-    """Apply a verb to the jobs with the given ids; with --dry-run only list them.
+    """Apply a verb to the jobs with the given ids, and print `answer(id)` for each.
 
-    For each the line is printed that `answer(id)` makes.
+    With --dry-run only list them, but refuse what the verb refuses.
     """
     ids = list(dict.fromkeys(args.ids))
-    if args.dry_run:
-        jobs = rehearse(queue, verb, ids)
-        return list_dry_run(args, queue, done, jobs, len(jobs))
-    verb(ids)
-    print_result(args, {done: ids}, *map(answer, ids))
+    if not args.dry_run:
+        verb(ids)
+        return print_result(args, {done: ids}, *map(answer, ids))
+    with contextlib.suppress(Rehearsed), queue.transaction():
+        jobs = [queue.job(id) for id in ids]
+        verb(ids)
+        raise Rehearsed
+    list_dry_run(args, queue, done, jobs, len(jobs))
 
 
 class Rehearsed(Exception):
     """Ends a transaction that is not to change anything."""
 
 
-def rehearse(queue, verb, ids):
-    """Return the jobs with these ids; refuse what the verb refuses. Change nothing."""
-    with contextlib.suppress(Rehearsed), queue.transaction():
-        jobs = [queue.job(id) for id in ids]
-        verb(ids)
-        raise Rehearsed
-    return jobs
-
-
 def list_dry_run(args, queue, done, jobs, count):
     """List the jobs that a verb would change; a terminal gets as many as fit."""
     message = "%s would be %s; nothing is changed" % (plural(count, "job"), done)
-    room = room_for_jobs(args, [message])
-    list_jobs(args, queue, itertools.islice(jobs, room))
+    list_jobs(args, queue, itertools.islice(jobs, room_for_jobs(args, [message])))
     report_below(args, message)
 
 
@@ -7045,7 +7071,7 @@ def cancel_answer(queue, job):
          IDS, state_option(TAKES["retry"]), MATCH, DRY_RUN)
 def cmd_retry(args, queue):
     require_one_selection(args, args.state or args.match)
-    retry_jobs(args, queue, args.state or TAKES["retry"])
+    retry_jobs(args, queue, args.state or TAKES["retry"], text=args.match)
 
 
 def retry_jobs(args, queue, states, **filters):
@@ -7054,8 +7080,8 @@ def retry_jobs(args, queue, states, **filters):
         answer = "retried %s: pending again, with 0 attempts"
         return apply_to_named(args, queue, lambda ids: queue.retry(ids, states),
                               "retried", lambda id: answer % printable(id))
-    apply_to_many(args, queue, queue.retry_all, "retried",
-                  jobs_to_retry(states, text=args.match, **filters))
+    apply_to_many(
+        args, queue, queue.retry_all, "retried", jobs_to_retry(states, **filters))
 
 
 @command("delete", "remove jobs that do not run",
@@ -7096,26 +7122,25 @@ def selection_to_delete(args, before):
 @command("dlq list", "list the dead jobs, the latest first", "dlq list --since 12h",
          MATCH, ERROR, DIED_SINCE, LIMIT, creates_queue=True, only_reads=True)
 def cmd_dlq_list(args, queue):
-    report_unknown_error(args, queue)
-    filters = dict(text=args.match, error=args.error,
-                   changed_since=time_since(args, queue))
-    chosen, room = where(["dead"], **filters), room_for_jobs(args)
-    if not args.json:
-        errors = queue.common_errors(chosen)
-        if errors and errors[0]["jobs"] > 1:
-            print_lines([truncate("Most common errors: " + errors_text(errors),
-                                  terminal_width(sys.stdout))])
-            room = room and max(1, room - 1)
+    filters = dead_filters(args, queue)
+    chosen, summary = where(["dead"], **filters), []
+    errors = [] if args.json else queue.common_errors(chosen)
+    if errors and errors[0]["jobs"] > 1:
+        summary.append("Most common errors: " + errors_text(errors))
+    print_lines(summary)
+    room = room_for_jobs(args, summary)
     dead = queue.dead_jobs(limit=room or args.limit or -1, **filters)
     list_jobs(args, queue, dead, DLQ_COLUMNS, "no dead jobs")
     report_left(args, room, queue.count(chosen))
 
 
-def report_unknown_error(args, queue):
-    """Report which errors dead jobs have if `--error` names another one."""
+def dead_filters(args, queue):
+    """Return what selects dead jobs; report their errors if `--error` names another."""
     errors = args.error and queue.common_errors(where(["dead"]))
     if errors and args.error not in [row["error"] for row in errors]:
         notice("no dead job has this very error; there are: " + errors_text(errors))
+    return dict(
+        text=args.match, error=args.error, changed_since=time_since(args, queue))
 
 
 def errors_text(errors):
@@ -7126,9 +7151,7 @@ def errors_text(errors):
 @command("dlq logs", "print the latest output of dead jobs", "dlq logs --since 12h",
          MATCH, ERROR, DIED_SINCE, only_reads=True)
 def cmd_dlq_logs(args, queue):
-    report_unknown_error(args, queue)
-    dead = queue.dead_jobs(text=args.match, error=args.error,
-                           changed_since=time_since(args, queue))
+    dead = queue.dead_jobs(**dead_filters(args, queue))
     first = list(itertools.islice(dead, 1))
     print_logs(args, queue, itertools.chain(first, dead))
     if not first and not args.json:
@@ -7141,18 +7164,14 @@ def cmd_dlq_logs(args, queue):
 def cmd_dlq_retry(args, queue):
     has_filter = args.match or args.error or args.since is not None
     require_one_selection(args, has_filter, args.all)
-    report_unknown_error(args, queue)
-    retry_jobs(args, queue, TAKES["dlq retry"], error=args.error,
-               changed_since=time_since(args, queue))
+    retry_jobs(args, queue, TAKES["dlq retry"], **dead_filters(args, queue))
 
 
 @command("dlq clear", "remove all dead jobs", "dlq clear", MATCH, ERROR, DIED_SINCE,
          DRY_RUN, aliases=("dlq purge",))
 def cmd_dlq_clear(args, queue):
-    report_unknown_error(args, queue)
     apply_to_many(args, queue, queue.delete_all, "deleted", jobs_to_delete(
-        TAKES["dlq clear"], text=args.match, error=args.error,
-        changed_since=time_since(args, queue)))
+        TAKES["dlq clear"], **dead_filters(args, queue)))
 
 
 # -- settings --------------------------------------------------------------------------
@@ -7320,18 +7339,17 @@ def report_stop(args, pools):
     """Report for which jobs a stop waits, and what else may hold it up."""
     with contextlib.suppress(QueueError, sqlite3.Error):
         with Queue(args.db, create=False) as queue:
-            busy = [worker for worker in queue.workers()
-                    if worker["pool"] in pools and worker["job"]]
             running = ["%s (for %s)" % (
                 worker["job"], duration_text(queue.clock() - worker["since"]))
-                for worker in busy]
+                for worker in queue.workers()
+                if worker["pool"] in pools and worker["job"]]
             if running:
+                hint = in_queue(args.db, usage("worker", "stop", "--now"))
                 notice("waiting for %s%s" % (
-                    listed(running, 5),
-                    "" if args.now else "; to end them: " + in_queue(
-                        args.db, usage("worker", "stop", "--now"))))
-    pids = itertools.chain(pools, *living_pools(args.db).values())
-    suspended = [pid for pid in pids if is_suspended(pid)]
+                    listed(running, 5), "" if args.now else "; to end them: " + hint))
+    workers = living_pools(args.db)
+    suspended = [pid for pool in pools for pid in (pool, *workers.get(pool, ()))
+                 if is_suspended(pid)]
     if suspended:
         notice("suspended, as by Ctrl-Z; to resume: kill -CONT"
                + "".join(map(" {}".format, suspended)))
@@ -9173,7 +9191,7 @@ def serve(path, host, port):
         name = "[%s]" % host if ":" in host else host
         address = "http://%s:%d/" % (name, server.server_port)
         site.start += " --port %d" % server.server_port
-        print(address + " (to stop: Ctrl-C)", flush=True)
+        print(address + "; to stop: Ctrl-C", flush=True)
         server.serve_forever()
 
 
@@ -9784,9 +9802,8 @@ def overview():
             lines.append("  %-7s %-11s %s" % (
                 "" if name != names[0] else topic, name,
                 ": ".join([meaning, ", ".join(verbs)]) if verbs else meaning))
-    lines += ["examples: %s enqueue -- echo Hello" % PROGRAM,
-              "          %s worker start" % PROGRAM]
-    return lines
+    return lines + [
+        "examples: {0} enqueue -- echo Hello; {0} worker start".format(PROGRAM)]
 
 
 def group_overview(group):
@@ -9803,7 +9820,12 @@ def group_overview(group):
 
 def refuse_mistaken(name, words):
     """Refuse words that a command would take for something else than was meant."""
-    message = None
+    message, first = None, words[0].lower() if words else ""
+    if name == "list" and (first in STATES or first in MEANT_STATES):
+        message = "list: did you mean %s?", usage("list", "--state", *words)
+    if name == "worker start" and first.isdecimal():
+        message = "worker start: did you mean %s?", usage(
+            "worker", "start", "--count", *words)
     if name in ("retry", "dlq retry") and "--" in words:
         message = "%s: it takes no command; to change that of a job first: %s", name, \
             usage("edit", *words)
@@ -9824,17 +9846,21 @@ MEANT_OPTIONS = {
 
 
 def option_meant(words, parser):
-    """Return which option was meant by the first word that is none, if one is near."""
+    """Return what was meant by the first word that is no option, if anything is near."""
     from difflib import get_close_matches
 
     known = parser._option_string_actions
-    strange = [word.partition("=")[0] for word in words if word.startswith("-")]
-    for word in strange:
-        if word not in known:
-            near = [MEANT_OPTIONS.get(word)] + get_close_matches(
-                word.replace("_", "-"), known, 1, 0.8)
-            found = [each for each in near if each in known]
-            return "did you mean %s?" % found[0] if found else None
+    given = [word.partition("=")[0] for word in words if word.startswith("-")]
+    word = next((word for word in given if word not in known), "")
+    near = [MEANT_OPTIONS.get(word)] + get_close_matches(
+        word.replace("_", "-"), known, 1, 0.8)
+    near += [each for each in known if word[2:] and each.startswith(word)]
+    found = [each for each in near if each in known]
+    if found:
+        return "did you mean %s?" % found[0]
+    takes_ids = any(one.metavar == "ID" for one in parser._get_positional_actions())
+    if takes_ids and re.match("-[^-]", word):
+        return "an id that begins with - stands behind a --"
     return None
 
 
@@ -9856,11 +9882,14 @@ def parse_arguments(name, words):
     entry, width = COMMANDS[name], min(terminal_width(sys.stdout) or 80, 80) - 1
     parser = Parser(
         prog="%s %s" % (PROGRAM, name), usage=entry.usage,
-        description=entry.meaning[0].upper() + entry.meaning[1:] + ".",
-        epilog="example: %s %s" % (PROGRAM, entry.example), allow_abbrev=False,
+        description="\n".join(wrapped(
+            entry.meaning[0].upper() + entry.meaning[1:] + ".", width)),
+        epilog="\n".join(wrapped("example: %s %s" % (PROGRAM, entry.example), width)),
+        allow_abbrev=False,
         # To ask for the terminal's width, argparse imports modules for a fifth of the
         # whole time.
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=width),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, width=width),
     )
     for argument in [*entry.arguments, *EVERYWHERE]:
         parser.add_argument(*argument.names, **argument.options)
@@ -9909,8 +9938,9 @@ def show_help(group, words):
     stray = [word for word in words
              if not group or not re.match("--db$|--db=|--json$|[^-]", word)]
     if stray and not {"-h", "--help", "-V", "--version"} & set(words):
+        hint = "did you mean --version?" if words == ["-v"] else "see: " + usage("--help")
         words = " ".join([*group.split(), *words])
-        raise QueueError("no command in: %s; see: %s", words, usage("--help"), code=2)
+        raise QueueError("no command in: %s; %s", words, hint, code=2)
     if {"-V", "--version"} & set(words):
         print("queuectl " + __version__)
     else:

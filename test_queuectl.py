@@ -3679,6 +3679,17 @@ class TestList:
         assert run_on_terminal("list", "--limit", "2")[1].count("job-with") == 2
 
     @posix_only
+    def test_a_narrow_terminal_cuts_the_id_before_the_reason(self):
+        first, second = "a-job-with-a-long-name", "another-job-with-a-long-name"
+        enqueue(id=first, delay=3700)
+        enqueue(id=second, after=[first])
+        lines = run_on_terminal("list", columns=40)[1].splitlines()
+        assert lines[1:3] == ["a-job-wit…  pending  due in 1h",
+                              "another-j…  pending  after a-job-with-a…"]
+        assert second + "  pending  0/3" in run_ok("list").out
+        assert "due in 1h 1m" in run_ok("list").out
+
+    @posix_only
     def test_an_empty_list_says_so_on_a_terminal(self):
         path = os.path.abspath("queuectl.db")
         made = ["queuectl: created queue " + path]
@@ -3900,10 +3911,11 @@ class TestLogs:
         enqueue("exit 4", id="c", max_retries=1)
         drain(1)
         assert run_ok("logs", "a", "b").out.split("\n") == [
-            "==> a: completed: echo one", "one",
-            "==> b: exit 3: echo two&& exit 3", "two", ""]
+            "==> a: completed: $ echo one", "one",
+            "==> b: exit 3: $ echo two&& exit 3", "two", ""]
         assert run_ok("dlq", "logs").out.split("\n") == [
-            "==> c: exit 4: exit 4", "==> b: exit 3: echo two&& exit 3", "two", ""]
+            "==> c: exit 4: $ exit 4", "(no output)", "==> b: exit 3: $ echo two&& exit 3",
+            "two", ""]
         assert [log["id"] for log in run_ok("dlq", "logs", "--json").json] == ["c", "b"]
         assert [log["id"] for log in run_ok("logs", "a", "c", "--json").json] == [
             "a", "c"]
@@ -3951,6 +3963,16 @@ class TestLogs:
         assert printed == ".".join(map(str, range(2000))) + "\nend\n"
         assert run_ok("logs", "-f", "x").out == printed == run_ok("logs", "x").out
         assert pool.poll() is None
+
+    @posix_only
+    def test_a_job_can_colour_a_terminal_but_not_clear_it(self):
+        output = "\x1b[31mred\x1b[0m\ttab\rover\n\x1b[2J\x1b]0;title\x07\x07\x9bend\n"
+        enqueue("printf '%s'" % output.replace("\x1b", "\\033"), id="x")
+        drain(1)
+        shown = run_on_terminal("logs", "x")[1]
+        assert shown == "\x1b[31mred\x1b[0m\ttab\rover\r\nend\r\n"
+        assert "\x1b[2J" in run_ok("logs", "x").out
+        assert "\x1b[2J" not in run_on_terminal("logs", "x", "x")[1]
 
     @posix_only
     def test_on_a_terminal_the_end_begins_a_line(self):
@@ -4028,13 +4050,14 @@ class TestWait:
         drain()
         assert cli("wait", "good").code == 0 and cli("wait", "good", "bad").code == 1
         answer = cli("wait", "--timeout", "0.05")
-        assert answer.code == 124 and answer.out == "" and "still waiting" in answer.err
+        assert answer.code == 124 and answer.out == "" and (
+            "gave up after 50ms: 1 waiting, 0 running; no pool" in answer.err)
         assert "no job x" in run_refused("wait", "x")
         assert run_ok("wait", "good", "--json").json["completed"] == 1
         run_ok("delete", "later")
         answer = cli("wait")  # whether it died before or after the wait began
         assert answer.code == 1
-        assert answer.out == "0 completed, 0 dead, 1 died before\n"
+        assert answer.out == "nothing to wait for; 0 completed, 0 dead, 1 died before\n"
         assert cli("wait", "--json").code == 1
         run_ok("delete", "bad")
         enqueue(id="cut")
@@ -4050,7 +4073,7 @@ class TestWait:
     def test_without_ids_it_waits_for_all_unfinished_jobs(self):
         enqueue(id="now")
         drain()
-        assert run_ok("wait").out == "0 completed, 0 dead\n"
+        assert run_ok("wait").out == "nothing to wait for; 0 completed, 0 dead\n"
         enqueue(id="next")
         start_pool(count=1)
         # It may have ended before the wait began.
@@ -4199,7 +4222,7 @@ class TestWait:
         reason = "paused; to go on: queuectl.py resume"
         assert lines == [  # the reason once, and with the timeout
             "queuectl: " + reason,
-            "queuectl: still waiting for x after 0.1s; " + reason]
+            "queuectl: gave up on x after 0.1s: 1 waiting, 0 running; " + reason]
 
     @posix_only
     def test_while_jobs_run_it_reports_nothing(self, monkeypatch):
@@ -4650,6 +4673,13 @@ class TestDeadLetterQueue:
         assert first.startswith("Most common errors: exit 4 (2), exit")
         assert first.endswith(" and 2 more") and first.count(" (1)") == 2
 
+    @posix_only
+    def test_a_terminal_shows_the_whole_summary_and_the_latest(self, queue):
+        for n in range(40):
+            let_die(queue, "job%d" % n, error="a long error, number %d" % (n % 20))
+        shown = run_on_terminal("dlq", "list", columns=40)[1]
+        assert " and 17 more\r\n" in shown and shown.count("\n") <= 23
+
     def test_list_begins_with_the_latest_death(self, queue, clock):
         for name in ("first", "second", "third"):
             add_job(queue, id=name, max_retries=1)
@@ -4846,9 +4876,10 @@ class TestStatus:
             "failed", "Falling behind: 4,000 waiting, 1,301 more a minute")
         status = dict(queuectl.read_status(queue), run_seconds=2, pools={1})
         assert queuectl.verdict(status, clock.now, 90).advice.endswith("start --count 4")
-        assert judge(workers=0)[1] == "No pool is running: 4,002 jobs wait"
+        left = ": 4,002 jobs wait; 1 dead, 1 blocked"
+        assert judge(workers=0)[1] == "No pool is running" + left
         queue.set_paused(True)
-        assert judge(workers=0) == ("failed", "Paused: 4,002 jobs wait")
+        assert judge(workers=0) == ("failed", "Paused" + left)
 
     def test_only_a_queue_without_failures_is_good(self, queue, page):
         add_job(queue, id="cut")
@@ -4995,17 +5026,29 @@ class TestStatus:
 
     @posix_only
     def test_it_fits_the_terminal_with_the_counts_on_top(self):
-        pool = start_pool(count=30)
+        run_ok("enqueue", "-", stdin=b"".join(
+            b'{"id": "job%d", "command": "%s"}\n' % (n, UNTIL_GO.encode())
+            for n in range(24)))
+        pool = start_pool(count=25)
+        wait_until(lambda: read_status()["jobs"]["processing"] == 24)
         code, shown = run_on_terminal(
             "status", "--watch", "0.1", keys=b"\x03", columns=40)
-        screen = shown.split("\x1b[H")[1].split("\x1b[J")[0]
-        lines = screen.replace("\x1b[K", "").splitlines()
-        assert lines[:2] == [
-            "No jobs yet; to add one:", "  queuectl.py enqueue -- echo hello"]
-        assert lines[2] == "Pending: 0" and lines[7] == "Active Workers: 30"
-        assert len(lines) == 23 and lines[-1] == "  and 16 more"
-        assert max(map(len, lines)) <= 40 and pool.poll() is None
-        assert run_on_terminal("status", columns=40)[1].splitlines() == lines
+        screen = re.sub(r"\x1b\[\d*m", "", shown).split("\x1b[H")[1]
+        lines = screen.split("\x1b[J")[0].replace("\x1b[K", "").splitlines()
+        assert lines[:3] == [
+            "Keeping up: no job waits for a worker", "Pending: 0", "Processing: 24"]
+        assert lines[7] == "pool %d: 25 workers, 1 idle" % pool.pid
+        assert lines[8].split() == ["JOB", "FOR", "COMMAND"]
+        assert re.match(r"job\d+ +[\d.]+m?s +\S", lines[9])
+        assert len(lines) == 23 and lines[-1] == "  and 11 more"
+        assert max(map(len, lines)) <= 40
+        once = re.sub(r"\x1b\[\d*m", "", run_on_terminal("status", columns=40)[1])
+        assert once.splitlines()[:9] == lines[:9] and once.count("\n") == 23
+        os.kill(pool.pid, signal.SIGKILL)
+        pool.wait(10)
+        words = "pool %d: 24 workers, killed" % pool.pid
+        wait_until(lambda: words in run_on_terminal("status")[1])
+        open("go", "w").close()
 
 
 class TestStats:
@@ -5249,6 +5292,18 @@ class TestDrain:
         reported = "left: the pool was stopped early" in pool.stderr.read()
         assert reported == (left != "later" or again)
 
+    @posix_only
+    def test_a_stopped_drain_that_leaves_none_says_no_number(self):
+        enqueue(UNTIL_GO, id="x")
+        other = start_pool(count=1)
+        wait_until(lambda: state_of("x") == "processing")
+        pool = start_pool("--drain", count=1)
+        os.kill(pool.pid, signal.SIGTERM)
+        assert pool.wait(20) == 1 and pool.stderr.read() == (
+            "queuectl: 0 completed, 0 dead; the pool was stopped early\n")
+        open("go", "w").close()
+        assert other.poll() is None
+
     def test_it_ends_soon_after_the_recovery_of_its_last_job(self):
         enqueue(LONG_COMMAND + " once", id="x")
         pool = start_pool("--drain", script="queuectl.RECOVERY_INTERVAL = 60\n"
@@ -5375,6 +5430,23 @@ class TestWorkerStop:
         os.close(terminal)
         assert os.waitpid(pid, 0)[1] == 0 and state_of("x") == "completed"
         assert b"pool %d stopped" % pid in shown
+
+    @posix_only
+    def test_ctrl_c_erases_the_progress_of_a_drain(self):
+        enqueue("touch runs; while ! test -e go; do sleep 0.05; done", id="x")
+        pid, terminal = fork_on_terminal(["worker", "start", "--drain"])
+        shown = b""
+        while b"1 running" not in shown or not os.path.exists("runs"):
+            shown += os.read(terminal, 4096)
+        os.write(terminal, b"\x03")
+        while b"ends them now" not in shown:
+            shown += os.read(terminal, 4096)
+        open("go", "w").close()
+        with contextlib.suppress(OSError):
+            while True:
+                shown += os.read(terminal, 4096)
+        os.close(terminal)
+        assert b"^C\r\x1b[Kqueuectl: finishing 1 running job; " in shown
 
     @mechanism
     def test_a_request_to_a_pool_is_written_once_and_only_grows(
@@ -6095,6 +6167,13 @@ class TestCommandLine:
         (["start"], "did you mean worker start?"),
         (["clear"], "did you mean dlq clear?"), (["retyr"], "did you mean retry?"),
         (["frobnicate"], "there are: enqueue, "), (["run"], "mean worker start?"),
+        (["list", "--limit", "-1"], "-1 is not a whole number of at least 0\n"),
+        (["show", "-x"], "an id that begins with - stands behind a --"),
+        (["dlq", "ls"], "mean dlq list?"), (["-v"], "mean --version?"),
+        (["enqueue", "--prio", "5", "--", "x"], "mean --priority?"),
+        (["list", "pending"], "queuectl.py list --state pending?"),
+        (["worker", "start", "2"], "queuectl.py worker start --count 2?"),
+        (["list", "--state", "running"], "mean processing?"),
         (["worker", "list"], "mean status?"), (["worker", "strt"], "mean worker start?"),
         (["dlq", "requeue"], "mean dlq retry?"), (["worker", "start", "-j4"], "worker start"),
         (["worker", "start", "--jobs", "4"], "did you mean --count?"),
@@ -6224,8 +6303,8 @@ class TestTerminal:
         assert words in answer.err and answer.err.count("\n") == 1
         code, shown = run_on_terminal("wait", "x", "--timeout", "0", columns=40)
         assert code == 124 and shown.endswith(
-            "queuectl: still waiting for x; no pool\r\n  is running; to start one:\r\n"
-            "  queuectl.py worker start\r\n")
+            "queuectl: gave up on x: 1 waiting, 0\r\n  running; no pool is running; to start\r\n"
+            "  one: queuectl.py worker start\r\n")
 
     @posix_only
     def test_lines_of_a_pool_are_broken_like_others(self):
@@ -6326,6 +6405,15 @@ class TestTerminal:
         named = sum(queuectl.TOPICS.values(), [])
         assert set(named) == {name.split()[0] for name in queuectl.COMMANDS}
         assert run_ok("-V").out == run_ok("--version").out
+
+    @posix_only
+    def test_a_narrow_help_has_each_example_on_its_own_line(self):
+        lines = run_on_terminal(columns=40)[1].splitlines()
+        assert lines[-3:] == ["examples:", "  queuectl.py enqueue -- echo Hello;",
+                              "  queuectl.py worker start"]
+        lines = run_on_terminal("delete", "--help", columns=40)[1].splitlines()
+        assert lines[lines.index("example:") + 1] == (
+            "  queuectl.py delete --state completed --older-than 7d")
 
     def test_help_gives_defaults_where_they_hold(self):
         assert "(default: 0)" in run_ok("enqueue", "--help").out
@@ -6465,6 +6553,10 @@ class TestPolicy:
         (["echo hi"], "enqueue -- %s\n" % queuectl.quoted(["echo hi"])),
         (["a && b", "--priority", "5"],
          "enqueue --priority 5 -- %s\n" % queuectl.quoted(["a && b"])),
+        (["--timeout", "10x", "--", "a"],
+         'timeout: "10x" is not a duration like 90s, 10m, 1h30m, 7d, or none\n'),
+        (["--timeout", "0", "--", "a"], "is not a duration from 0.001 to 1000000000 s"),
+        (["{bad json"], "not JSON: Expecting"),
         (["--", ""], "the command is empty"), (["--id", " ", "--", "x"], "id is empty"),
         ([r'{\"id\":\"x\"}'], "the backslashes are for cmd"),
         (['{"command": x}'], "at character 13")])
