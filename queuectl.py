@@ -2783,6 +2783,14 @@ class Queue(Database):
             WHERE dependencies.seq = ? AND NOT {IS_SUCCESS}
             ORDER BY state = 'dead' DESC, waits_for""", job["seq"])
 
+    def dead_before(self, job):
+        """Return the first dead job that a job waits for, directly or not, or None."""
+        return self._row(f"""WITH RECURSIVE needed (seq) AS (
+            VALUES (?) UNION SELECT waits_for FROM needed JOIN dependencies USING (seq)
+                JOIN jobs ON jobs.seq = waits_for WHERE NOT {IS_SUCCESS})
+            SELECT id, state, cancelled FROM needed JOIN jobs USING (seq)
+            WHERE state = 'dead' ORDER BY seq LIMIT 1""", job["seq"])
+
     def dependents(self, job, limit):
         """Return the first jobs (`id`, `state`) that come after a job."""
         return self._rows("""
@@ -4150,8 +4158,10 @@ def why_dependent(queue, job):
     message = "waits for %s, which is %s" % (printable(first["id"]), state_word(first))
     if others:
         message += ", and for " + plural(others, "more job")
-    if first["state"] != "dead" and job["seq"] in queue.blocked_seqs():
-        message += ", behind a dead one"
+    dead = first["state"] != "dead" and queue.dead_before(job)
+    if dead:
+        message += ", behind %s, which is %s" % (
+            printable(dead["id"]), state_word(dead))
     return message
 
 
@@ -7934,9 +7944,9 @@ def button(words, post, css=None, label=None, **data):
                    data_post=post, **data)
 
 
-def copy_button(label):
-    """Return a button that copies the text of the element before it."""
-    return element("button", "Copy", type="button", data_copy="", aria_label=label)
+def copy_button(label, id=""):
+    """Return a button that copies the text of an element, or of that before it."""
+    return element("button", "Copy", type="button", data_copy=id, aria_label=label)
 
 
 def ago(moment, page):
@@ -8071,13 +8081,12 @@ def command_to_copy(path, rest):
 
 def alerts(page):
     """Yield a line for each common error, what is tried again, blocks, or locks."""
-    lines = [error_alert(group, page) for group in died(page.groups)]
-    named = len(lines) if len(lines) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
+    groups = died(page.groups)
+    named = len(groups) if len(groups) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
+    lines = [error_alert(group, page) for group in groups[: named + LINKS_SHOWN]]
     yield from lines[:named]
     if lines[named:]:
-        words = plural(len(lines[named:]), "more error")
-        yield element("li", element("details", element("summary", words),
-                                    element("ul", *lines[named:])), data_key="more")
+        yield more_errors(lines[named:], groups[named:], page)
     for job in page.queue.jobs(where(["failed"]), 1, newest=True):
         yield failed_alert(job, page)
     if page.status["blocked_seqs"]:
@@ -8089,6 +8098,15 @@ def alerts(page):
         line = page.counts.get("line", page.queue.longest_line)
         if line:
             yield lock_alert(*line, page)
+
+
+def more_errors(lines, groups, page):
+    """Return a line that opens to others: those about rarer errors, or the first."""
+    summary = element("summary", plural(len(groups), "more error"))
+    rest = len(groups) > len(lines) and element("li", link(
+        "all dead jobs", page.view.only(state="dead")))
+    return element("li", element("details", summary, element("ul", *lines, rest)),
+                   data_key="more")
 
 
 def failed_alert(job, page):
@@ -8120,8 +8138,8 @@ def error_alert(group, page):
     """Return the line about the jobs that died of one error."""
     error, line, is_one = group["error"], group["line"], group["jobs"] == 1
     chosen = {"state": "dead", "error": error}
-    words = joined(not is_one and ("the latest printed" if line else "the latest"),
-                   line and "“%s” ·" % line, ago(group["latest"], page), by=" ")
+    words = joined(line and "“%s” · " % line, not is_one and "latest ",
+                   ago(group["latest"], page), by="")
     return alert(
         grouped(group["jobs"]) + " dead", error, words,
         page.view.only(**chosen), "the dead of " + error,
@@ -8219,22 +8237,24 @@ def page_running(page):
         "section", element("h2", "Running now"),
         lost > 0 and element("p", grouped(lost) + " without a worker",
                              css="failed hue"),
-        element("ul", *[running_job(page.queue.job(run.id), page)
-                        for run in runs[:RUNNING_SHOWN]]),
+        element("ul", *[running_job(run, page) for run in runs[:RUNNING_SHOWN]]),
         not runs and element("p", idle, css="dim none"),
         more > 0 and link(grouped(more) + " more", page.view.only(state="processing"),
                           "dim"), id="running", css="card")
 
 
-def running_job(job, page):
+def running_job(run, page):
     """Return a line about a running job; its time is marked near the timeout."""
+    job = page.queue.job(run.id)
     word = kind_of(job, page.status, page.now)
+    printed = read_output(run.lease, page.queue.settings()["output_limit"])
     seconds = page.now - job["started_at"]
     is_late = job["timeout"] and seconds > 0.8 * job["timeout"]
     return element(
         "li", icon(word), link(job["id"], page.view.open(job["id"]), "mono line"),
         element("span", one_line(job["command"]), css="mono dim line"),
         element("b", roughly(seconds), css="failed hue" if is_late else None),
+        element("small", last_line(printed[-2000:]), css="dim line"),
         data_key=job["id"], css=JOB_KINDS[word].state)
 
 
@@ -8250,8 +8270,7 @@ def chart_route(queue, query):
     label = "%s completed, %s failed in the last hour" % (
         grouped(stats["completed"]), grouped(stats["failed"]))
     return Html("".join([
-        element("p", stats_text(stats), css="dim",
-                title="Half of the runs take less, one in twenty takes longer"),
+        element("p", stats_text(stats), css="dim"),
         element("span", grouped(top) + " runs a minute", css="axis dim"),
         element("svg", *chart_bars(bars, top), viewBox="0 0 %d %d" % (len(bars), top),
                 role="img", aria_label=label, preserveAspectRatio="none"),
@@ -8273,9 +8292,9 @@ def stats_text(stats):
     return joined(
         plural(round(60 * stats["per_second_now"]), "run") + " in the last minute",
         rate is not None and "%d %% succeed" % int(100 * rate),
-        "a run takes %s, a slow one %s" % (
+        "median run %s, 95 %% within %s" % (
             duration_text(times["median"]), duration_text(times["p95"])),
-        wait is not None and "a job waits " + duration_text(wait), by=" · ")
+        wait is not None and "median wait " + duration_text(wait), by=" · ")
 
 
 def chart_bars(bars, top):
@@ -8306,9 +8325,8 @@ def id_cell(job, page):
 
 def command_cell(job, page):
     """Return the command, behind the error and, for dead jobs, the last line."""
-    error, line = failure_of(job), ""
-    if error and page.view.state == "dead":  # where the rows would look the same
-        line = last_line(page.queue.tail(job))
+    error = failure_of(job)
+    line = error and job["state"] == "dead" and last_line(page.queue.tail(job))
     return element("span", error and element("b", error, css="hue"),
                    " “%s” · " % line if line else error and " ",
                    one_line(job["command"]))
@@ -8461,8 +8479,9 @@ def question_route(queue, query):
     if not count:
         return {"none": joined("There is nothing to %s." % verb, stays, by=" ")}
     words = "%s %s?" % (verb.capitalize(), jobs_of_query(count, verb, query))
-    loss = verb == "delete" and "Their runs and their output go as well."
-    return {"ask": joined(words, loss, stays, by=" ")}
+    effect = "Their runs and their output go as well." if verb == "delete" else (
+        "They get all their tries again.")
+    return {"ask": joined(words, effect, stays, by=" ")}
 
 
 def jobs_of_query(count, verb, query):
@@ -8550,6 +8569,9 @@ def job_buttons(job, page):
     is_needed = bool(page.queue.waiting_dependents(job, 1))
     if state == "dead":
         yield job_button("Retry", "retry", id, "Retried", "primary")
+    if job["seq"] in page.status["blocked_seqs"]:
+        dead = page.queue.dead_before(job)["id"]
+        yield job_button("Retry " + dead, "retry", dead, "Retried", "primary")
     if state in SUCCESSFUL:
         yield job_button("Run again…", "retry", id, "Runs again:",
                          ask=id + " is completed. Run it again?")
@@ -8606,7 +8628,9 @@ def job_facts(job, page):
     """Return what the panel lists of a job, by name; empty values are not shown."""
     fields = public_job(job)
     before = [id for id, _ in page.queue.dependents(job, LINKS_SHOWN + 1)]
+    dead = job["waits"] and page.queue.dead_before(job)
     facts = {
+        "blocked by": dead and job_links([dead["id"]], page),
         "comes after": job_links(fields["after"], page),
         "comes before": job_links(before, page),
         "enqueued": moment(job["created_at"], page),
@@ -8681,8 +8705,10 @@ def panel_output(job, run, page):
                  element("button", "Paused: jump to the end", type="button", id="end")]
     yield element(
         "div", element("h2", "Output"), *words,
-        link("Download", "/output.log" + name, "button end",
-             download="%s-%d.log" % (job["id"], run)), css="row")
+        element("span", copy_button("Copy the output", "output"),
+                link("Download", "/output.log" + name, "button",
+                     download="%s-%d.log" % (job["id"], run)), css="row end"),
+        css="row")
     piece = output_piece(page.queue, job, run) if page.is_whole else element(
         "code", data_next="/output" + name)
     yield element("pre", piece, id="output", tabindex=0, role="region",
@@ -9170,7 +9196,7 @@ main { clear: both; }
 }
 #start button { color: var(--text); }
 #now ul .row > * { min-width: 4.6rem; text-align: center; }
-#now :is(button, .button) { padding: .05rem .55rem; }
+#now :is(button, .button) { padding: .1rem .55rem; }
 #now ul:not(:empty) { margin-top: .5rem; }
 #now li {
   display: grid; grid-template-columns: 7rem 11rem 1fr auto; gap: .7rem; align-items: center;
@@ -9213,8 +9239,12 @@ rect.part { opacity: .45; }
   border-radius: .15em; box-sizing: border-box;
 }
 .none { flex: 1; display: grid; place-content: center; text-align: center; }
-#running li { display: flex; gap: .6rem; padding-top: .25rem; align-items: center; }
-#running li span { flex: 1; }
+#running li {
+  display: flex; flex-wrap: wrap; gap: 0 .6rem; padding-top: .25rem; align-items: center;
+}
+#running small { flex: 0 0 100%; padding-left: 1.6rem; }
+#running small:empty { display: none; }
+#running li span { flex: 1 0; }
 #running .icon { margin: 0; flex: none; }
 #running > a { margin-top: .5rem; padding: .2rem 0; }
 #running li a { max-width: 50%; flex: none; }
@@ -9310,7 +9340,9 @@ dd a { margin-right: 1em; }
   }
   td.rest { grid-row: 2; grid-column: 1 / 4; }
   td.mid { width: auto; }
-  button, .button, #now :is(button, .button) { padding: .35rem .7rem; }
+  button, .button, #now :is(button, .button), summary { padding: .35rem .7rem; }
+  #runs { flex-wrap: nowrap; overflow-x: auto; flex: none; padding-bottom: .3rem; }
+  #runs a { white-space: nowrap; flex: none; max-width: none; }
 }
 @media (max-width: 28rem) {
   #now li > .mono { grid-row: 2; grid-column: 1 / 4; }
@@ -9541,7 +9573,7 @@ function copy(node) {
 
 function press(button) {
   const {copy: copies, post} = button.dataset;
-  if (copies !== undefined) return copy(button.previousElementSibling);
+  if (copies !== undefined) return copy(find(copies) || button.previousElementSibling);
   if (button.id === "fresh") return showFresh();
   if (button.id === "end") return find("output").focus(toEnd());
   if (button.hasAttribute("aria-disabled")) return;
