@@ -7956,13 +7956,6 @@ def ago(moment, page):
     return relative_time(moment, page.now, roughly)
 
 
-def command_line(path, rest):
-    """Return a command that runs wherever it is pasted, for the queue at a path."""
-    program = [PROGRAM] if PROGRAM == "queuectl" else [
-        sys.executable, os.path.abspath(__file__)]
-    return "%s %s" % (quoted([*program, "--db", path]), rest)
-
-
 def sentence_case(words):
     return words[:1].upper() + words[1:]
 
@@ -8068,25 +8061,27 @@ def load_text(page):
 def advice_line(advice, page):
     """Return an advice; a command in it names the queue, and can be copied."""
     words, _, rest = advice.partition(PROGRAM + " ")
-    command = command_to_copy(page.queue.path, rest) if rest else []
-    return element("div", element("span", sentence_case(words)), *command,
-                   css="row advice")
+    return element("div", element("span", sentence_case(words)),
+                   rest and command_to_copy(page.queue.path, rest), css="row advice")
 
 
 def command_to_copy(path, rest):
-    """Return a command, and the button that copies it."""
-    return [element("code", command_line(path, rest), css="mono"),
-            copy_button("Copy the command")]
+    """Return a command that runs wherever it is pasted, and the button to copy it."""
+    program = [PROGRAM] if PROGRAM == "queuectl" else [
+        sys.executable, os.path.abspath(__file__)]
+    line = quoted([*program, "--db", path]) + " " + rest
+    return Html(element("code", line, css="mono") + copy_button("Copy the command"))
 
 
 def alerts(page):
     """Yield a line for each common error, what is tried again, blocks, or locks."""
-    groups = died(page.groups)
-    named = len(groups) if len(groups) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
-    lines = [error_alert(group, page) for group in groups[: named + LINKS_SHOWN]]
+    lines = [error_alert(group, page) for group in died(page.groups)]
+    named = len(lines) if len(lines) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
     yield from lines[:named]
     if lines[named:]:
-        yield more_errors(lines[named:], groups[named:], page)
+        summary = element("summary", plural(len(lines) - named, "more error"))
+        yield element("li", element("details", summary, element("ul", *lines[named:])),
+                      data_key="more")
     for job in page.queue.jobs(where(["failed"]), 1, newest=True):
         yield failed_alert(job, page)
     if page.status["blocked_seqs"]:
@@ -8100,15 +8095,6 @@ def alerts(page):
             yield lock_alert(*line, page)
 
 
-def more_errors(lines, groups, page):
-    """Return a line that opens to others: those about rarer errors, or the first."""
-    summary = element("summary", plural(len(groups), "more error"))
-    rest = len(groups) > len(lines) and element("li", link(
-        "all dead jobs", page.view.only(state="dead")))
-    return element("li", element("details", summary, element("ul", *lines, rest)),
-                   data_key="more")
-
-
 def failed_alert(job, page):
     """Return the line about the jobs that are tried again; JOB is the newest one."""
     line = last_line(page.queue.tail(job))
@@ -8119,10 +8105,10 @@ def failed_alert(job, page):
 
 def lock_alert(lock, jobs, first, page):
     """Return the line about the jobs behind a lock; FIRST has it, or gets it first."""
-    has = "has the lock" if first["state"] == "processing" else "gets the lock first"
-    words = joined(first["id"] + " " + has, time_cell(first, page), by=" · ")
-    return alert(grouped(jobs) + " behind", lock, words, page.view.open(first["id"]),
-                 "the job " + first["id"], css="pending")
+    id, has = first["id"], "held by" if first["state"] == "processing" else "next is"
+    words = "%s %s · %s" % (has, id, time_cell(first, page))
+    return alert(grouped(jobs) + " behind", "lock " + lock, words, page.view.open(id),
+                 "the job " + id, css="pending")
 
 
 def blocked_alert(dead, page):
@@ -8248,14 +8234,15 @@ def running_job(run, page):
     job = page.queue.job(run.id)
     word = kind_of(job, page.status, page.now)
     printed = read_output(run.lease, page.queue.settings()["output_limit"])
+    line = last_line(printed[-2000:])
     seconds = page.now - job["started_at"]
     is_late = job["timeout"] and seconds > 0.8 * job["timeout"]
     return element(
         "li", icon(word), link(job["id"], page.view.open(job["id"]), "mono line"),
         element("span", one_line(job["command"]), css="mono dim line"),
         element("b", roughly(seconds), css="failed hue" if is_late else None),
-        element("small", last_line(printed[-2000:]), css="dim line"),
-        data_key=job["id"], css=JOB_KINDS[word].state)
+        line and element("small", line, css="dim line"),
+        data_key=job["id"], css="row " + JOB_KINDS[word].state)
 
 
 def chart_route(queue, query):
@@ -8398,8 +8385,9 @@ def page_jobs(page):
                 element("tbody", *[job_row(job, page) for job in rows],
                         data_key=page.view.open("")),
                 aria_label="Jobs"),
-        not rows and element("p", "No job matches %s " % words, page.view.q and
-                             "(output is not searched) ", link("Clear", page.view.only()), css="dim"),
+        not rows and element("p", "No job matches %s " % words,
+                             page.view.q and "(output is not searched) ",
+                             link("Clear", page.view.only()), css="dim"),
         page_links(page, total), id="jobs", css="card")
 
 
@@ -8417,22 +8405,16 @@ def count_of_view(page):
 def jobs_header(page, total):
     view = page.view
     order = ", the latest death first" if view.state == "dead" else ", newest first"
+    others = [element("input", type="hidden", name=name, value=value)
+              for name, value in view._replace(q="").filters().items()]
     return element(
         "div", element("h2", "Jobs", tabindex=-1),
-        element("span", grouped(total) + order, id="total", css="dim"), search_form(view),
+        element("span", grouped(total) + order, id="total", css="dim"),
+        element("form", *others, element(
+            "input", id="q", type="search", aria_label="Search jobs", title="Key /",
+            placeholder="Search id, command, error", name="q", value=view.q)),
         *filter_links(view),
         element("span", *bulk_buttons(page), css="row end"), css="row")
-
-
-def search_form(view):
-    """Return the search, which works without the script as well."""
-    others = {name: value for name, value in view.filters().items() if name != "q"}
-    return element(
-        "form", *[element("input", type="hidden", name=name, value=value)
-                  for name, value in others.items()],
-        element("input", id="q", type="search", aria_label="Search jobs", name="q",
-                placeholder="Search id, command, error", title="Key /", value=view.q),
-        role="search")
 
 
 def filter_links(view):
@@ -8446,12 +8428,10 @@ def filter_links(view):
 
 def bulk_buttons(page):
     """Yield what can be done with all jobs that the filters leave, if there are any."""
-    filters, state = page.view.filters(), page.view.state
-    if page.view.behind:
-        if page.queue.state(page.view.behind) == "dead":
-            yield job_button("Retry " + page.view.behind, "retry", page.view.behind,
-                             "Retried")
-    elif page.found and state in ("", "dead") and page.status["jobs"]["dead"]:
+    filters, state, behind = page.view.filters(), page.view.state, page.view.behind
+    if behind and page.queue.state(behind) == "dead":
+        yield job_button("Retry " + behind, "retry", behind, "Retried")
+    elif page.found and not behind and state in ("", "dead") and count_in(page, "dead"):
         yield bulk_button("Retry dead…", "retry", filters)
     if page.found and filters and state != "processing":
         yield bulk_button("Delete…", "delete", filters)
@@ -8479,8 +8459,8 @@ def question_route(queue, query):
     if not count:
         return {"none": joined("There is nothing to %s." % verb, stays, by=" ")}
     words = "%s %s?" % (verb.capitalize(), jobs_of_query(count, verb, query))
-    effect = "Their runs and their output go as well." if verb == "delete" else (
-        "They get all their tries again.")
+    effect = {"delete": "Their runs and their output go as well.",
+              "retry": "They get all their tries again."}[verb]
     return {"ask": joined(words, effect, stays, by=" ")}
 
 
@@ -8629,7 +8609,9 @@ def job_facts(job, page):
     fields = public_job(job)
     before = [id for id, _ in page.queue.dependents(job, LINKS_SHOWN + 1)]
     dead = job["waits"] and page.queue.dead_before(job)
+    holder = job["gate"] == LOCKED and page.queue.lock_holder(job)
     facts = {
+        "behind": holder and job_links([holder], page),
         "blocked by": dead and job_links([dead["id"]], page),
         "comes after": job_links(fields["after"], page),
         "comes before": job_links(before, page),
@@ -8640,7 +8622,6 @@ def job_facts(job, page):
                         if worker["job"] == job["id"]), None)}
     facts.update((name.replace("_", " "), fields[name])
                  for name in COLUMNS if name not in SHOWN_ELSEWHERE)
-    facts["lock"] = lock_fact(job, page)
     facts["timeout"] = fields["timeout"] and duration_text(fields["timeout"])
     facts["env"] = " ".join(map("=".join, fields["env"].items()))
     return facts
@@ -8649,14 +8630,6 @@ def job_facts(job, page):
 def moment(time, page):
     """Return a time relative to now, and as a date."""
     return "%s · %s" % (ago(time, page), re.sub("[TZ]", " ", iso(time)) + "UTC")
-
-
-def lock_fact(job, page):
-    """Return the lock of a job; while the job waits for it, with who has it now."""
-    holder = job["lock"] and job["state"] in WAITING and page.queue.lock_holder(job)
-    if not holder or holder == job["id"]:
-        return job["lock"]
-    return [job["lock"] + " · ", *job_links([holder], page)]
 
 
 def fact(name, value):
@@ -8704,11 +8677,9 @@ def panel_output(job, run, page):
         words = [element("span", "following", css="dim"),
                  element("button", "Paused: jump to the end", type="button", id="end")]
     yield element(
-        "div", element("h2", "Output"), *words,
-        element("span", copy_button("Copy the output", "output"),
-                link("Download", "/output.log" + name, "button",
-                     download="%s-%d.log" % (job["id"], run)), css="row end"),
-        css="row")
+        "div", element("h2", "Output"), *words, copy_button("Copy output", "output"),
+        link("Download", "/output.log" + name, "button end",
+             download="%s-%d.log" % (job["id"], run)), css="row")
     piece = output_piece(page.queue, job, run) if page.is_whole else element(
         "code", data_next="/output" + name)
     yield element("pre", piece, id="output", tabindex=0, role="region",
@@ -8773,8 +8744,7 @@ def make_page(queue, query, site, is_whole=False):
     lost = queue.lost_runs()
     with queue.snapshot():
         status, now = read_status(queue, lost), queue.clock()
-        # From the cache while their number is the same: to group a hundred thousand
-        # takes longer than all the rest.
+        # From the cache while there are as many: to group a hundred thousand is slow.
         groups = site.counts.get("dead %d" % status["jobs"]["dead"],
                                  lambda: errors_of(queue))
         # From the cache as well: two requests at once would make two looks.
@@ -8794,22 +8764,15 @@ def page_parts(page):
     parts = [page_now(page)]
     if count_in(page, ""):
         parts += [page_tiles(page), page_middle(page), page_jobs(page)]
+    state = page.queue.state(page.view.job)
+    dead = not state and page.status["jobs"]["dead"] - page.status["cancelled"]
+    subject = page.view.job + " " + state if state else (
+        verdict(page.status, page.now, page.growth).sentence.partition(":")[0])
+    title = joined(subject, dead and grouped(dead) + " dead",
+                   os.path.basename(page.queue.path), by=" – ")
     return Html("".join([
-        element("title", joined(*title_words(page), by=" – ")), page_header(page),
-        element("main", *parts), open_panel(page) if page.view.job else ""]))
-
-
-def title_words(page):
-    """Yield the open job and its state, or else the verdict in short; the queue."""
-    if page.queue.state(page.view.job) is not None:
-        job = page.queue.job(page.view.job)
-        yield job["id"] + " " + kind_of(job, page.status, page.now)
-    else:
-        dead = page.status["jobs"]["dead"] - page.status["cancelled"]
-        sentence = verdict(page.status, page.now, page.growth).sentence
-        yield sentence.partition(":")[0]
-        yield dead and grouped(dead) + " dead"
-    yield os.path.basename(page.queue.path)
+        element("title", title), page_header(page), element("main", *parts),
+        open_panel(page) if page.view.job else ""]))
 
 
 def open_panel(page):
@@ -8943,7 +8906,7 @@ class Site:
             content, trouble = "<title>queuectl</title><main></main>", error_text(error)
         title, end, content = content.partition("</title>")
         parts = {"TOKEN": self.token, "TITLE": title + end, "CONTENT": content,
-                 "START": Html("".join(command_to_copy(self.path, self.start))),
+                 "START": command_to_copy(self.path, self.start),
                  "TROUBLE": element("p", sentence_case(trouble), role="alert")}
         return re.sub("|".join(parts), lambda name: parts[name[0]], PAGE_HTML)
 
@@ -9097,9 +9060,9 @@ PAGE_CSS = """
 .a4 { color: var(--blue); } .a5 { color: var(--pink); } .a6 { color: var(--cyan); }
 
 * { box-sizing: border-box; margin: 0; }
+[hidden] { display: none !important; }
 /* Without the script nothing answers these. */
 body:not(.live) :is(button, .card:has(#chart)) { display: none; }
-body:not(.live) .two { display: block; }
 body {
   margin: 0 auto; max-width: 92rem; padding: .8rem 1.2rem 3rem;
   background: var(--bg); color: var(--text);
@@ -9189,7 +9152,6 @@ main { clear: both; }
 }
 #now > p { margin-top: .2rem; }
 .advice { margin-top: .25rem; }
-.advice[hidden] { display: none; }
 .advice code {
   padding: .15rem .5rem; border: 1px solid var(--line); border-radius: .3rem;
   background: var(--card); color: var(--text); overflow-wrap: anywhere;
@@ -9203,7 +9165,6 @@ main { clear: both; }
   padding: .3rem 0; border-top: 1px solid var(--line);
 }
 #now li:has(details) { display: block; }
-summary { cursor: pointer; }
 #tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 0 .7rem; }
 #tiles a { text-decoration: none; padding: .45rem .9rem .55rem; min-width: 0; }
 #tiles a:hover { border-color: var(--edge); }
@@ -9239,11 +9200,8 @@ rect.part { opacity: .45; }
   border-radius: .15em; box-sizing: border-box;
 }
 .none { flex: 1; display: grid; place-content: center; text-align: center; }
-#running li {
-  display: flex; flex-wrap: wrap; gap: 0 .6rem; padding-top: .25rem; align-items: center;
-}
+#running li { gap: 0 .6rem; padding-top: .25rem; }
 #running small { flex: 0 0 100%; padding-left: 1.6rem; }
-#running small:empty { display: none; }
 #running li span { flex: 1 0; }
 #running .icon { margin: 0; flex: none; }
 #running > a { margin-top: .5rem; padding: .2rem 0; }
@@ -9268,7 +9226,6 @@ tbody tr { cursor: pointer; }
   position: sticky; top: .5rem; z-index: 1; display: block; height: 2rem;
   margin: 0 auto -2rem; box-shadow: 0 .1rem .6rem #0005;
 }
-#fresh[hidden] { display: none; }
 tbody tr:hover, tr[aria-current] { background: color-mix(in srgb, var(--blue) 9%, transparent); }
 #pages { justify-content: center; margin-top: .7rem; }
 
@@ -9363,9 +9320,8 @@ PAGE_SCRIPT = r"""
 const find = id => document.getElementById(id);
 const setBusy = isBusy => document.body.classList.toggle("busy", isBusy);
 const parse = text => new DOMParser().parseFromString(text, "text/html");
-let turn = 0, timer, chartDue = 0, lastGood = performance.now(), toastTimer;
-
 const SILENT = "The dashboard does not answer.";
+let turn = 0, timer, chartDue = 0, lastGood = performance.now(), toastTimer;
 
 /* A line that was cut gives no error by itself. An action may take as long as it needs. */
 async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
@@ -9409,29 +9365,20 @@ function becomeChildren(node, wanted) {
 
 /* No row moves while somebody points at one or is at one by keyboard, or they would open
    another job. What left the list stays, pale; what is new is counted, until it is shown. */
-let isFree = false;
 function hold(page) {
   const [table, wanted] = [document, page].map(page => page.querySelector("tbody"));
-  if (isFree || !table || !wanted || key(table) !== key(wanted)) return;
+  if (!table || !wanted || key(table) !== key(wanted)) return;
   if (!table.matches(":hover, :has(:focus-visible)")) return;
   const shown = new Map([...wanted.children].map(row => [key(row), row]));
   const rows = [...table.children].map(row => shown.get(key(row)) || row.cloneNode(true));
   for (const row of rows) if (!shown.delete(key(row))) row.classList.add("left");
   wanted.replaceChildren(...rows);
-  const fresh = page.querySelector("#fresh");
-  fresh.hidden = !shown.size;
-  fresh.textContent = `Show ${shown.size} new`;
-}
-
-async function showFresh() {
-  isFree = true;
-  await refresh();
-  isFree = false;
-  document.querySelector("tbody a").focus();
+  const words = `Show ${shown.size} new`;
+  Object.assign(page.querySelector("#fresh"), {hidden: !shown.size, textContent: words});
 }
 
 /* The page is fetched again and again; of answers that cross only the latest counts. */
-async function refresh() {
+async function refresh(isFree) {
   clearTimeout(timer);
   const mine = ++turn, opened = find("job") && find("job").dataset.key;
   try {
@@ -9439,7 +9386,7 @@ async function refresh() {
     if (mine !== turn) return;
     const focused = document.activeElement;
     cover(came.body);
-    hold(came.body);
+    if (!isFree) hold(came.body);
     becomeChildren(find("page"), came.body);
     document.title = came.title;
     const search = find("q");
@@ -9574,7 +9521,7 @@ function copy(node) {
 function press(button) {
   const {copy: copies, post} = button.dataset;
   if (copies !== undefined) return copy(find(copies) || button.previousElementSibling);
-  if (button.id === "fresh") return showFresh();
+  if (button.id === "fresh") return refresh(true).then(() => document.querySelector("td a").focus());
   if (button.id === "end") return find("output").focus(toEnd());
   if (button.hasAttribute("aria-disabled")) return;
   if (!post) return find("sure").close(button.value);
@@ -9598,8 +9545,7 @@ document.onclick = event => {
     find("close").click();
 };
 
-document.onsubmit = () => false;  // the search has been fetched already
-
+document.onsubmit = () => false;  // the search is fetched while it is typed
 document.oninput = event => {
   const address = new URL(location.href);
   address.searchParams.set("q", event.target.value);
@@ -9643,8 +9589,7 @@ TITLE
 </head>
 <body>
 <a href="#jobs" class="skip button">Skip to the jobs</a>
-<noscript><p class="card">Without JavaScript this page can search, but not act: use the \
-commands.</p></noscript>
+<noscript><p class="card">Without JavaScript this page can search, but not act.</p></noscript>
 <section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p>\
 <div id="start" class="row advice" hidden>To start it: START</div></section>
 <header><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
