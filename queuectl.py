@@ -8380,7 +8380,7 @@ def page_jobs(page):
     words = " and ".join(map("“{}”".format, page.view.filters().values()))
     return element(
         "section", jobs_header(page, total),
-        element("button", type="button", css="primary", id="fresh", hidden=True),
+        element("button", type="button", css="primary", id="new", hidden=True),
         element("table", element("thead", element("tr", *heads)),
                 element("tbody", *[job_row(job, page) for job in rows],
                         data_key=page.view.open("")),
@@ -9222,7 +9222,7 @@ td a { text-decoration: none; }
 tbody tr { cursor: pointer; }
 .left { opacity: .55; }
 /* It takes no room: what it stands over may not move. */
-#fresh {
+#new {
   position: sticky; top: .5rem; z-index: 1; display: block; height: 2rem;
   margin: 0 auto -2rem; box-shadow: 0 .1rem .6rem #0005;
 }
@@ -9374,7 +9374,7 @@ function hold(page) {
   for (const row of rows) if (!shown.delete(key(row))) row.classList.add("left");
   wanted.replaceChildren(...rows);
   const words = `Show ${shown.size} new`;
-  Object.assign(page.querySelector("#fresh"), {hidden: !shown.size, textContent: words});
+  Object.assign(page.querySelector("#new"), {hidden: !shown.size, textContent: words});
 }
 
 /* The page is fetched again and again; of answers that cross only the latest counts. */
@@ -9521,7 +9521,7 @@ function copy(node) {
 function press(button) {
   const {copy: copies, post} = button.dataset;
   if (copies !== undefined) return copy(find(copies) || button.previousElementSibling);
-  if (button.id === "fresh") return refresh(true).then(() => document.querySelector("td a").focus());
+  if (button.id === "new") return refresh(true).then(() => document.querySelector("td a").focus());
   if (button.id === "end") return find("output").focus(toEnd());
   if (button.hasAttribute("aria-disabled")) return;
   if (!post) return find("sure").close(button.value);
