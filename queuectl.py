@@ -2808,6 +2808,14 @@ class Queue(Database):
             WHERE dependencies.seq = ? AND NOT {IS_SUCCESS}
             ORDER BY state = 'dead' DESC, waits_for""", job["seq"])
 
+    def dead_before(self, job):
+        """Return the first dead job that a job waits for, directly or not, or None."""
+        return self._row(f"""WITH RECURSIVE needed (seq) AS (
+            VALUES (?) UNION SELECT waits_for FROM needed JOIN dependencies USING (seq)
+                JOIN jobs ON jobs.seq = waits_for WHERE NOT {IS_SUCCESS})
+            SELECT id, state, cancelled FROM needed JOIN jobs USING (seq)
+            WHERE state = 'dead' ORDER BY seq LIMIT 1""", job["seq"])
+
     def dependents(self, job, limit):
         """Return the first jobs (`id`, `state`) that come after a job."""
         return self._rows("""
@@ -4217,8 +4225,10 @@ def why_dependent(queue, job):
     message = "waits for %s, which is %s" % (printable(first["id"]), state_word(first))
     if others:
         message += ", and for " + plural(others, "more job")
-    if first["state"] != "dead" and job["seq"] in queue.blocked_seqs():
-        message += ", behind a dead one"
+    dead = first["state"] != "dead" and queue.dead_before(job)
+    if dead:
+        message += ", behind %s, which is %s" % (
+            printable(dead["id"]), state_word(dead))
     return message
 
 
@@ -8079,9 +8089,9 @@ def button(words, post, css=None, label=None, **data):
                    data_post=post, **data)
 
 
-def copy_button(label):
-    """Return a button that copies the text of the element before it."""
-    return element("button", "Copy", type="button", data_copy="", aria_label=label)
+def copy_button(label, id=""):
+    """Return a button that copies the text of an element, or of that before it."""
+    return element("button", "Copy", type="button", data_copy=id, aria_label=label)
 
 
 def ago(moment, page):
@@ -8089,13 +8099,6 @@ def ago(moment, page):
     if 0 <= page.now - moment < 1:
         return "just now"
     return relative_time(moment, page.now, roughly)
-
-
-def command_line(path, rest):
-    """Return a command that runs wherever it is pasted, for the queue at a path."""
-    program = [PROGRAM] if PROGRAM == "queuectl" else [
-        sys.executable, os.path.abspath(__file__)]
-    return "%s %s" % (quoted([*program, "--db", path]), rest)
 
 
 def sentence_case(words):
@@ -8203,15 +8206,16 @@ def load_text(page):
 def advice_line(advice, page):
     """Return an advice; a command in it names the queue, and can be copied."""
     words, _, rest = advice.partition(PROGRAM + " ")
-    command = command_to_copy(page.queue.path, rest) if rest else []
-    return element("div", element("span", sentence_case(words)), *command,
-                   css="row advice")
+    return element("div", element("span", sentence_case(words)),
+                   rest and command_to_copy(page.queue.path, rest), css="row advice")
 
 
 def command_to_copy(path, rest):
-    """Return a command, and the button that copies it."""
-    return [element("code", command_line(path, rest), css="mono"),
-            copy_button("Copy the command")]
+    """Return a command that runs wherever it is pasted, and the button to copy it."""
+    program = [PROGRAM] if PROGRAM == "queuectl" else [
+        sys.executable, os.path.abspath(__file__)]
+    line = quoted([*program, "--db", path]) + " " + rest
+    return Html(element("code", line, css="mono") + copy_button("Copy the command"))
 
 
 def alerts(page):
@@ -8220,9 +8224,9 @@ def alerts(page):
     named = len(lines) if len(lines) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
     yield from lines[:named]
     if lines[named:]:
-        words = plural(len(lines[named:]), "more error")
-        yield element("li", element("details", element("summary", words),
-                                    element("ul", *lines[named:])), data_key="more")
+        summary = element("summary", plural(len(lines) - named, "more error"))
+        yield element("li", element("details", summary, element("ul", *lines[named:])),
+                      data_key="more")
     for job in page.queue.jobs(where(["failed"]), 1, newest=True):
         yield failed_alert(job, page)
     if page.status["blocked_seqs"]:
@@ -8246,10 +8250,10 @@ def failed_alert(job, page):
 
 def lock_alert(lock, jobs, first, page):
     """Return the line about the jobs behind a lock; FIRST has it, or gets it first."""
-    has = "has the lock" if first["state"] == "processing" else "gets the lock first"
-    words = joined(first["id"] + " " + has, time_cell(first, page), by=" · ")
-    return alert(grouped(jobs) + " behind", lock, words, page.view.open(first["id"]),
-                 "the job " + first["id"], css="pending")
+    id, has = first["id"], "held by" if first["state"] == "processing" else "next is"
+    words = "%s %s · %s" % (has, id, time_cell(first, page))
+    return alert(grouped(jobs) + " behind", "lock " + lock, words, page.view.open(id),
+                 "the job " + id, css="pending")
 
 
 def blocked_alert(dead, page):
@@ -8265,8 +8269,8 @@ def error_alert(group, page):
     """Return the line about the jobs that died of one error."""
     error, line, is_one = group["error"], group["line"], group["jobs"] == 1
     chosen = {"state": "dead", "error": error}
-    words = joined(not is_one and ("the latest printed" if line else "the latest"),
-                   line and "“%s” ·" % line, ago(group["latest"], page), by=" ")
+    words = joined(line and "“%s” · " % line, not is_one and "latest ",
+                   ago(group["latest"], page), by="")
     return alert(
         grouped(group["jobs"]) + " dead", error, words,
         page.view.only(**chosen), "the dead of " + error,
@@ -8364,23 +8368,26 @@ def page_running(page):
         "section", element("h2", "Running now"),
         lost > 0 and element("p", grouped(lost) + " without a worker",
                              css="failed hue"),
-        element("ul", *[running_job(page.queue.job(run.id), page)
-                        for run in runs[:RUNNING_SHOWN]]),
+        element("ul", *[running_job(run, page) for run in runs[:RUNNING_SHOWN]]),
         not runs and element("p", idle, css="dim none"),
         more > 0 and link(grouped(more) + " more", page.view.only(state="processing"),
                           "dim"), id="running", css="card")
 
 
-def running_job(job, page):
+def running_job(run, page):
     """Return a line about a running job; its time is marked near the timeout."""
+    job = page.queue.job(run.id)
     word = kind_of(job, page.status, page.now)
+    printed = read_output(run.lease, page.queue.settings()["output_limit"])
+    line = last_line(printed[-2000:])
     seconds = page.now - job["started_at"]
     is_late = job["timeout"] and seconds > 0.8 * job["timeout"]
     return element(
         "li", icon(word), link(job["id"], page.view.open(job["id"]), "mono line"),
         element("span", one_line(job["command"]), css="mono dim line"),
         element("b", roughly(seconds), css="failed hue" if is_late else None),
-        data_key=job["id"], css=JOB_KINDS[word].state)
+        line and element("small", line, css="dim line"),
+        data_key=job["id"], css="row " + JOB_KINDS[word].state)
 
 
 def chart_route(queue, query):
@@ -8395,8 +8402,7 @@ def chart_route(queue, query):
     label = "%s completed, %s failed in the last hour" % (
         grouped(stats["completed"]), grouped(stats["failed"]))
     return Html("".join([
-        element("p", stats_text(stats), css="dim",
-                title="Half of the runs take less, one in twenty takes longer"),
+        element("p", stats_text(stats), css="dim"),
         element("span", grouped(top) + " runs a minute", css="axis dim"),
         element("svg", *chart_bars(bars, top), viewBox="0 0 %d %d" % (len(bars), top),
                 role="img", aria_label=label, preserveAspectRatio="none"),
@@ -8418,9 +8424,9 @@ def stats_text(stats):
     return joined(
         plural(round(60 * stats["per_second_now"]), "run") + " in the last minute",
         rate is not None and "%d %% succeed" % int(100 * rate),
-        "a run takes %s, a slow one %s" % (
+        "median run %s, 95 %% within %s" % (
             duration_text(times["median"]), duration_text(times["p95"])),
-        wait is not None and "a job waits " + duration_text(wait), by=" · ")
+        wait is not None and "median wait " + duration_text(wait), by=" · ")
 
 
 def chart_bars(bars, top):
@@ -8451,9 +8457,8 @@ def id_cell(job, page):
 
 def command_cell(job, page):
     """Return the command, behind the error and, for dead jobs, the last line."""
-    error, line = failure_of(job), ""
-    if error and page.view.state == "dead":  # where the rows would look the same
-        line = last_line(page.queue.tail(job))
+    error = failure_of(job)
+    line = error and job["state"] == "dead" and last_line(page.queue.tail(job))
     return element("span", error and element("b", error, css="hue"),
                    " “%s” · " % line if line else error and " ",
                    one_line(job["command"]))
@@ -8520,13 +8525,14 @@ def page_jobs(page):
     words = " and ".join(map("“{}”".format, page.view.filters().values()))
     return element(
         "section", jobs_header(page, total),
-        element("button", type="button", css="primary", id="fresh", hidden=True),
+        element("button", type="button", css="primary", id="new", hidden=True),
         element("table", element("thead", element("tr", *heads)),
                 element("tbody", *[job_row(job, page) for job in rows],
                         data_key=page.view.open("")),
                 aria_label="Jobs"),
-        not rows and element("p", "No job matches %s " % words, page.view.q and
-                             "(output is not searched) ", link("Clear", page.view.only()), css="dim"),
+        not rows and element("p", "No job matches %s " % words,
+                             page.view.q and "(output is not searched) ",
+                             link("Clear", page.view.only()), css="dim"),
         page_links(page, total), id="jobs", css="card")
 
 
@@ -8544,22 +8550,16 @@ def count_of_view(page):
 def jobs_header(page, total):
     view = page.view
     order = ", the latest death first" if view.state == "dead" else ", newest first"
+    others = [element("input", type="hidden", name=name, value=value)
+              for name, value in view._replace(q="").filters().items()]
     return element(
         "div", element("h2", "Jobs", tabindex=-1),
-        element("span", grouped(total) + order, id="total", css="dim"), search_form(view),
+        element("span", grouped(total) + order, id="total", css="dim"),
+        element("form", *others, element(
+            "input", id="q", type="search", aria_label="Search jobs", title="Key /",
+            placeholder="Search id, command, error", name="q", value=view.q)),
         *filter_links(view),
         element("span", *bulk_buttons(page), css="row end"), css="row")
-
-
-def search_form(view):
-    """Return the search, which works without the script as well."""
-    others = {name: value for name, value in view.filters().items() if name != "q"}
-    return element(
-        "form", *[element("input", type="hidden", name=name, value=value)
-                  for name, value in others.items()],
-        element("input", id="q", type="search", aria_label="Search jobs", name="q",
-                placeholder="Search id, command, error", title="Key /", value=view.q),
-        role="search")
 
 
 def filter_links(view):
@@ -8573,12 +8573,10 @@ def filter_links(view):
 
 def bulk_buttons(page):
     """Yield what can be done with all jobs that the filters leave, if there are any."""
-    filters, state = page.view.filters(), page.view.state
-    if page.view.behind:
-        if page.queue.state(page.view.behind) == "dead":
-            yield job_button("Retry " + page.view.behind, "retry", page.view.behind,
-                             "Retried")
-    elif page.found and state in ("", "dead") and page.status["jobs"]["dead"]:
+    filters, state, behind = page.view.filters(), page.view.state, page.view.behind
+    if behind and page.queue.state(behind) == "dead":
+        yield job_button("Retry " + behind, "retry", behind, "Retried")
+    elif page.found and not behind and state in ("", "dead") and count_in(page, "dead"):
         yield bulk_button("Retry dead…", "retry", filters)
     if page.found and filters and state != "processing":
         yield bulk_button("Delete…", "delete", filters)
@@ -8606,8 +8604,9 @@ def question_route(queue, query):
     if not count:
         return {"none": joined("There is nothing to %s." % verb, stays, by=" ")}
     words = "%s %s?" % (verb.capitalize(), jobs_of_query(count, verb, query))
-    loss = verb == "delete" and "Their runs and their output go as well."
-    return {"ask": joined(words, loss, stays, by=" ")}
+    effect = {"delete": "Their runs and their output go as well.",
+              "retry": "They get all their tries again."}[verb]
+    return {"ask": joined(words, effect, stays, by=" ")}
 
 
 def jobs_of_query(count, verb, query):
@@ -8695,6 +8694,9 @@ def job_buttons(job, page):
     is_needed = bool(page.queue.waiting_dependents(job, 1))
     if state == "dead":
         yield job_button("Retry", "retry", id, "Retried", "primary")
+    if job["seq"] in page.status["blocked_seqs"]:
+        dead = page.queue.dead_before(job)["id"]
+        yield job_button("Retry " + dead, "retry", dead, "Retried", "primary")
     if state in SUCCESSFUL:
         yield job_button("Run again…", "retry", id, "Runs again:",
                          ask=id + " is completed. Run it again?")
@@ -8749,7 +8751,11 @@ def job_facts(job, page):
     """Return what the panel lists of a job, by name; empty values are not shown."""
     fields = public_job(job)
     before = [id for id, _ in page.queue.dependents(job, LINKS_SHOWN + 1)]
+    dead = job["waits"] and page.queue.dead_before(job)
+    holder = job["gate"] == LOCKED and page.queue.lock_holder(job)
     facts = {
+        "behind": holder and job_links([holder], page),
+        "blocked by": dead and job_links([dead["id"]], page),
         "comes after": job_links(fields["after"], page),
         "comes before": job_links(before, page),
         "enqueued": moment(job["created_at"], page),
@@ -8759,7 +8765,6 @@ def job_facts(job, page):
                         if worker["job"] == job["id"]), None)}
     facts.update((name.replace("_", " "), fields[name])
                  for name in COLUMNS if name not in SHOWN_ELSEWHERE)
-    facts["lock"] = lock_fact(job, page)
     facts["timeout"] = fields["timeout"] and duration_text(fields["timeout"])
     facts["env"] = " ".join(map("=".join, fields["env"].items()))
     return facts
@@ -8768,14 +8773,6 @@ def job_facts(job, page):
 def moment(time, page):
     """Return a time relative to now, and as a date."""
     return "%s · %s" % (ago(time, page), re.sub("[TZ]", " ", iso(time)) + "UTC")
-
-
-def lock_fact(job, page):
-    """Return the lock of a job; while the job waits for it, with who has it now."""
-    holder = job["lock"] and job["state"] in WAITING and page.queue.lock_holder(job)
-    if not holder or holder == job["id"]:
-        return job["lock"]
-    return [job["lock"] + " · ", *job_links([holder], page)]
 
 
 def fact(name, value):
@@ -8823,7 +8820,7 @@ def panel_output(job, run, page):
         words = [element("span", "following", css="dim"),
                  element("button", "Paused: jump to the end", type="button", id="end")]
     yield element(
-        "div", element("h2", "Output"), *words,
+        "div", element("h2", "Output"), *words, copy_button("Copy output", "output"),
         link("Download", "/output.log" + name, "button end",
              download="%s-%d.log" % (job["id"], run)), css="row")
     piece = output_piece(page.queue, job, run) if page.is_whole else element(
@@ -8890,8 +8887,7 @@ def make_page(queue, query, site, is_whole=False):
     lost = queue.lost_runs()
     with queue.snapshot():
         status, now = read_status(queue, lost), queue.clock()
-        # From the cache while their number is the same: to group a hundred thousand
-        # takes longer than all the rest.
+        # From the cache while there are as many: to group a hundred thousand is slow.
         groups = site.counts.get("dead %d" % status["jobs"]["dead"],
                                  lambda: errors_of(queue))
         # From the cache as well: two requests at once would make two looks.
@@ -8911,22 +8907,15 @@ def page_parts(page):
     parts = [page_now(page)]
     if count_in(page, ""):
         parts += [page_tiles(page), page_middle(page), page_jobs(page)]
+    state = page.queue.state(page.view.job)
+    dead = not state and page.status["jobs"]["dead"] - page.status["cancelled"]
+    subject = page.view.job + " " + state if state else (
+        verdict(page.status, page.now, page.growth).sentence.partition(":")[0])
+    title = joined(subject, dead and grouped(dead) + " dead",
+                   os.path.basename(page.queue.path), by=" – ")
     return Html("".join([
-        element("title", joined(*title_words(page), by=" – ")), page_header(page),
-        element("main", *parts), open_panel(page) if page.view.job else ""]))
-
-
-def title_words(page):
-    """Yield the open job and its state, or else the verdict in short; the queue."""
-    if page.queue.state(page.view.job) is not None:
-        job = page.queue.job(page.view.job)
-        yield job["id"] + " " + kind_of(job, page.status, page.now)
-    else:
-        dead = page.status["jobs"]["dead"] - page.status["cancelled"]
-        sentence = verdict(page.status, page.now, page.growth).sentence
-        yield sentence.partition(":")[0]
-        yield dead and grouped(dead) + " dead"
-    yield os.path.basename(page.queue.path)
+        element("title", title), page_header(page), element("main", *parts),
+        open_panel(page) if page.view.job else ""]))
 
 
 def open_panel(page):
@@ -9060,7 +9049,7 @@ class Site:
             content, trouble = "<title>queuectl</title><main></main>", error_text(error)
         title, end, content = content.partition("</title>")
         parts = {"TOKEN": self.token, "TITLE": title + end, "CONTENT": content,
-                 "START": Html("".join(command_to_copy(self.path, self.start))),
+                 "START": command_to_copy(self.path, self.start),
                  "TROUBLE": element("p", sentence_case(trouble), role="alert")}
         return re.sub("|".join(parts), lambda name: parts[name[0]], PAGE_HTML)
 
@@ -9214,9 +9203,9 @@ PAGE_CSS = """
 .a4 { color: var(--blue); } .a5 { color: var(--pink); } .a6 { color: var(--cyan); }
 
 * { box-sizing: border-box; margin: 0; }
+[hidden] { display: none !important; }
 /* Without the script nothing answers these. */
 body:not(.live) :is(button, .card:has(#chart)) { display: none; }
-body:not(.live) .two { display: block; }
 body {
   margin: 0 auto; max-width: 92rem; padding: .8rem 1.2rem 3rem;
   background: var(--bg); color: var(--text);
@@ -9306,21 +9295,19 @@ main { clear: both; }
 }
 #now > p { margin-top: .2rem; }
 .advice { margin-top: .25rem; }
-.advice[hidden] { display: none; }
 .advice code {
   padding: .15rem .5rem; border: 1px solid var(--line); border-radius: .3rem;
   background: var(--card); color: var(--text); overflow-wrap: anywhere;
 }
 #start button { color: var(--text); }
 #now ul .row > * { min-width: 4.6rem; text-align: center; }
-#now :is(button, .button) { padding: .05rem .55rem; }
+#now :is(button, .button) { padding: .1rem .55rem; }
 #now ul:not(:empty) { margin-top: .5rem; }
 #now li {
   display: grid; grid-template-columns: 7rem 11rem 1fr auto; gap: .7rem; align-items: center;
   padding: .3rem 0; border-top: 1px solid var(--line);
 }
 #now li:has(details) { display: block; }
-summary { cursor: pointer; }
 #tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 0 .7rem; }
 #tiles a { text-decoration: none; padding: .45rem .9rem .55rem; min-width: 0; }
 #tiles a:hover { border-color: var(--edge); }
@@ -9356,8 +9343,9 @@ rect.part { opacity: .45; }
   border-radius: .15em; box-sizing: border-box;
 }
 .none { flex: 1; display: grid; place-content: center; text-align: center; }
-#running li { display: flex; gap: .6rem; padding-top: .25rem; align-items: center; }
-#running li span { flex: 1; }
+#running li { gap: 0 .6rem; padding-top: .25rem; }
+#running small { flex: 0 0 100%; padding-left: 1.6rem; }
+#running li span { flex: 1 0; }
 #running .icon { margin: 0; flex: none; }
 #running > a { margin-top: .5rem; padding: .2rem 0; }
 #running li a { max-width: 50%; flex: none; }
@@ -9377,11 +9365,10 @@ td a { text-decoration: none; }
 tbody tr { cursor: pointer; }
 .left { opacity: .55; }
 /* It takes no room: what it stands over may not move. */
-#fresh {
+#new {
   position: sticky; top: .5rem; z-index: 1; display: block; height: 2rem;
   margin: 0 auto -2rem; box-shadow: 0 .1rem .6rem #0005;
 }
-#fresh[hidden] { display: none; }
 tbody tr:hover, tr[aria-current] { background: color-mix(in srgb, var(--blue) 9%, transparent); }
 #pages { justify-content: center; margin-top: .7rem; }
 
@@ -9453,7 +9440,9 @@ dd a { margin-right: 1em; }
   }
   td.rest { grid-row: 2; grid-column: 1 / 4; }
   td.mid { width: auto; }
-  button, .button, #now :is(button, .button) { padding: .35rem .7rem; }
+  button, .button, #now :is(button, .button), summary { padding: .35rem .7rem; }
+  #runs { flex-wrap: nowrap; overflow-x: auto; flex: none; padding-bottom: .3rem; }
+  #runs a { white-space: nowrap; flex: none; max-width: none; }
 }
 @media (max-width: 28rem) {
   #now li > .mono { grid-row: 2; grid-column: 1 / 4; }
@@ -9474,9 +9463,8 @@ PAGE_SCRIPT = r"""
 const find = id => document.getElementById(id);
 const setBusy = isBusy => document.body.classList.toggle("busy", isBusy);
 const parse = text => new DOMParser().parseFromString(text, "text/html");
-let turn = 0, timer, chartDue = 0, lastGood = performance.now(), toastTimer;
-
 const SILENT = "The dashboard does not answer.";
+let turn = 0, timer, chartDue = 0, lastGood = performance.now(), toastTimer;
 
 /* A line that was cut gives no error by itself. An action may take as long as it needs. */
 async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
@@ -9520,29 +9508,20 @@ function becomeChildren(node, wanted) {
 
 /* No row moves while somebody points at one or is at one by keyboard, or they would open
    another job. What left the list stays, pale; what is new is counted, until it is shown. */
-let isFree = false;
 function hold(page) {
   const [table, wanted] = [document, page].map(page => page.querySelector("tbody"));
-  if (isFree || !table || !wanted || key(table) !== key(wanted)) return;
+  if (!table || !wanted || key(table) !== key(wanted)) return;
   if (!table.matches(":hover, :has(:focus-visible)")) return;
   const shown = new Map([...wanted.children].map(row => [key(row), row]));
   const rows = [...table.children].map(row => shown.get(key(row)) || row.cloneNode(true));
   for (const row of rows) if (!shown.delete(key(row))) row.classList.add("left");
   wanted.replaceChildren(...rows);
-  const fresh = page.querySelector("#fresh");
-  fresh.hidden = !shown.size;
-  fresh.textContent = `Show ${shown.size} new`;
-}
-
-async function showFresh() {
-  isFree = true;
-  await refresh();
-  isFree = false;
-  document.querySelector("tbody a").focus();
+  const words = `Show ${shown.size} new`;
+  Object.assign(page.querySelector("#new"), {hidden: !shown.size, textContent: words});
 }
 
 /* The page is fetched again and again; of answers that cross only the latest counts. */
-async function refresh() {
+async function refresh(isFree) {
   clearTimeout(timer);
   const mine = ++turn, opened = find("job") && find("job").dataset.key;
   try {
@@ -9550,7 +9529,7 @@ async function refresh() {
     if (mine !== turn) return;
     const focused = document.activeElement;
     cover(came.body);
-    hold(came.body);
+    if (!isFree) hold(came.body);
     becomeChildren(find("page"), came.body);
     document.title = came.title;
     const search = find("q");
@@ -9684,8 +9663,8 @@ function copy(node) {
 
 function press(button) {
   const {copy: copies, post} = button.dataset;
-  if (copies !== undefined) return copy(button.previousElementSibling);
-  if (button.id === "fresh") return showFresh();
+  if (copies !== undefined) return copy(find(copies) || button.previousElementSibling);
+  if (button.id === "new") return refresh(true).then(() => document.querySelector("td a").focus());
   if (button.id === "end") return find("output").focus(toEnd());
   if (button.hasAttribute("aria-disabled")) return;
   if (!post) return find("sure").close(button.value);
@@ -9709,8 +9688,7 @@ document.onclick = event => {
     find("close").click();
 };
 
-document.onsubmit = () => false;  // the search has been fetched already
-
+document.onsubmit = () => false;  // the search is fetched while it is typed
 document.oninput = event => {
   const address = new URL(location.href);
   address.searchParams.set("q", event.target.value);
@@ -9754,8 +9732,7 @@ TITLE
 </head>
 <body>
 <a href="#jobs" class="skip button">Skip to the jobs</a>
-<noscript><p class="card">Without JavaScript this page can search, but not act: use the \
-commands.</p></noscript>
+<noscript><p class="card">Without JavaScript this page can search, but not act.</p></noscript>
 <section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p>\
 <div id="start" class="row advice" hidden>To start it: START</div></section>
 <header><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
