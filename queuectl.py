@@ -8378,7 +8378,7 @@ def running_job(run, page):
     """Return a line about a running job; its time is marked near the timeout."""
     job = page.queue.job(run.id)
     word = kind_of(job, page.status, page.now)
-    printed = read_output(run.lease, page.queue.settings()["output_limit"])
+    printed = read_output(run.lease_path, page.queue.settings()["output_limit"])
     line = last_line(printed[-2000:])
     seconds = page.now - job["started_at"]
     is_late = job["timeout"] and seconds > 0.8 * job["timeout"]
@@ -9019,6 +9019,8 @@ class Site:
             status, message = 400, str(error)
         except (sqlite3.Error, OSError) as error:
             status, message = 503, error_text(error)
+        except Exception as error:  # or the page would take the dashboard for gone
+            status, message = 500, "an error in queuectl: %r" % error
         return status, "application/json", json.dumps({"error": message})
 
     def content(self, method, url):

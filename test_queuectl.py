@@ -7913,6 +7913,13 @@ class TestStatistics:
 class TestServer:
     """The dashboard's server: its answers and whom it refuses."""
 
+    @mechanism
+    def test_an_error_of_its_own_is_an_answer(self, queue, monkeypatch):
+        monkeypatch.setattr(queuectl, "read_status", lambda *_: 1 / 0)
+        site = queuectl.Site(queue.path, "localhost")
+        status, _, text = site.answer("GET", "/api/status", {"Host": "localhost"})
+        assert status == 500 and "ZeroDivisionError" in text
+
     def test_the_api_gives_the_json_of_the_commands(self, dashboard):
         enqueue(
             python_command(
