@@ -5697,7 +5697,7 @@ class Supervisor:
             self.announce_stop(request)
 
     def announce_stop(self, request):
-        """Print what becomes of the running jobs, below the `^C` or over the progress."""
+        """Print what becomes of the running jobs, below the `^C` or over progress."""
         write_or_drop(sys.stderr, "\r\x1b[K" if self.show_progress else "\n")
         running = self.with_queue(lambda queue: [
             run for run in queue.processing_runs() if run.worker in self.worker_pids()])
@@ -5881,16 +5881,15 @@ MEANT = {
     "stop": "worker stop, or cancel", "add": "enqueue", "submit": "enqueue",
     "kill": "cancel", "tail": "logs", "cat": "logs", "log": "logs",
     "prune": "delete", "clean": "delete", "clear": "dlq clear", "requeue": "retry",
-    "dlq requeue": "dlq retry", "dlq show": "dlq list", "dlq ls": "dlq list", "dlq delete": "dlq clear",
-    "set": "config set", "config reset": "config unset", "version": "--version",
-    "reset": "delete --all, or to remove queuectl.db",
+    "dlq requeue": "dlq retry", "dlq show": "dlq list", "dlq ls": "dlq list",
+    "dlq delete": "dlq clear", "set": "config set", "config reset": "config unset",
+    "version": "--version", "reset": "delete --all, or to remove queuectl.db",
 }
 # The same for states.
 MEANT_STATES = {
     "running": "processing", "waiting": "pending", "queued": "pending",
     "done": "completed", "finished": "completed", "success": "completed",
-    "error": "failed, or dead",
-}
+    "error": "failed, or dead"}
 
 
 def command_named(words):
@@ -6613,10 +6612,8 @@ def answer_lines(queue, job, now, waiting):
         reasons.append(standstill(queue))
     reason = ": " + printable(joined(*reasons, by="; "))
     yield state_line(id + " is ", state, reason)
-    mark = "  $ "
-    for line in map(printable, job["command"].split("\n")):
-        yield mark + line
-        mark = "    "
+    first, *others = map(printable, job["command"].split("\n"))
+    yield from ["  $ " + first, *("    " + line for line in others)]
     for line in last_lines(output_of(queue, job, job["run"])[-4000:], 5):
         yield truncate("  | " + printable(line), width)
     ids = [id for _, id in queue.waiting_dependents(job)]
@@ -6733,7 +6730,7 @@ def latest_output(queue, job, chosen={}):
 
 
 class OutputPrinter:
-    """Prints output as the bytes that it is, or as text; a terminal gets harmless text."""
+    """Prints output as the bytes that it is, or as text, harmless for a terminal."""
 
     def __init__(self):
         import codecs
@@ -6930,8 +6927,7 @@ def fitting(lines):
         return lines
     lines = [part for line in lines for part in wrapped(line, size.columns)]
     if len(lines) > size.lines - 1:
-        rest = len(lines) - size.lines + 2
-        lines = lines[: size.lines - 2] + ["  and %d more" % rest]
+        lines[size.lines - 2 :] = ["  and %d more" % (len(lines) - size.lines + 2)]
     return lines
 
 
@@ -9789,12 +9785,10 @@ def group_overview(group):
     """Return the lines of the short help of the commands of a group."""
     chosen = {name: entry for name, entry in COMMANDS.items()
               if name.startswith(group + " ")}
-    usage = "usage: %s %s COMMAND ...  with --db PATH, --json, --help"
-    lines = [usage % (PROGRAM, group), ""]
-    lines += ["  %-14s %s" % (name, entry.meaning) for name, entry in chosen.items()]
-    lines += ["", "examples:"]
-    return lines + [
-        "  %s %s" % (PROGRAM, entry.example) for entry in chosen.values()]
+    return [
+        "usage: %s %s COMMAND ...  with --db PATH, --json, --help" % (PROGRAM, group),
+        "", *("  %-14s %s" % (name, entry.meaning) for name, entry in chosen.items()), "",
+        "examples:", *("  %s %s" % (PROGRAM, each.example) for each in chosen.values())]
 
 
 def refuse_mistaken(name, words):
@@ -9825,7 +9819,7 @@ MEANT_OPTIONS = {
 
 
 def option_meant(words, parser):
-    """Return what was meant by the first word that is no option, if anything is near."""
+    """Return what was meant by the first word that is no option, or nothing."""
     from difflib import get_close_matches
 
     known = parser._option_string_actions
@@ -9917,7 +9911,9 @@ def show_help(group, words):
     stray = [word for word in words
              if not group or not re.match("--db$|--db=|--json$|[^-]", word)]
     if stray and not {"-h", "--help", "-V", "--version"} & set(words):
-        hint = "did you mean --version?" if words == ["-v"] else "see: " + usage("--help")
+        hint = "see: " + usage("--help")
+        if words == ["-v"]:
+            hint = "did you mean --version?"
         words = " ".join([*group.split(), *words])
         raise QueueError("no command in: %s; %s", words, hint, code=2)
     if {"-V", "--version"} & set(words):
