@@ -6850,7 +6850,7 @@ class TestDependencies:
         assert "behind" not in run_ok("show", "d").out
         drain()
         assert "waits for a, which is dead\n" in run_ok("show", "b").out
-        assert "waits for c, which is pending, behind a, which is dead\n" in (
+        assert "waits for c, behind a, which is dead\n" in (
             run_ok("show", "d").out)
         assert "Blocked: 3 jobs; b waits for a, which is dead" in run_ok("status").out
         answer = cli("logs", "-f", "d")
