@@ -4222,10 +4222,12 @@ def why_dependent(queue, job):
     """Return in words for which jobs a job waits, and whether one of them is dead."""
     dependencies = queue.dependencies(job)
     first, others = dependencies[0], len(dependencies) - 1
-    message = "waits for %s, which is %s" % (printable(first["id"]), state_word(first))
+    dead = first["state"] != "dead" and queue.dead_before(job)
+    message = "waits for " + printable(first["id"])
+    if not dead:
+        message += ", which is " + state_word(first)
     if others:
         message += ", and for " + plural(others, "more job")
-    dead = first["state"] != "dead" and queue.dead_before(job)
     if dead:
         message += ", behind %s, which is %s" % (
             printable(dead["id"]), state_word(dead))
@@ -8169,7 +8171,8 @@ def page_header(page):
         switch = button("Pause", "/api/pause", done="Paused: no further job starts")
     path = element("span", element("span", folder + os.sep, css="wide"), name,
                    css="mono dim line", title=page.queue.path)
-    return element("section", path, switch, id="queue", aria_label="Queue", css="row")
+    skip = count_in(page, "") > 0 and link("Skip to the jobs", "#jobs", "skip button")
+    return element("section", skip, path, switch, id="queue", aria_label="Queue", css="row")
 
 
 def page_now(page):
@@ -8903,9 +8906,9 @@ def page_parts(page):
     parts = [page_now(page)]
     if count_in(page, ""):
         parts += [page_tiles(page), page_middle(page), page_jobs(page)]
-    state = page.queue.state(page.view.job)
-    dead = not state and page.status["jobs"]["dead"] - page.status["cancelled"]
-    subject = page.view.job + " " + state if state else (
+    job = page.queue.state(page.view.job) and page.queue.job(page.view.job)
+    dead = not job and page.status["jobs"]["dead"] - page.status["cancelled"]
+    subject = job["id"] + " " + kind_of(job, page.status, page.now) if job else (
         verdict(page.status, page.now, page.growth).sentence.partition(":")[0])
     title = joined(subject, dead and grouped(dead) + " dead",
                    os.path.basename(page.queue.path), by=" – ")
@@ -9729,7 +9732,6 @@ TITLE
 <style nonce="TOKEN">""" + PAGE_CSS + """</style>
 </head>
 <body>
-<a href="#jobs" class="skip button">Skip to the jobs</a>
 <noscript><p class="card">Without JavaScript this page can search, but not act.</p></noscript>
 <section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p>\
 <div id="start" class="row advice" hidden>To start it: START</div></section>

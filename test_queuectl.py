@@ -7011,7 +7011,7 @@ class TestDependencies:
         assert "behind" not in run_ok("show", "d").out
         drain()
         assert "waits for a, which is dead\n" in run_ok("show", "b").out
-        assert "waits for c, which is pending, behind a, which is dead\n" in (
+        assert "waits for c, behind a, which is dead\n" in (
             run_ok("show", "d").out)
         assert "Blocked: 3 jobs; b waits for a, which is dead" in run_ok("status").out
         answer = cli("logs", "-f", "d")
@@ -8753,13 +8753,17 @@ class TestPanel:
         assert again["data-ask"] == "x is completed. Run it again?"
         assert "class" not in again and again["data-do"] == "Yes, run again"
 
-    def test_the_holder_of_a_lock_can_be_opened(self, queue, page):
+    def test_the_holder_of_a_lock_can_be_opened(self, queue, page, monkeypatch):
         for name in ("a", "b"):
             add_job(queue, id=name, lock="l")
         claim(queue)
         facts = page("/?job=b").find("aside/dl")
         assert "behinda (lost)" in words_of(facts)
         assert links_of(facts)["a (lost)"] == "/?job=a"
+        monkeypatch.setattr(queuectl, "living_pools", lambda path: {7: [1]})
+        monkeypatch.setattr(queuectl, "is_locked", lambda path: True)
+        assert words_of(named_part(page("/?job=b"), "why")) == (
+            "behind a lock – waits for the lock l: job a has it")
 
     def test_a_job_that_is_gone_has_none_and_that_is_reported(self, queue, page):
         gone = page("/?job=gone&q=x")
