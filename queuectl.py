@@ -4330,7 +4330,7 @@ def verdict_at_work(status, now, growth):
         sentence = "Keeping up: no job waits for a worker"
         state = "processing"
     else:
-        sentence = "Idle: the next job is due " + relative_time(due or now, now, roughly)
+        sentence = "Idle: the next job is due " + relative_time(due or now, now)
         state = "completed"
     return Verdict(state, joined(sentence, harm_text(status), by="; "))
 
@@ -5301,6 +5301,8 @@ def worker_main(path, pool, drain, is_quiet, pool_fd):
                 # while another process looks at the file.
                 wait_until(lambda: try_remove_pool_file(path, pool), 10 * FILE_INTERVAL)
     except (QueueError, OSError) as error:
+        if worker.is_database_gone():
+            return  # the supervisor reports that, once for all workers
         worker.log.error("%s", error)
         sys.exit(EXIT_UNUSABLE)
     except Exception:

@@ -4867,7 +4867,7 @@ class TestStatus:
         assert judge(workers=0) == ("dead", "Stuck: 1 job waits for dead ones")
         add_job(queue, id="later", delay=60)
         assert judge() == (
-            "failed", "Idle: the next job is due in 60 s; 1 dead, 1 blocked")
+            "failed", "Idle: the next job is due in 1m; 1 dead, 1 blocked")
         add_jobs(queue, [{"command": "true"}] * 4000)
         assert judge()[1].startswith(
             "Working: 4,000 waiting, done in about 2 d;")  # 90 s each
