@@ -8760,8 +8760,7 @@ class TestPanel:
         facts = page("/?job=b").find("aside/dl")
         assert "behinda (lost)" in words_of(facts)
         assert links_of(facts)["a (lost)"] == "/?job=a"
-        monkeypatch.setattr(queuectl, "living_pools", lambda path: {7: [1]})
-        monkeypatch.setattr(queuectl, "is_locked", lambda path: True)
+        monkeypatch.setattr(queuectl, "standstill", lambda queue: "")
         assert words_of(named_part(page("/?job=b"), "why")) == (
             "behind a lock – waits for the lock l: job a has it")
 
