@@ -621,7 +621,10 @@ def unknown_word(what, word, words, meant={}):
     from difflib import get_close_matches
 
     word = word.lower()
-    hint = meant.get(word) or "".join(get_close_matches(word, words, 1, 0.7))
+    # `worker 2` is not near `worker stop`: the word of the group proves nothing.
+    by_end = {each.split()[-1]: each for each in words}
+    near = get_close_matches("".join(word.split()[-1:]), by_end, 1, 0.7)
+    hint = meant.get(word) or "".join(map(by_end.get, near))
     hint = "did you mean %s?" % hint if hint else "there are: " + ", ".join(words)
     return QueueError("unknown %s; %s", what, hint, code=2)
 
@@ -9841,16 +9844,32 @@ def option_meant(words, parser):
     return None
 
 
+def first_word(words, parser):
+    """Return the place of the first word that is no option, and no value of one."""
+    known, is_value = parser._option_string_actions, False
+    for at, word in enumerate(words):
+        is_option = word.startswith("-")
+        if not is_option and not is_value:
+            return at
+        if word == "--":
+            break
+        is_value = is_option and word in known and known[word].nargs != 0
+    return len(words)
+
+
 def parse_arguments(name, words):
     """Return the arguments of one command; no other command's parser is built."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            hint = option_meant(words, self) or "see: " + usage(
-                *name.split(), "--help")
-            if name == "enqueue" and words[0][:1] not in ("{", "[", "-"):
-                hint = "to run a command: " + usage("enqueue", "--", *words)
+            hint = option_meant(words, self)
+            at = first_word(words, self)
+            is_command = words[at:] and words[at][:1] not in ("{", "[")
+            if name == "enqueue" and is_command and not (at and hint):
+                hint = "to run a command: " + usage(
+                    "enqueue", *words[:at], "--", *words[at:])
+            hint = hint or "see: " + usage(*name.split(), "--help")
             if any(word.startswith("'") for word in words):
                 hint = "cmd takes '...' apart: write \"...\""
             raise QueueError("%s: %s; %s", name, message, hint, code=2)

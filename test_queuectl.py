@@ -6190,6 +6190,9 @@ class TestCommandLine:
         (["enqueue", "echo", "hello"],
          "to run a command: queuectl.py enqueue -- echo hello"),
         (["enqueue", "ls", "-la"], "to run a command: queuectl.py enqueue -- ls -la"),
+        (["enqueue", "--id", "x", "ls", "-la"],
+         "to run a command: queuectl.py enqueue --id x -- ls -la"),
+        (["worker", "--count", "2"], "worker 2; there are: worker start, worker stop"),
         (["enqueue", "--id", "x", '{"command":"a"}', '{"command":"b"}'],
          "one id can't serve")
     ])
