@@ -9255,7 +9255,7 @@ button:hover, .button:hover { border-color: var(--text); }
   background: var(--red); color: var(--card);
 }
 #trouble:has(:first-child:empty) { display: none; }
-#trouble:not(:has(:first-child:empty)) ~ #page main { opacity: .55; }
+.left, #trouble:not(:has(:first-child:empty)) ~ #page main { opacity: .55; }
 /* Without anything good to show it is all of the page. */
 body:not(:has(#now)) { display: flex; flex-direction: column; }
 body:not(:has(#now)) #trouble {
@@ -9369,7 +9369,6 @@ td a { text-decoration: none; }
 .num { text-align: right; }
 .slim { width: 5.5rem; } .mid { width: 9rem; } .rest { width: auto; }
 tbody tr { cursor: pointer; }
-.left { opacity: .55; }
 /* It takes no room: what it stands over may not move. */
 #new {
   position: sticky; top: .5rem; z-index: 1; display: block; height: 2rem;
