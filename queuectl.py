@@ -21,11 +21,11 @@ where the arrow begins:
                      claim              exit 0
     enqueue ─▶ PENDING ─────▶ PROCESSING ─────▶ COMPLETED
                 ▲ ▲ ▲            │ │ │
-          due   │ │ └─ worker    │ │ └─ failed, attempts = max_retries ─▶ DEAD
+                │ │ └─ worker    │ │ └─ failed, attempts = max_retries ─▶ DEAD
                 │ │    died,   ◀─┘ │                                      │
                 │ │    stop --now  │                                      │
-             FAILED ◀── failed ────┘                                      │
-                  └────────────────────────── dlq retry ──────────────────┘
+                │ └─ due ─ FAILED ◀┘ failed                               │
+                └────────────────────────── dlq retry ────────────────────┘
 
 Not drawn: `cancel` makes a waiting job DEAD at once. It asks the worker of a running
 job to end it; that job becomes DEAD unless it completes first. `retry` and `enqueue
@@ -333,9 +333,9 @@ def whole_number(low, high):
         is_whole = type(value) is int
         if is_whole and low <= value <= high:
             return value
-        if 0 <= low and high == MAX_INTEGER and not (is_whole and value > high):
-            raise ValueError("a whole number of at least %d" % low)
-        raise ValueError("a whole number from %d to %d" % (low, high))
+        if high < MAX_INTEGER or (is_whole and value > high):
+            raise ValueError("a whole number from %d to %d" % (low, high))
+        raise ValueError("a whole number" + " of at least %d" % low * (low >= 0))
 
     return check
 
@@ -363,8 +363,8 @@ def duration_from(low):
 
 check_time = in_range(
     parse_time, 0, MAX_TIME,
-    "a time before the year 10000: ISO 8601 like 2026-01-31T18:00:00Z, or epoch"
-    " seconds")
+    "a time: ISO 8601 like 2026-01-31T18:00 (local) or 2026-01-31T18:00Z, epoch"
+    " seconds, or now")
 
 
 def check_id(value):
@@ -412,10 +412,12 @@ def current_directory():
 
 def check_directory(value):
     """Check the path of a directory; return it as an absolute path."""
-    if not isinstance(value, str) or not is_storable(value) or not os.path.isdir(value):
-        raise ValueError("a directory that exists and has a name in UTF-8")
+    if not isinstance(value, str) or not value or not is_storable(value):
+        raise ValueError("the path of a directory, in UTF-8")
     # Not by `normpath`, which leaves C:.. relative to a drive on Windows.
     path = os.path.abspath(os.path.join(current_directory(), value))
+    if not os.path.isdir(path):
+        raise ValueError("a directory that exists")
     if is_network_path(path):
         raise ValueError("a directory on a drive: cmd.exe would run the command in"
                          " C:\\Windows; give the share a letter by `net use`")
@@ -2167,9 +2169,10 @@ def where(states=STATES, **filters):
         if not {"pending", "completed"} & {*states}:
             parts.append(RARE)
     given = {name: value for name, value in filters.items() if value is not None}
-    parts += [FILTERS[name] for name in given]
-    sql = " AND ".join(parts or ["1"])
-    return Condition(sql, given, sql)
+    parts += [FILTERS[name] for name in given if name != "behind"]
+    of_row = " AND ".join(parts or ["1"])
+    sql = " AND ".join([of_row, FILTERS["behind"]] if "behind" in given else [of_row])
+    return Condition(sql, given, of_row)
 
 
 def needed(condition):
@@ -2259,7 +2262,6 @@ class Queue(Database):
                  create=True, drain=None):
         super().__init__(path, for_pool, lock_timeout, create)
         self.clock, self.drain = clock, drain
-        self.clock_offset = None  # to the monotonic clock, at the last look
         self.token = self._value("SELECT value FROM config WHERE key = 'token'")
 
     # -- enqueue -----------------------------------------------------------------------
@@ -2435,20 +2437,21 @@ class Queue(Database):
 
     # If the clock is set back, a job that named no time waits no longer than before.
 
-    def promote_after_clock_step(self):
+    def promote_after_clock_step(self, earlier=None):
         """Make jobs due again that failed or were due before the clock was set back.
 
         Jobs that were due would stand behind every new job. To look for them may take
-        a while, so it is done only at the first look and after a step.
+        a while, so it is done only at the first look and after a step. Return the
+        offset to the monotonic clock; EARLIER is that of the look before.
         """
         self._promote_failed_in_future()
         now = self.clock()
         offset = now - time.monotonic()
-        if self.clock_offset is None or offset < self.clock_offset - 1:
+        if earlier is None or offset < earlier - 1:
             for found in DUE_IN_FUTURE:
                 self._change(f"""UPDATE jobs SET run_at = :now, updated_at = :now
                     WHERE seq IN ({found})""", now=now)
-        self.clock_offset = offset
+        return offset
 
     def _promote_failed_in_future(self):
         """Move jobs whose failure lies in the future from FAILED to PENDING."""
@@ -3002,9 +3005,8 @@ class Queue(Database):
         delayed = self._value(  # what is overdue is ready, though no worker has seen it
             f"SELECT COUNT(*) FROM jobs WHERE {FOR_A_TIME} AND run_at > ?",
             self.clock())
-        dependent = self._value(f"""
-            SELECT COUNT(*) FROM (
-                SELECT 1 FROM jobs WHERE {UNFINISHED_DEPENDENT} LIMIT 10000)""")
+        dependent = self._value(
+            f"SELECT COUNT(*) FROM jobs WHERE {UNFINISHED_DEPENDENT}")
         locks = self._row(f"""
             SELECT IFNULL(SUM(locked), 0) AS locked, IFNULL(MAX(jobs), 0) AS line
             FROM (SELECT SUM(gate = {LOCKED}) AS locked, SUM(gate <> {CLOSED}) AS jobs
@@ -3492,6 +3494,15 @@ def read_output(path, limit):
                     break
             time.sleep(FILE_INTERVAL / 10)
     return kept_end(output, limit)
+
+
+def read_tail(path):
+    """Return the last bytes that a run has printed so far; b"" without its file."""
+    with contextlib.suppress(FileNotFoundError):
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_SIZE))
+            return file.read(TAIL_SIZE)
+    return b""
 
 
 class Lease:
@@ -5450,7 +5461,7 @@ class Reaper:
             if code:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_SIZE))
                 end = file.read().lstrip(b"\0")  # the part that was truncated
-                self.log.error("on_dead for %s: exit %d%s", hook.id, code,
+                self.log.error("on_dead for %s: %s%s", hook.id, exit_end(code).error,
                                reason_in(end))
 
     def end_hook(self, process):
@@ -5552,6 +5563,7 @@ class Supervisor:
         self.fd = None  # of that file
         self.file_status = None  # of the database
         self.was_paused = False  # the queue, at the latest check
+        self.clock_offset = None  # to the monotonic clock, likewise
         self.waiter = self.log = self.reaper = None
         self.queue_trouble = self.start_trouble = None  # made with the log
         self.workers = []  # their processes
@@ -5719,8 +5731,8 @@ class Supervisor:
         for worker in [one for one in self.workers if one.exitcode is not None]:
             self.workers.remove(worker)
             if worker.exitcode:
-                message = "worker %d died: exit code %d"
-                self.log.error(message, worker.pid, worker.exitcode)
+                message = "worker %d died: %s"
+                self.log.error(message, worker.pid, exit_end(worker.exitcode).error)
                 self.reaper.note_worker_death(worker.pid, worker.exitcode)
                 self.next_check = 0.0
                 self.next_start = time.monotonic() + RESTART_INTERVAL
@@ -5803,7 +5815,7 @@ class Supervisor:
         self.reaper.remove_stale_files(queue)
         self.reaper.rotate_log()
         self.reaper.announce_dead_jobs(queue)
-        queue.promote_after_clock_step()
+        self.clock_offset = queue.promote_after_clock_step(self.clock_offset)
         self.reaper.prune(queue)
         if self.show_progress:
             self.show_progress(queue)
@@ -5887,9 +5899,9 @@ MEANT = {
     "worker status": "status", "start": "worker start", "run": "worker start",
     "stop": "worker stop, or cancel", "add": "enqueue", "submit": "enqueue",
     "kill": "cancel", "tail": "logs", "cat": "logs", "log": "logs",
-    "prune": "delete", "clean": "delete", "clear": "dlq clear", "requeue": "retry",
+    "prune": "delete", "clean": "delete", "clear": "delete, or dlq clear", "requeue": "retry",
     "dlq requeue": "dlq retry", "dlq show": "dlq list", "dlq ls": "dlq list",
-    "dlq delete": "dlq clear", "set": "config set", "config reset": "config unset",
+    "dlq delete": "delete", "set": "config set", "config reset": "config unset",
     "version": "--version", "reset": "delete --all, or to remove queuectl.db",
 }
 # The same for states.
@@ -6496,7 +6508,7 @@ def cmd_list(args, queue):
     else:
         jobs = queue.jobs(chosen, args.limit or 0, args.newest)
     list_jobs(args, queue, jobs)
-    report_left(args, room, queue.count(chosen))
+    report_left(args, queue, room, chosen)
     print_lines(note)
 
 
@@ -6522,11 +6534,12 @@ def room_for_jobs(args, note=()):
     return max(1, size.lines - 3 - below)
 
 
-def report_left(args, room, count):
-    """Report how many of COUNT jobs were not listed."""
+def report_left(args, queue, room, condition):
+    """Report how many of the jobs that meet a condition were not listed."""
     limit = room or args.limit or 0
-    if limit and count > limit:
-        more = plural(count - limit, "older job" if room else "more job")
+    left = queue.count(condition) - limit if limit and not args.json else 0
+    if left > 0:
+        more = plural(left, "older job" if room else "more job")
         report_below(args, more + "; --limit 0 lists all")
 
 
@@ -7000,7 +7013,8 @@ def require_one_selection(args, *ways):
     if not given:
         raise QueueError("which jobs? name ids, or %s", options, code=2)
     if given > 1:
-        raise QueueError("name ids, or one of %s, but not both", options, code=2)
+        raise QueueError("give ids, or some of %s; --all and ids stand alone", options,
+                         code=2)
 
 
 # `taken` is the condition for the jobs that a verb for many changes. `left` is that for
@@ -7144,7 +7158,7 @@ def cmd_dlq_list(args, queue):
     room = room_for_jobs(args, summary)
     dead = queue.dead_jobs(limit=room or args.limit or -1, **filters)
     list_jobs(args, queue, dead, DLQ_COLUMNS, "no dead jobs")
-    report_left(args, room, queue.count(chosen))
+    report_left(args, queue, room, chosen)
 
 
 def dead_filters(args, queue):
@@ -8382,8 +8396,7 @@ def running_job(run, page):
     """Return a line about a running job; its time is marked near the timeout."""
     job = page.queue.job(run.id)
     word = kind_of(job, page.status, page.now)
-    printed = read_output(run.lease_path, page.queue.settings()["output_limit"])
-    line = last_line(printed[-2000:])
+    line = last_line(read_tail(run.lease_path))
     seconds = page.now - job["started_at"]
     is_late = job["timeout"] and seconds > 0.8 * job["timeout"]
     return element(
@@ -8898,6 +8911,7 @@ def make_page(queue, query, site, is_whole=False):
         growth = site.counts.get("growth", lambda: site.trend.growth(
             now, count_unfinished(status["jobs"])))
         view = View(*(query.get(name, "") for name in View._fields))
+        view = view._replace(state=view.state.lower())  # as `state_name` takes it
         if queue.state(view.before) is None:  # deleted meanwhile
             view = view._replace(before="", first="")
         found = newest_jobs(queue, dict(
@@ -9132,15 +9146,16 @@ def listen(site, host, port):
         def do_GET(self):
             status, content_type, text = site.answer(
                 self.command, self.path, self.headers)
+            body = text.encode(errors="backslashreplace")  # a path may be no UTF-8
             # The body of a POST is not read. It must not be taken for the next request.
             self.close_connection |= self.command == "POST"
             self.send_response(status)
             self.send_header("Content-Type", content_type + "; charset=utf-8")
-            self.send_header("Content-Length", str(len(text.encode())))
+            self.send_header("Content-Length", str(len(body)))
             for name, value in HEADERS.items():
                 self.send_header(name, value.replace("TOKEN", site.token))
             self.end_headers()
-            self.wfile.write(text.encode())
+            self.wfile.write(body)
 
         do_POST = do_GET
 

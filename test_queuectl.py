@@ -3601,7 +3601,7 @@ class TestList:
             ["cancel"], ["retry"], ["delete"], ["dlq", "retry"],
             ["retry", "x", "--match", "a"], ["cancel", "a1", "--state", "pending"]
         ):
-            assert "name ids, or " in run_refused(*words, code=2)
+            assert " ids, or " in run_refused(*words, code=2)
         assert run_refused("dlq", "retry", code=2) == (
             "queuectl: which jobs? name ids, or --all, --match, --error, --since\n")
 
@@ -4449,7 +4449,7 @@ class TestDelete:
     @pytest.mark.parametrize("words", [
         [], ["x", "--all"], ["x", "--older-than", "0"], ["--all", "--state", "dead"]])
     def test_it_wants_ids_or_a_state_or_all(self, queue, words):
-        assert "name ids, or " in run_refused("delete", *words, code=2)
+        assert " ids, or " in run_refused("delete", *words, code=2)
 
     def test_jobs_are_deleted_by_state_and_age(self, queue, clock):
         for name in ("old", "new"):
@@ -4743,7 +4743,7 @@ class TestDeadLetterQueue:
         assert [job["state"] for job in jobs().values()] == ["dead", "pending"]
         assert "or --all, --match, --error, --since" in run_refused(
             "dlq", "retry", code=2)
-        assert "but not both" in run_refused("dlq", "retry", "old", "--since", "1h",
+        assert "stand alone" in run_refused("dlq", "retry", "old", "--since", "1h",
                                              code=2)
 
     @posix_only
@@ -6165,7 +6165,7 @@ class TestCommandLine:
     @pytest.mark.parametrize("words, printed", [
         (["stop"], "did you mean worker stop, or cancel?"),
         (["start"], "did you mean worker start?"),
-        (["clear"], "did you mean dlq clear?"), (["retyr"], "did you mean retry?"),
+        (["clear"], "did you mean delete, or dlq clear?"), (["retyr"], "did you mean retry?"),
         (["frobnicate"], "there are: enqueue, "), (["run"], "mean worker start?"),
         (["list", "--limit", "-1"], "-1 is not a whole number of at least 0\n"),
         (["show", "-x"], "an id that begins with - stands behind a --"),
