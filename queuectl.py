@@ -92,11 +92,21 @@ from datetime import datetime, timedelta
 __version__ = "1.2.0"
 
 WINDOWS = os.name == "nt"
-# The word by which hints name this program: the one that its user types. The command
-# that `install` makes has this name, and a pool that is detached takes over the word.
-PROGRAM = os.environ.get("QUEUECTL_DETACHED") or (
-    "queuectl" if os.path.basename("".join(sys.argv[:1])) == "queuectl"
-    else "queuectl.py")
+
+
+def program_typed():
+    """Return the words by which hints name this program: those that its user types."""
+    typed = "".join(sys.argv[:1])
+    if os.path.basename(typed) == "queuectl":  # the command that `install` makes
+        return "queuectl"
+    if re.fullmatch(r"([\w.-]*/)*queuectl\.py", typed):
+        python = re.sub(r"(?i)\.exe$", "", os.path.basename(sys.executable))
+        return "%s %s" % (python or "python3", typed)
+    return "queuectl.py"
+
+
+# A pool that is detached takes the words over.
+PROGRAM = os.environ.get("QUEUECTL_DETACHED") or program_typed()
 
 # The states of a job, in the order of `status`: whether it waits to be run, or has
 # finished; whether its dependents may then go on; and its colour on a terminal, a code
@@ -6317,7 +6327,7 @@ def require_one_source(args):
 
 def usage(*words):
     """Return a command line of queuectl that can be pasted into a shell."""
-    return quoted([PROGRAM, *words])
+    return "%s %s" % (PROGRAM, quoted(words))
 
 
 def given_fields(args):

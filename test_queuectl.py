@@ -6102,6 +6102,16 @@ class TestCommandLine:
             1, "queuectl: there is no job nope\n")
 
     @posix_only
+    def test_hints_of_a_script_can_be_pasted(self):
+        shutil.copy(SCRIPT, "queuectl.py")
+        enqueue(id="x")
+        shown = subprocess.run(
+            [sys.executable, "queuectl.py", "status"], timeout=60, check=True,
+            stdout=subprocess.PIPE).stdout.decode()
+        hint = shown.splitlines()[-1].partition("; to start one: ")[2]
+        assert hint == os.path.basename(sys.executable) + " queuectl.py worker start"
+
+    @posix_only
     def test_it_runs_as_a_module_and_as_an_executable_file(self):
         shutil.copy(SCRIPT, "queuectl.py")
         os.mkdir("bin")
