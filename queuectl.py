@@ -152,6 +152,7 @@ MAX_HOOK_OUTPUT = 2**20  # bytes of what such a command prints; then they are dr
 MAX_ERRORS = 100  # most common errors of dead jobs that are told apart
 SHOWN_ERRORS = 4  # most common errors of dead jobs, in `status` and on the page
 MAX_WATCHED = 2000  # jobs of which `wait` counts the states; of more, the whole queue
+COUNT_LIMIT = 10000  # rows that are counted where a million would take too long
 BATCH_SIZE = 500  # rows of one read or write; more would hold up other processes
 TAIL_SIZE = 4000  # bytes at the end of an output in which the log looks for a line
 LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
@@ -2865,7 +2866,7 @@ class Queue(Database):
         line = self._row(f"""
             SELECT lock, COUNT(*) AS jobs FROM (
                 SELECT lock FROM jobs WHERE lock NOT NULL AND state = 'pending'
-                    AND gate = {LOCKED} LIMIT 10000)
+                    AND gate = {LOCKED} LIMIT {COUNT_LIMIT})
             GROUP BY lock ORDER BY jobs DESC, lock LIMIT 1""")
         holder = line and self.lock_holder(line)
         return holder and (line["lock"], line["jobs"], self.job(holder))
@@ -3021,7 +3022,7 @@ class Queue(Database):
             SELECT IFNULL(SUM(locked), 0) AS locked, IFNULL(MAX(jobs), 0) AS line
             FROM (SELECT SUM(gate = {LOCKED}) AS locked, SUM(gate <> {CLOSED}) AS jobs
                 FROM (SELECT lock, gate FROM jobs
-                    WHERE lock NOT NULL AND state = 'pending' LIMIT 10000)
+                    WHERE lock NOT NULL AND state = 'pending' LIMIT {COUNT_LIMIT})
                 GROUP BY lock)""")
         seconds = self._value("""
             SELECT AVG(spent) FROM (
@@ -3118,7 +3119,7 @@ class Queue(Database):
             {blocked(with_root=True)}
             SELECT id, state, cancelled, roots.jobs AS jobs
             FROM (SELECT root, COUNT(*) AS jobs
-                FROM (SELECT root FROM blocked LIMIT 10000)
+                FROM (SELECT root FROM blocked LIMIT {COUNT_LIMIT})
                 GROUP BY root ORDER BY jobs DESC, root LIMIT ?) AS roots
             JOIN jobs ON seq = root
             ORDER BY roots.jobs DESC, seq""", limit)
@@ -4108,8 +4109,8 @@ def grouped(count):
 
 def listed(words, most=3):
     """Return the first words, and how many more there are: a, b, c and 5 more."""
-    rest = len(words) - most
-    return printable(", ".join(words[:most])) + (" and %d more" % rest if rest > 0 else "")
+    more = " and %d more" % (len(words) - most) if words[most:] else ""
+    return printable(", ".join(words[:most])) + more
 
 
 def joined(*words, by=", "):
@@ -4195,7 +4196,7 @@ def standstill(queue):
 
 
 def with_advice(found, path, first_letter=str):
-    """Return a verdict and its advice as one text, with this case of the first letter."""
+    """Return a verdict and its advice as one text. FIRST_LETTER sets the case of it."""
     sentence = first_letter(found.sentence[0]) + found.sentence[1:]
     return joined(sentence, in_queue(path, found.advice), by="; ")
 
@@ -5886,11 +5887,11 @@ class Supervisor:
 # must not, or `wait && deploy` would deploy in a wrong folder. `opens_queue`: its
 # function gets the queue as a second argument; others need none, or open it themselves,
 # since SQLite must cross neither a fork nor threads. `takes_words`: the words after
-# `--` are a command. `only_reads`: it fails if its result can't be printed; the exit
+# `--` are a command. `must_print`: it fails if its result can't be printed; the exit
 # code of others is about what they have done.
 Entry = collections.namedtuple(
     "Entry", "function meaning example arguments creates_queue opens_queue takes_words"
-    " only_reads usage aliases", defaults=(False, True, False, False, None, ()))
+    " must_print usage aliases", defaults=(False, True, False, False, None, ()))
 COMMANDS = {}  # {name: Entry}, in the order in which help lists them
 
 
@@ -5909,7 +5910,8 @@ MEANT = {
     "worker status": "status", "start": "worker start", "run": "worker start",
     "stop": "worker stop, or cancel", "add": "enqueue", "submit": "enqueue",
     "kill": "cancel", "tail": "logs", "cat": "logs", "log": "logs",
-    "prune": "delete", "clean": "delete", "clear": "delete, or dlq clear", "requeue": "retry",
+    "prune": "delete", "clean": "delete", "clear": "delete, or dlq clear",
+    "requeue": "retry",
     "dlq requeue": "dlq retry", "dlq show": "dlq list", "dlq ls": "dlq list",
     "dlq delete": "delete", "set": "config set", "config reset": "config unset",
     "version": "--version", "reset": "delete --all, or to remove queuectl.db",
@@ -6506,7 +6508,7 @@ def drop_last_ctrl_z(file):
 
 @command("list", "list jobs, oldest first", "list --state pending --limit 20",
          state_option(STATES), MATCH, SINCE, LIMIT, flag("--newest", "newest first"),
-         creates_queue=True, only_reads=True, aliases=("ls",))
+         creates_queue=True, must_print=True, aliases=("ls",))
 def cmd_list(args, queue):
     chosen = where(args.state or STATES, text=args.match,
                    changed_since=time_since(args, queue))
@@ -6581,7 +6583,7 @@ def report_queue(args):
 
 
 @command("show", "show a job and its runs", "show job1", ID,
-         only_reads=True)
+         must_print=True)
 def cmd_show(args, queue):
     job = job_named(queue, args.id)
     if args.json:
@@ -6703,7 +6705,7 @@ def job_named(queue, id):
          option("--attempt", "N", "the last run of this attempt (default: the latest)",
                 count_from(1, "--attempt")),
          option("--run", "N", "this run (default: the latest)", count_from(1, "--run")),
-         only_reads=True)
+         must_print=True)
 def cmd_logs(args, queue):
     chosen = {name: getattr(args, name) for name in ("run", "attempt")
               if getattr(args, name) is not None}
@@ -6713,7 +6715,8 @@ def cmd_logs(args, queue):
         raise QueueError(message + " can't be had as JSON", code=2)
     jobs = [job_named(queue, id) for id in args.ids]
     if args.follow:
-        return follow(queue, jobs[0])
+        with contextlib.closing(OutputPrinter()) as printer:
+            return follow(queue, jobs[0], printer)
     if len(jobs) > 1:
         return print_logs(args, queue, jobs)
     job = jobs[0]
@@ -6721,7 +6724,8 @@ def cmd_logs(args, queue):
     if args.json:
         print(json.dumps(output_document(job, run["run"], output)))
     else:
-        OutputPrinter().print(output)
+        with contextlib.closing(OutputPrinter()) as printer:
+            printer.print(output)
     if not output and run["error"]:
         notice("job %s: %s" % (printable(job["id"]), printable(run["error"])))
 
@@ -6783,17 +6787,21 @@ class OutputPrinter:
             sys.stdout.buffer.write(output)
             sys.stdout.buffer.flush()
 
-    def notice(self, message):
-        """Report something; on a terminal not in a line that the output has begun."""
+    def close(self):
+        """On a terminal, end the line that the output has begun."""
         if self.is_in_line and self.is_terminal:
             self.print(b"\n")
+
+    def notice(self, message):
+        """Report something, on a line of its own."""
+        self.close()
         notice(message)
 
 
-def follow(queue, job):
+def follow(queue, job, printer):
     """Print the output of a job's latest run while it runs; wait for the first run."""
     job, printed = wait_for_run(queue, job), 0
-    run, is_running, printer = queue.latest_run(job), True, OutputPrinter()
+    run, is_running = queue.latest_run(job), True
     while is_running:
         queue.require_file()
         is_running = queue.is_current(run)
@@ -6840,7 +6848,8 @@ def output_of(queue, job, run):
     output = queue.output(job, run)
     if output is None and run == job["run"]:
         # If the run has ended between the two reads, its output is in the database now.
-        lease, limit = queue.latest_run(job).lease_path, queue.settings()["output_limit"]
+        lease = queue.latest_run(job).lease_path
+        limit = queue.settings()["output_limit"]
         output = read_output(lease, limit) or queue.output(job, run)
     return output or b""
 
@@ -6893,13 +6902,18 @@ class WaitReport:
     def __init__(self, queue, progress):
         self.queue, self.progress = queue, progress
         self.began, self.reported = time.monotonic(), {""}
+        self.wait = None  # the `Wait`, once it has looked
 
     def update(self, wait):
-        """Show the progress. After REPORT_DELAY report each standstill once."""
-        self.wait = wait
+        """Show the progress; after a while report each standstill once.
+
+        Somebody at a terminal hears of it soon. A script may be about to start a pool.
+        """
+        self.wait, delay = wait, REPORT_DELAY
         if terminal_width(sys.stderr):
             self.progress.show(wait.counts())
-        if time.monotonic() < self.began + REPORT_DELAY:
+            delay = STOP_REPORT_DELAY
+        if time.monotonic() < self.began + delay:
             return
         reason = why_nothing_ends(self.queue)
         if reason not in self.reported:
@@ -6920,7 +6934,7 @@ def why_nothing_ends(queue):
 @command("status", "count the jobs, list the workers", "status --watch",
          option("--watch", "SECONDS", "refresh every SECONDS (default: 1)",
                 seconds_from(0.1, "--watch"), nargs="?", const=1.0),
-         creates_queue=True, only_reads=True)
+         creates_queue=True, must_print=True)
 def cmd_status(args, queue):
     is_terminal = not args.json and terminal_width(sys.stdout)
     is_screen, trend = args.watch and is_terminal, Trend()
@@ -6963,8 +6977,10 @@ def fitting(lines):
 
 def screenful(lines):
     """Return the text that redraws these lines, as many as fit on the terminal."""
-    # Each line is cleared first: behind its last column that would clear this.
-    lines = ("\x1b[K%s\n" % line for line in map(painter(sys.stdout), fitting(lines)))
+    width, paint = terminal_width(sys.stdout), painter(sys.stdout)
+    # Each line is cleared first: behind its last column that would clear this. A long
+    # id would be wrapped by the terminal, and push the first line off the screen.
+    lines = ("\x1b[K%s\n" % paint(truncate(line, width)) for line in fitting(lines))
     return "\x1b[H" + "".join(lines) + "\x1b[J"
 
 
@@ -6972,11 +6988,11 @@ def screenful(lines):
          "stats --since 1d",
          option("--since", "T", "over this time (default: 1h)",
                 seconds_from(1, "--since"), default=3600.0),
-         creates_queue=True, only_reads=True, aliases=("metrics",))
+         creates_queue=True, must_print=True, aliases=("metrics",))
 def cmd_stats(args, queue):
     stats = read_stats(queue, queue.clock() - args.since)
     lines = stats_lines(stats, terminal_width(sys.stdout) or 80)
-    print_result(args, stats, *fitting(lines))
+    print_result(args, stats, *lines)
 
 
 # -- change jobs -----------------------------------------------------------------------
@@ -7157,7 +7173,7 @@ def selection_to_delete(args, before):
 
 
 @command("dlq list", "list the dead jobs, the latest first", "dlq list --since 12h",
-         MATCH, ERROR, DIED_SINCE, LIMIT, creates_queue=True, only_reads=True)
+         MATCH, ERROR, DIED_SINCE, LIMIT, creates_queue=True, must_print=True)
 def cmd_dlq_list(args, queue):
     filters = dead_filters(args, queue)
     chosen, summary = where(["dead"], **filters), []
@@ -7165,10 +7181,16 @@ def cmd_dlq_list(args, queue):
     if errors and errors[0]["jobs"] > 1:
         summary.append("Most common errors: " + errors_text(errors))
     print_lines(summary)
-    room = room_for_jobs(args, summary)
+    note = []
+    if not args.json and terminal_width(sys.stdout) and queue.counts()["dead"]:
+        note = [Line(in_queue(args.db, words + usage("dlq", *command)), DIM)
+                for words, *command in (("to see what they printed: ", "logs"),
+                                        ("to run one again: ", "retry", "ID"))]
+    room = room_for_jobs(args, summary + note)
     dead = queue.dead_jobs(limit=room or args.limit or -1, **filters)
     list_jobs(args, queue, dead, DLQ_COLUMNS, "no dead jobs")
     report_left(args, queue, room, chosen)
+    print_lines(note)
 
 
 def dead_filters(args, queue):
@@ -7186,7 +7208,7 @@ def errors_text(errors):
 
 
 @command("dlq logs", "print the latest output of dead jobs", "dlq logs --since 12h",
-         MATCH, ERROR, DIED_SINCE, only_reads=True)
+         MATCH, ERROR, DIED_SINCE, must_print=True)
 def cmd_dlq_logs(args, queue):
     dead = queue.dead_jobs(**dead_filters(args, queue))
     first = list(itertools.islice(dead, 1))
@@ -7215,7 +7237,7 @@ def cmd_dlq_clear(args, queue):
 
 
 @command("config show", "show all settings", "config show",
-         creates_queue=True, only_reads=True, aliases=("config list",))
+         creates_queue=True, must_print=True, aliases=("config list",))
 def cmd_config_show(args, queue):
     values = queue.settings()
     width = terminal_width(sys.stdout)
@@ -7231,7 +7253,7 @@ def cmd_config_show(args, queue):
 @command("config get", "print the value of a setting", "config get max_retries",
          positional("key", "KEY", "name of a setting (default: all)", setting_as_typed,
                     nargs="?"),
-         creates_queue=True, only_reads=True)
+         creates_queue=True, must_print=True)
 def cmd_config_get(args, queue):
     if args.key is None:
         return cmd_config_show(args, queue)
@@ -7531,7 +7553,7 @@ CHOICES = {"STATE": STATES, "KEY": SETTINGS, "SHELL": COMPLETIONS}  # by metavar
          "completion bash",
          positional("shell", "SHELL", "in .bashrc: source <(queuectl completion bash)",
                 nargs="?", choices=[*COMPLETIONS]),
-         opens_queue=False, only_reads=True, takes_words=True)
+         opens_queue=False, must_print=True, takes_words=True)
 def cmd_completion(args):
     if args.words:  # those of a command line, up to the one to be completed
         with contextlib.suppress(QueueError, OSError, ValueError, sqlite3.Error):
@@ -7701,7 +7723,7 @@ class Trial:
         require(wait_until(are_there, self.time_left()), TOO_SLOW)
 
     def finish_second_run(self, pool):
-        """Let the beating job end in its second run, which may not overlap the first."""
+        """Let the beating job end in its second run, not before the first has."""
         self.wait_for_beats(2)
         self.write("over")
         self.finish(pool)
@@ -7860,7 +7882,7 @@ def show_stop(trial):
 
 
 @command("selftest", "show that the promises hold on this file system", "selftest",
-         opens_queue=False, only_reads=True)
+         opens_queue=False, must_print=True)
 def cmd_selftest(args):
     catch_signals(signal.default_int_handler)  # SIGTERM must not leave processes
     results, trials, end = [], [], time.monotonic() + SELFTEST_TIME
@@ -9188,7 +9210,7 @@ def listen(site, host, port):
                 default="127.0.0.1"),
          option("--port", "N", "0 takes a free one (default: 8321)",
                 count_from(0, "--port", 65535), default=8321),
-         creates_queue=True, only_reads=True, opens_queue=False)
+         creates_queue=True, must_print=True, opens_queue=False)
 def cmd_dashboard(args):
     serve(args.db, args.host, args.port)
 
@@ -9932,7 +9954,7 @@ def run_command(argv):
     if name not in COMMANDS:
         return show_help(name, words)
     entry, args = COMMANDS[name], parse_arguments(name, words)
-    if not entry.only_reads:
+    if not entry.must_print:
         sys.stdout = LenientOutput(sys.stdout)
     try:
         if entry.creates_queue and not os.path.exists(args.db):
