@@ -9543,6 +9543,7 @@ function hold(page) {
 /* The page is fetched again and again; of answers that cross only the latest counts. */
 async function refresh(isFree) {
   clearTimeout(timer);
+  if (find("job") && !new URLSearchParams(location.search).get("job")) closePanel();
   const mine = ++turn, opened = find("job") && find("job").dataset.key;
   try {
     const came = parse(await get("/main" + location.search));
@@ -9567,6 +9568,16 @@ async function refresh(isFree) {
   timer = setTimeout(refresh, document.hidden ? 15000 : 2000);
 }
 
+const rowOf = id => id && document.querySelector(`tr[data-key="${CSS.escape(id)}"] a`);
+
+/* At once: nobody may be kept in a panel by a server that is slow, or gone. */
+function closePanel() {
+  const row = rowOf(find("job").dataset.key);
+  find("job").remove();
+  cover(find("page"));
+  (row || find("verdict")).focus({preventScroll: true});
+}
+
 function moveFocus(opened, focused) {
   if (find("gone")) {  // of an action here it is known already
     if (find("said").hidden) say(find("gone").textContent);
@@ -9574,9 +9585,8 @@ function moveFocus(opened, focused) {
     find("gone").remove();
   }
   const job = find("job") && find("job").dataset.key;
-  const row = opened && document.querySelector(`tr[data-key="${CSS.escape(opened)}"] a`);
   let target = focused.isConnected ? null : find("name") || find("verdict");
-  if (job !== opened) target = job ? find(focused.id) || find("name") : row || target;
+  if (job !== opened) target = job ? find(focused.id) || find("name") : rowOf(opened) || target;
   if (target) target.focus({preventScroll: true});
 }
 
@@ -9596,6 +9606,9 @@ function trouble(words) {
   find("start").hidden = words !== SILENT;
   age.textContent = (find("queue") ? `What is shown is ${seconds} s old. ` : "")
     + "This page tries again every 2 s.";
+  if (find("job"))  // below it, or the panel's Close would be covered
+    find("job").style.top = words && narrow.matches
+      ? find("trouble").getBoundingClientRect().bottom + "px" : "";
   if (words) for (const button of document.querySelectorAll("#page [data-post]"))
     button.setAttribute("aria-disabled", true);  // until the next refresh
 }
