@@ -9606,6 +9606,8 @@ function trouble(words) {
   find("start").hidden = words !== SILENT;
   age.textContent = (find("queue") ? `What is shown is ${seconds} s old. ` : "")
     + "This page tries again every 2 s.";
+  const name = document.title.split(" – ").pop();
+  if (words) document.title = sentence(words === SILENT ? "no answer" : words) + " – " + name;
   if (find("job"))  // below it, or the panel's Close would be covered
     find("job").style.top = words && narrow.matches
       ? find("trouble").getBoundingClientRect().bottom + "px" : "";
