@@ -9520,7 +9520,9 @@ function becomeChildren(node, wanted) {
     const there = node.childNodes[i];
     const known = key(child) ? named.get(key(child)) : there && !key(there) && there;
     if (!known || known.nodeName !== child.nodeName) return node.insertBefore(child, there || null);
-    if (known !== there) node.insertBefore(known, there);
+    if (known !== there && known.contains(document.activeElement))
+      while (node.childNodes[i] !== known) node.append(node.childNodes[i]);  // it keeps the focus
+    else if (known !== there) node.insertBefore(known, there);
     become(known, child);
   });
   while (node.childNodes.length > children.length) node.lastChild.remove();
