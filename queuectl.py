@@ -8203,7 +8203,8 @@ def page_now(page):
     if count_in(page, ""):
         load = load_text(page)
         more = [load and element("p", load, css="dim"),
-                advice and advice_line(advice, page), element("ul", *alerts(page))]
+                advice and advice_line(advice, page),
+                element("ul", *alerts(page), data_key="alerts")]
     else:
         steps = [element("li", advice_line(step, page)) for step in FIRST_STEPS]
         more = [element("ol", *steps)]
