@@ -8594,7 +8594,8 @@ def bulk_buttons(page):
     filters, state, behind = page.view.filters(), page.view.state, page.view.behind
     if behind and page.queue.state(behind) == "dead":
         yield job_button("Retry " + behind, "retry", behind, "Retried")
-    elif page.found and not behind and state in ("", "dead") and count_in(page, "dead"):
+    elif page.found and not behind and (
+            state == "dead" or not filters and count_in(page, "dead")):
         yield bulk_button("Retry dead…", "retry", filters)
     if page.found and filters and state != "processing":
         yield bulk_button("Delete…", "delete", filters)

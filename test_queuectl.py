@@ -8534,8 +8534,8 @@ class TestPage:
             assert shown.split(",")[0] == str(total), query
 
     @pytest.mark.parametrize("address, offered", [
-        ("/", ["Retry dead…"]), ("/?q=x", ["Retry dead…", "Delete…"]),
-        ("/?state=dead", ["Retry dead…", "Delete…"]), ("/?state=pending", ["Delete…"]),
+        ("/", ["Retry dead…"]), ("/?q=x", ["Delete…"]),
+        ("/?state=dead&q=x", ["Retry dead…", "Delete…"]), ("/?state=pending", ["Delete…"]),
         ("/?state=processing", []), ("/?q=nothing", [])])
     def test_it_offers_for_many_what_can_be_done(self, queue, page, address, offered):
         add_job(queue, id="x1"), add_job(queue, id="x2")
