@@ -8913,7 +8913,8 @@ def make_page(queue, query, site, is_whole=False):
         growth = site.counts.get("growth", lambda: site.trend.growth(
             now, count_unfinished(status["jobs"])))
         view = View(*(query.get(name, "") for name in View._fields))
-        view = view._replace(state=view.state.lower())  # as `state_name` takes it
+        state = view.state.lower()  # as `state_name` takes it
+        view = view._replace(state=state if state in STATES else "")
         if queue.state(view.before) is None:  # deleted meanwhile
             view = view._replace(before="", first="")
         found = newest_jobs(queue, dict(
