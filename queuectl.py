@@ -8817,7 +8817,8 @@ def run_links(job, shown, page):
 
 def run_link(run, shown, page):
     """Return a link to the output of a run, with when it began and how it ended."""
-    words = [run["run"], iso(run["started_at"])[11:19], "running"]
+    going = "lost" if page.view.job in page.status["lost"] else "running"
+    words = [run["run"], iso(run["started_at"])[11:19], going]
     if run["finished_at"] is not None:
         words[2:] = run["error"] or "exit 0", duration_text(run["seconds"])
     return link("run " + " · ".join(map(str, words)),
@@ -8836,7 +8837,8 @@ def panel_output(job, run, page):
     size, name = page.queue.output_size(job, run), query_of(id=job["id"], run=run)
     words = [element("span", "%s bytes kept" % grouped(size or 0), css="dim")]
     if is_live(job, run):
-        words = [element("span", "following", css="dim"),
+        going = "lost" if job["id"] in page.status["lost"] else "following"
+        words = [element("span", going, css="dim"),
                  element("button", "Paused: jump to the end", type="button", id="end")]
     yield element(
         "div", element("h2", "Output"), *words, copy_button("Copy output", "output"),

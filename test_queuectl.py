@@ -4931,6 +4931,9 @@ class TestStatus:
         assert {row[1]: row[0] for row in table_of(shown)} == {
             "a": "lost", "b": "pending"}
         assert words_of(named_part(shown, "why")).startswith("lost – its worker died")
+        panel = words_of(shown.find("aside"))
+        assert "· lost" in panel and "Outputlost" in panel
+        assert "running" not in panel and "following" not in panel
         assert "1 without a worker" in words_of(named_part(shown, "running"))
 
     @mechanism
