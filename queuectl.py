@@ -8403,7 +8403,8 @@ def running_job(run, page):
     return element(
         "li", icon(word), link(job["id"], page.view.open(job["id"]), "mono line"),
         element("span", one_line(job["command"]), css="mono dim line"),
-        element("b", roughly(seconds), css="failed hue" if is_late else None),
+        element("b", "<1 s" if seconds < 1 else roughly(seconds),
+                css="failed hue" if is_late else None),
         line and element("small", line, css="dim line"),
         data_key=job["id"], css="row " + JOB_KINDS[word].state)
 
