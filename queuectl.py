@@ -4403,7 +4403,8 @@ class Trend:
         """Return how many more jobs are left each minute: the least of three steps.
 
         So a heap that was enqueued at once, and has shrunk since, is no growth. It is
-        0.5 where only the last step is up: nobody can tell when such a queue ends.
+        0.5 where only the last step is up, or more are left than at the first look:
+        nobody can tell when such a queue ends.
         """
         if self.looks and now < self.looks[-1][0]:  # the clock was set back
             self.looks.clear()
@@ -4412,8 +4413,10 @@ class Trend:
         looks = [*self.looks]
         steps = [60 * (more - less) / (end - begin)
                  for (begin, less), (end, more) in zip(looks, looks[1:])]
-        if not steps or steps[-1] <= 0:
-            return min(steps, default=0)
+        if not steps:
+            return 0.5 if left > looks[0][1] else 0
+        if steps[-1] <= 0:
+            return min(steps)
         return max(0.5, min(steps)) if len(steps) == 3 else 0.5
 
 

@@ -4979,6 +4979,11 @@ class TestStatus:
         assert round(seen, 1) == growth
         assert trend.growth(0, 10**6) == 0  # the clock was set back
 
+    def test_a_queue_grows_from_the_second_look_on(self):
+        trend = queuectl.Trend()
+        assert [trend.growth(at, left) for at, left in enumerate([5, 5, 9, 4])] == [
+            0, 0, 0.5, 0]
+
     def test_the_verdict_is_in_json_and_not_in_a_pipe(self, dashboard):
         enqueue()
         printed = read_status()
