@@ -4414,7 +4414,8 @@ class Trend:
         """Return how many more jobs are left each minute: the least of three steps.
 
         So a heap that was enqueued at once, and has shrunk since, is no growth. It is
-        0.5 where only the last step is up: nobody can tell when such a queue ends.
+        0.5 where only the last step is up, or more are left than at the first look:
+        nobody can tell when such a queue ends.
         """
         if self.looks and now < self.looks[-1][0]:  # the clock was set back
             self.looks.clear()
@@ -4423,8 +4424,10 @@ class Trend:
         looks = [*self.looks]
         steps = [60 * (more - less) / (end - begin)
                  for (begin, less), (end, more) in zip(looks, looks[1:])]
-        if not steps or steps[-1] <= 0:
-            return min(steps, default=0)
+        if not steps:
+            return 0.5 if left > looks[0][1] else 0
+        if steps[-1] <= 0:
+            return min(steps)
         return max(0.5, min(steps)) if len(steps) == 3 else 0.5
 
 
@@ -8235,7 +8238,8 @@ def page_now(page):
     if count_in(page, ""):
         load = load_text(page)
         more = [load and element("p", load, css="dim"),
-                advice and advice_line(advice, page), element("ul", *alerts(page))]
+                advice and advice_line(advice, page),
+                element("ul", *alerts(page), data_key="alerts")]
     else:
         steps = [element("li", advice_line(step, page)) for step in FIRST_STEPS]
         more = [element("ol", *steps)]
@@ -8434,7 +8438,8 @@ def running_job(run, page):
     return element(
         "li", icon(word), link(job["id"], page.view.open(job["id"]), "mono line"),
         element("span", one_line(job["command"]), css="mono dim line"),
-        element("b", roughly(seconds), css="failed hue" if is_late else None),
+        element("b", "<1 s" if seconds < 1 else roughly(seconds),
+                css="failed hue" if is_late else None),
         line and element("small", line, css="dim line"),
         data_key=job["id"], css="row " + JOB_KINDS[word].state)
 
@@ -8625,7 +8630,8 @@ def bulk_buttons(page):
     filters, state, behind = page.view.filters(), page.view.state, page.view.behind
     if behind and page.queue.state(behind) == "dead":
         yield job_button("Retry " + behind, "retry", behind, "Retried")
-    elif page.found and not behind and state in ("", "dead") and count_in(page, "dead"):
+    elif page.found and not behind and (
+            state == "dead" or not filters and count_in(page, "dead")):
         yield bulk_button("Retry dead…", "retry", filters)
     if page.found and filters and state != "processing":
         yield bulk_button("Delete…", "delete", filters)
@@ -8847,7 +8853,8 @@ def run_links(job, shown, page):
 
 def run_link(run, shown, page):
     """Return a link to the output of a run, with when it began and how it ended."""
-    words = [run["run"], iso(run["started_at"])[11:19], "running"]
+    going = "lost" if page.view.job in page.status["lost"] else "running"
+    words = [run["run"], iso(run["started_at"])[11:19], going]
     if run["finished_at"] is not None:
         words[2:] = run["error"] or "exit 0", duration_text(run["seconds"])
     return link("run " + " · ".join(map(str, words)),
@@ -8866,7 +8873,8 @@ def panel_output(job, run, page):
     size, name = page.queue.output_size(job, run), query_of(id=job["id"], run=run)
     words = [element("span", "%s bytes kept" % grouped(size or 0), css="dim")]
     if is_live(job, run):
-        words = [element("span", "following", css="dim"),
+        going = "lost" if job["id"] in page.status["lost"] else "following"
+        words = [element("span", going, css="dim"),
                  element("button", "Paused: jump to the end", type="button", id="end")]
     yield element(
         "div", element("h2", "Output"), *words, copy_button("Copy output", "output"),
@@ -8943,7 +8951,8 @@ def make_page(queue, query, site, is_whole=False):
         growth = site.counts.get("growth", lambda: site.trend.growth(
             now, count_unfinished(status["jobs"])))
         view = View(*(query.get(name, "") for name in View._fields))
-        view = view._replace(state=view.state.lower())  # as `state_name` takes it
+        state = view.state.lower()  # as `state_name` takes it
+        view = view._replace(state=state if state in STATES else "")
         if queue.state(view.before) is None:  # deleted meanwhile
             view = view._replace(before="", first="")
         found = newest_jobs(queue, dict(
@@ -9552,7 +9561,9 @@ function becomeChildren(node, wanted) {
     const there = node.childNodes[i];
     const known = key(child) ? named.get(key(child)) : there && !key(there) && there;
     if (!known || known.nodeName !== child.nodeName) return node.insertBefore(child, there || null);
-    if (known !== there) node.insertBefore(known, there);
+    if (known !== there && known.contains(document.activeElement))
+      while (node.childNodes[i] !== known) node.append(node.childNodes[i]);  // it keeps the focus
+    else if (known !== there) node.insertBefore(known, there);
     become(known, child);
   });
   while (node.childNodes.length > children.length) node.lastChild.remove();
@@ -9575,6 +9586,7 @@ function hold(page) {
 /* The page is fetched again and again; of answers that cross only the latest counts. */
 async function refresh(isFree) {
   clearTimeout(timer);
+  if (find("job") && !new URLSearchParams(location.search).get("job")) closePanel();
   const mine = ++turn, opened = find("job") && find("job").dataset.key;
   try {
     const came = parse(await get("/main" + location.search));
@@ -9599,6 +9611,16 @@ async function refresh(isFree) {
   timer = setTimeout(refresh, document.hidden ? 15000 : 2000);
 }
 
+const rowOf = id => id && document.querySelector(`tr[data-key="${CSS.escape(id)}"] a`);
+
+/* At once: nobody may be kept in a panel by a server that is slow, or gone. */
+function closePanel() {
+  const row = rowOf(find("job").dataset.key);
+  find("job").remove();
+  cover(find("page"));
+  (row || find("verdict")).focus({preventScroll: true});
+}
+
 function moveFocus(opened, focused) {
   if (find("gone")) {  // of an action here it is known already
     if (find("said").hidden) say(find("gone").textContent);
@@ -9606,9 +9628,8 @@ function moveFocus(opened, focused) {
     find("gone").remove();
   }
   const job = find("job") && find("job").dataset.key;
-  const row = opened && document.querySelector(`tr[data-key="${CSS.escape(opened)}"] a`);
   let target = focused.isConnected ? null : find("name") || find("verdict");
-  if (job !== opened) target = job ? find(focused.id) || find("name") : row || target;
+  if (job !== opened) target = job ? find(focused.id) || find("name") : rowOf(opened) || target;
   if (target) target.focus({preventScroll: true});
 }
 
@@ -9628,6 +9649,11 @@ function trouble(words) {
   find("start").hidden = words !== SILENT;
   age.textContent = (find("queue") ? `What is shown is ${seconds} s old. ` : "")
     + "This page tries again every 2 s.";
+  const name = document.title.split(" – ").pop();
+  if (words) document.title = sentence(words === SILENT ? "no answer" : words) + " – " + name;
+  if (find("job"))  // below it, or the panel's Close would be covered
+    find("job").style.top = words && narrow.matches
+      ? find("trouble").getBoundingClientRect().bottom + "px" : "";
   if (words) for (const button of document.querySelectorAll("#page [data-post]"))
     button.setAttribute("aria-disabled", true);  // until the next refresh
 }

@@ -4931,6 +4931,9 @@ class TestStatus:
         assert {row[1]: row[0] for row in table_of(shown)} == {
             "a": "lost", "b": "pending"}
         assert words_of(named_part(shown, "why")).startswith("lost – its worker died")
+        panel = words_of(shown.find("aside"))
+        assert "· lost" in panel and "Outputlost" in panel
+        assert "following" not in panel
         assert "1 without a worker" in words_of(named_part(shown, "running"))
 
     @mechanism
@@ -4974,7 +4977,12 @@ class TestStatus:
             seen = trend.growth(15 * at, left)
             assert trend.growth(15 * at + 1, 0) == seen  # another look, too soon
         assert round(seen, 1) == growth
-        assert trend.growth(0, 10**6) == 0  # the clock was set back
+        assert trend.growth(-1, 10**6) == 0  # the clock was set back
+
+    def test_a_queue_grows_from_the_second_look_on(self):
+        trend = queuectl.Trend()
+        assert [trend.growth(at, left) for at, left in enumerate([5, 5, 9, 4])] == [
+            0, 0, 0.5, 0]
 
     def test_the_verdict_is_in_json_and_not_in_a_pipe(self, dashboard):
         enqueue()
@@ -8420,8 +8428,8 @@ class TestPage:
         add_job(queue, id="x")
         with leased_run(queue, os.getpid()) as (_, lease):
             lease.write(b"one\n\x1b[31mrow 7 of 9\x1b[0m\n\n")
-            assert words_of(named_part(page(), "running").find("ul/li/small")) == (
-                "row 7 of 9")
+            assert words_of(named_part(page(), "running").find("ul/li")).endswith(
+                "<1 srow 7 of 9")
 
     def test_idle_workers_are_counted_where_nothing_runs(self, queue, page, monkeypatch):
         add_job(queue)
@@ -8544,8 +8552,8 @@ class TestPage:
             assert shown.split(",")[0] == str(total), query
 
     @pytest.mark.parametrize("address, offered", [
-        ("/", ["Retry dead…"]), ("/?q=x", ["Retry dead…", "Delete…"]),
-        ("/?state=dead", ["Retry dead…", "Delete…"]), ("/?state=pending", ["Delete…"]),
+        ("/", ["Retry dead…"]), ("/?q=x", ["Delete…"]),
+        ("/?state=dead&q=x", ["Retry dead…", "Delete…"]), ("/?state=pending", ["Delete…"]),
         ("/?state=processing", []), ("/?q=nothing", [])])
     def test_it_offers_for_many_what_can_be_done(self, queue, page, address, offered):
         add_job(queue, id="x1"), add_job(queue, id="x2")
@@ -8625,11 +8633,15 @@ class TestPage:
 
     def test_an_odd_address_is_reported_on_the_page(self, dashboard):
         enqueue()
-        for query in ("state=x", "q=%00"):
-            whole = dashboard.ask("/?" + query)
-            assert whole.status == 200 and re.search(
-                '<section id="trouble"[^>]*><p role="alert">[^<]', whole.text)
-            assert dashboard.ask("/main?" + query).status == 400
+        whole = dashboard.ask("/?q=%00")
+        assert whole.status == 200 and re.search(
+            '<section id="trouble"[^>]*><p role="alert">[^<]', whole.text)
+        assert dashboard.ask("/main?q=%00").status == 400
+
+    def test_an_unknown_state_is_no_filter(self, queue, page, dashboard):
+        add_job(queue, id="a")
+        assert [row[1] for row in table_of(page("/?state=bogus"))] == ["a"]
+        assert dashboard.ask("/api/jobs?state=bogus").status == 400
 
     def test_a_removed_queue_is_reported_on_the_page(self):
         site = queuectl.Site(os.path.abspath("none.db"), "localhost")
