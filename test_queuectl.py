@@ -4695,7 +4695,7 @@ class TestDeadLetterQueue:
         run_ok("cancel", "--state", "pending")
         code, shown = run_on_terminal("dlq", "list")
         assert code == 0 and shown.count("cancelled") == 19  # one as an error
-        assert shown.count("\n") == 23 and "10 older jobs; --limit 0 lists all" in shown
+        assert shown.count("\n") == 23 and "12 older jobs; --limit 0 lists all" in shown
         assert run_ok("dlq", "list").out.count("\n") == 32
         assert len(run_ok("dlq", "list", "--json", "--limit", "3").json) == 3
 
