@@ -1200,8 +1200,8 @@ def require_descriptors(count):
     resource.setrlimit(resource.RLIMIT_NOFILE, (count + spare, hard))
 
 
-def poll_events(stream):
-    """Return the events of poll(2) that an output has now.
+def poll_events(stream, milliseconds=0):
+    """Return the events of poll(2) that an output has now, or within some time.
 
     In a test it is no file: then it can be written to.
     """
@@ -1210,7 +1210,7 @@ def poll_events(stream):
         poll.register(stream.fileno(), select.POLLOUT)
     except (OSError, ValueError):
         return select.POLLOUT
-    return sum(events for _, events in poll.poll(0))
+    return sum(events for _, events in poll.poll(milliseconds))
 
 
 def is_reader_gone(stream):
@@ -1242,11 +1242,12 @@ def write_or_drop(stream, line):
     """Write a line to an output; drop it if that would block.
 
     A reader that has stopped reading must hold up neither a job nor a stop. (O_NONBLOCK
-    would hold for all processes on a terminal.)
+    would hold for all processes on a terminal.) A terminal also can't be written to in
+    the moment in which another process of the pool writes to it: that is waited out.
     """
     if WINDOWS:
         write_by_thread(stream, line)
-    elif poll_events(stream) & select.POLLOUT:
+    elif poll_events(stream, milliseconds=2) & select.POLLOUT:
         write_line(stream, line)
 
 
