@@ -2791,6 +2791,11 @@ class Queue(Database):
             raise no_job(id)
         return job
 
+    def still_there(self, ids):
+        """Yield those of these jobs that have not been deleted in the meantime."""
+        for id in dict.fromkeys(ids):
+            yield from self._rows(f"{SELECT_JOB} WHERE id = ?", id)
+
     def find_job(self, prefix):
         """Return the job with this id, or the only one whose id starts with it.
 
@@ -6268,7 +6273,7 @@ def cmd_enqueue(args, queue):
     report_dropped(added.dropped)
     if args.quiet:
         return
-    jobs = map(queue.job, dict.fromkeys(ids)) if args.unique else queue.jobs(
+    jobs = queue.still_there(ids) if args.unique else queue.jobs(
         first=added.first, last=added.last, brief=not args.json)
     print_jobs(args, jobs, functools.partial(enqueued_lines, unchanged=added.unchanged),
                "no jobs were given")

@@ -3463,6 +3463,18 @@ class TestEnqueue:
 class TestEnqueueUnique:
     """`enqueue --unique` spares unfinished jobs and restarts finished ones."""
 
+    @mechanism
+    def test_a_job_that_is_gone_at_once_was_enqueued(self, monkeypatch):
+        enqueue_jobs = queuectl.Queue.enqueue
+
+        def enqueue_and_delete(queue, *args):
+            added = enqueue_jobs(queue, *args)
+            queue.delete(["a"])  # as a pool does with `keep` 0
+            return added
+
+        monkeypatch.setattr(queuectl.Queue, "enqueue", enqueue_and_delete)
+        run_ok("enqueue", "--unique", "--id", "a", "--", "true")
+
     def test_unfinished_jobs_are_spared_and_finished_ones_restart(self, queue):
         for name, verb in (("done", "complete"), ("dead", "fail"), ("runs", None)):
             add_job(queue, id=name, max_retries=1)
