@@ -3988,8 +3988,8 @@ class TestLogs:
 
     @posix_only
     def test_on_a_terminal_the_end_begins_a_line(self):
-        enqueue("printf half; exit 3", id="x")
-        enqueue("echo whole; exit 3", id="y")
+        enqueue("printf half; exit 3", id="x", max_retries=1)
+        enqueue("echo whole; exit 3", id="y", max_retries=1)
         drain(1)
         for id, output in ("x", "half"), ("y", "whole"):
             shown = run_on_terminal("logs", "-f", id)[1]
@@ -5923,7 +5923,7 @@ class TestSelftest:
     @mechanism
     @needs_proc
     def test_a_command_that_hangs_is_ended(self, monkeypatch):
-        monkeypatch.setattr(queuectl, "CHECK_TIME", 1)
+        monkeypatch.setattr(queuectl, "CHECK_TIME", 0.3)
         monkeypatch.setattr(queuectl, "PROMISES", {
             "command": lambda trial: trial.run("dashboard", "--port", "0"),
             "pool": lambda trial: [trial.start("worker", "start"),
