@@ -2113,7 +2113,7 @@ BEHIND_DEAD = f"""SELECT jobs.seq AS seq, dependency.id AS dependency,
         AND {IN_LINE}"""
 
 
-def blocked(with_root=False):
+def blocked_table(with_root=False):
     """Return the SQL for the table `blocked`: those jobs, and all that wait for them.
 
     Each has a row; WITH_ROOT, a row for each dead one that it waits for.
@@ -2266,14 +2266,14 @@ class Queue(Database):
 
     Every verb that changes a job names the state that the job leaves. If the job is no
     longer in that state, another process was quicker, and nothing happens. `clock`
-    returns epoch seconds. In SQL `seq` is the number of a job. `drain` is the PID of a
-    pool that drains the queue: then the ends of its runs are counted.
+    returns epoch seconds. In SQL `seq` is the number of a job. `draining_pool` is the
+    PID of a pool that drains the queue: then the ends of its runs are counted.
     """
 
     def __init__(self, path, for_pool=False, lock_timeout=None, clock=time.time,
-                 create=True, drain=None):
+                 create=True, draining_pool=None):
         super().__init__(path, for_pool, lock_timeout, create)
-        self.clock, self.drain = clock, drain
+        self.clock, self.draining_pool = clock, draining_pool
         self.token = self._value("SELECT value FROM config WHERE key = 'token'")
 
     # -- enqueue -----------------------------------------------------------------------
@@ -2533,11 +2533,11 @@ class Queue(Database):
             self._record_run(run, outcome)
             if state == "dead" and not is_cancelled:
                 self._change("INSERT OR IGNORE INTO unannounced VALUES (?)", run.seq)
-            if self.drain and state in FINISHED:
+            if self.draining_pool and state in FINISHED:
                 self._change("""
                     INSERT INTO drains VALUES (?, ?, 1)
                     ON CONFLICT (pool, state) DO UPDATE SET runs = runs + 1""",
-                    self.drain, state)
+                    self.draining_pool, state)
             return state
 
     def _record_run(self, run, outcome):
@@ -2608,7 +2608,7 @@ class Queue(Database):
 
         FIELDS are those of a job in JSON; `none` drops a value. Variables are added to
         those that the job has. A DEAD job stays so, with its age, until it is retried:
-        then its time is set to that moment.
+        then its time is set to that moment. Return the changed job.
         """
         fields, now = checked_fields(fields), self.clock()
         if "id" in fields:
@@ -2629,14 +2629,16 @@ class Queue(Database):
             if changes.get("env") and job["env"]:
                 changes["env"] = json.dumps(
                     {**json.loads(job["env"]), **json.loads(changes["env"])})
-            next_step = NEXT_STEPS.get(job["state"], "")
+            hint = NEXT_STEPS.get(job["state"], "")
             self._apply([id], [Change(sql, in_states(TAKES["edit"]))],
-                        "job %(id)s is %(state)s: " + next_step, changes)
+                        "job %(id)s is %(state)s: " + hint, changes)
             if "after" in fields:
                 self._change("DELETE FROM dependencies WHERE seq = ?", job["seq"])
                 self._add_dependencies([(id, fields["after"], ())])
             self.promote(now)  # the job may be FAILED, and its time be now
+            edited = self.job(id)
         wake_workers(self.path)
+        return edited
 
     def cancel(self, ids):
         """PENDING or FAILED to DEAD; a running job is ended by its worker."""
@@ -3092,7 +3094,8 @@ class Queue(Database):
 
     def blocked_seqs(self):
         """Return the numbers of the jobs that wait, directly or not, for a dead one."""
-        return {seq for seq, in self._rows(blocked() + " SELECT seq FROM blocked")}
+        rows = self._rows(f"{blocked_table()} SELECT seq FROM blocked")
+        return {seq for seq, in rows}
 
     def count_delayed(self):
         """Return how many jobs wait for their time alone."""
@@ -3122,7 +3125,7 @@ class Queue(Database):
         These wait directly or not. They are counted up to ten thousand.
         """
         return self._rows(f"""
-            {blocked(with_root=True)}
+            {blocked_table(with_root=True)}
             SELECT id, state, cancelled, roots.jobs AS jobs
             FROM (SELECT root, COUNT(*) AS jobs
                 FROM (SELECT root FROM blocked LIMIT {COUNT_LIMIT})
@@ -3167,11 +3170,11 @@ class Queue(Database):
             OR EXISTS (SELECT 1 FROM jobs WHERE {FOR_A_TIME} AND run_at <= ?)""",
             self.clock())
 
-    def begin_drain(self):
+    def clear_drain_counts(self):
         """Forget the counts of pools that are gone; count for this pool from 0."""
         with self.transaction():
             # Within it: a pool that counts has its file before its first count.
-            living = {*living_pools(self.path)} - {self.drain}
+            living = {*living_pools(self.path)} - {self.draining_pool}
             for pool, in self._rows("SELECT DISTINCT pool FROM drains"):
                 if pool not in living:
                     self._change("DELETE FROM drains WHERE pool = ?", pool)
@@ -3181,7 +3184,8 @@ class Queue(Database):
 
         Lost runs of other pools that it put an end to are among them.
         """
-        rows = self._rows("SELECT state, runs FROM drains WHERE pool = ?", self.drain)
+        rows = self._rows(
+            "SELECT state, runs FROM drains WHERE pool = ?", self.draining_pool)
         return {**dict.fromkeys(FINISHED, 0), **dict(rows)}
 
     def wait(self, ids=None, timeout=None, on_check=lambda wait: None):
@@ -4410,6 +4414,11 @@ def count_waiting(counts):
     return sum(counts[state] for state in WAITING)
 
 
+# The growth of a queue that may be growing: less than a job a minute, so that it is not
+# called falling behind, and more than none, so that nobody is told when it ends.
+MAYBE_GROWING = 0.5
+
+
 class Trend:
     """Whether a queue grows, by the looks of a caller; one in 15 seconds is kept."""
 
@@ -4420,8 +4429,8 @@ class Trend:
         """Return how many more jobs are left each minute: the least of three steps.
 
         So a heap that was enqueued at once, and has shrunk since, is no growth. It is
-        0.5 where only the last step is up, or more are left than at the first look:
-        nobody can tell when such a queue ends.
+        MAYBE_GROWING where only the last step is up, or more are left than at the first
+        look.
         """
         if self.looks and now < self.looks[-1][0]:  # the clock was set back
             self.looks.clear()
@@ -4431,10 +4440,10 @@ class Trend:
         steps = [60 * (more - less) / (end - begin)
                  for (begin, less), (end, more) in zip(looks, looks[1:])]
         if not steps:
-            return 0.5 if left > looks[0][1] else 0
+            return MAYBE_GROWING if left > looks[0][1] else 0
         if steps[-1] <= 0:
             return min(steps)
-        return max(0.5, min(steps)) if len(steps) == 3 else 0.5
+        return max(MAYBE_GROWING, min(steps)) if len(steps) == 3 else MAYBE_GROWING
 
 
 def unfinished_text(counts):
@@ -5092,9 +5101,9 @@ class Trouble:
 class Worker:
     """One process of a pool. It runs one job at a time."""
 
-    def __init__(self, path, pool, drain, is_quiet):
+    def __init__(self, path, pool, draining_pool, is_quiet):
         self.path, self.pool = path, pool
-        self.drain = drain  # as for `Queue`
+        self.draining_pool = draining_pool  # as for `Queue`
         self.log = open_log(path, "worker", is_quiet)
         self.queue = None
         self.lease = None  # of the present run
@@ -5116,7 +5125,7 @@ class Worker:
     def work(self):
         """Run jobs until asked to stop."""
         self.queue = self.with_retries(
-            lambda: Queue(self.path, for_pool=True, drain=self.drain))
+            lambda: Queue(self.path, for_pool=True, draining_pool=self.draining_pool))
         with self.queue:
             ended = None  # the latest run and its outcome, until they are recorded
             while True:
@@ -5131,7 +5140,7 @@ class Worker:
 
     def rest(self):
         """Wait until there may be something to claim, or end a drain that is over."""
-        if self.drain and self.with_retries(self.queue.is_drained):
+        if self.draining_pool and self.with_retries(self.queue.is_drained):
             request_stop(self.path, self.pool, "over")
         self.waiter.wait(self.with_retries(self.idle_time))
 
@@ -5318,11 +5327,11 @@ class Worker:
             self.recorded_run = run
 
 
-def worker_main(path, pool, drain, is_quiet, pool_fd):
+def worker_main(path, pool, draining_pool, is_quiet, pool_fd):
     """Run a worker; this is the main function of its process."""
     if not WINDOWS:
         os.close(pool_fd)  # or the supervisor would seem to live as long as this worker
-    worker = Worker(path, pool, drain, is_quiet)
+    worker = Worker(path, pool, draining_pool, is_quiet)
     own_file = worker_file(path, pool, os.getpid())
     try:
         fd = worker.with_retries(lock_file, own_file)
@@ -5577,7 +5586,7 @@ class Supervisor:
         self.path, self.count = os.path.realpath(path), count
         self.pid = os.getpid()
         self.is_quiet = is_quiet
-        self.drain = self.pid if is_drain else None  # as for `Queue`
+        self.draining_pool = self.pid if is_drain else None  # as for `Queue`
         self.show_progress = show_progress  # with the queue, every DRAIN_INTERVAL
         self.own_file = pool_file(self.path, self.pid)
         self.fd = None  # of that file
@@ -5615,14 +5624,14 @@ class Supervisor:
             self.queue_trouble = Trouble(self.log)
             self.start_trouble = Trouble(self.log)
             self.log.info("pool of %d started", self.count)
-            with Queue(self.path, drain=self.drain) as queue:
-                queue.begin_drain()
+            with Queue(self.path, draining_pool=self.draining_pool) as queue:
+                queue.clear_drain_counts()
                 self.report_pause(queue)
             started()
             self.loop()
             # A drain has to say how it ended, even if another program has the lock.
             wait_until(lambda: self.with_queue(self.finish) or self.stop_reason,
-                       LOCK_TIMEOUT if self.drain else 0, POLL_INTERVAL)
+                       LOCK_TIMEOUT if self.draining_pool else 0, POLL_INTERVAL)
             self.log.info("pool stopped")
         finally:
             request_stop(self.path, self.pid, "stop")  # in any case, for the workers
@@ -5783,7 +5792,7 @@ class Supervisor:
                 return True
             worker = context.Process(
                 target=worker_main, args=(
-                    self.path, self.pid, self.drain, self.is_quiet, self.fd))
+                    self.path, self.pid, self.draining_pool, self.is_quiet, self.fd))
             try:
                 with sheltered_start():
                     worker.start()
@@ -5817,7 +5826,8 @@ class Supervisor:
         """
         try:
             if self.has_database():
-                with Queue(self.path, for_pool=True, drain=self.drain) as queue:
+                with Queue(self.path, for_pool=True,
+                           draining_pool=self.draining_pool) as queue:
                     result = action(queue)
                 self.queue_trouble.end()
                 return result
@@ -5829,7 +5839,7 @@ class Supervisor:
 
     def maintain(self, queue):
         """Do what is due for the queue at every check."""
-        if self.drain:  # it waits while the queue is paused
+        if self.draining_pool:  # it waits while the queue is paused
             self.report_pause(queue)
         self.reaper.recover_lost(queue, self.worker_pids())
         self.reaper.remove_stale_files(queue)
@@ -5853,7 +5863,7 @@ class Supervisor:
         Return True, so that the caller does not try again.
         """
         self.summary = "pool %d stopped" % self.pid
-        if self.drain:
+        if self.draining_pool:
             self.finish_drain(queue)
         self.reaper.announce_rest(queue, is_urgent=lambda: (
             self.signals > 1 or requested_stop(self.path, self.pid) == "now"))
@@ -6346,8 +6356,8 @@ def given_fields(args):
     given = dict(vars(args))
     given.setdefault("id")  # `edit` has no --id
     given["lock"] = only_one("--lock", args.lock)
-    given["after"] = repeated("--after", args.after)
-    given["env"] = repeated("--env", args.env)
+    given["after"] = values_or_none("--after", args.after)
+    given["env"] = values_or_none("--env", args.env)
     if isinstance(given["env"], list):
         given["env"] = dict(given["env"])
     if args.words and args.command:
@@ -6364,7 +6374,7 @@ def only_one(option, values):
     return values and values[0]
 
 
-def repeated(option, values):
+def values_or_none(option, values):
     """Return the values of an option that may be repeated, or its only one, `none`."""
     if "none" not in (values or ()):
         return values
@@ -7016,8 +7026,7 @@ def cmd_edit(args, queue):
     if not fields:
         message = "edit: nothing to change; see: " + usage("edit", "--help")
         raise QueueError(message, code=2)
-    queue.edit(args.job, fields)
-    job, answer = queue.job(args.job), "edited " + printable(args.job)
+    job, answer = queue.edit(args.job, fields), "edited " + printable(args.job)
     if job["state"] == "dead":
         answer += ": still dead; " + next_step(queue, job, queue.clock())
     print_result(args, public_job(job), answer)
@@ -7115,18 +7124,19 @@ def cmd_cancel(args, queue):
     require_one_selection(args, args.state or args.match)
     if args.ids:
         return apply_to_named(args, queue, queue.cancel, "cancelled",
-                              lambda id: cancel_answer(queue, queue.job(id)))
+                              lambda id: cancel_answer(queue, id))
     chosen = where(args.state or TAKES["cancel"], text=args.match)
     apply_to_many(
         args, queue, queue.cancel_all, "cancelled", Selection(chosen, None, None))
 
 
-def cancel_answer(queue, job):
+def cancel_answer(queue, id):
     """Return what `cancel` prints of a job."""
-    if job["state"] != "processing":  # the worker of a running one has to end it first
-        return "cancelled " + printable(job["id"])
-    how = why_waiting(queue, job) or "ending its processes"
-    return "cancelling %s: %s" % (printable(job["id"]), how)
+    for job in queue.still_there([id]):
+        if job["state"] == "processing":  # its worker has to end it first
+            how = why_waiting(queue, job) or "ending its processes"
+            return "cancelling %s: %s" % (printable(id), how)
+    return "cancelled " + printable(id)
 
 
 @command("retry", "run finished jobs again, with attempts 0", "retry job1",
@@ -8232,7 +8242,8 @@ def page_header(page):
     path = element("span", element("span", folder + os.sep, css="wide"), name,
                    css="mono dim line", title=page.queue.path)
     skip = count_in(page, "") > 0 and link("Skip to the jobs", "#jobs", "skip button")
-    return element("section", skip, path, switch, id="queue", aria_label="Queue", css="row")
+    return element("section", skip, path, switch, css="row", id="queue",
+                   aria_label="Queue")
 
 
 def page_now(page):
@@ -8819,9 +8830,9 @@ def job_facts(job, page):
         "blocked by": dead and job_links([dead["id"]], page),
         "comes after": job_links(fields["after"], page),
         "comes before": job_links(before, page),
-        "enqueued": moment(job["created_at"], page),
-        "due": can_run_now(job, page) and moment(job["run_at"], page),
-        "started": job["started_at"] and moment(job["started_at"], page),
+        "enqueued": time_text(job["created_at"], page),
+        "due": can_run_now(job, page) and time_text(job["run_at"], page),
+        "started": job["started_at"] and time_text(job["started_at"], page),
         "worker": next((worker["pid"] for worker in page.status["workers"]
                         if worker["job"] == job["id"]), None)}
     facts.update((name.replace("_", " "), fields[name])
@@ -8831,9 +8842,9 @@ def job_facts(job, page):
     return facts
 
 
-def moment(time, page):
+def time_text(moment, page):
     """Return a time relative to now, and as a date."""
-    return "%s · %s" % (ago(time, page), re.sub("[TZ]", " ", iso(time)) + "UTC")
+    return "%s · %s" % (ago(moment, page), re.sub("[TZ]", " ", iso(moment)) + "UTC")
 
 
 def fact(name, value):
@@ -9012,8 +9023,8 @@ ROUTES = {
     "POST /api/jobs/ID/retry": lambda queue, query: queue.retry([query["id"]]),
     "POST /api/jobs/ID/cancel": lambda queue, query: queue.cancel([query["id"]]),
     "POST /api/jobs/ID/delete": lambda queue, query: queue.delete([query["id"]]),
-    "POST /api/jobs/ID/run": lambda queue, query: queue.edit(
-        query["id"], {"run_at": queue.clock()}),
+    "POST /api/jobs/ID/run": lambda queue, query: public_job(
+        queue.edit(query["id"], {"run_at": queue.clock()})),
     "POST /api/retry": lambda queue, query: queue.retry_all(
         selected_by("retry", query).taken),
     "POST /api/delete": lambda queue, query: queue.delete_all(

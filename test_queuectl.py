@@ -655,6 +655,16 @@ def fork_on_terminal(argv, columns=80):
     return pid, terminal
 
 
+def read_to_end(terminal):
+    """Return what a terminal still shows until its command has ended; close it."""
+    shown = b""
+    with contextlib.suppress(OSError):  # the command has closed its end
+        while True:
+            shown += os.read(terminal, 4096)
+    os.close(terminal)
+    return shown
+
+
 def run_on_terminal(*argv, keys=b"", columns=60):
     """Run a command on a terminal. Return its exit code and what the terminal shows."""
     pid, terminal = fork_on_terminal(argv, columns)
@@ -1263,6 +1273,25 @@ class TestNeverLostNeverStuck:
         assert queue.next_due()["run_at"] == clock.now + 4
         queue.promote_after_clock_step()
         assert queue.job("job")["state"] == "failed"
+
+    @mechanism
+    def test_a_pool_looks_for_a_clock_step_only_at_its_first_check(
+        self, queue, monkeypatch
+    ):
+        offsets, look = [], queuectl.Queue.promote_after_clock_step
+
+        def record(self, earlier):
+            offsets.append(earlier)
+            return look(self, earlier)
+
+        monkeypatch.setattr(queuectl.Queue, "promote_after_clock_step", record)
+        pool = queuectl.Supervisor(queue.path, 1)
+        pool.file_status = queue.file_status
+        pool.reaper = queuectl.Reaper(queue.path, None)
+        pool.queue_trouble = queuectl.Trouble(None)
+        for _ in range(2):
+            pool.with_queue(pool.maintain)
+        assert offsets[0] is None and abs(offsets[1]) < 1e10
 
     @fork_only
     def test_a_pool_retries_at_once_after_the_clock_was_set_back(self):
@@ -1992,6 +2021,14 @@ class KilledForTest(BaseException):
 
 class TestOutputIsKept:
     """The last bytes of the output are kept in order, whatever is killed."""
+
+    @mechanism
+    def test_the_tail_of_a_run_is_read_from_its_end(self):
+        with open("lease", "wb") as file:
+            file.write(b"x" * 10**6 + b"\nlast\n")
+        tail = queuectl.read_tail("lease")
+        assert tail.endswith(b"\nlast\n") and len(tail) == queuectl.TAIL_SIZE
+        assert queuectl.read_tail("none") == b""
 
     @posix_only
     def test_what_comes_through_a_pipe_after_the_exit_is_kept(self):
@@ -3238,6 +3275,22 @@ class TestLifeOfAJob:
 class TestEnqueue:
     """`enqueue` adds jobs, all or none of them."""
 
+    @posix_only
+    def test_a_directory_is_the_one_that_the_shell_means(self, monkeypatch):
+        os.makedirs("real/deep")
+        os.mkdir("real/beside")
+        os.symlink("real/deep", "link")
+        monkeypatch.setenv("PWD", os.path.abspath("link"))
+        monkeypatch.setenv("QUEUECTL_DB", os.path.abspath("queuectl.db"))
+        os.chdir("link")
+        # The shell's ../beside is not that of the system.
+        assert "a directory that exists" in run_refused(
+            "enqueue", "--cwd", "../beside", "--", "true", code=2)
+        os.mkdir(os.path.join(os.environ["PWD"], "..", "..", "beside"))
+        run_ok("enqueue", "--id", "x", "--cwd", "../beside", "--", "pwd")
+        os.chdir("../..")
+        assert details_of("x")["cwd"] == os.path.abspath("beside")
+
     def test_jobs_come_from_arguments_arrays_lines_and_files(self):
         run_ok(
             "enqueue", '{"id":"a","command":"true"}', '[{"id":"b","command":"true"}]')
@@ -4437,13 +4490,25 @@ class TestPauseAndResume:
         add_job(queue)
         queue.set_paused(True)
         worker = queuectl.Worker.__new__(queuectl.Worker)
-        worker.queue, worker.drain = queue, False
+        worker.queue, worker.draining_pool = queue, None
         assert worker.idle_time() == queuectl.IDLE_INTERVAL and claim(queue) is None
         assert not queue.is_drained()  # a drain waits
 
 
 class TestCancel:
     """`cancel` makes unfinished jobs dead."""
+
+    @mechanism
+    def test_a_job_that_is_gone_at_once_was_cancelled(self, monkeypatch):
+        enqueue(id="a")
+        cancel = queuectl.Queue.cancel
+
+        def cancel_and_delete(queue, ids):
+            cancel(queue, ids)
+            queue.delete(ids)
+
+        monkeypatch.setattr(queuectl.Queue, "cancel", cancel_and_delete)
+        assert run_ok("cancel", "a").out == "cancelled a\n"
 
     def test_cancelling_by_state_ends_running_jobs_as_well(self, queue):
         add_job(queue, id="runs")
@@ -4457,6 +4522,16 @@ class TestCancel:
 
 class TestDelete:
     """`delete` removes jobs that neither run nor are waited for."""
+
+    @mechanism
+    def test_what_is_behind_a_job_is_not_sought_again_for_each_row(self, queue):
+        add_job(queue, id="root")
+        add_jobs(queue, [{"command": "true", "id": "j%d" % n, "after": ["root"]}
+                         for n in range(3)])
+        queue.cancel(["root"])
+        chosen = queuectl.where(behind="root")
+        assert "RECURSIVE" in chosen.sql and "RECURSIVE" not in chosen.of_row
+        assert queue.delete_all(chosen) == 3 and state_of("root") == "dead"
 
     @pytest.mark.parametrize("words", [
         [], ["x", "--all"], ["x", "--older-than", "0"], ["--all", "--state", "dead"]])
@@ -5444,10 +5519,7 @@ class TestWorkerStop:
         while b"finishing 1 running job; Ctrl-C again ends them now" not in shown:
             shown += os.read(terminal, 4096)
         open("go", "w").close()
-        with contextlib.suppress(OSError):
-            while True:
-                shown += os.read(terminal, 4096)
-        os.close(terminal)
+        shown += read_to_end(terminal)
         assert os.waitpid(pid, 0)[1] == 0 and state_of("x") == "completed"
         assert b"pool %d stopped" % pid in shown
 
@@ -5462,10 +5534,7 @@ class TestWorkerStop:
         while b"ends them now" not in shown:
             shown += os.read(terminal, 4096)
         open("go", "w").close()
-        with contextlib.suppress(OSError):
-            while True:
-                shown += os.read(terminal, 4096)
-        os.close(terminal)
+        shown += read_to_end(terminal)
         assert b"^C\r\x1b[Kqueuectl: finishing 1 running job; " in shown
 
     @mechanism
@@ -6286,6 +6355,28 @@ class TestCommandLine:
 
 class TestTerminal:
     """What a terminal shows."""
+
+    @mechanism
+    @posix_only
+    def test_a_line_is_not_lost_while_another_process_writes(self):
+        terminal, end = pty.openpty()
+        reader = threading.Thread(target=read_to_end, args=(terminal,), daemon=True)
+        reader.start()
+        writer = os.fork()
+        if writer == 0:
+            with contextlib.suppress(OSError):
+                while True:
+                    os.write(end, b"\r\x1b[K0 waiting, 1 running")
+            os._exit(0)
+        try:
+            with os.fdopen(end, "w", closefd=False) as stream:
+                events = [queuectl.poll_events(stream, milliseconds=200)
+                          for _ in range(2000)]
+        finally:
+            os.kill(writer, KILL)
+            os.waitpid(writer, 0)
+            os.close(end)
+        assert all(events)
 
     @posix_only
     def test_a_table_fits_a_terminal_and_is_whole_elsewhere(self):
@@ -7946,6 +8037,16 @@ class TestStatistics:
 class TestServer:
     """The dashboard's server: its answers and whom it refuses."""
 
+    @posix_only
+    def test_a_folder_that_is_not_utf_8_is_shown(self):
+        name = os.fsdecode(b"caf\xe9")
+        os.mkdir(name)
+        os.chdir(name)
+        run_ok("enqueue", "--cwd", "/", "--", "true")  # no job runs in such a folder
+        site = Dashboard()
+        answer = site.ask("/main")
+        assert answer.status == 200 and "udce9" in answer.text
+
     @mechanism
     def test_an_error_of_its_own_is_an_answer(self, queue, monkeypatch):
         monkeypatch.setattr(queuectl, "read_status", lambda *_: 1 / 0)
@@ -8237,6 +8338,12 @@ class TestApi:
 
 class TestPage:
     """The parts of the page, made without a browser."""
+
+    def test_a_state_in_its_address_is_spelt_in_any_case(self, queue, page):
+        let_die(queue, "a", "exit 1")
+        add_job(queue, id="b")
+        jobs_part = words_of(named_part(page("/?state=DEAD"), "jobs"))
+        assert "1, the latest death first" in jobs_part and " b " not in jobs_part
 
     def test_nothing_that_a_job_prints_is_markup(self, queue, page):
         add_job(queue, id=NASTY_ID, command=NASTY_ID, lock=NASTY_ID, max_retries=1,
