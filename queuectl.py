@@ -3097,6 +3097,11 @@ class Queue(Database):
         rows = self._rows(f"{blocked_table()} SELECT seq FROM blocked")
         return {seq for seq, in rows}
 
+    def blocked_jobs(self):
+        """Return `blocked_seqs`, and the first of these jobs as `blocked`."""
+        seqs = self.blocked_seqs()
+        return {"blocked_seqs": seqs, "blocked": self.first_blocked() if seqs else None}
+
     def count_delayed(self):
         """Return how many jobs wait for their time alone."""
         return self._value(f"SELECT COUNT(*) FROM jobs WHERE {FOR_A_TIME}")
@@ -3335,17 +3340,20 @@ class Wait:
         A job that was seen to end is not checked again, since it may be removed.
         """
         self.queue.require_file()
-        blocked, stuck = self.queue.blocked_seqs(), []
+        stuck = []
+        blocked = None  # read only for a job that waits for another: it may take a while
         while self.left:
             id = self.left[-1]
-            job = self.queue._row("SELECT seq, state FROM jobs WHERE id = ?", id)
+            job = self.queue._row("SELECT seq, state, waits FROM jobs WHERE id = ?", id)
             state = job["state"] if job else self.state_of_gone(id)
             if state in FINISHED or state == "removed":
                 self.ended[state] += 1
                 self.left.pop()
                 continue
             self.seen_at[id] = time.monotonic()
-            if job["state"] == "processing" or job["seq"] not in blocked:
+            if job["waits"] and blocked is None:
+                blocked = self.queue.blocked_seqs()
+            if not job["waits"] or job["seq"] not in blocked:
                 break  # this one may go on: the others need no check
             stuck.append(self.left.pop())
         self.left.extendleft(stuck)
@@ -6082,10 +6090,11 @@ def within_job_of(path):
     return lease.startswith(os.path.join(runs, "")) and is_locked(lease)
 
 
-def read_status(queue, lost=None):
+def read_status(queue, lost=None, blocked=None):
     """Return the values that `status` shows, with times still as epoch seconds.
 
-    Within a snapshot the caller passes the `lost_runs` from before it.
+    Within a snapshot the caller passes the `lost_runs` from before it. It may pass the
+    `blocked_jobs`, which take a while in a large queue.
     """
     if lost is None:
         lost = queue.lost_runs()
@@ -6103,9 +6112,8 @@ def read_status(queue, lost=None):
             "pools": pools, "stopping_pools": stopping(queue.path, pools),
             "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
             "next_due": due["run_at"], "next_job": due["id"],
-            "paused": queue.is_paused(), "blocked": queue.first_blocked(),
-            "blocked_seqs": queue.blocked_seqs(), "cancelled": queue.count_cancelled(),
-            **queue.work_left(),
+            "paused": queue.is_paused(), "cancelled": queue.count_cancelled(),
+            **(blocked or queue.blocked_jobs()), **queue.work_left(),
         }
 
 
@@ -7989,7 +7997,8 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-CACHE_TIME = 5.0  # seconds for which statistics and counts are cached
+CACHE_TIME = 5.0  # seconds for which statistics and counts are cached at most
+CACHE_SHARE = 0.005  # of the time, which making one of them anew may take
 PAGE_ROWS = 50  # jobs in the table of the page
 RUNNING_SHOWN = 5  # jobs under "Running now"
 RUNS_SHOWN = 9  # runs of the job in the panel
@@ -8960,11 +8969,12 @@ def make_page(queue, query, site, is_whole=False):
     """Return all of the page but its chart and its output, which may take a while."""
     lost = queue.lost_runs()
     with queue.snapshot():
-        status, now = read_status(queue, lost), queue.clock()
+        blocked = site.counts.get("blocked", queue.blocked_jobs)
+        status, now = read_status(queue, lost, blocked), queue.clock()
         # From the cache while there are as many: to group a hundred thousand is slow.
         groups = site.counts.get("dead %d" % status["jobs"]["dead"],
                                  lambda: errors_of(queue))
-        # From the cache as well: two requests at once would make two looks.
+        # Through the cache as well, where one request at a time looks.
         growth = site.counts.get("growth", lambda: site.trend.growth(
             now, count_unfinished(status["jobs"])))
         view = View(*(query.get(name, "") for name in View._fields))
@@ -9040,23 +9050,29 @@ SLOW_ROUTES = ("GET /api/stats", "GET /chart")
 
 
 class Cache:
-    """Values that are made anew only when they are CACHE_TIME old, by one thread."""
+    """Values that are slow to make, each for CACHE_TIME at most, made by one thread.
+
+    One that is made in a moment is made anew at each refresh: only in a large queue may
+    the page lag behind.
+    """
 
     def __init__(self):
         import threading
 
         self.lock = threading.Lock()
-        self.values = {}  # {key: (monotonic time, value)}
+        self.values = {}  # {key: (until when it holds, a monotonic time, and the value)}
 
     def get(self, key, make):
         """Return the value of a key, which MAKE returns anew."""
         with self.lock:
-            made_at, value = self.values.get(key, (-CACHE_TIME, None))
-            if time.monotonic() >= made_at + CACHE_TIME:
+            began = time.monotonic()
+            until, value = self.values.get(key, (began, None))
+            if began >= until:
                 if len(self.values) > 16:
                     self.values.clear()
-                value = make()
-                self.values[key] = time.monotonic(), value
+                value, now = make(), time.monotonic()
+                until = now + min((now - began) / CACHE_SHARE, CACHE_TIME)
+                self.values[key] = until, value
             return value
 
     def clear(self):

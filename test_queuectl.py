@@ -8736,6 +8736,8 @@ class TestPage:
     @mechanism
     def test_the_dead_are_grouped_anew_when_there_are_more(self, queue, monkeypatch):
         site, groupings = queuectl.Site(queue.path, "localhost"), []
+        # Whatever it took to make them, they are kept.
+        monkeypatch.setattr(queuectl, "CACHE_SHARE", 1e-9)
         monkeypatch.setattr(queuectl.Queue, "dead_by_error",
                             lambda self: groupings.append(1) or [])
         for _ in range(3):
@@ -8749,6 +8751,15 @@ class TestPage:
         # They are anew after each action, which may have changed them.
         site.answer("GET", "/main", {"Host": "localhost"})
         assert len(groupings) == 3
+
+    def test_what_is_made_in_a_moment_is_never_old(self, queue, monkeypatch):
+        monkeypatch.setattr(queuectl, "CACHE_SHARE", 1e9)
+        site, own = queuectl.Site(queue.path, "localhost"), {"Host": "localhost"}
+        let_die(queue, "a")
+        add_job(queue, id="b", after=["a"])
+        assert "1 blocked" in site.answer("GET", "/main", own)[2]
+        queue.retry(["a"])  # by another process, after which nothing is cleared
+        assert "1 blocked" not in site.answer("GET", "/main", own)[2]
 
     def test_an_odd_address_is_reported_on_the_page(self, dashboard):
         enqueue()
