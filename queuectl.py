@@ -8220,10 +8220,10 @@ class View(collections.namedtuple(
 
 # What the parts of the page are made of: the queue; the `View`; the time; the values of
 # `read_status`; those of `errors_of`; the growth for `verdict`; the jobs of the table,
-# and one more if there are older ones; the counts in the cache; whether the page holds
-# the output of the open job (otherwise the script fetches it).
+# and one more if there are older ones; the site's `Cache`; whether the page holds the
+# output of the open job (otherwise the script fetches it).
 Page = collections.namedtuple(
-    "Page", "queue view now status groups growth found counts is_whole")
+    "Page", "queue view now status groups growth found cache is_whole")
 
 
 @functools.lru_cache(None)  # a page shows each of them many times
@@ -8310,12 +8310,12 @@ def alerts(page):
     for job in page.queue.jobs(where(["failed"]), 1, newest=True):
         yield failed_alert(job, page)
     if page.status["blocked_seqs"]:
-        blockers = page.counts.get(
+        blockers = page.cache.get(
             "blockers of %d" % len(page.status["blocked_seqs"]),
             lambda: page.queue.blockers(SHOWN_ERRORS))
         yield from [blocked_alert(dead, page) for dead in blockers]
     if page.status["locked"]:
-        line = page.counts.get("line", page.queue.longest_line)
+        line = page.cache.get("line", page.queue.longest_line)
         if line:
             yield lock_alert(*line, page)
 
@@ -8623,7 +8623,7 @@ def count_of_view(page):
         return count_in(page, page.view.state)
     if len(page.found) <= PAGE_ROWS and not page.view.before:
         return len(page.found)
-    return page.counts.get("count" + query_of(**filters),
+    return page.cache.get("count" + query_of(**filters),
                            lambda: page.queue.count(where(**filters_of(filters))))
 
 
@@ -8969,13 +8969,13 @@ def make_page(queue, query, site, is_whole=False):
     """Return all of the page but its chart and its output, which may take a while."""
     lost = queue.lost_runs()
     with queue.snapshot():
-        blocked = site.counts.get("blocked", queue.blocked_jobs)
+        blocked = site.cache.get("blocked", queue.blocked_jobs)
         status, now = read_status(queue, lost, blocked), queue.clock()
         # From the cache while there are as many: to group a hundred thousand is slow.
-        groups = site.counts.get("dead %d" % status["jobs"]["dead"],
+        groups = site.cache.get("dead %d" % status["jobs"]["dead"],
                                  lambda: errors_of(queue))
         # Through the cache as well, where one request at a time looks.
-        growth = site.counts.get("growth", lambda: site.trend.growth(
+        growth = site.cache.get("growth", lambda: site.trend.growth(
             now, count_unfinished(status["jobs"])))
         view = View(*(query.get(name, "") for name in View._fields))
         state = view.state.lower()  # as `state_name` takes it
@@ -8985,7 +8985,7 @@ def make_page(queue, query, site, is_whole=False):
         found = newest_jobs(queue, dict(
             view.filters(), before=view.before, limit=str(PAGE_ROWS + 1)))
         return page_parts(Page(queue, view, now, status, groups, growth, found,
-                               site.counts, is_whole))
+                               site.cache, is_whole))
 
 
 def page_parts(page):
@@ -9049,35 +9049,40 @@ SLOW_ROUTES = ("GET /api/stats", "GET /chart")
 # -- the server ------------------------------------------------------------------------
 
 
+class Cached:
+    """A value of a `Cache`: it holds until a monotonic time, and one thread makes it."""
+
+    def __init__(self):
+        import threading
+
+        self.lock, self.until, self.value = threading.Lock(), 0.0, None
+
+
 class Cache:
-    """Values that are slow to make, each for CACHE_TIME at most, made by one thread.
+    """Values that are slow to make, by their key, each for CACHE_TIME at most.
 
     One that is made in a moment is made anew at each refresh: only in a large queue may
     the page lag behind.
     """
 
     def __init__(self):
-        import threading
-
-        self.lock = threading.Lock()
-        self.values = {}  # {key: (until when it holds, a monotonic time, and the value)}
+        self.values = {}
 
     def get(self, key, make):
         """Return the value of a key, which MAKE returns anew."""
-        with self.lock:
+        if len(self.values) > 20:
+            self.clear()
+        cached = self.values.setdefault(key, Cached())
+        with cached.lock:
             began = time.monotonic()
-            until, value = self.values.get(key, (began, None))
-            if began >= until:
-                if len(self.values) > 16:
-                    self.values.clear()
-                value, now = make(), time.monotonic()
-                until = now + min((now - began) / CACHE_SHARE, CACHE_TIME)
-                self.values[key] = until, value
-            return value
+            if began >= cached.until:
+                cached.value = make()
+                now = time.monotonic()
+                cached.until = now + min((now - began) / CACHE_SHARE, CACHE_TIME)
+            return cached.value
 
     def clear(self):
-        with self.lock:
-            self.values.clear()
+        self.values = {}
 
 
 class Site:
@@ -9092,8 +9097,7 @@ class Site:
         if host not in LOOPBACK:  # it is reached by the names of its machine as well
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
         self.token = secrets.token_hex(16)
-        self.trend, self.statistics = Trend(), Cache()
-        self.counts = Cache()  # of its own: statistics must not delay a refresh
+        self.trend, self.cache = Trend(), Cache()
 
     def answer(self, method, target, headers):
         """Return status, type and text of the answer, or of the refusal."""
@@ -9123,12 +9127,12 @@ class Site:
         if name == "GET /main":
             return "text/html", self.page(url)
         if name in SLOW_ROUTES:
-            return self.statistics.get(url, lambda: self.document(method, url))
+            return self.cache.get(url, lambda: self.document(method, url))
         try:
             return self.document(method, url)
         finally:
             if method == "POST":  # the page must show what was done
-                self.counts.clear()
+                self.cache.clear()
 
     def page(self, url, is_whole=False):
         """Return what the script fetches at each refresh."""
