@@ -4158,7 +4158,7 @@ def setting_with_unit(name, value):
     return text
 
 
-# Why a job is not running, and how far a queue is.
+# Why no job is started.
 
 LOST_HINT = "its worker died; the next pool %s"
 ORPHAN_HINT = "its worker died, but its processes still run; the next pool ends them" \
@@ -4206,11 +4206,16 @@ def obstacle(status):
 def standstill(queue):
     """Return in words why no job is started, and the next step; nothing if jobs are."""
     pools = supervised_pools(queue.path)
-    found = obstacle({
-        "paused": queue.is_paused(), "pools": pools,
+    return standstill_text({
+        "path": queue.path, "paused": queue.is_paused(), "pools": pools,
         "stopping_pools": stopping(queue.path, pools),
         "workers": not pools and living_workers(queue.path)})
-    return with_advice(found, queue.path, str.lower) if found else ""
+
+
+def standstill_text(status):
+    """Return `standstill` for values that were read before."""
+    found = obstacle(status)
+    return with_advice(found, status["path"], str.lower) if found else ""
 
 
 def with_advice(found, path, first_letter=str):
@@ -4224,59 +4229,6 @@ def stopping(path, pools):
     return {pool for pool in pools if requested_stop(path, pool)}
 
 
-def why_waiting(queue, job, text_of=duration_text):
-    """Return in words why a job is not running; None if it runs or has finished.
-
-    TEXT_OF makes the text of a duration.
-    """
-    if job["state"] == "processing":
-        return why_lost(queue, job)
-    if job["state"] not in WAITING:
-        return None
-    if job["waits"]:
-        return why_dependent(queue, job)
-    stopped = standstill(queue)
-    if job["gate"] == CLOSED:
-        what = "try %d is due" % (job["attempts"] + 1) if job["attempts"] else "due"
-        when = due_text(job, queue.clock(), text_of) or "now"
-        return joined("%s %s" % (what, when), stopped, by="; ")
-    if stopped:
-        return stopped
-    holder = queue.lock_holder(job) if job["lock"] else job["id"]
-    if holder != job["id"]:
-        other = "job " + printable(holder) if holder else "another job"
-        has = "has it" if queue.state(holder) == "processing" else "gets it first"
-        return "waits for the lock %s: %s %s" % (printable(job["lock"]), other, has)
-    ahead = queue.count_ahead(job)
-    return plural(ahead, "job") + " before it" if ahead else "next in line"
-
-
-def why_lost(queue, job):
-    """Return in words what becomes of a running job without a worker, else None."""
-    lost = [run for run in queue.lost_runs() if run.id == job["id"]]
-    if not lost:
-        return None
-    hint = (ORPHAN_HINT if is_locked(lost[0].lease_path) else LOST_HINT) % (
-        "makes the job dead" if job["cancelled"] else "runs the job again")
-    return joined(hint, standstill(queue), by="; ")
-
-
-def why_dependent(queue, job):
-    """Return in words for which jobs a job waits, and whether one of them is dead."""
-    dependencies = queue.dependencies(job)
-    first, others = dependencies[0], len(dependencies) - 1
-    dead = first["state"] != "dead" and queue.dead_before(job)
-    message = "waits for " + printable(first["id"])
-    if not dead:
-        message += ", which is " + state_word(first)
-    if others:
-        message += ", and for " + plural(others, "more job")
-    if dead:
-        message += ", behind %s, which is %s" % (
-            printable(dead["id"]), state_word(dead))
-    return message
-
-
 def blocked_text(blocked):
     """Return in words what `Queue.first_blocked` has found."""
     return "%s waits for %s, which is %s" % (
@@ -4288,38 +4240,169 @@ def state_word(job):
     return "cancelled" if job["state"] == "dead" and job["cancelled"] else job["state"]
 
 
-# What people call a job: the queue knows some of these as one state. `state` gives the
-# colour, `icon` the lines of a picture of 16 x 16.
-JobKind = collections.namedtuple("JobKind", "state icon")
-RING = "M8 2a6 6 0 1 1 0 12 6 6 0 0 1 0-12"
-JOB_KINDS = {
-    "pending": JobKind("pending", RING),
-    "delayed": JobKind("pending", RING + "M8 5v3.5l2.5 1"),
-    "behind a job": JobKind("pending", "M2 8h7M6 4l4 4-4 4M14 2v12"),
-    "behind a lock": JobKind("pending", "M3 7h10v7H3zM5 7V5a3 3 0 0 1 6 0v2"),
-    "blocked": JobKind("dead", "M5 2h6l3 3v6l-3 3H5l-3-3V5zM5 8h6"),
-    "processing": JobKind("processing", "M8 2a6 6 0 1 1-6 6"),
-    "lost": JobKind("failed", "M8 2a6 6 0 0 1 6 6M8 14a6 6 0 0 1-6-6"),
-    "completed": JobKind("completed", "M2 9l4 4 8-9"),
-    "failed": JobKind("failed", "M13 10a5.5 5.5 0 1 1 0-4M14 1v5H9"),
-    "dead": JobKind("dead", "M3 3l10 10M13 3 3 13"),
-    "cancelled": JobKind("pending", RING + "M4 12l8-8"),
-}
+# Why a job is not running: what people call it, and the texts that say the rest. Each
+# of these functions takes a job and a `Look`.
+
+# A look at a queue: the values of `read_status`, the time, and the function that makes
+# the text of a duration. The page's `Page` is one as well.
+Look = collections.namedtuple(
+    "Look", "queue status now text_of", defaults=(duration_text,))
 
 
-def kind_of(job, status, now):
-    """Return which of JOB_KINDS a job is. STATUS has the values of `read_status`."""
-    if job["state"] == "processing" and job["id"] in status["lost"]:
+def kind_of(job, look):
+    """Return which of JOB_KINDS a job is."""
+    if job["state"] == "processing" and job["id"] in look.status["lost"]:
         return "lost"
     if job["state"] != "pending":
         return state_word(job)
-    if job["seq"] in status["blocked_seqs"]:
+    if job["seq"] in look.status["blocked_seqs"]:
         return "blocked"
     if job["waits"]:
         return "behind a job"
     if job["gate"] == LOCKED:
         return "behind a lock"
-    return "delayed" if job["run_at"] > now else "pending"
+    return "delayed" if due_text(job, look.now) else "pending"
+
+
+def why_waiting(job, look):
+    """Return in words why a job is not running; None if it runs or has finished."""
+    kind = kind_of(job, look)
+    if kind == "processing" or job["state"] in FINISHED:
+        return None
+    return JOB_KINDS[kind].sentence(job, look)
+
+
+def due_text(job, now, text_of=duration_text):
+    """Return when a job is due that waits for this time alone, else nothing."""
+    if job["gate"] == CLOSED and not job["waits"] and job["run_at"] > now:
+        return relative_time(job["run_at"], now, text_of)
+    return ""
+
+
+def tries_text(job):
+    return "try %d of %d" % (job["attempts"], tries_allowed(job["max_retries"]))
+
+
+def why_delayed(job, look):
+    """Return when a job is due, and what will hold it up then."""
+    what = "due"
+    if job["state"] == "failed":
+        what = "try %d is due" % (job["attempts"] + 1)
+    when = due_text(job, look.now, look.text_of) or "now"
+    return joined("%s %s" % (what, when), standstill_text(look.status), by="; ")
+
+
+def place_in_line(job, look):
+    """Return why a job that is due does not run: a standstill, or the jobs before it."""
+    if job["gate"] == CLOSED:
+        return why_delayed(job, look)  # it was due before a pool has seen it
+    stopped = standstill_text(look.status)
+    if stopped:
+        return stopped
+    ahead = look.queue.count_ahead(job)
+    return plural(ahead, "job") + " before it" if ahead else "next in line"
+
+
+def why_locked(job, look):
+    """Return which job has the lock that a job waits for."""
+    stopped = standstill_text(look.status)
+    if stopped:
+        return stopped
+    holder = look.queue.lock_holder(job)
+    other = "job " + printable(holder) if holder else "another job"
+    has = "has it" if look.queue.state(holder) == "processing" else "gets it first"
+    return "waits for the lock %s: %s %s" % (printable(job["lock"]), other, has)
+
+
+def why_lost(job, look):
+    """Return what becomes of a running job without a worker."""
+    is_orphan = is_locked(look.queue.latest_run(job).lease_path)
+    hint = (ORPHAN_HINT if is_orphan else LOST_HINT) % (
+        "makes the job dead" if job["cancelled"] else "runs the job again")
+    return joined(hint, standstill_text(look.status), by="; ")
+
+
+def why_behind(job, look):
+    """Return for which jobs a job waits, and whether one of them is dead."""
+    dependencies = look.queue.dependencies(job)
+    if not dependencies:
+        return place_in_line(job, look)  # they have just been completed
+    first, others = dependencies[0], len(dependencies) - 1
+    dead = first["state"] != "dead" and look.queue.dead_before(job)
+    message = "waits for " + printable(first["id"])
+    if not dead:
+        message += ", which is " + state_word(first)
+    if others:
+        message += ", and for " + plural(others, "more job")
+    if dead:
+        message += ", behind %s, which is %s" % (
+            printable(dead["id"]), state_word(dead))
+    return message
+
+
+def how_it_runs(job, look):
+    """Return the try, how long it has taken, and why no other job is started."""
+    stopped = "" if look.status["paused"] else standstill_text(look.status)
+    since = "for " + look.text_of(look.now - job["started_at"])
+    return joined(tries_text(job), since, stopped, by="; ")
+
+
+def how_it_ended(job, look):
+    """Return how long a completed job took, or the tries of a dead one, and when."""
+    spent = tries_text(job)
+    if job["state"] in SUCCESSFUL:
+        spent = "took " + look.text_of(job["seconds"])
+    changed = relative_time(job["updated_at"], look.now, look.text_of)
+    return joined(spent, changed, by="; ")
+
+
+def failed_text(job, look):
+    """Return the error of a failed job, and when it is tried again."""
+    due = due_text(job, look.now, look.text_of)
+    return joined(job["error"], due and "again " + due)
+
+
+def blocked_by(job, look):
+    """Return the first job that a blocked one waits for, and what that one is."""
+    first = look.queue.dependencies(job)[0]
+    word = state_word(first) if first["state"] == "dead" else "blocked"
+    return "after %s (%s)" % (first["id"], word)
+
+
+# What people call a job: the queue knows some of these as one state. `state` gives the
+# colour, `icon` the lines of a picture of 16 x 16. `sentence` makes what `show` says
+# about a job, `short` the few words of a list.
+JobKind = collections.namedtuple(
+    "JobKind", "state icon sentence short", defaults=(lambda job, look: "",))
+RING = "M8 2a6 6 0 1 1 0 12 6 6 0 0 1 0-12"
+JOB_KINDS = {
+    "pending": JobKind("pending", RING, place_in_line),
+    "delayed": JobKind(
+        "pending", RING + "M8 5v3.5l2.5 1", why_delayed,
+        lambda job, look: "due " + due_text(job, look.now, look.text_of)),
+    "behind a job": JobKind(
+        "pending", "M2 8h7M6 4l4 4-4 4M14 2v12", why_behind,
+        lambda job, look: "after " + job["waits_for"].replace("\n", ", ")),
+    "behind a lock": JobKind(
+        "pending", "M3 7h10v7H3zM5 7V5a3 3 0 0 1 6 0v2", why_locked,
+        lambda job, look: "lock " + job["lock"]),
+    "blocked": JobKind(
+        "dead", "M5 2h6l3 3v6l-3 3H5l-3-3V5zM5 8h6", why_behind, blocked_by),
+    "processing": JobKind("processing", "M8 2a6 6 0 1 1-6 6", how_it_runs),
+    "lost": JobKind(
+        "failed", "M8 2a6 6 0 0 1 6 6M8 14a6 6 0 0 1-6-6", why_lost,
+        lambda job, look: WORKER_DIED),
+    "completed": JobKind("completed", "M2 9l4 4 8-9", how_it_ended),
+    "failed": JobKind(
+        "failed", "M13 10a5.5 5.5 0 1 1 0-4M14 1v5H9", why_delayed, failed_text),
+    "dead": JobKind(
+        "dead", "M3 3l10 10M13 3 3 13", how_it_ended, lambda job, look: job["error"]),
+    "cancelled": JobKind(
+        "pending", RING + "M4 12l8-8", how_it_ended, lambda job, look: job["error"]),
+}
+
+
+# How far a queue is.
 
 
 def verdict(status, now, growth=0):
@@ -4722,38 +4805,6 @@ def fitted(widths, room, first_cut):
 # a job is and why comes first); and the function of a job and a `Look` that makes its
 # text.
 ListColumn = collections.namedtuple("ListColumn", "title terminal text")
-# What the texts of columns need beside the job: the queue, the values of `read_status`,
-# the time, and the function that makes the text of a duration.
-Look = collections.namedtuple(
-    "Look", "queue status now text_of", defaults=(duration_text,))
-
-
-def due_text(job, now, text_of=duration_text):
-    """Return when a job is due that waits for this time alone, else nothing."""
-    if job["gate"] == CLOSED and not job["waits"] and job["run_at"] > now:
-        return relative_time(job["run_at"], now, text_of)
-    return ""
-
-
-def short_reason(job, look):
-    """Return why a job has failed or died, or what it waits for, in a few words."""
-    kind = kind_of(job, look.status, look.now)
-    due = due_text(job, look.now, look.text_of)
-    if kind == "lost":
-        return WORKER_DIED
-    if job["state"] == "failed" and due:
-        return "%s, again %s" % (job["error"], due)
-    if job["state"] in ("failed", "dead"):
-        return job["error"]
-    if kind == "blocked":
-        first = look.queue.dependencies(job)[0]
-        word = state_word(first) if first["state"] == "dead" else kind
-        return "after %s (%s)" % (first["id"], word)
-    if kind == "behind a job":
-        return "after " + job["waits_for"].replace("\n", ", ")
-    if kind == "behind a lock":
-        return "lock " + job["lock"]
-    return due and "due " + due
 
 
 def last_columns(changed, reason):
@@ -4761,7 +4812,8 @@ def last_columns(changed, reason):
     return [
         ListColumn(changed, 76, lambda job, look: relative_time(
             job["updated_at"], look.now)),
-        ListColumn(reason, 36, lambda job, look: printable(short_reason(job, look))),
+        ListColumn(reason, 36, lambda job, look: printable(
+            JOB_KINDS[kind_of(job, look)].short(job, look))),
         ListColumn("COMMAND", 60, lambda job, look: printable(job["command"])),
     ]
 
@@ -6117,6 +6169,11 @@ def read_status(queue, lost=None, blocked=None):
         }
 
 
+def look_at(queue):
+    """Return a `Look` at the present moment."""
+    return Look(queue, read_status(queue), queue.clock())
+
+
 def status_document(status, now):
     """Return what `status --json` prints."""
     document = {name: status[name] for name in (
@@ -6233,7 +6290,7 @@ def pool_lines(status, now, width):
 def job_document(queue, job):
     """Return what `show --json` prints."""
     return dict(
-        public_job(job), waiting=why_waiting(queue, job),
+        public_job(job), waiting=why_waiting(job, look_at(queue)),
         runs=[with_iso_times(run, "started_at", "finished_at")
               for run in queue.runs(job)])
 
@@ -6598,7 +6655,7 @@ def time_since(args, queue):
 def list_jobs(args, queue, jobs, columns=LIST_COLUMNS, empty="no jobs"):
     """Print a table of jobs; if there are none, report which queue was looked at."""
     is_empty = print_jobs(args, jobs, lambda jobs: job_table(
-        jobs, Look(queue, read_status(queue), queue.clock()), columns), empty)
+        jobs, look_at(queue), columns), empty)
     if is_empty:
         report_queue(args)
 
@@ -6616,7 +6673,7 @@ def cmd_show(args, queue):
     if args.json:
         print_result(args, job_document(queue, job))
     else:
-        print_lines(job_lines(queue, job))
+        print_lines(job_lines(job, look_at(queue)))
 
 
 # The fields that the answer of `show` has said: a terminal gets them once.
@@ -6624,27 +6681,26 @@ SAID = ("id", "command", "state", "error", "exit_code", "waits_for", "waiting",
         "started_at", "finished_at", "seconds")
 
 
-def job_lines(queue, job):
+def job_lines(job, look):
     """Yield what is asked first about a job, then its fields and its runs."""
-    now, runs = queue.clock(), queue.runs(job)
-    waiting = why_waiting(queue, job)
-    yield from answer_lines(queue, job, now, waiting)
+    yield from answer_lines(job, look)
     yield ""
     said = SAID if terminal_width(sys.stdout) else ()  # the answer must stay in sight
-    for name, value in field_texts(job, now, waiting).items():
+    for name, value in field_texts(job, look).items():
         if value not in (None, "") and name not in said:
             yield from field_lines(name, value)
+    runs = look.queue.runs(job)
     if runs:
         yield ""
-        yield from run_table(runs, now)
+        yield from run_table(runs, look.now)
 
 
-def field_texts(job, now, waiting):
+def field_texts(job, look):
     """Return the fields of a job for people, by name."""
-    fields = dict(public_job(job), waiting=waiting)
+    fields = dict(public_job(job), waiting=why_waiting(job, look))
     for name in TIMES:
         if job[name] is not None:
-            fields[name] += ", " + relative_time(job[name], now)
+            fields[name] += ", " + relative_time(job[name], look.now)
     fields["env"] = " ".join(
         name + "=" + quoted([value]) for name, value in fields["env"].items())
     if job["timeout"]:
@@ -6654,59 +6710,50 @@ def field_texts(job, now, waiting):
     return fields
 
 
-# The next step for a job in a state: what it does, and the command.
-NEXT_COMMANDS = {
-    "processing": ("to follow its output", "logs -f {}"),
-    "completed": ("to run it again", "retry {}"),
-    "failed": ("to try it now", "edit {} --run-at now"),
-    "dead": ("to run it again", "retry {}"),
+# The next step for a job: what it does, and the command that takes an id.
+NextStep = collections.namedtuple("NextStep", "purpose command")
+RUN_AGAIN = NextStep("to run it again", "retry {}")
+NEXT_STEPS_OF = {  # by the kind of the job
+    "processing": NextStep("to follow its output", "logs -f {}"),
+    "lost": NextStep("to follow its output", "logs -f {}"),
+    "failed": NextStep("to try it now", "edit {} --run-at now"),
+    "completed": RUN_AGAIN, "dead": RUN_AGAIN, "cancelled": RUN_AGAIN,
 }
 
 
-def answer_lines(queue, job, now, waiting):
+def answer_lines(job, look):
     """Yield why a job is what it is, what it printed last, and the next step."""
-    id, state, width = printable(job["id"]), job["state"], terminal_width(sys.stdout)
-    reasons = state_reasons(job, now, waiting)
-    if state == "processing" and not waiting and not queue.is_paused():
-        reasons.append(standstill(queue))
-    reason = ": " + printable(joined(*reasons, by="; "))
-    yield state_line(id + " is ", state, reason)
+    id, queue, width = printable(job["id"]), look.queue, terminal_width(sys.stdout)
+    error = job["error"] if job["state"] in ("failed", "dead") else ""
+    sentence = JOB_KINDS[kind_of(job, look)].sentence(job, look)
+    reason = ": " + printable(joined(error, sentence, by="; "))
+    yield state_line(id + " is ", job["state"], reason)
     first, *others = map(printable, job["command"].split("\n"))
     yield from ["  $ " + first, *("    " + line for line in others)]
-    for line in last_lines(output_of(queue, job, job["run"])[-4000:], 5):
+    for line in last_lines(output_of(queue, job, job["run"])[-TAIL_SIZE:], 5):
         yield truncate("  | " + printable(line), width)
     ids = [id for _, id in queue.waiting_dependents(job)]
     if ids:
         yield "%s wait%s for it: %s" % (
             plural(len(ids), "job"), "s" if len(ids) == 1 else "", listed(ids))
-    yield from filter(None, [next_step(queue, job, now)])
+    yield from filter(None, [next_step(job, look)])
 
 
-def next_step(queue, job, now):
+def next_step(job, look):
     """Return what can be done about a job, as a command, or nothing."""
-    what, line, id = *NEXT_COMMANDS.get(job["state"], ("", "")), job["id"]
-    if job["state"] == "failed" and not due_text(job, now):
-        what = ""  # it is due already
-    if job["waits"] and job["seq"] in queue.blocked_seqs():
-        first = queue.dependencies(job)[0]
-        what, line, id = "to see why", "show {}", first["id"]
+    kind, id = kind_of(job, look), job["id"]
+    step = NEXT_STEPS_OF.get(kind)
+    if kind == "failed" and not due_text(job, look.now):
+        step = None  # it is due already
+    if kind == "blocked":
+        first = look.queue.dependencies(job)[0]
+        id, step = first["id"], NextStep("to see why", "show {}")
         if first["state"] == "dead":
-            what, line = "to go on", "retry {}"
-    command = "%s %s" % (PROGRAM, line.format(quoted([id])))
-    return what and "%s: %s" % (what, in_queue(queue.path, command))
-
-
-def state_reasons(job, now, waiting):
-    """Return in words why a job is in its state, and since when."""
-    tries = "try %d of %d" % (job["attempts"], tries_allowed(job["max_retries"]))
-    if waiting:
-        return [job["error"], waiting] if job["state"] == "failed" else [waiting]
-    if job["state"] == "processing":
-        return [tries, "for " + duration_text(now - job["updated_at"])]
-    changed = relative_time(job["updated_at"], now)
-    if job["error"]:
-        return [job["error"], tries, changed]
-    return ["took " + duration_text(job["seconds"]), changed]
+            step = NextStep("to go on", "retry {}")
+    if step is None:
+        return ""
+    command = "%s %s" % (PROGRAM, step.command.format(quoted([id])))
+    return "%s: %s" % (step.purpose, in_queue(look.queue.path, command))
 
 
 def field_lines(name, value):
@@ -6860,13 +6907,14 @@ def wait_for_run(queue, job):
     """Wait until a job has run or runs; return it. Report why it does not run."""
     id = job["id"]
     if not job["run"] and job["state"] not in FINISHED:
-        notice("job %s: %s" % (printable(id), why_waiting(queue, job)))
+        notice("job %s: %s" % (printable(id), why_waiting(job, look_at(queue))))
     while not job["run"] and job["state"] not in FINISHED:
         time.sleep(WAIT_INTERVAL)
         queue.require_file()
         job = queue.job(id)
         if job["waits"] and job["seq"] in queue.blocked_seqs():
-            raise QueueError("job %s can't go on: %s", id, why_waiting(queue, job))
+            reason = why_waiting(job, look_at(queue))
+            raise QueueError("job %s can't go on: %s", id, reason)
     return job
 
 
@@ -7036,7 +7084,7 @@ def cmd_edit(args, queue):
         raise QueueError(message, code=2)
     job, answer = queue.edit(args.job, fields), "edited " + printable(args.job)
     if job["state"] == "dead":
-        answer += ": still dead; " + next_step(queue, job, queue.clock())
+        answer += ": still dead; " + next_step(job, look_at(queue))
     print_result(args, public_job(job), answer)
 
 
@@ -7142,7 +7190,7 @@ def cancel_answer(queue, id):
     """Return what `cancel` prints of a job."""
     for job in queue.still_there([id]):
         if job["state"] == "processing":  # its worker has to end it first
-            how = why_waiting(queue, job) or "ending its processes"
+            how = why_waiting(job, look_at(queue)) or "ending its processes"
             return "cancelling %s: %s" % (printable(id), how)
     return "cancelled " + printable(id)
 
@@ -8220,10 +8268,9 @@ class View(collections.namedtuple(
 
 # What the parts of the page are made of: the queue; the `View`; the time; the values of
 # `read_status`; those of `errors_of`; the growth for `verdict`; the jobs of the table,
-# and one more if there are older ones; the site's `Cache`; whether the page holds the
-# output of the open job (otherwise the script fetches it).
-Page = collections.namedtuple(
-    "Page", "queue view now status groups growth found cache is_whole")
+class Page(collections.namedtuple(
+        "Page", "queue view now status groups growth found cache is_whole")):
+    text_of = staticmethod(roughly)  # so that it is a `Look`
 
 
 @functools.lru_cache(None)  # a page shows each of them many times
@@ -8457,7 +8504,7 @@ def page_running(page):
 def running_job(run, page):
     """Return a line about a running job; its time is marked near the timeout."""
     job = page.queue.job(run.id)
-    word = kind_of(job, page.status, page.now)
+    word = kind_of(job, page)
     line = last_line(read_tail(run.lease_path))
     seconds = page.now - job["started_at"]
     is_late = job["timeout"] and seconds > 0.8 * job["timeout"]
@@ -8527,7 +8574,7 @@ def chart_bars(bars, top):
 
 
 def state_cell(job, page):
-    word = kind_of(job, page.status, page.now)
+    word = kind_of(job, page)
     return Html(icon(word) + element("span", word))
 
 
@@ -8590,7 +8637,7 @@ def failure_of(job):
 
 
 def job_row(job, page):
-    state = JOB_KINDS[kind_of(job, page.status, page.now)].state
+    state = JOB_KINDS[kind_of(job, page)].state
     cells = [element("td", column.cell(job, page), css=column.css)
              for column in JOB_COLUMNS]
     return element("tr", *cells, data_key=job["id"], css=state, title=job["command"],
@@ -8815,10 +8862,9 @@ def ask_to_cancel(job, is_needed):
 
 def page_reason(job, page):
     """Return in words what a job is, and why."""
-    word = kind_of(job, page.status, page.now)
-    waiting = why_waiting(page.queue, job, roughly) if word != "processing" else ""
-    tries = job["attempts"] and not waiting and "try %d of %d" % (
-        job["attempts"], tries_allowed(job["max_retries"]))
+    word = kind_of(job, page)
+    waiting = why_waiting(job, page)
+    tries = job["attempts"] and not waiting and tries_text(job)
     words = joined(failure_of(job), waiting or time_cell(job, page), tries)
     return element("p", icon(word), element("b", word, css="hue"), " – " + words,
                    id="why", css=JOB_KINDS[word].state)
@@ -8865,7 +8911,7 @@ def fact(name, value):
 def job_links(ids, page):
     """Return links to the first jobs, with what each of them is."""
     links = [
-        link("%s (%s)" % (id, kind_of(page.queue.job(id), page.status, page.now)),
+        link("%s (%s)" % (id, kind_of(page.queue.job(id), page)),
              page.view.open(id)) for id in ids[:LINKS_SHOWN]]
     return [*links, "and more"] if len(ids) > LINKS_SHOWN else links
 
@@ -8995,7 +9041,7 @@ def page_parts(page):
         parts += [page_tiles(page), page_middle(page), page_jobs(page)]
     job = page.queue.state(page.view.job) and page.queue.job(page.view.job)
     dead = not job and page.status["jobs"]["dead"] - page.status["cancelled"]
-    subject = job["id"] + " " + kind_of(job, page.status, page.now) if job else (
+    subject = job["id"] + " " + kind_of(job, page) if job else (
         verdict(page.status, page.now, page.growth).sentence.partition(":")[0])
     title = joined(subject, dead and grouped(dead) + " dead",
                    os.path.basename(page.queue.path), by=" – ")

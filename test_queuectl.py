@@ -3778,7 +3778,7 @@ class TestShow:
         def why(id, has_pool=True):
             fd = queuectl.lock_file(own_file) if has_pool else None
             try:
-                return queuectl.why_waiting(queue, queue.job(id))
+                return queuectl.why_waiting(queue.job(id), queuectl.look_at(queue))
             finally:
                 if fd:
                     queuectl.drop_lock_file(queue.path, fd, own_file)
