@@ -545,10 +545,11 @@ SETTINGS = {
 # A field that is given with a job. Its option of `enqueue` and `edit` is `--name
 # METAVAR`. `otherwise` tells in words what a new job has without it. `parse` converts
 # the option's text to what `check` expects. If it `repeats`, all values of the option
-# are kept. The settings max_retries and timeout are the defaults of these fields.
+# are kept. If it `can_be_none`, `edit` can take the value away, and its help says so.
+# The settings max_retries and timeout are the defaults of these fields.
 Field = collections.namedtuple(
-    "Field", "check metavar help otherwise parse repeats default",
-    defaults=("none", str, False, None))
+    "Field", "check metavar help otherwise parse repeats default can_be_none",
+    defaults=("none", str, False, None, False))
 FIELDS = {
     "id": Field(check_id, "ID", "id of the job", "a short random one"),
     "command": Field(
@@ -568,16 +569,18 @@ FIELDS = {
     "cwd": Field(check_directory, "DIR", "where to run it", "this directory"),
     "env": Field(
         check_env, "NAME=VALUE", "an environment variable; repeatable",
-        parse=parse_variable, repeats=True),
+        parse=parse_variable, repeats=True, can_be_none=True),
     "launcher": Field(
         check_job_launcher, "PREFIX",
         "start the command through this, like srun, or none", "the setting"),
     "after": Field(
         check_dependencies, "ID",
-        "start only when job ID is completed; repeatable", repeats=True),
+        "start only when job ID is completed; repeatable", repeats=True,
+        can_be_none=True),
     "lock": Field(
         optional(check_id, "none"), "NAME",
-        "run at most one job with this lock at a time", repeats=True),
+        "run at most one job with this lock at a time", repeats=True,
+        can_be_none=True),
 }
 # The fields that are columns of `jobs`: `delay` becomes a `run_at`, `after` rows of
 # `dependencies`.
@@ -1158,10 +1161,10 @@ class Waiter:
         """
         until = time.monotonic() + timeout
         while True:
-            left = max(0.0, until - time.monotonic())
-            if self.has_event(min(left, POLL_INTERVAL)):
+            seconds = max(0.0, until - time.monotonic())
+            if self.has_event(min(seconds, POLL_INTERVAL)):
                 return True
-            if left <= POLL_INTERVAL:
+            if seconds <= POLL_INTERVAL:
                 return False
 
     def has_event(self, seconds):
@@ -2937,15 +2940,15 @@ class Queue(Database):
         id, state and command. Each batch is a read of its own: a long read would keep
         the write-ahead log from its reset.
         """
-        left = limit or MAX_INTEGER
+        wanted = limit or MAX_INTEGER
         select = "SELECT seq, id, state, command FROM jobs" if brief else SELECT_JOB
         query = f"""{select} WHERE seq BETWEEN :first AND :last AND {condition.sql}
             ORDER BY seq {"DESC" if newest else ""} LIMIT :size"""
-        while left > 0:
+        while wanted > 0:
             batch = self._rows(query, **condition.values, first=first, last=last,
-                               size=min(left, BATCH_SIZE))
+                               size=min(wanted, BATCH_SIZE))
             yield from batch
-            left -= len(batch)
+            wanted -= len(batch)
             if len(batch) < BATCH_SIZE:
                 return
             if newest:
@@ -3194,7 +3197,7 @@ class Queue(Database):
         return {**dict.fromkeys(FINISHED, 0), **dict(rows)}
 
     def wait(self, ids=None, timeout=None, on_check=lambda wait: None):
-        """Wait until jobs are completed or dead, or until what is left can't go on.
+        """Wait until jobs are completed or dead, or until the rest can't go on.
 
         Without IDS, wait for all jobs that are unfinished now. Within a job of this
         queue QueueError is raised for what would wait for that very job. Return how
@@ -3220,13 +3223,13 @@ class Queue(Database):
         seconds = MAX_DURATION if timeout is None else timeout
         if not wait_until(wait.is_over, seconds, WAIT_INTERVAL):
             return None
-        return dict(wait.ended, died_before=died_before, left=[*wait.left])
+        return dict(wait.ended, died_before=died_before, left=[*wait.unfinished])
 
     def own_job(self):
         """Return the job of this queue whose present run has started this process."""
-        lease = os.environ.get("QUEUECTL_RUN")
-        for run in self.processing_runs() if lease else ():
-            if run.lease_path == lease:
+        lease_path = os.environ.get("QUEUECTL_RUN")
+        for run in self.processing_runs() if lease_path else ():
+            if run.lease_path == lease_path:
                 return self.job(run.id)
         return None
 
@@ -3328,36 +3331,36 @@ class Wait:
 
     def __init__(self, queue, ids, on_check):
         self.queue, self.on_check = queue, on_check
-        self.left = collections.deque(ids)
-        self.is_small = len(self.left) <= MAX_WATCHED
+        self.unfinished = collections.deque(ids)
+        self.is_small = len(self.unfinished) <= MAX_WATCHED
         self.ended = dict.fromkeys((*STATES, "removed"), 0)
         self.began = time.monotonic()
         self.seen_at = {}  # {id: when the job was last seen unfinished}
 
     def is_over(self):
-        """Tell whether all jobs have ended, or those that are left can't go on.
+        """Tell whether all jobs have ended, or the unfinished ones can't go on.
 
         A job that was seen to end is not checked again, since it may be removed.
         """
         self.queue.require_file()
         stuck = []
         blocked = None  # read only for a job that waits for another: it may take a while
-        while self.left:
-            id = self.left[-1]
+        while self.unfinished:
+            id = self.unfinished[-1]
             job = self.queue._row("SELECT seq, state, waits FROM jobs WHERE id = ?", id)
             state = job["state"] if job else self.state_of_gone(id)
             if state in FINISHED or state == "removed":
                 self.ended[state] += 1
-                self.left.pop()
+                self.unfinished.pop()
                 continue
             self.seen_at[id] = time.monotonic()
             if job["waits"] and blocked is None:
                 blocked = self.queue.blocked_seqs()
             if not job["waits"] or job["seq"] not in blocked:
                 break  # this one may go on: the others need no check
-            stuck.append(self.left.pop())
-        self.left.extendleft(stuck)
-        if len(self.left) == len(stuck):
+            stuck.append(self.unfinished.pop())
+        self.unfinished.extendleft(stuck)
+        if len(self.unfinished) == len(stuck):
             return True
         self.on_check(self)  # now that what has ended is known
         return False
@@ -3367,7 +3370,7 @@ class Wait:
         if not self.is_small:
             return self.queue.counts()
         counts = {state: self.ended[state] for state in STATES}
-        for batch in batches(self.left):
+        for batch in batches(self.unfinished):
             ids = ", ".join("?" for _ in batch)
             for state, jobs in self.queue._rows(f"""
                     SELECT state, COUNT(*) FROM jobs WHERE id IN ({ids})
@@ -3721,15 +3724,15 @@ class RunningCommand:
         A living leader is not reaped before: as long as it is a zombie, no other
         process gets the number of its group.
         """
-        termination, left = Termination(), self.processes()
-        while left:
-            termination.step(left, self.send_signal)
+        termination, living = Termination(), self.processes()
+        while living:
+            termination.step(living, self.send_signal)
             self.kill_was_sent = termination.kill_sent
             if termination.is_stuck():
-                raise Unkillable(sorted(left))
+                raise Unkillable(sorted(living))
             self.wait(waiter, STEP_INTERVAL)
             self.read()  # what prints while it ends must not wait for room in the pipe
-            left = self.processes()
+            living = self.processes()
 
     def close(self):
         """Close the pipe. Processes left in the background go on."""
@@ -3944,22 +3947,22 @@ def signal_processes(pids, number):
 
 
 def processes_of(runs):
-    """Return the living processes that belong to runs: {lease: {pid}}.
+    """Return the living processes that belong to runs: {path of a lease: {pid}}.
 
-    RUNS is {lease: PID of its command if that is our child, else None}. A process
-    belongs to a run if it can write to the lease, has the path of the lease in
+    RUNS is {path of the lease: PID of the command if that is our child, else None}.
+    A process belongs to a run if it can write to the lease, has that path in
     QUEUECTL_RUN, or is in the process group of our child. The whole path counts, so
     that a process of another queue, or of a copy of this one, is a stranger. No
     recorded PID is trusted. If nothing is found of a run, this scans again: a
     process may be forked during the first scan.
     """
-    found = {lease: set() for lease in runs}
+    found = {path: set() for path in runs}
     if WINDOWS or not runs:  # there a job object ends what a killed worker left
         return found
-    # {trace: lease}: a process group by its number, a file by its path.
-    owner = {pid: lease for lease, pid in runs.items() if pid}
-    for lease in runs:
-        owner[lease] = owner[lease + " (deleted)"] = lease  # if it was removed
+    # {trace: path of the lease}: a process group by its number, a file by its path.
+    owner = {pid: path for path, pid in runs.items() if pid}
+    for path in runs:
+        owner[path] = owner[path + " (deleted)"] = path  # if it was removed
     has_proc = os.path.exists("/proc/self/fd")
     # All processes of our child's run are younger than this one: others are left out.
     since = proc_stat("self").started if has_proc and all(runs.values()) else 0
@@ -4408,8 +4411,8 @@ JOB_KINDS = {
 def verdict(status, now, growth=0):
     """Return the `Verdict` on a queue.
 
-    STATUS has the values of `read_status`. GROWTH is how many more jobs are left each
-    minute, for a caller that has looked before.
+    STATUS has the values of `read_status`. GROWTH is how many more jobs are unfinished
+    each minute, for a caller that has looked before.
     """
     found = verdict_at_rest(status) or verdict_at_work(status, now, growth)
     if found.state in ("processing", "completed") and harm_text(status):
@@ -4419,7 +4422,7 @@ def verdict(status, now, growth=0):
 
 def verdict_at_rest(status):
     """Return the `Verdict` on a queue in which no job is started, else None."""
-    jobs, left = status["jobs"], left_text(status)
+    jobs, waiting = status["jobs"], waiting_text(status)
     can_go_on = status["oldest_job"] or status["locked"] or status["next_job"]
     if not status["paused"]:
         if not any(jobs.values()):
@@ -4431,11 +4434,11 @@ def verdict_at_rest(status):
                 completed and grouped(completed) + " completed", harm_text(status),
                 cancelled and grouped(cancelled) + " cancelled"))
         if status["blocked_seqs"] and not can_go_on and not jobs["processing"]:
-            return Verdict("dead", "Stuck" + left + " for dead ones",
+            return Verdict("dead", "Stuck" + waiting + " for dead ones",
                            "retry the dead ones, or cancel what waits")
     found = obstacle(status)
     return found and found._replace(
-        sentence=joined(found.sentence + left, harm_text(status), by="; "))
+        sentence=joined(found.sentence + waiting, harm_text(status), by="; "))
 
 
 def verdict_at_work(status, now, growth):
@@ -4469,7 +4472,7 @@ def harm_text(status):
                   blocked and grouped(blocked) + " blocked")
 
 
-def left_text(status):
+def waiting_text(status):
     """Return in words which jobs need a worker: 1 job waits, 7 lost their worker."""
     waiting = count_waiting(status["jobs"])
     lost = len(status["lost"])
@@ -4516,22 +4519,22 @@ class Trend:
     def __init__(self):
         self.looks = collections.deque(maxlen=4)
 
-    def growth(self, now, left):
-        """Return how many more jobs are left each minute: the least of three steps.
+    def growth(self, now, unfinished):
+        """Return how many more jobs are unfinished each minute: the least of 3 steps.
 
         So a heap that was enqueued at once, and has shrunk since, is no growth. It is
-        MAYBE_GROWING where only the last step is up, or more are left than at the first
-        look.
+        MAYBE_GROWING where only the last step is up, or more are unfinished than at
+        the first look.
         """
         if self.looks and now < self.looks[-1][0]:  # the clock was set back
             self.looks.clear()
         if not self.looks or now >= self.looks[-1][0] + 15:
-            self.looks.append((now, left))
+            self.looks.append((now, unfinished))
         looks = [*self.looks]
         steps = [60 * (more - less) / (end - begin)
                  for (begin, less), (end, more) in zip(looks, looks[1:])]
         if not steps:
-            return MAYBE_GROWING if left > looks[0][1] else 0
+            return MAYBE_GROWING if unfinished > looks[0][1] else 0
         if steps[-1] <= 0:
             return min(steps)
         return max(MAYBE_GROWING, min(steps)) if len(steps) == 3 else MAYBE_GROWING
@@ -4551,8 +4554,8 @@ def progress_text(counts, done, seconds, width):
     running, parts = counts["processing"], [unfinished_text(counts)]
     parts += [grouped(counts[state]) + " " + state for state in FINISHED[::-1]]
     if done > 0 and seconds > 0 and running:
-        left = count_unfinished(counts) * seconds / done
-        parts += [rate_text(done / seconds), "about %s left" % roughly(left)]
+        rest = count_unfinished(counts) * seconds / done
+        parts += [rate_text(done / seconds), "about %s left" % roughly(rest)]
     line = parts[0]
     for part in parts[1:]:
         longer = line + ", " + part
@@ -5332,11 +5335,11 @@ class Worker:
                 end = End("stopped", STOPPED)
                 command.terminate(self.waiter)  # what a shell may have left
             command.read_rest(self.waiter)
-        except Unkillable as left:
+        except Unkillable as living:
             # This worker leaves. So a pool finds a run without a worker as soon as
             # these processes are gone.
             message = "%s can't be ended: processes %s are left alone"
-            raise QueueError(message, run_label(run), left) from None
+            raise QueueError(message, run_label(run), living) from None
         if command.kill_was_sent and run.launcher:
             message = "%s: the launcher was killed; what it started may live on"
             self.log.warning(message, run_label(run))
@@ -5434,7 +5437,7 @@ class Reaper:
         self.path, self.log, self.pid = path, log, os.getpid()
         self.worker_died_at = {}  # {PID of a worker of this pool: monotonic time}
         self.recovery_done = True  # for the runs of dead workers
-        self.terminations = {}  # {lease of an orphan: its Termination}
+        self.terminations = {}  # {lease path of an orphan: its Termination}
         self.hooks = {}  # {a running process: its Hook}
         self.are_hooks_busy = False  # whether that was logged
         self.hook_trouble = Trouble(log)  # why `on_dead` could not be started
@@ -5462,21 +5465,21 @@ class Reaper:
         left that could fork another.
         """
         lost = {run.lease_path: run for run in queue.lost_runs(workers)}
-        found = processes_of(dict.fromkeys(lost))
+        processes = processes_of(dict.fromkeys(lost))
         self.recovery_done = True
-        for lease, run in lost.items():
-            if run.worker in found[lease]:
+        for path, run in lost.items():
+            if run.worker in processes[path]:
                 continue  # the worker is there; its file or the lease was removed
-            found[lease] -= {self.pid, *workers}  # a run may have started this pool
+            pids = processes[path] - {self.pid, *workers}  # a run may start this pool
             if run.worker in workers or self.worker_died_just_now(run.worker):
                 self.recovery_done = False
-            elif not found[lease]:
+            elif not pids:
                 self.put_back(queue, run)
             elif queue.is_current(run):
-                self.end_orphan(run, found[lease])
+                self.end_orphan(run, pids)
             # Otherwise the run has ended in between. Its background children go on.
-        self.terminations = {lease: termination for lease, termination
-                             in self.terminations.items() if lease in lost}
+        self.terminations = {path: termination for path, termination
+                             in self.terminations.items() if path in lost}
         dead = {run.worker for run in lost.values()}
         self.worker_died_at = {
             pid: at for pid, at in self.worker_died_at.items() if pid in dead}
@@ -5952,9 +5955,9 @@ class Supervisor:
         if due:
             when = relative_time(due["run_at"], queue.clock())
             reasons.append("the next is due " + when)
-        left = count_waiting(queue.counts())
-        if reasons and left:
-            reasons[0] = "%s left: %s" % (plural(left, "job"), reasons[0])
+        waiting = count_waiting(queue.counts())
+        if reasons and waiting:
+            reasons[0] = "%s left: %s" % (plural(waiting, "job"), reasons[0])
         self.summary = joined(self.summary, *reasons, by="; ")
 
 
@@ -6051,14 +6054,10 @@ def option(names, metavar, meaning, convert=str, **options):
 positional = option  # without a name; argparse tells them apart by the dashes
 
 
-def field_option(name, of_new_job=True):
-    """Return the option of `enqueue`, or of `edit`, for a field of a job."""
-    field, note = FIELDS[name], ""
+def field_option(name, note):
+    """Return the option for a field of a job; NOTE is added to its help."""
+    field = FIELDS[name]
     repeated = {"action": "append"} if field.repeats else {}
-    if of_new_job:
-        note = " (default: %s)" % field.otherwise
-    elif field.otherwise == "none" and name != "delay":
-        note = ", or none"
     return option("--" + name.replace("_", "-"), field.metavar, field.help + note,
                   field.parse, **repeated)
 
@@ -6138,8 +6137,9 @@ def within_job_of(path):
 
     Unlike `Queue.own_job` this needs no database, which may be gone or broken.
     """
-    lease, runs = os.environ.get("QUEUECTL_RUN", ""), path_beside(path, ".runs")
-    return lease.startswith(os.path.join(runs, "")) and is_locked(lease)
+    lease_path = os.environ.get("QUEUECTL_RUN", "")
+    folder = os.path.join(path_beside(path, ".runs"), "")
+    return lease_path.startswith(folder) and is_locked(lease_path)
 
 
 def read_status(queue, lost=None, blocked=None):
@@ -6314,7 +6314,8 @@ def output_document(job, run, output):
          " completed or dead, start it again"),
     flag("--lines", "each line of the file, or of standard input, is a command"),
     flag("--quiet", "print no ids"),
-    *map(field_option, FIELDS),
+    *[field_option(name, " (default: %s)" % field.otherwise)
+      for name, field in FIELDS.items()],
     creates_queue=True, takes_words=True,
     usage="%(prog)s [OPTION]... -- COMMAND...\n"
     "       %(prog)s [OPTION]... JSON...\n"
@@ -6604,7 +6605,7 @@ def cmd_list(args, queue):
     else:
         jobs = queue.jobs(chosen, args.limit or 0, args.newest)
     list_jobs(args, queue, jobs)
-    report_left(args, queue, room, chosen)
+    report_unlisted(args, queue, room, chosen)
     print_lines(note)
 
 
@@ -6630,12 +6631,14 @@ def room_for_jobs(args, note=()):
     return max(1, size.lines - 3 - below)
 
 
-def report_left(args, queue, room, condition):
+def report_unlisted(args, queue, room, condition):
     """Report how many of the jobs that meet a condition were not listed."""
     limit = room or args.limit or 0
-    left = queue.count(condition) - limit if limit and not args.json else 0
-    if left > 0:
-        more = plural(left, "older job" if room else "more job")
+    if args.json or not limit:
+        return
+    unlisted = queue.count(condition) - limit
+    if unlisted > 0:
+        more = plural(unlisted, "older job" if room else "more job")
         report_below(args, more + "; --limit 0 lists all")
 
 
@@ -6923,9 +6926,9 @@ def output_of(queue, job, run):
     output = queue.output(job, run)
     if output is None and run == job["run"]:
         # If the run has ended between the two reads, its output is in the database now.
-        lease = queue.latest_run(job).lease_path
+        lease_path = queue.latest_run(job).lease_path
         limit = queue.settings()["output_limit"]
-        output = read_output(lease, limit) or queue.output(job, run)
+        output = read_output(lease_path, limit) or queue.output(job, run)
     return output or b""
 
 
@@ -7075,7 +7078,8 @@ def cmd_stats(args, queue):
 
 @command("edit", "change a job that waits or is dead", "edit job1 --run-at now",
          positional("job", "ID", "id of a job"),
-         *[field_option(name, False) for name in FIELDS if name != "id"],
+         *[field_option(name, ", or none" if field.can_be_none else "")
+           for name, field in FIELDS.items() if name != "id"],
          takes_words=True, usage="%(prog)s ID [OPTION]... [-- COMMAND...]")
 def cmd_edit(args, queue):
     fields = given_fields(args)
@@ -7117,9 +7121,9 @@ def require_one_selection(args, *ways):
                          code=2)
 
 
-# `taken` is the condition for the jobs that a verb for many changes. `left` is that for
-# those which it leaves alone, or None, and `why` the reason, for the message.
-Selection = collections.namedtuple("Selection", "taken left why")
+# `taken` is the condition for the jobs that a verb for many changes. `spared` is that
+# for those which it leaves alone, or None, and `reason` says why.
+Selection = collections.namedtuple("Selection", "taken spared reason")
 
 
 def jobs_to_retry(states, **filters):
@@ -7167,10 +7171,10 @@ def apply_to_many(args, queue, verb, done, selection):
         return list_dry_run(args, queue, done, jobs, count)
     count = verb(selection.taken)
     result, message = {done: count}, "%s %s" % (done, plural(count, "job"))
-    if selection.left:
-        result["left"] = queue.count(selection.left)
+    if selection.spared:
+        result["left"] = queue.count(selection.spared)
     if result.get("left"):
-        message += "; %d left: %s" % (result["left"], selection.why)
+        message += "; %d left: %s" % (result["left"], selection.reason)
     print_result(args, result, message)
 
 
@@ -7264,7 +7268,7 @@ def cmd_dlq_list(args, queue):
     room = room_for_jobs(args, summary + note)
     dead = queue.dead_jobs(limit=room or args.limit or -1, **filters)
     list_jobs(args, queue, dead, DLQ_COLUMNS, "no dead jobs")
-    report_left(args, queue, room, chosen)
+    report_unlisted(args, queue, room, chosen)
     print_lines(note)
 
 
@@ -8268,6 +8272,8 @@ class View(collections.namedtuple(
 
 # What the parts of the page are made of: the queue; the `View`; the time; the values of
 # `read_status`; those of `errors_of`; the growth for `verdict`; the jobs of the table,
+# and one more if there are older ones; the site's `Cache`; whether the page holds the
+# output of the open job (otherwise the script fetches it).
 class Page(collections.namedtuple(
         "Page", "queue view now status groups growth found cache is_whole")):
     text_of = staticmethod(roughly)  # so that it is a `Look`
@@ -8726,9 +8732,9 @@ def question_route(queue, query):
         raise Refusal(400, "no such verb")
     selection = selected_by(verb, query)
     # Only now, and not for each page: with a million jobs that takes a while.
-    count, left = queue.count(selection.taken), queue.count(selection.left)
-    stays = left and "%s left out: %s." % (
-        plural(left, "job") + (" is" if left == 1 else " are"), selection.why)
+    count, spared = queue.count(selection.taken), queue.count(selection.spared)
+    stays = spared and "%s left out: %s." % (
+        plural(spared, "job") + (" is" if spared == 1 else " are"), selection.reason)
     if not count:
         return {"none": joined("There is nothing to %s." % verb, stays, by=" ")}
     words = "%s %s?" % (verb.capitalize(), jobs_of_query(count, verb, query))
