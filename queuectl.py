@@ -154,7 +154,8 @@ SHOWN_ERRORS = 4  # most common errors of dead jobs, in `status` and on the page
 MAX_WATCHED = 2000  # jobs of which `wait` counts the states; of more, the whole queue
 COUNT_LIMIT = 10000  # rows that are counted where a million would take too long
 BATCH_SIZE = 500  # rows of one read or write; more would hold up other processes
-TAIL_SIZE = 4000  # bytes at the end of an output in which the log looks for a line
+TAIL_SIZE = 4000  # bytes at the end of an output of which people see the last lines
+MAX_TAILED = 200000  # bytes of an output of which the page shows the last line
 LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
 
 # How often: seconds between two looks or tries.
@@ -1989,17 +1990,16 @@ if not WINDOWS:
 # Queue: the jobs; a method for each verb, with its SQL; statistics
 # ======================================================================================
 
-# What follows from the way in which a run ended: the total that counts it, and whether
-# its job is put back, so that the attempt does not count. A run without a total never
-# began, and is not recorded.
-RunKind = collections.namedtuple("RunKind", "total is_put_back")
+# What follows from the way in which a run ended: the method of `Queue` that records it,
+# and the total that counts it. A run without a total never began, and is not recorded.
+RunKind = collections.namedtuple("RunKind", "verb total")
 RUN_KINDS = {
-    "completed": RunKind("completed", False),
-    "failed": RunKind("failed", False),  # an exit code, a signal, a timeout
-    "cancelled": RunKind("interrupted", False),
-    "stopped": RunKind("interrupted", True),  # with its pool, or with its whole service
-    "lost": RunKind("interrupted", True),  # its worker died
-    "refused": RunKind(None, True),  # the system had no process to give
+    "completed": RunKind("complete", "completed"),
+    "failed": RunKind("fail", "failed"),  # an exit code, a signal, a timeout
+    "cancelled": RunKind("fail", "interrupted"),
+    "stopped": RunKind("release", "interrupted"),  # with its pool, or its whole service
+    "lost": RunKind("release", "interrupted"),  # its worker died
+    "refused": RunKind("release", None),  # the system had no process to give
 }
 TOTALS = ("completed", "failed", "interrupted")
 # The SQL for the total of a run.
@@ -2070,7 +2070,7 @@ RESTART = f"""UPDATE jobs SET {RESET}, updated_at = :now, {GIVEN}
 # A change of jobs: SQL, and the condition that a job has to meet. A verb may have two,
 # for jobs in different states.
 Change = collections.namedtuple("Change", "sql condition")
-NEXT_STEPS = {  # for an edit of a job in such a state
+EDIT_HINTS = {  # what to do instead of an edit, by the state of the job
     "processing": "cancel it, edit it, then retry it",
     "completed": "enqueue it again with --unique and what is to change",
 }
@@ -2452,12 +2452,12 @@ class Queue(Database):
 
     # If the clock is set back, a job that named no time waits no longer than before.
 
-    def promote_after_clock_step(self, earlier=None):
+    def promote_after_clock_step(self, earlier):
         """Make jobs due again that failed or were due before the clock was set back.
 
         Jobs that were due would stand behind every new job. To look for them may take
         a while, so it is done only at the first look and after a step. Return the
-        offset to the monotonic clock; EARLIER is that of the look before.
+        offset to the monotonic clock; EARLIER is that of the look before, or None.
         """
         self._promote_failed_in_future()
         now = self.clock()
@@ -2481,11 +2481,8 @@ class Queue(Database):
         This and each of the three verbs return the new state of the job, or None if the
         run no longer owns it.
         """
-        if RUN_KINDS[outcome.kind].is_put_back:
-            return self.release(run, outcome)
-        if outcome.kind == "completed":
-            return self.complete(run, outcome)
-        return self.fail(run, outcome)
+        verb = getattr(self, RUN_KINDS[outcome.kind].verb)
+        return verb(run, outcome)
 
     def complete(self, run, outcome):
         """PROCESSING to COMPLETED."""
@@ -2632,7 +2629,7 @@ class Queue(Database):
             if changes.get("env") and job["env"]:
                 changes["env"] = json.dumps(
                     {**json.loads(job["env"]), **json.loads(changes["env"])})
-            hint = NEXT_STEPS.get(job["state"], "")
+            hint = EDIT_HINTS.get(job["state"], "")
             self._apply([id], [Change(sql, in_states(TAKES["edit"]))],
                         "job %(id)s is %(state)s: " + hint, changes)
             if "after" in fields:
@@ -2902,8 +2899,9 @@ class Queue(Database):
         SQLite reads all of an output to reach its end.
         """
         return self._value("""
-            SELECT substr(output, -2000) FROM outputs WHERE seq = ? AND run = ?
-            AND length(output) < 200000""", job["seq"], job["run"]) or b""
+            SELECT substr(output, ?) FROM outputs WHERE seq = ? AND run = ?
+            AND length(output) < ?""", -TAIL_SIZE, job["seq"], job["run"],
+            MAX_TAILED) or b""
 
     def output(self, job, run=None):
         """Return the stored output of a run (default: the latest one), or None.
@@ -3007,10 +3005,10 @@ class Queue(Database):
     def _latest_death(self, error):
         """Return what `dead_by_error` tells of the job that died of an error last."""
         return self._row("""
-            SELECT id, cancelled AS is_cancelled, substr(output, -2000) AS tail
+            SELECT id, cancelled AS is_cancelled, substr(output, ?) AS tail
             FROM jobs LEFT JOIN outputs USING (seq, run)
             WHERE state = 'dead' AND error IS ?
-            ORDER BY updated_at DESC LIMIT 1""", error)
+            ORDER BY updated_at DESC LIMIT 1""", -TAIL_SIZE, error)
 
     def work_left(self):
         """Return a dict of what waits: numbers of jobs, and seconds for a run.
@@ -3054,8 +3052,7 @@ class Queue(Database):
 
     def seq_before(self, id):
         """Return the number before that of a job; one above all if it is gone."""
-        number = self._value("SELECT seq FROM jobs WHERE id = ?", id) or MAX_INTEGER
-        return number - 1
+        return (self._seq_of(id) or MAX_INTEGER) - 1
 
     def processing_runs(self):
         """Return the present `Run` of each job in PROCESSING."""
@@ -3252,7 +3249,8 @@ class Queue(Database):
         rows = self._rows(f"""
             SELECT id, 0 AS died FROM jobs WHERE state = 'pending' UNION ALL
             SELECT id, state = 'dead' FROM jobs
-                WHERE {RARE} AND (state <> 'dead' OR NOT cancelled)""")
+                WHERE {RARE} AND (NOT {IS_FINISHED}
+                    OR state = 'dead' AND NOT cancelled)""")
         return [id for id, died in rows if not died], sum(died for _, died in rows)
 
     # -- settings ----------------------------------------------------------------------
@@ -3603,11 +3601,15 @@ class Lease:
 End = collections.namedtuple("End", "kind error")
 
 
+EXIT_KINDS = {0: "completed"}  # {exit code: kind}; with any other a run has failed
+
+
 def exit_end(code):
     """Return the `End` of a run that ended by itself, by its exit code."""
-    if code == 0:
-        return End("completed", None)
-    return End("failed", "exit %d" % code if code > 0 else "signal %d" % -code)
+    kind = EXIT_KINDS.get(code, "failed")
+    if kind == "completed":
+        return End(kind, None)
+    return End(kind, "exit %d" % code if code > 0 else "signal %d" % -code)
 
 
 class Unkillable(Exception):
@@ -4374,9 +4376,14 @@ def blocked_by(job, look):
 
 # What people call a job: the queue knows some of these as one state. `state` gives the
 # colour, `icon` the lines of a picture of 16 x 16. `sentence` makes what `show` says
-# about a job, `short` the few words of a list.
+# about a job, `short` the few words of a list. `next_step` is what people may want.
 JobKind = collections.namedtuple(
-    "JobKind", "state icon sentence short", defaults=(lambda job, look: "",))
+    "JobKind", "state icon sentence short next_step",
+    defaults=(lambda job, look: "", None))
+# What a command does for a job, and the command.
+NextStep = collections.namedtuple("NextStep", "purpose command")
+RUN_AGAIN = NextStep("to run it again", "retry {}")
+FOLLOW = NextStep("to follow its output", "logs -f {}")
 RING = "M8 2a6 6 0 1 1 0 12 6 6 0 0 1 0-12"
 JOB_KINDS = {
     "pending": JobKind("pending", RING, place_in_line),
@@ -4391,17 +4398,22 @@ JOB_KINDS = {
         lambda job, look: "lock " + job["lock"]),
     "blocked": JobKind(
         "dead", "M5 2h6l3 3v6l-3 3H5l-3-3V5zM5 8h6", why_behind, blocked_by),
-    "processing": JobKind("processing", "M8 2a6 6 0 1 1-6 6", how_it_runs),
+    "processing": JobKind(
+        "processing", "M8 2a6 6 0 1 1-6 6", how_it_runs, next_step=FOLLOW),
     "lost": JobKind(
         "failed", "M8 2a6 6 0 0 1 6 6M8 14a6 6 0 0 1-6-6", why_lost,
-        lambda job, look: WORKER_DIED),
-    "completed": JobKind("completed", "M2 9l4 4 8-9", how_it_ended),
+        lambda job, look: WORKER_DIED, FOLLOW),
+    "completed": JobKind(
+        "completed", "M2 9l4 4 8-9", how_it_ended, next_step=RUN_AGAIN),
     "failed": JobKind(
-        "failed", "M13 10a5.5 5.5 0 1 1 0-4M14 1v5H9", why_delayed, failed_text),
+        "failed", "M13 10a5.5 5.5 0 1 1 0-4M14 1v5H9", why_delayed, failed_text,
+        NextStep("to try it now", "edit {} --run-at now")),
     "dead": JobKind(
-        "dead", "M3 3l10 10M13 3 3 13", how_it_ended, lambda job, look: job["error"]),
+        "dead", "M3 3l10 10M13 3 3 13", how_it_ended, lambda job, look: job["error"],
+        RUN_AGAIN),
     "cancelled": JobKind(
-        "pending", RING + "M4 12l8-8", how_it_ended, lambda job, look: job["error"]),
+        "pending", RING + "M4 12l8-8", how_it_ended, lambda job, look: job["error"],
+        RUN_AGAIN),
 }
 
 
@@ -4585,7 +4597,7 @@ def last_line(output):
     return "".join(last_lines(output, 1)).strip()
 
 
-def painted(output, colour=0):
+def painted(output, colour):
     """Return the parts of an output, each with its colour, and the colour at the end.
 
     A colour is a number of ANSI from 1 to 6, or 0. All other sequences are left out. Of
@@ -4763,7 +4775,7 @@ def drawable(characters, fallback):
         return fallback
 
 
-def table(titles, rows, width=None, state_column=None, first_cut=-1):
+def table(titles, rows, width, state_column=None, first_cut=-1):
     """Yield the lines of a table, each cell cut to fit a terminal of this width.
 
     Column widths come from the first batch of rows, so that a million can be streamed.
@@ -5069,7 +5081,7 @@ def log_handler(path):
     return Log(path, delay=WINDOWS)
 
 
-def open_log(queue_path, role, is_quiet=True):
+def open_log(queue_path, role, is_quiet):
     """Return the logger of this process: to the queue's log, or else standard error.
 
     Unless it IS_QUIET, a worker's lines are printed as well, and a pool's warnings.
@@ -5645,7 +5657,7 @@ class Supervisor:
     that it starts, like `on_dead`, close all that by their exec.)
     """
 
-    def __init__(self, path, count, is_drain=False, is_quiet=True, show_progress=None):
+    def __init__(self, path, count, is_drain, is_quiet, show_progress):
         self.path, self.count = os.path.realpath(path), count
         self.pid = os.getpid()
         self.is_quiet = is_quiet
@@ -6619,7 +6631,7 @@ def note_below(args, queue):
     return [Line(reason, DIM)] if reason else []
 
 
-def room_for_jobs(args, note=()):
+def room_for_jobs(args, note):
     """Return how many jobs fit between the titles and the prompt of a terminal.
 
     It is None where --limit says how many jobs are listed, or where all are.
@@ -6713,17 +6725,6 @@ def field_texts(job, look):
     return fields
 
 
-# The next step for a job: what it does, and the command that takes an id.
-NextStep = collections.namedtuple("NextStep", "purpose command")
-RUN_AGAIN = NextStep("to run it again", "retry {}")
-NEXT_STEPS_OF = {  # by the kind of the job
-    "processing": NextStep("to follow its output", "logs -f {}"),
-    "lost": NextStep("to follow its output", "logs -f {}"),
-    "failed": NextStep("to try it now", "edit {} --run-at now"),
-    "completed": RUN_AGAIN, "dead": RUN_AGAIN, "cancelled": RUN_AGAIN,
-}
-
-
 def answer_lines(job, look):
     """Yield why a job is what it is, what it printed last, and the next step."""
     id, queue, width = printable(job["id"]), look.queue, terminal_width(sys.stdout)
@@ -6744,16 +6745,17 @@ def answer_lines(job, look):
 
 def next_step(job, look):
     """Return what can be done about a job, as a command, or nothing."""
-    kind, id = kind_of(job, look), job["id"]
-    step = NEXT_STEPS_OF.get(kind)
-    if kind == "failed" and not due_text(job, look.now):
-        step = None  # it is due already
+    id = job["id"]
+    kind = kind_of(job, look)
+    step = JOB_KINDS[kind].next_step
     if kind == "blocked":
         first = look.queue.dependencies(job)[0]
-        id, step = first["id"], NextStep("to see why", "show {}")
+        id = first["id"]
+        step = NextStep("to see why", "show {}")
         if first["state"] == "dead":
             step = NextStep("to go on", "retry {}")
-    if step is None:
+    is_due_already = kind == "failed" and not due_text(job, look.now)
+    if step is None or is_due_already:
         return ""
     command = "%s %s" % (PROGRAM, step.command.format(quoted([id])))
     return "%s: %s" % (step.purpose, in_queue(look.queue.path, command))

@@ -760,9 +760,15 @@ def lease_heir(lease):
             process.kill()
 
 
+def make_supervisor(path="queuectl.db"):
+    """Return the supervisor of a pool that does not run, to call its methods."""
+    return queuectl.Supervisor(
+        path, 1, is_drain=False, is_quiet=True, show_progress=None)
+
+
 def make_reaper(queue):
     """Return the reaper of a pool that does not run, to call its methods."""
-    reaper = queuectl.Reaper(queue.path, queuectl.open_log(queue.path, "pool"))
+    reaper = queuectl.Reaper(queue.path, queuectl.open_log(queue.path, "pool", True))
     reaper.pid = 0  # it is not this process
     return reaper
 
@@ -1261,17 +1267,17 @@ class TestNeverLostNeverStuck:
         add_job(queue, id="later", delay=600)
         add_job(queue, id="job")
         queue.fail(claim(queue), make_outcome())
-        queue.promote_after_clock_step()
+        queue.promote_after_clock_step(None)
         assert queue.job("job")["state"] == "failed"
         clock.now -= 7200
-        queue.promote_after_clock_step()
+        queue.promote_after_clock_step(None)
         run = claim(queue)
         assert (run.id, run.attempt) == ("job", 2)
         assert claim(queue) is None
         assert queue.next_due()["run_at"] == clock.now + 7200 + 600
         assert queue.fail(run, make_outcome()) == "failed"
         assert queue.next_due()["run_at"] == clock.now + 4
-        queue.promote_after_clock_step()
+        queue.promote_after_clock_step(None)
         assert queue.job("job")["state"] == "failed"
 
     @mechanism
@@ -1285,7 +1291,7 @@ class TestNeverLostNeverStuck:
             return look(self, earlier)
 
         monkeypatch.setattr(queuectl.Queue, "promote_after_clock_step", record)
-        pool = queuectl.Supervisor(queue.path, 1)
+        pool = make_supervisor(queue.path)
         pool.file_status = queue.file_status
         pool.reaper = queuectl.Reaper(queue.path, None)
         pool.queue_trouble = queuectl.Trouble(None)
@@ -1464,7 +1470,7 @@ class TestRunsNeverOverlap:
         """Pools in two containers may have the same pid."""
         fd = queuectl.lock_file(queuectl.pool_file(queue.path, os.getpid()))
         with pytest.raises(queuectl.QueueError, match="another process with that PID"):
-            queuectl.Supervisor(queue.path, 1).run(pytest.fail)
+            make_supervisor(queue.path).run(pytest.fail)
         os.close(fd)
 
     @mechanism
@@ -1700,7 +1706,7 @@ class TestNotBlamed:
         error = OSError(22, "no memory")
         error.winerror = number
         worker = types.SimpleNamespace(
-            refusal=queuectl.Trouble(queuectl.open_log(queue.path, "worker")),
+            refusal=queuectl.Trouble(queuectl.open_log(queue.path, "worker", True)),
             lease=types.SimpleNamespace(output=lambda: b""),
             waiter=types.SimpleNamespace(wait=lambda timeout: None))
         outcome = queuectl.Worker.not_started(worker, claim(queue), error)
@@ -3116,7 +3122,7 @@ class TestLifeOfAJob:
             clock.now -= 3600
             if change == "release":
                 queue.release(run, make_outcome("worker died"))
-            queue.promote_after_clock_step()
+            queue.promote_after_clock_step(None)
         elif change != "new":
             queue.complete(claim(queue), make_outcome(None))
             clock.now -= 3600
@@ -5542,9 +5548,9 @@ class TestWorkerStop:
         self, queue, monkeypatch
     ):
         monkeypatch.setattr(queuectl, "wake", lambda pids: None)
-        pool, file = queuectl.Supervisor(queue.path, 1), queuectl.pool_file(
+        pool, file = make_supervisor(queue.path), queuectl.pool_file(
             queue.path, 0)
-        pool.pid, pool.log = 0, queuectl.open_log(queue.path, "pool")
+        pool.pid, pool.log = 0, queuectl.open_log(queue.path, "pool", True)
         for before, words, after in (("", "stop", "stop"), ("stop", "now", "now"),
                                      ("over", "stop", "over"), ("over", "now", "now"),
                                      ("now", "now", "now"), ("now", "stop", "now")):
@@ -7504,19 +7510,19 @@ class TestClockSteps:
         clock.now -= 3600
         add_job(queue, id="new", lock=lock)
         clock.now += 1
-        queue.promote_after_clock_step()
+        queue.promote_after_clock_step(None)
         assert queue.job("first")["run_at"] == clock.now
         assert [claim_and_complete(queue) for _ in range(3)] == [
             "new", "first", "second"]
 
     def test_a_step_back_is_noticed_while_a_pool_runs(self, queue, clock):
-        queue.promote_after_clock_step()
+        queue.promote_after_clock_step(None)
         add_job(queue, id="old")
         add_job(queue, id="later", run_at=clock.now + 7200)
-        queue.promote_after_clock_step()
+        queue.promote_after_clock_step(None)
         due = clock.now
         clock.now -= 3600
-        queue.promote_after_clock_step()
+        queue.promote_after_clock_step(None)
         assert queue.job("old")["run_at"] == clock.now
         assert queue.job("later")["run_at"] == due + 7200
 
@@ -7529,7 +7535,7 @@ class TestClockSteps:
         queue.fail(claim(queue), make_outcome())
         clock.now -= 86400
         queue.edit("x", change)
-        queue.promote_after_clock_step()
+        queue.promote_after_clock_step(None)
         assert claim(queue).id == "x"
 
     def test_an_edit_of_a_failed_job_keeps_the_time_of_its_next_try(self, queue, clock):
@@ -7553,7 +7559,7 @@ class TestGate:
             clock.now += operations.rnd.choice([0, 0, 0, 0, 1, 1, 10, 10, -30])
             operations.step()
             queue.promote(clock.now)
-            queue.promote_after_clock_step()
+            queue.promote_after_clock_step(None)
             assert [tuple(row) for row in queue._rows(WRONG_GATES, clock.now)] == []
             # There is an order, so there is no circle.
             queue._in_order([seq for seq, in query("SELECT seq FROM dependencies")])
@@ -7874,7 +7880,7 @@ queuectl.os.environ["PATH"] = "/nowhere"
     @mechanism
     def test_a_stop_signal_ends_the_wait_of_a_supervisor(self):
         run_ok("status")
-        pool = queuectl.Supervisor("queuectl.db", 1)
+        pool = make_supervisor()
         waiter, began = queuectl.Waiter(), time.monotonic()
         queuectl.catch_signals(pool.count_signal)
         number = queuectl.STOP_SIGNALS[-1]
@@ -8953,7 +8959,7 @@ class TestPanel:
         (b"\x1b[38;5;" + 5000 * b"1" + b"mx", "x"),
         pytest.param(b"\xff\xc3\xa9", "\\xffé", marks=posix_only), (b"<i>\x1b[1m&\x1b[0m", "<i>&")])
     def test_an_output_reads_as_on_a_terminal(self, printed, shown):
-        parts, _ = queuectl.painted(printed)
+        parts, _ = queuectl.painted(printed, 0)
         assert "".join(text for text, _ in parts) == shown
 
     @pytest.mark.parametrize("codes, colour", [
