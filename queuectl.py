@@ -4087,7 +4087,8 @@ def duration_text(seconds):
         return "%.0fms" % (1000 * seconds) if seconds >= 0.0005 else "<1ms"
     if seconds < 9.95:
         return "%.1fs" % seconds
-    rest, parts = int(seconds), []
+    rest = int(seconds)
+    parts = []
     for unit in "dhms":
         count, rest = divmod(rest, UNITS[unit])
         if count or parts:
@@ -4150,7 +4151,8 @@ def setting_text(name, value):
 
 def setting_with_unit(name, value):
     """Return the value of a setting for people, as it can be set: 1h30m, 64K, none."""
-    text, unit = setting_text(name, value), SETTINGS[name].unit
+    text = setting_text(name, value)
+    unit = SETTINGS[name].unit
     if value is None or not unit:
         return text
     if unit == "seconds":
@@ -4332,13 +4334,13 @@ def why_behind(job, look):
     dependencies = look.queue.dependencies(job)
     if not dependencies:
         return place_in_line(job, look)  # they have just been completed
-    first, others = dependencies[0], len(dependencies) - 1
+    first, *others = dependencies
     dead = first["state"] != "dead" and look.queue.dead_before(job)
     message = "waits for " + printable(first["id"])
     if not dead:
         message += ", which is " + state_word(first)
     if others:
-        message += ", and for " + plural(others, "more job")
+        message += ", and for " + plural(len(others), "more job")
     if dead:
         message += ", behind %s, which is %s" % (
             printable(dead["id"]), state_word(dead))
@@ -4434,7 +4436,8 @@ def verdict(status, now, growth=0):
 
 def verdict_at_rest(status):
     """Return the `Verdict` on a queue in which no job is started, else None."""
-    jobs, waiting = status["jobs"], waiting_text(status)
+    jobs = status["jobs"]
+    waiting = waiting_text(status)
     can_go_on = status["oldest_job"] or status["locked"] or status["next_job"]
     if not status["paused"]:
         if not any(jobs.values()):
@@ -4455,7 +4458,8 @@ def verdict_at_rest(status):
 
 def verdict_at_work(status, now, growth):
     """Return the `Verdict` on a queue whose jobs a pool starts."""
-    ready, due = grouped(max(1, status["ready"])), status["next_due"]
+    ready = grouped(max(1, status["ready"]))
+    due = status["next_due"]
     if growth >= 1:
         more = 1 + int(growth * (status["run_seconds"] or 0) / 60)
         sentence = "Falling behind: %s waiting, %s more a minute" % (
@@ -4501,7 +4505,8 @@ def time_left(status, now):
 
     Jobs that share a lock run one after the other, however many workers there are.
     """
-    workers, mean = len(status["workers"]), status["run_seconds"]
+    workers = len(status["workers"])
+    mean = status["run_seconds"]
     if not workers or mean is None:
         return ""
     jobs = status["ready"] + status["jobs"]["processing"]
@@ -4563,9 +4568,9 @@ def progress_text(counts, done, seconds, width):
 
     What does not fit into the width is left out.
     """
-    running, parts = counts["processing"], [unfinished_text(counts)]
+    parts = [unfinished_text(counts)]
     parts += [grouped(counts[state]) + " " + state for state in FINISHED[::-1]]
-    if done > 0 and seconds > 0 and running:
+    if done > 0 and seconds > 0 and counts["processing"]:
         rest = count_unfinished(counts) * seconds / done
         parts += [rate_text(done / seconds), "about %s left" % roughly(rest)]
     line = parts[0]
@@ -4633,9 +4638,12 @@ def colour_after(codes, colour):
 def nearest_colour(values):
     """Return the colour nearest to one of 256, or to red, green and blue up to 255."""
     if len(values) == 1:
-        number, cube = values[0], values[0] - 16
-        if not 0 <= cube < 216:  # one of the first sixteen, or a grey
-            return number % 8 % 7 if number < 16 else 0
+        number = values[0]
+        if number < 16:  # one of the first, which terminals have names for
+            return number % 8 % 7
+        cube = number - 16
+        if cube >= 216:  # a grey
+            return 0
         values = [cube // 36, cube // 6 % 6, cube % 6]
     bits = [2 * value > max(values) for value in values]
     return sum(bit << at for at, bit in enumerate(bits)) % 7
@@ -4697,18 +4705,21 @@ def wrapped(line, width):
         return [line]
     gaps = [gap.end() for gap in re.finditer(r"\S {2,}", line[: 2 * width // 3])]
     margin = gaps[-1] if gaps else len(line) - len(line.lstrip()) + 2
-    parts, start, end, indent = [], 0, 0, 0
+    parts = []
+    start = end = indent = 0
     for word in re.finditer(UNBROKEN, line):
         if end and indent + display_width(line[start : word.end()]) > width:
             parts.append(part_of(line, start, end, indent))
-            start, indent = word.start(), margin
+            start = word.start()
+            indent = margin
         end = word.end()
     return [*parts, part_of(line, start, end, indent)]
 
 
 def part_of(line, start, end, indent):
     """Return a part of a line, indented; its coloured part keeps the colour."""
-    text, shift = " " * indent + line[start:end], indent - start
+    text = " " * indent + line[start:end]
+    shift = indent - start
     if not isinstance(line, Line) or not start < line.end or not line.start < end:
         return text
     return Line(text, line.colour, max(indent, line.start + shift), line.end + shift)
@@ -4845,8 +4856,10 @@ DLQ_COLUMNS = [*LIST_COLUMNS[:3], *last_columns("DIED", "ERROR")]
 
 def job_table(jobs, look, columns):
     """Return the lines of a table of jobs; a terminal gets the columns that fit."""
-    width, jobs, first_cut = terminal_width(sys.stdout), iter(jobs), -1
+    width = terminal_width(sys.stdout)
+    first_cut = -1
     if width:
+        jobs = iter(jobs)
         first = list(itertools.islice(jobs, BATCH_SIZE))
         jobs = itertools.chain(first, jobs)
         used = [one for one in columns if any(one.text(job, look) for job in first)]
@@ -4913,16 +4926,18 @@ def throughput_lines(bars, period, width):
 
 def sparkline(values):
     """Return a bar for each value, all to the same scale; one character each."""
-    steps, top = drawable(" ▁▂▃▄▅▆▇█", " .:-=+*#@"), max([*values, 1])
+    steps = drawable(" ▁▂▃▄▅▆▇█", " .:-=+*#@")
+    top = max([*values, 1])
     return "".join(steps[ceil_div(value * 8, top)] for value in values)
 
 
 def histogram(bins, width):
     """Yield a line for each bin of run times, from the first to the last in use."""
     used = [at for at, bin in enumerate(bins) if bin["runs"]]
-    most, bar = max(bin["runs"] for bin in bins), drawable("█", "#")
+    most = max(bin["runs"] for bin in bins)
+    bar = drawable("█", "#")
     for bin in bins[used[0] : used[-1] + 1]:
-        below = bin["below"] and "< " + duration_text(bin["below"]) or "longer"
+        below = "< " + duration_text(bin["below"]) if bin["below"] else "longer"
         length = ceil_div(bin["runs"] * max(1, width - 24), most)
         yield "%-10s  %s %s" % (below, bar * length, grouped(bin["runs"]))
 
@@ -6026,7 +6041,9 @@ def command_named(words):
                for alias in entry.aliases}
     firsts = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
     groups = [name for name in firsts if name not in COMMANDS]
-    name, options, words = "", [], iter(words)
+    name = ""
+    options = []
+    words = iter(words)
     for word in words:
         if word.startswith("-"):
             options.append(word)
@@ -6216,7 +6233,8 @@ def status_screen(status, groups, now, growth):
     yield Line(with_advice(found, status["path"]), STATES[found.state].colour, 0,
                len(found.sentence))
     yield from count_lines(status, now)
-    groups, width = died(groups), terminal_width(sys.stdout)
+    width = terminal_width(sys.stdout)
+    groups = died(groups)
     more = groups[SHOWN_ERRORS:]
     for line in error_lines(groups[:SHOWN_ERRORS], now):
         yield truncate(line, width)
@@ -6335,7 +6353,9 @@ def output_document(job, run, output):
 def cmd_enqueue(args, queue):
     if args.lines and not args.file and not args.jobs:
         args.jobs = ["-"]
-    options, ids, number = enqueue_options(args), [], itertools.count()
+    options = enqueue_options(args)
+    ids = []
+    number = itertools.count()
     defaults = queue.defaults(args.cwd)  # this directory may be gone
     places = Places()
 
@@ -6491,7 +6511,8 @@ class Places:
 
 def read_commands(lines, check, places):
     """Yield the checked jobs of lines with a command each; a refusal names the line."""
-    number, places.blank = 0, []
+    number = 0
+    places.blank = []
     try:
         for number, line in enumerate(lines, 1):
             if line.isspace():
@@ -6505,7 +6526,8 @@ def read_commands(lines, check, places):
 
 def read_json_lines(lines, check, places):
     """Yield the checked jobs of an array or of JSON Lines; a refusal names the line."""
-    number, places.blank = 0, []
+    number = 0
+    places.blank = []
     try:
         for batch in batches(lines):
             found = parse_batch(batch)
@@ -6543,7 +6565,8 @@ def parse_batch(lines):
         found = parse_json(b"[" + (b",%d," % mark).join(lines) + b"]")
     except QueueError:
         return []
-    objects, marks = found[::2], found[1::2]
+    objects = found[::2]
+    marks = found[1::2]
     is_sound = marks == [mark] * (len(lines) - 1) and set(map(type, objects)) == {dict}
     return objects if is_sound else []
 
@@ -6625,9 +6648,9 @@ def note_below(args, queue):
     """Return what a terminal shows below a list of jobs that wait in vain: a line."""
     if args.json or not terminal_width(sys.stdout):
         return []
-    counts, states = queue.counts(), args.state or WAITING
-    is_concerned = any(counts[state] for state in WAITING if state in states)
-    reason = is_concerned and standstill(queue)
+    counts = queue.counts()
+    states = {*WAITING}.intersection(args.state or WAITING)
+    reason = any(counts[state] for state in states) and standstill(queue)
     return [Line(reason, DIM)] if reason else []
 
 
@@ -6727,20 +6750,22 @@ def field_texts(job, look):
 
 def answer_lines(job, look):
     """Yield why a job is what it is, what it printed last, and the next step."""
-    id, queue, width = printable(job["id"]), look.queue, terminal_width(sys.stdout)
+    queue = look.queue
     error = job["error"] if job["state"] in ("failed", "dead") else ""
     sentence = JOB_KINDS[kind_of(job, look)].sentence(job, look)
     reason = ": " + printable(joined(error, sentence, by="; "))
-    yield state_line(id + " is ", job["state"], reason)
+    yield state_line(printable(job["id"]) + " is ", job["state"], reason)
     first, *others = map(printable, job["command"].split("\n"))
     yield from ["  $ " + first, *("    " + line for line in others)]
     for line in last_lines(output_of(queue, job, job["run"])[-TAIL_SIZE:], 5):
-        yield truncate("  | " + printable(line), width)
+        yield truncate("  | " + printable(line), terminal_width(sys.stdout))
     ids = [id for _, id in queue.waiting_dependents(job)]
     if ids:
         yield "%s wait%s for it: %s" % (
             plural(len(ids), "job"), "s" if len(ids) == 1 else "", listed(ids))
-    yield from filter(None, [next_step(job, look)])
+    step = next_step(job, look)
+    if step:
+        yield step
 
 
 def next_step(job, look):
@@ -6763,7 +6788,8 @@ def next_step(job, look):
 
 def field_lines(name, value):
     """Yield a field and its value, which may have several lines."""
-    colour, title = STATES[value].colour if name == "state" else None, name + ":"
+    colour = STATES[value].colour if name == "state" else None
+    title = name + ":"
     for line in map(printable, str(value).split("\n")):
         yield Line(title.ljust(13) + line, colour, 13)
         title = ""
@@ -6821,7 +6847,7 @@ def print_logs(args, queue, jobs):
             job["id"], end, job["command"])))
         print(truncate(line, terminal_width(sys.stdout)))
         output = output or b"(no output)"
-        OutputPrinter().print(output + b"\n" * (not output.endswith(b"\n")))
+        OutputPrinter().print(output if output.endswith(b"\n") else output + b"\n")
 
 
 NO_RUN = "has not run yet"  # in place of the end of a run
@@ -6848,7 +6874,8 @@ class OutputPrinter:
     def __init__(self):
         import codecs
 
-        self.is_terminal, self.is_in_line = terminal_width(sys.stdout), False
+        self.is_terminal = terminal_width(sys.stdout)
+        self.is_in_line = False
         self.takes_text = self.is_terminal or takes_text(sys.stdout)
         self.decoder = codecs.getincrementaldecoder("utf-8")(FOREIGN_BYTES)
 
@@ -6879,8 +6906,10 @@ class OutputPrinter:
 
 def follow(queue, job, printer):
     """Print the output of a job's latest run while it runs; wait for the first run."""
-    job, printed = wait_for_run(queue, job), 0
-    run, is_running = queue.latest_run(job), True
+    job = wait_for_run(queue, job)
+    run = queue.latest_run(job)
+    printed = 0
+    is_running = True
     while is_running:
         queue.require_file()
         is_running = queue.is_current(run)
@@ -6989,7 +7018,8 @@ class WaitReport:
 
         Somebody at a terminal hears of it soon. A script may be about to start a pool.
         """
-        self.wait, delay = wait, REPORT_DELAY
+        self.wait = wait
+        delay = REPORT_DELAY
         if terminal_width(sys.stderr):
             self.progress.show(wait.counts())
             delay = STOP_REPORT_DELAY
@@ -7088,7 +7118,8 @@ def cmd_edit(args, queue):
     if not fields:
         message = "edit: nothing to change; see: " + usage("edit", "--help")
         raise QueueError(message, code=2)
-    job, answer = queue.edit(args.job, fields), "edited " + printable(args.job)
+    job = queue.edit(args.job, fields)
+    answer = "edited " + printable(args.job)
     if job["state"] == "dead":
         answer += ": still dead; " + next_step(job, look_at(queue))
     print_result(args, public_job(job), answer)
@@ -7172,7 +7203,8 @@ def apply_to_many(args, queue, verb, done, selection):
         jobs, count = queue.jobs(selection.taken), queue.count(selection.taken)
         return list_dry_run(args, queue, done, jobs, count)
     count = verb(selection.taken)
-    result, message = {done: count}, "%s %s" % (done, plural(count, "job"))
+    result = {done: count}
+    message = "%s %s" % (done, plural(count, "job"))
     if selection.spared:
         result["left"] = queue.count(selection.spared)
     if result.get("left"):
@@ -7227,7 +7259,8 @@ def retry_jobs(args, queue, states, **filters):
                 seconds_from(0, "--older-than")),
          DRY_RUN, aliases=("rm",))
 def cmd_delete(args, queue):
-    has_age, has_filter = args.older_than is not None, args.state or args.match
+    has_age = args.older_than is not None
+    has_filter = args.state or args.match
     require_one_selection(args, has_filter, args.all or (has_age and not has_filter))
     if has_age and {*args.state} - {*FINISHED}:
         message = "--older-than: only jobs that have finished have an age"
@@ -7257,7 +7290,8 @@ def selection_to_delete(args, before):
          MATCH, ERROR, DIED_SINCE, LIMIT, creates_queue=True, must_print=True)
 def cmd_dlq_list(args, queue):
     filters = dead_filters(args, queue)
-    chosen, summary = where(["dead"], **filters), []
+    chosen = where(["dead"], **filters)
+    summary = []
     errors = [] if args.json else queue.common_errors(chosen)
     if errors and errors[0]["jobs"] > 1:
         summary.append("Most common errors: " + errors_text(errors))
@@ -7966,7 +8000,8 @@ def show_stop(trial):
          opens_queue=False, must_print=True)
 def cmd_selftest(args):
     catch_signals(signal.default_int_handler)  # SIGTERM must not leave processes
-    results, trials, end = [], [], time.monotonic() + SELFTEST_TIME
+    results, trials = [], []
+    end = time.monotonic() + SELFTEST_TIME
     home = make_trial_folder(args.db)
     try:
         for text, show in PROMISES.items():

@@ -8921,7 +8921,7 @@ class TestPanel:
         facts = page("/?job=b").find("aside/dl")
         assert "behinda (lost)" in words_of(facts)
         assert links_of(facts)["a (lost)"] == "/?job=a"
-        monkeypatch.setattr(queuectl, "standstill", lambda queue: "")
+        monkeypatch.setattr(queuectl, "obstacle", lambda status: None)
         assert words_of(named_part(page("/?job=b"), "why")) == (
             "behind a lock – waits for the lock l: job a has it")
 
