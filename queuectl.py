@@ -111,7 +111,7 @@ PROGRAM = os.environ.get("QUEUECTL_DETACHED") or program_typed()
 # The states of a job, in the order of `status`: whether it waits to be run, or has
 # finished; whether its dependents may then go on; and its colour on a terminal, a code
 # of ANSI. A new state needs a new version of the schema, with a table `jobs` made anew:
-# SQLite can't change its CHECK. `gate_rule` says whether it may be claimed. Many verbs
+# SQLite can't change its CHECK. `gate_rule` decides whether it may be claimed. Many verbs
 # and texts are about one state: search for its name.
 State = collections.namedtuple("State", "is_waiting is_finished is_success colour")
 STATES = {
@@ -149,7 +149,7 @@ MAX_WORKERS = 256
 MAX_DEATHS = 5  # worker deaths after which their job is taken for the cause
 MAX_HOOKS = 8  # `on_dead` commands that a pool runs at a time
 MAX_HOOK_OUTPUT = 2**20  # bytes of what such a command prints; then they are dropped
-MAX_ERRORS = 100  # most common errors of dead jobs that are told apart
+MAX_ERRORS = 100  # most common errors of dead jobs that are listed
 SHOWN_ERRORS = 4  # most common errors of dead jobs, in `status` and on the page
 MAX_WATCHED = 2000  # jobs of which `wait` counts the states; of more, the whole queue
 COUNT_LIMIT = 10000  # rows that are counted where a million would take too long
@@ -463,11 +463,11 @@ def check_launcher(value):
 
     try:
         words = shlex.split(check_command(value))
-        found = shutil.which(words[0])
-        if not found:
+        program = shutil.which(words[0])
+        if not program:
             raise ValueError("no program " + printable(words[0]))
-        if WINDOWS and not found.lower().endswith(PROGRAM_ENDINGS):  # like a .py
-            raise ValueError(found + " is no program; name its interpreter before it")
+        if WINDOWS and not program.lower().endswith(PROGRAM_ENDINGS):  # like a .py
+            raise ValueError(program + " is no program; name its interpreter before it")
         for name in JOINING.intersection(map(program_name, words)):
             raise ValueError("%s joins the words after it, so that the command would"
                              " not run as it is; write a script" % name)
@@ -544,7 +544,7 @@ SETTINGS = {
 }
 
 # A field that is given with a job. Its option of `enqueue` and `edit` is `--name
-# METAVAR`. `otherwise` tells in words what a new job has without it. `parse` converts
+# METAVAR`. `otherwise` is what a new job has without it, in words. `parse` converts
 # the option's text to what `check` expects. If it `repeats`, all values of the option
 # are kept. If it `can_be_none`, `edit` can take the value away, and its help says so.
 # The settings max_retries and timeout are the defaults of these fields.
@@ -619,15 +619,15 @@ def with_iso_times(row, *names):
 
 def public_job(job):
     """Return a job as JSON shows it."""
-    found = dict(zip(job.keys(), job))  # three times as quick as name by name
+    document = dict(zip(job.keys(), job))  # three times as quick as name by name
     for name in INTERNAL:
-        del found[name]
+        del document[name]
     for name in TIMES:
-        found[name] = iso(found[name])
-    found["env"] = json.loads(found["env"]) if found["env"] else {}
+        document[name] = iso(document[name])
+    document["env"] = json.loads(document["env"]) if document["env"] else {}
     for name in ("after", "waits_for"):
-        found[name] = found[name].split("\n") if found[name] else []
-    return found
+        document[name] = document[name].split("\n") if document[name] else []
+    return document
 
 
 def unknown_word(what, word, words, meant={}):
@@ -639,7 +639,7 @@ def unknown_word(what, word, words, meant={}):
 
     word = word.lower()
     # `worker 2` is not near `worker stop`: the word of the group proves nothing.
-    by_end = {each.split()[-1]: each for each in words}
+    by_end = {known.split()[-1]: known for known in words}
     near = get_close_matches("".join(word.split()[-1:]), by_end, 1, 0.7)
     hint = meant.get(word) or "".join(map(by_end.get, near))
     hint = "did you mean %s?" % hint if hint else "there are: " + ", ".join(words)
@@ -654,15 +654,15 @@ def checked(name, check, value):
         if isinstance(value, str) and not value.strip():
             message = "the %s is empty; it has to be %s"
             raise QueueError(message, name.lstrip("-"), rule, code=2) from None
-        given = json.dumps(value, default=str)
-        given = given[:27] + "..." if len(given) > 30 else given
-        raise QueueError("%s: %s is not %s", name, given, rule, code=2) from None
+        shown = json.dumps(value, default=str)
+        shown = shown[:27] + "..." if len(shown) > 30 else shown
+        raise QueueError("%s: %s is not %s", name, shown, rule, code=2) from None
 
 
-def checked_fields(given, defaults={}):
-    """Return the given fields of a job, ready to be stored, over those in DEFAULTS."""
+def checked_fields(document, defaults={}):
+    """Return the fields of a job's JSON, ready to be stored, over those in DEFAULTS."""
     fields = {**defaults}
-    for name, value in given.items():
+    for name, value in document.items():
         if name in FIELDS:
             if value is not None:
                 fields[name] = checked(name, FIELDS[name].check, value)
@@ -673,26 +673,26 @@ def checked_fields(given, defaults={}):
     return fields
 
 
-def checked_job(given, defaults):
+def checked_job(document, defaults):
     """Return all fields of a job, ready to be stored; DEFAULTS has the missing ones."""
-    if type(given) is not dict:
+    if type(document) is not dict:
         raise QueueError('a job is a JSON object like {"command": "echo hi"}', code=2)
-    job = checked_fields(given, defaults)
+    job = checked_fields(document, defaults)
     if job["command"] is None:
         raise QueueError("command: missing; a job needs a shell command", code=2)
-    job["droppable"] = droppable_dependencies(given, job) if job["after"] else ()
+    job["droppable"] = droppable_dependencies(document, job) if job["after"] else ()
     return job
 
 
-def droppable_dependencies(given, job):
+def droppable_dependencies(document, job):
     """Return the ids in `after` that need not exist, of a job from another queue.
 
-    `list --json` tells by `waits_for` which jobs were not completed. A queue that takes
-    the unfinished jobs alone need not know what they came after.
+    In `list --json`, `waits_for` has the jobs that were not completed. A queue that
+    takes the unfinished jobs alone need not know what they came after.
     """
-    if given.get("waits_for") is None:
+    if document.get("waits_for") is None:
         return ()
-    return {*job["after"]} - {*checked("waits_for", check_ids, given["waits_for"])}
+    return {*job["after"]} - {*checked("waits_for", check_ids, document["waits_for"])}
 
 
 def object_without_duplicates(pairs):
@@ -700,12 +700,12 @@ def object_without_duplicates(pairs):
 
     The first of the two values would be lost without a word.
     """
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         names = [name for name, _ in pairs]
         twin = next(name for name in names if names.count(name) > 1)
         raise QueueError("%s: given twice in one object", twin, code=2)
-    return found
+    return result
 
 
 # Made once: `enqueue` reads up to a million lines.
@@ -998,13 +998,13 @@ def older_pools(path):
 
 def workers_with_files(path):
     """Return (pool, PID) of each worker that has a file, alive or not."""
-    found = []
+    workers = []
     with contextlib.suppress(*NO_DIRECTORY):
         for name in os.listdir(path_beside(path, ".runs")):
             owner, *numbers = name.split("-")
             if owner == "worker" and len(numbers) == 2 and "".join(numbers).isdecimal():
-                found.append(tuple(map(int, numbers)))
-    return sorted(found)
+                workers.append(tuple(map(int, numbers)))
+    return sorted(workers)
 
 
 def supervised_pools(path):
@@ -1017,11 +1017,11 @@ def living_pools(path):
 
     A pool with a killed supervisor is among them until its last worker has left.
     """
-    found = {pool: [] for pool in supervised_pools(path)}
+    pools = {pool: [] for pool in supervised_pools(path)}
     for pool, pid in workers_with_files(path):
         if is_locked(worker_file(path, pool, pid)):
-            found.setdefault(pool, []).append(pid)
-    return found
+            pools.setdefault(pool, []).append(pid)
+    return pools
 
 
 def living_workers(path):
@@ -1654,8 +1654,8 @@ def database_uri(path):
     return "file://" + "/" * (name[0] != "/") + name + "?mode=rw"
 
 
-def error_text(error):
-    """Return the words of an error; with the next step for a damaged database."""
+def with_repair_hint(error):
+    """Return the text of an error, and the next step if the database is damaged."""
     is_damaged = isinstance(error, sqlite3.Error) and "malformed" in str(error)
     return str(error) + "; restore a backup" * is_damaged
 
@@ -1864,10 +1864,10 @@ class Database:
             message += " %d: take a newer queuectl.py"
             raise QueueError(message, self.path, version, SCHEMA_VERSION)
         self._refuse_older_pools()
-        for kind, made in self._rows(
+        for kind, name in self._rows(
                 "SELECT type, name FROM sqlite_master"
                 " WHERE type IN ('index', 'trigger') AND sql NOT NULL"):
-            self.db.execute(f"DROP {kind} {made}")
+            self.db.execute(f"DROP {kind} {name}")
         for step in range(version, SCHEMA_VERSION):
             self._execute_all(MIGRATIONS[step])
 
@@ -2183,11 +2183,11 @@ def where(states=STATES, **filters):
         parts.append(in_states(states))
         if not {"pending", "completed"} & {*states}:
             parts.append(RARE)
-    given = {name: value for name, value in filters.items() if value is not None}
-    parts += [FILTERS[name] for name in given if name != "behind"]
+    used = {name: value for name, value in filters.items() if value is not None}
+    parts += [FILTERS[name] for name in used if name != "behind"]
     of_row = " AND ".join(parts or ["1"])
-    sql = " AND ".join([of_row, FILTERS["behind"]] if "behind" in given else [of_row])
-    return Condition(sql, given, of_row)
+    sql = " AND ".join([of_row, FILTERS["behind"]] if "behind" in used else [of_row])
+    return Condition(sql, used, of_row)
 
 
 def needed(condition):
@@ -2463,9 +2463,9 @@ class Queue(Database):
         now = self.clock()
         offset = now - time.monotonic()
         if earlier is None or offset < earlier - 1:
-            for found in DUE_IN_FUTURE:
+            for overdue in DUE_IN_FUTURE:
                 self._change(f"""UPDATE jobs SET run_at = :now, updated_at = :now
-                    WHERE seq IN ({found})""", now=now)
+                    WHERE seq IN ({overdue})""", now=now)
         return offset
 
     def _promote_failed_in_future(self):
@@ -3003,7 +3003,7 @@ class Queue(Database):
                     for group in groups]
 
     def _latest_death(self, error):
-        """Return what `dead_by_error` tells of the job that died of an error last."""
+        """Return the columns of `dead_by_error` about the latest job of an error."""
         return self._row("""
             SELECT id, cancelled AS is_cancelled, substr(output, ?) AS tail
             FROM jobs LEFT JOIN outputs USING (seq, run)
@@ -3084,13 +3084,13 @@ class Queue(Database):
 
     def workers(self):
         """Return the workers of all pools, each with its job: `pid pool job since`."""
-        runs, found = {run.worker: run for run in self.processing_runs()}, []
+        runs, rows = {run.worker: run for run in self.processing_runs()}, []
         for pool, workers in living_pools(self.path).items():
             for pid in workers:
                 run = runs.get(pid)
-                found.append({"pid": pid, "pool": pool, "job": run and run.id,
+                rows.append({"pid": pid, "pool": pool, "job": run and run.id,
                               "since": run and run.started_at})
-        return found
+        return rows
 
     def blocked_seqs(self):
         """Return the numbers of the jobs that wait, directly or not, for a dead one."""
@@ -3257,8 +3257,8 @@ class Queue(Database):
 
     def settings(self):
         """Return the value of every setting, the default where none was set."""
-        given = dict(self._rows("SELECT key, value FROM config"))
-        return {name: json.loads(given[name]) if name in given else setting.default
+        stored = dict(self._rows("SELECT key, value FROM config"))
+        return {name: json.loads(stored[name]) if name in stored else setting.default
                 for name, setting in SETTINGS.items()}
 
     def set(self, name, value):
@@ -3688,7 +3688,7 @@ class RunningCommand:
     def watch(self, waiter, timeout, check):
         """Wait for the end of the command; return its exit code and None or an `End`.
 
-        The exit code is -N if signal N ended the command. The `End` says why the
+        The exit code is -N if signal N ended the command. The `End` is why the
         command was ended from outside: for its timeout, or for what `check()` returned.
         If a signal killed the leader, all its processes are ended, or they would meet
         the next run. Raise Unkillable if one can't be ended.
@@ -3706,7 +3706,7 @@ class RunningCommand:
         if end or code < 0:
             self.terminate(waiter)
         if end:
-            code = self.poll()  # only now: `terminate` says why
+            code = self.poll()  # only now: `terminate` has the reason
         return code, end
 
     def read_rest(self, waiter):
@@ -3800,11 +3800,11 @@ class PosixCommand(RunningCommand):
 
         The leader needs no list of processes: it is our child, and not reaped yet.
         """
-        found = processes_of({self.lease.path: self.pid})[self.lease.path]
+        pids = processes_of({self.lease.path: self.pid})[self.lease.path]
         if self.pid and os.waitid(
                 os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            found.add(self.pid)
-        return found
+            pids.add(self.pid)
+        return pids
 
     def send_signal(self, pids, number):
         signal_processes(pids, number)
@@ -3919,11 +3919,11 @@ def launcher_line(launcher, line, cwd):
     # The system itself would find only an .exe on PATH.
     name, *words = shlex.split(launcher)
     if os.path.dirname(name):
-        found = shutil.which(os.path.join(cwd, name))
+        program = shutil.which(os.path.join(cwd, name))
     else:
         path = cwd + os.pathsep + os.environ.get("PATH", "")
-        found = shutil.which(name, path=path)
-    words = [found or name, *words]
+        program = shutil.which(name, path=path)
+    words = [program or name, *words]
     if words[0].lower().endswith(BATCH_ENDINGS):
         return '%s cmd /d /s /c "%s"' % (subprocess.list2cmdline(words), line)
     return subprocess.list2cmdline([*words, sys.executable, *TO_SHELL, line])
@@ -3958,9 +3958,9 @@ def processes_of(runs):
     recorded PID is trusted. If nothing is found of a run, this scans again: a
     process may be forked during the first scan.
     """
-    found = {path: set() for path in runs}
+    processes = {path: set() for path in runs}
     if WINDOWS or not runs:  # there a job object ends what a killed worker left
-        return found
+        return processes
     # {trace: path of the lease}: a process group by its number, a file by its path.
     owner = {pid: path for path, pid in runs.items() if pid}
     for path in runs:
@@ -3973,10 +3973,10 @@ def processes_of(runs):
     for _ in range(2):
         for pid, trace in scan_proc(since, seen) if has_proc else scan_with_tools(runs):
             if trace in owner and pid != own:
-                found[owner[trace]].add(pid)
-        if all(found.values()):
+                processes[owner[trace]].add(pid)
+        if all(processes.values()):
             break
-    return found
+    return processes
 
 
 def require_process_list():
@@ -3993,7 +3993,7 @@ def require_process_list():
 GONE_OR_FOREIGN = FileNotFoundError, ProcessLookupError, PermissionError
 
 
-# What /proc/PID/stat says (proc(5)). `started` is in ticks after the boot.
+# The fields of /proc/PID/stat that count here (proc(5)). `started` is in ticks after the boot.
 ProcStat = collections.namedtuple("ProcStat", "state group threads started")
 
 
@@ -4221,14 +4221,14 @@ def standstill(queue):
 
 def standstill_text(status):
     """Return `standstill` for values that were read before."""
-    found = obstacle(status)
-    return with_advice(found, status["path"], str.lower) if found else ""
+    judgement = obstacle(status)
+    return with_advice(judgement, status["path"], str.lower) if judgement else ""
 
 
-def with_advice(found, path, first_letter=str):
+def with_advice(judgement, path, first_letter=str):
     """Return a verdict and its advice as one text. FIRST_LETTER sets the case of it."""
-    sentence = first_letter(found.sentence[0]) + found.sentence[1:]
-    return joined(sentence, in_queue(path, found.advice), by="; ")
+    sentence = first_letter(judgement.sentence[0]) + judgement.sentence[1:]
+    return joined(sentence, in_queue(path, judgement.advice), by="; ")
 
 
 def stopping(path, pools):
@@ -4247,8 +4247,8 @@ def state_word(job):
     return "cancelled" if job["state"] == "dead" and job["cancelled"] else job["state"]
 
 
-# Why a job is not running: what people call it, and the texts that say the rest. Each
-# of these functions takes a job and a `Look`.
+# Why a job is not running: what people call it, and the texts for that. Most of these
+# functions take a job and a `Look`.
 
 # A look at a queue: the values of `read_status`, the time, and the function that makes
 # the text of a duration. The page's `Page` is one as well.
@@ -4377,8 +4377,8 @@ def blocked_by(job, look):
 
 
 # What people call a job: the queue knows some of these as one state. `state` gives the
-# colour, `icon` the lines of a picture of 16 x 16. `sentence` makes what `show` says
-# about a job, `short` the few words of a list. `next_step` is what people may want.
+# colour, `icon` the lines of a picture of 16 x 16. `sentence` makes the answer of `show`,
+# `short` the few words of a list. `next_step` is what people may want.
 JobKind = collections.namedtuple(
     "JobKind", "state icon sentence short next_step",
     defaults=(lambda job, look: "", None))
@@ -4428,10 +4428,10 @@ def verdict(status, now, growth=0):
     STATUS has the values of `read_status`. GROWTH is how many more jobs are unfinished
     each minute, for a caller that has looked before.
     """
-    found = verdict_at_rest(status) or verdict_at_work(status, now, growth)
-    if found.state in ("processing", "completed") and harm_text(status):
-        return found._replace(state="failed")
-    return found
+    judgement = verdict_at_rest(status) or verdict_at_work(status, now, growth)
+    if judgement.state in ("processing", "completed") and harm_text(status):
+        return judgement._replace(state="failed")
+    return judgement
 
 
 def verdict_at_rest(status):
@@ -4451,9 +4451,9 @@ def verdict_at_rest(status):
         if status["blocked_seqs"] and not can_go_on and not jobs["processing"]:
             return Verdict("dead", "Stuck" + waiting + " for dead ones",
                            "retry the dead ones, or cancel what waits")
-    found = obstacle(status)
-    return found and found._replace(
-        sentence=joined(found.sentence + waiting, harm_text(status), by="; "))
+    judgement = obstacle(status)
+    return judgement and judgement._replace(
+        sentence=joined(judgement.sentence + waiting, harm_text(status), by="; "))
 
 
 def verdict_at_work(status, now, growth):
@@ -4862,9 +4862,10 @@ def job_table(jobs, look, columns):
         jobs = iter(jobs)
         first = list(itertools.islice(jobs, BATCH_SIZE))
         jobs = itertools.chain(first, jobs)
-        used = [one for one in columns if any(one.text(job, look) for job in first)]
+        used = [column for column in columns
+                if any(column.text(job, look) for job in first)]
         spare = 24 * (len(columns) - len(used))  # of a column without a text
-        columns = [one for one in used if width + spare >= one.terminal]
+        columns = [column for column in used if width + spare >= column.terminal]
         if columns[-1] is not used[-1]:  # without commands the reason matters most
             first_cut = 0
             look = look._replace(text_of=lambda time: duration_text(time).split()[0])
@@ -5246,7 +5247,7 @@ class Worker:
             except (sqlite3.Error, OSError) as error:
                 if self.should_give_up(error):
                     raise QueueError("leaving while there is still: %s", error)
-                self.trouble.begin(error_text(error))
+                self.trouble.begin(with_repair_hint(error))
                 self.waiter.wait(TROUBLE_INTERVAL)
             else:
                 self.trouble.end()
@@ -5719,7 +5720,7 @@ class Supervisor:
                 self.report_pause(queue)
             started()
             self.loop()
-            # A drain has to say how it ended, even if another program has the lock.
+            # A drain has to report how it ended, even if another program has the lock.
             wait_until(lambda: self.with_queue(self.finish) or self.stop_reason,
                        LOCK_TIMEOUT if self.draining_pool else 0, POLL_INTERVAL)
             self.log.info("pool stopped")
@@ -5847,7 +5848,8 @@ class Supervisor:
 
     def collect_workers(self):
         """Take note of the workers that have ended."""
-        for worker in [one for one in self.workers if one.exitcode is not None]:
+        ended = [worker for worker in self.workers if worker.exitcode is not None]
+        for worker in ended:
             self.workers.remove(worker)
             if worker.exitcode:
                 message = "worker %d died: %s"
@@ -5925,7 +5927,7 @@ class Supervisor:
             self.give_up(str(error))
         except (sqlite3.Error, OSError) as error:
             self.reaper.recovery_done = False
-            self.queue_trouble.begin(error_text(error))
+            self.queue_trouble.begin(with_repair_hint(error))
 
     def maintain(self, queue):
         """Do what is due for the queue at every check."""
@@ -6229,9 +6231,9 @@ def died(groups):
 
 def status_screen(status, groups, now, growth):
     """Yield what `status` shows on a terminal, where people look."""
-    found = verdict(status, now, growth)
-    yield Line(with_advice(found, status["path"]), STATES[found.state].colour, 0,
-               len(found.sentence))
+    judgement = verdict(status, now, growth)
+    yield Line(with_advice(judgement, status["path"]),
+               STATES[judgement.state].colour, 0, len(judgement.sentence))
     yield from count_lines(status, now)
     width = terminal_width(sys.stdout)
     groups = died(groups)
@@ -6257,9 +6259,9 @@ def error_lines(groups, now):
 def status_lines(status, now):
     """Yield what `status` prints into a pipe or a file."""
     yield from count_lines(status, now)
-    found = obstacle(status)
-    if found and (status["paused"] or count_unfinished(status["jobs"])):
-        yield with_advice(found, status["path"])
+    judgement = obstacle(status)
+    if judgement and (status["paused"] or count_unfinished(status["jobs"])):
+        yield with_advice(judgement, status["path"])
     yield from worker_lines(status, now)
 
 
@@ -6359,12 +6361,12 @@ def cmd_enqueue(args, queue):
     defaults = queue.defaults(args.cwd)  # this directory may be gone
     places = Places()
 
-    def check(given):
+    def check(document):
         if args.id and next(number):
             raise QueueError("--id: one id can't serve several jobs", code=2)
-        if options and type(given) is dict:  # an option wins over the job's own field
-            given = {**given, **options}
-        job = checked_job(given, defaults)
+        if options and type(document) is dict:  # an option wins over the job's field
+            document = {**document, **options}
+        job = checked_job(document, defaults)
         if args.unique:
             ids.append(job["id"])
         return job
@@ -6412,12 +6414,12 @@ def enqueued_lines(jobs, unchanged):
 def enqueue_options(args):
     """Return the job fields that a command line gives, for all its jobs."""
     require_one_source(args)
-    given = given_fields(args)
-    if given.keys() & {"delay", "run_at"}:  # one of them replaces the other in the JSON
-        given = {"delay": None, "run_at": None, **given}
-    if "after" in given:  # `waits_for` tells about the `after` in the JSON
-        given["waits_for"] = None
-    return given
+    fields = given_fields(args)
+    if fields.keys() & {"delay", "run_at"}:  # one replaces the other in the JSON
+        fields = {"delay": None, "run_at": None, **fields}
+    if "after" in fields:  # `waits_for` is about the `after` in the JSON
+        fields["waits_for"] = None
+    return fields
 
 
 def require_one_source(args):
@@ -6451,18 +6453,18 @@ def usage(*words):
 
 def given_fields(args):
     """Return the job fields that options and a command line give."""
-    given = dict(vars(args))
-    given.setdefault("id")  # `edit` has no --id
-    given["lock"] = only_one("--lock", args.lock)
-    given["after"] = values_or_none("--after", args.after)
-    given["env"] = values_or_none("--env", args.env)
-    if isinstance(given["env"], list):
-        given["env"] = dict(given["env"])
+    fields = dict(vars(args))
+    fields.setdefault("id")  # `edit` has no --id
+    fields["lock"] = only_one("--lock", args.lock)
+    fields["after"] = values_or_none("--after", args.after)
+    fields["env"] = values_or_none("--env", args.env)
+    if isinstance(fields["env"], list):
+        fields["env"] = dict(fields["env"])
     if args.words and args.command:
         raise QueueError("command: give it by --command or after --", code=2)
     if args.words:
-        given["command"] = shell_line(args.words)
-    return {name: given[name] for name in FIELDS if given[name] is not None}
+        fields["command"] = shell_line(args.words)
+    return {name: fields[name] for name in FIELDS if fields[name] is not None}
 
 
 def only_one(option, values):
@@ -6489,8 +6491,8 @@ def shell_line(words):
 def read_arguments(texts, check):
     """Yield the checked jobs of JSON texts, each an object or an array."""
     for text in texts:
-        given = parse_json(text)
-        yield from map(check, given if isinstance(given, list) else [given])
+        value = parse_json(text)
+        yield from map(check, value if isinstance(value, list) else [value])
 
 
 class Places:
@@ -6530,11 +6532,11 @@ def read_json_lines(lines, check, places):
     places.blank = []
     try:
         for batch in batches(lines):
-            found = parse_batch(batch)
+            objects = parse_batch(batch)
             for index, line in enumerate(batch):
                 number += 1
-                if found:
-                    yield check(found[index])
+                if objects:
+                    yield check(objects[index])
                 elif line.isspace():
                     places.blank.append(number)
                 elif line.lstrip()[:1] == b"[":  # an array: all the rest
@@ -6562,11 +6564,11 @@ def parse_batch(lines):
     """
     mark = int.from_bytes(os.urandom(7), "big")
     try:
-        found = parse_json(b"[" + (b",%d," % mark).join(lines) + b"]")
+        values = parse_json(b"[" + (b",%d," % mark).join(lines) + b"]")
     except QueueError:
         return []
-    objects = found[::2]
-    marks = found[1::2]
+    objects = values[::2]
+    marks = values[1::2]
     is_sound = marks == [mark] * (len(lines) - 1) and set(map(type, objects)) == {dict}
     return objects if is_sound else []
 
@@ -6714,8 +6716,8 @@ def cmd_show(args, queue):
         print_lines(job_lines(job, look_at(queue)))
 
 
-# The fields that the answer of `show` has said: a terminal gets them once.
-SAID = ("id", "command", "state", "error", "exit_code", "waits_for", "waiting",
+# The fields that the answer of `show` contains: a terminal gets them once.
+ANSWERED = ("id", "command", "state", "error", "exit_code", "waits_for", "waiting",
         "started_at", "finished_at", "seconds")
 
 
@@ -6723,9 +6725,9 @@ def job_lines(job, look):
     """Yield what is asked first about a job, then its fields and its runs."""
     yield from answer_lines(job, look)
     yield ""
-    said = SAID if terminal_width(sys.stdout) else ()  # the answer must stay in sight
+    is_short = terminal_width(sys.stdout)  # the answer must stay in sight
     for name, value in field_texts(job, look).items():
-        if value not in (None, "") and name not in said:
+        if value not in (None, "") and not (is_short and name in ANSWERED):
             yield from field_lines(name, value)
     runs = look.queue.runs(job)
     if runs:
@@ -6837,11 +6839,11 @@ def cmd_logs(args, queue):
 
 def print_logs(args, queue, jobs):
     """Print the latest output of jobs, each under a line with its id and error."""
-    found = ((job, *latest_output(queue, job)) for job in jobs)
+    latest = ((job, *latest_output(queue, job)) for job in jobs)
     if args.json:
         return print(json.dumps([
-            output_document(job, run["run"], output) for job, run, output in found]))
-    for job, run, output in found:
+            output_document(job, run["run"], output) for job, run, output in latest]))
+    for job, run, output in latest:
         end = run["error"] or ("completed" if run["finished_at"] else "is running")
         line = "==> %s: %s: $ %s" % tuple(map(printable, (
             job["id"], end, job["command"])))
@@ -7144,12 +7146,12 @@ def cmd_resume(args, queue):
 
 def require_one_selection(args, *ways):
     """Refuse a command line unless it selects jobs by ids, or in one of these WAYS."""
-    given = [bool(way) for way in (args.ids, *ways)].count(True)
+    count = [bool(way) for way in (args.ids, *ways)].count(True)
     options = ", ".join("--" + name.replace("_", "-") for name in (
         "all", "state", "match", "error", "since", "older_than") if hasattr(args, name))
-    if not given:
+    if not count:
         raise QueueError("which jobs? name ids, or %s", options, code=2)
-    if given > 1:
+    if count > 1:
         raise QueueError("give ids, or some of %s; --all and ids stand alone", options,
                          code=2)
 
@@ -7692,15 +7694,16 @@ def candidates(words, path):
     if "--" in words:
         return []
     if begun.startswith("-"):
-        found = ["--help", *itertools.chain(*(each.names for each in arguments))]
+        choices = ["--help"]
+        choices += itertools.chain(*(argument.names for argument in arguments))
     elif metavar == "ID":
-        found = complete_ids(words, begun, path, TAKES.get(name, STATES))
+        choices = complete_ids(words, begun, path, TAKES.get(name, STATES))
     elif metavar or is_command:
-        found = CHOICES.get(metavar, ())
+        choices = CHOICES.get(metavar, ())
     else:
-        found = [known[len(name) :].split()[0] for known in COMMANDS
+        choices = [known[len(name) :].split()[0] for known in COMMANDS
                  if known.startswith(name)]
-    return [word for word in dict.fromkeys(found) if word.startswith(begun)]
+    return [word for word in dict.fromkeys(choices) if word.startswith(begun)]
 
 
 def expected_metavar(words, arguments):
@@ -7720,8 +7723,8 @@ def complete_ids(words, begun, path, states):
     """Return ids that start with BEGUN, of the queue that `--db` names or at PATH."""
     import shlex
 
-    given = shlex.split(dict(zip(words, words[1:])).get("--db", "")) or [path]
-    path = os.path.expanduser(given[0])
+    typed = shlex.split(dict(zip(words, words[1:])).get("--db", "")) or [path]
+    path = os.path.expanduser(typed[0])
     if not os.path.getsize(path):  # to open it would make it a queue
         return []
     with Queue(path, lock_timeout=COMPLETION_TIMEOUT, create=False) as queue:
@@ -7826,8 +7829,9 @@ class Trial:
 
     def expect(self, **jobs):
         """Raise QueueError unless these are the jobs: their states and attempts."""
-        found = {job["id"]: (job["state"], job["attempts"]) for job in self.run("list")}
-        require(found == jobs, "the jobs are %s", found)
+        states = {
+            job["id"]: (job["state"], job["attempts"]) for job in self.run("list")}
+        require(states == jobs, "the jobs are %s", states)
 
     def wait_for_beats(self, count):
         """Wait until as many processes of beating jobs have run for a while."""
@@ -9203,7 +9207,7 @@ class Site:
         except (ValueError, QueueError) as error:
             status, message = 400, str(error)
         except (sqlite3.Error, OSError) as error:
-            status, message = 503, error_text(error)
+            status, message = 503, with_repair_hint(error)
         except Exception as error:  # or the page would take the dashboard for gone
             status, message = 500, "an error in queuectl: %r" % error
         return status, "application/json", json.dumps({"error": message})
@@ -9233,7 +9237,7 @@ class Site:
         try:
             content, trouble = self.page(url, is_whole=True), ""
         except (Refusal, QueueError, sqlite3.Error, OSError) as error:
-            content, trouble = "<title>queuectl</title><main></main>", error_text(error)
+            content, trouble = "<title>queuectl</title><main></main>", with_repair_hint(error)
         title, end, content = content.partition("</title>")
         parts = {"TOKEN": self.token, "TITLE": title + end, "CONTENT": content,
                  "START": command_to_copy(self.path, self.start),
@@ -9976,8 +9980,8 @@ def overview():
     lines = ["usage: %s COMMAND ...  with --db PATH, --json, --help" % PROGRAM]
     for topic, names in TOPICS.items():
         for name in names:
-            verbs = [each.split()[1] for each in COMMANDS
-                     if each.startswith(name + " ")]
+            verbs = [command.split()[1] for command in COMMANDS
+                     if command.startswith(name + " ")]
             meaning = GROUPS[name] if verbs else COMMANDS[name].meaning
             lines.append("  %-7s %-11s %s" % (
                 "" if name != names[0] else topic, name,
@@ -9993,7 +9997,7 @@ def group_overview(group):
     return [
         "usage: %s %s COMMAND ...  with --db PATH, --json, --help" % (PROGRAM, group),
         "", *("  %-14s %s" % (name, entry.meaning) for name, entry in chosen.items()), "",
-        "examples:", *("  %s %s" % (PROGRAM, each.example) for each in chosen.values())]
+        "examples:", *("  %s %s" % (PROGRAM, entry.example) for entry in chosen.values())]
 
 
 def refuse_mistaken(name, words):
@@ -10028,15 +10032,16 @@ def option_meant(words, parser):
     from difflib import get_close_matches
 
     known = parser._option_string_actions
-    given = [word.partition("=")[0] for word in words if word.startswith("-")]
-    word = next((word for word in given if word not in known), "")
+    options = [word.partition("=")[0] for word in words if word.startswith("-")]
+    word = next((word for word in options if word not in known), "")
     near = [MEANT_OPTIONS.get(word)] + get_close_matches(
         word.replace("_", "-"), known, 1, 0.8)
-    near += [each for each in known if word[2:] and each.startswith(word)]
-    found = [each for each in near if each in known]
-    if found:
-        return "did you mean %s?" % found[0]
-    takes_ids = any(one.metavar == "ID" for one in parser._get_positional_actions())
+    near += [option for option in known if word[2:] and option.startswith(word)]
+    matches = [option for option in near if option in known]
+    if matches:
+        return "did you mean %s?" % matches[0]
+    positionals = parser._get_positional_actions()
+    takes_ids = any(argument.metavar == "ID" for argument in positionals)
     if takes_ids and re.match("-[^-]", word):
         return "an id that begins with - stands behind a --"
     return None
@@ -10116,7 +10121,7 @@ def run_command(argv):
         with Queue(args.db, create=entry.creates_queue) as queue:
             return entry.function(args, queue) or 0
     except sqlite3.Error as error:
-        raise QueueError("%s: %s", args.db, error_text(error)) from None
+        raise QueueError("%s: %s", args.db, with_repair_hint(error)) from None
 
 
 def create_queue(path):
