@@ -111,8 +111,8 @@ PROGRAM = os.environ.get("QUEUECTL_DETACHED") or program_typed()
 # The states of a job, in the order of `status`: whether it waits to be run, or has
 # finished; whether its dependents may then go on; and its colour on a terminal, a code
 # of ANSI. A new state needs a new version of the schema, with a table `jobs` made anew:
-# SQLite can't change its CHECK. `gate_rule` decides whether it may be claimed. Many verbs
-# and texts are about one state: search for its name.
+# SQLite can't change its CHECK. `gate_rule` decides whether it may be claimed, JOB_KINDS
+# has its texts. Many verbs are about one state: search for its name.
 State = collections.namedtuple("State", "is_waiting is_finished is_success colour")
 STATES = {
     "pending": State(True, False, False, None),
@@ -3993,7 +3993,7 @@ def require_process_list():
 GONE_OR_FOREIGN = FileNotFoundError, ProcessLookupError, PermissionError
 
 
-# The fields of /proc/PID/stat that count here (proc(5)). `started` is in ticks after the boot.
+# Fields of /proc/PID/stat (proc(5)). `started` is in ticks after the boot.
 ProcStat = collections.namedtuple("ProcStat", "state group threads started")
 
 
@@ -4300,7 +4300,7 @@ def why_delayed(job, look):
 
 
 def place_in_line(job, look):
-    """Return why a job that is due does not run: a standstill, or the jobs before it."""
+    """Return why a job that is due does not run: a standstill, or jobs before it."""
     if job["gate"] == CLOSED:
         return why_delayed(job, look)  # it was due before a pool has seen it
     stopped = standstill_text(look.status)
@@ -4377,8 +4377,8 @@ def blocked_by(job, look):
 
 
 # What people call a job: the queue knows some of these as one state. `state` gives the
-# colour, `icon` the lines of a picture of 16 x 16. `sentence` makes the answer of `show`,
-# `short` the few words of a list. `next_step` is what people may want.
+# colour, `icon` the lines of a picture of 16 x 16. `sentence` makes the answer of
+# `show`, `short` the few words of a list. `next_step` is what people may want.
 JobKind = collections.namedtuple(
     "JobKind", "state icon sentence short next_step",
     defaults=(lambda job, look: "", None))
