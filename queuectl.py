@@ -124,6 +124,7 @@ STATES = {
 WAITING = tuple(name for name, state in STATES.items() if state.is_waiting)
 FINISHED = tuple(name for name, state in STATES.items() if state.is_finished)
 SUCCESSFUL = tuple(name for name, state in STATES.items() if state.is_success)
+BLOCKING = tuple(name for name in FINISHED if name not in SUCCESSFUL)  # of dependents
 # {command: the states in which it takes a job}.
 TAKES = {
     "cancel": (*WAITING, "processing"),
@@ -2112,7 +2113,7 @@ BEHIND_DEAD = f"""SELECT jobs.seq AS seq, dependency.id AS dependency,
     CROSS JOIN jobs AS dependency
     CROSS JOIN dependencies ON waits_for = dependency.seq
     CROSS JOIN jobs ON jobs.seq = dependencies.seq
-    WHERE dependency.state = 'dead' AND {rare("dependency.state")}
+    WHERE {in_states(BLOCKING, "dependency.state")} AND {rare("dependency.state")}
         AND {IN_LINE}"""
 
 
@@ -2831,7 +2832,7 @@ class Queue(Database):
             SELECT id, state, cancelled
             FROM dependencies JOIN jobs ON jobs.seq = waits_for
             WHERE dependencies.seq = ? AND NOT {IS_SUCCESS}
-            ORDER BY state = 'dead' DESC, waits_for""", job["seq"])
+            ORDER BY {in_states(BLOCKING)} DESC, waits_for""", job["seq"])
 
     def dead_before(self, job):
         """Return the first dead job that a job waits for, directly or not, or None."""
@@ -2839,7 +2840,7 @@ class Queue(Database):
             VALUES (?) UNION SELECT waits_for FROM needed JOIN dependencies USING (seq)
                 JOIN jobs ON jobs.seq = waits_for WHERE NOT {IS_SUCCESS})
             SELECT id, state, cancelled FROM needed JOIN jobs USING (seq)
-            WHERE state = 'dead' ORDER BY seq LIMIT 1""", job["seq"])
+            WHERE {in_states(BLOCKING)} ORDER BY seq LIMIT 1""", job["seq"])
 
     def dependents(self, job, limit):
         """Return the first jobs (`id`, `state`) that come after a job."""
@@ -4335,7 +4336,7 @@ def why_behind(job, look):
     if not dependencies:
         return place_in_line(job, look)  # they have just been completed
     first, *others = dependencies
-    dead = first["state"] != "dead" and look.queue.dead_before(job)
+    dead = first["state"] not in BLOCKING and look.queue.dead_before(job)
     message = "waits for " + printable(first["id"])
     if not dead:
         message += ", which is " + state_word(first)
@@ -4372,7 +4373,7 @@ def failed_text(job, look):
 def blocked_by(job, look):
     """Return the first job that a blocked one waits for, and what that one is."""
     first = look.queue.dependencies(job)[0]
-    word = state_word(first) if first["state"] == "dead" else "blocked"
+    word = state_word(first) if first["state"] in BLOCKING else "blocked"
     return "after %s (%s)" % (first["id"], word)
 
 
@@ -6753,7 +6754,7 @@ def field_texts(job, look):
 def answer_lines(job, look):
     """Yield why a job is what it is, what it printed last, and the next step."""
     queue = look.queue
-    error = job["error"] if job["state"] in ("failed", "dead") else ""
+    error = job["error"] if job["state"] not in ("pending", "processing") else ""
     sentence = JOB_KINDS[kind_of(job, look)].sentence(job, look)
     reason = ": " + printable(joined(error, sentence, by="; "))
     yield state_line(printable(job["id"]) + " is ", job["state"], reason)
@@ -6779,7 +6780,7 @@ def next_step(job, look):
         first = look.queue.dependencies(job)[0]
         id = first["id"]
         step = NextStep("to see why", "show {}")
-        if first["state"] == "dead":
+        if first["state"] in BLOCKING:
             step = NextStep("to go on", "retry {}")
     is_due_already = kind == "failed" and not due_text(job, look.now)
     if step is None or is_due_already:
@@ -6996,8 +6997,7 @@ def cmd_wait(args, queue):
         why = blocked_text(blocked) if blocked else "what held them up has just ended"
         message += ", %d can't go on: %s" % (len(counts["left"]), why)
     print_result(args, counts, message)
-    failures = [state for state in FINISHED if state not in SUCCESSFUL]
-    failures += ["died_before", "removed", "left"]
+    failures = (*BLOCKING, "died_before", "removed", "left")
     return 1 if any(counts[name] for name in failures) else 0
 
 
