@@ -348,7 +348,9 @@ def whole_number(low, high):
             return value
         if high < MAX_INTEGER or (is_whole and value > high):
             raise ValueError("a whole number from %d to %d" % (low, high))
-        raise ValueError("a whole number" + " of at least %d" % low * (low >= 0))
+        if low >= 0:
+            raise ValueError("a whole number of at least %d" % low)
+        raise ValueError("a whole number")
 
     return check
 
@@ -416,11 +418,11 @@ def current_directory():
 
     A symlink like a deployed `current` leads to another directory tomorrow.
     """
-    name, real = os.environ.get("PWD", ""), os.getcwd()
+    name = os.environ.get("PWD", "")
     with contextlib.suppress(OSError):
-        if os.path.isabs(name) and os.path.samefile(name, real):
+        if os.path.isabs(name) and os.path.samefile(name, os.getcwd()):
             return name
-    return real
+    return os.getcwd()
 
 
 def check_directory(value):
@@ -1652,13 +1654,15 @@ def database_uri(path):
     """Return the name of a database that SQLite does not create if it is gone."""
     name = re.sub("[%?#]", lambda match: "%%%x" % ord(match[0]), path)
     name = name.replace(os.sep, "/")
-    return "file://" + "/" * (name[0] != "/") + name + "?mode=rw"
+    if not name.startswith("/"):  # a drive of Windows
+        name = "/" + name
+    return "file://" + name + "?mode=rw"
 
 
 def with_repair_hint(error):
     """Return the text of an error, and the next step if the database is damaged."""
     is_damaged = isinstance(error, sqlite3.Error) and "malformed" in str(error)
-    return str(error) + "; restore a backup" * is_damaged
+    return "%s; restore a backup" % error if is_damaged else str(error)
 
 
 CONNECTED = weakref.WeakSet()  # the databases of this process that have a connection
@@ -1678,7 +1682,8 @@ class Database:
 
     def __init__(self, path, for_pool=False, lock_timeout=None, create=True):
         self.path = os.path.realpath(path)  # one queue, whatever links lead to it
-        self.for_pool, self._db = for_pool, None
+        self.for_pool = for_pool
+        self._db = None
         self.lock_timeout = lock_timeout or (
             POOL_LOCK_TIMEOUT if for_pool else LOCK_TIMEOUT)
         self.owner = os.getpid(), _thread.get_ident()
@@ -1796,8 +1801,9 @@ class Database:
     def _is_prepared(self):
         """Tell by the header whether the file is a queue of this version."""
         try:
-            return (self._value("PRAGMA user_version"), self._value(
-                "PRAGMA application_id")) == (SCHEMA_VERSION, APPLICATION_ID)
+            has_version = self._value("PRAGMA user_version") == SCHEMA_VERSION
+            return has_version and (
+                self._value("PRAGMA application_id") == APPLICATION_ID)
         except sqlite3.OperationalError as error:
             # SQLite drops a log that lies beside an empty database. If two first
             # commands do so at once, one of them fails here. It tries again in
@@ -1948,7 +1954,8 @@ class Database:
         SQLite's own waiting sleeps for milliseconds. In that time other workers get the
         lock several times.
         """
-        deadline, pause = time.monotonic() + self.lock_timeout, 0.00003
+        deadline = time.monotonic() + self.lock_timeout
+        pause = 0.00003
         self._rows("PRAGMA busy_timeout = 0")
         try:
             while True:
@@ -2242,7 +2249,8 @@ class NewJobs:
         """
         for job in jobs:
             self.count += 1
-            self.id, run_at = job["id"], job["run_at"]
+            self.id = job["id"]
+            run_at = job["run_at"]
             if self.id is None:
                 if self.unique:
                     raise QueueError("id: missing; a unique job needs one", code=2)
@@ -2358,7 +2366,8 @@ class Queue(Database):
         A droppable id is dropped if no job has it. Return what was dropped: {id: [id]}.
         New jobs can form a cycle only if one of them comes after a later one.
         """
-        may_be_cycle, dropped = [], {}
+        may_be_cycle = []
+        dropped = {}
         for id, dependencies, droppable in dependents:
             seq = self._seq_of(id)
             for name in dependencies:
@@ -2381,7 +2390,9 @@ class Queue(Database):
         Completed jobs are no exception. If there is a cycle, there is no such order:
         QueueError is raised.
         """
-        order, entered, path = {}, set(), [*reversed(seqs)]
+        order = {}
+        entered = set()
+        path = [*reversed(seqs)]
         while path:
             seq = path[-1]
             if seq in entered:  # all that it comes after, or it itself, is in the order
@@ -2611,7 +2622,8 @@ class Queue(Database):
         those that the job has. A DEAD job stays so, with its age, until it is retried:
         then its time is set to that moment. Return the changed job.
         """
-        fields, now = checked_fields(fields), self.clock()
+        fields = checked_fields(fields)
+        now = self.clock()  # after a `run_at` of now was read: that is due
         if "id" in fields:
             raise QueueError("id: a job keeps its id", code=2)
         changes = {name: fields[name] for name in COLUMNS if name in fields}
@@ -2749,7 +2761,8 @@ class Queue(Database):
             change._replace(condition=f"{condition.of_row} AND {change.condition}")
             for change in changes]
         values = dict(condition.values, now=self.clock())
-        count, first, length = 0, 0, BATCH_SIZE
+        count = first = 0
+        length = BATCH_SIZE
         while first < len(seqs):
             batch = seqs[first : first + length]
             first += length
@@ -3085,7 +3098,8 @@ class Queue(Database):
 
     def workers(self):
         """Return the workers of all pools, each with its job: `pid pool job since`."""
-        runs, rows = {run.worker: run for run in self.processing_runs()}, []
+        runs = {run.worker: run for run in self.processing_runs()}
+        rows = []
         for pool, workers in living_pools(self.path).items():
             for pid in workers:
                 run = runs.get(pid)
@@ -3402,7 +3416,8 @@ def read_stats(queue, since):
     period = max(now - since, 1.0)
     width = ceil_div(period, BARS)  # whole seconds
     with queue.snapshot():  # so that the sample has runs if there are any
-        rows, sample = queue.run_bars(since, width, BARS), queue.run_sample(since)
+        rows = queue.run_bars(since, width, BARS)
+        sample = queue.run_sample(since)
     latest = sum(row["latest"] for row in rows)
     sums = {key: sum(row[key] for row in rows) for key in (*TOTALS, "retries")}
     judged = sums["completed"] + sums["failed"]
@@ -3421,7 +3436,8 @@ def read_stats(queue, since):
 
 def sample_stats(rows):
     """Return the statistics for which a sample of runs is sorted or grouped."""
-    commands, bins = collections.defaultdict(list), [0] * (len(BINS) + 1)
+    commands = collections.defaultdict(list)
+    bins = [0] * (len(BINS) + 1)
     for row in rows:
         commands[row["command"]].append(row["spent"])
         bins[bisect.bisect(BINS, row["spent"])] += 1
@@ -3544,7 +3560,8 @@ class Lease:
     """
 
     def __init__(self, path, limit):
-        self.path, self.limit, self.size = path, limit, 0
+        self.path, self.limit = path, limit
+        self.size = 0
         self.unwritten = b""  # what a full disk did not take
         self.fd = lock_file(path)
 
@@ -3554,7 +3571,8 @@ class Lease:
         try:  # on a full disk the end of the output stays in memory
             os.lseek(self.fd, self.size, os.SEEK_SET)
             written = os.write(self.fd, self.unwritten)
-            self.unwritten, self.size = self.unwritten[written:], self.size + written
+            self.unwritten = self.unwritten[written:]
+            self.size += written
             if self.size > max_file_size(self.limit):
                 self.compact()
         except OSError:
@@ -3572,7 +3590,8 @@ class Lease:
         os.lseek(self.fd, 0, os.SEEK_SET)
         if os.write(self.fd, kept) == len(kept):
             os.ftruncate(self.fd, len(kept))
-            self.size, self.unwritten = len(kept), b""
+            self.size = len(kept)
+            self.unwritten = b""
 
     def output(self):
         """Return the kept end of the output."""
@@ -3600,8 +3619,6 @@ class Lease:
 
 # Why a run ended: kind and error, as in `Outcome`.
 End = collections.namedtuple("End", "kind error")
-
-
 EXIT_KINDS = {0: "completed"}  # {exit code: kind}; with any other a run has failed
 
 
@@ -3695,15 +3712,18 @@ class RunningCommand:
         the next run. Raise Unkillable if one can't be ended.
         """
         deadline = time.monotonic() + (timeout or MAX_DURATION)
-        next_check, code, end = time.monotonic() + POLL_INTERVAL, None, None
+        next_check = time.monotonic() + POLL_INTERVAL
+        code = end = None
         while code is None and end is None:
             self.wait(waiter, min(deadline, next_check) - time.monotonic())
             self.read()
-            code, now = self.poll(), time.monotonic()
+            code = self.poll()
+            now = time.monotonic()
             if code is None and now >= deadline:
                 end = End("failed", "timeout %ss" % number_text(timeout))
             elif code is None and now >= next_check:
-                next_check, end = now + POLL_INTERVAL, check()
+                next_check = now + POLL_INTERVAL
+                end = check()
         if end or code < 0:
             self.terminate(waiter)
         if end:
@@ -3727,7 +3747,8 @@ class RunningCommand:
         A living leader is not reaped before: as long as it is a zombie, no other
         process gets the number of its group.
         """
-        termination, living = Termination(), self.processes()
+        termination = Termination()
+        living = self.processes()
         while living:
             termination.step(living, self.send_signal)
             self.kill_was_sent = termination.kill_sent
@@ -3769,7 +3790,7 @@ class PosixCommand(RunningCommand):
         env = {name.encode(): value.encode(errors="surrogateescape")
                for name, value in env.items()}
         # A lease that already has this number would be closed by the exec.
-        lease_fd = LEASE_FD + (self.lease.fd == LEASE_FD)
+        lease_fd = LEASE_FD if self.lease.fd != LEASE_FD else LEASE_FD + 1
         spawn = functools.partial(
             os.posix_spawn, argv[0], argv, {**ENVIRONMENT, **env},
             setsigdef=ALL_SIGNALS, setsigmask=(), file_actions=(
@@ -3843,7 +3864,8 @@ class WindowsCommand(RunningCommand):
             stdin=None if is_console(stdin) else subprocess.DEVNULL,
             stdout=self.writer, stderr=self.writer,
             creationflags=subprocess.CREATE_NEW_PROCESS_GROUP | CREATE_SUSPENDED)
-        self.pid, process = self.popen.pid, wintypes.HANDLE(int(self.popen._handle))
+        self.pid = self.popen.pid
+        process = wintypes.HANDLE(int(self.popen._handle))
         try:
             handle = self.require_success(KERNEL.CreateJobObjectW(None, None))
             self.job_object = wintypes.HANDLE(handle)
@@ -4025,7 +4047,8 @@ def scan_proc(since, seen):
     """
     for pid in {*filter(str.isdigit, os.listdir("/proc"))} - seen:
         with contextlib.suppress(*GONE_OR_FOREIGN):
-            process, directory = proc_stat(pid), "/proc/%s/" % pid
+            process = proc_stat(pid)
+            directory = "/proc/%s/" % pid
             has_ended = process.state in b"ZX"
             if (has_ended and process.threads == 1) or process.started < since:
                 seen.add(pid)
@@ -5389,7 +5412,8 @@ class Worker:
 
         If the system has no process to give, wait a little before that.
         """
-        kind, text = "failed", "cannot start: %s" % error
+        kind = "failed"
+        text = "cannot start: %s" % error
         if isinstance(error, OSError) and error.filename:
             text = "cannot start: %s: %s" % (
                 os.fsdecode(error.filename), error.strerror)
@@ -5481,9 +5505,6 @@ class Reaper:
         self.recovery_done = False
         if exit_code != EXIT_UNUSABLE:
             self.worker_died_at[pid] = time.monotonic()
-
-    def forget_worker_death(self, pid):
-        self.worker_died_at.pop(pid, None)
 
     def recover_lost(self, queue, workers):
         """Put jobs in PROCESSING back that no process runs; end orphans first.
@@ -5639,7 +5660,9 @@ class Reaper:
         keep = queue.settings()["keep"]
         if keep is None:
             return
-        total, count, until = 0, BATCH_SIZE, time.monotonic() + PRUNE_SLICE
+        until = time.monotonic() + PRUNE_SLICE
+        total = 0
+        count = BATCH_SIZE
         while count == BATCH_SIZE and time.monotonic() < until:
             count = queue.prune(keep)
             total += count
@@ -5675,7 +5698,8 @@ class Supervisor:
     """
 
     def __init__(self, path, count, is_drain, is_quiet, show_progress):
-        self.path, self.count = os.path.realpath(path), count
+        self.path = os.path.realpath(path)
+        self.count = count
         self.pid = os.getpid()
         self.is_quiet = is_quiet
         self.draining_pool = self.pid if is_drain else None  # as for `Queue`
@@ -5690,7 +5714,8 @@ class Supervisor:
         self.workers = []  # their processes
         self.next_start = self.next_check = self.checked_at = 0.0  # monotonic times
         self.kill_at = 0.0  # likewise, for the workers that a stop now has not ended
-        self.signals, self.signalled_at = 0, -MAX_DURATION
+        self.signals = 0
+        self.signalled_at = -MAX_DURATION
         self.asked = None  # the latest request of its own: its file may be removed
         self.has_failed = is_drain  # until `finish` has found that no job died
         self.result = {"pool": self.pid}  # of a drain, as JSON
@@ -5738,7 +5763,8 @@ class Supervisor:
         require_process_list()
         require_descriptors(self.count)
         with Queue(self.path) as queue:
-            self.file_status, own = queue.file_status, queue.own_job()
+            self.file_status = queue.file_status
+            own = queue.own_job()
             if own:
                 raise QueueError("worker start: within job %s only with --detach, or"
                                  " the job would wait for its own pool", own["id"])
@@ -5756,7 +5782,8 @@ class Supervisor:
         """Count a signal, but not one that timeout(1) sends twice at the same time."""
         now = time.monotonic()
         if now - self.signalled_at > SIGNAL_INTERVAL:
-            self.signals, self.signalled_at = self.signals + 1, now
+            self.signals += 1
+            self.signalled_at = now
             wake([self.pid])  # on Windows Ctrl-Break does not end a wait by itself
 
     def loop(self):
@@ -5895,7 +5922,7 @@ class Supervisor:
                 return True
             self.start_trouble.end()
             self.workers.append(worker)
-            self.reaper.forget_worker_death(worker.pid)  # of an earlier one, same PID
+            self.reaper.worker_died_at.pop(worker.pid, None)  # of one with this PID
         return False
 
     def worker_pids(self):
@@ -5968,16 +5995,19 @@ class Supervisor:
 
         Delayed jobs are no failure. Others that are left are one.
         """
-        counts, blocked = queue.drain_counts(), queue.first_blocked()
+        blocked = queue.first_blocked()
+        counts = queue.drain_counts()
         counts.update(delayed=queue.count_delayed(), blocked=len(queue.blocked_seqs()))
         is_over = requested_stop(self.path, self.pid) == "over"
         was_stopped = not is_over and not queue.is_drained()
         self.result = {"pool": self.pid, **counts}
-        self.has_failed = bool(counts["dead"] or blocked or was_stopped)
+        has_died = any(counts[state] for state in BLOCKING)
+        self.has_failed = bool(has_died or blocked or was_stopped)
         self.summary = ", ".join(
             "%d %s" % (count, name) for name, count in counts.items()
             if count or name in FINISHED)
-        reasons, due = [], queue.next_due()
+        due = queue.next_due()
+        reasons = []
         if blocked:
             reasons.append(blocked_text(blocked))
         if was_stopped:
