@@ -2229,6 +2229,8 @@ def needed_sql(condition):
 # `unique` did not change, the command that was given: {id: command}; and the ids that
 # were dropped from `after`: {id: [id]}.
 Added = collections.namedtuple("Added", "first last unchanged dropped")
+# A job with the ids that it comes after; a droppable one is dropped if no job has it.
+Dependent = collections.namedtuple("Dependent", "id after droppable")
 
 
 class NewJobs:
@@ -2237,7 +2239,7 @@ class NewJobs:
     def __init__(self, queue, unique):
         self.queue, self.unique, self.now = queue, unique, queue.clock()
         self.id, self.count = None, 0  # of the latest job, and how many there were
-        self.dependents = []  # as for `Queue._add_dependencies`
+        self.dependents = []
         self.locks = set()  # of the jobs that are inserted
         self.unchanged = {}  # as in `Added`
 
@@ -2264,7 +2266,8 @@ class NewJobs:
                     self.unchanged[self.id] = job["command"]
                     continue
             if job["after"]:
-                self.dependents.append((self.id, job["after"], job["droppable"]))
+                self.dependents.append(
+                    Dependent(self.id, job["after"], job["droppable"]))
             if not exists:
                 if job["lock"]:
                     self.locks.add(job["lock"])
@@ -2361,19 +2364,18 @@ class Queue(Database):
                 return name
 
     def _add_dependencies(self, dependents, are_new=False):
-        """Let jobs come after others: (id, ids that it comes after, droppable ids).
+        """Let each `Dependent` come after others. Return what was dropped: {id: [id]}.
 
-        A droppable id is dropped if no job has it. Return what was dropped: {id: [id]}.
         New jobs can form a cycle only if one of them comes after a later one.
         """
         may_be_cycle = []
         dropped = {}
-        for id, dependencies, droppable in dependents:
-            seq = self._seq_of(id)
-            for name in dependencies:
+        for dependent in dependents:
+            seq = self._seq_of(dependent.id)
+            for name in dependent.after:
                 dependency = self._seq_of(name)
-                if dependency is None and name in droppable:
-                    dropped.setdefault(id, []).append(name)
+                if dependency is None and name in dependent.droppable:
+                    dropped.setdefault(dependent.id, []).append(name)
                     continue
                 if dependency is None:
                     raise QueueError("after: %s", no_job(name))
@@ -2647,7 +2649,7 @@ class Queue(Database):
                         "job %(id)s is %(state)s: " + hint, changes)
             if "after" in fields:
                 self._change("DELETE FROM dependencies WHERE seq = ?", job["seq"])
-                self._add_dependencies([(id, fields["after"], ())])
+                self._add_dependencies([Dependent(id, fields["after"], ())])
             self.promote(now)  # the job may be FAILED, and its time be now
             edited = self.job(id)
         wake_workers(self.path)
@@ -2917,18 +2919,18 @@ class Queue(Database):
             AND length(output) < ?""", -TAIL_SIZE, job["seq"], job["run"],
             MAX_TAILED) or b""
 
-    def output(self, job, run=None):
-        """Return the stored output of a run (default: the latest one), or None.
+    def output(self, job, number=None):
+        """Return the stored output of run NUMBER (default: the latest one), or None.
 
-        RUN is its number. An output is stored at the end of the run, if there is any.
+        An output is stored at the end of the run, if there is any.
         """
         query = "SELECT output FROM outputs WHERE seq = ? AND run = ?"
-        return self._value(query, job["seq"], run or job["run"])
+        return self._value(query, job["seq"], number or job["run"])
 
-    def output_size(self, job, run):
-        """Return the bytes of the stored output of a run, None without any."""
+    def output_size(self, job, number):
+        """Return the bytes of the stored output of run NUMBER, None without any."""
         query = "SELECT length(output) FROM outputs WHERE seq = ? AND run = ?"
-        return self._value(query, job["seq"], run)
+        return self._value(query, job["seq"], number)
 
     def lease_path(self, seq, number):
         """Return the path of the lease of run NUMBER of the job SEQ."""
@@ -6358,10 +6360,10 @@ def job_document(queue, job):
               for run in queue.runs(job)])
 
 
-def output_document(job, run, output):
-    """Return what `logs --json` prints."""
+def output_document(job, number, output):
+    """Return what `logs --json` prints of run NUMBER."""
     text = output.decode("utf-8", FOREIGN_BYTES)
-    return {"id": job["id"], "run": run, "output": text}
+    return {"id": job["id"], "run": number, "output": text}
 
 
 # -- enqueue ---------------------------------------------------------------------------
@@ -6985,14 +6987,14 @@ def wait_for_run(queue, job):
     return job
 
 
-def output_of(queue, job, run):
-    """Return the output of a run; of a running one what it has printed so far."""
-    output = queue.output(job, run)
-    if output is None and run == job["run"]:
+def output_of(queue, job, number):
+    """Return the output of run NUMBER; of a running one what it has printed so far."""
+    output = queue.output(job, number)
+    if output is None and number == job["run"]:
         # If the run has ended between the two reads, its output is in the database now.
         lease_path = queue.latest_run(job).lease_path
         limit = queue.settings()["output_limit"]
-        output = read_output(lease_path, limit) or queue.output(job, run)
+        output = read_output(lease_path, limit) or queue.output(job, number)
     return output or b""
 
 
