@@ -4288,10 +4288,9 @@ def kind_of(job, look):
         return "lost"
     if job["state"] != "pending":
         return state_word(job)
-    if job["seq"] in look.status["blocked_seqs"]:
-        return "blocked"
     if job["waits"]:
-        return "behind a job"
+        is_blocked = job["seq"] in look.status["blocked_seqs"]
+        return "blocked" if is_blocked else "behind a job"
     if job["gate"] == LOCKED:
         return "behind a lock"
     return "delayed" if due_text(job, look.now) else "pending"
