@@ -6473,7 +6473,7 @@ def require_one_source(args):
         text = " ".join(args.jobs)
         if re.match(r"'\s*[{[]", text):  # cmd passes '…' on, and takes it apart
             parse_json(text.strip("'"))
-        options = [word for word in args.given if word not in args.jobs]
+        options = [word for word in args.typed if word not in args.jobs]
         raise QueueError("not JSON: %s; to run a command: %s", args.jobs[0], usage(
             "enqueue", *options, "--", *args.jobs), code=2)
 
@@ -10033,21 +10033,21 @@ def group_overview(group):
 
 def refuse_mistaken(name, words):
     """Refuse words that a command would take for something else than was meant."""
-    message, first = None, words[0].lower() if words else ""
-    if name == "list" and (first in STATES or first in MEANT_STATES):
-        message = "list: did you mean %s?", usage("list", "--state", *words)
+    first = words[0] if words else ""
+    hint = ""
+    if name == "list" and first.lower() in {*STATES, *MEANT_STATES}:
+        hint = "did you mean %s?" % usage("list", "--state", *words)
     if name == "worker start" and first.isdecimal():
-        message = "worker start: did you mean %s?", usage(
-            "worker", "start", "--count", *words)
+        hint = "did you mean %s?" % usage("worker", "start", "--count", *words)
     if name in ("retry", "dlq retry") and "--" in words:
-        message = "%s: it takes no command; to change that of a job first: %s", name, \
-            usage("edit", *words)
-    setting = re.match("--([^=]+)=?", words[0]) if words else None
-    if name == "config set" and setting and not setting[1] in ("json", "db", "help"):
-        message = "config set: write it without dashes: %s", usage(
-            "config", "set", setting[1], words[0][setting.end() :] or words[-1])
-    if message:
-        raise QueueError(*message, code=2)
+        hint = "it takes no command; to change that of a job first: " + usage(
+            "edit", *words)
+    setting = re.match("--([^=]+)=?", first)
+    if name == "config set" and setting and setting[1] not in ("json", "db", "help"):
+        hint = "write it without dashes: " + usage(
+            "config", "set", setting[1], first[setting.end() :] or words[-1])
+    if hint:
+        raise QueueError("%s: %s", name, hint, code=2)
 
 
 # The options that people mean by the words of other tools.
@@ -10080,7 +10080,8 @@ def option_meant(words, parser):
 
 def first_word(words, parser):
     """Return the place of the first word that is no option, and no value of one."""
-    known, is_value = parser._option_string_actions, False
+    known = parser._option_string_actions
+    is_value = False
     for at, word in enumerate(words):
         is_option = word.startswith("-")
         if not is_option and not is_value:
@@ -10109,7 +10110,8 @@ def parse_arguments(name, words):
             raise QueueError("%s: %s; %s", name, message, hint, code=2)
 
     refuse_mistaken(name, words)
-    entry, width = COMMANDS[name], min(terminal_width(sys.stdout) or 80, 80) - 1
+    entry = COMMANDS[name]
+    width = min(terminal_width(sys.stdout) or 80, 80) - 1
     parser = Parser(
         prog="%s %s" % (PROGRAM, name), usage=entry.usage,
         description="\n".join(wrapped(
@@ -10123,14 +10125,15 @@ def parse_arguments(name, words):
     )
     for argument in [*entry.arguments, *EVERYWHERE]:
         parser.add_argument(*argument.names, **argument.options)
-    has_words = entry.takes_words and "--" in words
-    end = words.index("--") if has_words else len(words)
+    takes_words = entry.takes_words and "--" in words
+    end = words.index("--") if takes_words else len(words)
     # `parse_intermixed_args` would take words after a `--` for options.
     parse = parser.parse_args if "--" in words[:end] else parser.parse_intermixed_args
     args = parse(words[:end])
-    args.given, args.words = words, words[end + 1 :]
-    path = args.db or os.environ.get("QUEUECTL_DB") or "queuectl.db"
-    args.db = os.path.realpath(path)
+    args.typed = words
+    args.words = words[end + 1 :]
+    args.db = os.path.realpath(
+        args.db or os.environ.get("QUEUECTL_DB") or "queuectl.db")
     return args
 
 
@@ -10141,7 +10144,8 @@ def run_command(argv):
     name, words = command_named(argv)
     if name not in COMMANDS:
         return show_help(name, words)
-    entry, args = COMMANDS[name], parse_arguments(name, words)
+    entry = COMMANDS[name]
+    args = parse_arguments(name, words)
     if not entry.must_print:
         sys.stdout = LenientOutput(sys.stdout)
     try:

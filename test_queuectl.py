@@ -3813,6 +3813,15 @@ class TestShow:
         assert why("a", has_pool=False).endswith("worker start")
         assert "waiting:     due" in run_ok("show", "c").out
 
+    @mechanism
+    def test_a_dependency_that_has_just_ended_is_no_reason(self, queue):
+        add_job(queue, id="a")
+        add_job(queue, id="b", after=["a"])
+        job = queue.job("b")
+        claim_and_complete(queue)
+        reason = queuectl.why_waiting(job, queuectl.look_at(queue))
+        assert reason.startswith("due now")
+
     @fork_only
     def test_it_says_which_job_has_the_lock(self):
         enqueue(id="first", lock="db")
