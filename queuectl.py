@@ -108,21 +108,21 @@ def program_typed():
 # A pool that is detached takes the words over.
 PROGRAM = os.environ.get("QUEUECTL_DETACHED") or program_typed()
 
-# The states of a job, in the order of `status`: whether it waits to be run, or has
-# finished; whether its dependents may then go on; and its colour on a terminal, a code
-# of ANSI. A new state needs a new version of the schema, with a table `jobs` made anew:
-# SQLite can't change its CHECK. `gate_rule` decides whether it may be claimed, JOB_KINDS
-# has its texts. Many verbs are about one state: search for its name.
-State = collections.namedtuple("State", "is_waiting is_finished is_success colour")
+# The states of a job, in the order of `status`: the phase of its life; its colour on a
+# terminal, a code of ANSI; whether its dependents may then go on. A new state needs a
+# row here and one of JOB_KINDS, which has its texts, a verb of `Queue` that RUN_KINDS
+# names, and a new version of the schema, with a table `jobs` made anew: SQLite can't
+# change its CHECK. `gate_rule` decides whether a job in it may be claimed.
+State = collections.namedtuple("State", "phase colour is_success", defaults=(False,))
 STATES = {
-    "pending": State(True, False, False, None),
-    "processing": State(False, False, False, 36),
-    "completed": State(False, True, True, 32),
-    "failed": State(True, False, False, 33),
-    "dead": State(False, True, False, 31),
+    "pending": State("waiting", None),
+    "processing": State("running", 36),
+    "completed": State("finished", 32, is_success=True),
+    "failed": State("waiting", 33),
+    "dead": State("finished", 31),
 }
-WAITING = tuple(name for name, state in STATES.items() if state.is_waiting)
-FINISHED = tuple(name for name, state in STATES.items() if state.is_finished)
+WAITING = tuple(name for name, state in STATES.items() if state.phase == "waiting")
+FINISHED = tuple(name for name, state in STATES.items() if state.phase == "finished")
 SUCCESSFUL = tuple(name for name, state in STATES.items() if state.is_success)
 BLOCKING = tuple(name for name in FINISHED if name not in SUCCESSFUL)  # of dependents
 # {command: the states in which it takes a job}.
@@ -633,7 +633,7 @@ def public_job(job):
     return document
 
 
-def unknown_word(what, word, words, meant={}):
+def unknown_word(subject, word, words, meant={}):
     """Return the QueueError for a word that is not in WORDS, with a suggestion.
 
     MEANT has what people type by the words of other tools: {word: what they mean}.
@@ -646,7 +646,7 @@ def unknown_word(what, word, words, meant={}):
     near = get_close_matches("".join(word.split()[-1:]), by_end, 1, 0.7)
     hint = meant.get(word) or "".join(map(by_end.get, near))
     hint = "did you mean %s?" % hint if hint else "there are: " + ", ".join(words)
-    return QueueError("unknown %s; %s", what, hint, code=2)
+    return QueueError("unknown %s; %s", subject, hint, code=2)
 
 
 def checked(name, check, value):
@@ -4317,11 +4317,11 @@ def tries_text(job):
 
 def why_delayed(job, look):
     """Return when a job is due, and what will hold it up then."""
-    what = "due"
+    words = "due"
     if job["state"] == "failed":
-        what = "try %d is due" % (job["attempts"] + 1)
-    when = due_text(job, look.now, look.text_of) or "now"
-    return joined("%s %s" % (what, when), standstill_text(look.status), by="; ")
+        words = "try %d is due" % (job["attempts"] + 1)
+    words += " " + (due_text(job, look.now, look.text_of) or "now")
+    return joined(words, standstill_text(look.status), by="; ")
 
 
 def place_in_line(job, look):
