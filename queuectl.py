@@ -7180,19 +7180,22 @@ def require_one_selection(args, *ways):
 
 
 # `taken` is the condition for the jobs that a verb for many changes. `left` is that for
-# those which it leaves alone, or None, and `why` the reason, for the message.
-Selection = collections.namedtuple("Selection", "taken left why")
+# those which it leaves alone, or None, `why` the reason, and `step` what to do about
+# one of them: words and a command. `age` says in words what has been asked of all.
+Selection = collections.namedtuple(
+    "Selection", "taken left why step age", defaults=(None, None, ("", ""), ""))
 
 
 def jobs_to_retry(states, **filters):
     return Selection(where(states, cancelled=False, **filters),
                      where(states, cancelled=True, **filters),
-                     "cancelled ones are retried by id")
+                     "cancelled ones are retried by id", ("to retry one", "retry"))
 
 
 def jobs_to_delete(states, **filters):
     chosen = where(states, **filters)
-    return Selection(not_needed(chosen), needed(chosen), "other jobs wait for them")
+    return Selection(not_needed(chosen), needed(chosen), "other jobs wait for them",
+                     ("to see which", "show"))
 
 
 def apply_to_named(args, queue, verb, done, answer):
@@ -7215,9 +7218,10 @@ class Rehearsed(Exception):
     """Ends a transaction that is not to change anything."""
 
 
-def list_dry_run(args, queue, done, jobs, count):
+def list_dry_run(args, queue, done, jobs, count, age=""):
     """List the jobs that a verb would change; a terminal gets as many as fit."""
-    message = "%s would be %s; nothing is changed" % (plural(count, "job"), done)
+    jobs_of_age = plural(count, "job") + age
+    message = "%s would be %s; nothing is changed" % (jobs_of_age, done)
     list_jobs(args, queue, itertools.islice(jobs, room_for_jobs(args, [message])))
     report_below(args, message)
 
@@ -7226,14 +7230,26 @@ def apply_to_many(args, queue, verb, done, selection):
     """Apply a verb to the jobs of a selection; with --dry-run only list them."""
     if args.dry_run:
         jobs, count = queue.jobs(selection.taken), queue.count(selection.taken)
-        return list_dry_run(args, queue, done, jobs, count)
+        return list_dry_run(args, queue, done, jobs, count, selection.age)
     count = verb(selection.taken)
-    result, message = {done: count}, "%s %s" % (done, plural(count, "job"))
+    result = {done: count}
+    message = "%s %s%s" % (done, plural(count, "job"), selection.age)
     if selection.left:
         result["left"] = queue.count(selection.left)
     if result.get("left"):
-        message += "; %d left: %s" % (result["left"], selection.why)
+        message += "; %d left: %s%s" % (
+            result["left"], selection.why, about_left(queue, selection))
     print_result(args, result, message)
+
+
+def about_left(queue, selection):
+    """Return which jobs a verb for many has left, and the next step for the first."""
+    ids = [job["id"] for job in queue.jobs(selection.left, 4, brief=True)]
+    if not ids:  # they have ended in the meantime
+        return ""
+    what, word = selection.step
+    names = printable(", ".join(ids[:3])) + ", ..." * bool(ids[3:])
+    return " (%s); %s: %s" % (names, what, in_queue(queue.path, usage(word, ids[0])))
 
 
 @command("cancel", "end jobs that wait or run; they become dead", "cancel job1",
@@ -7245,7 +7261,7 @@ def cmd_cancel(args, queue):
                               lambda id: cancel_answer(queue, id))
     chosen = where(args.state or TAKES["cancel"], text=args.match)
     apply_to_many(
-        args, queue, queue.cancel_all, "cancelled", Selection(chosen, None, None))
+        args, queue, queue.cancel_all, "cancelled", Selection(chosen))
 
 
 def cancel_answer(queue, id):
@@ -7303,6 +7319,9 @@ def selection_to_delete(args, before):
     selection = jobs_to_delete(states, text=args.match, finished_before=before)
     if args.all and before is None:  # jobs go together with their dependents
         selection = selection._replace(taken=where(states))
+    if before is not None:  # to many people, 7 means days
+        age = setting_with_unit("keep", args.older_than)
+        selection = selection._replace(age=" that ended more than %s ago" % age)
     return selection
 
 
@@ -7607,10 +7626,21 @@ def cmd_install(args):
     on_path = os.path.realpath(home) in map(os.path.realpath, os.get_exec_path())
     lines = ["installed " + printable(path)]
     if not on_path:
-        lines.append(printable(home) + " is not on PATH: add it")
+        lines.append("%s is not on PATH; %s" % (printable(home), how_to_add(home)))
     print_result(args, {"path": path, "on_path": on_path}, *lines)
     if not WINDOWS and os.geteuid() == 0 and is_open_to_others(path):
         report_closed(sys.executable, os.path.abspath(__file__))
+
+
+def how_to_add(home):
+    """Return in words how to put a directory on PATH, for the shell of the user."""
+    if WINDOWS:
+        return "add it: Settings, Edit environment variables for your account, Path"
+    shell = os.path.basename(os.environ.get("SHELL", ""))
+    if shell == "fish":
+        return "to add it: fish_add_path " + quoted([home])
+    return "to add it, here and in ~/.%src: export PATH=%s:\"$PATH\"" % (
+        "zsh" if shell == "zsh" else "bash", quoted([home]))
 
 
 def report_closed(*paths):
@@ -10228,7 +10258,8 @@ def main(argv=None):
         if error.errno in closed_pipe and error.filename is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would complain
             return 0
-        path = str(error.filename or "system error")
+        unnamed = "this directory" if error.errno == errno.ENOENT else "system error"
+        path = str(error.filename or unnamed)
         hint = owner_hint(path) or ": %s" % (error.strerror or error)
         notice(printable(path) + hint)
         return 1

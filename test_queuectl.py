@@ -2946,7 +2946,8 @@ class TestMigration:
         assert run_ok("config", "get", "backoff_base").out == "5\n"
         assert details_of("chain")["after"] == ["behind"]
         assert run_ok("dlq", "retry", "--all").out == (
-            "retried 1 job; 1 left: cancelled ones are retried by id\n")
+            "retried 1 job; 1 left: cancelled ones are retried by id (cut);"
+            " to retry one: queuectl.py retry cut\n")
         run_ok("edit", "failed", "--run-at", "now")
         assert drain() == 0
         assert {id for id, job in jobs().items() if job["state"] != "completed"} == {
@@ -3504,7 +3505,22 @@ class TestEnqueue:
         assert "UTF-8" in run_refused(
             "enqueue", "--db", "../q.db", "--", "true", code=2)
         run_ok("enqueue", "--db", "../q.db", "--cwd", "/", "--", "true")
+        run_ok("enqueue", "--db", "../q.db", '{"command": "true", "cwd": "/"}')
         os.chdir(str(home))
+
+    @posix_only
+    def test_a_removed_folder_is_no_trouble_of_a_job_elsewhere(self, home):
+        os.mkdir("gone")
+        os.chdir("gone")
+        os.rmdir(str(home / "gone"))
+        path = str(home / "queuectl.db")
+        try:
+            run_ok("enqueue", "--db", path, '{"command": "true", "cwd": "/"}')
+            assert "this directory: No such file" in run_refused(
+                "enqueue", "--db", path, '{"command": "true"}')
+        finally:
+            os.chdir(str(home))
+        assert len(jobs()) == 1
 
     def test_max_retries_is_fixed_at_enqueue(self):
         enqueue(id="old")
@@ -3653,7 +3669,8 @@ class TestList:
         assert run_ok("retry", "--state", "completed", "--match", "a").out == (
             "retried 2 jobs\n")
         assert run_ok("retry", "--state", "dead").out == (
-            "retried 1 job; 2 left: cancelled ones are retried by id\n")
+            "retried 1 job; 2 left: cancelled ones are retried by id (a4, b2); to retry"
+            " one: queuectl.py retry a4\n")
         assert run_ok("delete", "--match", "b", "--state", "completed").out == (
             "deleted 1 job\n")
         assert run_ok("cancel", "--match", "nothing").out == "cancelled 0 jobs\n"
@@ -4582,10 +4599,11 @@ class TestDelete:
         clock.now += DAY
         age = "%ds" % (time.time() - clock.now + 1.5 * DAY)
         assert run_ok("delete", "--older-than", age, "--dry-run", "--json").json == []
-        assert run_ok("delete", "--older-than", "1d").out == "deleted 2 jobs\n"
+        assert run_ok("delete", "--older-than", "1d").out == (
+            "deleted 2 jobs that ended more than 1d ago\n")
         assert set(jobs()) == {"dead", "cancelled"}
-        assert run_ok("delete", "--state", "dead", "--older-than", age).out == (
-            "deleted 2 jobs\n")
+        assert run_ok("delete", "--state", "dead", "--older-than", age).out.startswith(
+            "deleted 2 jobs that ended more than ")
         assert jobs() == {}
 
     @pytest.mark.parametrize("words", [["dlq", "clear"], ["delete", "--state", "dead"]])
@@ -4619,7 +4637,8 @@ class TestDelete:
             add_job(queue, id=id, after=after, max_retries=1)
         queue.fail(claim(queue), make_outcome())
         assert run_ok("dlq", "clear").out == (
-            "deleted 0 jobs; 1 left: other jobs wait for them\n")
+            "deleted 0 jobs; 1 left: other jobs wait for them (a);"
+            " to see which: queuectl.py show a\n")
         assert run_ok("delete", "--state", "pending").out == "deleted 1 job\n"
         add_job(queue, id="b", after=["a"])
         assert run_ok("delete", "--all").out == "deleted 2 jobs\n" and jobs() == {}
@@ -4682,7 +4701,8 @@ class TestDelete:
         add_job(queue, id="other", after=["a"])
         queue.cancel(["a", "b", "c"])
         assert run_ok("dlq", "clear").out == (
-            "deleted 2 jobs; 1 left: other jobs wait for them\n")
+            "deleted 2 jobs; 1 left: other jobs wait for them (a);"
+            " to see which: queuectl.py show a\n")
         assert set(jobs()) == {"a", "other"}
         queue.cancel(["other"])
         assert run_ok("dlq", "clear").out == "deleted 2 jobs\n" and jobs() == {}
@@ -4692,14 +4712,15 @@ class TestDelete:
         add_job(queue, id="new", after="old")
         queue.fail(claim(queue), make_outcome())
         assert run_ok("delete", "--all", "--older-than", "1d").out == (
-            "deleted 0 jobs; 1 left: other jobs wait for them\n")
+            "deleted 0 jobs that ended more than 1d ago; 1 left: other jobs wait for"
+            " them (old); to see which: queuectl.py show old\n")
         assert run_ok("delete", "--all").out == "deleted 2 jobs\n"
 
     @pytest.mark.parametrize("words, printed", [
         (["dlq", "retry", "--all"], "retried 0 jobs\n"),
         (["dlq", "clear"], "deleted 0 jobs\n"),
         (["delete", "--all"], "deleted 0 jobs\n"),
-        (["delete", "--older-than", "7d"], "deleted 0 jobs\n"),
+        (["delete", "--older-than", "7"], "deleted 0 jobs that ended more than 7s ago\n"),
         *((["delete", "--state", name], "deleted 0 jobs\n")
           for name in queuectl.STATES if name != "processing")
     ])
@@ -5708,8 +5729,12 @@ class TestInstall:
         path = str(home / "bin" / INSTALLED_AS)
         assert run_ok("install", "bin", "--json").json == {
             "path": path, "on_path": False}
+        monkeypatch.setenv("SHELL", "/bin/bash")
+        line = 'to add it, here and in ~/.bashrc: export PATH=%s:"$PATH"' % (home / "bin")
+        if os.name == "nt":
+            line = "add it: Settings, Edit environment variables for your account, Path"
         assert run_ok("install", "bin").out.splitlines() == [
-            "installed " + path, "%s is not on PATH: add it" % (home / "bin")]
+            "installed " + path, "%s is not on PATH; %s" % (home / "bin", line)]
         monkeypatch.setenv("PATH", str(home / "bin"), prepend=os.pathsep)
         assert run_ok("install", "bin").out == "installed %s\n" % path
         assert os.listdir() == ["bin"] and os.listdir("bin") == [INSTALLED_AS]
