@@ -3346,7 +3346,7 @@ class Wait:
         self.queue, self.on_check = queue, on_check
         self.left = collections.deque(ids)
         self.is_small = len(self.left) <= MAX_WATCHED
-        self.ended = dict.fromkeys((*STATES, "removed"), 0)
+        self.ended = dict.fromkeys((*FINISHED, "removed"), 0)
         self.began = time.monotonic()
         self.seen_at = {}  # {id: when the job was last seen unfinished}
 
@@ -3379,7 +3379,7 @@ class Wait:
         """Return how many of the jobs are in each state, as `Queue.counts` does."""
         if not self.is_small:
             return self.queue.counts()
-        counts = {state: self.ended[state] for state in STATES}
+        counts = {state: self.ended.get(state, 0) for state in STATES}
         for batch in batches(self.left):
             ids = ", ".join("?" for _ in batch)
             for state, jobs in self.queue._rows(f"""
@@ -10074,7 +10074,7 @@ MEANT_OPTIONS = {
     "--max-retries": "-r --retry --retries --max-attempts --attempts --tries",
     "--delay": "--in --countdown --wait", "--run-at": "--at --eta",
     "--after": "--depends-on --depends --needs", "--id": "--name -i",
-    "--priority": "-p", "--port": "-p", "--file": "-f --input --from-file",
+    "--port": "-p", "--file": "-f --input --from-file",
     "--command": "--cmd -c", "--cwd": "-C --dir --directory --workdir --chdir",
     "--state": "-s --status", "--match": "--filter --grep --search --query --name",
     "--since": "--last --within", "--error": "--error-text --reason",

@@ -4135,7 +4135,8 @@ class TestWait:
         assert answer.code == 124 and answer.out == "" and (
             "gave up after 50ms: 1 waiting, 0 running; no pool" in answer.err)
         assert "no job x" in run_refused("wait", "x")
-        assert run_ok("wait", "good", "--json").json["completed"] == 1
+        assert run_ok("wait", "good", "--json").json == {
+            "completed": 1, "dead": 0, "removed": 0, "died_before": 0, "left": []}
         run_ok("delete", "later")
         answer = cli("wait")  # whether it died before or after the wait began
         assert answer.code == 1
