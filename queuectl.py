@@ -10066,18 +10066,18 @@ def refuse_words_for_ids(name, args, queue):
 MEANT_OPTIONS = {
     "--count": "-c -j -n -p -w --jobs --workers --concurrency --processes --parallel"
                " --num-workers --threads",
-    "--limit": "-n -l --max --count --head --tail --last",
+    "--limit": "-n -l --max --count --head",
     "--detach": "-d -b -D --background --bg --daemon --daemonize --detached",
     "--drain": "--burst --once --exit --until-empty",
     "--now": "-f --force --kill",
     "--quiet": "-q --silent", "--watch": "-w --follow", "--newest": "-r --reverse",
     "--max-retries": "-r --retry --retries --max-attempts --attempts --tries",
-    "--delay": "--in --countdown --wait", "--run-at": "--at --eta",
+    "--delay": "--in --countdown", "--run-at": "--at --eta",
     "--after": "--depends-on --depends --needs", "--id": "--name -i",
     "--port": "-p", "--file": "-f --input --from-file",
     "--command": "--cmd -c", "--cwd": "-C --dir --directory --workdir --chdir",
     "--state": "-s --status", "--match": "--filter --grep --search --query --name",
-    "--since": "--last --within", "--error": "--error-text --reason",
+    "--since": "--within", "--error": "--error-text --reason",
     "--older-than": "--age --before --older", "--dry-run": "-n --simulate --dryrun",
 }
 
@@ -10100,7 +10100,7 @@ def with_known_options(words, known):
     fixed = []
     for word in words[:end]:
         option, sign, value = word.partition("=")
-        if sign and "--" + option in known:  # priority=5
+        if sign and "--" + option in known:  # timeout=5m
             option = "--" + option
         if option.startswith("-") and option not in known:
             *others, option = option_meant(option, known) or [""]
