@@ -211,7 +211,7 @@ class QueueError(Exception):
 
     VALUES are formatted into the message and made printable. CODE is the exit code of
     the command: 1 for refused or failed, 2 for wrong usage. JOB is the row of a job
-    whose state allows no such change.
+    that stands in the way, mostly by its state.
     """
 
     def __init__(self, message, *values, code=1, job=None):
@@ -2332,7 +2332,8 @@ class Queue(Database):
         twin = self._seq_of(new.id) - first + 1
         if twin < 1:
             place = place_name(new.count) + ": " if new.count > 1 else ""
-            return QueueError(place + "there is a job %s already", new.id)
+            return QueueError(place + "there is a job %s already", new.id,
+                              job=self.job(new.id))
         return QueueError("%s and %s have the same id: %s", place_name(twin),
                           place_name(new.count), new.id)
 
@@ -5952,7 +5953,8 @@ MEANT = {word: meant for meant, words in {
     "list": "jobs, job, queue, queue list, jobs list, job list, list all, list --all,"
             " list -a, ls -a",
     "list --match": "find *, search *, grep *",
-    "show": "info *, job *, inspect *, describe *, status *, list *, dlq show *",
+    "show": "info *, job *, inspect *, describe *, status *, list *, dlq show *,"
+            " dlq list *",
     "show | config get": "get *",
     "logs": "log, cat, output, tail, dlq logs *",
     "logs -f": "follow",
@@ -5963,8 +5965,8 @@ MEANT = {word: meant for meant, words in {
     "edit --delay 1d": "hold *, pause *",
     "edit --run-at now": "resume *, release *",
     "edit --run-at now | worker start --count": "start *",
-    "pause": "hold, suspend",
-    "resume": "unpause, continue",
+    "pause": "hold, suspend, pause all",
+    "resume": "unpause, continue, resume all",
     "cancel": "kill *, kill -9, stop *, abort *, dequeue *, cancel --force, cancel -f",
     "cancel --state pending --state failed --state processing":
         "cancel all, cancel --all, kill --all",
@@ -6778,6 +6780,7 @@ REFUSED_COMMANDS = {
     ("cancel", "completed"): ("to remove it", "delete {}"),
     ("cancel", "dead"): ("to remove it", "delete {}"),
     ("delete", "processing"): ("to end it first", "cancel {}"),
+    **{("enqueue", state): ("to see it", "show {}") for state in STATES},
 }
 
 
@@ -10137,8 +10140,9 @@ def hint_for_line(name, words, parser):
     if name == "enqueue" and word[:1] not in ("", "{", "[") and "--" not in words and (
             not at or not fixed):
         return "to run a command: " + usage(name, *words[:at], "--", *words[at:])
-    if not unknown and state in STATES and "--state" in known:
-        fixed = [*words[:at], "--state", state, *words[at + 1 :]]
+    option, value = ("--limit", word) if word.isdecimal() else ("--state", state)
+    if not unknown and option in known and (word.isdecimal() or state in STATES):
+        fixed = [*words[:at], option, value, *words[at + 1 :]]
     if fixed:
         return "did you mean: " + usage(*name.split(), *fixed)
     if name == "logs" and re.match("-n|--tail|--lines", "".join(unknown[:1])):

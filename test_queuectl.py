@@ -6310,6 +6310,7 @@ class TestCommandLine:
         (["list", "pending"], "mean: queuectl.py list --state pending\n"),
         (["list", "--status", "dead"], "mean: queuectl.py list --state dead\n"),
         (["list", "--dead", "--json"], "mean: queuectl.py list --state dead --json\n"),
+        (["list", "5"], "mean: queuectl.py list --limit 5\n"),
         (["list", "--sort", "id"], "see: queuectl.py list --help\n"),
         (["list", "--state", "running"], "mean processing?"),
         (["list", "--state", "dead,failed"], "write --state dead --state failed\n"),
