@@ -9642,7 +9642,7 @@ class TestReadme:
         script = re.sub(  # what needs root
             r"(?m)^sudo (useradd|systemctl) .*\n| -o queue|sudo (-u queue )?", "",
             "\n".join(readme_block("sudo useradd")))
-        script = re.sub(r"(?m)(^| )/", r"\1%s/" % home, script)
+        script = re.sub(r"(?m)(^| )/(?!usr/bin/)", r"\1%s/" % home, script)
         script = script.replace("/usr/bin/python3", shlex.quote(sys.executable))
         subprocess.run("set -e\n" + script, shell=True, check=True)
         os.chdir("srv/queue")
