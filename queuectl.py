@@ -682,7 +682,7 @@ def checked_job(given, defaults):
     job = checked_fields(given, defaults)
     if job["command"] is None:
         raise QueueError("command: missing; a job needs a shell command", code=2)
-    if job["cwd"] is None:  # only now: this directory may be gone, or not in UTF-8
+    if job["cwd"] is None:  # asked once, and only now: this directory may be gone
         defaults["cwd"] = checked("cwd", check_directory, current_directory())
         job["cwd"] = defaults["cwd"]
     job["droppable"] = droppable_dependencies(given, job) if job["after"] else ()
@@ -6035,9 +6035,9 @@ def command_named(words):
 
 def unknown_command(name, rest, known):
     """Return the QueueError for the name of a command that is not in KNOWN."""
-    name = name.lower().replace("-", "_")  # max-retries
-    hint = line_meant(name, rest, any(not word.startswith("-") for word in rest))
-    near = "" if name.startswith("un") else nearest(name, known)
+    word = name.lower().replace("-", "_")  # max-retries
+    hint = line_meant(word, rest, any(not each.startswith("-") for each in rest))
+    near = "" if word.startswith("un") else nearest(word, known)
     if near and not hint:  # `undelete` is the opposite of what is near it
         hint = "did you mean: " + usage(*near.split(), *rest)
     hint = hint or "there are: " + ", ".join(known)
@@ -7223,8 +7223,7 @@ class Rehearsed(Exception):
 
 def list_dry_run(args, queue, done, jobs, count, age=""):
     """List the jobs that a verb would change; a terminal gets as many as fit."""
-    jobs_of_age = plural(count, "job") + age
-    message = "%s would be %s; nothing is changed" % (jobs_of_age, done)
+    message = "%s%s would be %s; nothing is changed" % (plural(count, "job"), age, done)
     list_jobs(args, queue, itertools.islice(jobs, room_for_jobs(args, [message])))
     report_below(args, message)
 
@@ -7263,8 +7262,7 @@ def cmd_cancel(args, queue):
         return apply_to_named(args, queue, queue.cancel, "cancelled",
                               lambda id: cancel_answer(queue, id))
     chosen = where(args.state or TAKES["cancel"], text=args.match)
-    apply_to_many(
-        args, queue, queue.cancel_all, "cancelled", Selection(chosen))
+    apply_to_many(args, queue, queue.cancel_all, "cancelled", Selection(chosen))
 
 
 def cancel_answer(queue, id):
