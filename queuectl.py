@@ -7627,21 +7627,22 @@ def cmd_install(args):
     on_path = os.path.realpath(home) in map(os.path.realpath, os.get_exec_path())
     lines = ["installed " + printable(path)]
     if not on_path:
-        lines.append("%s is not on PATH; %s" % (printable(home), how_to_add(home)))
+        place, line = how_to_add(home)
+        lines += ["%s is not on PATH; to add it, %s:" % (printable(home), place), line]
     print_result(args, {"path": path, "on_path": on_path}, *lines)
     if not WINDOWS and os.geteuid() == 0 and is_open_to_others(path):
         report_closed(sys.executable, os.path.abspath(__file__))
 
 
 def how_to_add(home):
-    """Return in words how to put a directory on PATH, for the shell of the user."""
-    if WINDOWS:
-        return "add it: Settings, Edit environment variables for your account, Path"
+    """Return where and how the user's shell puts a directory on PATH: words, a line."""
     shell = os.path.basename(os.environ.get("SHELL", ""))
+    if WINDOWS:
+        return "in Settings", "  Edit environment variables for your account, Path"
     if shell == "fish":
-        return "to add it: fish_add_path " + quoted([home])
-    return "to add it, here and in ~/.%src: export PATH=%s:\"$PATH\"" % (
-        "zsh" if shell == "zsh" else "bash", quoted([home]))
+        return "once", "  fish_add_path " + quoted([home])
+    return ("here and in ~/.%src" % ("zsh" if shell == "zsh" else "bash"),
+            "  export PATH=%s:\"$PATH\"" % quoted([home]))
 
 
 def report_closed(*paths):

@@ -5730,12 +5730,13 @@ class TestInstall:
         path = str(home / "bin" / INSTALLED_AS)
         assert run_ok("install", "bin", "--json").json == {
             "path": path, "on_path": False}
-        monkeypatch.setenv("SHELL", "/bin/bash")
-        line = 'to add it, here and in ~/.bashrc: export PATH=%s:"$PATH"' % (home / "bin")
-        if os.name == "nt":
-            line = "add it: Settings, Edit environment variables for your account, Path"
-        assert run_ok("install", "bin").out.splitlines() == [
-            "installed " + path, "%s is not on PATH; %s" % (home / "bin", line)]
+        monkeypatch.setenv("SHELL", "/bin/zsh")
+        found = run_ok("install", "bin").out.splitlines()
+        assert found[0] == "installed " + path
+        assert found[1].startswith("%s is not on PATH; to add it, " % (home / "bin"))
+        if os.name == "posix":
+            assert found[1].endswith(", here and in ~/.zshrc:")
+            assert found[2] == '  export PATH=%s:"$PATH"' % (home / "bin")
         monkeypatch.setenv("PATH", str(home / "bin"), prepend=os.pathsep)
         assert run_ok("install", "bin").out == "installed %s\n" % path
         assert os.listdir() == ["bin"] and os.listdir("bin") == [INSTALLED_AS]
