@@ -210,16 +210,17 @@ class QueueError(Exception):
     """An error that the user can fix. Its message is one line.
 
     VALUES are formatted into the message and made printable. CODE is the exit code of
-    the command: 1 for refused or failed, 2 for wrong usage.
+    the command: 1 for refused or failed, 2 for wrong usage. JOB is the row of a job
+    that stands in the way, mostly by its state.
     """
 
-    def __init__(self, message, *values, code=1):
+    def __init__(self, message, *values, code=1, job=None):
         if values:
             message %= tuple(
                 value if isinstance(value, (int, float)) else printable(str(value))
                 for value in values)
         super().__init__(message)
-        self.code = code
+        self.code, self.job = code, job
 
 
 # ======================================================================================
@@ -426,7 +427,8 @@ def check_directory(value):
     if not isinstance(value, str) or not value or not is_storable(value):
         raise ValueError("the path of a directory, in UTF-8")
     # Not by `normpath`, which leaves C:.. relative to a drive on Windows.
-    path = os.path.abspath(os.path.join(current_directory(), value))
+    path = os.path.abspath(
+        value if os.path.isabs(value) else os.path.join(current_directory(), value))
     if not os.path.isdir(path):
         raise ValueError("a directory that exists")
     if is_network_path(path):
@@ -626,18 +628,22 @@ def public_job(job):
     return found
 
 
+def nearest(word, words):
+    """Return the one of WORDS that is spelt most like a word, or nothing."""
+    from difflib import get_close_matches
+
+    # `worker 2` is not near `worker stop`: the word of the group proves nothing.
+    by_end = {each.split()[-1]: each for each in words}
+    near = get_close_matches("".join(word.split()[-1:]), by_end, 1, 0.7)
+    return "".join(map(by_end.get, near))
+
+
 def unknown_word(what, word, words, meant={}):
     """Return the QueueError for a word that is not in WORDS, with a suggestion.
 
     MEANT has what people type by the words of other tools: {word: what they mean}.
     """
-    from difflib import get_close_matches
-
-    word = word.lower()
-    # `worker 2` is not near `worker stop`: the word of the group proves nothing.
-    by_end = {each.split()[-1]: each for each in words}
-    near = get_close_matches("".join(word.split()[-1:]), by_end, 1, 0.7)
-    hint = meant.get(word) or "".join(map(by_end.get, near))
+    hint = meant.get(word.lower()) or nearest(word.lower(), words)
     hint = "did you mean %s?" % hint if hint else "there are: " + ", ".join(words)
     return QueueError("unknown %s; %s", what, hint, code=2)
 
@@ -676,6 +682,9 @@ def checked_job(given, defaults):
     job = checked_fields(given, defaults)
     if job["command"] is None:
         raise QueueError("command: missing; a job needs a shell command", code=2)
+    if job["cwd"] is None:  # asked once, and only now: this directory may be gone
+        defaults["cwd"] = checked("cwd", check_directory, current_directory())
+        job["cwd"] = defaults["cwd"]
     job["droppable"] = droppable_dependencies(given, job) if job["after"] else ()
     return job
 
@@ -2067,10 +2076,6 @@ RESTART = f"""UPDATE jobs SET {RESET}, updated_at = :now, {GIVEN}
 # A change of jobs: SQL, and the condition that a job has to meet. A verb may have two,
 # for jobs in different states.
 Change = collections.namedtuple("Change", "sql condition")
-NEXT_STEPS = {  # for an edit of a job in such a state
-    "processing": "cancel it, edit it, then retry it",
-    "completed": "enqueue it again with --unique and what is to change",
-}
 CANCEL = [
     Change(f"""UPDATE jobs SET state = 'dead', cancelled = 1, error = '{CANCELLED}',
         updated_at = :now""", IS_WAITING),
@@ -2137,9 +2142,10 @@ NEEDS_END = f"""WITH RECURSIVE needed (seq) AS (
         WHERE seq = :seq OR lock = :lock LIMIT 1"""
 
 
-def no_job(id):
-    """Return the QueueError for an id that no job has."""
-    return QueueError("there is no job %s", id)
+def no_job(id, near=()):
+    """Return the QueueError for an id that no job has; NEAR are ids like it."""
+    hint = "; did you mean %s?" % printable(near[0]) if near else ""
+    return QueueError("there is no job %s%s", id, hint)
 
 
 # A condition that selects jobs: SQL, its values, and `of_row`, the part of it that
@@ -2278,13 +2284,12 @@ class Queue(Database):
 
     # -- enqueue -----------------------------------------------------------------------
 
-    def defaults(self, cwd=None):
+    def defaults(self):
         """Return the default value of each field, by the present settings."""
         values = self.settings()
         return dict(
             {name: field.default for name, field in FIELDS.items()},
-            max_retries=values["max_retries"], timeout=values["timeout"],
-            cwd=checked("cwd", check_directory, cwd or current_directory()))
+            max_retries=values["max_retries"], timeout=values["timeout"])
 
     def add(self, command, **fields):
         """Check and enqueue one job, with the fields of its JSON; return its id."""
@@ -2327,7 +2332,8 @@ class Queue(Database):
         twin = self._seq_of(new.id) - first + 1
         if twin < 1:
             place = place_name(new.count) + ": " if new.count > 1 else ""
-            return QueueError(place + "there is a job %s already", new.id)
+            return QueueError(place + "there is a job %s already", new.id,
+                              job=self.job(new.id))
         return QueueError("%s and %s have the same id: %s", place_name(twin),
                           place_name(new.count), new.id)
 
@@ -2629,9 +2635,9 @@ class Queue(Database):
             if changes.get("env") and job["env"]:
                 changes["env"] = json.dumps(
                     {**json.loads(job["env"]), **json.loads(changes["env"])})
-            hint = NEXT_STEPS.get(job["state"], "")
-            self._apply([id], [Change(sql, in_states(TAKES["edit"]))],
-                        "job %(id)s is %(state)s: " + hint, changes)
+            self._apply(
+                [id], [Change(sql, in_states(TAKES["edit"]))],
+                "job %(id)s is %(state)s, not " + " or ".join(TAKES["edit"]), changes)
             if "after" in fields:
                 self._change("DELETE FROM dependencies WHERE seq = ?", job["seq"])
                 self._add_dependencies([(id, fields["after"], ())])
@@ -2719,7 +2725,8 @@ class Queue(Database):
             jobs = self._named(ids)
             for job in jobs:
                 if not self._apply_to([job["seq"]], changes, values):
-                    raise QueueError(refusal % dict(job, id=printable(job["id"])))
+                    raise QueueError(
+                        refusal % dict(job, id=printable(job["id"])), job=job)
         if not self.db.in_transaction:  # the workers would see no change before its end
             wake_workers(self.path)
         return len(jobs)
@@ -2790,8 +2797,23 @@ class Queue(Database):
         query = f"{SELECT_JOB} WHERE id = ?"
         job = self._row(query, id) if is_storable(id) else None
         if job is None:
-            raise no_job(id)
+            raise no_job(id, self._ids_like(id))
         return job
+
+    def _ids_like(self, id):
+        """Return ids that begin with this one, or else those spelt like it.
+
+        Only its neighbours in the alphabet are looked at: there may be a million ids.
+        """
+        from difflib import get_close_matches
+
+        ids = [near for near, in self._rows("""
+            SELECT * FROM (SELECT id FROM jobs WHERE id >= :id ORDER BY id LIMIT 50)
+            UNION ALL SELECT * FROM (
+                SELECT id FROM jobs WHERE id < :id ORDER BY id DESC LIMIT 50)""",
+            id=id)] if is_storable(id) else []
+        begun = [near for near in ids if near.startswith(id)]
+        return begun or get_close_matches(id, ids, 1, 0.7)
 
     def still_there(self, ids):
         """Yield those of these jobs that have not been deleted in the meantime."""
@@ -3330,7 +3352,7 @@ class Wait:
         self.queue, self.on_check = queue, on_check
         self.left = collections.deque(ids)
         self.is_small = len(self.left) <= MAX_WATCHED
-        self.ended = dict.fromkeys((*STATES, "removed"), 0)
+        self.ended = dict.fromkeys((*FINISHED, "removed"), 0)
         self.began = time.monotonic()
         self.seen_at = {}  # {id: when the job was last seen unfinished}
 
@@ -3366,7 +3388,7 @@ class Wait:
         """Return how many of the jobs are in each state, as `Queue.counts` does."""
         if not self.is_small:
             return self.queue.counts()
-        counts = {state: self.ended[state] for state in STATES}
+        counts = {state: self.ended.get(state, 0) for state in STATES}
         for batch in batches(self.left):
             ids = ", ".join("?" for _ in batch)
             for state, jobs in self.queue._rows(f"""
@@ -5931,18 +5953,57 @@ def command(name, meaning, example, *arguments, **facts):
     return register
 
 
-# The commands that people mean by the words of other tools.
-MEANT = {
-    "jobs": "list", "ps": "status", "top": "status --watch", "worker list": "status",
-    "worker status": "status", "start": "worker start", "run": "worker start",
-    "stop": "worker stop, or cancel", "add": "enqueue", "submit": "enqueue",
-    "kill": "cancel", "tail": "logs", "cat": "logs", "log": "logs",
-    "prune": "delete", "clean": "delete", "clear": "delete, or dlq clear",
-    "requeue": "retry",
-    "dlq requeue": "dlq retry", "dlq show": "dlq list", "dlq ls": "dlq list",
-    "dlq delete": "delete", "set": "config set", "config reset": "config unset",
-    "version": "--version", "reset": "delete --all, or to remove queuectl.db",
-}
+# The commands that people mean by the words of other tools. A * stands for the words
+# that follow. Where two commands may be meant, both are named.
+MEANT = {word: meant for meant, words in {
+    "status": "ps, ps -a, ps aux, count, init, workers, worker list, worker status",
+    "status --watch": "top, watch",
+    "list": "jobs, job, queue, queue list, jobs list, job list, list all, list --all,"
+            " list -a, ls -a",
+    "list --match": "find *, search *, grep *",
+    "show": "info *, job *, inspect *, describe *, status *, list *, dlq show *,"
+            " dlq list *",
+    "show | config get": "get *",
+    "logs": "log, cat, output, tail, dlq logs *",
+    "logs -f": "follow",
+    "stats --since": "stats *",
+    "wait": "wait all, wait --all",
+    "enqueue": "add, submit, create, new, push, schedule, exec, run *, queue *",
+    "edit": "update, change, modify",
+    "edit --delay 1d": "hold *, pause *",
+    "edit --run-at now": "resume *, release *",
+    "edit --run-at now | worker start --count": "start *",
+    "pause": "hold, suspend, pause all",
+    "resume": "unpause, continue, resume all",
+    "cancel": "kill *, kill -9, stop *, abort *, dequeue *, cancel --force, cancel -f",
+    "cancel --state pending --state failed --state processing":
+        "cancel all, cancel --all, kill --all",
+    "retry": "restart *, rerun, requeue, redo",
+    "delete": "remove, del, delete --force, delete -f, purge *, clear *,"
+              " dlq delete *, dlq remove *, dlq clear *",
+    "delete --state completed": "prune, clean, cleanup",
+    "delete --state completed | dlq clear": "purge, clear",
+    "delete --all": "reset, flush, empty, delete all, purge --all, clear --all",
+    "dlq list": "dead, dlq show, dlq ls",
+    "dlq retry": "dlq requeue",
+    "dlq retry --all": "dlq retry all, retry all, retry --all",
+    "dlq clear": "dlq delete, dlq flush, dlq empty, dlq clear all, dlq clear --all",
+    "config show": "settings, config ls, config edit",
+    "config set": "set",
+    "config unset": "unset, config reset, config delete",
+    "worker start": "start, run, up, worker run, start worker, start workers",
+    "worker start --count": "worker start *",
+    "worker start --detach": "daemon",
+    "worker stop": "stop, down, stop worker, stop workers, worker stop all",
+    "worker stop --now": "kill, worker kill",
+    "worker stop | worker start": "restart, worker restart",
+    "dashboard": "web, ui, serve",
+    "dashboard --port": "dashboard *",
+    "--version": "version",
+    **{"list --state " + state: state for state in STATES if state != "dead"},
+    **{"config get " + name: "config " + name for name in SETTINGS},
+    **{"config set " + name: "config %s *" % name for name in SETTINGS},
+}.items() for word in words.split(", ")}
 # The same for states.
 MEANT_STATES = {
     "running": "processing", "waiting": "pending", "queued": "pending",
@@ -5976,8 +6037,35 @@ def command_named(words):
     if name and name not in COMMANDS and name not in groups:
         group = name.split()[0]
         known = [each for each in COMMANDS if each.startswith(group + " ")]
-        raise unknown_word("command " + name, name, known or firsts, MEANT)
+        raise unknown_command(name, [*words, *options], known or firsts)
     return name, [*options, *words]
+
+
+def unknown_command(name, rest, known):
+    """Return the QueueError for the name of a command that is not in KNOWN."""
+    word = name.lower().replace("-", "_")  # max-retries
+    hint = line_meant(word, rest, any(not each.startswith("-") for each in rest))
+    near = "" if word.startswith("un") else nearest(word, known)
+    if near and not hint:  # `undelete` is the opposite of what is near it
+        hint = "did you mean: " + usage(*near.split(), *rest)
+    hint = hint or "there are: " + ", ".join(known)
+    return QueueError("unknown command %s; %s", name, hint, code=2)
+
+
+def line_meant(name, rest, has_word):
+    """Return what is meant by a command and the words after it, or nothing.
+
+    HAS_WORD tells whether one of these is no option.
+    """
+    known = [word for word in rest if "%s %s" % (name, word) in MEANT][:1]
+    key = " ".join([name, *known])
+    if has_word and not known and name + " *" in MEANT:
+        key = name + " *"
+    rest, lines = [word for word in rest if word not in known], []
+    for meant in MEANT[key].split(" | ") if key in MEANT else ():
+        is_command = meant == "enqueue" and rest and rest[0][:1] not in ("-", "{", "[")
+        lines.append(usage(*meant.split(), *["--"] * bool(is_command), *rest))
+    return lines and "did you mean: " + ", or: ".join(lines)
 
 
 # An argument: its names; the word for its value, which help shows and completion knows,
@@ -6016,6 +6104,10 @@ def field_option(name, of_new_job=True):
 
 def state_name(text):
     """Return the name of a state, spelt in any case."""
+    if "," in text:
+        names = re.split(r"\s*,\s*", text)
+        raise QueueError("--state %s: write %s", text, " ".join(
+            "--state " + name for name in names), code=2)
     if text.lower() not in STATES:
         raise unknown_word("state " + text, text, STATES, MEANT_STATES)
     return text.lower()
@@ -6266,8 +6358,7 @@ def cmd_enqueue(args, queue):
     if args.lines and not args.file and not args.jobs:
         args.jobs = ["-"]
     options, ids, number = enqueue_options(args), [], itertools.count()
-    defaults = queue.defaults(args.cwd)  # this directory may be gone
-    places = Places()
+    defaults, places = queue.defaults(), Places()
 
     def check(given):
         if args.id and next(number):
@@ -6349,6 +6440,9 @@ def require_one_source(args):
         text = " ".join(args.jobs)
         if re.match(r"'\s*[{[]", text):  # cmd passes '…' on, and takes it apart
             parse_json(text.strip("'"))
+        if re.search(r"\.(json|jsonl|ndjson)$", text) and os.path.isfile(text):
+            raise QueueError("enqueue: to read jobs from a file: %s", usage(
+                "enqueue", "--file", text), code=2)
         options = [word for word in args.given if word not in args.jobs]
         raise QueueError("not JSON: %s; to run a command: %s", args.jobs[0], usage(
             "enqueue", *options, "--", *args.jobs), code=2)
@@ -6680,6 +6774,33 @@ def answer_lines(queue, job, now, waiting):
         yield "%s wait%s for it: %s" % (
             plural(len(ids), "job"), "s" if len(ids) == 1 else "", listed(ids))
     yield from filter(None, [next_step(queue, job, now)])
+
+
+# The same where a verb does not take a job in a state.
+REFUSED_COMMANDS = {
+    ("retry", "pending"): ("to see why it waits", "show {}"),
+    ("retry", "processing"): ("to end it first", "cancel {}"),
+    ("retry", "failed"): NEXT_COMMANDS["failed"],
+    ("retry", "completed"): NEXT_COMMANDS["completed"],
+    ("edit", "processing"): ("to end it first", "cancel {}"),
+    ("edit", "completed"): (
+        "to run another command", "enqueue --unique --id {} -- COMMAND"),
+    ("cancel", "completed"): ("to remove it", "delete {}"),
+    ("cancel", "dead"): ("to remove it", "delete {}"),
+    ("delete", "processing"): ("to end it first", "cancel {}"),
+    **{("enqueue", state): ("to see it", "show {}") for state in STATES},
+}
+
+
+def with_next_step(name, path, error):
+    """Return an error with the next step, if a command has refused a job's state."""
+    verb = name.split()[-1]
+    if not error.job or (verb, error.job["state"]) not in REFUSED_COMMANDS:
+        return error
+    what, line = REFUSED_COMMANDS[verb, error.job["state"]]
+    command = "%s %s" % (PROGRAM, line.format(quoted([error.job["id"]])))
+    return QueueError("%s; %s: %s", error, what, in_queue(path, command),
+                      code=error.code)
 
 
 def next_step(queue, job, now):
@@ -7070,19 +7191,22 @@ def require_one_selection(args, *ways):
 
 
 # `taken` is the condition for the jobs that a verb for many changes. `left` is that for
-# those which it leaves alone, or None, and `why` the reason, for the message.
-Selection = collections.namedtuple("Selection", "taken left why")
+# those which it leaves alone, or None, `why` the reason, and `step` what to do about
+# one of them: words and a command. `age` says in words what has been asked of all.
+Selection = collections.namedtuple(
+    "Selection", "taken left why step age", defaults=(None, None, ("", ""), ""))
 
 
 def jobs_to_retry(states, **filters):
     return Selection(where(states, cancelled=False, **filters),
                      where(states, cancelled=True, **filters),
-                     "cancelled ones are retried by id")
+                     "cancelled ones are retried by id", ("to retry one", "retry"))
 
 
 def jobs_to_delete(states, **filters):
     chosen = where(states, **filters)
-    return Selection(not_needed(chosen), needed(chosen), "other jobs wait for them")
+    return Selection(not_needed(chosen), needed(chosen), "other jobs wait for them",
+                     ("to see which", "show"))
 
 
 def apply_to_named(args, queue, verb, done, answer):
@@ -7105,9 +7229,9 @@ class Rehearsed(Exception):
     """Ends a transaction that is not to change anything."""
 
 
-def list_dry_run(args, queue, done, jobs, count):
+def list_dry_run(args, queue, done, jobs, count, age=""):
     """List the jobs that a verb would change; a terminal gets as many as fit."""
-    message = "%s would be %s; nothing is changed" % (plural(count, "job"), done)
+    message = "%s%s would be %s; nothing is changed" % (plural(count, "job"), age, done)
     list_jobs(args, queue, itertools.islice(jobs, room_for_jobs(args, [message])))
     report_below(args, message)
 
@@ -7116,14 +7240,26 @@ def apply_to_many(args, queue, verb, done, selection):
     """Apply a verb to the jobs of a selection; with --dry-run only list them."""
     if args.dry_run:
         jobs, count = queue.jobs(selection.taken), queue.count(selection.taken)
-        return list_dry_run(args, queue, done, jobs, count)
+        return list_dry_run(args, queue, done, jobs, count, selection.age)
     count = verb(selection.taken)
-    result, message = {done: count}, "%s %s" % (done, plural(count, "job"))
+    result = {done: count}
+    message = "%s %s%s" % (done, plural(count, "job"), selection.age)
     if selection.left:
         result["left"] = queue.count(selection.left)
     if result.get("left"):
-        message += "; %d left: %s" % (result["left"], selection.why)
+        message += "; %d left: %s%s" % (
+            result["left"], selection.why, about_left(queue, selection))
     print_result(args, result, message)
+
+
+def about_left(queue, selection):
+    """Return which jobs a verb for many has left, and the next step for the first."""
+    ids = [job["id"] for job in queue.jobs(selection.left, 4, brief=True)]
+    if not ids:  # they have ended in the meantime
+        return ""
+    what, word = selection.step
+    names = printable(", ".join(ids[:3])) + ", ..." * bool(ids[3:])
+    return " (%s); %s: %s" % (names, what, in_queue(queue.path, usage(word, ids[0])))
 
 
 @command("cancel", "end jobs that wait or run; they become dead", "cancel job1",
@@ -7134,8 +7270,7 @@ def cmd_cancel(args, queue):
         return apply_to_named(args, queue, queue.cancel, "cancelled",
                               lambda id: cancel_answer(queue, id))
     chosen = where(args.state or TAKES["cancel"], text=args.match)
-    apply_to_many(
-        args, queue, queue.cancel_all, "cancelled", Selection(chosen, None, None))
+    apply_to_many(args, queue, queue.cancel_all, "cancelled", Selection(chosen))
 
 
 def cancel_answer(queue, id):
@@ -7193,6 +7328,9 @@ def selection_to_delete(args, before):
     selection = jobs_to_delete(states, text=args.match, finished_before=before)
     if args.all and before is None:  # jobs go together with their dependents
         selection = selection._replace(taken=where(states))
+    if before is not None:  # to many people, 7 means days
+        age = setting_with_unit("keep", args.older_than)
+        selection = selection._replace(age=" that ended more than %s ago" % age)
     return selection
 
 
@@ -7497,10 +7635,22 @@ def cmd_install(args):
     on_path = os.path.realpath(home) in map(os.path.realpath, os.get_exec_path())
     lines = ["installed " + printable(path)]
     if not on_path:
-        lines.append(printable(home) + " is not on PATH: add it")
+        place, line = how_to_add(home)
+        lines += ["%s is not on PATH; to add it, %s:" % (printable(home), place), line]
     print_result(args, {"path": path, "on_path": on_path}, *lines)
     if not WINDOWS and os.geteuid() == 0 and is_open_to_others(path):
         report_closed(sys.executable, os.path.abspath(__file__))
+
+
+def how_to_add(home):
+    """Return where and how the user's shell puts a directory on PATH: words, a line."""
+    shell = os.path.basename(os.environ.get("SHELL", ""))
+    if WINDOWS:
+        return "in Settings", "  Edit environment variables for your account, Path"
+    if shell == "fish":
+        return "once", "  fish_add_path " + quoted([home])
+    return ("here and in ~/.%src" % ("zsh" if shell == "zsh" else "bash"),
+            "  export PATH=%s:\"$PATH\"" % quoted([home]))
 
 
 def report_closed(*paths):
@@ -9909,48 +10059,78 @@ def group_overview(group):
 
 def refuse_mistaken(name, words):
     """Refuse words that a command would take for something else than was meant."""
-    message, first = None, words[0].lower() if words else ""
-    if name == "list" and (first in STATES or first in MEANT_STATES):
-        message = "list: did you mean %s?", usage("list", "--state", *words)
-    if name == "worker start" and first.isdecimal():
-        message = "worker start: did you mean %s?", usage(
-            "worker", "start", "--count", *words)
     if name in ("retry", "dlq retry") and "--" in words:
-        message = "%s: it takes no command; to change that of a job first: %s", name, \
-            usage("edit", *words)
-    setting = re.match("--([^=]+)=?", words[0]) if words else None
-    if name == "config set" and setting and not setting[1] in ("json", "db", "help"):
-        message = "config set: write it without dashes: %s", usage(
-            "config", "set", setting[1], words[0][setting.end() :] or words[-1])
-    if message:
-        raise QueueError(*message, code=2)
+        raise QueueError("%s: it takes no command; to change that of a job first: %s",
+                         name, usage("edit", *words), code=2)
+    setting = re.match("(--)?([^=]+)(=?)(.*)", words[0], re.S) if words else None
+    if name == "config set" and setting and (setting[1] or setting[3]) and (
+            setting[2] not in ("json", "db", "help")):
+        raise QueueError("config set: did you mean: %s", usage(
+            "config", "set", setting[2], *[setting[4]] * bool(setting[3]), *words[1:]),
+            code=2)
+
+
+def refuse_words_for_ids(name, args, queue):
+    """Refuse `all` or states in place of ids, unless a job is called so."""
+    ids, words = getattr(args, "ids", None) or [""], args.given
+    line = line_meant(name, words, False) if ids[0] == "all" else None
+    if any("--state" in each.names for each in COMMANDS[name].arguments):
+        states = {id: MEANT_STATES.get(id, id) for id in ids}
+        words = [each for word in words for each in (
+            ["--state", states[word]] if states.get(word) in STATES else [word])]
+    if words != args.given:
+        line = "did you mean: " + usage(*name.split(), *words)
+    if line and queue.state(ids[0]) is None:
+        raise QueueError("there is no job %s; %s", ids[0], line, code=2)
 
 
 # The options that people mean by the words of other tools.
 MEANT_OPTIONS = {
-    "--retries": "--max-retries", "--jobs": "--count", "-j": "--count", "-n": "--count",
-    "--workers": "--count", "-q": "--quiet", "-d": "--detach",
-    "--at": "--run-at", "--error-text": "--error",
+    "--count": "-c -j -n -p -w --jobs --workers --concurrency --processes --parallel"
+               " --num-workers --threads",
+    "--limit": "-n -l --max --count --head",
+    "--detach": "-d -b -D --background --bg --daemon --daemonize --detached",
+    "--drain": "--burst --once --exit --until-empty",
+    "--now": "-f --force --kill",
+    "--quiet": "-q --silent", "--watch": "-w --follow", "--newest": "-r --reverse",
+    "--max-retries": "-r --retry --retries --max-attempts --attempts --tries",
+    "--delay": "--in --countdown", "--run-at": "--at --eta",
+    "--after": "--depends-on --depends --needs", "--id": "--name -i",
+    "--port": "-p", "--file": "-f --input --from-file",
+    "--command": "--cmd -c", "--cwd": "-C --dir --directory --workdir --chdir",
+    "--state": "-s --status", "--match": "--filter --grep --search --query --name",
+    "--since": "--within", "--error": "--error-text --reason",
+    "--older-than": "--age --before --older", "--dry-run": "-n --simulate --dryrun",
 }
 
 
-def option_meant(words, parser):
-    """Return what was meant by the first word that is no option, or nothing."""
+def option_meant(given, known):
+    """Return the words that are meant by an option that is not KNOWN, or nothing."""
     from difflib import get_close_matches
 
-    known = parser._option_string_actions
-    given = [word.partition("=")[0] for word in words if word.startswith("-")]
-    word = next((word for word in given if word not in known), "")
-    near = [MEANT_OPTIONS.get(word)] + get_close_matches(
-        word.replace("_", "-"), known, 1, 0.8)
-    near += [each for each in known if word[2:] and each.startswith(word)]
-    found = [each for each in near if each in known]
-    if found:
-        return "did you mean %s?" % found[0]
-    takes_ids = any(one.metavar == "ID" for one in parser._get_positional_actions())
-    if takes_ids and re.match("-[^-]", word):
-        return "an id that begins with - stands behind a --"
-    return None
+    if "--state" in known and given[2:] in STATES:
+        return ["--state", given[2:]]
+    near = [option for option, words in MEANT_OPTIONS.items() if given in words.split()]
+    near += get_close_matches(given.replace("_", "-"), known, 1, 0.8)
+    near += [option for option in known if given[2:] and option.startswith(given)]
+    return [option for option in near if option in known][:1]
+
+
+def with_known_options(words, known):
+    """Return a command line with known options in place of others, or nothing."""
+    end = words.index("--") if "--" in words else len(words)
+    fixed = []
+    for word in words[:end]:
+        option, sign, value = word.partition("=")
+        if sign and "--" + option in known:  # timeout=5m
+            option = "--" + option
+        if option.startswith("-") and option not in known:
+            *others, option = option_meant(option, known) or [""]
+            fixed += others
+        if not option:
+            return []
+        fixed.append(option + sign + value)
+    return fixed + words[end:] if fixed != words[:end] else []
 
 
 def first_word(words, parser):
@@ -9966,21 +10146,39 @@ def first_word(words, parser):
     return len(words)
 
 
+def hint_for_line(name, words, parser):
+    """Return what to type in place of a command line that a parser has refused."""
+    known, at = parser._option_string_actions, first_word(words, parser)
+    word = "".join(words[at : at + 1])
+    state = MEANT_STATES.get(word.lower(), word.lower())
+    fixed = with_known_options(words, known)
+    unknown = [each for each in words if each.startswith("-") and each != "--"
+               and each.partition("=")[0] not in known]
+    if any(each.startswith("'") for each in words):
+        return "cmd takes '...' apart: write \"...\""
+    if name == "enqueue" and word[:1] not in ("", "{", "[") and "--" not in words and (
+            not at or not fixed):
+        return "to run a command: " + usage(name, *words[:at], "--", *words[at:])
+    option, value = ("--limit", word) if word.isdecimal() else ("--state", state)
+    if not unknown and option in known and (word.isdecimal() or state in STATES):
+        fixed = [*words[:at], option, value, *words[at + 1 :]]
+    if fixed:
+        return "did you mean: " + usage(*name.split(), *fixed)
+    if name == "logs" and re.match("-n|--tail|--lines", "".join(unknown[:1])):
+        return "to see the last lines: " + usage("logs", "ID") + " | tail"
+    if "ID" in parser.format_usage() and re.match("-[^-].", "".join(unknown[:1])):
+        return "an id that begins with - stands behind a --"
+    return line_meant(name, words, word and not unknown) or (
+        "see: " + usage(*name.split(), "--help"))
+
+
 def parse_arguments(name, words):
     """Return the arguments of one command; no other command's parser is built."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            hint = option_meant(words, self)
-            at = first_word(words, self)
-            is_command = words[at:] and words[at][:1] not in ("{", "[")
-            if name == "enqueue" and is_command and not (at and hint):
-                hint = "to run a command: " + usage(
-                    "enqueue", *words[:at], "--", *words[at:])
-            hint = hint or "see: " + usage(*name.split(), "--help")
-            if any(word.startswith("'") for word in words):
-                hint = "cmd takes '...' apart: write \"...\""
+            hint = hint_for_line(name, words, self)
             raise QueueError("%s: %s; %s", name, message, hint, code=2)
 
     refuse_mistaken(name, words)
@@ -10025,9 +10223,12 @@ def run_command(argv):
         if not entry.opens_queue:
             return entry.function(args) or 0
         with Queue(args.db, create=entry.creates_queue) as queue:
+            refuse_words_for_ids(name, args, queue)
             return entry.function(args, queue) or 0
     except sqlite3.Error as error:
         raise QueueError("%s: %s", args.db, error_text(error)) from None
+    except QueueError as error:
+        raise with_next_step(name, args.db, error) from None
 
 
 def create_queue(path):
@@ -10080,7 +10281,8 @@ def main(argv=None):
         if error.errno in closed_pipe and error.filename is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would complain
             return 0
-        path = str(error.filename or "system error")
+        unnamed = "this directory" if error.errno == errno.ENOENT else "system error"
+        path = str(error.filename or unnamed)
         hint = owner_hint(path) or ": %s" % (error.strerror or error)
         notice(printable(path) + hint)
         return 1

@@ -2946,7 +2946,8 @@ class TestMigration:
         assert run_ok("config", "get", "backoff_base").out == "5\n"
         assert details_of("chain")["after"] == ["behind"]
         assert run_ok("dlq", "retry", "--all").out == (
-            "retried 1 job; 1 left: cancelled ones are retried by id\n")
+            "retried 1 job; 1 left: cancelled ones are retried by id (cut);"
+            " to retry one: queuectl.py retry cut\n")
         run_ok("edit", "failed", "--run-at", "now")
         assert drain() == 0
         assert {id for id, job in jobs().items() if job["state"] != "completed"} == {
@@ -3504,7 +3505,22 @@ class TestEnqueue:
         assert "UTF-8" in run_refused(
             "enqueue", "--db", "../q.db", "--", "true", code=2)
         run_ok("enqueue", "--db", "../q.db", "--cwd", "/", "--", "true")
+        run_ok("enqueue", "--db", "../q.db", '{"command": "true", "cwd": "/"}')
         os.chdir(str(home))
+
+    @posix_only
+    def test_a_removed_folder_is_no_trouble_of_a_job_elsewhere(self, home):
+        os.mkdir("gone")
+        os.chdir("gone")
+        os.rmdir(str(home / "gone"))
+        path = str(home / "queuectl.db")
+        try:
+            run_ok("enqueue", "--db", path, '{"command": "true", "cwd": "/"}')
+            assert "this directory: No such file" in run_refused(
+                "enqueue", "--db", path, '{"command": "true"}')
+        finally:
+            os.chdir(str(home))
+        assert len(jobs()) == 1
 
     def test_max_retries_is_fixed_at_enqueue(self):
         enqueue(id="old")
@@ -3653,7 +3669,8 @@ class TestList:
         assert run_ok("retry", "--state", "completed", "--match", "a").out == (
             "retried 2 jobs\n")
         assert run_ok("retry", "--state", "dead").out == (
-            "retried 1 job; 2 left: cancelled ones are retried by id\n")
+            "retried 1 job; 2 left: cancelled ones are retried by id (a4, b2); to retry"
+            " one: queuectl.py retry a4\n")
         assert run_ok("delete", "--match", "b", "--state", "completed").out == (
             "deleted 1 job\n")
         assert run_ok("cancel", "--match", "nothing").out == "cancelled 0 jobs\n"
@@ -4118,7 +4135,8 @@ class TestWait:
         assert answer.code == 124 and answer.out == "" and (
             "gave up after 50ms: 1 waiting, 0 running; no pool" in answer.err)
         assert "no job x" in run_refused("wait", "x")
-        assert run_ok("wait", "good", "--json").json["completed"] == 1
+        assert run_ok("wait", "good", "--json").json == {
+            "completed": 1, "dead": 0, "removed": 0, "died_before": 0, "left": []}
         run_ok("delete", "later")
         answer = cli("wait")  # whether it died before or after the wait began
         assert answer.code == 1
@@ -4320,7 +4338,7 @@ class TestEdit:
             "pending")
         run = claim(queue)
         assert run.id == "x"
-        assert "job x is processing: cancel it, edit it, then retry it" in run_refused(
+        assert "to end it first: queuectl.py cancel x\n" in run_refused(
             "edit", "x", "--priority", "1")
         queue.fail(run, make_outcome())
         # A failed job is tried at once.
@@ -4328,7 +4346,7 @@ class TestEdit:
         run = claim(queue)
         assert (run.attempt, run.command) == (2, "true")
         queue.complete(run, make_outcome(None))
-        assert "job x is completed: enqueue it again with --unique" in run_refused(
+        assert "command: queuectl.py enqueue --unique --id x -- COMMAND" in run_refused(
             "edit", "x", "--priority", "1")
         assert "nothing to change" in run_refused("edit", "x", code=2)
         assert "no job y" in run_refused("edit", "y", "--priority", "1")
@@ -4582,10 +4600,11 @@ class TestDelete:
         clock.now += DAY
         age = "%ds" % (time.time() - clock.now + 1.5 * DAY)
         assert run_ok("delete", "--older-than", age, "--dry-run", "--json").json == []
-        assert run_ok("delete", "--older-than", "1d").out == "deleted 2 jobs\n"
+        assert run_ok("delete", "--older-than", "1d").out == (
+            "deleted 2 jobs that ended more than 1d ago\n")
         assert set(jobs()) == {"dead", "cancelled"}
-        assert run_ok("delete", "--state", "dead", "--older-than", age).out == (
-            "deleted 2 jobs\n")
+        assert run_ok("delete", "--state", "dead", "--older-than", age).out.startswith(
+            "deleted 2 jobs that ended more than ")
         assert jobs() == {}
 
     @pytest.mark.parametrize("words", [["dlq", "clear"], ["delete", "--state", "dead"]])
@@ -4619,7 +4638,8 @@ class TestDelete:
             add_job(queue, id=id, after=after, max_retries=1)
         queue.fail(claim(queue), make_outcome())
         assert run_ok("dlq", "clear").out == (
-            "deleted 0 jobs; 1 left: other jobs wait for them\n")
+            "deleted 0 jobs; 1 left: other jobs wait for them (a);"
+            " to see which: queuectl.py show a\n")
         assert run_ok("delete", "--state", "pending").out == "deleted 1 job\n"
         add_job(queue, id="b", after=["a"])
         assert run_ok("delete", "--all").out == "deleted 2 jobs\n" and jobs() == {}
@@ -4682,7 +4702,8 @@ class TestDelete:
         add_job(queue, id="other", after=["a"])
         queue.cancel(["a", "b", "c"])
         assert run_ok("dlq", "clear").out == (
-            "deleted 2 jobs; 1 left: other jobs wait for them\n")
+            "deleted 2 jobs; 1 left: other jobs wait for them (a);"
+            " to see which: queuectl.py show a\n")
         assert set(jobs()) == {"a", "other"}
         queue.cancel(["other"])
         assert run_ok("dlq", "clear").out == "deleted 2 jobs\n" and jobs() == {}
@@ -4692,14 +4713,15 @@ class TestDelete:
         add_job(queue, id="new", after="old")
         queue.fail(claim(queue), make_outcome())
         assert run_ok("delete", "--all", "--older-than", "1d").out == (
-            "deleted 0 jobs; 1 left: other jobs wait for them\n")
+            "deleted 0 jobs that ended more than 1d ago; 1 left: other jobs wait for"
+            " them (old); to see which: queuectl.py show old\n")
         assert run_ok("delete", "--all").out == "deleted 2 jobs\n"
 
     @pytest.mark.parametrize("words, printed", [
         (["dlq", "retry", "--all"], "retried 0 jobs\n"),
         (["dlq", "clear"], "deleted 0 jobs\n"),
         (["delete", "--all"], "deleted 0 jobs\n"),
-        (["delete", "--older-than", "7d"], "deleted 0 jobs\n"),
+        (["delete", "--older-than", "7"], "deleted 0 jobs that ended more than 7s ago\n"),
         *((["delete", "--state", name], "deleted 0 jobs\n")
           for name in queuectl.STATES if name != "processing")
     ])
@@ -5708,8 +5730,13 @@ class TestInstall:
         path = str(home / "bin" / INSTALLED_AS)
         assert run_ok("install", "bin", "--json").json == {
             "path": path, "on_path": False}
-        assert run_ok("install", "bin").out.splitlines() == [
-            "installed " + path, "%s is not on PATH: add it" % (home / "bin")]
+        monkeypatch.setenv("SHELL", "/bin/zsh")
+        found = run_ok("install", "bin").out.splitlines()
+        assert found[0] == "installed " + path
+        assert found[1].startswith("%s is not on PATH; to add it, " % (home / "bin"))
+        if os.name == "posix":
+            assert found[1].endswith(", here and in ~/.zshrc:")
+            assert found[2] == '  export PATH=%s:"$PATH"' % (home / "bin")
         monkeypatch.setenv("PATH", str(home / "bin"), prepend=os.pathsep)
         assert run_ok("install", "bin").out == "installed %s\n" % path
         assert os.listdir() == ["bin"] and os.listdir("bin") == [INSTALLED_AS]
@@ -6256,36 +6283,53 @@ class TestCommandLine:
         run_refused(*argv, code=2)
 
     def test_a_misspelt_name_gets_the_nearest_one(self):
-        assert "did you mean status" in run_refused("statuz", code=2)
-        assert "did you mean dlq retry" in run_refused("dlq", "retri", "x", code=2)
+        assert "did you mean: queuectl.py status\n" in run_refused("statuz", code=2)
+        assert "mean: queuectl.py dlq retry x\n" in run_refused("dlq", "retri", "x", code=2)
         assert "did you mean backoff_base" in run_refused(
             "config", "get", "backof_base", code=2)
 
     @pytest.mark.parametrize("words, printed", [
-        (["stop"], "did you mean worker stop, or cancel?"),
-        (["start"], "did you mean worker start?"),
-        (["clear"], "did you mean delete, or dlq clear?"), (["retyr"], "did you mean retry?"),
-        (["frobnicate"], "there are: enqueue, "), (["run"], "mean worker start?"),
+        (["stop"], "mean: queuectl.py worker stop\n"), (["retyr"], "queuectl.py retry\n"),
+        (["start"], "mean: queuectl.py worker start\n"), (["run"], "worker start\n"),
+        (["stop", "x"], "mean: queuectl.py cancel x\n"), (["kill", "x"], "py cancel x\n"),
+        (["stop", "workers", "--json"], "mean: queuectl.py worker stop --json\n"),
+        (["purge"], ": queuectl.py delete --state completed, or: queuectl.py dlq clear\n"),
+        (["purge", "x"], "py delete x\n"), (["clean"], "delete --state completed\n"),
+        (["undelete", "x"], "there are: enqueue, "), (["unpause"], "queuectl.py resume\n"),
+        (["frobnicate"], "there are: enqueue, "), (["-v"], "mean --version?"),
+        (["add", "ls", "-l"], "py enqueue -- ls -l\n"), (["failed"], "list --state failed\n"),
+        (["add", "--id", "x", "--", "ls"], "queuectl.py enqueue --id x -- ls\n"),
+        (["status", "--json", "x"], "mean: queuectl.py show --json x\n"),
         (["list", "--limit", "-1"], "-1 is not a whole number of at least 0\n"),
-        (["show", "-x"], "an id that begins with - stands behind a --"),
-        (["dlq", "ls"], "mean dlq list?"), (["-v"], "mean --version?"),
-        (["enqueue", "--prio", "5", "--", "x"], "mean --priority?"),
-        (["list", "pending"], "queuectl.py list --state pending?"),
-        (["worker", "start", "2"], "queuectl.py worker start --count 2?"),
+        (["show", "-x1"], "an id that begins with - stands behind a --"),
+        (["logs", "--tail", "5", "x"], "last lines: queuectl.py logs ID | tail\n"),
+        (["dlq", "ls"], "dlq list\n"), (["dlq", "clear", "x"], "queuectl.py delete x\n"),
+        (["enqueue", "--prio", "5", "--", "x"], "py enqueue --priority 5 -- x\n"),
+        (["enqueue", "--name=a", "--retries", "3", "--", "x"],
+         "mean: queuectl.py enqueue --id=a --max-retries 3 -- x\n"),
+        (["enqueue", "--label", "a", "--", "x"], "see: queuectl.py enqueue --help\n"),
+        (["list", "pending"], "mean: queuectl.py list --state pending\n"),
+        (["list", "--status", "dead"], "mean: queuectl.py list --state dead\n"),
+        (["list", "--dead", "--json"], "mean: queuectl.py list --state dead --json\n"),
+        (["list", "5"], "mean: queuectl.py list --limit 5\n"),
+        (["list", "--sort", "id"], "see: queuectl.py list --help\n"),
         (["list", "--state", "running"], "mean processing?"),
-        (["worker", "list"], "mean status?"), (["worker", "strt"], "mean worker start?"),
-        (["dlq", "requeue"], "mean dlq retry?"), (["worker", "start", "-j4"], "worker start"),
-        (["worker", "start", "--jobs", "4"], "did you mean --count?"),
-        (["enqueue", "--timeut", "4", "--", "x"], "did you mean --timeout?"), (["kill", "x"], "mean cancel?"),
-        (["reset"], "to remove queuectl.db?"),
+        (["list", "--state", "dead,failed"], "write --state dead --state failed\n"),
+        (["edit", "x", "priority=5"], "mean: queuectl.py edit x --priority=5\n"),
+        (["worker", "start", "2", "--detach"], "worker start --count 2 --detach\n"),
+        (["worker", "start", "--jobs", "4", "-d"], "start --count 4 --detach\n"),
+        (["worker", "start", "-j4"], "worker start"), (["worker", "list"], "py status\n"),
+        (["worker", "strt"], "py worker start\n"), (["dlq", "rety"], "py dlq retry\n"),
+        (["dlq", "requeue", "x"], "py dlq retry x\n"), (["reset"], "delete --all\n"),
+        (["cancel", "--all"], "--state pending --state failed --state processing\n"),
+        (["enqueue", "--timeut", "4", "--", "x"], "py enqueue --timeout 4 -- x\n"),
         (["config", "set", "backoff-factor", "2"], "mean backoff_base?"),
-        (["config", "set", "--max-retries", "3"],
-         "dashes: queuectl.py config set max-retries 3"),
-        (["config", "set", "--max-retries=3"], "config set max-retries 3"),
+        (["config", "max-retries", "3"], "queuectl.py config set max_retries 3\n"),
+        (["config", "set", "--max-retries", "3"], "queuectl.py config set max-retries 3\n"),
+        (["config", "set", "max_retries=3"], "queuectl.py config set max_retries 3\n"),
         (["enqueue", "--lines", "jobs.txt"], "enqueue --lines --file jobs.txt"),
         (["enqueue", "--", "-"], "queuectl.py enqueue -\n"),
         (["retry", "x", "--", "true"], "first: queuectl.py edit x -- true"),
-        (["dlq", "rety"], "did you mean dlq retry?"),
         (["enqueue", "echo", "hello"],
          "to run a command: queuectl.py enqueue -- echo hello"),
         (["enqueue", "ls", "-la"], "to run a command: queuectl.py enqueue -- ls -la"),
@@ -6297,6 +6341,36 @@ class TestCommandLine:
     ])
     def test_a_refusal_suggests_the_right_command(self, words, printed):
         assert printed in run_refused(*words, code=2) and not jobs()
+
+    @pytest.mark.parametrize("words, printed", [
+        (["delete", "all", "--dry-run"], "mean: queuectl.py delete --all --dry-run\n"),
+        (["delete", "done", "--older-than", "7d"],
+         "mean: queuectl.py delete --state completed --older-than 7d\n"),
+        (["dlq", "retry", "all"], "mean: queuectl.py dlq retry --all\n"),
+        (["wait", "all"], "mean: queuectl.py wait\n")
+    ])
+    def test_a_word_in_place_of_an_id_may_be_an_option(self, queue, words, printed):
+        assert printed in run_refused(*words, code=2)
+        enqueue(id=words[1] if words[0] != "dlq" else words[2], run_at=2e9)
+        assert "did you mean" not in cli(*words, *["--timeout=0"] * ("wait" in words)).err
+
+    def test_an_unknown_id_suggests_the_nearest_one(self):
+        names = ["report-of-monday", "flaky", *map("job{}".format, range(200))]
+        run_ok("enqueue", json.dumps([{"id": id, "command": "true"} for id in names]))
+        assert "job rep; did you mean report-of-monday?" in run_refused("show", "rep")
+        assert "no job falky; did you mean flaky?" in run_refused("delete", "falky")
+        assert run_refused("cancel", "xyz") == "queuectl: there is no job xyz\n"
+
+    @pytest.mark.parametrize("verb, state, printed", [
+        ("retry", "failed", "to try it now: queuectl.py edit x --run-at now\n"),
+        ("dlq retry", "completed", "to run it again: queuectl.py retry x\n"),
+        ("cancel", "completed", "to remove it: queuectl.py delete x\n"),
+    ])
+    def test_a_refused_change_names_the_next_step(self, queue, verb, state, printed):
+        enqueue(id="x")
+        end, error = (queue.fail, "exit 1") if state == "failed" else (queue.complete, None)
+        assert end(claim(queue), make_outcome(error)) == state
+        assert printed in run_refused(*verb.split(), "x")
 
     def test_unknown_ids_are_refused_everywhere(self, queue):
         for command in ("show", "logs", "delete"):
@@ -9580,7 +9654,7 @@ class TestReadme:
         script = re.sub(  # what needs root
             r"(?m)^sudo (useradd|systemctl) .*\n| -o queue|sudo (-u queue )?", "",
             "\n".join(readme_block("sudo useradd")))
-        script = script.replace(" /", " %s/" % home)
+        script = re.sub(r"(?m)(^| )/(?!usr/bin/)", r"\1%s/" % home, script)
         script = script.replace("/usr/bin/python3", shlex.quote(sys.executable))
         subprocess.run("set -e\n" + script, shell=True, check=True)
         os.chdir("srv/queue")
