@@ -10104,35 +10104,6 @@ MEANT_OPTIONS = {
 }
 
 
-def option_meant(given, known):
-    """Return the words that are meant by an option that is not KNOWN, or nothing."""
-    from difflib import get_close_matches
-
-    if "--state" in known and given[2:] in STATES:
-        return ["--state", given[2:]]
-    near = [option for option, words in MEANT_OPTIONS.items() if given in words.split()]
-    near += get_close_matches(given.replace("_", "-"), known, 1, 0.8)
-    near += [option for option in known if given[2:] and option.startswith(given)]
-    return [option for option in near if option in known][:1]
-
-
-def with_known_options(words, known):
-    """Return a command line with known options in place of others, or nothing."""
-    end = words.index("--") if "--" in words else len(words)
-    fixed = []
-    for word in words[:end]:
-        option, sign, value = word.partition("=")
-        if sign and "--" + option in known:  # timeout=5m
-            option = "--" + option
-        if option.startswith("-") and option not in known:
-            *others, option = option_meant(option, known) or [""]
-            fixed += others
-        if not option:
-            return []
-        fixed.append(option + sign + value)
-    return fixed + words[end:] if fixed != words[:end] else []
-
-
 def first_word(words, parser):
     """Return the place of the first word that is no option, and no value of one."""
     known, is_value = parser._option_string_actions, False
@@ -10146,30 +10117,92 @@ def first_word(words, parser):
     return len(words)
 
 
-def hint_for_line(name, words, parser):
-    """Return what to type in place of a command line that a parser has refused."""
-    known, at = parser._option_string_actions, first_word(words, parser)
-    word = "".join(words[at : at + 1])
-    state = MEANT_STATES.get(word.lower(), word.lower())
-    fixed = with_known_options(words, known)
-    unknown = [each for each in words if each.startswith("-") and each != "--"
-               and each.partition("=")[0] not in known]
-    if any(each.startswith("'") for each in words):
-        return "cmd takes '...' apart: write \"...\""
-    if name == "enqueue" and word[:1] not in ("", "{", "[") and "--" not in words and (
-            not at or not fixed):
-        return "to run a command: " + usage(name, *words[:at], "--", *words[at:])
-    option, value = ("--limit", word) if word.isdecimal() else ("--state", state)
-    if not unknown and option in known and (word.isdecimal() or state in STATES):
-        fixed = [*words[:at], option, value, *words[at + 1 :]]
-    if fixed:
-        return "did you mean: " + usage(*name.split(), *fixed)
-    if name == "logs" and re.match("-n|--tail|--lines", "".join(unknown[:1])):
-        return "to see the last lines: " + usage("logs", "ID") + " | tail"
-    if "ID" in parser.format_usage() and re.match("-[^-].", "".join(unknown[:1])):
-        return "an id that begins with - stands behind a --"
-    return line_meant(name, words, word and not unknown) or (
-        "see: " + usage(*name.split(), "--help"))
+def option_meant(word, known):
+    """Return the words that are meant by an option that is not KNOWN, or nothing."""
+    from difflib import get_close_matches
+
+    if "--state" in known and word[2:] in STATES:
+        return ["--state", word[2:]]
+    near = [option for option, words in MEANT_OPTIONS.items() if word in words.split()]
+    near += get_close_matches(word.replace("_", "-"), known, 1, 0.8)
+    near += [option for option in known if word[2:] and option.startswith(word)]
+    return [option for option in near if option in known][:1]
+
+
+class RefusedLine:
+    """The words after a command's name that its parser has refused."""
+
+    def __init__(self, name, words, parser):
+        self.name, self.words, self.parser = name, words, parser
+        self.known = parser._option_string_actions
+        self.at = first_word(words, parser)
+        self.word = "".join(words[self.at : self.at + 1])
+        self.unknown = next(
+            (word for word in words if word.startswith("-") and word != "--"
+             and word.partition("=")[0] not in self.known), "")
+        self.corrected = self.with_known_options()
+
+    def hint(self):
+        """Return what to type instead."""
+        return next(filter(None, self.hints()))
+
+    def hints(self):
+        """Yield what may be meant, the likeliest first, and nothing for no idea."""
+        yield self.quotes_hint()
+        yield self.command_hint()
+        yield self.filter_hint()
+        yield self.corrected and "did you mean: " + self.line(*self.corrected)
+        yield self.other_tool_hint()
+        yield line_meant(self.name, self.words, self.word and not self.unknown)
+        yield "see: " + self.line("--help")
+
+    def line(self, *words):
+        return usage(*self.name.split(), *words)
+
+    def with_known_options(self):
+        """Return the words with known options in place of others, or nothing."""
+        end = self.words.index("--") if "--" in self.words else len(self.words)
+        corrected = []
+        for word in self.words[:end]:
+            option, sign, value = word.partition("=")
+            if sign and "--" + option in self.known:  # timeout=5m
+                option = "--" + option
+            meant = [option]
+            if option.startswith("-") and option not in self.known:
+                meant = option_meant(option, self.known)
+            if not meant:
+                return []
+            meant[-1] += sign + value
+            corrected += meant
+        return corrected != self.words[:end] and corrected + self.words[end:]
+
+    def quotes_hint(self):
+        if any(word.startswith("'") for word in self.words):
+            return "cmd takes '...' apart: write \"...\""
+
+    def command_hint(self):
+        """Return how to enqueue a command that stands without its `--`."""
+        is_command = self.word[:1] not in ("", "{", "[") and "--" not in self.words
+        if self.name == "enqueue" and is_command and not (self.at and self.corrected):
+            words = [*self.words[: self.at], "--", *self.words[self.at :]]
+            return "to run a command: " + self.line(*words)
+
+    def filter_hint(self):
+        """Return how to list jobs by a number or a state that stands alone."""
+        option, value = "--state", MEANT_STATES.get(self.word.lower(), self.word.lower())
+        if self.word.isdecimal():
+            option, value = "--limit", self.word
+        is_filter = option == "--limit" or value in STATES
+        if is_filter and option in self.known and not self.unknown:
+            words = [*self.words[: self.at], option, value, *self.words[self.at + 1 :]]
+            return "did you mean: " + self.line(*words)
+
+    def other_tool_hint(self):
+        """Return what to do for an option that there is not."""
+        if self.name == "logs" and re.match("-n|--tail|--lines", self.unknown):
+            return "to see the last lines: " + self.line("ID") + " | tail"
+        if "ID" in self.parser.format_usage() and re.match("-[^-].", self.unknown):
+            return "an id that begins with - stands behind a --"
 
 
 def parse_arguments(name, words):
@@ -10178,7 +10211,7 @@ def parse_arguments(name, words):
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            hint = hint_for_line(name, words, self)
+            hint = RefusedLine(name, words, self).hint()
             raise QueueError("%s: %s; %s", name, message, hint, code=2)
 
     refuse_mistaken(name, words)
