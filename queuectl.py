@@ -3363,7 +3363,7 @@ class Wait:
         """
         self.queue.require_file()
         stuck = []
-        blocked = None  # read only for a job that waits for another: it may take a while
+        blocked = None  # it may take a while: read for a job that waits for another
         while self.left:
             id = self.left[-1]
             job = self.queue._row("SELECT seq, state, waits FROM jobs WHERE id = ?", id)
@@ -9200,7 +9200,7 @@ SLOW_ROUTES = ("GET /api/stats", "GET /chart")
 
 
 class Cached:
-    """A value of a `Cache`: it holds until a monotonic time, and one thread makes it."""
+    """A value of a `Cache`, which holds until a monotonic time; one thread makes it."""
 
     def __init__(self):
         import threading
@@ -10189,7 +10189,8 @@ class RefusedLine:
 
     def filter_hint(self):
         """Return how to list jobs by a number or a state that stands alone."""
-        option, value = "--state", MEANT_STATES.get(self.word.lower(), self.word.lower())
+        word = self.word.lower()
+        option, value = "--state", MEANT_STATES.get(word, word)
         if self.word.isdecimal():
             option, value = "--limit", self.word
         is_filter = option == "--limit" or value in STATES
