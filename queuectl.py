@@ -4178,8 +4178,9 @@ def in_queue(path, hint):
 
 
 # What a queue comes down to. `state` gives the colour; `advice` is the next step, where
-# there is one.
-Verdict = collections.namedtuple("Verdict", "state sentence advice", defaults=("",))
+# there is one; `harm` names what is dead or blocked in a queue that works in spite of it.
+Verdict = collections.namedtuple(
+    "Verdict", "state sentence advice harm", defaults=("", ""))
 
 
 def obstacle(status):
@@ -4207,8 +4208,14 @@ def standstill(queue):
 
 def with_advice(found, path, first_letter=str):
     """Return a verdict and its advice as one text. FIRST_LETTER sets the case of it."""
-    sentence = first_letter(found.sentence[0]) + found.sentence[1:]
-    return joined(sentence, in_queue(path, found.advice), by="; ")
+    words = verdict_text(found)
+    words = first_letter(words[0]) + words[1:]
+    return joined(words, in_queue(path, found.advice), by="; ")
+
+
+def verdict_text(found):
+    """Return a verdict as one text, without its advice."""
+    return joined(found.sentence, found.harm, by="; ")
 
 
 def stopping(path, pools):
@@ -4321,8 +4328,9 @@ def verdict(status, now, growth=0):
     minute, for a caller that has looked before.
     """
     found = verdict_at_rest(status) or verdict_at_work(status, now, growth)
-    if found.state in ("processing", "completed") and harm_text(status):
-        return found._replace(state="failed")
+    harm = harm_text(status)
+    if harm and found.state in ("processing", "completed"):
+        return found._replace(state="failed", harm=harm)
     return found
 
 
@@ -4336,9 +4344,9 @@ def verdict_at_rest(status):
                            "to add one: %s enqueue -- echo hello" % PROGRAM)
         if not count_unfinished(jobs):
             completed, cancelled = jobs["completed"], status["cancelled"]
-            return Verdict("completed", "Ended: " + joined(
-                completed and grouped(completed) + " completed", harm_text(status),
-                cancelled and grouped(cancelled) + " cancelled"))
+            counts = joined(completed and grouped(completed) + " completed",
+                            cancelled and grouped(cancelled) + " cancelled")
+            return Verdict("completed", joined("Ended", counts, by=": "))
         if status["blocked_seqs"] and not can_go_on and not jobs["processing"]:
             return Verdict("dead", "Stuck" + left + " for dead ones",
                            "retry the dead ones, or cancel what waits")
@@ -4367,7 +4375,7 @@ def verdict_at_work(status, now, growth):
     else:
         sentence = "Idle: the next job is due " + relative_time(due or now, now)
         state = "completed"
-    return Verdict(state, joined(sentence, harm_text(status), by="; "))
+    return Verdict(state, sentence)
 
 
 def harm_text(status):
@@ -6117,7 +6125,7 @@ def status_document(status, now):
     workers = [with_iso_times(worker, "since") for worker in status["workers"]]
     return dict(with_iso_times(document, "oldest_waiting", "next_due"), workers=workers,
                 blocked=len(status["blocked_seqs"]),
-                verdict=verdict(status, now).sentence)
+                verdict=verdict_text(verdict(status, now)))
 
 
 def errors_of(queue):
@@ -6137,7 +6145,7 @@ def status_screen(status, groups, now, growth):
     """Yield what `status` shows on a terminal, where people look."""
     found = verdict(status, now, growth)
     yield Line(with_advice(found, status["path"]), STATES[found.state].colour, 0,
-               len(found.sentence))
+               len(verdict_text(found)))
     yield from count_lines(status, now)
     groups, width = died(groups), terminal_width(sys.stdout)
     more = groups[SHOWN_ERRORS:]
@@ -8248,20 +8256,21 @@ def page_header(page):
 
 def page_now(page):
     """Return the verdict, and what needs somebody; without jobs, the first steps."""
-    status = page.status
-    state, sentence, advice = verdict(status, page.now, page.growth)
+    status, found = page.status, verdict(page.status, page.now, page.growth)
+    advice = found.advice
     if status["paused"]:  # there is a button
         advice = "" if status["pools"] else "no pool is running; " + TO_START
     if count_in(page, ""):
-        load = load_text(page)
+        # What is broken comes first, before what works.
+        load = joined(found.harm and found.sentence, load_text(page), by=" · ")
         more = [load and element("p", load, css="dim"),
                 advice and advice_line(advice, page),
                 element("ul", *alerts(page), data_key="alerts")]
     else:
         steps = [element("li", advice_line(step, page)) for step in FIRST_STEPS]
         more = [element("ol", *steps)]
-    return element("section", element("h2", sentence, id="verdict", tabindex=-1), *more,
-                   id="now", css="card " + state)
+    headline = element("h2", found.harm or found.sentence, id="verdict", tabindex=-1)
+    return element("section", headline, *more, id="now", css="card " + found.state)
 
 
 def load_text(page):
@@ -8269,7 +8278,8 @@ def load_text(page):
     status = page.status
     counts = [
         (status["jobs"]["processing"] - len(status["lost"]), "running"),
-        (status["dependent"], "behind a job"), (status["delayed"], "delayed"),
+        (status["dependent"] - len(status["blocked_seqs"]), "behind a job"),
+        (status["delayed"], "delayed"),
         (status["locked"], "behind a lock")]
     return joined(*[count and grouped(count) + " " + words for count, words in counts])
 
@@ -8987,7 +8997,7 @@ def page_parts(page):
     dead = not job and page.status["jobs"]["dead"] - page.status["cancelled"]
     subject = job["id"] + " " + kind_of(job, page.status, page.now) if job else (
         verdict(page.status, page.now, page.growth).sentence.partition(":")[0])
-    title = joined(subject, dead and grouped(dead) + " dead",
+    title = joined(dead and grouped(dead) + " dead", subject,
                    os.path.basename(page.queue.path), by=" – ")
     return Html("".join([
         element("title", title), page_header(page), element("main", *parts),

@@ -4938,7 +4938,8 @@ class TestStatus:
             status = queuectl.read_status(queue)
             status["workers"] = [dict(pid=1, pool=1, job=None, since=None)] * workers
             status["pools"], status["lost"] = {1} if workers else set(), set()
-            return tuple(queuectl.verdict(status, clock.now, growth))[:2]
+            found = queuectl.verdict(status, clock.now, growth)
+            return found.state, queuectl.verdict_text(found)
 
         assert judge() == ("pending", "No jobs yet")
         add_job(queue, id="x", max_retries=1)
@@ -4948,7 +4949,7 @@ class TestStatus:
         assert judge()[1] == "Keeping up: no job waits for a worker"
         clock.now += 90
         queue.fail(run, make_outcome(finished_at=clock.now))
-        assert judge() == ("failed", "Ended: 1 dead")
+        assert judge() == ("failed", "Ended; 1 dead")
         add_job(queue, id="behind", after=["x"])
         # A pool would not help.
         assert judge(workers=0) == ("dead", "Stuck: 1 job waits for dead ones")
@@ -4977,8 +4978,12 @@ class TestStatus:
         assert verdict[:2] == ("completed", "Ended: 1 completed, 1 cancelled")
         let_die(queue, "bad")
         verdict = queuectl.verdict(queuectl.read_status(queue), 0)
-        assert verdict[:2] == ("failed", "Ended: 1 completed, 1 dead, 1 cancelled")
-        assert page().find("title").text == "Ended – 1 dead – queuectl.db"
+        assert verdict.state == "failed"
+        shown = page()
+        assert words_of(named_part(shown, "verdict")) == "1 dead"
+        assert named_part(shown, "now").find("p").text == (
+            "Ended: 1 completed, 1 cancelled")
+        assert shown.find("title").text == "1 dead – Ended – queuectl.db"
         assert page("/?job=bad").find("title").text == "bad dead – queuectl.db"
 
     def test_jobs_of_one_lock_are_expected_one_after_the_other(self, queue, clock):
@@ -5088,7 +5093,7 @@ class TestStatus:
         enqueue(id="cut", delay=3600)
         run_ok("cancel", "cut")
         lines = run_on_terminal("status", columns=0)[1].split("\r\n")
-        assert "Ended: 7 dead, 1 cancelled" in lines[0] and lines[1] == "Pending: 0"
+        assert "Ended: 1 cancelled; 7 dead" in lines[0] and lines[1] == "Pending: 0"
         assert re.fullmatch(
             r"  2 dead of exit 2, the latest [\d.]+m?s ago: no file", lines[7])
         assert lines[8].startswith("  1 dead of exit 14, ")
@@ -8393,7 +8398,7 @@ class TestPage:
         now = named_part(page(), "now")
         assert words_of(named_part(now, "verdict")) == (
             "Stuck: 1 job waits for dead ones")
-        assert now.find("p").text == "1 behind a job"
+        assert now.find("p") is None  # the blocked job is in the headline
         assert words_of(now.find("div")) == "Retry the dead ones, or cancel what waits"
         rows = [[words_of(part) for part in row] for row in now.findall("ul/li")]
         assert rows == [
