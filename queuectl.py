@@ -2156,12 +2156,11 @@ FILTERS = {
     "finished_before": f"{IS_FINISHED} AND updated_at < :finished_before",
     "changed_since": "updated_at >= :changed_since",
     "cancelled": "cancelled = :cancelled",  # True or False
-    # The id of a job: those that wait for it, directly or not.
-    "behind": f"""{IN_LINE} AND seq IN (WITH RECURSIVE behind (seq) AS (
-        SELECT dependencies.seq FROM jobs JOIN dependencies ON waits_for = jobs.seq
-            WHERE id = :behind
-        UNION SELECT dependencies.seq FROM behind
-            JOIN dependencies ON waits_for = behind.seq) SELECT seq FROM behind)""",
+    "behind_lock": f"lock = :behind_lock AND {IN_LINE} AND gate = {LOCKED}",
+    # The error of dead jobs: those that wait for them, directly or not.
+    "blocked_by": f"""seq IN ({blocked_table(with_root=True)}
+        SELECT blocked.seq FROM blocked JOIN jobs ON jobs.seq = root
+        WHERE error = :blocked_by)""",
 }
 
 
@@ -2181,10 +2180,10 @@ def where(states=STATES, **filters):
         if not {"pending", "completed"} & {*states}:
             parts.append(RARE)
     given = {name: value for name, value in filters.items() if value is not None}
-    parts += [FILTERS[name] for name in given if name != "behind"]
+    parts += [FILTERS[name] for name in given if name != "blocked_by"]
     of_row = " AND ".join(parts or ["1"])
-    sql = " AND ".join([of_row, FILTERS["behind"]] if "behind" in given else [of_row])
-    return Condition(sql, given, of_row)
+    others = [FILTERS["blocked_by"]] if "blocked_by" in given else []
+    return Condition(" AND ".join([of_row, *others]), given, of_row)
 
 
 def needed(condition):
@@ -3119,19 +3118,16 @@ class Queue(Database):
             SELECT jobs.id, dead.* FROM ({BEHIND_DEAD}) AS dead JOIN jobs USING (seq)
             ORDER BY seq LIMIT 1""")
 
-    def blockers(self, limit):
-        """Return the dead jobs that most others wait for, with the number of `jobs`.
+    def blocked_by_errors(self):
+        """Return how many jobs wait for the dead of each error, if any: {error: jobs}.
 
-        These wait directly or not. They are counted up to ten thousand.
+        They wait directly or not. They are counted up to ten thousand.
         """
-        return self._rows(f"""
+        return dict(self._rows(f"""
             {blocked_table(with_root=True)}
-            SELECT id, state, cancelled, roots.jobs AS jobs
-            FROM (SELECT root, COUNT(*) AS jobs
-                FROM (SELECT root FROM blocked LIMIT {COUNT_LIMIT})
-                GROUP BY root ORDER BY jobs DESC, root LIMIT ?) AS roots
-            JOIN jobs ON seq = root
-            ORDER BY roots.jobs DESC, seq""", limit)
+            SELECT error, COUNT(DISTINCT waiting.seq)
+            FROM (SELECT seq, root FROM blocked LIMIT {COUNT_LIMIT}) AS waiting
+            JOIN jobs ON jobs.seq = root GROUP BY error"""))
 
     def oldest_claimable(self):
         """Return the job (`id`, `run_at`) that waits longest for a worker, or None.
@@ -4178,7 +4174,7 @@ def in_queue(path, hint):
 
 
 # What a queue comes down to. `state` gives the colour; `advice` is the next step, where
-# there is one; `harm` names what is dead or blocked in a queue that works in spite of it.
+# there is one; `harm` is what is dead or blocked in a queue that works in spite of it.
 Verdict = collections.namedtuple(
     "Verdict", "state sentence advice harm", defaults=("", ""))
 
@@ -8029,7 +8025,8 @@ def filters_of(query, states=STATES):
     """Return arguments for `where`: what a query asks for, of these states alone."""
     if "state" in query:
         states = [state for state in states if state == state_name(query["state"])]
-    return dict(states=states, error=query.get("error"), behind=query.get("behind"),
+    named = {name: query.get(name) for name in ("error", "blocked_by", "behind_lock")}
+    return dict(named, states=states,
                 pattern=like_pattern(query["q"]) if query.get("q") else None)
 
 
@@ -8193,13 +8190,18 @@ def number_or(default, text):
     return text.isdecimal() and int(text) or default
 
 
+# What narrows the list of jobs, each with what stands before its value on the page.
+VIEW_FILTERS = {"state": "", "q": "", "error": "", "blocked_by": "blocked by ",
+                "behind_lock": "behind the lock "}
+
+
 class View(collections.namedtuple(
-        "View", "state q error behind before first job run")):
+        "View", [*VIEW_FILTERS, "before", "first", "job", "run"])):
     """What the page shows: the query of its address."""
 
     def filters(self):
         """Return what narrows the list of jobs, as the actions for many take it."""
-        return {name: getattr(self, name) for name in ("state", "q", "error", "behind")
+        return {name: getattr(self, name) for name in VIEW_FILTERS
                 if getattr(self, name)}
 
     def address(self, part="", **changes):
@@ -8209,7 +8211,7 @@ class View(collections.namedtuple(
 
     def only(self, **filters):
         """Return the address of the jobs that these filters leave, from the newest."""
-        nothing = dict(state="", q="", error="", behind="", before="", first="")
+        nothing = dict.fromkeys([*VIEW_FILTERS, "before", "first"], "")
         return self.address("#jobs", **dict(nothing, **filters))
 
     def open(self, id, **changes):
@@ -8265,7 +8267,7 @@ def page_now(page):
         load = joined(found.harm and found.sentence, load_text(page), by=" · ")
         more = [load and element("p", load, css="dim"),
                 advice and advice_line(advice, page),
-                element("ul", *alerts(page), data_key="alerts")]
+                element("ul", *alerts(page), id="alerts")]
     else:
         steps = [element("li", advice_line(step, page)) for step in FIRST_STEPS]
         more = [element("ol", *steps)]
@@ -8300,72 +8302,92 @@ def command_to_copy(path, rest):
 
 
 def alerts(page):
-    """Yield a line for each common error, what is tried again, blocks, or locks."""
-    lines = [error_alert(group, page) for group in died(page.groups)]
-    named = len(lines) if len(lines) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
-    yield from lines[:named]
-    if lines[named:]:
-        summary = element("summary", plural(len(lines) - named, "more error"))
-        yield element("li", element("details", summary, element("ul", *lines[named:])),
-                      data_key="more")
-    for job in page.queue.jobs(where(["failed"]), 1, newest=True):
-        yield failed_alert(job, page)
-    if page.status["blocked_seqs"]:
-        blockers = page.counts.get(
-            "blockers of %d" % len(page.status["blocked_seqs"]),
-            lambda: page.queue.blockers(SHOWN_ERRORS))
-        yield from [blocked_alert(dead, page) for dead in blockers]
-    if page.status["locked"]:
-        line = page.counts.get("line", page.queue.longest_line)
-        if line:
-            yield lock_alert(*line, page)
+    """Return lines about what died, is tried again, or is behind a lock.
+
+    Two are on top. The others are behind them where there is little room.
+    """
+    died, others = error_alerts(page), [*failed_alert(page), *lock_alert(page)]
+    named = len(died) if len(died) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
+    lines = died[:named] + others
+    if died[named:]:
+        lines.append(folded(plural(len(died) - named, "more error"), died[named:]))
+    if not lines[2:]:
+        return lines
+    count = len(died) + len(others) - 2
+    return [*lines[:2], folded(grouped(count) + " more", lines[2:], "rest")]
 
 
-def failed_alert(job, page):
-    """Return the line about the jobs that are tried again; JOB is the newest one."""
-    line = last_line(page.queue.tail(job))
-    words = joined(line and "“%s”" % line, next_due(page, "failed"), by=" · ")
-    return alert(grouped(count_in(page, "failed")) + " failed", job["error"], words,
-                 page.view.only(state="failed"), "the failed jobs", css="failed")
+def folded(words, lines, css=None):
+    """Return a line that hides others until it is opened."""
+    details = [element("summary", words), element("ul", *lines)]
+    return element("li", element("details", *details, css=css), data_key=css or "more")
 
 
-def lock_alert(lock, jobs, first, page):
-    """Return the line about the jobs behind a lock; FIRST has it, or gets it first."""
-    id, has = first["id"], "held by" if first["state"] == "processing" else "next is"
-    words = "%s %s · %s" % (has, id, time_cell(first, page))
-    return alert(grouped(jobs) + " behind", "lock " + lock, words, page.view.open(id),
-                 "the job " + id, css="pending")
+def error_alerts(page):
+    """Return a line for each error of dead jobs, what costs most first.
+
+    A cancelled job is none of these, unless others wait for it.
+    """
+    blocked = page.status["blocked_seqs"]
+    waiting = page.counts.get("blocked %d" % len(blocked),
+                              page.queue.blocked_by_errors) if blocked else {}
+    groups = [(group, waiting.get(group["error"], 0)) for group in page.groups
+              if not group["is_cancelled"] or group["error"] in waiting]
+    groups.sort(key=lambda pair: -pair[0]["jobs"] - pair[1])
+    return [error_alert(group, behind, page) for group, behind in groups]
 
 
-def blocked_alert(dead, page):
-    """Return the line about the jobs that wait for a dead one."""
-    id = dead["id"]
-    return alert(grouped(dead["jobs"]) + " blocked", id,
-                 "by this job, which is " + state_word(dead),
-                 page.view.only(behind=id), "jobs behind " + id,
-                 job_button("Retry", "retry", id, "Retried"))
-
-
-def error_alert(group, page):
-    """Return the line about the jobs that died of one error."""
+def error_alert(group, behind, page):
+    """Return the line about the jobs that died of one error, and what waits for them."""
     error, line, is_one = group["error"], group["line"], group["jobs"] == 1
     chosen = {"state": "dead", "error": error}
     words = joined(line and "“%s” · " % line, not is_one and "latest ",
                    ago(group["latest"], page), by="")
-    return alert(
-        grouped(group["jobs"]) + " dead", error, words,
-        page.view.only(**chosen), "the dead of " + error,
-        job_button("Retry", "retry", group["id"], "Retried") if is_one else
-        bulk_button("Retry…", "retry", chosen, "Retry the dead of " + error))
+    waiting = behind > 0 and link(
+        "%s %s for %s" % (grouped(behind), "waits" if behind == 1 else "wait",
+                          "it" if is_one else "them"), page.view.only(blocked_by=error))
+    word, name, retry = "dead", error, bulk_button(
+        "Retry…", "retry", chosen, "Retry the dead of " + error)
+    if group["is_cancelled"]:  # these are retried by id
+        word, name, retry = "cancelled", is_one and group["id"], None
+    if is_one:
+        retry = job_button("Retry", "retry", group["id"], "Retried")
+    return alert("%s %s" % (grouped(group["jobs"]), word), name, waiting, words,
+                 page.view.only(**chosen), "the dead of " + error, retry)
 
 
-def alert(count, name, words, address, selection, retry=None, css="dead"):
-    """Return a line about a selection of jobs, which the address shows."""
+def failed_alert(page):
+    """Yield the line about the jobs that are tried again; it tells of the newest one."""
+    for job in page.queue.jobs(where(["failed"]), 1, newest=True):
+        line = last_line(page.queue.tail(job))
+        words = joined(line and "“%s”" % line, next_due(page, "failed"), by=" · ")
+        yield alert(grouped(count_in(page, "failed")) + " failed", job["error"], None,
+                    words, page.view.only(state="failed"), "the failed jobs", css="failed")
+
+
+def lock_alert(page):
+    """Yield the line about the lock that most jobs are behind."""
+    line = page.status["locked"] and page.counts.get("line", page.queue.longest_line)
+    if line:
+        lock, jobs, first = line  # it has the lock, or gets it first
+        has = "held by " if first["state"] == "processing" else "next is "
+        yield alert(grouped(jobs) + " behind", "lock " + lock,
+                    link(has + first["id"], page.view.open(first["id"])),
+                    time_cell(first, page), page.view.only(behind_lock=lock),
+                    "what is behind the lock " + lock, css="pending")
+
+
+def alert(count, name, other, words, address, selection, retry=None, css="dead"):
+    """Return a line about a selection of jobs, which the address shows.
+
+    OTHER is a link to others that this is about. It is first: WORDS may be cut.
+    """
     show = link("Show", address, "button", aria_label="Show " + selection)
     return element(
         "li", element("b", count, css="hue"),
         element("span", name, css="mono line", title=name or None),
-        element("span", words, css="dim line", title=words),
+        element("span", other, other and words and " · ", words, css="dim line",
+                title=words),
         element("span", show, retry, css="row"), css=css,
         data_key=joined(css, css == "dead" and name, by=" "))
 
@@ -8647,19 +8669,17 @@ def filter_links(view):
     """Yield a link that removes it for each filter, but for what the search shows."""
     for name, words in view.filters().items():
         if name != "q":
-            words = "behind " + words if name == "behind" else words
+            words = VIEW_FILTERS[name] + words
             yield link("✕ " + words, view.only(**dict(view.filters(), **{name: ""})),
                        "button filter", aria_label="Remove the filter " + words)
 
 
 def bulk_buttons(page):
     """Yield what can be done with all jobs that the filters leave, if there are any."""
-    filters, state, behind = page.view.filters(), page.view.state, page.view.behind
-    if behind and page.queue.state(behind) == "dead":
-        yield job_button("Retry " + behind, "retry", behind, "Retried")
-    elif page.found and not behind and (
-            state == "dead" or not filters and count_in(page, "dead")):
-        yield bulk_button("Retry dead…", "retry", filters)
+    filters, state, error = page.view.filters(), page.view.state, page.view.blocked_by
+    if page.found and (
+            error or state == "dead" or not filters and count_in(page, "dead")):
+        yield bulk_button("Retry dead…", "retry", {"error": error} if error else filters)
     if page.found and filters and state != "processing":
         yield bulk_button("Delete…", "delete", filters)
 
@@ -8699,7 +8719,8 @@ def jobs_of_query(count, verb, query):
         query.get("q") and "“%(q)s” in them" % query, by=" and ")
     return joined(grouped(count), state, "job" if count == 1 else "jobs",
                   with_text and "with " + with_text,
-                  query.get("behind") and "behind “%(behind)s”" % query, by=" ")
+                  *["%s“%s”" % (words, query[name]) for name, words in VIEW_FILTERS.items()
+                    if words and query.get(name)], by=" ")
 
 
 def page_links(page, total):
@@ -9195,7 +9216,7 @@ def query_fields(url):
     """Return the fields of an address's query."""
     from urllib.parse import parse_qsl
 
-    fields = dict(parse_qsl(url.query, max_num_fields=10))
+    fields = dict(parse_qsl(url.query, max_num_fields=16))
     if not is_storable("".join(fields.values())):
         raise Refusal(400, "not text")
     return fields
@@ -9396,7 +9417,16 @@ main { clear: both; }
   display: grid; grid-template-columns: 7rem 11rem 1fr auto; gap: .7rem; align-items: center;
   padding: .3rem 0; border-top: 1px solid var(--line);
 }
-#now li:has(details) { display: block; }
+#now li:has(> details) { display: block; }
+/* Where there is room, and the browser can do that, nothing is folded but many errors. */
+@media (min-width: 44.01rem) {
+  @supports selector(::details-content) {
+    #now li:has(> .rest) { padding: 0; border: 0; }
+    .rest > summary { display: none; }
+    .rest::details-content { content-visibility: visible; }
+    .rest > ul { margin: 0 !important; }
+  }
+}
 #tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 0 .7rem; }
 #tiles a { text-decoration: none; padding: .45rem .9rem .55rem; min-width: 0; }
 #tiles a:hover { border-color: var(--edge); }
@@ -9596,18 +9626,26 @@ function becomeChildren(node, wanted) {
   while (node.childNodes.length > children.length) node.lastChild.remove();
 }
 
-/* No row moves while somebody points at one or is at one by keyboard, or they would open
-   another job. What left the list stays, pale; what is new is counted, until it is shown. */
+/* No row moves while somebody points at one or is at one by keyboard, or they would press
+   another one. What left the list stays, pale. What is new is below the lines of what needs
+   somebody; in the table, where it would be on top, it is counted until it is shown. */
 function hold(page) {
-  const [table, wanted] = [document, page].map(page => page.querySelector("tbody"));
-  if (!table || !wanted || key(table) !== key(wanted)) return;
-  if (!table.matches(":hover, :has(:focus-visible)")) return;
-  const shown = new Map([...wanted.children].map(row => [key(row), row]));
-  const rows = [...table.children].map(row => shown.get(key(row)) || row.cloneNode(true));
-  for (const row of rows) if (!shown.delete(key(row))) row.classList.add("left");
-  wanted.replaceChildren(...rows);
-  const words = `Show ${shown.size} new`;
-  Object.assign(page.querySelector("#new"), {hidden: !shown.size, textContent: words});
+  const lists = "tbody, #alerts", rows = "tr, li:not(:has(li))";
+  for (const list of document.querySelectorAll(lists)) {
+    const wanted = [...page.querySelectorAll(lists)].find(other => key(other) === key(list));
+    if (!wanted || !list.matches(":hover, :has(:focus-visible)")) continue;
+    const came = new Map([...wanted.querySelectorAll(rows)].map(row => [key(row), row]));
+    const held = list.cloneNode(true);
+    for (const row of held.querySelectorAll(rows)) {
+      if (came.has(key(row))) row.replaceWith(came.get(key(row)));
+      else row.classList.add("left");
+      came.delete(key(row));
+    }
+    wanted.replaceWith(held);
+    if (list.id) held.append(...came.values());
+    else Object.assign(page.querySelector("#new"),
+      {hidden: !came.size, textContent: `Show ${came.size} new`});
+  }
 }
 
 /* The page is fetched again and again; of answers that cross only the latest counts. */

@@ -910,6 +910,12 @@ def table_of(page):
     return [[words_of(cell) for cell in row] for row in page.findall(".//tbody/tr")]
 
 
+def alerts_of(node):
+    """Return the lines of the page about what needs somebody, folded ones as well."""
+    return [row for row in named_part(node, "alerts").iter("li")
+            if row.find("details") is None]
+
+
 def links_of(node):
     """Return the addresses of all links, by their words."""
     return {words_of(link): link.get("href") for link in node.iter("a")}
@@ -4524,12 +4530,12 @@ class TestDelete:
     """`delete` removes jobs that neither run nor are waited for."""
 
     @mechanism
-    def test_what_is_behind_a_job_is_not_sought_again_for_each_row(self, queue):
+    def test_what_is_blocked_is_not_sought_again_for_each_row(self, queue):
         add_job(queue, id="root")
         add_jobs(queue, [{"command": "true", "id": "j%d" % n, "after": ["root"]}
                          for n in range(3)])
         queue.cancel(["root"])
-        chosen = queuectl.where(behind="root")
+        chosen = queuectl.where(blocked_by="cancelled")
         assert "RECURSIVE" in chosen.sql and "RECURSIVE" not in chosen.of_row
         assert queue.delete_all(chosen) == 3 and state_of("root") == "dead"
 
@@ -8400,35 +8406,41 @@ class TestPage:
             "Stuck: 1 job waits for dead ones")
         assert now.find("p") is None  # the blocked job is in the headline
         assert words_of(now.find("div")) == "Retry the dead ones, or cancel what waits"
-        rows = [[words_of(part) for part in row] for row in now.findall("ul/li")]
-        assert rows == [
+        assert [[words_of(part) for part in row] for row in alerts_of(now)] == [
             ["2 dead", "exit 12", "latest just now", "ShowRetry…"],
-            ["1 dead", "exit 1", "“no such row” · just now", "ShowRetry"],
-            ["1 blocked", "a", "by this job, which is dead", "ShowRetry"]]
+            ["1 dead", "exit 1", "1 waits for it · “no such row” · just now",
+             "ShowRetry"]]
 
-    def test_what_blocks_most_comes_first_and_leads_to_what_waits(
+    def test_what_costs_most_comes_first_and_leads_to_what_waits(
             self, queue, page, dashboard):
         add_job(queue, id="gone")
-        let_die(queue, "a", priority=1)
+        for name in ("e", "f"):
+            let_die(queue, name, "exit 2", priority=1)
+        for name in ("a", "free"):
+            let_die(queue, name, priority=1)
         queue.cancel(["gone"])
         for name, after in (("x", "gone"), ("b", "a"), ("c", "b"), ("d", "c")):
             add_job(queue, id=name, after=[after])
         shown = page()
-        assert {row[1]: row[0] for row in table_of(shown)} == {
-            "a": "dead", "gone": "cancelled", **dict.fromkeys("xbcd", "blocked")}
-        most, least = named_part(shown, "now").findall("ul/li[3]..")[0][-2:]
-        assert [words_of(part) for part in most][:2] == ["3 blocked", "a"]
-        assert [words_of(part) for part in least][:3] == [
-            "1 blocked", "gone", "by this job, which is cancelled"]
-        behind = page(links_of(most)["Show"])
+        assert {row[0] for row in table_of(shown)} == {"dead", "cancelled", "blocked"}
+        most, *others = alerts_of(shown)
+        assert words_of(most).startswith("2 deadexit 13 wait for them · ")
+        assert [words_of(row)[:14] for row in others] == [
+            "2 deadexit 2la", "1 cancelledgon"]
+        behind = page(links_of(most)["3 wait for them"])
         assert [row[1] for row in table_of(behind)] == ["d", "c", "b"]
-        assert "✕ behind a" in links_of(behind)
-        assert [*buttons_of(named_part(behind, "jobs"))] == ["Retry a", "Delete…"]
-        assert dashboard.json("/question?verb=delete&behind=a") == {
-            "ask": "Delete 3 jobs behind “a”? Their runs and their output go as well."}
-        assert dashboard.post(buttons_of(most)["Retry"]["data-post"]).status == 200
+        assert "✕ blocked by exit 1" in links_of(behind)
+        offered = buttons_of(named_part(behind, "jobs"))
+        assert [*offered] == ["Retry dead…", "Delete…"]
+        assert dashboard.json(offered["Delete…"]["data-question"]) == {
+            "ask": "Delete 3 jobs blocked by “exit 1”?"
+            " Their runs and their output go as well."}
+        assert dashboard.post(offered["Retry dead…"]["data-post"]).text == "2"
         assert {row[1]: row[0] for row in table_of(page())}["d"] == "behind a job"
-        assert dashboard.post("/api/delete?behind=a").text == "3"
+        let_die(queue, "free2")
+        queue.cancel(["a"])
+        assert dashboard.post(
+            "/api/delete?blocked_by=cancelled").text == "4"  # b, c, d and x
 
     def test_commands_to_paste_name_the_queue(self, queue, page, monkeypatch):
         def command():
@@ -8464,10 +8476,10 @@ class TestPage:
             self, queue, page, dashboard):
         let_die(queue, "a", "exit 1")
         let_die(queue, "b", "exit 127")
-        row = named_part(page(), "now").find("ul/li[@data-key='dead exit 1']")
+        row = named_part(page(), "alerts").find("li[@data-key='dead exit 1']")
         assert [job[1] for job in table_of(page(links_of(row)["Show"]))] == ["a"]
         let_die(queue, "c", "exit 1")
-        row = named_part(page(), "now").find("ul/li[@data-key='dead exit 1']")
+        row = named_part(page(), "alerts").find("li[@data-key='dead exit 1']")
         retry = buttons_of(row)["Retry…"]
         assert dashboard.json(retry["data-question"]) == {
             "ask": "Retry 2 dead jobs with the error “exit 1”?"
@@ -8482,17 +8494,17 @@ class TestPage:
         assert dashboard.post(retry["data-post"]).status == 200
         assert state_of("a") == "pending"
 
-    def test_only_the_most_common_errors_are_named(self, queue, page):
+    def test_only_two_lines_and_the_most_common_errors_are_named(self, queue, page):
         for number in range(6):
             let_die(queue, "j%d" % number, "exit %d" % number)
-        rows = named_part(page(), "now").findall("ul/li")
-        assert [words_of(row)[:13] for row in rows][4:] == ["2 more errors"]
-        all_rows = [*rows[:4], *rows[4].findall("details/ul/li")]
-        assert {links_of(row)["Show"] for row in all_rows} == {
+        shown = named_part(page(), "alerts")
+        assert len(shown) == 3  # on a phone they fill the screen
+        assert [words_of(summary) for summary in shown.iter("summary")] == [
+            "4 more", "2 more errors"]
+        assert {links_of(row)["Show"] for row in alerts_of(page())} == {
             "/?state=dead&error=exit+%d#jobs" % number for number in range(6)}
         queue.delete(["j0"])  # a line for one other error may as well be that error
-        rows = named_part(page(), "now").findall("ul/li")
-        assert [words_of(row)[:11] for row in rows][4:] == ["1 deadexit "]
+        assert [words_of(summary) for summary in page().iter("summary")] == ["3 more"]
 
     def test_what_is_tried_again_or_behind_a_lock_has_a_row(self, queue, clock, page):
         for name in ("holds", "next", "last"):
@@ -8502,13 +8514,15 @@ class TestPage:
             add_job(queue, id=name)
             queue.fail(claim(queue), make_outcome("exit 7", output=b"no " + name.encode()))
         clock.now += 540
-        rows = [[words_of(part) for part in row]
-                for row in named_part(page(), "now").findall("ul/li")]
+        rows = [[words_of(part) for part in row] for row in alerts_of(page())]
         assert rows == [
             ["2 failed", "exit 7", "“no y” · 9 min late", "Show"],
             ["2 behind", "lock db", "held by holds · for 9 min", "Show"]]
-        shown = links_of(named_part(page(), "now").findall("ul/li")[1])
-        assert shown["Show"] == "/?job=holds"
+        shown = links_of(alerts_of(page())[1])
+        assert shown["held by holds"] == "/?job=holds"
+        behind = page(shown["Show"])
+        assert [row[1] for row in table_of(behind)] == ["last", "next"]
+        assert "✕ behind the lock db" in links_of(behind)
 
     def test_it_can_pause_and_resume(self, queue, page, dashboard):
         assert "Pause" not in buttons_of(page())  # there is nothing to pause
