@@ -8437,7 +8437,6 @@ class TestPage:
             " Their runs and their output go as well."}
         assert dashboard.post(offered["Retry dead…"]["data-post"]).text == "2"
         assert {row[1]: row[0] for row in table_of(page())}["d"] == "behind a job"
-        let_die(queue, "free2")
         queue.cancel(["a"])
         assert dashboard.post(
             "/api/delete?blocked_by=cancelled").text == "4"  # b, c, d and x
