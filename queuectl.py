@@ -2952,19 +2952,22 @@ class Queue(Database):
             else:
                 first = batch[-1]["seq"] + 1
 
-    def dead_jobs(self, after_id=None, limit=-1, **filters):
+    def dead_jobs(self, after_id=None, limit=-1, backwards=False, **filters):
         """Yield the dead jobs that pass the filters of `where`, the latest death first.
 
-        If AFTER_ID is a dead job, the list begins after it. A LIMIT below 0 is none.
+        If AFTER_ID is a dead job, the list begins after it; BACKWARDS, it goes up from
+        this job, which is the first one. A LIMIT below 0 is none.
         """
         condition = where(**filters)  # without RARE, whose index has another order
         place = self._row(
             "SELECT updated_at, seq FROM jobs WHERE id = ? AND state = 'dead'",
             after_id)
         at, number = place if place else (MAX_TIME, MAX_INTEGER)
+        side, order = (">=", "ASC") if backwards else ("<", "DESC")
         query = f"""SELECT seq FROM jobs
-            WHERE state = 'dead' AND (updated_at, seq) < (:at, :number)
-            AND {condition.sql} ORDER BY updated_at DESC, seq DESC LIMIT :limit"""
+            WHERE state = 'dead' AND (updated_at, seq) {side} (:at, :number)
+            AND {condition.sql}
+            ORDER BY updated_at {order}, seq {order} LIMIT :limit"""
         for seq, in self._rows(
                 query, **condition.values, at=at, number=number, limit=limit):
             yield from self._rows(DEAD_JOB, seq)
@@ -8030,17 +8033,22 @@ def filters_of(query, states=STATES):
                 pattern=like_pattern(query["q"]) if query.get("q") else None)
 
 
-def newest_jobs(queue, query):
-    """Return a page of jobs after that in `before`: newest, or latest death, first."""
+def newest_jobs(queue, query, backwards=False):
+    """Return a page of jobs after that in `before`: newest, or latest death, first.
+
+    BACKWARDS, return that job and those above it, going up.
+    """
     limit = min(count_from(0, "limit")(query.get("limit", "50")) or 50, BATCH_SIZE)
     filters, before = filters_of(query), query.get("before", "")
     if before:
         require_job(queue, before)
     if filters["states"] == ["dead"]:
         del filters["states"]
-        return list(queue.dead_jobs(before, limit, **filters))
-    return list(queue.jobs(
-        where(**filters), limit, newest=True, last=queue.seq_before(before)))
+        return list(queue.dead_jobs(before, limit, backwards, **filters))
+    last = queue.seq_before(before)
+    if backwards:
+        return list(queue.jobs(where(**filters), limit, first=last + 1))
+    return list(queue.jobs(where(**filters), limit, newest=True, last=last))
 
 
 def stats_by_minute(queue, query):
@@ -8221,10 +8229,11 @@ class View(collections.namedtuple(
 
 # What the parts of the page are made of: the queue; the `View`; the time; the values of
 # `read_status`; those of `errors_of`; the growth for `verdict`; the jobs of the table,
-# and one more if there are older ones; the counts in the cache; whether the page holds
-# the output of the open job (otherwise the script fetches it).
+# and one more if there are older ones; those of the page above it, from below; the counts
+# in the cache; whether the page holds the output of the open job (otherwise the script
+# fetches it).
 Page = collections.namedtuple(
-    "Page", "queue view now status groups growth found counts is_whole")
+    "Page", "queue view now status groups growth found above counts is_whole")
 
 
 @functools.lru_cache(None)  # a page shows each of them many times
@@ -8734,6 +8743,7 @@ def page_links(page, total):
     newest = view.address("#jobs", before="", first="")
     return element(
         "nav", view.before and link("Newest", newest, "button"),
+        view.before and link("Newer", view.address("#jobs", **newer(page)), "button"),
         element("span", place, css="dim"),
         has_more and link("Older", view.address("#jobs", **older(page)), "button"),
         css="row", id="pages", aria_label="Pages")
@@ -8743,6 +8753,14 @@ def older(page):
     """Return what differs in the address of the next page."""
     return dict(before=page.found[PAGE_ROWS - 1]["id"],
                 first=str(number_or(1, page.view.first) + PAGE_ROWS))
+
+
+def newer(page):
+    """Return what differs in the address of the page above."""
+    if len(page.above) <= PAGE_ROWS:
+        return dict(before="", first="")
+    return dict(before=page.above[PAGE_ROWS]["id"],
+                first=str(max(1, number_or(1, page.view.first) - PAGE_ROWS)))
 
 
 # -- the page: the panel of a job ------------------------------------------------------
@@ -8771,13 +8789,14 @@ def page_panel(page):
 
 def step_links(page):
     """Yield links to the jobs above and below the open one in the table."""
-    ids = [job["id"] for job in page.found]
+    first = len(page.above[:1])
+    ids = [job["id"] for job in page.above[:1] + page.found]
     # From a job that is not in the table the next one is the first of the table.
-    at = ids.index(page.view.job) if page.view.job in ids else -1
-    onward = older(page) if at + 1 == PAGE_ROWS < len(ids) else {}
-    for name, arrow, to, changes in (
-            ("previous", "←", at - 1, {}), ("next", "→", at + 1, onward)):
+    at = ids.index(page.view.job) if page.view.job in ids else first - 1
+    for name, arrow, to in (("previous", "←", at - 1), ("next", "→", at + 1)):
         if 0 <= to < len(ids):
+            changes = newer(page) if to < first else (
+                older(page) if to == first + PAGE_ROWS else {})
             words = "%s job: %s" % (name.capitalize(), ids[to])
             yield link(arrow, page.view.open(ids[to], **changes), "button", id=name,
                        aria_label=words, title="%s (key %s)" % (words, arrow))
@@ -9001,12 +9020,13 @@ def make_page(queue, query, site, is_whole=False):
         view = View(*(query.get(name, "") for name in View._fields))
         state = view.state.lower()  # as `state_name` takes it
         view = view._replace(state=state if state in STATES else "")
-        if queue.state(view.before) is None:  # deleted meanwhile
+        place = queue.state(view.before)
+        if place is None or view.state == "dead" != place:  # it left the list meanwhile
             view = view._replace(before="", first="")
-        found = newest_jobs(queue, dict(
-            view.filters(), before=view.before, limit=str(PAGE_ROWS + 1)))
-        return page_parts(Page(queue, view, now, status, groups, growth, found,
-                               site.counts, is_whole))
+        rows = dict(view.filters(), before=view.before, limit=str(PAGE_ROWS + 1))
+        above = newest_jobs(queue, rows, backwards=True) if view.before else []
+        return page_parts(Page(queue, view, now, status, groups, growth,
+                               newest_jobs(queue, rows), above, site.counts, is_whole))
 
 
 def page_parts(page):

@@ -8674,11 +8674,37 @@ class TestPage:
         assert words_of(named_part(first, "total")) == "51, newest first"
         last = page(links_of(first)["Older"])
         assert [row[1] for row in table_of(last)] == ["job0"]
-        assert words_of(named_part(last, "pages")) == "Newest51–51 of 51"
-        assert table_of(page(links_of(last)["Newest"])) == table_of(first)
+        assert words_of(named_part(last, "pages")) == "NewestNewer51–51 of 51"
+        for name in ("Newest", "Newer"):
+            assert table_of(page(links_of(last)[name])) == table_of(first)
         queue.delete(["job1"])  # the other page began behind it
         assert words_of(named_part(page(links_of(first)["Older"]), "pages") or
                         named_part(page(), "total")) == "50, newest first"
+
+    @pytest.mark.parametrize("state", ["", "dead"])
+    def test_the_pages_are_the_same_in_both_directions(self, queue, page, state):
+        for n in range(130):
+            add_job(queue, id="job%d" % n)
+        queue.cancel(["job%d" % n for n in range(130)])
+        pages = [page("/?state=" + state)]
+        for _ in range(2):
+            pages.append(page(links_of(pages[-1])["Older"]))
+        add_job(queue, id="new", max_retries=1)
+        queue.cancel(["new"])
+        up = page(links_of(pages[2])["Newer"])
+        assert table_of(up) == table_of(pages[1])
+        assert "51–100 of 131" in words_of(named_part(up, "pages"))
+        top = page(links_of(up)["Newer"])
+        assert table_of(top) == table_of(pages[0])  # the new one is not slipped in
+        assert [row[1] for row in table_of(page(links_of(top)["Newer"]))][0] == "new"
+
+    def test_a_page_of_the_dead_behind_a_retried_job_is_the_first(self, queue, page):
+        for name in ("a", "b"):
+            let_die(queue, name)
+        queue.retry(["b"])
+        shown = page("/?state=dead&before=b&first=51")
+        assert [row[1] for row in table_of(shown)] == ["a"]
+        assert named_part(shown, "pages") is None
 
     def test_a_search_and_an_error_are_counted(self, queue, page):
         for n in range(queuectl.PAGE_ROWS + 2):
@@ -8873,8 +8899,8 @@ class TestPanel:
         assert steps("/?q=j3&job=j50") == {"next": "/?q=j3&job=j39"}
         onward = steps("/?job=j10")["next"]  # from the last row to the next page
         assert onward == "/?before=j10&first=51&job=j9"
-        assert steps(onward) == {"next": "/?before=j10&first=51&job=j8"}
-        assert steps("/?job=j0&before=j1") == {}
+        assert steps(onward) == {
+            "previous": "/?job=j10", "next": "/?before=j10&first=51&job=j8"}
 
     def test_a_chain_can_be_followed_both_ways(self, queue, page):
         for name, after in (("a", []), ("b", ["a"]), ("c", ["b"])):
