@@ -8772,19 +8772,30 @@ def page_panel(page):
     run = min(number_or(job["run"], page.view.run), job["run"])
     command = element("pre", job["command"], tabindex=0, role="region",
                       aria_label="Command")
-    return element(
-        "aside",
-        element("div", element("h2", job["id"], id="name", tabindex=-1, css="mono"),
-                element("nav", *step_links(page), aria_label="Jobs of the list",
-                        css="row end"),
-                link("Close", page.view.open(""), "button", id="close"), css="row top"),
+    return panel(
+        page, element("h2", job["id"], id="name", tabindex=-1, css="mono", title=job["id"]),
         page_reason(job, page),
         element("div", *job_buttons(job, page), css="row"),
         element("div", command, copy_button("Copy the command"), css="box"),
         element("dl", *[fact(name, value)
                         for name, value in job_facts(job, page).items() if value]),
-        run_links(job, run, page), *panel_output(job, run, page),
-        id="job", css="card", aria_labelledby="name", data_key=job["id"])
+        run_links(job, run, page), *panel_output(job, run, page))
+
+
+def panel(page, name, *content):
+    """Return the panel below its header, which has the steps to other jobs."""
+    steps = element("nav", *step_links(page), css="row", aria_label="Jobs of the list")
+    close = link("Close", page.view.open(""), "button", id="close")
+    header = element("div", name, steps, close, css="row top")
+    return element("section", header, *content, id="job", css="card",
+                   aria_labelledby="name", data_key=page.view.job)
+
+
+def panel_of_none(page):
+    """Return the panel for an id that no job has, or has any more."""
+    return panel(page, element("h2", "No such job", id="name", tabindex=-1), element(
+        "p", sentence_case(str(no_job(page.view.job))),
+        ": it was deleted, or it never was in this queue."))
 
 
 def step_links(page):
@@ -9035,6 +9046,7 @@ def page_parts(page):
     if count_in(page, ""):
         parts += [page_tiles(page), page_middle(page), page_jobs(page)]
     job = page.queue.state(page.view.job) and page.queue.job(page.view.job)
+    opened = page_panel(page) if job else page.view.job and panel_of_none(page)
     dead = not job and page.status["jobs"]["dead"] - page.status["cancelled"]
     subject = job["id"] + " " + kind_of(job, page.status, page.now) if job else (
         verdict(page.status, page.now, page.growth).sentence.partition(":")[0])
@@ -9042,15 +9054,7 @@ def page_parts(page):
                    os.path.basename(page.queue.path), by=" – ")
     return Html("".join([
         element("title", title), page_header(page), element("main", *parts),
-        open_panel(page) if page.view.job else ""]))
-
-
-def open_panel(page):
-    """Return the panel of the open job, or that there is no job of that id."""
-    if page.queue.state(page.view.job) is None:
-        return element("p", str(no_job(page.view.job)), id="gone",
-                       data_back=page.view.open(""))
-    return page_panel(page)
+        opened or ""]))
 
 
 # What answers a request, but for the page itself. A GET returns a document, a POST
@@ -9143,7 +9147,7 @@ class Site:
         except Refusal as refusal:
             status, message = refusal.status, str(refusal)
         except (ValueError, QueueError) as error:
-            status, message = 400, str(error)
+            status, message = (410 if self.is_gone() else 400), str(error)
         except (sqlite3.Error, OSError) as error:
             status, message = 503, error_text(error)
         except Exception as error:  # or the page would take the dashboard for gone
@@ -9179,8 +9183,14 @@ class Site:
         title, end, content = content.partition("</title>")
         parts = {"TOKEN": self.token, "TITLE": title + end, "CONTENT": content,
                  "START": command_to_copy(self.path, self.start),
+                 "ANEW": command_to_copy(self.path, "worker start"),
+                 "IF_GONE": "" if trouble and self.is_gone() else "hidden",
                  "TROUBLE": element("p", sentence_case(trouble), role="alert")}
         return re.sub("|".join(parts), lambda name: parts[name[0]], PAGE_HTML)
+
+    def is_gone(self):
+        """Tell whether somebody has removed the queue."""
+        return not os.path.exists(self.path)
 
     def open_queue(self):
         return Queue(self.path, lock_timeout=POOL_LOCK_TIMEOUT, create=False)
@@ -9334,8 +9344,11 @@ PAGE_CSS = """
 
 * { box-sizing: border-box; margin: 0; }
 [hidden] { display: none !important; }
-/* Without the script nothing answers these. */
+/* Without the script nothing answers these, and "Running now" has the whole width. */
 body:not(.live) :is(button, .card:has(#chart)) { display: none; }
+body:not(.live) .two { grid-template-columns: 1fr; }
+body:not(.live) .two > * { min-height: 0; }
+noscript p { margin: 0 0 .7rem; }
 body {
   margin: 0 auto; max-width: 92rem; padding: .8rem 1.2rem 3rem;
   background: var(--bg); color: var(--text);
@@ -9429,7 +9442,7 @@ main { clear: both; }
   padding: .15rem .5rem; border: 1px solid var(--line); border-radius: .3rem;
   background: var(--card); color: var(--text); overflow-wrap: anywhere;
 }
-#start button { color: var(--text); }
+#trouble button { color: var(--text); }
 #now ul .row > * { min-width: 4.6rem; text-align: center; }
 #now :is(button, .button) { padding: .1rem .55rem; }
 #now ul:not(:empty) { margin-top: .5rem; }
@@ -9516,12 +9529,15 @@ tbody tr:hover, tr[aria-current] { background: color-mix(in srgb, var(--blue) 9%
   display: flex; flex-direction: column; gap: .7rem; z-index: 1;
   overflow: auto; overscroll-behavior: contain; box-shadow: 0 0 2.5rem #0006;
 }
-#name { font-size: 1.15rem; overflow-wrap: anywhere; outline: 0; }
+#name {
+  flex: 1; min-width: 0; font-size: 1.15rem; overflow-wrap: anywhere; outline: 0;
+  overflow: hidden; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
+}
 .top {
   position: sticky; top: -.7rem; z-index: 1; flex-wrap: nowrap; align-items: start;
   margin: -.7rem -1rem 0; padding: .7rem 1rem .4rem; background: var(--card);
 }
-#close { flex: none; }
+.top > :is(nav, a) { flex: none; flex-wrap: nowrap; }
 .box { position: relative; }
 .box button { position: absolute; top: .35rem; right: .35rem; padding: 0 .5rem; }
 pre {
@@ -9610,7 +9626,7 @@ async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
   const answer = await fetch(url, options).catch(silent);
   const body = await answer.text().catch(silent);
   if (answer.ok) return body;
-  throw new Error(JSON.parse(body).error);
+  throw Object.assign(new Error(JSON.parse(body).error), {isGone: answer.status === 410});
 }
 
 /* Let a node become another. Only what differs is changed: nothing flickers, scrolls or loses
@@ -9689,7 +9705,7 @@ async function refresh(isFree) {
     chart().catch(() => { chartDue = 0; });  // which may take a while: nobody waits for it
     await follow(find("output"));
   } catch (error) {
-    if (mine === turn) trouble(error.message);
+    if (mine === turn) trouble(error.message, error.isGone);
   }
   if (mine !== turn) return;
   setBusy(false);
@@ -9707,11 +9723,6 @@ function closePanel() {
 }
 
 function moveFocus(opened, focused) {
-  if (find("gone")) {  // of an action here it is known already
-    if (find("said").hidden) say(find("gone").textContent);
-    history.replaceState(null, "", find("gone").dataset.back);
-    find("gone").remove();
-  }
   const job = find("job") && find("job").dataset.key;
   let target = focused.isConnected ? null : find("name") || find("verdict");
   if (job !== opened) target = job ? find(focused.id) || find("name") : rowOf(opened) || target;
@@ -9721,17 +9732,22 @@ function moveFocus(opened, focused) {
 /* What the panel covers can't be reached, by the Tab key either. */
 const narrow = matchMedia("(max-width: 100rem)");
 function cover(page) {
-  const isCovered = narrow.matches && Boolean(page.querySelector("#job"));
+  const panel = page.querySelector("#job"), isCovered = narrow.matches && Boolean(panel);
+  const role = isCovered ? {role: "dialog", "aria-modal": true} : {};
+  for (const name of panel ? ["role", "aria-modal"] : [])
+    if (role[name]) panel.setAttribute(name, role[name]);
+    else panel.removeAttribute(name);
   for (const part of page.querySelectorAll("#queue, main > *")) part.inert = isCovered;
 }
 
 const sentence = words => words.slice(0, 1).toUpperCase() + words.slice(1);
 
-function trouble(words) {
+function trouble(words, isGone) {
   const [alert, age] = find("trouble").children;
   const seconds = Math.round((performance.now() - lastGood) / 1000);
   if (alert.textContent !== sentence(words)) alert.textContent = sentence(words);
   find("start").hidden = words !== SILENT;
+  find("anew").hidden = !isGone;
   age.textContent = (find("queue") ? `What is shown is ${seconds} s old. ` : "")
     + "This page tries again every 2 s.";
   const name = document.title.split(" – ").pop();
@@ -9809,8 +9825,9 @@ async function act({post, question, ask, do: words, done, css}) {
     ask = answer.ask;
   }
   if (ask && !await confirmed(ask, words, css)) return;
-  // Whoever deletes a job in the panel goes on to the next one.
-  const onward = post.startsWith("/api/jobs/-/delete") && (find("next") || find("previous"));
+  // Whoever deletes the job in the panel goes on to the next one.
+  const onward = find("job") && post.startsWith("/api/jobs/-/delete")
+    && (find("next") || find("previous") || find("close"));
   const changed = JSON.parse(await get(post, {method: "POST", headers: {"X-Token": "TOKEN"}}));
   const jobs = changed === 1 ? " job" : " jobs";
   if (onward) history.replaceState(null, "", onward.href);
@@ -9855,7 +9872,8 @@ document.onsubmit = () => false;  // the search is fetched while it is typed
 document.oninput = event => {
   const address = new URL(location.href);
   address.searchParams.set("q", event.target.value);
-  for (const name of ["before", "first"]) address.searchParams.delete(name);
+  for (const name of ["before", "first", event.target.value ? "" : "q"])
+    address.searchParams.delete(name);
   history.replaceState(null, "", address.pathname + address.search);
   clearTimeout(timer);
   timer = setTimeout(refresh, 200);
@@ -9894,9 +9912,12 @@ TITLE
 <style nonce="TOKEN">""" + PAGE_CSS + """</style>
 </head>
 <body>
-<noscript><p class="card">Without JavaScript this page can search, but not act.</p></noscript>
+<noscript><p class="card">Without JavaScript this page shows and searches, but it neither acts
+nor refreshes itself.</p></noscript>
 <section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p>\
-<div id="start" class="row advice" hidden>To start it: START</div></section>
+<div id="start" class="row advice" hidden>To start it: START</div>\
+<div id="anew" class="row advice" IF_GONE>Put the file back, or start a new queue: ANEW</div>\
+</section>
 <header><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
 <path d="M2 4h12M2 8h8M2 12h11"/></svg>queuectl</h1></header>
 <div id="page">CONTENT</div>

@@ -5029,7 +5029,7 @@ class TestStatus:
         assert {row[1]: row[0] for row in table_of(shown)} == {
             "a": "lost", "b": "pending"}
         assert words_of(named_part(shown, "why")).startswith("lost – its worker died")
-        panel = words_of(shown.find("aside"))
+        panel = words_of(shown.find("section[@id='job']"))
         assert "· lost" in panel and "Outputlost" in panel
         assert "following" not in panel
         assert "1 without a worker" in words_of(named_part(shown, "running"))
@@ -8362,7 +8362,7 @@ class TestPage:
         queue.fail(claim(queue), make_outcome(NASTY_ID, output=NASTY_ID.encode()))
         query = urllib.parse.urlencode({"job": NASTY_ID, "q": NASTY_ID})
         whole = page("/?" + query, is_whole=True)
-        assert whole.find("aside//h2").text == NASTY_ID
+        assert whole.find("section[@id='job']//h2").text == NASTY_ID
         assert NASTY_ID in words_of(named_part(whole, "output"))
         assert not [*whole.iter("script")] + [*page("/chart").iter("script")]
 
@@ -8775,7 +8775,7 @@ class TestPage:
         monkeypatch.setattr(queuectl, "read_status", read_then_complete)
         shown = page("/?job=b")
         assert [row[0] for row in table_of(shown)] == ["behind a job", "pending"]
-        assert "a (pending)" in links_of(shown.find("aside/dl"))
+        assert "a (pending)" in links_of(shown.find("section[@id='job']/dl"))
 
     @mechanism
     def test_the_dead_are_grouped_anew_when_there_are_more(self, queue, monkeypatch):
@@ -8812,7 +8812,12 @@ class TestPage:
         trouble, = re.findall('<section id="trouble"[^>]*>.*?</p>', text)
         assert (status, kind) == (200, "text/html")
         assert "There is no queue" in trouble and "hidden" not in trouble
-        assert site.answer("GET", "/main", {"Host": "localhost"})[0] == 400
+        step, = re.findall('<div id="anew"[^>]*>.*?</div>', text)
+        assert "hidden" not in step and "none.db worker start</code>" in step
+        assert site.answer("GET", "/main", {"Host": "localhost"})[0] == 410
+        queuectl.Queue("none.db").close()
+        text = site.answer("GET", "/", {"Host": "localhost"})[2]
+        assert re.search('<div id="anew"[^>]* hidden>', text)
 
     @mechanism
     def test_its_functions_are_short_and_its_lines_narrow(self):
@@ -8859,7 +8864,7 @@ class TestPanel:
             queue.clock.now += 100
             verb = queue.complete if state == "completed" else queue.fail
             verb(claim(queue), make_outcome(finished_at=queue.clock.now))
-        panel = page("/?job=job").find("aside")
+        panel = page("/?job=job").find("section[@id='job']")
         assert list(buttons_of(panel)) == [*offered, "Copy"]
         assert words_of(named_part(panel, "why")).startswith(why)
         assert [link.get("id") for link in panel.iter("a")][0] == "close"
@@ -8869,7 +8874,7 @@ class TestPanel:
         claim(queue)
         monkeypatch.setattr(queuectl, "living_pools", lambda path: {7: [1]})
         monkeypatch.setattr(queuectl, "is_locked", lambda path: True)
-        panel = page("/?job=job").find("aside")
+        panel = page("/?job=job").find("section[@id='job']")
         assert words_of(named_part(panel, "why")) == "processing – for 1 s, try 1 of 3"
         assert "worker1" in words_of(panel.find("dl"))
         cancel, _, to_end = buttons_of(panel).items()
@@ -8879,7 +8884,7 @@ class TestPanel:
     def test_a_job_that_others_wait_for_is_not_deleted(self, queue, page):
         add_job(queue, id="a")
         add_job(queue, id="b", after=["a"])
-        panel = page("/?job=a").find("aside")
+        panel = page("/?job=a").find("section[@id='job']")
         buttons = buttons_of(panel)
         assert "Delete…" not in buttons
         assert "It can't be deleted: other jobs wait for it" in words_of(panel)
@@ -8889,7 +8894,7 @@ class TestPanel:
         add_jobs(queue, [{"command": "true", "id": "j%d" % n} for n in range(60)])
 
         def steps(address):
-            links = page(address).findall("aside//a")
+            links = page(address).findall("section[@id='job']//a")
             return {link.get("id"): link.get("href") for link in links
                     if link.get("id") in ("previous", "next")}
 
@@ -8906,11 +8911,11 @@ class TestPanel:
         for name, after in (("a", []), ("b", ["a"]), ("c", ["b"])):
             add_job(queue, id=name, after=after)
         claim_and_complete(queue)
-        assert links_of(page("/?job=b").find("aside/dl")) == {
+        assert links_of(page("/?job=b").find("section[@id='job']/dl")) == {
             "a (completed)": "/?job=a", "c (behind a job)": "/?job=c"}
         for n in range(queuectl.LINKS_SHOWN + 9):
             add_job(queue, id="d%d" % n, after=["c"])
-        facts = page("/?job=c").find("aside/dl")
+        facts = page("/?job=c").find("section[@id='job']/dl")
         assert len(links_of(facts)) == 1 + queuectl.LINKS_SHOWN
         assert "d19 (behind a job)and more" in words_of(facts)
 
@@ -8918,17 +8923,17 @@ class TestPanel:
         let_die(queue, "a", priority=1)
         for name, after in (("b", "a"), ("c", "b")):
             add_job(queue, id=name, after=[after])
-        panel = page("/?job=c").find("aside")
+        panel = page("/?job=c").find("section[@id='job']")
         assert "blocked bya (dead)comes afterb (blocked)" in words_of(panel.find("dl"))
         assert buttons_of(panel)["Retry a"]["data-post"] == "/api/jobs/-/retry?id=a"
         queue.retry(["a"])
-        assert "blocked by" not in words_of(page("/?job=c").find("aside"))
+        assert "blocked by" not in words_of(page("/?job=c").find("section[@id='job']"))
 
     def test_no_button_takes_the_place_of_another(self, queue, page):
         add_job(queue, delay=60)
-        before = buttons_of(page("/?job=job").find("aside"))
+        before = buttons_of(page("/?job=job").find("section[@id='job']"))
         queue.cancel(["job"])
-        after = buttons_of(page("/?job=job").find("aside"))
+        after = buttons_of(page("/?job=job").find("section[@id='job']"))
         keys = [{button.get("data-key") for button in buttons.values()} - {None}
                 for buttons in (before, after)]
         assert keys == [{"do-Run now", "do-Cancel…", "do-Delete…"},
@@ -8937,7 +8942,7 @@ class TestPanel:
     def test_what_runs_once_more_or_destroys_asks_first(self, queue, page):
         add_job(queue, id="x")
         claim_and_complete(queue)
-        again = buttons_of(page("/?job=x").find("aside"))["Run again…"]
+        again = buttons_of(page("/?job=x").find("section[@id='job']"))["Run again…"]
         assert again["data-ask"] == "x is completed. Run it again?"
         assert "class" not in again and again["data-do"] == "Yes, run again"
 
@@ -8945,23 +8950,24 @@ class TestPanel:
         for name in ("a", "b"):
             add_job(queue, id=name, lock="l")
         claim(queue)
-        facts = page("/?job=b").find("aside/dl")
+        facts = page("/?job=b").find("section[@id='job']/dl")
         assert "behinda (lost)" in words_of(facts)
         assert links_of(facts)["a (lost)"] == "/?job=a"
         monkeypatch.setattr(queuectl, "standstill", lambda queue: "")
         assert words_of(named_part(page("/?job=b"), "why")) == (
             "behind a lock – waits for the lock l: job a has it")
 
-    def test_a_job_that_is_gone_has_none_and_that_is_reported(self, queue, page):
-        gone = page("/?job=gone&q=x")
-        assert gone.find("aside") is None
-        assert words_of(named_part(gone, "gone")) == "there is no job gone"
-        assert named_part(gone, "gone").get("data-back") == "/?q=x"
+    def test_a_job_that_is_gone_is_reported_in_it(self, queue, page):
+        add_job(queue, id="x")
+        gone = named_part(page("/?job=gone&q=x"), "job")
+        assert "There is no job gone: it was deleted, or" in words_of(gone)
+        assert links_of(gone) == {"→": "/?q=x&job=x", "Close": "/?q=x"}
+        assert [*buttons_of(gone)] == []
 
     def test_run_now_makes_a_job_due(self, queue, page, dashboard):
         queue.clock.now = time.time()
         enqueue(id="x", delay=3600)
-        run_now = buttons_of(page("/?job=x").find("aside"))["Run now"]
+        run_now = buttons_of(page("/?job=x").find("section[@id='job']"))["Run now"]
         assert not queue.has_claimable()
         assert dashboard.post(run_now["data-post"]).status == 200
         assert claim(queue).id == "x"
@@ -8972,7 +8978,7 @@ class TestPanel:
         for text in (b"one", b"two"):
             queue.fail(claim(queue), make_outcome(output=text))
             queue.clock.now += 10
-        panel = page("/?job=x", is_whole=True).find("aside")
+        panel = page("/?job=x", is_whole=True).find("section[@id='job']")
         assert words_of(named_part(panel, "output")) == "two"
         links = links_of(named_part(panel, "runs"))
         assert list(links) == ["run 2 · 01:46:50 · exit 1 · <1ms",
@@ -9033,7 +9039,7 @@ class TestPanel:
         assert re.fullmatch(r"line \d+", first)
         assert code.text.endswith("\nline 49999\n")
         assert output[before:].decode().startswith(first)
-        panel = page("/?job=x").find("aside")
+        panel = page("/?job=x").find("section[@id='job']")
         assert "{:,} bytes".format(len(output)) in words_of(panel)
         saved = panel.find(".//a[@download]")
         assert saved.get("download") == "x-1.log"
