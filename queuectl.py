@@ -9047,14 +9047,18 @@ def page_parts(page):
         parts += [page_tiles(page), page_middle(page), page_jobs(page)]
     job = page.queue.state(page.view.job) and page.queue.job(page.view.job)
     opened = page_panel(page) if job else page.view.job and panel_of_none(page)
-    dead = not job and page.status["jobs"]["dead"] - page.status["cancelled"]
-    subject = job["id"] + " " + kind_of(job, page.status, page.now) if job else (
-        verdict(page.status, page.now, page.growth).sentence.partition(":")[0])
-    title = joined(dead and grouped(dead) + " dead", subject,
-                   os.path.basename(page.queue.path), by=" – ")
+    title = joined(*subjects(page, job), os.path.basename(page.queue.path), by=" – ")
     return Html("".join([
         element("title", title), page_header(page), element("main", *parts),
         opened or ""]))
+
+
+def subjects(page, job):
+    """Return what the title of the page names first: the open job, or the headline."""
+    if job:
+        return [job["id"] + " " + kind_of(job, page.status, page.now)]
+    found = verdict(page.status, page.now, page.growth)
+    return [found.harm, found.sentence.partition(":")[0]]
 
 
 # What answers a request, but for the page itself. A GET returns a document, a POST
@@ -9401,7 +9405,9 @@ body:not(:has(#now)) #trouble {
   background: var(--card); color: var(--text); border-left: 4px solid var(--red);
   font-size: 1.2rem; overflow-wrap: anywhere;
 }
-body:not(:has(#now)) #trouble p + p { margin-top: .4rem; color: var(--dim); font-size: 1rem; }
+body:not(:has(#now)) #trouble :is(p + p, div) {
+  margin-top: .4rem; color: var(--dim); font-size: 1rem;
+}
 #said {
   position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%); z-index: 2;
   max-width: calc(100% - 2rem); padding: .5rem 1rem; border-radius: .4rem;
@@ -9424,7 +9430,7 @@ dialog .row { justify-content: flex-end; margin-top: 1.1rem; }
 @keyframes busy { from { scale: 0 1; } to { scale: 1 1; } }
 
 header { float: left; margin: .2rem .7rem 0 0; }
-#queue { flex-wrap: nowrap; }
+#queue { flex-wrap: nowrap; min-height: 2rem; }
 main { clear: both; }
 #queue .line { flex: 1; line-height: 2; }
 #now {
@@ -9552,7 +9558,7 @@ pre i { font-style: normal; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
 dl div { display: contents; }
 dd { overflow-wrap: anywhere; }
-dd a { margin-right: 1em; }
+dd a { display: inline-block; margin-right: 1em; padding: .1rem 0; }
 #runs [aria-current] { box-shadow: inset 0 -3px var(--blue); }
 
 /* Beside the panel there is room for the page, or the page waits below it. */
@@ -9566,6 +9572,7 @@ dd a { margin-right: 1em; }
 }
 @media (max-width: 75rem) {
   th { width: 10rem; } .mid { width: 8.6rem; } .slim { width: 4.5rem; }
+  #tiles a { padding: .45rem .6rem .55rem; }
 }
 @media (max-width: 60rem) {
   #now li { grid-template-columns: auto 1fr auto; gap: .1rem .7rem; }
@@ -9625,6 +9632,8 @@ async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
   const silent = () => { throw new Error(SILENT); };
   const answer = await fetch(url, options).catch(silent);
   const body = await answer.text().catch(silent);
+  const policy = answer.headers.get("Content-Security-Policy");  // it has the server's token
+  if (answer.ok && policy && !policy.includes("TOKEN")) location.reload();  // a later one's
   if (answer.ok) return body;
   throw Object.assign(new Error(JSON.parse(body).error), {isGone: answer.status === 410});
 }
