@@ -8395,7 +8395,7 @@ def alert(count, name, other, words, address, selection, retry=None, css="dead")
     return element(
         "li", element("b", count, css="hue"),
         element("span", name, css="mono line", title=name or None),
-        element("span", other, other and words and " · ", words, css="dim line",
+        element("span", other, other and words and " · ", words, css="dim lines",
                 title=words),
         element("span", show, retry, css="row"), css=css,
         data_key=joined(css, css == "dead" and name, by=" "))
@@ -8773,7 +8773,8 @@ def page_panel(page):
     command = element("pre", job["command"], tabindex=0, role="region",
                       aria_label="Command")
     return panel(
-        page, element("h2", job["id"], id="name", tabindex=-1, css="mono", title=job["id"]),
+        page, element("h2", job["id"], id="name", tabindex=-1, css="mono lines",
+                      title=job["id"]),
         page_reason(job, page),
         element("div", *job_buttons(job, page), css="row"),
         element("div", command, copy_button("Copy the command"), css="box"),
@@ -9372,6 +9373,11 @@ ul { list-style: none; padding: 0; }
 .mono, pre { font: .92em/1.5 ui-monospace, monospace; }
 .row { display: flex; flex-wrap: wrap; gap: .3rem .7rem; align-items: center; }
 .line, td, th { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+/* Two lines at most. */
+.lines {
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
+  overflow: hidden; overflow-wrap: anywhere;
+}
 .card {
   background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   padding: .7rem 1rem; margin-top: .7rem;
@@ -9458,7 +9464,8 @@ main { clear: both; }
 }
 #now li:has(> details) { display: block; }
 /* Where there is room, and the browser can do that, nothing is folded but many errors. */
-@media (min-width: 44.01rem) {
+@media (min-width: 60.01rem) {
+  li .lines { -webkit-line-clamp: 1; word-break: break-all; }
   @supports selector(::details-content) {
     #now li:has(> .rest) { padding: 0; border: 0; }
     .rest > summary { display: none; }
@@ -9535,10 +9542,7 @@ tbody tr:hover, tr[aria-current] { background: color-mix(in srgb, var(--blue) 9%
   display: flex; flex-direction: column; gap: .7rem; z-index: 1;
   overflow: auto; overscroll-behavior: contain; box-shadow: 0 0 2.5rem #0006;
 }
-#name {
-  flex: 1; min-width: 0; font-size: 1.15rem; overflow-wrap: anywhere; outline: 0;
-  overflow: hidden; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
-}
+#name { flex: 1; min-width: 0; font-size: 1.15rem; outline: 0; }
 .top {
   position: sticky; top: -.7rem; z-index: 1; flex-wrap: nowrap; align-items: start;
   margin: -.7rem -1rem 0; padding: .7rem 1rem .4rem; background: var(--card);
@@ -9555,7 +9559,10 @@ pre i { font-style: normal; }
 .box pre { max-height: 9rem; padding-right: 4.5rem; }
 #output { flex: 1 0 12rem; height: 0; }
 .scrolled span:has(+ #end), body:not(.scrolled) #end { display: none; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
+dl {
+  display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem;
+  align-items: baseline;
+}
 dl div { display: contents; }
 dd { overflow-wrap: anywhere; }
 dd a { display: inline-block; margin-right: 1em; padding: .1rem 0; }
@@ -9576,7 +9583,7 @@ dd a { display: inline-block; margin-right: 1em; padding: .1rem 0; }
 }
 @media (max-width: 60rem) {
   #now li { grid-template-columns: auto 1fr auto; gap: .1rem .7rem; }
-  #now li > .dim { grid-row: 2; grid-column: 1 / 4; white-space: normal; }
+  #now li > .dim { grid-row: 2; grid-column: 1 / 4; }
   .two { grid-template-columns: 1fr; }
   #tiles { grid-template-columns: repeat(3, 1fr); }
   #running { min-height: 0; }

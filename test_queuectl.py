@@ -8848,6 +8848,7 @@ class TestPage:
         assert "c&lt;i&gt;" in output and output.count("<code") == 1
         assert '<p role="alert"></p>' in shown and 'class="live' in shown
         assert "succeed" in shown  # the chart, which only the script fetches
+        assert 'role="dialog"' in shown  # as the panel covers such a narrow page
 
 
 class TestPanel:
