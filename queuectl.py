@@ -8773,9 +8773,7 @@ def page_panel(page):
     command = element("pre", job["command"], tabindex=0, role="region",
                       aria_label="Command")
     return panel(
-        page, element("h2", job["id"], id="name", tabindex=-1, css="mono lines",
-                      title=job["id"]),
-        page_reason(job, page),
+        page, job["id"], page_reason(job, page),
         element("div", *job_buttons(job, page), css="row"),
         element("div", command, copy_button("Copy the command"), css="box"),
         element("dl", *[fact(name, value)
@@ -8785,18 +8783,12 @@ def page_panel(page):
 
 def panel(page, name, *content):
     """Return the panel below its header, which has the steps to other jobs."""
+    title = element("h2", name, id="name", tabindex=-1, css="mono lines", title=name)
     steps = element("nav", *step_links(page), css="row", aria_label="Jobs of the list")
     close = link("Close", page.view.open(""), "button", id="close")
-    header = element("div", name, steps, close, css="row top")
+    header = element("div", title, steps, close, css="row top")
     return element("section", header, *content, id="job", css="card",
                    aria_labelledby="name", data_key=page.view.job)
-
-
-def panel_of_none(page):
-    """Return the panel for an id that no job has, or has any more."""
-    return panel(page, element("h2", "No such job", id="name", tabindex=-1), element(
-        "p", sentence_case(str(no_job(page.view.job))),
-        ": it was deleted, or it never was in this queue."))
 
 
 def step_links(page):
@@ -9047,19 +9039,17 @@ def page_parts(page):
     if count_in(page, ""):
         parts += [page_tiles(page), page_middle(page), page_jobs(page)]
     job = page.queue.state(page.view.job) and page.queue.job(page.view.job)
-    opened = page_panel(page) if job else page.view.job and panel_of_none(page)
-    title = joined(*subjects(page, job), os.path.basename(page.queue.path), by=" – ")
+    found = verdict(page.status, page.now, page.growth)
+    if job:
+        opened, words = page_panel(page), [
+            job["id"] + " " + kind_of(job, page.status, page.now)]
+    else:
+        opened = page.view.job and panel(page, sentence_case(str(no_job(page.view.job))))
+        words = [found.harm, found.sentence.partition(":")[0]]
+    title = joined(*words, os.path.basename(page.queue.path), by=" – ")
     return Html("".join([
         element("title", title), page_header(page), element("main", *parts),
         opened or ""]))
-
-
-def subjects(page, job):
-    """Return what the title of the page names first: the open job, or the headline."""
-    if job:
-        return [job["id"] + " " + kind_of(job, page.status, page.now)]
-    found = verdict(page.status, page.now, page.growth)
-    return [found.harm, found.sentence.partition(":")[0]]
 
 
 # What answers a request, but for the page itself. A GET returns a document, a POST
@@ -9352,7 +9342,6 @@ PAGE_CSS = """
 /* Without the script nothing answers these, and "Running now" has the whole width. */
 body:not(.live) :is(button, .card:has(#chart)) { display: none; }
 body:not(.live) .two { grid-template-columns: 1fr; }
-body:not(.live) .two > * { min-height: 0; }
 noscript p { margin: 0 0 .7rem; }
 body {
   margin: 0 auto; max-width: 92rem; padding: .8rem 1.2rem 3rem;
@@ -9559,10 +9548,8 @@ pre i { font-style: normal; }
 .box pre { max-height: 9rem; padding-right: 4.5rem; }
 #output { flex: 1 0 12rem; height: 0; }
 .scrolled span:has(+ #end), body:not(.scrolled) #end { display: none; }
-dl {
-  display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem;
-  align-items: baseline;
-}
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
+dt, dd { align-self: baseline; }
 dl div { display: contents; }
 dd { overflow-wrap: anywhere; }
 dd a { display: inline-block; margin-right: 1em; padding: .1rem 0; }
@@ -9749,10 +9736,7 @@ function moveFocus(opened, focused) {
 const narrow = matchMedia("(max-width: 100rem)");
 function cover(page) {
   const panel = page.querySelector("#job"), isCovered = narrow.matches && Boolean(panel);
-  const role = isCovered ? {role: "dialog", "aria-modal": true} : {};
-  for (const name of panel ? ["role", "aria-modal"] : [])
-    if (role[name]) panel.setAttribute(name, role[name]);
-    else panel.removeAttribute(name);
+  if (panel) [panel.role, panel.ariaModal] = isCovered ? ["dialog", "true"] : [null, null];
   for (const part of page.querySelectorAll("#queue, main > *")) part.inert = isCovered;
 }
 
