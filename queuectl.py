@@ -9552,7 +9552,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
 dt, dd { align-self: baseline; }
 dl div { display: contents; }
 dd { overflow-wrap: anywhere; }
-dd a { display: inline-block; margin-right: 1em; padding: .1rem 0; }
+dd a { display: inline-block; margin-right: 1em; padding: .15rem 0; }
 #runs [aria-current] { box-shadow: inset 0 -3px var(--blue); }
 
 /* Beside the panel there is room for the page, or the page waits below it. */
