@@ -8350,15 +8350,15 @@ def error_alert(group, behind, page):
     """Return the line about the jobs that died of one error, and what waits for them."""
     error, line, is_one = group["error"], group["line"], group["jobs"] == 1
     chosen = {"state": "dead", "error": error}
-    words = joined(line and "“%s” · " % line, not is_one and "latest ",
-                   ago(group["latest"], page), by="")
+    words = joined(is_one and group["id"], line and "“%s”" % line,
+                   ("" if is_one else "latest ") + ago(group["latest"], page), by=" · ")
     waiting = behind > 0 and link(
         "%s %s for %s" % (grouped(behind), "waits" if behind == 1 else "wait",
                           "it" if is_one else "them"), page.view.only(blocked_by=error))
     word, name, retry = "dead", error, bulk_button(
         "Retry…", "retry", chosen, "Retry the dead of " + error)
     if group["is_cancelled"]:  # these are retried by id
-        word, name, retry = "cancelled", is_one and group["id"], None
+        word, name, retry = "cancelled", None, None
     if is_one:
         retry = job_button("Retry", "retry", group["id"], "Retried")
     return alert("%s %s" % (grouped(group["jobs"]), word), name, waiting, words,
@@ -9666,8 +9666,8 @@ function becomeChildren(node, wanted) {
 }
 
 /* No row moves while somebody points at one or is at one by keyboard, or they would press
-   another one. What left the list stays, pale. What is new is below the lines of what needs
-   somebody; in the table, where it would be on top, it is counted until it is shown. */
+   another one. What left a list stays, pale. New rows wait: those of the table are counted,
+   but what needs somebody is shown at once, below the rest. */
 function hold(page) {
   const lists = "tbody, #alerts", rows = "tr, li:not(:has(li))";
   for (const list of document.querySelectorAll(lists)) {

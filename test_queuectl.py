@@ -8408,7 +8408,7 @@ class TestPage:
         assert words_of(now.find("div")) == "Retry the dead ones, or cancel what waits"
         assert [[words_of(part) for part in row] for row in alerts_of(now)] == [
             ["2 dead", "exit 12", "latest just now", "ShowRetry…"],
-            ["1 dead", "exit 1", "1 waits for it · “no such row” · just now",
+            ["1 dead", "exit 1", "1 waits for it · a · “no such row” · just now",
              "ShowRetry"]]
 
     def test_what_costs_most_comes_first_and_leads_to_what_waits(
@@ -8426,7 +8426,7 @@ class TestPage:
         most, *others = alerts_of(shown)
         assert words_of(most).startswith("2 deadexit 13 wait for them · ")
         assert [words_of(row)[:14] for row in others] == [
-            "3 deadexit 2la", "1 cancelledgon"]
+            "3 deadexit 2la", "1 cancelled1 w"]
         behind = page(links_of(most)["3 wait for them"])
         assert [row[1] for row in table_of(behind)] == ["d", "c", "b"]
         assert "✕ blocked by exit 1" in links_of(behind)
