@@ -9024,13 +9024,32 @@ def make_page(queue, query, site, is_whole=False):
         view = View(*(query.get(name, "") for name in View._fields))
         state = view.state.lower()  # as `state_name` takes it
         view = view._replace(state=state if state in STATES else "")
-        place = queue.state(view.before)
-        if place is None or view.state == "dead" != place:  # it left the list meanwhile
+        view = placed(queue, view)
+        found, above = rows_from(queue, view), []
+        if view.before and not found:  # they are gone: the first page has some
             view = view._replace(before="", first="")
-        rows = dict(view.filters(), before=view.before, limit=str(PAGE_ROWS + 1))
-        above = newest_jobs(queue, rows, backwards=True) if view.before else []
-        return page_parts(Page(queue, view, now, status, groups, growth,
-                               newest_jobs(queue, rows), above, site.counts, is_whole))
+            found = rows_from(queue, view)
+        if view.before:
+            above = rows_from(queue, view, backwards=True)
+        return page_parts(Page(queue, view, now, status, groups, growth, found, above,
+                               site.counts, is_whole))
+
+
+def placed(queue, view):
+    """Return a view whose place is in the list: if it has left it, one of its number."""
+    state, number = queue.state(view.before), number_or(1, view.first) - 1
+    if state is not None and (view.state != "dead" or state == "dead"):
+        return view
+    above = number and newest_jobs(queue, dict(view.filters(), limit=str(number)))
+    if not above:
+        return view._replace(before="", first="")
+    return view._replace(before=above[-1]["id"], first=str(len(above) + 1))
+
+
+def rows_from(queue, view, backwards=False):
+    """Return the jobs of a page, and one more if there are others behind them."""
+    query = dict(view.filters(), before=view.before, limit=str(PAGE_ROWS + 1))
+    return newest_jobs(queue, query, backwards)
 
 
 def page_parts(page):

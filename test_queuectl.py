@@ -5636,7 +5636,7 @@ class TestDashboardCommand:
                 os.remove(name)
         for path in ("/api/status", "/api/jobs", "/api/stats", "/metrics"):
             answer = dashboard.ask(path)
-            assert answer.status == 400 and "there is no queue" in answer.text
+            assert answer.status == 410 and "there is no queue" in answer.text
         assert not os.path.exists("queuectl.db") and dashboard.ask("/").status == 200
 
     def test_a_damaged_queue_is_an_error_of_the_server(self, dashboard):
@@ -8699,13 +8699,21 @@ class TestPage:
         assert table_of(top) == table_of(pages[0])  # the new one is not slipped in
         assert [row[1] for row in table_of(page(links_of(top)["Newer"]))][0] == "new"
 
-    def test_a_page_of_the_dead_behind_a_retried_job_is_the_first(self, queue, page):
-        for name in ("a", "b"):
-            let_die(queue, name)
-        queue.retry(["b"])
-        shown = page("/?state=dead&before=b&first=51")
-        assert [row[1] for row in table_of(shown)] == ["a"]
-        assert named_part(shown, "pages") is None
+    @pytest.mark.parametrize("verb", ["retry", "delete"])
+    def test_a_page_stays_where_the_job_before_it_goes(self, queue, page, verb):
+        for n in range(60):
+            add_job(queue, id="job%d" % n)
+        queue.cancel(["job%d" % n for n in range(60)])
+        address = links_of(page("/?state=dead"))["Older"]
+        getattr(queue, verb)(["job10"])
+        shown = page(address)
+        assert [row[1] for row in table_of(shown)][0] == "job8"  # one has moved up
+        assert "51–59 of 59" in words_of(named_part(shown, "pages"))
+
+    def test_a_page_without_jobs_left_is_the_first(self, queue, page):
+        add_job(queue, id="a")
+        add_job(queue, id="b")
+        assert [row[1] for row in table_of(page("/?before=a&first=51"))] == ["b", "a"]
 
     def test_a_search_and_an_error_are_counted(self, queue, page):
         for n in range(queuectl.PAGE_ROWS + 2):
