@@ -8715,6 +8715,11 @@ class TestPage:
         add_job(queue, id="b")
         assert [row[1] for row in table_of(page("/?before=a&first=51"))] == ["b", "a"]
 
+    def test_a_page_far_down_is_found_by_its_number_in_part(self, queue, page):
+        add_jobs(queue, [{"command": "true"}] * 600)
+        shown = page("/?before=gone&first=551")  # not by counting a million
+        assert "501–550 of 600" in words_of(named_part(shown, "pages"))
+
     def test_a_search_and_an_error_are_counted(self, queue, page):
         for n in range(queuectl.PAGE_ROWS + 2):
             let_die(queue, "job%d" % n, "exit %d" % (1 + n % 51 // 50))
