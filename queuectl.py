@@ -8368,10 +8368,11 @@ def error_alert(group, behind, page):
 def failed_alert(page):
     """Yield the line about the jobs that are tried again; it tells of the newest one."""
     for job in page.queue.jobs(where(["failed"]), 1, newest=True):
-        line = last_line(page.queue.tail(job))
-        words = joined(line and "“%s”" % line, next_due(page, "failed"), by=" · ")
-        yield alert(grouped(count_in(page, "failed")) + " failed", job["error"], None,
-                    words, page.view.only(state="failed"), "the failed jobs", css="failed")
+        line, count = last_line(page.queue.tail(job)), count_in(page, "failed")
+        words = joined(count == 1 and job["id"], line and "“%s”" % line,
+                       next_due(page, "failed"), by=" · ")
+        yield alert(grouped(count) + " failed", job["error"], None, words,
+                    page.view.only(state="failed"), "the failed jobs", css="failed")
 
 
 def lock_alert(page):
