@@ -8229,9 +8229,9 @@ class View(collections.namedtuple(
 
 # What the parts of the page are made of: the queue; the `View`; the time; the values of
 # `read_status`; those of `errors_of`; the growth for `verdict`; the jobs of the table,
-# and one more if there are older ones; those of the page above it, from below; the counts
-# in the cache; whether the page holds the output of the open job (otherwise the script
-# fetches it).
+# and one more if there are older ones; those of the page above it, from below; the
+# counts in the cache; whether the page holds the output of the open job (otherwise the
+# script fetches it).
 Page = collections.namedtuple(
     "Page", "queue view now status groups growth found above counts is_whole")
 
@@ -8347,7 +8347,7 @@ def error_alerts(page):
 
 
 def error_alert(group, behind, page):
-    """Return the line about the jobs that died of one error, and what waits for them."""
+    """Return the line about the dead of one error, and about what waits for them."""
     error, line, is_one = group["error"], group["line"], group["jobs"] == 1
     chosen = {"state": "dead", "error": error}
     words = joined(is_one and group["id"], line and "“%s”" % line,
@@ -8366,7 +8366,7 @@ def error_alert(group, behind, page):
 
 
 def failed_alert(page):
-    """Yield the line about the jobs that are tried again; it tells of the newest one."""
+    """Yield the line about the jobs that are tried again, with the newest one."""
     for job in page.queue.jobs(where(["failed"]), 1, newest=True):
         line, count = last_line(page.queue.tail(job)), count_in(page, "failed")
         words = joined(count == 1 and job["id"], line and "“%s”" % line,
@@ -8689,7 +8689,8 @@ def bulk_buttons(page):
     filters, state, error = page.view.filters(), page.view.state, page.view.blocked_by
     if page.found and (
             error or state == "dead" or not filters and count_in(page, "dead")):
-        yield bulk_button("Retry dead…", "retry", {"error": error} if error else filters)
+        chosen = {"error": error} if error else filters
+        yield bulk_button("Retry dead…", "retry", chosen)
     if page.found and filters and state != "processing":
         yield bulk_button("Delete…", "delete", filters)
 
@@ -8729,8 +8730,9 @@ def jobs_of_query(count, verb, query):
         query.get("q") and "“%(q)s” in them" % query, by=" and ")
     return joined(grouped(count), state, "job" if count == 1 else "jobs",
                   with_text and "with " + with_text,
-                  *["%s“%s”" % (words, query[name]) for name, words in VIEW_FILTERS.items()
-                    if words and query.get(name)], by=" ")
+                  *["%s“%s”" % (before, query[name])
+                    for name, before in VIEW_FILTERS.items()
+                    if before and query.get(name)], by=" ")
 
 
 def page_links(page, total):
@@ -9037,7 +9039,7 @@ def make_page(queue, query, site, is_whole=False):
 
 
 def placed(queue, view):
-    """Return a view whose place is in the list: if it has left it, one of its number."""
+    """Return a view whose place is in the list: a lost one is found by its number."""
     state, number = queue.state(view.before), number_or(1, view.first) - 1
     if state is not None and (view.state != "dead" or state == "dead"):
         return view
@@ -9059,12 +9061,12 @@ def page_parts(page):
     if count_in(page, ""):
         parts += [page_tiles(page), page_middle(page), page_jobs(page)]
     job = page.queue.state(page.view.job) and page.queue.job(page.view.job)
-    found = verdict(page.status, page.now, page.growth)
     if job:
         opened, words = page_panel(page), [
             job["id"] + " " + kind_of(job, page.status, page.now)]
     else:
-        opened = page.view.job and panel(page, sentence_case(str(no_job(page.view.job))))
+        id, found = page.view.job, verdict(page.status, page.now, page.growth)
+        opened = id and panel(page, sentence_case(str(no_job(id))))
         words = [found.harm, found.sentence.partition(":")[0]]
     title = joined(*words, os.path.basename(page.queue.path), by=" – ")
     return Html("".join([
