@@ -2162,12 +2162,11 @@ FILTERS = {
     "finished_before": f"{IS_FINISHED} AND updated_at < :finished_before",
     "changed_since": "updated_at >= :changed_since",
     "cancelled": "cancelled = :cancelled",  # True or False
-    # The id of a job: those that wait for it, directly or not.
-    "behind": f"""{IN_LINE} AND seq IN (WITH RECURSIVE behind (seq) AS (
-        SELECT dependencies.seq FROM jobs JOIN dependencies ON waits_for = jobs.seq
-            WHERE id = :behind
-        UNION SELECT dependencies.seq FROM behind
-            JOIN dependencies ON waits_for = behind.seq) SELECT seq FROM behind)""",
+    "behind_lock": f"lock = :behind_lock AND {IN_LINE} AND gate = {LOCKED}",
+    # The error of dead jobs: those that wait for them, directly or not.
+    "blocked_by": f"""seq IN ({blocked_table(with_root=True)}
+        SELECT blocked.seq FROM blocked JOIN jobs ON jobs.seq = root
+        WHERE error = :blocked_by)""",
 }
 
 
@@ -2187,10 +2186,10 @@ def where(states=STATES, **filters):
         if not {"pending", "completed"} & {*states}:
             parts.append(RARE)
     given = {name: value for name, value in filters.items() if value is not None}
-    parts += [FILTERS[name] for name in given if name != "behind"]
+    parts += [FILTERS[name] for name in given if name != "blocked_by"]
     of_row = " AND ".join(parts or ["1"])
-    sql = " AND ".join([of_row, FILTERS["behind"]] if "behind" in given else [of_row])
-    return Condition(sql, given, of_row)
+    others = [FILTERS["blocked_by"]] if "blocked_by" in given else []
+    return Condition(" AND ".join([of_row, *others]), given, of_row)
 
 
 def needed(condition):
@@ -2975,19 +2974,22 @@ class Queue(Database):
             else:
                 first = batch[-1]["seq"] + 1
 
-    def dead_jobs(self, after_id=None, limit=-1, **filters):
+    def dead_jobs(self, after_id=None, limit=-1, backwards=False, **filters):
         """Yield the dead jobs that pass the filters of `where`, the latest death first.
 
-        If AFTER_ID is a dead job, the list begins after it. A LIMIT below 0 is none.
+        If AFTER_ID is a dead job, the list begins after it; BACKWARDS, it goes up from
+        this job, which is the first one. A LIMIT below 0 is none.
         """
         condition = where(**filters)  # without RARE, whose index has another order
         place = self._row(
             "SELECT updated_at, seq FROM jobs WHERE id = ? AND state = 'dead'",
             after_id)
         at, number = place if place else (MAX_TIME, MAX_INTEGER)
+        side, order = (">=", "ASC") if backwards else ("<", "DESC")
         query = f"""SELECT seq FROM jobs
-            WHERE state = 'dead' AND (updated_at, seq) < (:at, :number)
-            AND {condition.sql} ORDER BY updated_at DESC, seq DESC LIMIT :limit"""
+            WHERE state = 'dead' AND (updated_at, seq) {side} (:at, :number)
+            AND {condition.sql}
+            ORDER BY updated_at {order}, seq {order} LIMIT :limit"""
         for seq, in self._rows(
                 query, **condition.values, at=at, number=number, limit=limit):
             yield from self._rows(DEAD_JOB, seq)
@@ -3146,19 +3148,16 @@ class Queue(Database):
             SELECT jobs.id, dead.* FROM ({BEHIND_DEAD}) AS dead JOIN jobs USING (seq)
             ORDER BY seq LIMIT 1""")
 
-    def blockers(self, limit):
-        """Return the dead jobs that most others wait for, with the number of `jobs`.
+    def blocked_by_errors(self):
+        """Return how many jobs wait for the dead of each error, if any: {error: jobs}.
 
-        These wait directly or not. They are counted up to ten thousand.
+        They wait directly or not. They are counted up to ten thousand.
         """
-        return self._rows(f"""
+        return dict(self._rows(f"""
             {blocked_table(with_root=True)}
-            SELECT id, state, cancelled, roots.jobs AS jobs
-            FROM (SELECT root, COUNT(*) AS jobs
-                FROM (SELECT root FROM blocked LIMIT {COUNT_LIMIT})
-                GROUP BY root ORDER BY jobs DESC, root LIMIT ?) AS roots
-            JOIN jobs ON seq = root
-            ORDER BY roots.jobs DESC, seq""", limit)
+            SELECT error, COUNT(DISTINCT waiting.seq)
+            FROM (SELECT seq, root FROM blocked LIMIT {COUNT_LIMIT}) AS waiting
+            JOIN jobs ON jobs.seq = root GROUP BY error"""))
 
     def oldest_claimable(self):
         """Return the job (`id`, `run_at`) that waits longest for a worker, or None.
@@ -4208,8 +4207,9 @@ def in_queue(path, hint):
 
 
 # What a queue comes down to. `state` gives the colour; `advice` is the next step, where
-# there is one.
-Verdict = collections.namedtuple("Verdict", "state sentence advice", defaults=("",))
+# there is one; `harm` is what is dead or blocked in a queue that works in spite of it.
+Verdict = collections.namedtuple(
+    "Verdict", "state sentence advice harm", defaults=("", ""))
 
 
 def obstacle(status):
@@ -4237,8 +4237,14 @@ def standstill(queue):
 
 def with_advice(found, path, first_letter=str):
     """Return a verdict and its advice as one text. FIRST_LETTER sets the case of it."""
-    sentence = first_letter(found.sentence[0]) + found.sentence[1:]
-    return joined(sentence, in_queue(path, found.advice), by="; ")
+    words = verdict_text(found)
+    words = first_letter(words[0]) + words[1:]
+    return joined(words, in_queue(path, found.advice), by="; ")
+
+
+def verdict_text(found):
+    """Return a verdict as one text, without its advice."""
+    return joined(found.sentence, found.harm, by="; ")
 
 
 def stopping(path, pools):
@@ -4351,8 +4357,9 @@ def verdict(status, now, growth=0):
     minute, for a caller that has looked before.
     """
     found = verdict_at_rest(status) or verdict_at_work(status, now, growth)
-    if found.state in ("processing", "completed") and harm_text(status):
-        return found._replace(state="failed")
+    harm = harm_text(status)
+    if harm and found.state in ("processing", "completed"):
+        return found._replace(state="failed", harm=harm)
     return found
 
 
@@ -4366,9 +4373,9 @@ def verdict_at_rest(status):
                            "to add one: %s enqueue -- echo hello" % PROGRAM)
         if not count_unfinished(jobs):
             completed, cancelled = jobs["completed"], status["cancelled"]
-            return Verdict("completed", "Ended: " + joined(
-                completed and grouped(completed) + " completed", harm_text(status),
-                cancelled and grouped(cancelled) + " cancelled"))
+            counts = joined(completed and grouped(completed) + " completed",
+                            cancelled and grouped(cancelled) + " cancelled")
+            return Verdict("completed", joined("Ended", counts, by=": "))
         if status["blocked_seqs"] and not can_go_on and not jobs["processing"]:
             return Verdict("dead", "Stuck" + left + " for dead ones",
                            "retry the dead ones, or cancel what waits")
@@ -4397,7 +4404,7 @@ def verdict_at_work(status, now, growth):
     else:
         sentence = "Idle: the next job is due " + relative_time(due or now, now)
         state = "completed"
-    return Verdict(state, joined(sentence, harm_text(status), by="; "))
+    return Verdict(state, sentence)
 
 
 def harm_text(status):
@@ -6217,7 +6224,7 @@ def status_document(status, now):
     workers = [with_iso_times(worker, "since") for worker in status["workers"]]
     return dict(with_iso_times(document, "oldest_waiting", "next_due"), workers=workers,
                 blocked=len(status["blocked_seqs"]),
-                verdict=verdict(status, now).sentence)
+                verdict=verdict_text(verdict(status, now)))
 
 
 def errors_of(queue):
@@ -6237,7 +6244,7 @@ def status_screen(status, groups, now, growth):
     """Yield what `status` shows on a terminal, where people look."""
     found = verdict(status, now, growth)
     yield Line(with_advice(found, status["path"]), STATES[found.state].colour, 0,
-               len(found.sentence))
+               len(verdict_text(found)))
     yield from count_lines(status, now)
     groups, width = died(groups), terminal_width(sys.stdout)
     more = groups[SHOWN_ERRORS:]
@@ -8180,21 +8187,27 @@ def filters_of(query, states=STATES):
     """Return arguments for `where`: what a query asks for, of these states alone."""
     if "state" in query:
         states = [state for state in states if state == state_name(query["state"])]
-    return dict(states=states, error=query.get("error"), behind=query.get("behind"),
+    named = {name: query.get(name) for name in ("error", "blocked_by", "behind_lock")}
+    return dict(named, states=states,
                 pattern=like_pattern(query["q"]) if query.get("q") else None)
 
 
-def newest_jobs(queue, query):
-    """Return a page of jobs after that in `before`: newest, or latest death, first."""
+def newest_jobs(queue, query, backwards=False):
+    """Return a page of jobs after that in `before`: newest, or latest death, first.
+
+    BACKWARDS, return that job and those above it, going up.
+    """
     limit = min(count_from(0, "limit")(query.get("limit", "50")) or 50, BATCH_SIZE)
     filters, before = filters_of(query), query.get("before", "")
     if before:
         require_job(queue, before)
     if filters["states"] == ["dead"]:
         del filters["states"]
-        return list(queue.dead_jobs(before, limit, **filters))
-    return list(queue.jobs(
-        where(**filters), limit, newest=True, last=queue.seq_before(before)))
+        return list(queue.dead_jobs(before, limit, backwards, **filters))
+    last = queue.seq_before(before)
+    if backwards:
+        return list(queue.jobs(where(**filters), limit, first=last + 1))
+    return list(queue.jobs(where(**filters), limit, newest=True, last=last))
 
 
 def stats_by_minute(queue, query):
@@ -8344,13 +8357,18 @@ def number_or(default, text):
     return text.isdecimal() and int(text) or default
 
 
+# What narrows the list of jobs, each with what stands before its value on the page.
+VIEW_FILTERS = {"state": "", "q": "", "error": "", "blocked_by": "blocked by ",
+                "behind_lock": "behind the lock "}
+
+
 class View(collections.namedtuple(
-        "View", "state q error behind before first job run")):
+        "View", [*VIEW_FILTERS, "before", "first", "job", "run"])):
     """What the page shows: the query of its address."""
 
     def filters(self):
         """Return what narrows the list of jobs, as the actions for many take it."""
-        return {name: getattr(self, name) for name in ("state", "q", "error", "behind")
+        return {name: getattr(self, name) for name in VIEW_FILTERS
                 if getattr(self, name)}
 
     def address(self, part="", **changes):
@@ -8360,7 +8378,7 @@ class View(collections.namedtuple(
 
     def only(self, **filters):
         """Return the address of the jobs that these filters leave, from the newest."""
-        nothing = dict(state="", q="", error="", behind="", before="", first="")
+        nothing = dict.fromkeys([*VIEW_FILTERS, "before", "first"], "")
         return self.address("#jobs", **dict(nothing, **filters))
 
     def open(self, id, **changes):
@@ -8370,10 +8388,11 @@ class View(collections.namedtuple(
 
 # What the parts of the page are made of: the queue; the `View`; the time; the values of
 # `read_status`; those of `errors_of`; the growth for `verdict`; the jobs of the table,
-# and one more if there are older ones; the site's `Cache`; whether the page holds the
-# output of the open job (otherwise the script fetches it).
+# and one more if there are older ones; those of the page above it, from below; the
+# site's `Cache`; whether the page holds the output of the open job (otherwise the
+# script fetches it).
 Page = collections.namedtuple(
-    "Page", "queue view now status groups growth found cache is_whole")
+    "Page", "queue view now status groups growth found above cache is_whole")
 
 
 @functools.lru_cache(None)  # a page shows each of them many times
@@ -8407,20 +8426,21 @@ def page_header(page):
 
 def page_now(page):
     """Return the verdict, and what needs somebody; without jobs, the first steps."""
-    status = page.status
-    state, sentence, advice = verdict(status, page.now, page.growth)
+    status, found = page.status, verdict(page.status, page.now, page.growth)
+    advice = found.advice
     if status["paused"]:  # there is a button
         advice = "" if status["pools"] else "no pool is running; " + TO_START
     if count_in(page, ""):
-        load = load_text(page)
+        # What is broken comes first, before what works.
+        load = joined(found.harm and found.sentence, load_text(page), by=" · ")
         more = [load and element("p", load, css="dim"),
                 advice and advice_line(advice, page),
-                element("ul", *alerts(page), data_key="alerts")]
+                element("ul", *alerts(page), id="alerts")]
     else:
         steps = [element("li", advice_line(step, page)) for step in FIRST_STEPS]
         more = [element("ol", *steps)]
-    return element("section", element("h2", sentence, id="verdict", tabindex=-1), *more,
-                   id="now", css="card " + state)
+    headline = element("h2", found.harm or found.sentence, id="verdict", tabindex=-1)
+    return element("section", headline, *more, id="now", css="card " + found.state)
 
 
 def load_text(page):
@@ -8428,7 +8448,8 @@ def load_text(page):
     status = page.status
     counts = [
         (status["jobs"]["processing"] - len(status["lost"]), "running"),
-        (status["dependent"], "behind a job"), (status["delayed"], "delayed"),
+        (status["dependent"] - len(status["blocked_seqs"]), "behind a job"),
+        (status["delayed"], "delayed"),
         (status["locked"], "behind a lock")]
     return joined(*[count and grouped(count) + " " + words for count, words in counts])
 
@@ -8449,72 +8470,93 @@ def command_to_copy(path, rest):
 
 
 def alerts(page):
-    """Yield a line for each common error, what is tried again, blocks, or locks."""
-    lines = [error_alert(group, page) for group in died(page.groups)]
-    named = len(lines) if len(lines) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
-    yield from lines[:named]
-    if lines[named:]:
-        summary = element("summary", plural(len(lines) - named, "more error"))
-        yield element("li", element("details", summary, element("ul", *lines[named:])),
-                      data_key="more")
-    for job in page.queue.jobs(where(["failed"]), 1, newest=True):
-        yield failed_alert(job, page)
-    if page.status["blocked_seqs"]:
-        blockers = page.cache.get(
-            "blockers of %d" % len(page.status["blocked_seqs"]),
-            lambda: page.queue.blockers(SHOWN_ERRORS))
-        yield from [blocked_alert(dead, page) for dead in blockers]
-    if page.status["locked"]:
-        line = page.cache.get("line", page.queue.longest_line)
-        if line:
-            yield lock_alert(*line, page)
+    """Return lines about what died, is tried again, or is behind a lock.
+
+    Two are on top. The others are behind them where there is little room.
+    """
+    died, others = error_alerts(page), [*failed_alert(page), *lock_alert(page)]
+    named = len(died) if len(died) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
+    lines = died[:named] + others
+    if died[named:]:
+        lines.append(folded(plural(len(died) - named, "more error"), died[named:]))
+    if not lines[2:]:
+        return lines
+    count = len(died) + len(others) - 2
+    return [*lines[:2], folded(grouped(count) + " more", lines[2:], "rest")]
 
 
-def failed_alert(job, page):
-    """Return the line about the jobs that are tried again; JOB is the newest one."""
-    line = last_line(page.queue.tail(job))
-    words = joined(line and "“%s”" % line, next_due(page, "failed"), by=" · ")
-    return alert(grouped(count_in(page, "failed")) + " failed", job["error"], words,
-                 page.view.only(state="failed"), "the failed jobs", css="failed")
+def folded(words, lines, css=None):
+    """Return a line that hides others until it is opened."""
+    details = [element("summary", words), element("ul", *lines)]
+    return element("li", element("details", *details, css=css), data_key=css or "more")
 
 
-def lock_alert(lock, jobs, first, page):
-    """Return the line about the jobs behind a lock; FIRST has it, or gets it first."""
-    id, has = first["id"], "held by" if first["state"] == "processing" else "next is"
-    words = "%s %s · %s" % (has, id, time_cell(first, page))
-    return alert(grouped(jobs) + " behind", "lock " + lock, words, page.view.open(id),
-                 "the job " + id, css="pending")
+def error_alerts(page):
+    """Return a line for each error of dead jobs, what costs most first.
+
+    A cancelled job is none of these, unless others wait for it.
+    """
+    blocked = page.status["blocked_seqs"]
+    waiting = page.cache.get("blocked %d" % len(blocked),
+                              page.queue.blocked_by_errors) if blocked else {}
+    groups = [(group, waiting.get(group["error"], 0)) for group in page.groups
+              if not group["is_cancelled"] or group["error"] in waiting]
+    groups.sort(key=lambda pair: -pair[0]["jobs"] - pair[1])
+    return [error_alert(group, behind, page) for group, behind in groups]
 
 
-def blocked_alert(dead, page):
-    """Return the line about the jobs that wait for a dead one."""
-    id = dead["id"]
-    return alert(grouped(dead["jobs"]) + " blocked", id,
-                 "by this job, which is " + state_word(dead),
-                 page.view.only(behind=id), "jobs behind " + id,
-                 job_button("Retry", "retry", id, "Retried"))
-
-
-def error_alert(group, page):
-    """Return the line about the jobs that died of one error."""
+def error_alert(group, behind, page):
+    """Return the line about the dead of one error, and about what waits for them."""
     error, line, is_one = group["error"], group["line"], group["jobs"] == 1
     chosen = {"state": "dead", "error": error}
-    words = joined(line and "“%s” · " % line, not is_one and "latest ",
-                   ago(group["latest"], page), by="")
-    return alert(
-        grouped(group["jobs"]) + " dead", error, words,
-        page.view.only(**chosen), "the dead of " + error,
-        job_button("Retry", "retry", group["id"], "Retried") if is_one else
-        bulk_button("Retry…", "retry", chosen, "Retry the dead of " + error))
+    words = joined(is_one and group["id"], line and "“%s”" % line,
+                   ("" if is_one else "latest ") + ago(group["latest"], page), by=" · ")
+    waiting = behind > 0 and link(
+        "%s %s for %s" % (grouped(behind), "waits" if behind == 1 else "wait",
+                          "it" if is_one else "them"), page.view.only(blocked_by=error))
+    word, name, retry = "dead", error, bulk_button(
+        "Retry…", "retry", chosen, "Retry the dead of " + error)
+    if group["is_cancelled"]:  # these are retried by id
+        word, name, retry = "cancelled", None, None
+    if is_one:
+        retry = job_button("Retry", "retry", group["id"], "Retried")
+    return alert("%s %s" % (grouped(group["jobs"]), word), name, waiting, words,
+                 page.view.only(**chosen), "the dead of " + error, retry)
 
 
-def alert(count, name, words, address, selection, retry=None, css="dead"):
-    """Return a line about a selection of jobs, which the address shows."""
+def failed_alert(page):
+    """Yield the line about the jobs that are tried again, with the newest one."""
+    for job in page.queue.jobs(where(["failed"]), 1, newest=True):
+        line, count = last_line(page.queue.tail(job)), count_in(page, "failed")
+        words = joined(count == 1 and job["id"], line and "“%s”" % line,
+                       next_due(page, "failed"), by=" · ")
+        yield alert(grouped(count) + " failed", job["error"], None, words,
+                    page.view.only(state="failed"), "the failed jobs", css="failed")
+
+
+def lock_alert(page):
+    """Yield the line about the lock that most jobs are behind."""
+    line = page.status["locked"] and page.cache.get("line", page.queue.longest_line)
+    if line:
+        lock, jobs, first = line  # it has the lock, or gets it first
+        has = "held by " if first["state"] == "processing" else "next is "
+        yield alert(grouped(jobs) + " behind", "lock " + lock,
+                    link(has + first["id"], page.view.open(first["id"])),
+                    time_cell(first, page), page.view.only(behind_lock=lock),
+                    "what is behind the lock " + lock, css="pending")
+
+
+def alert(count, name, other, words, address, selection, retry=None, css="dead"):
+    """Return a line about a selection of jobs, which the address shows.
+
+    OTHER is a link to others that this is about. It is first: WORDS may be cut.
+    """
     show = link("Show", address, "button", aria_label="Show " + selection)
     return element(
         "li", element("b", count, css="hue"),
         element("span", name, css="mono line", title=name or None),
-        element("span", words, css="dim line", title=words),
+        element("span", other, other and words and " · ", words, css="dim lines",
+                title=words),
         element("span", show, retry, css="row"), css=css,
         data_key=joined(css, css == "dead" and name, by=" "))
 
@@ -8796,19 +8838,18 @@ def filter_links(view):
     """Yield a link that removes it for each filter, but for what the search shows."""
     for name, words in view.filters().items():
         if name != "q":
-            words = "behind " + words if name == "behind" else words
+            words = VIEW_FILTERS[name] + words
             yield link("✕ " + words, view.only(**dict(view.filters(), **{name: ""})),
                        "button filter", aria_label="Remove the filter " + words)
 
 
 def bulk_buttons(page):
     """Yield what can be done with all jobs that the filters leave, if there are any."""
-    filters, state, behind = page.view.filters(), page.view.state, page.view.behind
-    if behind and page.queue.state(behind) == "dead":
-        yield job_button("Retry " + behind, "retry", behind, "Retried")
-    elif page.found and not behind and (
-            state == "dead" or not filters and count_in(page, "dead")):
-        yield bulk_button("Retry dead…", "retry", filters)
+    filters, state, error = page.view.filters(), page.view.state, page.view.blocked_by
+    if page.found and (
+            error or state == "dead" or not filters and count_in(page, "dead")):
+        chosen = {"error": error} if error else filters
+        yield bulk_button("Retry dead…", "retry", chosen)
     if page.found and filters and state != "processing":
         yield bulk_button("Delete…", "delete", filters)
 
@@ -8848,7 +8889,9 @@ def jobs_of_query(count, verb, query):
         query.get("q") and "“%(q)s” in them" % query, by=" and ")
     return joined(grouped(count), state, "job" if count == 1 else "jobs",
                   with_text and "with " + with_text,
-                  query.get("behind") and "behind “%(behind)s”" % query, by=" ")
+                  *["%s“%s”" % (before, query[name])
+                    for name, before in VIEW_FILTERS.items()
+                    if before and query.get(name)], by=" ")
 
 
 def page_links(page, total):
@@ -8862,6 +8905,7 @@ def page_links(page, total):
     newest = view.address("#jobs", before="", first="")
     return element(
         "nav", view.before and link("Newest", newest, "button"),
+        view.before and link("Newer", view.address("#jobs", **newer(page)), "button"),
         element("span", place, css="dim"),
         has_more and link("Older", view.address("#jobs", **older(page)), "button"),
         css="row", id="pages", aria_label="Pages")
@@ -8873,6 +8917,14 @@ def older(page):
                 first=str(number_or(1, page.view.first) + PAGE_ROWS))
 
 
+def newer(page):
+    """Return what differs in the address of the page above."""
+    if len(page.above) <= PAGE_ROWS:
+        return dict(before="", first="")
+    return dict(before=page.above[PAGE_ROWS]["id"],
+                first=str(max(1, number_or(1, page.view.first) - PAGE_ROWS)))
+
+
 # -- the page: the panel of a job ------------------------------------------------------
 
 
@@ -8882,30 +8934,35 @@ def page_panel(page):
     run = min(number_or(job["run"], page.view.run), job["run"])
     command = element("pre", job["command"], tabindex=0, role="region",
                       aria_label="Command")
-    return element(
-        "aside",
-        element("div", element("h2", job["id"], id="name", tabindex=-1, css="mono"),
-                element("nav", *step_links(page), aria_label="Jobs of the list",
-                        css="row end"),
-                link("Close", page.view.open(""), "button", id="close"), css="row top"),
-        page_reason(job, page),
+    return panel(
+        page, job["id"], page_reason(job, page),
         element("div", *job_buttons(job, page), css="row"),
         element("div", command, copy_button("Copy the command"), css="box"),
         element("dl", *[fact(name, value)
                         for name, value in job_facts(job, page).items() if value]),
-        run_links(job, run, page), *panel_output(job, run, page),
-        id="job", css="card", aria_labelledby="name", data_key=job["id"])
+        run_links(job, run, page), *panel_output(job, run, page))
+
+
+def panel(page, name, *content):
+    """Return the panel below its header, which has the steps to other jobs."""
+    title = element("h2", name, id="name", tabindex=-1, css="mono lines", title=name)
+    steps = element("nav", *step_links(page), css="row", aria_label="Jobs of the list")
+    close = link("Close", page.view.open(""), "button", id="close")
+    header = element("div", title, steps, close, css="row top")
+    return element("section", header, *content, id="job", css="card",
+                   aria_labelledby="name", data_key=page.view.job)
 
 
 def step_links(page):
     """Yield links to the jobs above and below the open one in the table."""
-    ids = [job["id"] for job in page.found]
+    first = len(page.above[:1])
+    ids = [job["id"] for job in page.above[:1] + page.found]
     # From a job that is not in the table the next one is the first of the table.
-    at = ids.index(page.view.job) if page.view.job in ids else -1
-    onward = older(page) if at + 1 == PAGE_ROWS < len(ids) else {}
-    for name, arrow, to, changes in (
-            ("previous", "←", at - 1, {}), ("next", "→", at + 1, onward)):
+    at = ids.index(page.view.job) if page.view.job in ids else first - 1
+    for name, arrow, to in (("previous", "←", at - 1), ("next", "→", at + 1)):
         if 0 <= to < len(ids):
+            changes = newer(page) if to < first else (
+                older(page) if to == first + PAGE_ROWS else {})
             words = "%s job: %s" % (name.capitalize(), ids[to])
             yield link(arrow, page.view.open(ids[to], **changes), "button", id=name,
                        aria_label=words, title="%s (key %s)" % (words, arrow))
@@ -9130,12 +9187,32 @@ def make_page(queue, query, site, is_whole=False):
         view = View(*(query.get(name, "") for name in View._fields))
         state = view.state.lower()  # as `state_name` takes it
         view = view._replace(state=state if state in STATES else "")
-        if queue.state(view.before) is None:  # deleted meanwhile
+        view = placed(queue, view)
+        found, above = rows_from(queue, view), []
+        if view.before and not found:  # they are gone: the first page has some
             view = view._replace(before="", first="")
-        found = newest_jobs(queue, dict(
-            view.filters(), before=view.before, limit=str(PAGE_ROWS + 1)))
-        return page_parts(Page(queue, view, now, status, groups, growth, found,
+            found = rows_from(queue, view)
+        if view.before:
+            above = rows_from(queue, view, backwards=True)
+        return page_parts(Page(queue, view, now, status, groups, growth, found, above,
                                site.cache, is_whole))
+
+
+def placed(queue, view):
+    """Return a view whose place is in the list: a lost one is found by its number."""
+    state, number = queue.state(view.before), number_or(1, view.first) - 1
+    if state is not None and (view.state != "dead" or state == "dead"):
+        return view
+    above = number and newest_jobs(queue, dict(view.filters(), limit=str(number)))
+    if not above:
+        return view._replace(before="", first="")
+    return view._replace(before=above[-1]["id"], first=str(len(above) + 1))
+
+
+def rows_from(queue, view, backwards=False):
+    """Return the jobs of a page, and one more if there are others behind them."""
+    query = dict(view.filters(), before=view.before, limit=str(PAGE_ROWS + 1))
+    return newest_jobs(queue, query, backwards)
 
 
 def page_parts(page):
@@ -9144,22 +9221,17 @@ def page_parts(page):
     if count_in(page, ""):
         parts += [page_tiles(page), page_middle(page), page_jobs(page)]
     job = page.queue.state(page.view.job) and page.queue.job(page.view.job)
-    dead = not job and page.status["jobs"]["dead"] - page.status["cancelled"]
-    subject = job["id"] + " " + kind_of(job, page.status, page.now) if job else (
-        verdict(page.status, page.now, page.growth).sentence.partition(":")[0])
-    title = joined(subject, dead and grouped(dead) + " dead",
-                   os.path.basename(page.queue.path), by=" – ")
+    if job:
+        opened, words = page_panel(page), [
+            job["id"] + " " + kind_of(job, page.status, page.now)]
+    else:
+        id, found = page.view.job, verdict(page.status, page.now, page.growth)
+        opened = id and panel(page, sentence_case(str(no_job(id))))
+        words = [found.harm, found.sentence.partition(":")[0]]
+    title = joined(*words, os.path.basename(page.queue.path), by=" – ")
     return Html("".join([
         element("title", title), page_header(page), element("main", *parts),
-        open_panel(page) if page.view.job else ""]))
-
-
-def open_panel(page):
-    """Return the panel of the open job, or that there is no job of that id."""
-    if page.queue.state(page.view.job) is None:
-        return element("p", str(no_job(page.view.job)), id="gone",
-                       data_back=page.view.open(""))
-    return page_panel(page)
+        opened or ""]))
 
 
 # What answers a request, but for the page itself. A GET returns a document, a POST
@@ -9262,7 +9334,7 @@ class Site:
         except Refusal as refusal:
             status, message = refusal.status, str(refusal)
         except (ValueError, QueueError) as error:
-            status, message = 400, str(error)
+            status, message = (410 if self.is_gone() else 400), str(error)
         except (sqlite3.Error, OSError) as error:
             status, message = 503, error_text(error)
         except Exception as error:  # or the page would take the dashboard for gone
@@ -9298,8 +9370,14 @@ class Site:
         title, end, content = content.partition("</title>")
         parts = {"TOKEN": self.token, "TITLE": title + end, "CONTENT": content,
                  "START": command_to_copy(self.path, self.start),
+                 "ANEW": command_to_copy(self.path, "worker start"),
+                 "IF_GONE": "" if trouble and self.is_gone() else "hidden",
                  "TROUBLE": element("p", sentence_case(trouble), role="alert")}
         return re.sub("|".join(parts), lambda name: parts[name[0]], PAGE_HTML)
+
+    def is_gone(self):
+        """Tell whether somebody has removed the queue."""
+        return not os.path.exists(self.path)
 
     def open_queue(self):
         return Queue(self.path, lock_timeout=POOL_LOCK_TIMEOUT, create=False)
@@ -9355,7 +9433,7 @@ def query_fields(url):
     """Return the fields of an address's query."""
     from urllib.parse import parse_qsl
 
-    fields = dict(parse_qsl(url.query, max_num_fields=10))
+    fields = dict(parse_qsl(url.query, max_num_fields=16))
     if not is_storable("".join(fields.values())):
         raise Refusal(400, "not text")
     return fields
@@ -9453,8 +9531,10 @@ PAGE_CSS = """
 
 * { box-sizing: border-box; margin: 0; }
 [hidden] { display: none !important; }
-/* Without the script nothing answers these. */
+/* Without the script nothing answers these, and "Running now" has the whole width. */
 body:not(.live) :is(button, .card:has(#chart)) { display: none; }
+body:not(.live) .two { grid-template-columns: 1fr; }
+noscript p { margin: 0 0 .7rem; }
 body {
   margin: 0 auto; max-width: 92rem; padding: .8rem 1.2rem 3rem;
   background: var(--bg); color: var(--text);
@@ -9474,6 +9554,11 @@ ul { list-style: none; padding: 0; }
 .mono, pre { font: .92em/1.5 ui-monospace, monospace; }
 .row { display: flex; flex-wrap: wrap; gap: .3rem .7rem; align-items: center; }
 .line, td, th { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+/* Two lines at most. */
+.lines {
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
+  overflow: hidden; overflow-wrap: anywhere;
+}
 .card {
   background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   padding: .7rem 1rem; margin-top: .7rem;
@@ -9507,7 +9592,9 @@ body:not(:has(#now)) #trouble {
   background: var(--card); color: var(--text); border-left: 4px solid var(--red);
   font-size: 1.2rem; overflow-wrap: anywhere;
 }
-body:not(:has(#now)) #trouble p + p { margin-top: .4rem; color: var(--dim); font-size: 1rem; }
+body:not(:has(#now)) #trouble :is(p + p, div) {
+  margin-top: .4rem; color: var(--dim); font-size: 1rem;
+}
 #said {
   position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%); z-index: 2;
   max-width: calc(100% - 2rem); padding: .5rem 1rem; border-radius: .4rem;
@@ -9530,7 +9617,7 @@ dialog .row { justify-content: flex-end; margin-top: 1.1rem; }
 @keyframes busy { from { scale: 0 1; } to { scale: 1 1; } }
 
 header { float: left; margin: .2rem .7rem 0 0; }
-#queue { flex-wrap: nowrap; }
+#queue { flex-wrap: nowrap; min-height: 2rem; }
 main { clear: both; }
 #queue .line { flex: 1; line-height: 2; }
 #now {
@@ -9548,7 +9635,7 @@ main { clear: both; }
   padding: .15rem .5rem; border: 1px solid var(--line); border-radius: .3rem;
   background: var(--card); color: var(--text); overflow-wrap: anywhere;
 }
-#start button { color: var(--text); }
+#trouble button { color: var(--text); }
 #now ul .row > * { min-width: 4.6rem; text-align: center; }
 #now :is(button, .button) { padding: .1rem .55rem; }
 #now ul:not(:empty) { margin-top: .5rem; }
@@ -9556,7 +9643,17 @@ main { clear: both; }
   display: grid; grid-template-columns: 7rem 11rem 1fr auto; gap: .7rem; align-items: center;
   padding: .3rem 0; border-top: 1px solid var(--line);
 }
-#now li:has(details) { display: block; }
+#now li:has(> details) { display: block; }
+/* Where there is room, and the browser can do that, nothing is folded but many errors. */
+@media (min-width: 60.01rem) {
+  li .lines { -webkit-line-clamp: 1; word-break: break-all; }
+  @supports selector(::details-content) {
+    #now li:has(> .rest) { padding: 0; border: 0; }
+    .rest > summary { display: none; }
+    .rest::details-content { content-visibility: visible; }
+    .rest > ul { margin: 0 !important; }
+  }
+}
 #tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 0 .7rem; }
 #tiles a { text-decoration: none; padding: .45rem .9rem .55rem; min-width: 0; }
 #tiles a:hover { border-color: var(--edge); }
@@ -9626,12 +9723,12 @@ tbody tr:hover, tr[aria-current] { background: color-mix(in srgb, var(--blue) 9%
   display: flex; flex-direction: column; gap: .7rem; z-index: 1;
   overflow: auto; overscroll-behavior: contain; box-shadow: 0 0 2.5rem #0006;
 }
-#name { font-size: 1.15rem; overflow-wrap: anywhere; outline: 0; }
+#name { flex: 1; min-width: 0; font-size: 1.15rem; outline: 0; }
 .top {
   position: sticky; top: -.7rem; z-index: 1; flex-wrap: nowrap; align-items: start;
   margin: -.7rem -1rem 0; padding: .7rem 1rem .4rem; background: var(--card);
 }
-#close { flex: none; }
+.top > :is(nav, a) { flex: none; flex-wrap: nowrap; }
 .box { position: relative; }
 .box button { position: absolute; top: .35rem; right: .35rem; padding: 0 .5rem; }
 pre {
@@ -9644,9 +9741,10 @@ pre i { font-style: normal; }
 #output { flex: 1 0 12rem; height: 0; }
 .scrolled span:has(+ #end), body:not(.scrolled) #end { display: none; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
+dt, dd { align-self: baseline; }
 dl div { display: contents; }
 dd { overflow-wrap: anywhere; }
-dd a { margin-right: 1em; }
+dd a { display: inline-block; margin-right: 1em; padding: .15rem 0; }
 #runs [aria-current] { box-shadow: inset 0 -3px var(--blue); }
 
 /* Beside the panel there is room for the page, or the page waits below it. */
@@ -9660,10 +9758,11 @@ dd a { margin-right: 1em; }
 }
 @media (max-width: 75rem) {
   th { width: 10rem; } .mid { width: 8.6rem; } .slim { width: 4.5rem; }
+  #tiles a { padding: .45rem .6rem .55rem; }
 }
 @media (max-width: 60rem) {
   #now li { grid-template-columns: auto 1fr auto; gap: .1rem .7rem; }
-  #now li > .dim { grid-row: 2; grid-column: 1 / 4; white-space: normal; }
+  #now li > .dim { grid-row: 2; grid-column: 1 / 4; }
   .two { grid-template-columns: 1fr; }
   #tiles { grid-template-columns: repeat(3, 1fr); }
   #running { min-height: 0; }
@@ -9719,8 +9818,10 @@ async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
   const silent = () => { throw new Error(SILENT); };
   const answer = await fetch(url, options).catch(silent);
   const body = await answer.text().catch(silent);
+  const policy = answer.headers.get("Content-Security-Policy");  // it has the server's token
+  if (answer.ok && policy && !policy.includes("TOKEN")) location.reload();  // a later one's
   if (answer.ok) return body;
-  throw new Error(JSON.parse(body).error);
+  throw Object.assign(new Error(JSON.parse(body).error), {isGone: answer.status === 410});
 }
 
 /* Let a node become another. Only what differs is changed: nothing flickers, scrolls or loses
@@ -9756,18 +9857,26 @@ function becomeChildren(node, wanted) {
   while (node.childNodes.length > children.length) node.lastChild.remove();
 }
 
-/* No row moves while somebody points at one or is at one by keyboard, or they would open
-   another job. What left the list stays, pale; what is new is counted, until it is shown. */
+/* No row moves while somebody points at one or is at one by keyboard, or they would press
+   another one. What left a list stays, pale. New rows wait: those of the table are counted,
+   but what needs somebody is shown at once, below the rest. */
 function hold(page) {
-  const [table, wanted] = [document, page].map(page => page.querySelector("tbody"));
-  if (!table || !wanted || key(table) !== key(wanted)) return;
-  if (!table.matches(":hover, :has(:focus-visible)")) return;
-  const shown = new Map([...wanted.children].map(row => [key(row), row]));
-  const rows = [...table.children].map(row => shown.get(key(row)) || row.cloneNode(true));
-  for (const row of rows) if (!shown.delete(key(row))) row.classList.add("left");
-  wanted.replaceChildren(...rows);
-  const words = `Show ${shown.size} new`;
-  Object.assign(page.querySelector("#new"), {hidden: !shown.size, textContent: words});
+  const lists = "tbody, #alerts", rows = "tr, li:not(:has(li))";
+  for (const list of document.querySelectorAll(lists)) {
+    const wanted = [...page.querySelectorAll(lists)].find(other => key(other) === key(list));
+    if (!wanted || !list.matches(":hover, :has(:focus-visible)")) continue;
+    const came = new Map([...wanted.querySelectorAll(rows)].map(row => [key(row), row]));
+    const held = list.cloneNode(true);
+    for (const row of held.querySelectorAll(rows)) {
+      if (came.has(key(row))) row.replaceWith(came.get(key(row)));
+      else row.classList.add("left");
+      came.delete(key(row));
+    }
+    wanted.replaceWith(held);
+    if (list.id) held.append(...came.values());
+    else Object.assign(page.querySelector("#new"),
+      {hidden: !came.size, textContent: `Show ${came.size} new`});
+  }
 }
 
 /* The page is fetched again and again; of answers that cross only the latest counts. */
@@ -9791,7 +9900,7 @@ async function refresh(isFree) {
     chart().catch(() => { chartDue = 0; });  // which may take a while: nobody waits for it
     await follow(find("output"));
   } catch (error) {
-    if (mine === turn) trouble(error.message);
+    if (mine === turn) trouble(error.message, error.isGone);
   }
   if (mine !== turn) return;
   setBusy(false);
@@ -9809,11 +9918,6 @@ function closePanel() {
 }
 
 function moveFocus(opened, focused) {
-  if (find("gone")) {  // of an action here it is known already
-    if (find("said").hidden) say(find("gone").textContent);
-    history.replaceState(null, "", find("gone").dataset.back);
-    find("gone").remove();
-  }
   const job = find("job") && find("job").dataset.key;
   let target = focused.isConnected ? null : find("name") || find("verdict");
   if (job !== opened) target = job ? find(focused.id) || find("name") : rowOf(opened) || target;
@@ -9823,17 +9927,19 @@ function moveFocus(opened, focused) {
 /* What the panel covers can't be reached, by the Tab key either. */
 const narrow = matchMedia("(max-width: 100rem)");
 function cover(page) {
-  const isCovered = narrow.matches && Boolean(page.querySelector("#job"));
+  const panel = page.querySelector("#job"), isCovered = narrow.matches && Boolean(panel);
+  if (panel) [panel.role, panel.ariaModal] = isCovered ? ["dialog", "true"] : [null, null];
   for (const part of page.querySelectorAll("#queue, main > *")) part.inert = isCovered;
 }
 
 const sentence = words => words.slice(0, 1).toUpperCase() + words.slice(1);
 
-function trouble(words) {
+function trouble(words, isGone) {
   const [alert, age] = find("trouble").children;
   const seconds = Math.round((performance.now() - lastGood) / 1000);
   if (alert.textContent !== sentence(words)) alert.textContent = sentence(words);
   find("start").hidden = words !== SILENT;
+  find("anew").hidden = !isGone;
   age.textContent = (find("queue") ? `What is shown is ${seconds} s old. ` : "")
     + "This page tries again every 2 s.";
   const name = document.title.split(" – ").pop();
@@ -9911,8 +10017,9 @@ async function act({post, question, ask, do: words, done, css}) {
     ask = answer.ask;
   }
   if (ask && !await confirmed(ask, words, css)) return;
-  // Whoever deletes a job in the panel goes on to the next one.
-  const onward = post.startsWith("/api/jobs/-/delete") && (find("next") || find("previous"));
+  // Whoever deletes the job in the panel goes on to the next one.
+  const onward = find("job") && post.startsWith("/api/jobs/-/delete")
+    && (find("next") || find("previous") || find("close"));
   const changed = JSON.parse(await get(post, {method: "POST", headers: {"X-Token": "TOKEN"}}));
   const jobs = changed === 1 ? " job" : " jobs";
   if (onward) history.replaceState(null, "", onward.href);
@@ -9957,7 +10064,8 @@ document.onsubmit = () => false;  // the search is fetched while it is typed
 document.oninput = event => {
   const address = new URL(location.href);
   address.searchParams.set("q", event.target.value);
-  for (const name of ["before", "first"]) address.searchParams.delete(name);
+  for (const name of ["before", "first", event.target.value ? "" : "q"])
+    address.searchParams.delete(name);
   history.replaceState(null, "", address.pathname + address.search);
   clearTimeout(timer);
   timer = setTimeout(refresh, 200);
@@ -9996,9 +10104,12 @@ TITLE
 <style nonce="TOKEN">""" + PAGE_CSS + """</style>
 </head>
 <body>
-<noscript><p class="card">Without JavaScript this page can search, but not act.</p></noscript>
+<noscript><p class="card">Without JavaScript this page shows and searches, but it neither acts
+nor refreshes itself.</p></noscript>
 <section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p>\
-<div id="start" class="row advice" hidden>To start it: START</div></section>
+<div id="start" class="row advice" hidden>To start it: START</div>\
+<div id="anew" class="row advice" IF_GONE>Put the file back, or start a new queue: ANEW</div>\
+</section>
 <header><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
 <path d="M2 4h12M2 8h8M2 12h11"/></svg>queuectl</h1></header>
 <div id="page">CONTENT</div>
