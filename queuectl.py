@@ -212,16 +212,17 @@ class QueueError(Exception):
     """An error that the user can fix. Its message is one line.
 
     VALUES are formatted into the message and made printable. CODE is the exit code of
-    the command: 1 for refused or failed, 2 for wrong usage.
+    the command: 1 for refused or failed, 2 for wrong usage. JOB is the row of a job
+    that stands in the way, mostly by its state.
     """
 
-    def __init__(self, message, *values, code=1):
+    def __init__(self, message, *values, code=1, job=None):
         if values:
             message %= tuple(
                 value if isinstance(value, (int, float)) else printable(str(value))
                 for value in values)
         super().__init__(message)
-        self.code = code
+        self.code, self.job = code, job
 
 
 # ======================================================================================
@@ -430,7 +431,8 @@ def check_directory(value):
     if not isinstance(value, str) or not value or not is_storable(value):
         raise ValueError("the path of a directory, in UTF-8")
     # Not by `normpath`, which leaves C:.. relative to a drive on Windows.
-    path = os.path.abspath(os.path.join(current_directory(), value))
+    path = os.path.abspath(
+        value if os.path.isabs(value) else os.path.join(current_directory(), value))
     if not os.path.isdir(path):
         raise ValueError("a directory that exists")
     if is_network_path(path):
@@ -633,18 +635,22 @@ def public_job(job):
     return document
 
 
+def nearest(word, words):
+    """Return the one of WORDS that is spelt most like a word, or nothing."""
+    from difflib import get_close_matches
+
+    # `worker 2` is not near `worker stop`: the word of the group proves nothing.
+    by_end = {known.split()[-1]: known for known in words}
+    near = get_close_matches("".join(word.split()[-1:]), by_end, 1, 0.7)
+    return "".join(map(by_end.get, near))
+
+
 def unknown_word(subject, word, words, meant={}):
     """Return the QueueError for a word that is not in WORDS, with a suggestion.
 
     MEANT has what people type by the words of other tools: {word: what they mean}.
     """
-    from difflib import get_close_matches
-
-    word = word.lower()
-    # `worker 2` is not near `worker stop`: the word of the group proves nothing.
-    by_end = {known.split()[-1]: known for known in words}
-    near = get_close_matches("".join(word.split()[-1:]), by_end, 1, 0.7)
-    hint = meant.get(word) or "".join(map(by_end.get, near))
+    hint = meant.get(word.lower()) or nearest(word.lower(), words)
     hint = "did you mean %s?" % hint if hint else "there are: " + ", ".join(words)
     return QueueError("unknown %s; %s", subject, hint, code=2)
 
@@ -683,6 +689,9 @@ def checked_job(document, defaults):
     job = checked_fields(document, defaults)
     if job["command"] is None:
         raise QueueError("command: missing; a job needs a shell command", code=2)
+    if job["cwd"] is None:  # asked once, and only now: this directory may be gone
+        defaults["cwd"] = checked("cwd", check_directory, current_directory())
+        job["cwd"] = defaults["cwd"]
     job["droppable"] = droppable_dependencies(document, job) if job["after"] else ()
     return job
 
@@ -2078,10 +2087,6 @@ RESTART = f"""UPDATE jobs SET {RESET}, updated_at = :now, {GIVEN}
 # A change of jobs: SQL, and the condition that a job has to meet. A verb may have two,
 # for jobs in different states.
 Change = collections.namedtuple("Change", "sql condition")
-EDIT_HINTS = {  # what to do instead of an edit, by the state of the job
-    "processing": "cancel it, edit it, then retry it",
-    "completed": "enqueue it again with --unique and what is to change",
-}
 CANCEL = [
     Change(f"""UPDATE jobs SET state = 'dead', cancelled = 1, error = '{CANCELLED}',
         updated_at = :now""", IS_WAITING),
@@ -2148,9 +2153,10 @@ NEEDS_END = f"""WITH RECURSIVE needed (seq) AS (
         WHERE seq = :seq OR lock = :lock LIMIT 1"""
 
 
-def no_job(id):
-    """Return the QueueError for an id that no job has."""
-    return QueueError("there is no job %s", id)
+def no_job(id, near=()):
+    """Return the QueueError for an id that no job has; NEAR are ids like it."""
+    hint = "; did you mean %s?" % printable(near[0]) if near else ""
+    return QueueError("there is no job %s%s", id, hint)
 
 
 # A condition that selects jobs: SQL, its values, and `of_row`, the part of it that
@@ -2167,12 +2173,11 @@ FILTERS = {
     "finished_before": f"{IS_FINISHED} AND updated_at < :finished_before",
     "changed_since": "updated_at >= :changed_since",
     "cancelled": "cancelled = :cancelled",  # True or False
-    # The id of a job: those that wait for it, directly or not.
-    "behind": f"""{IN_LINE} AND seq IN (WITH RECURSIVE behind (seq) AS (
-        SELECT dependencies.seq FROM jobs JOIN dependencies ON waits_for = jobs.seq
-            WHERE id = :behind
-        UNION SELECT dependencies.seq FROM behind
-            JOIN dependencies ON waits_for = behind.seq) SELECT seq FROM behind)""",
+    "behind_lock": f"lock = :behind_lock AND {IN_LINE} AND gate = {LOCKED}",
+    # The error of dead jobs: those that wait for them, directly or not.
+    "blocked_by": f"""seq IN ({blocked_table(with_root=True)}
+        SELECT blocked.seq FROM blocked JOIN jobs ON jobs.seq = root
+        WHERE error = :blocked_by)""",
 }
 
 
@@ -2192,10 +2197,10 @@ def where(states=STATES, **filters):
         if not {"pending", "completed"} & {*states}:
             parts.append(RARE)
     used = {name: value for name, value in filters.items() if value is not None}
-    parts += [FILTERS[name] for name in used if name != "behind"]
+    parts += [FILTERS[name] for name in used if name != "blocked_by"]
     of_row = " AND ".join(parts or ["1"])
-    sql = " AND ".join([of_row, FILTERS["behind"]] if "behind" in used else [of_row])
-    return Condition(sql, used, of_row)
+    others = [FILTERS["blocked_by"]] if "blocked_by" in used else []
+    return Condition(" AND ".join([of_row, *others]), used, of_row)
 
 
 def needed(condition):
@@ -2293,13 +2298,12 @@ class Queue(Database):
 
     # -- enqueue -----------------------------------------------------------------------
 
-    def defaults(self, cwd=None):
+    def defaults(self):
         """Return the default value of each field, by the present settings."""
         values = self.settings()
         return dict(
             {name: field.default for name, field in FIELDS.items()},
-            max_retries=values["max_retries"], timeout=values["timeout"],
-            cwd=checked("cwd", check_directory, cwd or current_directory()))
+            max_retries=values["max_retries"], timeout=values["timeout"])
 
     def add(self, command, **fields):
         """Check and enqueue one job, with the fields of its JSON; return its id."""
@@ -2342,7 +2346,8 @@ class Queue(Database):
         twin = self._seq_of(new.id) - first + 1
         if twin < 1:
             place = place_name(new.count) + ": " if new.count > 1 else ""
-            return QueueError(place + "there is a job %s already", new.id)
+            return QueueError(place + "there is a job %s already", new.id,
+                              job=self.job(new.id))
         return QueueError("%s and %s have the same id: %s", place_name(twin),
                           place_name(new.count), new.id)
 
@@ -2644,9 +2649,9 @@ class Queue(Database):
             if changes.get("env") and job["env"]:
                 changes["env"] = json.dumps(
                     {**json.loads(job["env"]), **json.loads(changes["env"])})
-            hint = EDIT_HINTS.get(job["state"], "")
-            self._apply([id], [Change(sql, in_states(TAKES["edit"]))],
-                        "job %(id)s is %(state)s: " + hint, changes)
+            self._apply(
+                [id], [Change(sql, in_states(TAKES["edit"]))],
+                "job %(id)s is %(state)s, not " + " or ".join(TAKES["edit"]), changes)
             if "after" in fields:
                 self._change("DELETE FROM dependencies WHERE seq = ?", job["seq"])
                 self._add_dependencies([Dependent(id, fields["after"], ())])
@@ -2734,7 +2739,8 @@ class Queue(Database):
             jobs = self._named(ids)
             for job in jobs:
                 if not self._apply_to([job["seq"]], changes, values):
-                    raise QueueError(refusal % dict(job, id=printable(job["id"])))
+                    raise QueueError(
+                        refusal % dict(job, id=printable(job["id"])), job=job)
         if not self.db.in_transaction:  # the workers would see no change before its end
             wake_workers(self.path)
         return len(jobs)
@@ -2806,8 +2812,23 @@ class Queue(Database):
         query = f"{SELECT_JOB} WHERE id = ?"
         job = self._row(query, id) if is_storable(id) else None
         if job is None:
-            raise no_job(id)
+            raise no_job(id, self._ids_like(id))
         return job
+
+    def _ids_like(self, id):
+        """Return ids that begin with this one, or else those spelt like it.
+
+        Only its neighbours in the alphabet are looked at: there may be a million ids.
+        """
+        from difflib import get_close_matches
+
+        ids = [near for near, in self._rows("""
+            SELECT * FROM (SELECT id FROM jobs WHERE id >= :id ORDER BY id LIMIT 50)
+            UNION ALL SELECT * FROM (
+                SELECT id FROM jobs WHERE id < :id ORDER BY id DESC LIMIT 50)""",
+            id=id)] if is_storable(id) else []
+        begun = [near for near in ids if near.startswith(id)]
+        return begun or get_close_matches(id, ids, 1, 0.7)
 
     def still_there(self, ids):
         """Yield those of these jobs that have not been deleted in the meantime."""
@@ -2970,19 +2991,22 @@ class Queue(Database):
             else:
                 first = batch[-1]["seq"] + 1
 
-    def dead_jobs(self, after_id=None, limit=-1, **filters):
+    def dead_jobs(self, after_id=None, limit=-1, backwards=False, **filters):
         """Yield the dead jobs that pass the filters of `where`, the latest death first.
 
-        If AFTER_ID is a dead job, the list begins after it. A LIMIT below 0 is none.
+        If AFTER_ID is a dead job, the list begins after it; BACKWARDS, it goes up from
+        this job, which is the first one. A LIMIT below 0 is none.
         """
         condition = where(**filters)  # without RARE, whose index has another order
         place = self._row(
             "SELECT updated_at, seq FROM jobs WHERE id = ? AND state = 'dead'",
             after_id)
         at, number = place if place else (MAX_TIME, MAX_INTEGER)
+        side, order = (">=", "ASC") if backwards else ("<", "DESC")
         query = f"""SELECT seq FROM jobs
-            WHERE state = 'dead' AND (updated_at, seq) < (:at, :number)
-            AND {condition.sql} ORDER BY updated_at DESC, seq DESC LIMIT :limit"""
+            WHERE state = 'dead' AND (updated_at, seq) {side} (:at, :number)
+            AND {condition.sql}
+            ORDER BY updated_at {order}, seq {order} LIMIT :limit"""
         for seq, in self._rows(
                 query, **condition.values, at=at, number=number, limit=limit):
             yield from self._rows(DEAD_JOB, seq)
@@ -3141,19 +3165,16 @@ class Queue(Database):
             SELECT jobs.id, dead.* FROM ({BEHIND_DEAD}) AS dead JOIN jobs USING (seq)
             ORDER BY seq LIMIT 1""")
 
-    def blockers(self, limit):
-        """Return the dead jobs that most others wait for, with the number of `jobs`.
+    def blocked_by_errors(self):
+        """Return how many jobs wait for the dead of each error, if any: {error: jobs}.
 
-        These wait directly or not. They are counted up to ten thousand.
+        They wait directly or not. They are counted up to ten thousand.
         """
-        return self._rows(f"""
+        return dict(self._rows(f"""
             {blocked_table(with_root=True)}
-            SELECT id, state, cancelled, roots.jobs AS jobs
-            FROM (SELECT root, COUNT(*) AS jobs
-                FROM (SELECT root FROM blocked LIMIT {COUNT_LIMIT})
-                GROUP BY root ORDER BY jobs DESC, root LIMIT ?) AS roots
-            JOIN jobs ON seq = root
-            ORDER BY roots.jobs DESC, seq""", limit)
+            SELECT error, COUNT(DISTINCT waiting.seq)
+            FROM (SELECT seq, root FROM blocked LIMIT {COUNT_LIMIT}) AS waiting
+            JOIN jobs ON jobs.seq = root GROUP BY error"""))
 
     def oldest_claimable(self):
         """Return the job (`id`, `run_at`) that waits longest for a worker, or None.
@@ -3348,7 +3369,7 @@ class Wait:
         self.queue, self.on_check = queue, on_check
         self.unfinished = collections.deque(ids)
         self.is_small = len(self.unfinished) <= MAX_WATCHED
-        self.ended = dict.fromkeys((*STATES, "removed"), 0)
+        self.ended = dict.fromkeys((*FINISHED, "removed"), 0)
         self.began = time.monotonic()
         self.seen_at = {}  # {id: when the job was last seen unfinished}
 
@@ -3359,7 +3380,7 @@ class Wait:
         """
         self.queue.require_file()
         stuck = []
-        blocked = None  # read only for a job that waits for another: it may take a while
+        blocked = None  # it may take a while: read for a job that waits for another
         while self.unfinished:
             id = self.unfinished[-1]
             job = self.queue._row("SELECT seq, state, waits FROM jobs WHERE id = ?", id)
@@ -3384,7 +3405,7 @@ class Wait:
         """Return how many of the jobs are in each state, as `Queue.counts` does."""
         if not self.is_small:
             return self.queue.counts()
-        counts = {state: self.ended[state] for state in STATES}
+        counts = {state: self.ended.get(state, 0) for state in STATES}
         for batch in batches(self.unfinished):
             ids = ", ".join("?" for _ in batch)
             for state, jobs in self.queue._rows(f"""
@@ -4219,8 +4240,9 @@ def in_queue(path, hint):
 
 
 # What a queue comes down to. `state` gives the colour; `advice` is the next step, where
-# there is one.
-Verdict = collections.namedtuple("Verdict", "state sentence advice", defaults=("",))
+# there is one; `harm` is what is dead or blocked in a queue that works in spite of it.
+Verdict = collections.namedtuple(
+    "Verdict", "state sentence advice harm", defaults=("", ""))
 
 
 def obstacle(status):
@@ -4253,8 +4275,14 @@ def standstill_text(status):
 
 def with_advice(judgement, path, first_letter=str):
     """Return a verdict and its advice as one text. FIRST_LETTER sets the case of it."""
-    sentence = first_letter(judgement.sentence[0]) + judgement.sentence[1:]
-    return joined(sentence, in_queue(path, judgement.advice), by="; ")
+    words = verdict_text(judgement)
+    words = first_letter(words[0]) + words[1:]
+    return joined(words, in_queue(path, judgement.advice), by="; ")
+
+
+def verdict_text(judgement):
+    """Return a verdict as one text, without its advice."""
+    return joined(judgement.sentence, judgement.harm, by="; ")
 
 
 def stopping(path, pools):
@@ -4454,8 +4482,9 @@ def verdict(status, now, growth=0):
     each minute, for a caller that has looked before.
     """
     judgement = verdict_at_rest(status) or verdict_at_work(status, now, growth)
-    if judgement.state in ("processing", "completed") and harm_text(status):
-        return judgement._replace(state="failed")
+    harm = harm_text(status)
+    if harm and judgement.state in ("processing", "completed"):
+        return judgement._replace(state="failed", harm=harm)
     return judgement
 
 
@@ -4470,9 +4499,9 @@ def verdict_at_rest(status):
                            "to add one: %s enqueue -- echo hello" % PROGRAM)
         if not count_unfinished(jobs):
             completed, cancelled = jobs["completed"], status["cancelled"]
-            return Verdict("completed", "Ended: " + joined(
-                completed and grouped(completed) + " completed", harm_text(status),
-                cancelled and grouped(cancelled) + " cancelled"))
+            counts = joined(completed and grouped(completed) + " completed",
+                            cancelled and grouped(cancelled) + " cancelled")
+            return Verdict("completed", joined("Ended", counts, by=": "))
         if status["blocked_seqs"] and not can_go_on and not jobs["processing"]:
             return Verdict("dead", "Stuck" + waiting + " for dead ones",
                            "retry the dead ones, or cancel what waits")
@@ -4502,7 +4531,7 @@ def verdict_at_work(status, now, growth):
     else:
         sentence = "Idle: the next job is due " + relative_time(due or now, now)
         state = "completed"
-    return Verdict(state, joined(sentence, harm_text(status), by="; "))
+    return Verdict(state, sentence)
 
 
 def harm_text(status):
@@ -6047,18 +6076,57 @@ def command(name, meaning, example, *arguments, **facts):
     return register
 
 
-# The commands that people mean by the words of other tools.
-MEANT = {
-    "jobs": "list", "ps": "status", "top": "status --watch", "worker list": "status",
-    "worker status": "status", "start": "worker start", "run": "worker start",
-    "stop": "worker stop, or cancel", "add": "enqueue", "submit": "enqueue",
-    "kill": "cancel", "tail": "logs", "cat": "logs", "log": "logs",
-    "prune": "delete", "clean": "delete", "clear": "delete, or dlq clear",
-    "requeue": "retry",
-    "dlq requeue": "dlq retry", "dlq show": "dlq list", "dlq ls": "dlq list",
-    "dlq delete": "delete", "set": "config set", "config reset": "config unset",
-    "version": "--version", "reset": "delete --all, or to remove queuectl.db",
-}
+# The commands that people mean by the words of other tools. A * stands for the words
+# that follow. Where two commands may be meant, both are named.
+MEANT = {word: meant for meant, words in {
+    "status": "ps, ps -a, ps aux, count, init, workers, worker list, worker status",
+    "status --watch": "top, watch",
+    "list": "jobs, job, queue, queue list, jobs list, job list, list all, list --all,"
+            " list -a, ls -a",
+    "list --match": "find *, search *, grep *",
+    "show": "info *, job *, inspect *, describe *, status *, list *, dlq show *,"
+            " dlq list *",
+    "show | config get": "get *",
+    "logs": "log, cat, output, tail, dlq logs *",
+    "logs -f": "follow",
+    "stats --since": "stats *",
+    "wait": "wait all, wait --all",
+    "enqueue": "add, submit, create, new, push, schedule, exec, run *, queue *",
+    "edit": "update, change, modify",
+    "edit --delay 1d": "hold *, pause *",
+    "edit --run-at now": "resume *, release *",
+    "edit --run-at now | worker start --count": "start *",
+    "pause": "hold, suspend, pause all",
+    "resume": "unpause, continue, resume all",
+    "cancel": "kill *, kill -9, stop *, abort *, dequeue *, cancel --force, cancel -f",
+    "cancel --state pending --state failed --state processing":
+        "cancel all, cancel --all, kill --all",
+    "retry": "restart *, rerun, requeue, redo",
+    "delete": "remove, del, delete --force, delete -f, purge *, clear *,"
+              " dlq delete *, dlq remove *, dlq clear *",
+    "delete --state completed": "prune, clean, cleanup",
+    "delete --state completed | dlq clear": "purge, clear",
+    "delete --all": "reset, flush, empty, delete all, purge --all, clear --all",
+    "dlq list": "dead, dlq show, dlq ls",
+    "dlq retry": "dlq requeue",
+    "dlq retry --all": "dlq retry all, retry all, retry --all",
+    "dlq clear": "dlq delete, dlq flush, dlq empty, dlq clear all, dlq clear --all",
+    "config show": "settings, config ls, config edit",
+    "config set": "set",
+    "config unset": "unset, config reset, config delete",
+    "worker start": "start, run, up, worker run, start worker, start workers",
+    "worker start --count": "worker start *",
+    "worker start --detach": "daemon",
+    "worker stop": "stop, down, stop worker, stop workers, worker stop all",
+    "worker stop --now": "kill, worker kill",
+    "worker stop | worker start": "restart, worker restart",
+    "dashboard": "web, ui, serve",
+    "dashboard --port": "dashboard *",
+    "--version": "version",
+    **{"list --state " + state: state for state in STATES if state != "dead"},
+    **{"config get " + name: "config " + name for name in SETTINGS},
+    **{"config set " + name: "config %s *" % name for name in SETTINGS},
+}.items() for word in words.split(", ")}
 # The same for states.
 MEANT_STATES = {
     "running": "processing", "waiting": "pending", "queued": "pending",
@@ -6094,8 +6162,35 @@ def command_named(words):
     if name and name not in COMMANDS and name not in groups:
         group = name.split()[0]
         known = [each for each in COMMANDS if each.startswith(group + " ")]
-        raise unknown_word("command " + name, name, known or firsts, MEANT)
+        raise unknown_command(name, [*words, *options], known or firsts)
     return name, [*options, *words]
+
+
+def unknown_command(name, rest, known):
+    """Return the QueueError for the name of a command that is not in KNOWN."""
+    word = name.lower().replace("-", "_")  # max-retries
+    hint = line_meant(word, rest, any(not each.startswith("-") for each in rest))
+    near = "" if word.startswith("un") else nearest(word, known)
+    if near and not hint:  # `undelete` is the opposite of what is near it
+        hint = "did you mean: " + usage(*near.split(), *rest)
+    hint = hint or "there are: " + ", ".join(known)
+    return QueueError("unknown command %s; %s", name, hint, code=2)
+
+
+def line_meant(name, rest, has_word):
+    """Return what is meant by a command and the words after it, or nothing.
+
+    HAS_WORD tells whether one of these is no option.
+    """
+    known = [word for word in rest if "%s %s" % (name, word) in MEANT][:1]
+    key = " ".join([name, *known])
+    if has_word and not known and name + " *" in MEANT:
+        key = name + " *"
+    rest, lines = [word for word in rest if word not in known], []
+    for meant in MEANT[key].split(" | ") if key in MEANT else ():
+        is_command = meant == "enqueue" and rest and rest[0][:1] not in ("-", "{", "[")
+        lines.append(usage(*meant.split(), *["--"] * bool(is_command), *rest))
+    return lines and "did you mean: " + ", or: ".join(lines)
 
 
 # An argument: its names; the word for its value, which help shows and completion knows,
@@ -6130,6 +6225,10 @@ def field_option(name, note):
 
 def state_name(text):
     """Return the name of a state, spelt in any case."""
+    if "," in text:
+        names = re.split(r"\s*,\s*", text)
+        raise QueueError("--state %s: write %s", text, " ".join(
+            "--state " + name for name in names), code=2)
     if text.lower() not in STATES:
         raise unknown_word("state " + text, text, STATES, MEANT_STATES)
     return text.lower()
@@ -6245,7 +6344,7 @@ def status_document(status, now):
     workers = [with_iso_times(worker, "since") for worker in status["workers"]]
     return dict(with_iso_times(document, "oldest_waiting", "next_due"), workers=workers,
                 blocked=len(status["blocked_seqs"]),
-                verdict=verdict(status, now).sentence)
+                verdict=verdict_text(verdict(status, now)))
 
 
 def errors_of(queue):
@@ -6265,7 +6364,7 @@ def status_screen(status, groups, now, growth):
     """Yield what `status` shows on a terminal, where people look."""
     judgement = verdict(status, now, growth)
     yield Line(with_advice(judgement, status["path"]),
-               STATES[judgement.state].colour, 0, len(judgement.sentence))
+               STATES[judgement.state].colour, 0, len(verdict_text(judgement)))
     yield from count_lines(status, now)
     width = terminal_width(sys.stdout)
     groups = died(groups)
@@ -6390,7 +6489,7 @@ def cmd_enqueue(args, queue):
     options = enqueue_options(args)
     ids = []
     number = itertools.count()
-    defaults = queue.defaults(args.cwd)  # this directory may be gone
+    defaults = queue.defaults()
     places = Places()
 
     def check(document):
@@ -6473,6 +6572,9 @@ def require_one_source(args):
         text = " ".join(args.jobs)
         if re.match(r"'\s*[{[]", text):  # cmd passes '…' on, and takes it apart
             parse_json(text.strip("'"))
+        if re.search(r"\.(json|jsonl|ndjson)$", text) and os.path.isfile(text):
+            raise QueueError("enqueue: to read jobs from a file: %s", usage(
+                "enqueue", "--file", text), code=2)
         options = [word for word in args.typed if word not in args.jobs]
         raise QueueError("not JSON: %s; to run a command: %s", args.jobs[0], usage(
             "enqueue", *options, "--", *args.jobs), code=2)
@@ -6802,6 +6904,41 @@ def answer_lines(job, look):
         yield step
 
 
+# The same where a verb does not take a job in a state.
+SHOW_REASON = NextStep("to see why it waits", "show {}")
+END_FIRST = NextStep("to end it first", "cancel {}")
+REMOVE = NextStep("to remove it", "delete {}")
+REFUSED_COMMANDS = {
+    ("retry", "pending"): SHOW_REASON,
+    ("retry", "processing"): END_FIRST,
+    ("retry", "failed"): JOB_KINDS["failed"].next_step,
+    ("retry", "completed"): RUN_AGAIN,
+    ("edit", "processing"): END_FIRST,
+    ("edit", "completed"): NextStep(
+        "to run another command", "enqueue --unique --id {} -- COMMAND"),
+    ("cancel", "completed"): REMOVE,
+    ("cancel", "dead"): REMOVE,
+    ("delete", "processing"): END_FIRST,
+    **{("enqueue", state): NextStep("to see it", "show {}") for state in STATES},
+}
+
+
+def with_next_step(name, path, error):
+    """Return an error with the next step, if a command has refused a job's state."""
+    verb = name.split()[-1]
+    step = error.job and REFUSED_COMMANDS.get((verb, error.job["state"]))
+    if not step:
+        return error
+    return QueueError("%s; %s", error, step_text(step, error.job["id"], path),
+                      code=error.code)
+
+
+def step_text(step, id, path):
+    """Return a `NextStep` for a job as a text, with its command."""
+    command = "%s %s" % (PROGRAM, step.command.format(quoted([id])))
+    return "%s: %s" % (step.purpose, in_queue(path, command))
+
+
 def next_step(job, look):
     """Return what can be done about a job, as a command, or nothing."""
     id = job["id"]
@@ -6816,8 +6953,7 @@ def next_step(job, look):
     is_due_already = kind == "failed" and not due_text(job, look.now)
     if step is None or is_due_already:
         return ""
-    command = "%s %s" % (PROGRAM, step.command.format(quoted([id])))
-    return "%s: %s" % (step.purpose, in_queue(look.queue.path, command))
+    return step_text(step, id, look.queue.path)
 
 
 def field_lines(name, value):
@@ -7188,19 +7324,23 @@ def require_one_selection(args, *ways):
 
 
 # `taken` is the condition for the jobs that a verb for many changes. `spared` is that
-# for those which it leaves alone, or None, and `reason` says why.
-Selection = collections.namedtuple("Selection", "taken spared reason")
+# for those which it leaves alone, or None; `reason` is why, and `step` the `NextStep`
+# for one of them. `age` is what has been asked of all, in words.
+Selection = collections.namedtuple(
+    "Selection", "taken spared reason step age", defaults=(None, None, None, ""))
 
 
 def jobs_to_retry(states, **filters):
     return Selection(where(states, cancelled=False, **filters),
                      where(states, cancelled=True, **filters),
-                     "cancelled ones are retried by id")
+                     "cancelled ones are retried by id",
+                     NextStep("to retry one", "retry {}"))
 
 
 def jobs_to_delete(states, **filters):
     chosen = where(states, **filters)
-    return Selection(not_needed(chosen), needed(chosen), "other jobs wait for them")
+    return Selection(not_needed(chosen), needed(chosen), "other jobs wait for them",
+                     NextStep("to see which", "show {}"))
 
 
 def apply_to_named(args, queue, verb, done, answer):
@@ -7223,9 +7363,9 @@ class Rehearsed(Exception):
     """Ends a transaction that is not to change anything."""
 
 
-def list_dry_run(args, queue, done, jobs, count):
+def list_dry_run(args, queue, done, jobs, count, age=""):
     """List the jobs that a verb would change; a terminal gets as many as fit."""
-    message = "%s would be %s; nothing is changed" % (plural(count, "job"), done)
+    message = "%s%s would be %s; nothing is changed" % (plural(count, "job"), age, done)
     list_jobs(args, queue, itertools.islice(jobs, room_for_jobs(args, [message])))
     report_below(args, message)
 
@@ -7234,15 +7374,27 @@ def apply_to_many(args, queue, verb, done, selection):
     """Apply a verb to the jobs of a selection; with --dry-run only list them."""
     if args.dry_run:
         jobs, count = queue.jobs(selection.taken), queue.count(selection.taken)
-        return list_dry_run(args, queue, done, jobs, count)
+        return list_dry_run(args, queue, done, jobs, count, selection.age)
     count = verb(selection.taken)
     result = {done: count}
-    message = "%s %s" % (done, plural(count, "job"))
+    message = "%s %s%s" % (done, plural(count, "job"), selection.age)
     if selection.spared:
         result["left"] = queue.count(selection.spared)
     if result.get("left"):
-        message += "; %d left: %s" % (result["left"], selection.reason)
+        message += "; %d left: %s%s" % (
+            result["left"], selection.reason, about_spared(queue, selection))
     print_result(args, result, message)
+
+
+def about_spared(queue, selection):
+    """Return which jobs a verb for many has spared, and the next step for the first."""
+    ids = [job["id"] for job in queue.jobs(selection.spared, 4, brief=True)]
+    if not ids:  # they have ended in the meantime
+        return ""
+    names = printable(", ".join(ids[:3]))
+    if ids[3:]:
+        names += ", ..."
+    return " (%s); %s" % (names, step_text(selection.step, ids[0], queue.path))
 
 
 @command("cancel", "end jobs that wait or run; they become dead", "cancel job1",
@@ -7253,8 +7405,7 @@ def cmd_cancel(args, queue):
         return apply_to_named(args, queue, queue.cancel, "cancelled",
                               lambda id: cancel_answer(queue, id))
     chosen = where(args.state or TAKES["cancel"], text=args.match)
-    apply_to_many(
-        args, queue, queue.cancel_all, "cancelled", Selection(chosen, None, None))
+    apply_to_many(args, queue, queue.cancel_all, "cancelled", Selection(chosen))
 
 
 def cancel_answer(queue, id):
@@ -7313,6 +7464,9 @@ def selection_to_delete(args, before):
     selection = jobs_to_delete(states, text=args.match, finished_before=before)
     if args.all and before is None:  # jobs go together with their dependents
         selection = selection._replace(taken=where(states))
+    if before is not None:  # to many people, 7 means days
+        age = setting_with_unit("keep", args.older_than)
+        selection = selection._replace(age=" that ended more than %s ago" % age)
     return selection
 
 
@@ -7618,10 +7772,22 @@ def cmd_install(args):
     on_path = os.path.realpath(home) in map(os.path.realpath, os.get_exec_path())
     lines = ["installed " + printable(path)]
     if not on_path:
-        lines.append(printable(home) + " is not on PATH: add it")
+        place, line = how_to_add(home)
+        lines += ["%s is not on PATH; to add it, %s:" % (printable(home), place), line]
     print_result(args, {"path": path, "on_path": on_path}, *lines)
     if not WINDOWS and os.geteuid() == 0 and is_open_to_others(path):
         report_closed(sys.executable, os.path.abspath(__file__))
+
+
+def how_to_add(home):
+    """Return where and how the user's shell puts a directory on PATH: words, a line."""
+    shell = os.path.basename(os.environ.get("SHELL", ""))
+    if WINDOWS:
+        return "in Settings", "  Edit environment variables for your account, Path"
+    if shell == "fish":
+        return "once", "  fish_add_path " + quoted([home])
+    return ("here and in ~/.%src" % ("zsh" if shell == "zsh" else "bash"),
+            "  export PATH=%s:\"$PATH\"" % quoted([home]))
 
 
 def report_closed(*paths):
@@ -8154,21 +8320,27 @@ def filters_of(query, states=STATES):
     """Return arguments for `where`: what a query asks for, of these states alone."""
     if "state" in query:
         states = [state for state in states if state == state_name(query["state"])]
-    return dict(states=states, error=query.get("error"), behind=query.get("behind"),
+    named = {name: query.get(name) for name in ("error", "blocked_by", "behind_lock")}
+    return dict(named, states=states,
                 pattern=like_pattern(query["q"]) if query.get("q") else None)
 
 
-def newest_jobs(queue, query):
-    """Return a page of jobs after that in `before`: newest, or latest death, first."""
+def newest_jobs(queue, query, backwards=False):
+    """Return a page of jobs after that in `before`: newest, or latest death, first.
+
+    BACKWARDS, return that job and those above it, going up.
+    """
     limit = min(count_from(0, "limit")(query.get("limit", "50")) or 50, BATCH_SIZE)
     filters, before = filters_of(query), query.get("before", "")
     if before:
         require_job(queue, before)
     if filters["states"] == ["dead"]:
         del filters["states"]
-        return list(queue.dead_jobs(before, limit, **filters))
-    return list(queue.jobs(
-        where(**filters), limit, newest=True, last=queue.seq_before(before)))
+        return list(queue.dead_jobs(before, limit, backwards, **filters))
+    last = queue.seq_before(before)
+    if backwards:
+        return list(queue.jobs(where(**filters), limit, first=last + 1))
+    return list(queue.jobs(where(**filters), limit, newest=True, last=last))
 
 
 def stats_by_minute(queue, query):
@@ -8318,13 +8490,18 @@ def number_or(default, text):
     return text.isdecimal() and int(text) or default
 
 
+# What narrows the list of jobs, each with what stands before its value on the page.
+VIEW_FILTERS = {"state": "", "q": "", "error": "", "blocked_by": "blocked by ",
+                "behind_lock": "behind the lock "}
+
+
 class View(collections.namedtuple(
-        "View", "state q error behind before first job run")):
+        "View", [*VIEW_FILTERS, "before", "first", "job", "run"])):
     """What the page shows: the query of its address."""
 
     def filters(self):
         """Return what narrows the list of jobs, as the actions for many take it."""
-        return {name: getattr(self, name) for name in ("state", "q", "error", "behind")
+        return {name: getattr(self, name) for name in VIEW_FILTERS
                 if getattr(self, name)}
 
     def address(self, part="", **changes):
@@ -8334,7 +8511,7 @@ class View(collections.namedtuple(
 
     def only(self, **filters):
         """Return the address of the jobs that these filters leave, from the newest."""
-        nothing = dict(state="", q="", error="", behind="", before="", first="")
+        nothing = dict.fromkeys([*VIEW_FILTERS, "before", "first"], "")
         return self.address("#jobs", **dict(nothing, **filters))
 
     def open(self, id, **changes):
@@ -8344,10 +8521,11 @@ class View(collections.namedtuple(
 
 # What the parts of the page are made of: the queue; the `View`; the time; the values of
 # `read_status`; those of `errors_of`; the growth for `verdict`; the jobs of the table,
-# and one more if there are older ones; the site's `Cache`; whether the page holds the
-# output of the open job (otherwise the script fetches it).
+# and one more if there are older ones; those of the page above it, from below; the
+# site's `Cache`; whether the page holds the output of the open job (otherwise the
+# script fetches it).
 class Page(collections.namedtuple(
-        "Page", "queue view now status groups growth found cache is_whole")):
+        "Page", "queue view now status groups growth found above cache is_whole")):
     text_of = staticmethod(roughly)  # so that it is a `Look`
 
 
@@ -8382,20 +8560,21 @@ def page_header(page):
 
 def page_now(page):
     """Return the verdict, and what needs somebody; without jobs, the first steps."""
-    status = page.status
-    state, sentence, advice = verdict(status, page.now, page.growth)
+    status, found = page.status, verdict(page.status, page.now, page.growth)
+    advice = found.advice
     if status["paused"]:  # there is a button
         advice = "" if status["pools"] else "no pool is running; " + TO_START
     if count_in(page, ""):
-        load = load_text(page)
+        # What is broken comes first, before what works.
+        load = joined(found.harm and found.sentence, load_text(page), by=" · ")
         more = [load and element("p", load, css="dim"),
                 advice and advice_line(advice, page),
-                element("ul", *alerts(page), data_key="alerts")]
+                element("ul", *alerts(page), id="alerts")]
     else:
         steps = [element("li", advice_line(step, page)) for step in FIRST_STEPS]
         more = [element("ol", *steps)]
-    return element("section", element("h2", sentence, id="verdict", tabindex=-1), *more,
-                   id="now", css="card " + state)
+    headline = element("h2", found.harm or found.sentence, id="verdict", tabindex=-1)
+    return element("section", headline, *more, id="now", css="card " + found.state)
 
 
 def load_text(page):
@@ -8403,7 +8582,8 @@ def load_text(page):
     status = page.status
     counts = [
         (status["jobs"]["processing"] - len(status["lost"]), "running"),
-        (status["dependent"], "behind a job"), (status["delayed"], "delayed"),
+        (status["dependent"] - len(status["blocked_seqs"]), "behind a job"),
+        (status["delayed"], "delayed"),
         (status["locked"], "behind a lock")]
     return joined(*[count and grouped(count) + " " + words for count, words in counts])
 
@@ -8424,72 +8604,93 @@ def command_to_copy(path, rest):
 
 
 def alerts(page):
-    """Yield a line for each common error, what is tried again, blocks, or locks."""
-    lines = [error_alert(group, page) for group in died(page.groups)]
-    named = len(lines) if len(lines) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
-    yield from lines[:named]
-    if lines[named:]:
-        summary = element("summary", plural(len(lines) - named, "more error"))
-        yield element("li", element("details", summary, element("ul", *lines[named:])),
-                      data_key="more")
-    for job in page.queue.jobs(where(["failed"]), 1, newest=True):
-        yield failed_alert(job, page)
-    if page.status["blocked_seqs"]:
-        blockers = page.cache.get(
-            "blockers of %d" % len(page.status["blocked_seqs"]),
-            lambda: page.queue.blockers(SHOWN_ERRORS))
-        yield from [blocked_alert(dead, page) for dead in blockers]
-    if page.status["locked"]:
-        line = page.cache.get("line", page.queue.longest_line)
-        if line:
-            yield lock_alert(*line, page)
+    """Return lines about what died, is tried again, or is behind a lock.
+
+    Two are on top. The others are behind them where there is little room.
+    """
+    died, others = error_alerts(page), [*failed_alert(page), *lock_alert(page)]
+    named = len(died) if len(died) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
+    lines = died[:named] + others
+    if died[named:]:
+        lines.append(folded(plural(len(died) - named, "more error"), died[named:]))
+    if not lines[2:]:
+        return lines
+    count = len(died) + len(others) - 2
+    return [*lines[:2], folded(grouped(count) + " more", lines[2:], "rest")]
 
 
-def failed_alert(job, page):
-    """Return the line about the jobs that are tried again; JOB is the newest one."""
-    line = last_line(page.queue.tail(job))
-    words = joined(line and "“%s”" % line, next_due(page, "failed"), by=" · ")
-    return alert(grouped(count_in(page, "failed")) + " failed", job["error"], words,
-                 page.view.only(state="failed"), "the failed jobs", css="failed")
+def folded(words, lines, css=None):
+    """Return a line that hides others until it is opened."""
+    details = [element("summary", words), element("ul", *lines)]
+    return element("li", element("details", *details, css=css), data_key=css or "more")
 
 
-def lock_alert(lock, jobs, first, page):
-    """Return the line about the jobs behind a lock; FIRST has it, or gets it first."""
-    id, has = first["id"], "held by" if first["state"] == "processing" else "next is"
-    words = "%s %s · %s" % (has, id, time_cell(first, page))
-    return alert(grouped(jobs) + " behind", "lock " + lock, words, page.view.open(id),
-                 "the job " + id, css="pending")
+def error_alerts(page):
+    """Return a line for each error of dead jobs, what costs most first.
+
+    A cancelled job is none of these, unless others wait for it.
+    """
+    blocked = page.status["blocked_seqs"]
+    waiting = page.cache.get("blocked %d" % len(blocked),
+                              page.queue.blocked_by_errors) if blocked else {}
+    groups = [(group, waiting.get(group["error"], 0)) for group in page.groups
+              if not group["is_cancelled"] or group["error"] in waiting]
+    groups.sort(key=lambda pair: -pair[0]["jobs"] - pair[1])
+    return [error_alert(group, behind, page) for group, behind in groups]
 
 
-def blocked_alert(dead, page):
-    """Return the line about the jobs that wait for a dead one."""
-    id = dead["id"]
-    return alert(grouped(dead["jobs"]) + " blocked", id,
-                 "by this job, which is " + state_word(dead),
-                 page.view.only(behind=id), "jobs behind " + id,
-                 job_button("Retry", "retry", id, "Retried"))
-
-
-def error_alert(group, page):
-    """Return the line about the jobs that died of one error."""
+def error_alert(group, behind, page):
+    """Return the line about the dead of one error, and about what waits for them."""
     error, line, is_one = group["error"], group["line"], group["jobs"] == 1
     chosen = {"state": "dead", "error": error}
-    words = joined(line and "“%s” · " % line, not is_one and "latest ",
-                   ago(group["latest"], page), by="")
-    return alert(
-        grouped(group["jobs"]) + " dead", error, words,
-        page.view.only(**chosen), "the dead of " + error,
-        job_button("Retry", "retry", group["id"], "Retried") if is_one else
-        bulk_button("Retry…", "retry", chosen, "Retry the dead of " + error))
+    words = joined(is_one and group["id"], line and "“%s”" % line,
+                   ("" if is_one else "latest ") + ago(group["latest"], page), by=" · ")
+    waiting = behind > 0 and link(
+        "%s %s for %s" % (grouped(behind), "waits" if behind == 1 else "wait",
+                          "it" if is_one else "them"), page.view.only(blocked_by=error))
+    word, name, retry = "dead", error, bulk_button(
+        "Retry…", "retry", chosen, "Retry the dead of " + error)
+    if group["is_cancelled"]:  # these are retried by id
+        word, name, retry = "cancelled", None, None
+    if is_one:
+        retry = job_button("Retry", "retry", group["id"], "Retried")
+    return alert("%s %s" % (grouped(group["jobs"]), word), name, waiting, words,
+                 page.view.only(**chosen), "the dead of " + error, retry)
 
 
-def alert(count, name, words, address, selection, retry=None, css="dead"):
-    """Return a line about a selection of jobs, which the address shows."""
+def failed_alert(page):
+    """Yield the line about the jobs that are tried again, with the newest one."""
+    for job in page.queue.jobs(where(["failed"]), 1, newest=True):
+        line, count = last_line(page.queue.tail(job)), count_in(page, "failed")
+        words = joined(count == 1 and job["id"], line and "“%s”" % line,
+                       next_due(page, "failed"), by=" · ")
+        yield alert(grouped(count) + " failed", job["error"], None, words,
+                    page.view.only(state="failed"), "the failed jobs", css="failed")
+
+
+def lock_alert(page):
+    """Yield the line about the lock that most jobs are behind."""
+    line = page.status["locked"] and page.cache.get("line", page.queue.longest_line)
+    if line:
+        lock, jobs, first = line  # it has the lock, or gets it first
+        has = "held by " if first["state"] == "processing" else "next is "
+        yield alert(grouped(jobs) + " behind", "lock " + lock,
+                    link(has + first["id"], page.view.open(first["id"])),
+                    time_cell(first, page), page.view.only(behind_lock=lock),
+                    "what is behind the lock " + lock, css="pending")
+
+
+def alert(count, name, other, words, address, selection, retry=None, css="dead"):
+    """Return a line about a selection of jobs, which the address shows.
+
+    OTHER is a link to others that this is about. It is first: WORDS may be cut.
+    """
     show = link("Show", address, "button", aria_label="Show " + selection)
     return element(
         "li", element("b", count, css="hue"),
         element("span", name, css="mono line", title=name or None),
-        element("span", words, css="dim line", title=words),
+        element("span", other, other and words and " · ", words, css="dim lines",
+                title=words),
         element("span", show, retry, css="row"), css=css,
         data_key=joined(css, css == "dead" and name, by=" "))
 
@@ -8771,19 +8972,18 @@ def filter_links(view):
     """Yield a link that removes it for each filter, but for what the search shows."""
     for name, words in view.filters().items():
         if name != "q":
-            words = "behind " + words if name == "behind" else words
+            words = VIEW_FILTERS[name] + words
             yield link("✕ " + words, view.only(**dict(view.filters(), **{name: ""})),
                        "button filter", aria_label="Remove the filter " + words)
 
 
 def bulk_buttons(page):
     """Yield what can be done with all jobs that the filters leave, if there are any."""
-    filters, state, behind = page.view.filters(), page.view.state, page.view.behind
-    if behind and page.queue.state(behind) == "dead":
-        yield job_button("Retry " + behind, "retry", behind, "Retried")
-    elif page.found and not behind and (
-            state == "dead" or not filters and count_in(page, "dead")):
-        yield bulk_button("Retry dead…", "retry", filters)
+    filters, state, error = page.view.filters(), page.view.state, page.view.blocked_by
+    if page.found and (
+            error or state == "dead" or not filters and count_in(page, "dead")):
+        chosen = {"error": error} if error else filters
+        yield bulk_button("Retry dead…", "retry", chosen)
     if page.found and filters and state != "processing":
         yield bulk_button("Delete…", "delete", filters)
 
@@ -8823,7 +9023,9 @@ def jobs_of_query(count, verb, query):
         query.get("q") and "“%(q)s” in them" % query, by=" and ")
     return joined(grouped(count), state, "job" if count == 1 else "jobs",
                   with_text and "with " + with_text,
-                  query.get("behind") and "behind “%(behind)s”" % query, by=" ")
+                  *["%s“%s”" % (before, query[name])
+                    for name, before in VIEW_FILTERS.items()
+                    if before and query.get(name)], by=" ")
 
 
 def page_links(page, total):
@@ -8837,6 +9039,7 @@ def page_links(page, total):
     newest = view.address("#jobs", before="", first="")
     return element(
         "nav", view.before and link("Newest", newest, "button"),
+        view.before and link("Newer", view.address("#jobs", **newer(page)), "button"),
         element("span", place, css="dim"),
         has_more and link("Older", view.address("#jobs", **older(page)), "button"),
         css="row", id="pages", aria_label="Pages")
@@ -8848,6 +9051,14 @@ def older(page):
                 first=str(number_or(1, page.view.first) + PAGE_ROWS))
 
 
+def newer(page):
+    """Return what differs in the address of the page above."""
+    if len(page.above) <= PAGE_ROWS:
+        return dict(before="", first="")
+    return dict(before=page.above[PAGE_ROWS]["id"],
+                first=str(max(1, number_or(1, page.view.first) - PAGE_ROWS)))
+
+
 # -- the page: the panel of a job ------------------------------------------------------
 
 
@@ -8857,30 +9068,35 @@ def page_panel(page):
     run = min(number_or(job["run"], page.view.run), job["run"])
     command = element("pre", job["command"], tabindex=0, role="region",
                       aria_label="Command")
-    return element(
-        "aside",
-        element("div", element("h2", job["id"], id="name", tabindex=-1, css="mono"),
-                element("nav", *step_links(page), aria_label="Jobs of the list",
-                        css="row end"),
-                link("Close", page.view.open(""), "button", id="close"), css="row top"),
-        page_reason(job, page),
+    return panel(
+        page, job["id"], page_reason(job, page),
         element("div", *job_buttons(job, page), css="row"),
         element("div", command, copy_button("Copy the command"), css="box"),
         element("dl", *[fact(name, value)
                         for name, value in job_facts(job, page).items() if value]),
-        run_links(job, run, page), *panel_output(job, run, page),
-        id="job", css="card", aria_labelledby="name", data_key=job["id"])
+        run_links(job, run, page), *panel_output(job, run, page))
+
+
+def panel(page, name, *content):
+    """Return the panel below its header, which has the steps to other jobs."""
+    title = element("h2", name, id="name", tabindex=-1, css="mono lines", title=name)
+    steps = element("nav", *step_links(page), css="row", aria_label="Jobs of the list")
+    close = link("Close", page.view.open(""), "button", id="close")
+    header = element("div", title, steps, close, css="row top")
+    return element("section", header, *content, id="job", css="card",
+                   aria_labelledby="name", data_key=page.view.job)
 
 
 def step_links(page):
     """Yield links to the jobs above and below the open one in the table."""
-    ids = [job["id"] for job in page.found]
+    first = len(page.above[:1])
+    ids = [job["id"] for job in page.above[:1] + page.found]
     # From a job that is not in the table the next one is the first of the table.
-    at = ids.index(page.view.job) if page.view.job in ids else -1
-    onward = older(page) if at + 1 == PAGE_ROWS < len(ids) else {}
-    for name, arrow, to, changes in (
-            ("previous", "←", at - 1, {}), ("next", "→", at + 1, onward)):
+    at = ids.index(page.view.job) if page.view.job in ids else first - 1
+    for name, arrow, to in (("previous", "←", at - 1), ("next", "→", at + 1)):
         if 0 <= to < len(ids):
+            changes = newer(page) if to < first else (
+                older(page) if to == first + PAGE_ROWS else {})
             words = "%s job: %s" % (name.capitalize(), ids[to])
             yield link(arrow, page.view.open(ids[to], **changes), "button", id=name,
                        aria_label=words, title="%s (key %s)" % (words, arrow))
@@ -9104,12 +9320,32 @@ def make_page(queue, query, site, is_whole=False):
         view = View(*(query.get(name, "") for name in View._fields))
         state = view.state.lower()  # as `state_name` takes it
         view = view._replace(state=state if state in STATES else "")
-        if queue.state(view.before) is None:  # deleted meanwhile
+        view = placed(queue, view)
+        found, above = rows_from(queue, view), []
+        if view.before and not found:  # they are gone: the first page has some
             view = view._replace(before="", first="")
-        found = newest_jobs(queue, dict(
-            view.filters(), before=view.before, limit=str(PAGE_ROWS + 1)))
-        return page_parts(Page(queue, view, now, status, groups, growth, found,
+            found = rows_from(queue, view)
+        if view.before:
+            above = rows_from(queue, view, backwards=True)
+        return page_parts(Page(queue, view, now, status, groups, growth, found, above,
                                site.cache, is_whole))
+
+
+def placed(queue, view):
+    """Return a view whose place is in the list: a lost one is found by its number."""
+    state, number = queue.state(view.before), number_or(1, view.first) - 1
+    if state is not None and (view.state != "dead" or state == "dead"):
+        return view
+    above = number and newest_jobs(queue, dict(view.filters(), limit=str(number)))
+    if not above:
+        return view._replace(before="", first="")
+    return view._replace(before=above[-1]["id"], first=str(len(above) + 1))
+
+
+def rows_from(queue, view, backwards=False):
+    """Return the jobs of a page, and one more if there are others behind them."""
+    query = dict(view.filters(), before=view.before, limit=str(PAGE_ROWS + 1))
+    return newest_jobs(queue, query, backwards)
 
 
 def page_parts(page):
@@ -9118,22 +9354,17 @@ def page_parts(page):
     if count_in(page, ""):
         parts += [page_tiles(page), page_middle(page), page_jobs(page)]
     job = page.queue.state(page.view.job) and page.queue.job(page.view.job)
-    dead = not job and page.status["jobs"]["dead"] - page.status["cancelled"]
-    subject = job["id"] + " " + kind_of(job, page) if job else (
-        verdict(page.status, page.now, page.growth).sentence.partition(":")[0])
-    title = joined(subject, dead and grouped(dead) + " dead",
-                   os.path.basename(page.queue.path), by=" – ")
+    if job:
+        opened, words = page_panel(page), [
+            job["id"] + " " + kind_of(job, page)]
+    else:
+        id, found = page.view.job, verdict(page.status, page.now, page.growth)
+        opened = id and panel(page, sentence_case(str(no_job(id))))
+        words = [found.harm, found.sentence.partition(":")[0]]
+    title = joined(*words, os.path.basename(page.queue.path), by=" – ")
     return Html("".join([
         element("title", title), page_header(page), element("main", *parts),
-        open_panel(page) if page.view.job else ""]))
-
-
-def open_panel(page):
-    """Return the panel of the open job, or that there is no job of that id."""
-    if page.queue.state(page.view.job) is None:
-        return element("p", str(no_job(page.view.job)), id="gone",
-                       data_back=page.view.open(""))
-    return page_panel(page)
+        opened or ""]))
 
 
 # What answers a request, but for the page itself. A GET returns a document, a POST
@@ -9174,7 +9405,7 @@ SLOW_ROUTES = ("GET /api/stats", "GET /chart")
 
 
 class Cached:
-    """A value of a `Cache`: it holds until a monotonic time, and one thread makes it."""
+    """A value of a `Cache`, which holds until a monotonic time; one thread makes it."""
 
     def __init__(self):
         import threading
@@ -9236,7 +9467,7 @@ class Site:
         except Refusal as refusal:
             status, message = refusal.status, str(refusal)
         except (ValueError, QueueError) as error:
-            status, message = 400, str(error)
+            status, message = (410 if self.is_gone() else 400), str(error)
         except (sqlite3.Error, OSError) as error:
             status, message = 503, with_repair_hint(error)
         except Exception as error:  # or the page would take the dashboard for gone
@@ -9272,8 +9503,14 @@ class Site:
         title, end, content = content.partition("</title>")
         parts = {"TOKEN": self.token, "TITLE": title + end, "CONTENT": content,
                  "START": command_to_copy(self.path, self.start),
+                 "ANEW": command_to_copy(self.path, "worker start"),
+                 "IF_GONE": "" if trouble and self.is_gone() else "hidden",
                  "TROUBLE": element("p", sentence_case(trouble), role="alert")}
         return re.sub("|".join(parts), lambda name: parts[name[0]], PAGE_HTML)
+
+    def is_gone(self):
+        """Tell whether somebody has removed the queue."""
+        return not os.path.exists(self.path)
 
     def open_queue(self):
         return Queue(self.path, lock_timeout=POOL_LOCK_TIMEOUT, create=False)
@@ -9329,7 +9566,7 @@ def query_fields(url):
     """Return the fields of an address's query."""
     from urllib.parse import parse_qsl
 
-    fields = dict(parse_qsl(url.query, max_num_fields=10))
+    fields = dict(parse_qsl(url.query, max_num_fields=16))
     if not is_storable("".join(fields.values())):
         raise Refusal(400, "not text")
     return fields
@@ -9427,8 +9664,10 @@ PAGE_CSS = """
 
 * { box-sizing: border-box; margin: 0; }
 [hidden] { display: none !important; }
-/* Without the script nothing answers these. */
+/* Without the script nothing answers these, and "Running now" has the whole width. */
 body:not(.live) :is(button, .card:has(#chart)) { display: none; }
+body:not(.live) .two { grid-template-columns: 1fr; }
+noscript p { margin: 0 0 .7rem; }
 body {
   margin: 0 auto; max-width: 92rem; padding: .8rem 1.2rem 3rem;
   background: var(--bg); color: var(--text);
@@ -9448,6 +9687,11 @@ ul { list-style: none; padding: 0; }
 .mono, pre { font: .92em/1.5 ui-monospace, monospace; }
 .row { display: flex; flex-wrap: wrap; gap: .3rem .7rem; align-items: center; }
 .line, td, th { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+/* Two lines at most. */
+.lines {
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
+  overflow: hidden; overflow-wrap: anywhere;
+}
 .card {
   background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   padding: .7rem 1rem; margin-top: .7rem;
@@ -9481,7 +9725,9 @@ body:not(:has(#now)) #trouble {
   background: var(--card); color: var(--text); border-left: 4px solid var(--red);
   font-size: 1.2rem; overflow-wrap: anywhere;
 }
-body:not(:has(#now)) #trouble p + p { margin-top: .4rem; color: var(--dim); font-size: 1rem; }
+body:not(:has(#now)) #trouble :is(p + p, div) {
+  margin-top: .4rem; color: var(--dim); font-size: 1rem;
+}
 #said {
   position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%); z-index: 2;
   max-width: calc(100% - 2rem); padding: .5rem 1rem; border-radius: .4rem;
@@ -9504,7 +9750,7 @@ dialog .row { justify-content: flex-end; margin-top: 1.1rem; }
 @keyframes busy { from { scale: 0 1; } to { scale: 1 1; } }
 
 header { float: left; margin: .2rem .7rem 0 0; }
-#queue { flex-wrap: nowrap; }
+#queue { flex-wrap: nowrap; min-height: 2rem; }
 main { clear: both; }
 #queue .line { flex: 1; line-height: 2; }
 #now {
@@ -9522,7 +9768,7 @@ main { clear: both; }
   padding: .15rem .5rem; border: 1px solid var(--line); border-radius: .3rem;
   background: var(--card); color: var(--text); overflow-wrap: anywhere;
 }
-#start button { color: var(--text); }
+#trouble button { color: var(--text); }
 #now ul .row > * { min-width: 4.6rem; text-align: center; }
 #now :is(button, .button) { padding: .1rem .55rem; }
 #now ul:not(:empty) { margin-top: .5rem; }
@@ -9530,7 +9776,17 @@ main { clear: both; }
   display: grid; grid-template-columns: 7rem 11rem 1fr auto; gap: .7rem; align-items: center;
   padding: .3rem 0; border-top: 1px solid var(--line);
 }
-#now li:has(details) { display: block; }
+#now li:has(> details) { display: block; }
+/* Where there is room, and the browser can do that, nothing is folded but many errors. */
+@media (min-width: 60.01rem) {
+  li .lines { -webkit-line-clamp: 1; word-break: break-all; }
+  @supports selector(::details-content) {
+    #now li:has(> .rest) { padding: 0; border: 0; }
+    .rest > summary { display: none; }
+    .rest::details-content { content-visibility: visible; }
+    .rest > ul { margin: 0 !important; }
+  }
+}
 #tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 0 .7rem; }
 #tiles a { text-decoration: none; padding: .45rem .9rem .55rem; min-width: 0; }
 #tiles a:hover { border-color: var(--edge); }
@@ -9600,12 +9856,12 @@ tbody tr:hover, tr[aria-current] { background: color-mix(in srgb, var(--blue) 9%
   display: flex; flex-direction: column; gap: .7rem; z-index: 1;
   overflow: auto; overscroll-behavior: contain; box-shadow: 0 0 2.5rem #0006;
 }
-#name { font-size: 1.15rem; overflow-wrap: anywhere; outline: 0; }
+#name { flex: 1; min-width: 0; font-size: 1.15rem; outline: 0; }
 .top {
   position: sticky; top: -.7rem; z-index: 1; flex-wrap: nowrap; align-items: start;
   margin: -.7rem -1rem 0; padding: .7rem 1rem .4rem; background: var(--card);
 }
-#close { flex: none; }
+.top > :is(nav, a) { flex: none; flex-wrap: nowrap; }
 .box { position: relative; }
 .box button { position: absolute; top: .35rem; right: .35rem; padding: 0 .5rem; }
 pre {
@@ -9618,9 +9874,10 @@ pre i { font-style: normal; }
 #output { flex: 1 0 12rem; height: 0; }
 .scrolled span:has(+ #end), body:not(.scrolled) #end { display: none; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
+dt, dd { align-self: baseline; }
 dl div { display: contents; }
 dd { overflow-wrap: anywhere; }
-dd a { margin-right: 1em; }
+dd a { display: inline-block; margin-right: 1em; padding: .15rem 0; }
 #runs [aria-current] { box-shadow: inset 0 -3px var(--blue); }
 
 /* Beside the panel there is room for the page, or the page waits below it. */
@@ -9634,10 +9891,11 @@ dd a { margin-right: 1em; }
 }
 @media (max-width: 75rem) {
   th { width: 10rem; } .mid { width: 8.6rem; } .slim { width: 4.5rem; }
+  #tiles a { padding: .45rem .6rem .55rem; }
 }
 @media (max-width: 60rem) {
   #now li { grid-template-columns: auto 1fr auto; gap: .1rem .7rem; }
-  #now li > .dim { grid-row: 2; grid-column: 1 / 4; white-space: normal; }
+  #now li > .dim { grid-row: 2; grid-column: 1 / 4; }
   .two { grid-template-columns: 1fr; }
   #tiles { grid-template-columns: repeat(3, 1fr); }
   #running { min-height: 0; }
@@ -9693,8 +9951,10 @@ async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
   const silent = () => { throw new Error(SILENT); };
   const answer = await fetch(url, options).catch(silent);
   const body = await answer.text().catch(silent);
+  const policy = answer.headers.get("Content-Security-Policy");  // it has the server's token
+  if (answer.ok && policy && !policy.includes("TOKEN")) location.reload();  // a later one's
   if (answer.ok) return body;
-  throw new Error(JSON.parse(body).error);
+  throw Object.assign(new Error(JSON.parse(body).error), {isGone: answer.status === 410});
 }
 
 /* Let a node become another. Only what differs is changed: nothing flickers, scrolls or loses
@@ -9730,18 +9990,26 @@ function becomeChildren(node, wanted) {
   while (node.childNodes.length > children.length) node.lastChild.remove();
 }
 
-/* No row moves while somebody points at one or is at one by keyboard, or they would open
-   another job. What left the list stays, pale; what is new is counted, until it is shown. */
+/* No row moves while somebody points at one or is at one by keyboard, or they would press
+   another one. What left a list stays, pale. New rows wait: those of the table are counted,
+   but what needs somebody is shown at once, below the rest. */
 function hold(page) {
-  const [table, wanted] = [document, page].map(page => page.querySelector("tbody"));
-  if (!table || !wanted || key(table) !== key(wanted)) return;
-  if (!table.matches(":hover, :has(:focus-visible)")) return;
-  const shown = new Map([...wanted.children].map(row => [key(row), row]));
-  const rows = [...table.children].map(row => shown.get(key(row)) || row.cloneNode(true));
-  for (const row of rows) if (!shown.delete(key(row))) row.classList.add("left");
-  wanted.replaceChildren(...rows);
-  const words = `Show ${shown.size} new`;
-  Object.assign(page.querySelector("#new"), {hidden: !shown.size, textContent: words});
+  const lists = "tbody, #alerts", rows = "tr, li:not(:has(li))";
+  for (const list of document.querySelectorAll(lists)) {
+    const wanted = [...page.querySelectorAll(lists)].find(other => key(other) === key(list));
+    if (!wanted || !list.matches(":hover, :has(:focus-visible)")) continue;
+    const came = new Map([...wanted.querySelectorAll(rows)].map(row => [key(row), row]));
+    const held = list.cloneNode(true);
+    for (const row of held.querySelectorAll(rows)) {
+      if (came.has(key(row))) row.replaceWith(came.get(key(row)));
+      else row.classList.add("left");
+      came.delete(key(row));
+    }
+    wanted.replaceWith(held);
+    if (list.id) held.append(...came.values());
+    else Object.assign(page.querySelector("#new"),
+      {hidden: !came.size, textContent: `Show ${came.size} new`});
+  }
 }
 
 /* The page is fetched again and again; of answers that cross only the latest counts. */
@@ -9765,7 +10033,7 @@ async function refresh(isFree) {
     chart().catch(() => { chartDue = 0; });  // which may take a while: nobody waits for it
     await follow(find("output"));
   } catch (error) {
-    if (mine === turn) trouble(error.message);
+    if (mine === turn) trouble(error.message, error.isGone);
   }
   if (mine !== turn) return;
   setBusy(false);
@@ -9783,11 +10051,6 @@ function closePanel() {
 }
 
 function moveFocus(opened, focused) {
-  if (find("gone")) {  // of an action here it is known already
-    if (find("said").hidden) say(find("gone").textContent);
-    history.replaceState(null, "", find("gone").dataset.back);
-    find("gone").remove();
-  }
   const job = find("job") && find("job").dataset.key;
   let target = focused.isConnected ? null : find("name") || find("verdict");
   if (job !== opened) target = job ? find(focused.id) || find("name") : rowOf(opened) || target;
@@ -9797,17 +10060,19 @@ function moveFocus(opened, focused) {
 /* What the panel covers can't be reached, by the Tab key either. */
 const narrow = matchMedia("(max-width: 100rem)");
 function cover(page) {
-  const isCovered = narrow.matches && Boolean(page.querySelector("#job"));
+  const panel = page.querySelector("#job"), isCovered = narrow.matches && Boolean(panel);
+  if (panel) [panel.role, panel.ariaModal] = isCovered ? ["dialog", "true"] : [null, null];
   for (const part of page.querySelectorAll("#queue, main > *")) part.inert = isCovered;
 }
 
 const sentence = words => words.slice(0, 1).toUpperCase() + words.slice(1);
 
-function trouble(words) {
+function trouble(words, isGone) {
   const [alert, age] = find("trouble").children;
   const seconds = Math.round((performance.now() - lastGood) / 1000);
   if (alert.textContent !== sentence(words)) alert.textContent = sentence(words);
   find("start").hidden = words !== SILENT;
+  find("anew").hidden = !isGone;
   age.textContent = (find("queue") ? `What is shown is ${seconds} s old. ` : "")
     + "This page tries again every 2 s.";
   const name = document.title.split(" – ").pop();
@@ -9885,8 +10150,9 @@ async function act({post, question, ask, do: words, done, css}) {
     ask = answer.ask;
   }
   if (ask && !await confirmed(ask, words, css)) return;
-  // Whoever deletes a job in the panel goes on to the next one.
-  const onward = post.startsWith("/api/jobs/-/delete") && (find("next") || find("previous"));
+  // Whoever deletes the job in the panel goes on to the next one.
+  const onward = find("job") && post.startsWith("/api/jobs/-/delete")
+    && (find("next") || find("previous") || find("close"));
   const changed = JSON.parse(await get(post, {method: "POST", headers: {"X-Token": "TOKEN"}}));
   const jobs = changed === 1 ? " job" : " jobs";
   if (onward) history.replaceState(null, "", onward.href);
@@ -9931,7 +10197,8 @@ document.onsubmit = () => false;  // the search is fetched while it is typed
 document.oninput = event => {
   const address = new URL(location.href);
   address.searchParams.set("q", event.target.value);
-  for (const name of ["before", "first"]) address.searchParams.delete(name);
+  for (const name of ["before", "first", event.target.value ? "" : "q"])
+    address.searchParams.delete(name);
   history.replaceState(null, "", address.pathname + address.search);
   clearTimeout(timer);
   timer = setTimeout(refresh, 200);
@@ -9970,9 +10237,12 @@ TITLE
 <style nonce="TOKEN">""" + PAGE_CSS + """</style>
 </head>
 <body>
-<noscript><p class="card">Without JavaScript this page can search, but not act.</p></noscript>
+<noscript><p class="card">Without JavaScript this page shows and searches, but it neither acts
+nor refreshes itself.</p></noscript>
 <section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p>\
-<div id="start" class="row advice" hidden>To start it: START</div></section>
+<div id="start" class="row advice" hidden>To start it: START</div>\
+<div id="anew" class="row advice" IF_GONE>Put the file back, or start a new queue: ANEW</div>\
+</section>
 <header><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
 <path d="M2 4h12M2 8h8M2 12h11"/></svg>queuectl</h1></header>
 <div id="page">CONTENT</div>
@@ -10033,49 +10303,49 @@ def group_overview(group):
 
 def refuse_mistaken(name, words):
     """Refuse words that a command would take for something else than was meant."""
-    first = words[0] if words else ""
-    hint = ""
-    if name == "list" and first.lower() in {*STATES, *MEANT_STATES}:
-        hint = "did you mean %s?" % usage("list", "--state", *words)
-    if name == "worker start" and first.isdecimal():
-        hint = "did you mean %s?" % usage("worker", "start", "--count", *words)
     if name in ("retry", "dlq retry") and "--" in words:
-        hint = "it takes no command; to change that of a job first: " + usage(
-            "edit", *words)
-    setting = re.match("--([^=]+)=?", first)
-    if name == "config set" and setting and setting[1] not in ("json", "db", "help"):
-        hint = "write it without dashes: " + usage(
-            "config", "set", setting[1], first[setting.end() :] or words[-1])
-    if hint:
-        raise QueueError("%s: %s", name, hint, code=2)
+        raise QueueError("%s: it takes no command; to change that of a job first: %s",
+                         name, usage("edit", *words), code=2)
+    setting = re.match("(--)?([^=]+)(=?)(.*)", words[0], re.S) if words else None
+    if name == "config set" and setting and (setting[1] or setting[3]) and (
+            setting[2] not in ("json", "db", "help")):
+        raise QueueError("config set: did you mean: %s", usage(
+            "config", "set", setting[2], *[setting[4]] * bool(setting[3]), *words[1:]),
+            code=2)
+
+
+def refuse_words_for_ids(name, args, queue):
+    """Refuse `all` or states in place of ids, unless a job is called so."""
+    ids, words = getattr(args, "ids", None) or [""], args.typed
+    line = line_meant(name, words, False) if ids[0] == "all" else None
+    if any("--state" in each.names for each in COMMANDS[name].arguments):
+        states = {id: MEANT_STATES.get(id, id) for id in ids}
+        words = [each for word in words for each in (
+            ["--state", states[word]] if states.get(word) in STATES else [word])]
+    if words != args.typed:
+        line = "did you mean: " + usage(*name.split(), *words)
+    if line and queue.state(ids[0]) is None:
+        raise QueueError("there is no job %s; %s", ids[0], line, code=2)
 
 
 # The options that people mean by the words of other tools.
 MEANT_OPTIONS = {
-    "--retries": "--max-retries", "--jobs": "--count", "-j": "--count", "-n": "--count",
-    "--workers": "--count", "-q": "--quiet", "-d": "--detach",
-    "--at": "--run-at", "--error-text": "--error",
+    "--count": "-c -j -n -p -w --jobs --workers --concurrency --processes --parallel"
+               " --num-workers --threads",
+    "--limit": "-n -l --max --count --head",
+    "--detach": "-d -b -D --background --bg --daemon --daemonize --detached",
+    "--drain": "--burst --once --exit --until-empty",
+    "--now": "-f --force --kill",
+    "--quiet": "-q --silent", "--watch": "-w --follow", "--newest": "-r --reverse",
+    "--max-retries": "-r --retry --retries --max-attempts --attempts --tries",
+    "--delay": "--in --countdown", "--run-at": "--at --eta",
+    "--after": "--depends-on --depends --needs", "--id": "--name -i",
+    "--port": "-p", "--file": "-f --input --from-file",
+    "--command": "--cmd -c", "--cwd": "-C --dir --directory --workdir --chdir",
+    "--state": "-s --status", "--match": "--filter --grep --search --query --name",
+    "--since": "--within", "--error": "--error-text --reason",
+    "--older-than": "--age --before --older", "--dry-run": "-n --simulate --dryrun",
 }
-
-
-def option_meant(words, parser):
-    """Return what was meant by the first word that is no option, or nothing."""
-    from difflib import get_close_matches
-
-    known = parser._option_string_actions
-    options = [word.partition("=")[0] for word in words if word.startswith("-")]
-    word = next((word for word in options if word not in known), "")
-    near = [MEANT_OPTIONS.get(word)] + get_close_matches(
-        word.replace("_", "-"), known, 1, 0.8)
-    near += [option for option in known if word[2:] and option.startswith(word)]
-    matches = [option for option in near if option in known]
-    if matches:
-        return "did you mean %s?" % matches[0]
-    positionals = parser._get_positional_actions()
-    takes_ids = any(argument.metavar == "ID" for argument in positionals)
-    if takes_ids and re.match("-[^-]", word):
-        return "an id that begins with - stands behind a --"
-    return None
 
 
 def first_word(words, parser):
@@ -10092,21 +10362,102 @@ def first_word(words, parser):
     return len(words)
 
 
+def option_meant(word, known):
+    """Return the words that are meant by an option that is not KNOWN, or nothing."""
+    from difflib import get_close_matches
+
+    if "--state" in known and word[2:] in STATES:
+        return ["--state", word[2:]]
+    near = [option for option, words in MEANT_OPTIONS.items() if word in words.split()]
+    near += get_close_matches(word.replace("_", "-"), known, 1, 0.8)
+    near += [option for option in known if word[2:] and option.startswith(word)]
+    return [option for option in near if option in known][:1]
+
+
+class RefusedLine:
+    """The words after a command's name that its parser has refused."""
+
+    def __init__(self, name, words, parser):
+        self.name, self.words, self.parser = name, words, parser
+        self.known = parser._option_string_actions
+        self.at = first_word(words, parser)
+        self.word = "".join(words[self.at : self.at + 1])
+        self.unknown = next(
+            (word for word in words if word.startswith("-") and word != "--"
+             and word.partition("=")[0] not in self.known), "")
+        self.corrected = self.with_known_options()
+
+    def hint(self):
+        """Return what to type instead."""
+        return next(filter(None, self.hints()))
+
+    def hints(self):
+        """Yield what may be meant, the likeliest first, and nothing for no idea."""
+        yield self.quotes_hint()
+        yield self.command_hint()
+        yield self.filter_hint()
+        yield self.corrected and "did you mean: " + self.line(*self.corrected)
+        yield self.other_tool_hint()
+        yield line_meant(self.name, self.words, self.word and not self.unknown)
+        yield "see: " + self.line("--help")
+
+    def line(self, *words):
+        return usage(*self.name.split(), *words)
+
+    def with_known_options(self):
+        """Return the words with known options in place of others, or nothing."""
+        end = self.words.index("--") if "--" in self.words else len(self.words)
+        corrected = []
+        for word in self.words[:end]:
+            option, sign, value = word.partition("=")
+            if sign and "--" + option in self.known:  # timeout=5m
+                option = "--" + option
+            meant = [option]
+            if option.startswith("-") and option not in self.known:
+                meant = option_meant(option, self.known)
+            if not meant:
+                return []
+            meant[-1] += sign + value
+            corrected += meant
+        return corrected != self.words[:end] and corrected + self.words[end:]
+
+    def quotes_hint(self):
+        if any(word.startswith("'") for word in self.words):
+            return "cmd takes '...' apart: write \"...\""
+
+    def command_hint(self):
+        """Return how to enqueue a command that stands without its `--`."""
+        is_command = self.word[:1] not in ("", "{", "[") and "--" not in self.words
+        if self.name == "enqueue" and is_command and not (self.at and self.corrected):
+            words = [*self.words[: self.at], "--", *self.words[self.at :]]
+            return "to run a command: " + self.line(*words)
+
+    def filter_hint(self):
+        """Return how to list jobs by a number or a state that stands alone."""
+        word = self.word.lower()
+        option, value = "--state", MEANT_STATES.get(word, word)
+        if self.word.isdecimal():
+            option, value = "--limit", self.word
+        is_filter = option == "--limit" or value in STATES
+        if is_filter and option in self.known and not self.unknown:
+            words = [*self.words[: self.at], option, value, *self.words[self.at + 1 :]]
+            return "did you mean: " + self.line(*words)
+
+    def other_tool_hint(self):
+        """Return what to do for an option that there is not."""
+        if self.name == "logs" and re.match("-n|--tail|--lines", self.unknown):
+            return "to see the last lines: " + self.line("ID") + " | tail"
+        if "ID" in self.parser.format_usage() and re.match("-[^-].", self.unknown):
+            return "an id that begins with - stands behind a --"
+
+
 def parse_arguments(name, words):
     """Return the arguments of one command; no other command's parser is built."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            hint = option_meant(words, self)
-            at = first_word(words, self)
-            is_command = words[at:] and words[at][:1] not in ("{", "[")
-            if name == "enqueue" and is_command and not (at and hint):
-                hint = "to run a command: " + usage(
-                    "enqueue", *words[:at], "--", *words[at:])
-            hint = hint or "see: " + usage(*name.split(), "--help")
-            if any(word.startswith("'") for word in words):
-                hint = "cmd takes '...' apart: write \"...\""
+            hint = RefusedLine(name, words, self).hint()
             raise QueueError("%s: %s; %s", name, message, hint, code=2)
 
     refuse_mistaken(name, words)
@@ -10154,9 +10505,12 @@ def run_command(argv):
         if not entry.opens_queue:
             return entry.function(args) or 0
         with Queue(args.db, create=entry.creates_queue) as queue:
+            refuse_words_for_ids(name, args, queue)
             return entry.function(args, queue) or 0
     except sqlite3.Error as error:
         raise QueueError("%s: %s", args.db, with_repair_hint(error)) from None
+    except QueueError as error:
+        raise with_next_step(name, args.db, error) from None
 
 
 def create_queue(path):
@@ -10209,7 +10563,8 @@ def main(argv=None):
         if error.errno in closed_pipe and error.filename is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would complain
             return 0
-        path = str(error.filename or "system error")
+        unnamed = "this directory" if error.errno == errno.ENOENT else "system error"
+        path = str(error.filename or unnamed)
         hint = owner_hint(path) or ": %s" % (error.strerror or error)
         notice(printable(path) + hint)
         return 1

@@ -916,6 +916,12 @@ def table_of(page):
     return [[words_of(cell) for cell in row] for row in page.findall(".//tbody/tr")]
 
 
+def alerts_of(node):
+    """Return the lines of the page about what needs somebody, folded ones as well."""
+    return [row for row in named_part(node, "alerts").iter("li")
+            if row.find("details") is None]
+
+
 def links_of(node):
     """Return the addresses of all links, by their words."""
     return {words_of(link): link.get("href") for link in node.iter("a")}
@@ -2952,7 +2958,8 @@ class TestMigration:
         assert run_ok("config", "get", "backoff_base").out == "5\n"
         assert details_of("chain")["after"] == ["behind"]
         assert run_ok("dlq", "retry", "--all").out == (
-            "retried 1 job; 1 left: cancelled ones are retried by id\n")
+            "retried 1 job; 1 left: cancelled ones are retried by id (cut);"
+            " to retry one: queuectl.py retry cut\n")
         run_ok("edit", "failed", "--run-at", "now")
         assert drain() == 0
         assert {id for id, job in jobs().items() if job["state"] != "completed"} == {
@@ -3510,7 +3517,22 @@ class TestEnqueue:
         assert "UTF-8" in run_refused(
             "enqueue", "--db", "../q.db", "--", "true", code=2)
         run_ok("enqueue", "--db", "../q.db", "--cwd", "/", "--", "true")
+        run_ok("enqueue", "--db", "../q.db", '{"command": "true", "cwd": "/"}')
         os.chdir(str(home))
+
+    @posix_only
+    def test_a_removed_folder_is_no_trouble_of_a_job_elsewhere(self, home):
+        os.mkdir("gone")
+        os.chdir("gone")
+        os.rmdir(str(home / "gone"))
+        path = str(home / "queuectl.db")
+        try:
+            run_ok("enqueue", "--db", path, '{"command": "true", "cwd": "/"}')
+            assert "this directory: No such file" in run_refused(
+                "enqueue", "--db", path, '{"command": "true"}')
+        finally:
+            os.chdir(str(home))
+        assert len(jobs()) == 1
 
     def test_max_retries_is_fixed_at_enqueue(self):
         enqueue(id="old")
@@ -3659,7 +3681,8 @@ class TestList:
         assert run_ok("retry", "--state", "completed", "--match", "a").out == (
             "retried 2 jobs\n")
         assert run_ok("retry", "--state", "dead").out == (
-            "retried 1 job; 2 left: cancelled ones are retried by id\n")
+            "retried 1 job; 2 left: cancelled ones are retried by id (a4, b2); to retry"
+            " one: queuectl.py retry a4\n")
         assert run_ok("delete", "--match", "b", "--state", "completed").out == (
             "deleted 1 job\n")
         assert run_ok("cancel", "--match", "nothing").out == "cancelled 0 jobs\n"
@@ -4133,7 +4156,8 @@ class TestWait:
         assert answer.code == 124 and answer.out == "" and (
             "gave up after 50ms: 1 waiting, 0 running; no pool" in answer.err)
         assert "no job x" in run_refused("wait", "x")
-        assert run_ok("wait", "good", "--json").json["completed"] == 1
+        assert run_ok("wait", "good", "--json").json == {
+            "completed": 1, "dead": 0, "removed": 0, "died_before": 0, "left": []}
         run_ok("delete", "later")
         answer = cli("wait")  # whether it died before or after the wait began
         assert answer.code == 1
@@ -4335,7 +4359,7 @@ class TestEdit:
             "pending")
         run = claim(queue)
         assert run.id == "x"
-        assert "job x is processing: cancel it, edit it, then retry it" in run_refused(
+        assert "to end it first: queuectl.py cancel x\n" in run_refused(
             "edit", "x", "--priority", "1")
         queue.fail(run, make_outcome())
         # A failed job is tried at once.
@@ -4343,7 +4367,7 @@ class TestEdit:
         run = claim(queue)
         assert (run.attempt, run.command) == (2, "true")
         queue.complete(run, make_outcome(None))
-        assert "job x is completed: enqueue it again with --unique" in run_refused(
+        assert "command: queuectl.py enqueue --unique --id x -- COMMAND" in run_refused(
             "edit", "x", "--priority", "1")
         assert "nothing to change" in run_refused("edit", "x", code=2)
         assert "no job y" in run_refused("edit", "y", "--priority", "1")
@@ -4539,12 +4563,12 @@ class TestDelete:
     """`delete` removes jobs that neither run nor are waited for."""
 
     @mechanism
-    def test_what_is_behind_a_job_is_not_sought_again_for_each_row(self, queue):
+    def test_what_is_blocked_is_not_sought_again_for_each_row(self, queue):
         add_job(queue, id="root")
         add_jobs(queue, [{"command": "true", "id": "j%d" % n, "after": ["root"]}
                          for n in range(3)])
         queue.cancel(["root"])
-        chosen = queuectl.where(behind="root")
+        chosen = queuectl.where(blocked_by="cancelled")
         assert "RECURSIVE" in chosen.sql and "RECURSIVE" not in chosen.of_row
         assert queue.delete_all(chosen) == 3 and state_of("root") == "dead"
 
@@ -4597,10 +4621,11 @@ class TestDelete:
         clock.now += DAY
         age = "%ds" % (time.time() - clock.now + 1.5 * DAY)
         assert run_ok("delete", "--older-than", age, "--dry-run", "--json").json == []
-        assert run_ok("delete", "--older-than", "1d").out == "deleted 2 jobs\n"
+        assert run_ok("delete", "--older-than", "1d").out == (
+            "deleted 2 jobs that ended more than 1d ago\n")
         assert set(jobs()) == {"dead", "cancelled"}
-        assert run_ok("delete", "--state", "dead", "--older-than", age).out == (
-            "deleted 2 jobs\n")
+        assert run_ok("delete", "--state", "dead", "--older-than", age).out.startswith(
+            "deleted 2 jobs that ended more than ")
         assert jobs() == {}
 
     @pytest.mark.parametrize("words", [["dlq", "clear"], ["delete", "--state", "dead"]])
@@ -4634,7 +4659,8 @@ class TestDelete:
             add_job(queue, id=id, after=after, max_retries=1)
         queue.fail(claim(queue), make_outcome())
         assert run_ok("dlq", "clear").out == (
-            "deleted 0 jobs; 1 left: other jobs wait for them\n")
+            "deleted 0 jobs; 1 left: other jobs wait for them (a);"
+            " to see which: queuectl.py show a\n")
         assert run_ok("delete", "--state", "pending").out == "deleted 1 job\n"
         add_job(queue, id="b", after=["a"])
         assert run_ok("delete", "--all").out == "deleted 2 jobs\n" and jobs() == {}
@@ -4697,7 +4723,8 @@ class TestDelete:
         add_job(queue, id="other", after=["a"])
         queue.cancel(["a", "b", "c"])
         assert run_ok("dlq", "clear").out == (
-            "deleted 2 jobs; 1 left: other jobs wait for them\n")
+            "deleted 2 jobs; 1 left: other jobs wait for them (a);"
+            " to see which: queuectl.py show a\n")
         assert set(jobs()) == {"a", "other"}
         queue.cancel(["other"])
         assert run_ok("dlq", "clear").out == "deleted 2 jobs\n" and jobs() == {}
@@ -4707,14 +4734,15 @@ class TestDelete:
         add_job(queue, id="new", after="old")
         queue.fail(claim(queue), make_outcome())
         assert run_ok("delete", "--all", "--older-than", "1d").out == (
-            "deleted 0 jobs; 1 left: other jobs wait for them\n")
+            "deleted 0 jobs that ended more than 1d ago; 1 left: other jobs wait for"
+            " them (old); to see which: queuectl.py show old\n")
         assert run_ok("delete", "--all").out == "deleted 2 jobs\n"
 
     @pytest.mark.parametrize("words, printed", [
         (["dlq", "retry", "--all"], "retried 0 jobs\n"),
         (["dlq", "clear"], "deleted 0 jobs\n"),
         (["delete", "--all"], "deleted 0 jobs\n"),
-        (["delete", "--older-than", "7d"], "deleted 0 jobs\n"),
+        (["delete", "--older-than", "7"], "deleted 0 jobs that ended more than 7s ago\n"),
         *((["delete", "--state", name], "deleted 0 jobs\n")
           for name in queuectl.STATES if name != "processing")
     ])
@@ -4953,7 +4981,8 @@ class TestStatus:
             status = queuectl.read_status(queue)
             status["workers"] = [dict(pid=1, pool=1, job=None, since=None)] * workers
             status["pools"], status["lost"] = {1} if workers else set(), set()
-            return tuple(queuectl.verdict(status, clock.now, growth))[:2]
+            found = queuectl.verdict(status, clock.now, growth)
+            return found.state, queuectl.verdict_text(found)
 
         assert judge() == ("pending", "No jobs yet")
         add_job(queue, id="x", max_retries=1)
@@ -4963,7 +4992,7 @@ class TestStatus:
         assert judge()[1] == "Keeping up: no job waits for a worker"
         clock.now += 90
         queue.fail(run, make_outcome(finished_at=clock.now))
-        assert judge() == ("failed", "Ended: 1 dead")
+        assert judge() == ("failed", "Ended; 1 dead")
         add_job(queue, id="behind", after=["x"])
         # A pool would not help.
         assert judge(workers=0) == ("dead", "Stuck: 1 job waits for dead ones")
@@ -4992,8 +5021,12 @@ class TestStatus:
         assert verdict[:2] == ("completed", "Ended: 1 completed, 1 cancelled")
         let_die(queue, "bad")
         verdict = queuectl.verdict(queuectl.read_status(queue), 0)
-        assert verdict[:2] == ("failed", "Ended: 1 completed, 1 dead, 1 cancelled")
-        assert page().find("title").text == "Ended – 1 dead – queuectl.db"
+        assert verdict.state == "failed"
+        shown = page()
+        assert words_of(named_part(shown, "verdict")) == "1 dead"
+        assert named_part(shown, "now").find("p").text == (
+            "Ended: 1 completed, 1 cancelled")
+        assert shown.find("title").text == "1 dead – Ended – queuectl.db"
         assert page("/?job=bad").find("title").text == "bad dead – queuectl.db"
 
     def test_jobs_of_one_lock_are_expected_one_after_the_other(self, queue, clock):
@@ -5033,7 +5066,7 @@ class TestStatus:
         assert {row[1]: row[0] for row in table_of(shown)} == {
             "a": "lost", "b": "pending"}
         assert words_of(named_part(shown, "why")).startswith("lost – its worker died")
-        panel = words_of(shown.find("aside"))
+        panel = words_of(shown.find("section[@id='job']"))
         assert "· lost" in panel and "Outputlost" in panel
         assert "following" not in panel
         assert "1 without a worker" in words_of(named_part(shown, "running"))
@@ -5103,7 +5136,7 @@ class TestStatus:
         enqueue(id="cut", delay=3600)
         run_ok("cancel", "cut")
         lines = run_on_terminal("status", columns=0)[1].split("\r\n")
-        assert "Ended: 7 dead, 1 cancelled" in lines[0] and lines[1] == "Pending: 0"
+        assert "Ended: 1 cancelled; 7 dead" in lines[0] and lines[1] == "Pending: 0"
         assert re.fullmatch(
             r"  2 dead of exit 2, the latest [\d.]+m?s ago: no file", lines[7])
         assert lines[8].startswith("  1 dead of exit 14, ")
@@ -5640,7 +5673,7 @@ class TestDashboardCommand:
                 os.remove(name)
         for path in ("/api/status", "/api/jobs", "/api/stats", "/metrics"):
             answer = dashboard.ask(path)
-            assert answer.status == 400 and "there is no queue" in answer.text
+            assert answer.status == 410 and "there is no queue" in answer.text
         assert not os.path.exists("queuectl.db") and dashboard.ask("/").status == 200
 
     def test_a_damaged_queue_is_an_error_of_the_server(self, dashboard):
@@ -5723,8 +5756,13 @@ class TestInstall:
         path = str(home / "bin" / INSTALLED_AS)
         assert run_ok("install", "bin", "--json").json == {
             "path": path, "on_path": False}
-        assert run_ok("install", "bin").out.splitlines() == [
-            "installed " + path, "%s is not on PATH: add it" % (home / "bin")]
+        monkeypatch.setenv("SHELL", "/bin/zsh")
+        found = run_ok("install", "bin").out.splitlines()
+        assert found[0] == "installed " + path
+        assert found[1].startswith("%s is not on PATH; to add it, " % (home / "bin"))
+        if os.name == "posix":
+            assert found[1].endswith(", here and in ~/.zshrc:")
+            assert found[2] == '  export PATH=%s:"$PATH"' % (home / "bin")
         monkeypatch.setenv("PATH", str(home / "bin"), prepend=os.pathsep)
         assert run_ok("install", "bin").out == "installed %s\n" % path
         assert os.listdir() == ["bin"] and os.listdir("bin") == [INSTALLED_AS]
@@ -6271,36 +6309,53 @@ class TestCommandLine:
         run_refused(*argv, code=2)
 
     def test_a_misspelt_name_gets_the_nearest_one(self):
-        assert "did you mean status" in run_refused("statuz", code=2)
-        assert "did you mean dlq retry" in run_refused("dlq", "retri", "x", code=2)
+        assert "did you mean: queuectl.py status\n" in run_refused("statuz", code=2)
+        assert "mean: queuectl.py dlq retry x\n" in run_refused("dlq", "retri", "x", code=2)
         assert "did you mean backoff_base" in run_refused(
             "config", "get", "backof_base", code=2)
 
     @pytest.mark.parametrize("words, printed", [
-        (["stop"], "did you mean worker stop, or cancel?"),
-        (["start"], "did you mean worker start?"),
-        (["clear"], "did you mean delete, or dlq clear?"), (["retyr"], "did you mean retry?"),
-        (["frobnicate"], "there are: enqueue, "), (["run"], "mean worker start?"),
+        (["stop"], "mean: queuectl.py worker stop\n"), (["retyr"], "queuectl.py retry\n"),
+        (["start"], "mean: queuectl.py worker start\n"), (["run"], "worker start\n"),
+        (["stop", "x"], "mean: queuectl.py cancel x\n"), (["kill", "x"], "py cancel x\n"),
+        (["stop", "workers", "--json"], "mean: queuectl.py worker stop --json\n"),
+        (["purge"], ": queuectl.py delete --state completed, or: queuectl.py dlq clear\n"),
+        (["purge", "x"], "py delete x\n"), (["clean"], "delete --state completed\n"),
+        (["undelete", "x"], "there are: enqueue, "), (["unpause"], "queuectl.py resume\n"),
+        (["frobnicate"], "there are: enqueue, "), (["-v"], "mean --version?"),
+        (["add", "ls", "-l"], "py enqueue -- ls -l\n"), (["failed"], "list --state failed\n"),
+        (["add", "--id", "x", "--", "ls"], "queuectl.py enqueue --id x -- ls\n"),
+        (["status", "--json", "x"], "mean: queuectl.py show --json x\n"),
         (["list", "--limit", "-1"], "-1 is not a whole number of at least 0\n"),
-        (["show", "-x"], "an id that begins with - stands behind a --"),
-        (["dlq", "ls"], "mean dlq list?"), (["-v"], "mean --version?"),
-        (["enqueue", "--prio", "5", "--", "x"], "mean --priority?"),
-        (["list", "pending"], "queuectl.py list --state pending?"),
-        (["worker", "start", "2"], "queuectl.py worker start --count 2?"),
+        (["show", "-x1"], "an id that begins with - stands behind a --"),
+        (["logs", "--tail", "5", "x"], "last lines: queuectl.py logs ID | tail\n"),
+        (["dlq", "ls"], "dlq list\n"), (["dlq", "clear", "x"], "queuectl.py delete x\n"),
+        (["enqueue", "--prio", "5", "--", "x"], "py enqueue --priority 5 -- x\n"),
+        (["enqueue", "--name=a", "--retries", "3", "--", "x"],
+         "mean: queuectl.py enqueue --id=a --max-retries 3 -- x\n"),
+        (["enqueue", "--label", "a", "--", "x"], "see: queuectl.py enqueue --help\n"),
+        (["list", "pending"], "mean: queuectl.py list --state pending\n"),
+        (["list", "--status", "dead"], "mean: queuectl.py list --state dead\n"),
+        (["list", "--dead", "--json"], "mean: queuectl.py list --state dead --json\n"),
+        (["list", "5"], "mean: queuectl.py list --limit 5\n"),
+        (["list", "--sort", "id"], "see: queuectl.py list --help\n"),
         (["list", "--state", "running"], "mean processing?"),
-        (["worker", "list"], "mean status?"), (["worker", "strt"], "mean worker start?"),
-        (["dlq", "requeue"], "mean dlq retry?"), (["worker", "start", "-j4"], "worker start"),
-        (["worker", "start", "--jobs", "4"], "did you mean --count?"),
-        (["enqueue", "--timeut", "4", "--", "x"], "did you mean --timeout?"), (["kill", "x"], "mean cancel?"),
-        (["reset"], "to remove queuectl.db?"),
+        (["list", "--state", "dead,failed"], "write --state dead --state failed\n"),
+        (["edit", "x", "priority=5"], "mean: queuectl.py edit x --priority=5\n"),
+        (["worker", "start", "2", "--detach"], "worker start --count 2 --detach\n"),
+        (["worker", "start", "--jobs", "4", "-d"], "start --count 4 --detach\n"),
+        (["worker", "start", "-j4"], "worker start"), (["worker", "list"], "py status\n"),
+        (["worker", "strt"], "py worker start\n"), (["dlq", "rety"], "py dlq retry\n"),
+        (["dlq", "requeue", "x"], "py dlq retry x\n"), (["reset"], "delete --all\n"),
+        (["cancel", "--all"], "--state pending --state failed --state processing\n"),
+        (["enqueue", "--timeut", "4", "--", "x"], "py enqueue --timeout 4 -- x\n"),
         (["config", "set", "backoff-factor", "2"], "mean backoff_base?"),
-        (["config", "set", "--max-retries", "3"],
-         "dashes: queuectl.py config set max-retries 3"),
-        (["config", "set", "--max-retries=3"], "config set max-retries 3"),
+        (["config", "max-retries", "3"], "queuectl.py config set max_retries 3\n"),
+        (["config", "set", "--max-retries", "3"], "queuectl.py config set max-retries 3\n"),
+        (["config", "set", "max_retries=3"], "queuectl.py config set max_retries 3\n"),
         (["enqueue", "--lines", "jobs.txt"], "enqueue --lines --file jobs.txt"),
         (["enqueue", "--", "-"], "queuectl.py enqueue -\n"),
         (["retry", "x", "--", "true"], "first: queuectl.py edit x -- true"),
-        (["dlq", "rety"], "did you mean dlq retry?"),
         (["enqueue", "echo", "hello"],
          "to run a command: queuectl.py enqueue -- echo hello"),
         (["enqueue", "ls", "-la"], "to run a command: queuectl.py enqueue -- ls -la"),
@@ -6312,6 +6367,36 @@ class TestCommandLine:
     ])
     def test_a_refusal_suggests_the_right_command(self, words, printed):
         assert printed in run_refused(*words, code=2) and not jobs()
+
+    @pytest.mark.parametrize("words, printed", [
+        (["delete", "all", "--dry-run"], "mean: queuectl.py delete --all --dry-run\n"),
+        (["delete", "done", "--older-than", "7d"],
+         "mean: queuectl.py delete --state completed --older-than 7d\n"),
+        (["dlq", "retry", "all"], "mean: queuectl.py dlq retry --all\n"),
+        (["wait", "all"], "mean: queuectl.py wait\n")
+    ])
+    def test_a_word_in_place_of_an_id_may_be_an_option(self, queue, words, printed):
+        assert printed in run_refused(*words, code=2)
+        enqueue(id=words[1] if words[0] != "dlq" else words[2], run_at=2e9)
+        assert "did you mean" not in cli(*words, *["--timeout=0"] * ("wait" in words)).err
+
+    def test_an_unknown_id_suggests_the_nearest_one(self):
+        names = ["report-of-monday", "flaky", *map("job{}".format, range(200))]
+        run_ok("enqueue", json.dumps([{"id": id, "command": "true"} for id in names]))
+        assert "job rep; did you mean report-of-monday?" in run_refused("show", "rep")
+        assert "no job falky; did you mean flaky?" in run_refused("delete", "falky")
+        assert run_refused("cancel", "xyz") == "queuectl: there is no job xyz\n"
+
+    @pytest.mark.parametrize("verb, state, printed", [
+        ("retry", "failed", "to try it now: queuectl.py edit x --run-at now\n"),
+        ("dlq retry", "completed", "to run it again: queuectl.py retry x\n"),
+        ("cancel", "completed", "to remove it: queuectl.py delete x\n"),
+    ])
+    def test_a_refused_change_names_the_next_step(self, queue, verb, state, printed):
+        enqueue(id="x")
+        end, error = (queue.fail, "exit 1") if state == "failed" else (queue.complete, None)
+        assert end(claim(queue), make_outcome(error)) == state
+        assert printed in run_refused(*verb.split(), "x")
 
     def test_unknown_ids_are_refused_everywhere(self, queue):
         for command in ("show", "logs", "delete"):
@@ -8366,7 +8451,7 @@ class TestPage:
         queue.fail(claim(queue), make_outcome(NASTY_ID, output=NASTY_ID.encode()))
         query = urllib.parse.urlencode({"job": NASTY_ID, "q": NASTY_ID})
         whole = page("/?" + query, is_whole=True)
-        assert whole.find("aside//h2").text == NASTY_ID
+        assert whole.find("section[@id='job']//h2").text == NASTY_ID
         assert NASTY_ID in words_of(named_part(whole, "output"))
         assert not [*whole.iter("script")] + [*page("/chart").iter("script")]
 
@@ -8408,37 +8493,42 @@ class TestPage:
         now = named_part(page(), "now")
         assert words_of(named_part(now, "verdict")) == (
             "Stuck: 1 job waits for dead ones")
-        assert now.find("p").text == "1 behind a job"
+        assert now.find("p") is None  # the blocked job is in the headline
         assert words_of(now.find("div")) == "Retry the dead ones, or cancel what waits"
-        rows = [[words_of(part) for part in row] for row in now.findall("ul/li")]
-        assert rows == [
+        assert [[words_of(part) for part in row] for row in alerts_of(now)] == [
             ["2 dead", "exit 12", "latest just now", "ShowRetry…"],
-            ["1 dead", "exit 1", "“no such row” · just now", "ShowRetry"],
-            ["1 blocked", "a", "by this job, which is dead", "ShowRetry"]]
+            ["1 dead", "exit 1", "1 waits for it · a · “no such row” · just now",
+             "ShowRetry"]]
 
-    def test_what_blocks_most_comes_first_and_leads_to_what_waits(
+    def test_what_costs_most_comes_first_and_leads_to_what_waits(
             self, queue, page, dashboard):
         add_job(queue, id="gone")
-        let_die(queue, "a", priority=1)
+        for name in ("e", "f", "g"):
+            let_die(queue, name, "exit 2", priority=1)
+        for name in ("a", "free"):
+            let_die(queue, name, priority=1)
         queue.cancel(["gone"])
         for name, after in (("x", "gone"), ("b", "a"), ("c", "b"), ("d", "c")):
             add_job(queue, id=name, after=[after])
         shown = page()
-        assert {row[1]: row[0] for row in table_of(shown)} == {
-            "a": "dead", "gone": "cancelled", **dict.fromkeys("xbcd", "blocked")}
-        most, least = named_part(shown, "now").findall("ul/li[3]..")[0][-2:]
-        assert [words_of(part) for part in most][:2] == ["3 blocked", "a"]
-        assert [words_of(part) for part in least][:3] == [
-            "1 blocked", "gone", "by this job, which is cancelled"]
-        behind = page(links_of(most)["Show"])
+        assert {row[0] for row in table_of(shown)} == {"dead", "cancelled", "blocked"}
+        most, *others = alerts_of(shown)
+        assert words_of(most).startswith("2 deadexit 13 wait for them · ")
+        assert [words_of(row)[:14] for row in others] == [
+            "3 deadexit 2la", "1 cancelled1 w"]
+        behind = page(links_of(most)["3 wait for them"])
         assert [row[1] for row in table_of(behind)] == ["d", "c", "b"]
-        assert "✕ behind a" in links_of(behind)
-        assert [*buttons_of(named_part(behind, "jobs"))] == ["Retry a", "Delete…"]
-        assert dashboard.json("/question?verb=delete&behind=a") == {
-            "ask": "Delete 3 jobs behind “a”? Their runs and their output go as well."}
-        assert dashboard.post(buttons_of(most)["Retry"]["data-post"]).status == 200
+        assert "✕ blocked by exit 1" in links_of(behind)
+        offered = buttons_of(named_part(behind, "jobs"))
+        assert [*offered] == ["Retry dead…", "Delete…"]
+        assert dashboard.json(offered["Delete…"]["data-question"]) == {
+            "ask": "Delete 3 jobs blocked by “exit 1”?"
+            " Their runs and their output go as well."}
+        assert dashboard.post(offered["Retry dead…"]["data-post"]).text == "2"
         assert {row[1]: row[0] for row in table_of(page())}["d"] == "behind a job"
-        assert dashboard.post("/api/delete?behind=a").text == "3"
+        queue.cancel(["a"])
+        assert dashboard.post(
+            "/api/delete?blocked_by=cancelled").text == "4"  # b, c, d and x
 
     def test_commands_to_paste_name_the_queue(self, queue, page, monkeypatch):
         def command():
@@ -8474,10 +8564,10 @@ class TestPage:
             self, queue, page, dashboard):
         let_die(queue, "a", "exit 1")
         let_die(queue, "b", "exit 127")
-        row = named_part(page(), "now").find("ul/li[@data-key='dead exit 1']")
+        row = named_part(page(), "alerts").find("li[@data-key='dead exit 1']")
         assert [job[1] for job in table_of(page(links_of(row)["Show"]))] == ["a"]
         let_die(queue, "c", "exit 1")
-        row = named_part(page(), "now").find("ul/li[@data-key='dead exit 1']")
+        row = named_part(page(), "alerts").find("li[@data-key='dead exit 1']")
         retry = buttons_of(row)["Retry…"]
         assert dashboard.json(retry["data-question"]) == {
             "ask": "Retry 2 dead jobs with the error “exit 1”?"
@@ -8492,33 +8582,36 @@ class TestPage:
         assert dashboard.post(retry["data-post"]).status == 200
         assert state_of("a") == "pending"
 
-    def test_only_the_most_common_errors_are_named(self, queue, page):
+    def test_only_two_lines_and_the_most_common_errors_are_named(self, queue, page):
         for number in range(6):
             let_die(queue, "j%d" % number, "exit %d" % number)
-        rows = named_part(page(), "now").findall("ul/li")
-        assert [words_of(row)[:13] for row in rows][4:] == ["2 more errors"]
-        all_rows = [*rows[:4], *rows[4].findall("details/ul/li")]
-        assert {links_of(row)["Show"] for row in all_rows} == {
+        shown = named_part(page(), "alerts")
+        assert len(shown) == 3  # on a phone they fill the screen
+        assert [words_of(summary) for summary in shown.iter("summary")] == [
+            "4 more", "2 more errors"]
+        assert {links_of(row)["Show"] for row in alerts_of(page())} == {
             "/?state=dead&error=exit+%d#jobs" % number for number in range(6)}
         queue.delete(["j0"])  # a line for one other error may as well be that error
-        rows = named_part(page(), "now").findall("ul/li")
-        assert [words_of(row)[:11] for row in rows][4:] == ["1 deadexit "]
+        assert [words_of(summary) for summary in page().iter("summary")] == ["3 more"]
 
     def test_what_is_tried_again_or_behind_a_lock_has_a_row(self, queue, clock, page):
         for name in ("holds", "next", "last"):
             add_job(queue, id=name, lock="db")
+        add_job(queue, id="later", lock="db", delay=3600)
         claim(queue)
         for name in ("x", "y"):
             add_job(queue, id=name)
             queue.fail(claim(queue), make_outcome("exit 7", output=b"no " + name.encode()))
         clock.now += 540
-        rows = [[words_of(part) for part in row]
-                for row in named_part(page(), "now").findall("ul/li")]
+        rows = [[words_of(part) for part in row] for row in alerts_of(page())]
         assert rows == [
             ["2 failed", "exit 7", "“no y” · 9 min late", "Show"],
             ["2 behind", "lock db", "held by holds · for 9 min", "Show"]]
-        shown = links_of(named_part(page(), "now").findall("ul/li")[1])
-        assert shown["Show"] == "/?job=holds"
+        shown = links_of(alerts_of(page())[1])
+        assert shown["held by holds"] == "/?job=holds"
+        behind = page(shown["Show"])
+        assert [row[1] for row in table_of(behind)] == ["last", "next"]
+        assert "✕ behind the lock db" in links_of(behind)
 
     def test_it_can_pause_and_resume(self, queue, page, dashboard):
         assert "Pause" not in buttons_of(page())  # there is nothing to pause
@@ -8671,11 +8764,50 @@ class TestPage:
         assert words_of(named_part(first, "total")) == "51, newest first"
         last = page(links_of(first)["Older"])
         assert [row[1] for row in table_of(last)] == ["job0"]
-        assert words_of(named_part(last, "pages")) == "Newest51–51 of 51"
-        assert table_of(page(links_of(last)["Newest"])) == table_of(first)
+        assert words_of(named_part(last, "pages")) == "NewestNewer51–51 of 51"
+        for name in ("Newest", "Newer"):
+            assert table_of(page(links_of(last)[name])) == table_of(first)
         queue.delete(["job1"])  # the other page began behind it
         assert words_of(named_part(page(links_of(first)["Older"]), "pages") or
                         named_part(page(), "total")) == "50, newest first"
+
+    @pytest.mark.parametrize("state", ["", "dead"])
+    def test_the_pages_are_the_same_in_both_directions(self, queue, page, state):
+        for n in range(130):
+            add_job(queue, id="job%d" % n)
+        queue.cancel(["job%d" % n for n in range(130)])
+        pages = [page("/?state=" + state)]
+        for _ in range(2):
+            pages.append(page(links_of(pages[-1])["Older"]))
+        add_job(queue, id="new", max_retries=1)
+        queue.cancel(["new"])
+        up = page(links_of(pages[2])["Newer"])
+        assert table_of(up) == table_of(pages[1])
+        assert "51–100 of 131" in words_of(named_part(up, "pages"))
+        top = page(links_of(up)["Newer"])
+        assert table_of(top) == table_of(pages[0])  # the new one is not slipped in
+        assert [row[1] for row in table_of(page(links_of(top)["Newer"]))][0] == "new"
+
+    @pytest.mark.parametrize("verb", ["retry", "delete"])
+    def test_a_page_stays_where_the_job_before_it_goes(self, queue, page, verb):
+        for n in range(60):
+            add_job(queue, id="job%d" % n)
+        queue.cancel(["job%d" % n for n in range(60)])
+        address = links_of(page("/?state=dead"))["Older"]
+        getattr(queue, verb)(["job10"])
+        shown = page(address)
+        assert [row[1] for row in table_of(shown)][0] == "job8"  # one has moved up
+        assert "51–59 of 59" in words_of(named_part(shown, "pages"))
+
+    def test_a_page_without_jobs_left_is_the_first(self, queue, page):
+        add_job(queue, id="a")
+        add_job(queue, id="b")
+        assert [row[1] for row in table_of(page("/?before=a&first=51"))] == ["b", "a"]
+
+    def test_a_page_far_down_is_found_by_its_number_in_part(self, queue, page):
+        add_jobs(queue, [{"command": "true"}] * 600)
+        shown = page("/?before=gone&first=551")  # not by counting a million
+        assert "501–550 of 600" in words_of(named_part(shown, "pages"))
 
     def test_a_search_and_an_error_are_counted(self, queue, page):
         for n in range(queuectl.PAGE_ROWS + 2):
@@ -8746,7 +8878,7 @@ class TestPage:
         monkeypatch.setattr(queuectl, "read_status", read_then_complete)
         shown = page("/?job=b")
         assert [row[0] for row in table_of(shown)] == ["behind a job", "pending"]
-        assert "a (pending)" in links_of(shown.find("aside/dl"))
+        assert "a (pending)" in links_of(shown.find("section[@id='job']/dl"))
 
     @mechanism
     def test_the_dead_are_grouped_anew_when_there_are_more(self, queue, monkeypatch):
@@ -8772,9 +8904,9 @@ class TestPage:
         site, own = queuectl.Site(queue.path, "localhost"), {"Host": "localhost"}
         let_die(queue, "a")
         add_job(queue, id="b", after=["a"])
-        assert "1 blocked" in site.answer("GET", "/main", own)[2]
+        assert "1 waits for it" in site.answer("GET", "/main", own)[2]
         queue.retry(["a"])  # by another process, after which nothing is cleared
-        assert "1 blocked" not in site.answer("GET", "/main", own)[2]
+        assert "1 waits for it" not in site.answer("GET", "/main", own)[2]
 
     def test_an_odd_address_is_reported_on_the_page(self, dashboard):
         enqueue()
@@ -8794,7 +8926,12 @@ class TestPage:
         trouble, = re.findall('<section id="trouble"[^>]*>.*?</p>', text)
         assert (status, kind) == (200, "text/html")
         assert "There is no queue" in trouble and "hidden" not in trouble
-        assert site.answer("GET", "/main", {"Host": "localhost"})[0] == 400
+        step, = re.findall('<div id="anew"[^>]*>.*?</div>', text)
+        assert "hidden" not in step and "none.db worker start</code>" in step
+        assert site.answer("GET", "/main", {"Host": "localhost"})[0] == 410
+        queuectl.Queue("none.db").close()
+        text = site.answer("GET", "/", {"Host": "localhost"})[2]
+        assert re.search('<div id="anew"[^>]* hidden>', text)
 
     @mechanism
     def test_its_functions_are_short_and_its_lines_narrow(self):
@@ -8825,6 +8962,7 @@ class TestPage:
         assert "c&lt;i&gt;" in output and output.count("<code") == 1
         assert '<p role="alert"></p>' in shown and 'class="live' in shown
         assert "succeed" in shown  # the chart, which only the script fetches
+        assert 'role="dialog"' in shown  # as the panel covers such a narrow page
 
 
 class TestPanel:
@@ -8841,7 +8979,7 @@ class TestPanel:
             queue.clock.now += 100
             verb = queue.complete if state == "completed" else queue.fail
             verb(claim(queue), make_outcome(finished_at=queue.clock.now))
-        panel = page("/?job=job").find("aside")
+        panel = page("/?job=job").find("section[@id='job']")
         assert list(buttons_of(panel)) == [*offered, "Copy"]
         assert words_of(named_part(panel, "why")).startswith(why)
         assert [link.get("id") for link in panel.iter("a")][0] == "close"
@@ -8851,7 +8989,7 @@ class TestPanel:
         claim(queue)
         monkeypatch.setattr(queuectl, "living_pools", lambda path: {7: [1]})
         monkeypatch.setattr(queuectl, "is_locked", lambda path: True)
-        panel = page("/?job=job").find("aside")
+        panel = page("/?job=job").find("section[@id='job']")
         assert words_of(named_part(panel, "why")) == "processing – for 1 s, try 1 of 3"
         assert "worker1" in words_of(panel.find("dl"))
         cancel, _, to_end = buttons_of(panel).items()
@@ -8861,7 +8999,7 @@ class TestPanel:
     def test_a_job_that_others_wait_for_is_not_deleted(self, queue, page):
         add_job(queue, id="a")
         add_job(queue, id="b", after=["a"])
-        panel = page("/?job=a").find("aside")
+        panel = page("/?job=a").find("section[@id='job']")
         buttons = buttons_of(panel)
         assert "Delete…" not in buttons
         assert "It can't be deleted: other jobs wait for it" in words_of(panel)
@@ -8871,7 +9009,7 @@ class TestPanel:
         add_jobs(queue, [{"command": "true", "id": "j%d" % n} for n in range(60)])
 
         def steps(address):
-            links = page(address).findall("aside//a")
+            links = page(address).findall("section[@id='job']//a")
             return {link.get("id"): link.get("href") for link in links
                     if link.get("id") in ("previous", "next")}
 
@@ -8881,18 +9019,18 @@ class TestPanel:
         assert steps("/?q=j3&job=j50") == {"next": "/?q=j3&job=j39"}
         onward = steps("/?job=j10")["next"]  # from the last row to the next page
         assert onward == "/?before=j10&first=51&job=j9"
-        assert steps(onward) == {"next": "/?before=j10&first=51&job=j8"}
-        assert steps("/?job=j0&before=j1") == {}
+        assert steps(onward) == {
+            "previous": "/?job=j10", "next": "/?before=j10&first=51&job=j8"}
 
     def test_a_chain_can_be_followed_both_ways(self, queue, page):
         for name, after in (("a", []), ("b", ["a"]), ("c", ["b"])):
             add_job(queue, id=name, after=after)
         claim_and_complete(queue)
-        assert links_of(page("/?job=b").find("aside/dl")) == {
+        assert links_of(page("/?job=b").find("section[@id='job']/dl")) == {
             "a (completed)": "/?job=a", "c (behind a job)": "/?job=c"}
         for n in range(queuectl.LINKS_SHOWN + 9):
             add_job(queue, id="d%d" % n, after=["c"])
-        facts = page("/?job=c").find("aside/dl")
+        facts = page("/?job=c").find("section[@id='job']/dl")
         assert len(links_of(facts)) == 1 + queuectl.LINKS_SHOWN
         assert "d19 (behind a job)and more" in words_of(facts)
 
@@ -8900,17 +9038,17 @@ class TestPanel:
         let_die(queue, "a", priority=1)
         for name, after in (("b", "a"), ("c", "b")):
             add_job(queue, id=name, after=[after])
-        panel = page("/?job=c").find("aside")
+        panel = page("/?job=c").find("section[@id='job']")
         assert "blocked bya (dead)comes afterb (blocked)" in words_of(panel.find("dl"))
         assert buttons_of(panel)["Retry a"]["data-post"] == "/api/jobs/-/retry?id=a"
         queue.retry(["a"])
-        assert "blocked by" not in words_of(page("/?job=c").find("aside"))
+        assert "blocked by" not in words_of(page("/?job=c").find("section[@id='job']"))
 
     def test_no_button_takes_the_place_of_another(self, queue, page):
         add_job(queue, delay=60)
-        before = buttons_of(page("/?job=job").find("aside"))
+        before = buttons_of(page("/?job=job").find("section[@id='job']"))
         queue.cancel(["job"])
-        after = buttons_of(page("/?job=job").find("aside"))
+        after = buttons_of(page("/?job=job").find("section[@id='job']"))
         keys = [{button.get("data-key") for button in buttons.values()} - {None}
                 for buttons in (before, after)]
         assert keys == [{"do-Run now", "do-Cancel…", "do-Delete…"},
@@ -8919,7 +9057,7 @@ class TestPanel:
     def test_what_runs_once_more_or_destroys_asks_first(self, queue, page):
         add_job(queue, id="x")
         claim_and_complete(queue)
-        again = buttons_of(page("/?job=x").find("aside"))["Run again…"]
+        again = buttons_of(page("/?job=x").find("section[@id='job']"))["Run again…"]
         assert again["data-ask"] == "x is completed. Run it again?"
         assert "class" not in again and again["data-do"] == "Yes, run again"
 
@@ -8927,23 +9065,24 @@ class TestPanel:
         for name in ("a", "b"):
             add_job(queue, id=name, lock="l")
         claim(queue)
-        facts = page("/?job=b").find("aside/dl")
+        facts = page("/?job=b").find("section[@id='job']/dl")
         assert "behinda (lost)" in words_of(facts)
         assert links_of(facts)["a (lost)"] == "/?job=a"
         monkeypatch.setattr(queuectl, "obstacle", lambda status: None)
         assert words_of(named_part(page("/?job=b"), "why")) == (
             "behind a lock – waits for the lock l: job a has it")
 
-    def test_a_job_that_is_gone_has_none_and_that_is_reported(self, queue, page):
-        gone = page("/?job=gone&q=x")
-        assert gone.find("aside") is None
-        assert words_of(named_part(gone, "gone")) == "there is no job gone"
-        assert named_part(gone, "gone").get("data-back") == "/?q=x"
+    def test_a_job_that_is_gone_is_reported_in_it(self, queue, page):
+        add_job(queue, id="x")
+        gone = named_part(page("/?job=gone&q=x"), "job")
+        assert words_of(gone.find(".//h2")) == "There is no job gone"
+        assert links_of(gone) == {"→": "/?q=x&job=x", "Close": "/?q=x"}
+        assert [*buttons_of(gone)] == []
 
     def test_run_now_makes_a_job_due(self, queue, page, dashboard):
         queue.clock.now = time.time()
         enqueue(id="x", delay=3600)
-        run_now = buttons_of(page("/?job=x").find("aside"))["Run now"]
+        run_now = buttons_of(page("/?job=x").find("section[@id='job']"))["Run now"]
         assert not queue.has_claimable()
         assert dashboard.post(run_now["data-post"]).status == 200
         assert claim(queue).id == "x"
@@ -8954,7 +9093,7 @@ class TestPanel:
         for text in (b"one", b"two"):
             queue.fail(claim(queue), make_outcome(output=text))
             queue.clock.now += 10
-        panel = page("/?job=x", is_whole=True).find("aside")
+        panel = page("/?job=x", is_whole=True).find("section[@id='job']")
         assert words_of(named_part(panel, "output")) == "two"
         links = links_of(named_part(panel, "runs"))
         assert list(links) == ["run 2 · 01:46:50 · exit 1 · <1ms",
@@ -9015,7 +9154,7 @@ class TestPanel:
         assert re.fullmatch(r"line \d+", first)
         assert code.text.endswith("\nline 49999\n")
         assert output[before:].decode().startswith(first)
-        panel = page("/?job=x").find("aside")
+        panel = page("/?job=x").find("section[@id='job']")
         assert "{:,} bytes".format(len(output)) in words_of(panel)
         saved = panel.find(".//a[@download]")
         assert saved.get("download") == "x-1.log"
@@ -9595,7 +9734,7 @@ class TestReadme:
         script = re.sub(  # what needs root
             r"(?m)^sudo (useradd|systemctl) .*\n| -o queue|sudo (-u queue )?", "",
             "\n".join(readme_block("sudo useradd")))
-        script = script.replace(" /", " %s/" % home)
+        script = re.sub(r"(?m)(^| )/(?!usr/bin/)", r"\1%s/" % home, script)
         script = script.replace("/usr/bin/python3", shlex.quote(sys.executable))
         subprocess.run("set -e\n" + script, shell=True, check=True)
         os.chdir("srv/queue")
