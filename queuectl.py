@@ -1197,7 +1197,7 @@ class Keyboard:
     """
 
     def __init__(self, on_suspend):
-        self.on_suspend, self.readers, self.waiter = on_suspend, [], None
+        self.on_suspend, self.readers = on_suspend, []
         if WINDOWS:
             return
         self.waiter = Waiter()
@@ -4873,7 +4873,7 @@ def run_table(runs, now):
             str(run["run"]), str(run["attempt"]), relative_time(run["started_at"], now),
             duration_text(seconds), result])
     titles = ["RUN", "TRY", "STARTED", "TOOK", "RESULT"]
-    return table(titles, rows, terminal_width(sys.stdout))
+    return table(titles, rows, terminal_width(sys.stdout), first_cut=2)
 
 
 def stats_lines(stats, width):
@@ -4963,10 +4963,6 @@ class Screen:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)  # returns when the process is resumed
         self.open()
-
-    def is_left(self, seconds):
-        """Wait some seconds, or less after a key or a resize; return True after q."""
-        return b"q" in self.keyboard.read(seconds).lower()
 
 
 class ProgressLine:
@@ -6842,9 +6838,11 @@ def job_lines(queue, job):
 def field_texts(job, now, waiting):
     """Return the fields of a job for people, by name."""
     fields = dict(public_job(job), waiting=waiting)
+    is_narrow = (terminal_width(sys.stdout) or 80) < 48
     for name in TIMES:
         if job[name] is not None:
-            fields[name] += ", " + relative_time(job[name], now)
+            when = relative_time(job[name], now)
+            fields[name] = when if is_narrow else fields[name] + ", " + when
     fields["env"] = " ".join(
         name + "=" + quoted([value]) for name, value in fields["env"].items())
     if job["timeout"]:
@@ -6914,11 +6912,9 @@ def next_step(queue, job, now):
     what, line, id = *NEXT_COMMANDS.get(job["state"], ("", "")), job["id"]
     if job["state"] == "failed" and not due_text(job, now):
         what = ""  # it is due already
-    if job["waits"] and job["seq"] in queue.blocked_seqs():
-        first = queue.dependencies(job)[0]
-        what, line, id = "to see why", "show {}", first["id"]
-        if first["state"] == "dead":
-            what, line = "to go on", "retry {}"
+    dead = job["waits"] and queue.dead_before(job)
+    if dead:
+        what, line, id = "to go on", "retry {}", dead["id"]
     command = "%s %s" % (PROGRAM, line.format(quoted([id])))
     return what and "%s: %s" % (what, in_queue(queue.path, command))
 
@@ -7222,10 +7218,10 @@ def cmd_status(args, queue):
                     report_queue(args)
                 return
             sys.stdout.flush()
-            if screen and screen.is_left(args.watch):
-                return
             if not screen:
                 time.sleep(args.watch)
+            elif b"q" in screen.keyboard.read(args.watch):
+                return
 
 
 def fitting(lines):
@@ -10289,6 +10285,14 @@ def hint_for_line(name, words, parser):
         "see: " + usage(*name.split(), "--help"))
 
 
+def wrapped_usage(name, width):
+    """Return the usage of a command that has its own. Argparse would not wrap it."""
+    usage = COMMANDS[name].usage
+    longest = max(map(len, (usage or "").split("\n"))) - len("%(prog)s")
+    is_wide = usage and len(PROGRAM + " " + name) + longest > width
+    return usage.replace("%(prog)s", "%(prog)s\n   ") if is_wide else usage
+
+
 def parse_arguments(name, words):
     """Return the arguments of one command; no other command's parser is built."""
     import argparse
@@ -10300,11 +10304,8 @@ def parse_arguments(name, words):
 
     refuse_mistaken(name, words)
     entry, width = COMMANDS[name], min(terminal_width(sys.stdout) or 80, 80) - 1
-    prog, form = "%s %s" % (PROGRAM, name), entry.usage
-    if form and len(prog) + max(map(len, form.split("\n"))) > width + 8:
-        form = form.replace("%(prog)s", "%(prog)s\n   ")  # argparse would not wrap it
     parser = Parser(
-        prog=prog, usage=form,
+        prog="%s %s" % (PROGRAM, name), usage=wrapped_usage(name, width),
         description="\n".join(wrapped(
             entry.meaning[0].upper() + entry.meaning[1:] + ".", width)),
         epilog="\n".join(wrapped("example: %s %s" % (PROGRAM, entry.example), width)),

@@ -3848,6 +3848,8 @@ class TestShow:
         assert run_ok("show", "b").out.startswith(
             "b is pending: waits for a, which is dead\n  $ true\n"
             "to go on: queuectl.py retry a\n\n")
+        enqueue(id="behind", after=["b"])
+        assert "\nto go on: queuectl.py retry a\n\n" in run_ok("show", "behind").out
         assert re.match(r"c is completed: took [\d.<]+m?s; ", run_ok("show", "c").out)
 
     @posix_only
@@ -3865,6 +3867,7 @@ class TestShow:
         at = lines.index("  $ echo long long long long long long")
         assert lines[at + 3] == "    end"
         assert "timeout:     10m" in lines
+        assert any(re.fullmatch(r"created_at:  \S+ ago", line) for line in lines)
         assert "env:         B='two c'" in lines
         assert details_of("a")["timeout"] == 600
 
@@ -4285,6 +4288,12 @@ class TestWait:
         queue.wait(["done", "runs", "x"], 0, lambda wait: looks.append(wait.counts()))
         assert looks[0] == dict(
             pending=pending, processing=1, completed=1, failed=0, dead=0)
+
+    @posix_only
+    def test_its_progress_is_drawn_again_only_when_it_has_changed(self):
+        enqueue(delay=3600)
+        code, shown = run_on_terminal("wait", "--timeout", "0.4")
+        assert code == 124 and shown.count("1 waiting, 0 running, ") == 1
 
     def test_it_remembers_a_job_that_has_ended(self, queue):
         add_job(queue, id="b")
@@ -6643,6 +6652,9 @@ class TestTerminal:
         lines = run_on_terminal("delete", "--help", columns=40)[1].splitlines()
         assert lines[lines.index("example:") + 1] == (
             "  queuectl.py delete --state completed --older-than 7d")
+        lines = run_on_terminal("enqueue", "--help", columns=40)[1].splitlines()
+        assert lines[:3] == ["usage: queuectl.py enqueue",
+                             "    [OPTION]... -- COMMAND...", "       queuectl.py enqueue"]
 
     def test_help_gives_defaults_where_they_hold(self):
         assert "(default: 0)" in run_ok("enqueue", "--help").out
