@@ -6382,7 +6382,7 @@ def waiting_lines(status, now):
         yield "Oldest Waiting: %s, for %s" % (printable(status["oldest_job"]), waited)
     if due is not None:
         when = relative_time(due, now) if due > now else "now"
-        if due < now and status["pools"]:
+        if due < now and not obstacle(status):
             when = "late by %s, as all workers are busy" % duration_text(now - due)
         yield "Next Due: %s, %s" % (printable(status["next_job"]), when)
     if status["blocked"]:
@@ -6419,7 +6419,8 @@ def pool_lines(status, now, width):
                      pool not in status["pools"] and "killed")
     running = [[printable(worker["job"]), duration_text(now - worker["since"]),
                 printable(status["commands"].get(worker["job"], ""))]
-               for worker in status["workers"] if worker["job"]]
+               for worker in sorted(status["workers"], key=lambda one: one["since"] or 0)
+               if worker["job"]]
     if running:
         yield from table(["JOB", "FOR", "COMMAND"], running, width)
 
@@ -6877,7 +6878,8 @@ def answer_lines(queue, job, now, waiting):
     if ids:
         yield "%s wait%s for it: %s" % (
             plural(len(ids), "job"), "s" if len(ids) == 1 else "", listed(ids))
-    yield from filter(None, [next_step(queue, job, now)])
+    if state != "processing" or not waiting:  # it has not lost its worker
+        yield from filter(None, [next_step(queue, job, now)])
 
 
 # The same where a verb does not take a job in a state.
@@ -6987,7 +6989,7 @@ def print_logs(args, queue, jobs):
         return print(json.dumps([
             output_document(job, run["run"], output) for job, run, output in found]))
     for job, run, output in found:
-        end = run["error"] or ("completed" if run["finished_at"] else "is running")
+        end = run["error"] or ("completed" if run["finished_at"] else "running")
         line = "==> %s: %s: $ %s" % tuple(map(printable, (
             job["id"], end, job["command"])))
         print(truncate(line, terminal_width(sys.stdout)))
@@ -7076,8 +7078,10 @@ def follow(queue, job, printer):
             return
         if is_running:
             time.sleep(WAIT_INTERVAL)
-    ends = [row["error"] for row in queue.runs(job) if row["run"] == run.number]
-    end = ends[0] if ends else end_without_run(queue, job)
+    ended = [row for row in queue.runs(job) if row["run"] == run.number]
+    end = ended[0]["error"] if ended else end_without_run(queue, job)
+    if ended and not printed:
+        end = why_silent(ended[0], queue.clock())
     if end:
         printer.notice("job %s: %s" % (printable(run.id), printable(end)))
 

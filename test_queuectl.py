@@ -4123,18 +4123,20 @@ class TestLogs:
         with leased_run(queue, 1):
             pass
         assert "died" in run_refused("logs", "-f", "job")
+        assert "logs -f" not in run_ok("show", "job").out
 
     def test_follow_says_what_it_waits_for_and_how_the_run_ended(self):
         enqueue("exit 3", id="x", max_retries=1)
         pool = start_pool(count=1)
-        assert run_ok("logs", "-f", "x").err.endswith("queuectl: job x: exit 3\n")
+        assert run_ok("logs", "-f", "x").err.endswith(
+            "queuectl: job x: no output; exit 3\n")
         run_ok("pause")
         enqueue(id="y")
         follower = start_process("logs", "-f", "y")
         assert "job y: paused" in follower.stderr.readline()
         run_ok("resume")
         assert follower.wait(20) == 0
-        assert follower.stderr.read() == ""
+        assert follower.stderr.read() == "queuectl: job y: no output; exit 0\n"
         assert pool.poll() is None
 
 
@@ -4958,6 +4960,8 @@ class TestStatus:
         enqueue(id="next", delay=0.05)
         wait_until(lambda: "Next Due: next, late by 0.1s, as all workers are busy"
                    in run_ok("status").out)
+        run_ok("pause")
+        assert "Next Due: next, now\n" in run_ok("status").out
         open("go", "w").close()
 
     @posix_only
