@@ -1196,6 +1196,52 @@ class Waiter:
             return True
 
 
+class Keyboard:
+    """The keys of the terminal on standard input, each at once and without echo.
+
+    There are none on Windows, from the background, or if the input is no terminal.
+    Ctrl-Z calls `on_suspend`. A resize of the terminal ends a wait.
+    """
+
+    def __init__(self, on_suspend):
+        self.on_suspend, self.readers = on_suspend, []
+        if WINDOWS:
+            return
+        self.waiter = Waiter()
+        signal.signal(signal.SIGWINCH, lambda *_: None)  # without one: no wake-up
+        with contextlib.suppress(OSError, ValueError):
+            if os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():
+                self.readers = [sys.stdin.fileno()]
+
+    def grab(self):
+        """Take the keys, until `give_back`."""
+        if not WINDOWS:
+            signal.signal(signal.SIGTSTP, self.on_suspend)
+        for fd in self.readers:
+            import termios
+            import tty
+
+            self.mode = termios.tcgetattr(fd)
+            tty.setcbreak(fd, termios.TCSANOW)
+
+    def give_back(self):
+        """Leave the terminal as it was."""
+        for fd in self.readers:
+            import termios
+
+            with contextlib.suppress(termios.error):  # it is gone
+                termios.tcsetattr(fd, termios.TCSANOW, self.mode)
+
+    def read(self, seconds):
+        """Wait for a key, a resize or a time; return the keys: q where no more come."""
+        if WINDOWS:
+            time.sleep(seconds)
+            return b""
+        self.waiter.wait(seconds, *self.readers)
+        ready = select.select(self.readers, [], [], 0)[0]
+        return b"".join(os.read(fd, 99) or b"q" for fd in ready)
+
+
 def require_descriptors(count):
     """Raise the limit of open files so that a pool of COUNT workers fits, or refuse.
 
@@ -2024,8 +2070,7 @@ TOTAL_OF_RUN = "CASE %s END" % " ".join(
     "WHEN kind = '%s' THEN '%s'" % (name, kind.total)
     for name, kind in RUN_KINDS.items() if kind.total)
 # The errors of runs and jobs that have one in every case.
-WORKER_DIED, STOPPED_NOW, STOPPED, CANCELLED = (
-    "worker died", "stopped now", "stopped", "cancelled")
+WORKER_DIED, STOPPED, CANCELLED = "worker died", "stopped", "cancelled"
 
 # How a run ended: one of RUN_KINDS; exit code, or None without one; the text that is
 # stored and shown, None after success; epoch seconds; bytes.
@@ -4438,7 +4483,6 @@ JobKind = collections.namedtuple(
 # What a command does for a job, and the command.
 NextStep = collections.namedtuple("NextStep", "purpose command")
 RUN_AGAIN = NextStep("to run it again", "retry {}")
-FOLLOW = NextStep("to follow its output", "logs -f {}")
 RING = "M8 2a6 6 0 1 1 0 12 6 6 0 0 1 0-12"
 JOB_KINDS = {
     "pending": JobKind("pending", RING, place_in_line),
@@ -4454,10 +4498,11 @@ JOB_KINDS = {
     "blocked": JobKind(
         "dead", "M5 2h6l3 3v6l-3 3H5l-3-3V5zM5 8h6", why_behind, blocked_by),
     "processing": JobKind(
-        "processing", "M8 2a6 6 0 1 1-6 6", how_it_runs, next_step=FOLLOW),
+        "processing", "M8 2a6 6 0 1 1-6 6", how_it_runs,
+        next_step=NextStep("to follow its output", "logs -f {}")),
     "lost": JobKind(
         "failed", "M8 2a6 6 0 0 1 6 6M8 14a6 6 0 0 1-6-6", why_lost,
-        lambda job, look: WORKER_DIED, FOLLOW),
+        lambda job, look: WORKER_DIED),
     "completed": JobKind(
         "completed", "M2 9l4 4 8-9", how_it_ended, next_step=RUN_AGAIN),
     "failed": JobKind(
@@ -4564,11 +4609,14 @@ def time_left(status, now):
     if not workers or mean is None:
         return ""
     jobs = status["ready"] + status["jobs"]["processing"]
-    seconds = max(1, mean * max(1, jobs / workers, status["line"]),
-                  jobs / (status["rate"] or MAX_INTEGER))
+    seconds = max(1, mean * max(1, jobs / workers, status["line"]))
     longest = max(now - (worker["since"] or now) for worker in status["workers"])
-    # A run that has taken longer than that is not like those before it.
-    return "" if longest > seconds else ", done in about " + roughly(seconds)
+    # A run that has taken longer than that is not like those before it. If it has a
+    # lock, it may hold up all that are behind it.
+    if longest > (max(1, 2 * mean) if status["locked"] else seconds):
+        return ""
+    seconds = max(seconds, jobs / (status["rate"] or MAX_INTEGER))
+    return ", done in about " + roughly(seconds)
 
 
 def count_unfinished(counts):
@@ -4840,7 +4888,7 @@ def drawable(characters, fallback):
         return fallback
 
 
-def table(titles, rows, width, state_column=None, first_cut=-1):
+def table(titles, rows, width=None, state_column=None, first_cut=-1):
     """Yield the lines of a table, each cell cut to fit a terminal of this width.
 
     Column widths come from the first batch of rows, so that a million can be streamed.
@@ -4876,7 +4924,7 @@ def fitted(widths, room, first_cut):
     # One long id must not push all else off the screen.
     widths = [min(width, 40) for width in widths[:-1]] + [min(widths[-1], room)]
     while sum(widths) > room:
-        at = first_cut if widths[first_cut] > 10 else widths.index(max(widths))
+        at = first_cut if widths[first_cut] > 7 else widths.index(max(widths))
         widths[at] -= 1
     return widths
 
@@ -4938,7 +4986,7 @@ def run_table(runs, now):
             str(run["run"]), str(run["attempt"]), relative_time(run["started_at"], now),
             duration_text(seconds), result])
     titles = ["RUN", "TRY", "STARTED", "TOOK", "RESULT"]
-    return table(titles, rows, terminal_width(sys.stdout))
+    return table(titles, rows, terminal_width(sys.stdout), first_cut=2)
 
 
 def stats_lines(stats, width):
@@ -4950,9 +4998,11 @@ def stats_lines(stats, width):
         grouped(stats["interrupted"]))
     if stats["success_rate"] is None:
         return
-    yield "%d %% succeed; %s in the last minute, %s in %s" % (
-        100 * stats["completed"] // (stats["completed"] + stats["failed"]),
-        rate_text(stats["per_second_now"]), rate_text(stats["per_second"]), period)
+    rate = stats["per_second_now"]
+    yield joined(
+        "%d %% succeed" % (
+            100 * stats["completed"] // (stats["completed"] + stats["failed"])),
+        rate and rate_text(rate) + " in the last minute", by="; ")
     for name in ("run_time", "waiting_time"):
         times = [duration_text(value or 0) for value in stats[name].values()]
         yield "%s: median %s, 95 %% within %s, longest %s" % (
@@ -4966,7 +5016,7 @@ def stats_lines(stats, width):
         [duration_text(row["mean"]), grouped(row["runs"]), printable(row["command"])]
         for row in stats["slowest_commands"]], width)
     yield ""
-    yield from histogram(stats["run_times"], width)
+    yield from table(["RUN TIME", "RUNS", ""], histogram(stats["run_times"], width))
 
 
 def throughput_lines(bars, period, width):
@@ -4987,20 +5037,57 @@ def sparkline(values):
 
 
 def histogram(bins, width):
-    """Yield a line for each bin of run times, from the first to the last in use."""
+    """Yield a row for each bin of run times, from the first to the last in use."""
     used = [at for at, bin in enumerate(bins) if bin["runs"]]
     most = max(bin["runs"] for bin in bins)
     bar = drawable("█", "#")
     for bin in bins[used[0] : used[-1] + 1]:
         below = "< " + duration_text(bin["below"]) if bin["below"] else "longer"
         length = ceil_div(bin["runs"] * max(1, width - 24), most)
-        yield "%-10s  %s %s" % (below, bar * length, grouped(bin["runs"]))
+        yield below, grouped(bin["runs"]), bar * length
+
+
+class Screen:
+    """The other screen of a terminal, so that the first one is afterwards as it was."""
+
+    def __enter__(self):
+        self.keyboard = Keyboard(self.suspend)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of __exit__
+        self.open()
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def open(self):
+        self.keyboard.grab()
+        self.write(b"\x1b[?1049h\x1b[?25l")  # without a cursor
+
+    def close(self):
+        self.write(b"\x1b[?25h\x1b[?1049l")
+        self.keyboard.give_back()
+
+    def write(self, sequences):
+        """Write past the buffer, which a signal may have caught in the middle."""
+        with contextlib.suppress(OSError):  # the terminal is gone
+            os.write(sys.stdout.fileno(), sequences)
+
+    def suspend(self, number, frame):
+        """Give the terminal back while this process is suspended, as by Ctrl-Z."""
+        self.close()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)  # returns when the process is resumed
+        self.open()
 
 
 class ProgressLine:
-    """A progress line: redrawn in place on a terminal, omitted elsewhere."""
+    """A progress line: redrawn in place on a terminal, omitted elsewhere.
 
-    def __init__(self):
+    It is redrawn only when it has changed, unless others may PRINT_OVER it.
+    """
+
+    def __init__(self, print_over=False):
+        self.print_over, self.line = print_over, None
         self.began = time.monotonic()
         self.first = None  # the counts at the beginning
 
@@ -5024,6 +5111,9 @@ class ProgressLine:
             self.redraw("")
 
     def redraw(self, line):
+        if line == self.line and not self.print_over:
+            return
+        self.line = line
         with contextlib.suppress(OSError):  # the terminal is gone
             print(end="\r\x1b[K" + line, file=sys.stderr, flush=True)
 
@@ -5207,6 +5297,9 @@ def run_label(run):
     return "%s %d/%d" % (printable(run.id), run.attempt, tries)
 
 
+NOT_COUNTED = ", attempt not counted"  # of a run that was put back
+
+
 def reason_in(output):
     """Return the last line of an output after a colon, for the log; "" without one."""
     line = last_line(output[-TAIL_SIZE:])
@@ -5377,7 +5470,9 @@ class Worker:
         if outcome.error:
             message += " (%s)" % outcome.error
         message += " in " + duration_text(outcome.finished_at - run.started_at)
-        if state == "failed":
+        if state == "pending":
+            message += NOT_COUNTED
+        elif state == "failed":
             message += self.next_try(run)
         elif state == "dead":
             message += reason_in(outcome.output)
@@ -5459,7 +5554,7 @@ class Worker:
         if self.recorded_run != run:
             self.record_start(run)
         if requested_stop(self.path, self.pool) == "now":
-            return End("stopped", STOPPED_NOW)
+            return End("stopped", STOPPED)
         with contextlib.suppress(sqlite3.Error):  # the next check asks again
             if self.queue.cancel_requested(run):
                 return End("cancelled", CANCELLED)
@@ -5592,7 +5687,8 @@ class Reaper:
             state = None if is_locked(run.lease_path) else queue.release(
                 run, outcome, is_blamed=run.worker in self.worker_died_at)
         if state:
-            self.log.warning("%s worker died, %s", run_label(run), state)
+            note = " (%s)" % WORKER_DIED + NOT_COUNTED * (state == "pending")
+            self.log.warning(state_line(run_label(run) + " ", state, note))
             remove_leftover(run.lease_path)
             wake_workers(self.path)
 
@@ -6365,50 +6461,55 @@ def status_screen(status, groups, now, growth):
     judgement = verdict(status, now, growth)
     yield Line(with_advice(judgement, status["path"]),
                STATES[judgement.state].colour, 0, len(verdict_text(judgement)))
-    yield from count_lines(status, now)
     width = terminal_width(sys.stdout)
-    groups = died(groups)
-    more = groups[SHOWN_ERRORS:]
-    for line in error_lines(groups[:SHOWN_ERRORS], now):
-        yield truncate(line, width)
-    if more:
-        yield in_queue(status["path"], "  and of %s; to see all: %s dlq list" % (
-            plural(len(more), "more error"), PROGRAM))
+    yield from count_lines(status["jobs"], status["cancelled"])
+    yield from error_lines(died(groups), status["path"], now, width)
+    yield from waiting_lines(status, now)
     yield from pool_lines(status, now, width)
 
 
-def error_lines(groups, now):
-    """Yield a line for each error of dead jobs."""
-    for group in groups:
-        yield "  %s dead of %s, %s%s%s" % (
-            grouped(group["jobs"]), printable(group["error"]),
-            "the latest " if group["jobs"] > 1 else "",
-            relative_time(group["latest"], now),
-            group["line"] and ": " + printable(group["line"]))
+def error_lines(groups, path, now, width):
+    """Yield a line for each error of dead jobs; the time of the latest if it fits."""
+    for group in groups[:SHOWN_ERRORS]:
+        line = printable(joined(group["error"], group["line"], by=": "))
+        line = "  %s of %s" % (grouped(group["jobs"]), line)
+        when = ", the latest " if group["jobs"] > 1 else ", "
+        when += relative_time(group["latest"], now)
+        yield truncate(line, width) if display_width(line + when) > width else line + when
+    more = groups[SHOWN_ERRORS:]
+    if more:
+        yield in_queue(path, "  and of %s; to see all: %s dlq list" % (
+            plural(len(more), "more error"), PROGRAM))
 
 
 def status_lines(status, now):
     """Yield what `status` prints into a pipe or a file."""
-    yield from count_lines(status, now)
+    yield from count_lines(status["jobs"])
+    yield from waiting_lines(status, now)
     judgement = obstacle(status)
     if judgement and (status["paused"] or count_unfinished(status["jobs"])):
         yield with_advice(judgement, status["path"])
     yield from worker_lines(status, now)
 
 
-def count_lines(status, now):
-    """Yield the counts of `status`, and which jobs wait."""
-    jobs, due = status["jobs"], status["next_due"]
+def count_lines(jobs, cancelled=0):
+    """Yield how many jobs each state has, and how many of the dead were CANCELLED."""
     for state, count in jobs.items():
-        yield Line("%s: %d" % (state.capitalize(), count),
+        of_them = " (%d cancelled)" % cancelled if state == "dead" and cancelled else ""
+        yield Line("%s: %d%s" % (state.capitalize(), count, of_them),
                    STATES[state].colour if count else None, 0, len(state))
+
+
+def waiting_lines(status, now):
+    """Yield how many workers there are, and which jobs wait for what."""
+    due = status["next_due"]
     yield "Active Workers: %d" % len(status["workers"])
     if status["oldest_job"]:
         waited = duration_text(now - status["oldest_waiting"])
         yield "Oldest Waiting: %s, for %s" % (printable(status["oldest_job"]), waited)
     if due is not None:
         when = relative_time(due, now) if due > now else "now"
-        if due < now and status["pools"]:
+        if due < now and not obstacle(status):
             when = "late by %s, as all workers are busy" % duration_text(now - due)
         yield "Next Due: %s, %s" % (printable(status["next_job"]), when)
     if status["blocked"]:
@@ -6445,7 +6546,8 @@ def pool_lines(status, now, width):
                      pool not in status["pools"] and "killed")
     running = [[printable(worker["job"]), duration_text(now - worker["since"]),
                 printable(status["commands"].get(worker["job"], ""))]
-               for worker in status["workers"] if worker["job"]]
+               for worker in sorted(status["workers"], key=lambda one: one["since"] or 0)
+               if worker["job"]]
     if running:
         yield from table(["JOB", "FOR", "COMMAND"], running, width)
 
@@ -6872,9 +6974,11 @@ def job_lines(job, look):
 def field_texts(job, look):
     """Return the fields of a job for people, by name."""
     fields = dict(public_job(job), waiting=why_waiting(job, look))
+    is_narrow = (terminal_width(sys.stdout) or 80) < 48
     for name in TIMES:
         if job[name] is not None:
-            fields[name] += ", " + relative_time(job[name], look.now)
+            when = relative_time(job[name], look.now)
+            fields[name] = when if is_narrow else fields[name] + ", " + when
     fields["env"] = " ".join(
         name + "=" + quoted([value]) for name, value in fields["env"].items())
     if job["timeout"]:
@@ -6944,12 +7048,10 @@ def next_step(job, look):
     id = job["id"]
     kind = kind_of(job, look)
     step = JOB_KINDS[kind].next_step
-    if kind == "blocked":
-        first = look.queue.dependencies(job)[0]
-        id = first["id"]
-        step = NextStep("to see why", "show {}")
-        if first["state"] in BLOCKING:
-            step = NextStep("to go on", "retry {}")
+    dead = kind == "blocked" and look.queue.dead_before(job)
+    if dead:
+        id = dead["id"]
+        step = NextStep("to go on", "retry {}")
     is_due_already = kind == "failed" and not due_text(job, look.now)
     if step is None or is_due_already:
         return ""
@@ -7001,8 +7103,8 @@ def cmd_logs(args, queue):
     else:
         with contextlib.closing(OutputPrinter()) as printer:
             printer.print(output)
-    if not output and run["error"]:
-        notice("job %s: %s" % (printable(job["id"]), printable(run["error"])))
+    if not output:
+        notice("job %s: %s" % (printable(job["id"]), why_silent(run, queue.clock())))
 
 
 def print_logs(args, queue, jobs):
@@ -7012,7 +7114,7 @@ def print_logs(args, queue, jobs):
         return print(json.dumps([
             output_document(job, run["run"], output) for job, run, output in latest]))
     for job, run, output in latest:
-        end = run["error"] or ("completed" if run["finished_at"] else "is running")
+        end = run["error"] or ("completed" if run["finished_at"] else "running")
         line = "==> %s: %s: $ %s" % tuple(map(printable, (
             job["id"], end, job["command"])))
         print(truncate(line, terminal_width(sys.stdout)))
@@ -7033,9 +7135,19 @@ def latest_output(queue, job, chosen={}):
         runs = [run for run in runs if run[name] == number]
         if not runs:
             raise QueueError("job %s has no %s %d", job["id"], name, number)
-    no_run = {"run": job["run"], "error": job["error"] or NO_RUN, "finished_at": None}
+    no_run = {"run": job["run"], "error": job["error"] or NO_RUN,
+              "started_at": None, "finished_at": None}
     run = runs[-1] if runs else no_run
     return run, output_of(queue, job, run["run"])
+
+
+def why_silent(run, now):
+    """Return in words what is known of a run that has printed nothing."""
+    if run["started_at"] is None:
+        return printable(run["error"])
+    if run["finished_at"] is None:
+        return "no output yet; it has run for " + duration_text(now - run["started_at"])
+    return "no output; " + printable(run["error"] or "exit 0")
 
 
 class OutputPrinter:
@@ -7094,8 +7206,10 @@ def follow(queue, job, printer):
             return
         if is_running:
             time.sleep(WAIT_INTERVAL)
-    ends = [row["error"] for row in queue.runs(job) if row["run"] == run.number]
-    end = ends[0] if ends else end_without_run(queue, job)
+    ended = [row for row in queue.runs(job) if row["run"] == run.number]
+    end = ended[0]["error"] if ended else end_without_run(queue, job)
+    if ended and not printed:
+        end = why_silent(ended[0], queue.clock())
     if end:
         printer.notice("job %s: %s" % (printable(run.id), printable(end)))
 
@@ -7211,17 +7325,14 @@ def why_nothing_ends(queue):
 
 
 @command("status", "count the jobs, list the workers", "status --watch",
-         option("--watch", "SECONDS", "refresh every SECONDS (default: 1)",
+         option("--watch", "SECONDS", "refresh every SECONDS (default: 1); q ends it",
                 seconds_from(0.1, "--watch"), nargs="?", const=1.0),
          creates_queue=True, must_print=True)
 def cmd_status(args, queue):
     is_terminal = not args.json and terminal_width(sys.stdout)
-    is_screen, trend = args.watch and is_terminal, Trend()
-    with contextlib.ExitStack() as screen:
-        if is_screen:  # the other screen, so that this one is afterwards as it was
-            print(end="\x1b[?1049h")
-            screen.callback(print, end="\x1b[?1049l", flush=True)
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    trend = Trend()
+    with contextlib.ExitStack() as stack:
+        screen = args.watch and is_terminal and stack.enter_context(Screen())
         while True:
             queue.require_file()
             now, status = queue.clock(), read_status(queue)
@@ -7229,7 +7340,7 @@ def cmd_status(args, queue):
             if is_terminal:
                 growth = trend.growth(now, count_unfinished(status["jobs"]))
                 lines = status_screen(status, errors_of(queue), now, growth)
-            if is_screen:
+            if screen:
                 print(end=screenful(lines))
             elif args.json:
                 print_result(args, status_document(status, now))
@@ -7240,7 +7351,10 @@ def cmd_status(args, queue):
                     report_queue(args)
                 return
             sys.stdout.flush()
-            time.sleep(args.watch)
+            if not screen:
+                time.sleep(args.watch)
+            elif b"q" in screen.keyboard.read(args.watch):
+                return
 
 
 def fitting(lines):
@@ -7479,7 +7593,8 @@ def cmd_dlq_list(args, queue):
     filters = dead_filters(args, queue)
     chosen = where(["dead"], **filters)
     summary = []
-    errors = [] if args.json else queue.common_errors(chosen)
+    errors = [] if args.json else [
+        row for row in queue.common_errors(chosen) if row["error"] != CANCELLED]
     if errors and errors[0]["jobs"] > 1:
         summary.append("Most common errors: " + errors_text(errors))
     print_lines(summary)
@@ -7610,7 +7725,7 @@ def cmd_worker_start(args):
 
     is_quiet = args.quiet or args.json
     has_progress = args.drain and not is_quiet and terminal_width(sys.stderr)
-    with contextlib.closing(ProgressLine()) as progress:
+    with contextlib.closing(ProgressLine(print_over=True)) as progress:
         show = None
         if has_progress:
             show = lambda queue: progress.show(queue.counts(), queue.drain_counts())
@@ -8250,9 +8365,9 @@ def try_promise(text, show, trial):
 
 def promise_line(result):
     """Return the line of `selftest` about a promise."""
-    if result["holds"]:
-        return "ok  %s  %s" % (result["promise"], duration_text(result["seconds"]))
-    return "FAILED  %s: %s" % (result["promise"], printable(result["error"]))
+    word, error = ("FAILED", ": " + result["error"]) if result["error"] else ("ok", "")
+    return "%-6s  %-5s  %s" % (
+        word, duration_text(result["seconds"]), result["promise"] + printable(error))
 
 
 def clear_up(home, trials):
@@ -10451,6 +10566,14 @@ class RefusedLine:
             return "an id that begins with - stands behind a --"
 
 
+def wrapped_usage(name, width):
+    """Return the usage of a command that has its own. Argparse would not wrap it."""
+    usage = COMMANDS[name].usage
+    longest = max(map(len, (usage or "").split("\n"))) - len("%(prog)s")
+    is_wide = usage and len(PROGRAM + " " + name) + longest > width
+    return usage.replace("%(prog)s", "%(prog)s\n   ") if is_wide else usage
+
+
 def parse_arguments(name, words):
     """Return the arguments of one command; no other command's parser is built."""
     import argparse
@@ -10464,7 +10587,7 @@ def parse_arguments(name, words):
     entry = COMMANDS[name]
     width = min(terminal_width(sys.stdout) or 80, 80) - 1
     parser = Parser(
-        prog="%s %s" % (PROGRAM, name), usage=entry.usage,
+        prog="%s %s" % (PROGRAM, name), usage=wrapped_usage(name, width),
         description="\n".join(wrapped(
             entry.meaning[0].upper() + entry.meaning[1:] + ".", width)),
         epilog="\n".join(wrapped("example: %s %s" % (PROGRAM, entry.example), width)),
