@@ -184,6 +184,7 @@ BLAME_DELAY = 0.5  # within it a death and a stop count as one event
 HOOK_TIMEOUT = 300.0  # after which an `on_dead` command is ended
 HOOKS_AT_END = 30.0  # that a pool takes at its end to announce dead jobs
 REPORT_DELAY = 10.0  # after which `wait` reports what it waits for
+HELD_UP_DELAY = 5.0  # after which an idle worker counts as kept from a due job
 STOP_REPORT_DELAY = 1.0  # after which `worker stop` does
 SELFTEST_TIME = 28.0  # that `selftest` takes before it clears up
 CHECK_TIME = 10.0  # of them, for one promise
@@ -1034,6 +1035,14 @@ def living_pools(path):
         if is_locked(worker_file(path, pool, pid)):
             pools.setdefault(pool, []).append(pid)
     return pools
+
+
+def file_age(path):
+    """Return for how many seconds a file has been as it is; 0 if it is gone."""
+    try:
+        return time.time() - os.stat(path).st_mtime
+    except OSError:
+        return 0
 
 
 def living_workers(path):
@@ -3372,6 +3381,36 @@ class Queue(Database):
         """Tell whether no job may be claimed."""
         return bool(self._value(f"SELECT {PAUSED}"))
 
+    # -- backup ------------------------------------------------------------------------
+
+    def backup(self, path):
+        """Copy the queue, as it is at one moment, into a new file; it may be in use.
+
+        The copy is paused, and its running jobs are pending again, without an attempt
+        counted: once it is restored, what has ended since the backup must not start by
+        itself. The file gets its name when it is complete.
+        """
+        import tempfile
+
+        if os.path.lexists(path):
+            raise QueueError("there is a file %s already", path)
+        folder, name = os.path.split(os.path.abspath(path))
+        file, part = tempfile.mkstemp(prefix=name + ".", dir=folder)  # with mode 0600
+        os.close(file)
+        try:
+            with contextlib.closing(sqlite3.connect(part)) as copy:
+                self.db.backup(copy)
+            with Queue(part, create=False) as copy:
+                copy.set_paused(True)
+                for run in copy.lost_runs():
+                    copy.release(run, Outcome("stopped", None, STOPPED, copy.clock(), b""))
+            os.rename(part, path)
+        except BaseException:
+            for ending in ("", "-journal", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(part + ending)
+            raise
+
     # -- statistics --------------------------------------------------------------------
 
     def totals(self):
@@ -4300,7 +4339,23 @@ def obstacle(status):
         return Verdict("dead", "No pool is running", TO_START)
     if not status["pools"] - status["stopping_pools"]:
         return Verdict("failed", "The pool is stopping", TO_START_ANOTHER)
+    if status["is_held_up"]:
+        log = printable(path_beside(status["path"], ".log"))
+        return Verdict("dead", "Idle workers start no job", "to see why: " + log)
     return None
+
+
+def is_held_up(status, now):
+    """Tell whether workers are idle although a job is due: a full disk stops them.
+
+    Both must have been so for a while, as a pool may just have started.
+    """
+    times = status["oldest_waiting"], status["next_due"]
+    if not any(due is not None and due < now - HELD_UP_DELAY for due in times):
+        return False
+    idle = [worker for worker in status["workers"] if not worker["job"]]
+    return any(file_age(worker_file(status["path"], worker["pool"], worker["pid"]))
+               > HELD_UP_DELAY for worker in idle)
 
 
 def standstill(queue):
@@ -4308,7 +4363,7 @@ def standstill(queue):
     pools = supervised_pools(queue.path)
     return standstill_text({
         "path": queue.path, "paused": queue.is_paused(), "pools": pools,
-        "stopping_pools": stopping(queue.path, pools),
+        "stopping_pools": stopping(queue.path, pools), "is_held_up": False,
         "workers": not pools and living_workers(queue.path)})
 
 
@@ -6415,7 +6470,7 @@ def read_status(queue, lost=None, blocked=None):
         pools = supervised_pools(queue.path)
         commands = {job["id"]: job["command"] for job in queue.jobs(
             where(["processing"]), brief=True)}
-        return {
+        status = {
             "path": queue.path,
             "jobs": queue.counts(), "workers": workers, "commands": commands,
             "lost": {run.id for run in lost} & {*commands},
@@ -6425,6 +6480,8 @@ def read_status(queue, lost=None, blocked=None):
             "paused": queue.is_paused(), "cancelled": queue.count_cancelled(),
             **(blocked or queue.blocked_jobs()), **queue.work_left(),
         }
+    status["is_held_up"] = is_held_up(status, queue.clock())
+    return status
 
 
 def look_at(queue):
@@ -7327,6 +7384,8 @@ def why_nothing_ends(queue):
 @command("status", "count the jobs, list the workers", "status --watch",
          option("--watch", "SECONDS", "refresh every SECONDS (default: 1); q ends it",
                 seconds_from(0.1, "--watch"), nargs="?", const=1.0),
+         flag("--check", "end with 1 if no pool runs, or somebody is needed: a job is"
+              " dead, the queue is paused, idle workers start no job"),
          creates_queue=True, must_print=True)
 def cmd_status(args, queue):
     is_terminal = not args.json and terminal_width(sys.stdout)
@@ -7349,12 +7408,18 @@ def cmd_status(args, queue):
             if not args.watch:
                 if not any(status["jobs"].values()) and not status["workers"]:
                     report_queue(args)
-                return
+                return int(args.check and needs_somebody(status, now))
             sys.stdout.flush()
             if not screen:
                 time.sleep(args.watch)
             elif b"q" in screen.keyboard.read(args.watch):
                 return
+
+
+def needs_somebody(status, now):
+    """Tell whether somebody has to look after a queue that pools should work on."""
+    is_well = verdict(status, now).state in ("pending", "processing", "completed")
+    return not (is_well and status["pools"])
 
 
 def fitting(lines):
@@ -7420,6 +7485,21 @@ def cmd_resume(args, queue):
     queue.set_paused(False)
     answer = joined("resumed", standstill(queue), by="; ")
     print_result(args, {"paused": False}, answer)
+
+
+@command("backup", "copy the queue, paused, into a new FILE; pools may run",
+         "backup queue-2026-01-31.db", positional("file", "FILE", "the file to create"))
+def cmd_backup(args, queue):
+    try:
+        queue.backup(args.file)
+    except (sqlite3.Error, OSError) as error:
+        reason = getattr(error, "strerror", None) or with_repair_hint(error)
+        raise QueueError("can't copy to %s: %s", args.file, reason) from None
+    path = os.path.abspath(args.file)
+    with Queue(path, create=False) as copy:
+        jobs = sum(copy.counts().values())
+    print_result(args, {"path": path, "jobs": jobs}, "copied %s to %s" % (
+        plural(jobs, "job"), printable(path)))
 
 
 # A command that changes jobs names them by ids, or selects many by options.
@@ -10384,7 +10464,7 @@ nor refreshes itself.</p></noscript>
 TOPICS = {
     "add": ["enqueue"],
     "watch": ["status", "list", "show", "logs", "wait", "stats", "dashboard"],
-    "repair": ["edit", "cancel", "retry", "delete", "dlq"],
+    "repair": ["edit", "cancel", "retry", "delete", "dlq", "backup"],
     "run": ["worker", "pause", "resume", "config", "selftest", "install",
             "completion"],
 }

@@ -18,7 +18,7 @@
         TestLifeOfAJob                 one test for each arrow; the forbidden arrows
     Commands
         TestEnqueue, TestEnqueueUnique, TestList, TestShow, TestLogs, TestWait,
-        TestEdit, TestRetry, TestPauseAndResume, TestCancel, TestDelete,
+        TestEdit, TestRetry, TestPauseAndResume, TestBackup, TestCancel, TestDelete,
         TestDeadLetterQueue, TestStatus, TestStats, TestWorkerStart, TestDrain,
         TestWorkerStop, TestConfig, TestDashboardCommand, TestInstall, TestCompletion,
         TestSelftest                   one class for each command
@@ -2600,6 +2600,24 @@ class TestErrorsAreOneLine:
         wait_until(lambda: len(jobs("--state", "completed")) >= 16)
         assert pool.poll() is None
 
+    @mechanism
+    def test_a_due_job_beside_an_idle_worker_is_reported(self, queue, monkeypatch):
+        add_job(queue, id="x")
+        lock = queuectl.lock_file(queuectl.pool_file(queue.path, 1))
+        worker = queuectl.worker_file(queue.path, 1, 2)
+        worker_lock = queuectl.lock_file(worker)
+        monkeypatch.setattr(queue, "clock", lambda: time.time() + 60)
+        try:
+            assert not queuectl.read_status(queue)["is_held_up"]  # it has just started
+            os.utime(worker, (0, 0))
+            status = queuectl.read_status(queue)
+            assert queuectl.obstacle(status).sentence == "Idle workers start no job"
+            claim(queue)
+            assert not queuectl.read_status(queue)["is_held_up"]
+        finally:
+            os.close(lock)
+            os.close(worker_lock)
+
     @posix_only
     def test_a_job_that_fills_the_disk_with_its_output_completes(self, small_disk):
         # Twice this limit is more than the free space.
@@ -4556,6 +4574,44 @@ class TestPauseAndResume:
         worker.queue, worker.draining_pool = queue, None
         assert worker.idle_time() == queuectl.IDLE_INTERVAL and claim(queue) is None
         assert not queue.is_drained()  # a drain waits
+
+
+class TestBackup:
+    """`backup` copies the queue into a new file, from which nothing starts by itself."""
+
+    def test_it_holds_every_job_and_none_that_runs(self):
+        enqueue(UNTIL_GO, id="runs", max_retries=1)
+        enqueue(id="next")
+        start_pool(count=1)
+        wait_until(lambda: state_of("runs") == "processing")
+        answer = run_ok("backup", "copy.db", "--json").json
+        assert answer == {"path": os.path.abspath("copy.db"), "jobs": 2}
+        status = run_ok("status", "--db", "copy.db", "--json").json
+        assert status["paused"] and status["jobs"]["pending"] == 2
+        runs = run_ok("show", "runs", "--db", "copy.db", "--json").json
+        assert runs["attempts"] == 0 and runs["runs"][0]["error"] == "stopped"
+        assert state_of("runs") == "processing" and not read_status()["paused"]
+        if os.name == "posix":
+            assert os.stat("copy.db").st_mode & 0o77 == 0
+        open("go", "w").close()
+        wait_until(lambda: state_of("next") == "completed")
+
+    def test_it_takes_no_name_that_is_there_and_makes_no_queue(self):
+        assert "there is no queue" in run_refused("backup", "copy.db")
+        enqueue(id="x")
+        open("there", "w").close()
+        for name in "there", "queuectl.db":
+            assert "there is a file %s already" % name in run_refused("backup", name)
+        assert "can't copy to no/copy.db: No such" in run_refused("backup", "no/copy.db")
+        assert os.path.getsize("there") == 0 and not os.path.exists("copy.db")
+
+    def test_a_full_disk_leaves_no_part_of_it(self, small_disk):
+        run_ok("enqueue", "-", stdin=b'{"command":"true"}\n' * 2000)
+        start_pool()  # or the queue itself could not be opened
+        fill_disk()
+        names = sorted(os.listdir("."))
+        assert "can't copy to copy.db" in run_refused("backup", "copy.db")
+        assert sorted(os.listdir(".")) == names
 
 
 class TestCancel:
@@ -9807,13 +9863,16 @@ class TestReadme:
 
     @posix_only
     def test_its_monitoring_tells_whether_somebody_is_needed(self):
-        monitor = own_command("\n".join(readme_block("queuectl status --json |")))
-        code = lambda: subprocess.run(monitor, shell=True).returncode
+        monitor = re.search(r"`queuectl (status --check)`", read_readme())[1].split()
+        code = lambda: cli(*monitor).code
         enqueue(id="x", max_retries=1)
         assert code() == 1
         start_pool()
         wait_until(lambda: state_of("x") == "completed")
         assert code() == 0
+        run_ok("pause")
+        assert code() == 1
+        run_ok("resume")
         run_ok("enqueue", "--id", "dead", "--max-retries", "1", "--", "exit 1")
         wait_until(lambda: state_of("dead") == "dead")
         assert code() == 1
@@ -9821,15 +9880,14 @@ class TestReadme:
     @posix_only
     def test_its_backup_can_be_restored(self):
         enqueue(id="kept")
-        lines = readme_block("(umask 077")
-        pool = start_pool()
+        start_pool()
         wait_until(lambda: state_of("kept") == "completed")
-        run_readme_line("\n".join(lines[:2]))
-        assert os.stat("backup.db").st_mode & 0o77 == 0
+        run_readme_line(re.search(r"`(queuectl backup .*?)`", read_readme())[1])
         enqueue(id="later")
-        run_readme_line("\n".join(lines[2:]))
-        assert pool.wait(10) == 0 and read_status()["paused"]
-        assert list(jobs()) == ["kept"] and state_of("kept") == "completed"
+        run_readme_line("queuectl worker stop")
+        script = "\n".join(readme_block("mkdir old")).replace("2026-01-31", "$(date +%F)")
+        assert "kept  completed" in run_readme_line(script)
+        assert read_status()["paused"] and "later" not in jobs()
 
     def test_its_library_example_runs(self):
         program = "\n".join(readme_block("from queuectl import"))
