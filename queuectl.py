@@ -3403,7 +3403,8 @@ class Queue(Database):
             with Queue(part, create=False) as copy:
                 copy.set_paused(True)
                 for run in copy.lost_runs():
-                    copy.release(run, Outcome("stopped", None, STOPPED, copy.clock(), b""))
+                    copy.release(
+                        run, Outcome("stopped", None, STOPPED, copy.clock(), b""))
             os.rename(part, path)
         except BaseException:
             for ending in ("", "-journal", "-wal", "-shm"):
@@ -8294,7 +8295,7 @@ def show_locks(trial):
     trial.finish(writer)
 
 
-@promise("an acknowledged job is on the disk")
+@promise("a job is synced to the disk before it is acknowledged")
 def show_sync(trial):
     trial.run("enqueue", "--id", "job", "--", "exit 0")
     with open_descriptor(trial.path, os.O_RDWR) as fd:
