@@ -1723,10 +1723,14 @@ def database_uri(path):
     return "file://" + name + "?mode=rw"
 
 
+def is_damage(error):
+    """Tell whether an error is SQLITE_CORRUPT. (Before 3.11 it has no code.)"""
+    return isinstance(error, sqlite3.Error) and "malformed" in str(error)
+
+
 def with_repair_hint(error):
     """Return the text of an error, and the next step if the database is damaged."""
-    is_damaged = isinstance(error, sqlite3.Error) and "malformed" in str(error)
-    return "%s; restore a backup" % error if is_damaged else str(error)
+    return "%s; restore a backup" % error if is_damage(error) else str(error)
 
 
 CONNECTED = weakref.WeakSet()  # the databases of this process that have a connection
@@ -5458,7 +5462,9 @@ class Worker:
 
     def should_give_up(self, error):
         """Tell whether `with_retries` has to leave after an error."""
-        if isinstance(error, sqlite3.IntegrityError) or self.is_database_gone():
+        if isinstance(error, sqlite3.IntegrityError) or is_damage(error):
+            return True
+        if self.is_database_gone():
             return True
         if not self.trouble.error or not self.should_leave():  # the next try may work
             return False
@@ -6137,7 +6143,10 @@ class Supervisor:
             self.give_up(str(error))
         except (sqlite3.Error, OSError) as error:
             self.reaper.recovery_done = False
-            self.queue_trouble.begin(with_repair_hint(error))
+            if is_damage(error):  # waiting would not mend it
+                self.give_up("%s: %s" % (printable(self.path), with_repair_hint(error)))
+            else:
+                self.queue_trouble.begin(with_repair_hint(error))
 
     def maintain(self, queue):
         """Do what is due for the queue at every check."""

@@ -2424,6 +2424,18 @@ class TestErrorsAreOneLine:
         pool = start_process("worker", "start")
         assert pool.wait(10) == 1 and pool.stderr.read().endswith(words)
 
+    @posix_only
+    def test_a_pool_ends_when_its_database_gets_damaged(self):
+        enqueue(UNTIL_GO, id="x")
+        pool = start_pool("--drain", count=1)
+        wait_until(lambda: state_of("x") == "processing")
+        with open("queuectl.db", "r+b") as file:
+            file.seek(4096)
+            file.write(b"\xff" * 40960)
+        open("go", "w").close()
+        assert pool.wait(15) == 1
+        assert pool.stderr.read().endswith("is malformed; restore a backup\n")
+
     def test_a_queue_of_version_1_is_refused_and_left_alone(self):
         enqueue(id="x")
         with contextlib.closing(sqlite3.connect("queuectl.db")) as db:
