@@ -63,6 +63,9 @@ The map. A section uses only those above it.
 import os
 import sys
 
+if sys.version_info < (3, 8):
+    sys.exit("queuectl: this is Python %d.%d; take 3.8 or newer" % sys.version_info[:2])
+
 # A logging.py or a token.py that lies beside this file is not the library's.
 if __name__ == "__main__" and __spec__ is None and sys.path and (
         os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__))):
@@ -8632,7 +8635,7 @@ class Html(str):
     """Markup. Any other text is escaped when it is put into an element."""
 
 
-def element(name, /, *content, **attributes):
+def element(tag, *content, **attributes):
     """Return an element, without content and attributes that are None or False.
 
     `css` are its classes. Nothing else makes markup, so nothing else has to escape.
@@ -8647,9 +8650,9 @@ def element(name, /, *content, **attributes):
     inside = "".join([
         part if isinstance(part, Html) else escape(str(part))
         for part in content if not (part is None or part is False)])
-    if name == "input":
+    if tag == "input":
         return Html("<input%s/>" % written)
-    return Html("<%s%s>%s</%s>" % (name, written, inside, name))
+    return Html("<%s%s>%s</%s>" % (tag, written, inside, tag))
 
 
 def link(words, address, css=None, **attributes):

@@ -9678,8 +9678,8 @@ class TestChaos:
 class TestSource:
     """The program's text."""
 
-    def test_the_source_is_python_3_8(self):
-        ast.parse(read_text(SCRIPT), feature_version=(3, 8))
+    def test_an_older_python_can_read_the_source_and_refuse_it(self):
+        ast.parse(read_text(SCRIPT), feature_version=(3, 6))
 
     def test_no_name_is_defined_twice(self):
         names = Counter()
