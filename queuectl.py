@@ -152,6 +152,7 @@ MAX_HOOKS = 8  # `on_dead` commands that a pool runs at a time
 MAX_HOOK_OUTPUT = 2**20  # bytes of what such a command prints; then they are dropped
 MAX_ERRORS = 100  # most common errors of dead jobs that are listed
 SHOWN_ERRORS = 4  # most common errors of dead jobs, in `status` and on the page
+MAX_NAMED = 20  # jobs of which `wait` says what each waits for
 MAX_WATCHED = 2000  # jobs of which `wait` counts the states; of more, the whole queue
 COUNT_LIMIT = 10000  # rows that are counted where a million would take too long
 BATCH_SIZE = 500  # rows of one read or write; more would hold up other processes
@@ -5107,7 +5108,7 @@ class ProgressLine:
 
     def close(self):
         """Clear the line, to make room for the result."""
-        if self.first is not None:
+        if self.line:
             self.redraw("")
 
     def redraw(self, line):
@@ -7255,14 +7256,15 @@ def output_of(queue, job, number):
                 " no pool is running)", seconds_from(0, "--timeout")))
 def cmd_wait(args, queue):
     with contextlib.closing(ProgressLine()) as progress:
-        report = WaitReport(queue, progress)
-        counts = queue.wait(args.ids or None, args.timeout, report.update)
+        report = WaitReport(queue, progress, bool(args.ids))
+        try:
+            counts = queue.wait(args.ids or None, args.timeout, report.update)
+        except KeyboardInterrupt:
+            report.give_up("interrupted")
+            return 130
     if counts is None:
-        message = joined(
-            "gave up", args.ids and "on " + printable(", ".join(args.ids)),
-            args.timeout and "after " + duration_text(args.timeout), by=" ")
-        message += ": " + unfinished_text(report.wait.counts())
-        notice(joined(message, why_nothing_ends(queue), by="; "))
+        after = args.timeout and " after " + duration_text(args.timeout)
+        report.give_up("gave up" + (after or ""))
         return 124
     message = ", ".join("%d %s" % (counts[state], state) for state in FINISHED)
     if not any(counts[name] for name in counts if name != "died_before"):
@@ -7291,8 +7293,8 @@ def dead_text(queue, ids):
 class WaitReport:
     """What `wait` prints while it waits: its progress, and why nothing happens."""
 
-    def __init__(self, queue, progress):
-        self.queue, self.progress = queue, progress
+    def __init__(self, queue, progress, is_named):
+        self.queue, self.progress, self.is_named = queue, progress, is_named
         self.began, self.reported = time.monotonic(), {""}
         self.wait = None  # the `Wait`, once it has looked
 
@@ -7303,8 +7305,12 @@ class WaitReport:
         """
         self.wait = wait
         delay = REPORT_DELAY
-        if terminal_width(sys.stderr):
-            self.progress.show(wait.counts())
+        width = terminal_width(sys.stderr)
+        if width:
+            if self.is_named:
+                self.progress.redraw(truncate(self.rest(), width - 1))
+            else:
+                self.progress.show(wait.counts())
             delay = STOP_REPORT_DELAY
         if time.monotonic() < self.began + delay:
             return
@@ -7313,6 +7319,31 @@ class WaitReport:
             self.progress.close()
             notice(reason)
         self.reported.add(reason)
+
+    def rest(self):
+        """Return in words what has not ended: a few named jobs, else their number."""
+        counts = self.wait.counts()
+        rest = unfinished_text(counts)
+        if not self.is_named:
+            return rest
+        if len(self.wait.unfinished) <= MAX_NAMED:
+            # A whole look would take too long to be repeated.
+            look = Look(self.queue, dict(lost=(), blocked_seqs=()), self.queue.clock())
+            rest = "waiting for " + listed([
+                "%s (%s)" % (job["id"], JOB_KINDS[kind_of(job, look)].short(job, look)
+                             or job["state"])
+                for job in self.queue.still_there(self.wait.unfinished)
+                if job["state"] not in FINISHED])
+        ended = [grouped(counts[state]) + " " + state
+                 for state in FINISHED if counts[state]]
+        return joined(rest, ", ".join(ended), by="; ")
+
+    def give_up(self, how):
+        """Report that the wait has ended before the jobs have."""
+        self.progress.close()
+        if self.wait:
+            how += ": " + self.rest()
+        notice(joined(how, why_nothing_ends(self.queue), by="; "))
 
 
 def why_nothing_ends(queue):

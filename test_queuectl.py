@@ -4318,6 +4318,23 @@ class TestWait:
         code, shown = run_on_terminal("wait", "--timeout", "0.4")
         assert code == 124 and shown.count("1 waiting, 0 running, ") == 1
 
+    @posix_only
+    def test_of_a_few_named_jobs_it_names_the_unfinished(self):
+        enqueue(id="good")
+        enqueue("exit 1", id="bad", max_retries=1)
+        drain()
+        enqueue(id="later", delay=86400)
+        ids = ("later", "bad", "good")
+        rest = "waiting for later (due in 23h 59m); 1 completed, 1 dead"
+        code, shown = run_on_terminal("wait", *ids, "--timeout", "0", columns=99)
+        assert code == 124 and shown.startswith("\r\x1b[K%s\r" % rest)
+        assert "gave up: %s; no pool is" % rest in shown
+        pid, terminal = fork_on_terminal(["wait", *ids], columns=99)
+        assert b"waiting for" in os.read(terminal, 99)
+        os.write(terminal, b"\x03")
+        assert b"interrupted: " + rest.encode() in read_to_end(terminal)
+        assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 130
+
     def test_it_remembers_a_job_that_has_ended(self, queue):
         add_job(queue, id="b")
         queue.complete(claim(queue), make_outcome(None))
@@ -4350,7 +4367,7 @@ class TestWait:
         reason = "paused; to go on: queuectl.py resume"
         assert lines == [  # the reason once, and with the timeout
             "queuectl: " + reason,
-            "queuectl: gave up on x after 0.1s: 1 waiting, 0 running; " + reason]
+            "queuectl: gave up after 0.1s: waiting for x (pending); " + reason]
 
     @posix_only
     def test_while_jobs_run_it_reports_nothing(self, monkeypatch):
@@ -6571,7 +6588,7 @@ class TestTerminal:
         assert words in answer.err and answer.err.count("\n") == 1
         code, shown = run_on_terminal("wait", "x", "--timeout", "0", columns=40)
         assert code == 124 and shown.endswith(
-            "queuectl: gave up on x: 1 waiting, 0\r\n  running; no pool is running; to start\r\n"
+            "queuectl: gave up: waiting for x\r\n  (pending); no pool is running; to start\r\n"
             "  one: queuectl.py worker start\r\n")
 
     @posix_only
