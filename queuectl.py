@@ -6879,7 +6879,8 @@ def cmd_list(args, queue):
     else:
         jobs = queue.jobs(chosen, args.limit or 0, args.newest)
     list_jobs(args, queue, jobs)
-    report_unlisted(args, queue, room, chosen)
+    is_newest = room or args.newest
+    report_unlisted(args, queue, room, chosen, "older" if is_newest else "newer")
     print_lines(note)
 
 
@@ -6905,14 +6906,14 @@ def room_for_jobs(args, note):
     return max(1, size.lines - 3 - below)
 
 
-def report_unlisted(args, queue, room, condition):
-    """Report how many of the jobs that meet a condition were not listed."""
+def report_unlisted(args, queue, room, condition, age="older"):
+    """Report how many jobs that meet a condition were not listed, and their AGE."""
     limit = room or args.limit or 0
     if args.json or not limit:
         return
     unlisted = queue.count(condition) - limit
     if unlisted > 0:
-        more = plural(unlisted, "older job" if room else "more job")
+        more = plural(unlisted, age + " job")
         report_below(args, more + "; --limit 0 lists all")
 
 

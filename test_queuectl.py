@@ -3712,7 +3712,9 @@ class TestList:
         assert "due in 1h 59m" in lines[1] and "due" not in lines[2]
         answer = run_ok("list", "--limit", "1")
         assert answer.out.count("\n") == 2
-        assert answer.err == "queuectl: 1 more job; --limit 0 lists all\n"
+        assert answer.err == "queuectl: 1 newer job; --limit 0 lists all\n"
+        answer = run_ok("list", "--limit", "1", "--newest")
+        assert answer.err == "queuectl: 1 older job; --limit 0 lists all\n"
         assert (
             run_ok("list", "--limit", "2").err
             == ""
@@ -6588,8 +6590,8 @@ class TestTerminal:
         assert words in answer.err and answer.err.count("\n") == 1
         code, shown = run_on_terminal("wait", "x", "--timeout", "0", columns=40)
         assert code == 124 and shown.endswith(
-            "queuectl: gave up: waiting for x\r\n  (pending); no pool is running; to start\r\n"
-            "  one: queuectl.py worker start\r\n")
+            "queuectl: gave up: waiting for x\r\n  (pending); no pool is running; to\r\n"
+            "  start one: queuectl.py worker start\r\n")
 
     @posix_only
     def test_lines_of_a_pool_are_broken_like_others(self):
