@@ -7509,9 +7509,10 @@ class Rehearsed(Exception):
     """Ends a transaction that is not to change anything."""
 
 
-def list_dry_run(args, queue, done, jobs, count, age=""):
+def list_dry_run(args, queue, done, jobs, count, age="", left=""):
     """List the jobs that a verb would change; a terminal gets as many as fit."""
     message = "%s%s would be %s; nothing is changed" % (plural(count, "job"), age, done)
+    message = joined(message, left, by="; ")
     list_jobs(args, queue, itertools.islice(jobs, room_for_jobs(args, [message])))
     report_below(args, message)
 
@@ -7520,27 +7521,27 @@ def apply_to_many(args, queue, verb, done, selection):
     """Apply a verb to the jobs of a selection; with --dry-run only list them."""
     if args.dry_run:
         jobs, count = queue.jobs(selection.taken), queue.count(selection.taken)
-        return list_dry_run(args, queue, done, jobs, count, selection.age)
+        left = spared_text(queue, selection)
+        return list_dry_run(args, queue, done, jobs, count, selection.age, left)
     count = verb(selection.taken)
     result = {done: count}
-    message = "%s %s%s" % (done, plural(count, "job"), selection.age)
     if selection.spared:
         result["left"] = queue.count(selection.spared)
-    if result.get("left"):
-        message += "; %d left: %s%s" % (
-            result["left"], selection.reason, about_spared(queue, selection))
-    print_result(args, result, message)
+    message = "%s %s%s" % (done, plural(count, "job"), selection.age)
+    print_result(
+        args, result, joined(message, spared_text(queue, selection), by="; "))
 
 
-def about_spared(queue, selection):
-    """Return which jobs a verb for many has spared, and the next step for the first."""
-    ids = [job["id"] for job in queue.jobs(selection.spared, 4, brief=True)]
-    if not ids:  # they have ended in the meantime
+def spared_text(queue, selection):
+    """Return which jobs a verb for many spares, and the next step for the first."""
+    condition = selection.spared
+    ids = condition and [job["id"] for job in queue.jobs(condition, 4, brief=True)]
+    if not ids:
         return ""
-    names = printable(", ".join(ids[:3]))
-    if ids[3:]:
-        names += ", ..."
-    return " (%s); %s" % (names, step_text(selection.step, ids[0], queue.path))
+    names = printable(", ".join(ids[:3])) + (", ..." if ids[3:] else "")
+    return "%d left: %s (%s); %s" % (
+        queue.count(condition), selection.reason, names,
+        step_text(selection.step, ids[0], queue.path))
 
 
 @command("cancel", "end jobs that wait or run; they become dead", "cancel job1",

@@ -4701,9 +4701,10 @@ class TestDelete:
         for id, after in (("a", []), ("b", ["a"])):
             add_job(queue, id=id, after=after, max_retries=1)
         queue.fail(claim(queue), make_outcome())
-        assert run_ok("dlq", "clear").out == (
-            "deleted 0 jobs; 1 left: other jobs wait for them (a);"
-            " to see which: queuectl.py show a\n")
+        left = ("; 1 left: other jobs wait for them (a);"
+                " to see which: queuectl.py show a\n")
+        assert run_ok("dlq", "clear", "--dry-run").err.endswith("changed" + left)
+        assert run_ok("dlq", "clear").out == "deleted 0 jobs" + left
         assert run_ok("delete", "--state", "pending").out == "deleted 1 job\n"
         add_job(queue, id="b", after=["a"])
         assert run_ok("delete", "--all").out == "deleted 2 jobs\n" and jobs() == {}
