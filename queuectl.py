@@ -7212,6 +7212,10 @@ def follow(queue, job, printer):
     end = ended[0]["error"] if ended else end_without_run(queue, job)
     if ended and not printed:
         end = why_silent(ended[0], queue.clock())
+    for job in queue.still_there([run.id]):
+        if job["state"] == "failed" and job["run"] == run.number:
+            due = due_text(job, queue.clock()) or "now"
+            end = "%s, %s; again %s" % (end, tries_text(job), due)
     if end:
         printer.notice("job %s: %s" % (printable(run.id), printable(end)))
 
@@ -7226,15 +7230,17 @@ def end_without_run(queue, job):
 def wait_for_run(queue, job):
     """Wait until a job has run or runs; return it. Report why it does not run."""
     id = job["id"]
-    if not job["run"] and job["state"] not in FINISHED:
-        notice("job %s: %s" % (printable(id), why_waiting(job, look_at(queue))))
+    is_reported = False
     while not job["run"] and job["state"] not in FINISHED:
-        time.sleep(WAIT_INTERVAL)
-        queue.require_file()
-        job = queue.job(id)
         if job["waits"] and job["seq"] in queue.blocked_seqs():
             reason = why_waiting(job, look_at(queue))
             raise QueueError("job %s can't go on: %s", id, reason)
+        if not is_reported:
+            notice("job %s: %s" % (printable(id), why_waiting(job, look_at(queue))))
+            is_reported = True
+        time.sleep(WAIT_INTERVAL)
+        queue.require_file()
+        job = queue.job(id)
     return job
 
 

@@ -4162,6 +4162,15 @@ class TestLogs:
         assert follower.stderr.read() == "queuectl: job y: no output; exit 0\n"
         assert pool.poll() is None
 
+    def test_follow_says_once_why_a_job_cannot_go_on_or_when(self, queue):
+        add_job(queue, id="cut")
+        queue.cancel(["cut"])
+        add_job(queue, id="behind", after=["cut"])
+        assert run_refused("logs", "-f", "behind").count("waits for cut") == 1
+        add_job(queue, id="x")
+        queue.fail(claim(queue), make_outcome("exit 7"))
+        assert "x: no output; exit 7, try 1 of 3; again " in run_ok("logs", "-f", "x").err
+
 
 class TestWait:
     """`wait` returns when jobs have ended or can't go on."""
