@@ -10552,11 +10552,23 @@ class RefusedLine:
         yield self.filter_hint()
         yield self.corrected and "did you mean: " + self.line(*self.corrected)
         yield self.other_tool_hint()
-        yield line_meant(self.name, self.words, self.word and not self.unknown)
+        is_about_job = MEANT.get(self.name + " *", "").startswith(("show", "edit"))
+        if not is_about_job or self.is_job():
+            yield line_meant(self.name, self.words, self.word and not self.unknown)
         yield "see: " + self.line("--help")
 
     def line(self, *words):
         return usage(*self.name.split(), *words)
+
+    def is_job(self):
+        """Tell whether the word is the id of a job."""
+        path = os.environ.get("QUEUECTL_DB") or "queuectl.db"
+        for option, word in zip(self.words, self.words[1:]):
+            path = word if option == "--db" else path
+        with contextlib.suppress(QueueError, sqlite3.Error):
+            with Queue(os.path.realpath(path), create=False) as queue:
+                return queue.state(self.word) is not None
+        return False
 
     def with_known_options(self):
         """Return the words with known options in place of others, or nothing."""

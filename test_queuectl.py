@@ -6398,7 +6398,8 @@ class TestCommandLine:
         (["frobnicate"], "there are: enqueue, "), (["-v"], "mean --version?"),
         (["add", "ls", "-l"], "py enqueue -- ls -l\n"), (["failed"], "list --state failed\n"),
         (["add", "--id", "x", "--", "ls"], "queuectl.py enqueue --id x -- ls\n"),
-        (["status", "--json", "x"], "mean: queuectl.py show --json x\n"),
+        (["status", "--json", "x"], "see: queuectl.py status --help\n"),
+        (["pause", "now"], "arguments: now; see: queuectl.py pause --help\n"),
         (["list", "--limit", "-1"], "-1 is not a whole number of at least 0\n"),
         (["show", "-x1"], "an id that begins with - stands behind a --"),
         (["logs", "--tail", "5", "x"], "last lines: queuectl.py logs ID | tail\n"),
@@ -6452,6 +6453,19 @@ class TestCommandLine:
         assert printed in run_refused(*words, code=2)
         enqueue(id=words[1] if words[0] != "dlq" else words[2], run_at=2e9)
         assert "did you mean" not in cli(*words, *["--timeout=0"] * ("wait" in words)).err
+
+    @pytest.mark.parametrize("words, printed", [
+        (["status", "--json", "x"], "mean: queuectl.py show --json x\n"),
+        (["pause", "x"], "mean: queuectl.py edit --delay 1d x\n"),
+    ])
+    def test_a_line_about_a_job_is_suggested_if_there_is_it(self, words, printed):
+        enqueue(id="x")
+        assert printed in run_refused(*words, code=2)
+        with_db = ["--db", os.path.abspath("queuectl.db"), *words]
+        os.mkdir("elsewhere")
+        os.chdir("elsewhere")
+        assert " x\n" in run_refused(*with_db, code=2)
+        assert "--help" in run_refused(*words, code=2) and not os.listdir()
 
     def test_an_unknown_id_suggests_the_nearest_one(self):
         names = ["report-of-monday", "flaky", *map("job{}".format, range(200))]
