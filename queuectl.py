@@ -4495,7 +4495,8 @@ JOB_KINDS = {
         lambda job, look: "after " + job["waits_for"].replace("\n", ", ")),
     "behind a lock": JobKind(
         "pending", "M3 7h10v7H3zM5 7V5a3 3 0 0 1 6 0v2", why_locked,
-        lambda job, look: "lock " + job["lock"]),
+        lambda job, look: (
+            "" if obstacle(look.status) else "lock " + job["lock"])),
     "blocked": JobKind(
         "dead", "M5 2h6l3 3v6l-3 3H5l-3-3V5zM5 8h6", why_behind, blocked_by),
     "processing": JobKind(
@@ -7334,10 +7335,9 @@ class WaitReport:
         if not self.is_named:
             return rest
         if len(self.wait.unfinished) <= MAX_NAMED:
-            # A whole look would take too long to be repeated.
-            look = Look(self.queue, dict(lost=(), blocked_seqs=()), self.queue.clock())
+            now = self.queue.clock()
             rest = "waiting for " + listed([
-                "%s (%s)" % (job["id"], JOB_KINDS[kind_of(job, look)].short(job, look)
+                "%s (%s)" % (job["id"], due_text(job, now).replace("in", "due in", 1)
                              or job["state"])
                 for job in self.queue.still_there(self.wait.unfinished)
                 if job["state"] not in FINISHED])

@@ -3851,7 +3851,9 @@ class TestShow:
     def test_it_says_which_job_has_the_lock(self):
         enqueue(id="first", lock="db")
         enqueue(id="second", lock="db")
+        assert "lock db" not in run_ok("list").out  # that is not what holds it up
         start_pool(count=1, script="queuectl.Queue.claim = lambda *_: None")
+        assert "  lock db  " in run_ok("list").out
         assert "waits for the lock db: job first gets it first" in (
             run_ok("show", "second").out)
         assert "next in line" in run_ok("show", "first").out
