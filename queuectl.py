@@ -155,6 +155,7 @@ MAX_HOOKS = 8  # `on_dead` commands that a pool runs at a time
 MAX_HOOK_OUTPUT = 2**20  # bytes of what such a command prints; then they are dropped
 MAX_ERRORS = 100  # most common errors of dead jobs that are listed
 SHOWN_ERRORS = 4  # most common errors of dead jobs, in `status` and on the page
+MAX_NAMED = 20  # jobs of which `wait` says what each waits for
 MAX_WATCHED = 2000  # jobs of which `wait` counts the states; of more, the whole queue
 COUNT_LIMIT = 10000  # rows that are counted where a million would take too long
 BATCH_SIZE = 500  # rows of one read or write; more would hold up other processes
@@ -4557,7 +4558,8 @@ JOB_KINDS = {
         lambda job, look: "after " + job["waits_for"].replace("\n", ", ")),
     "behind a lock": JobKind(
         "pending", "M3 7h10v7H3zM5 7V5a3 3 0 0 1 6 0v2", why_locked,
-        lambda job, look: "lock " + job["lock"]),
+        lambda job, look: (
+            "" if obstacle(look.status) else "lock " + job["lock"])),
     "blocked": JobKind(
         "dead", "M5 2h6l3 3v6l-3 3H5l-3-3V5zM5 8h6", why_behind, blocked_by),
     "processing": JobKind(
@@ -5170,7 +5172,7 @@ class ProgressLine:
 
     def close(self):
         """Clear the line, to make room for the result."""
-        if self.first is not None:
+        if self.line:
             self.redraw("")
 
     def redraw(self, line):
@@ -6948,7 +6950,8 @@ def cmd_list(args, queue):
     else:
         jobs = queue.jobs(chosen, args.limit or 0, args.newest)
     list_jobs(args, queue, jobs)
-    report_unlisted(args, queue, room, chosen)
+    is_newest = room or args.newest
+    report_unlisted(args, queue, room, chosen, "older" if is_newest else "newer")
     print_lines(note)
 
 
@@ -6974,14 +6977,14 @@ def room_for_jobs(args, note):
     return max(1, size.lines - 3 - below)
 
 
-def report_unlisted(args, queue, room, condition):
-    """Report how many of the jobs that meet a condition were not listed."""
+def report_unlisted(args, queue, room, condition, age="older"):
+    """Report how many jobs that meet a condition were not listed, and their AGE."""
     limit = room or args.limit or 0
     if args.json or not limit:
         return
     unlisted = queue.count(condition) - limit
     if unlisted > 0:
-        more = plural(unlisted, "older job" if room else "more job")
+        more = plural(unlisted, age + " job")
         report_below(args, more + "; --limit 0 lists all")
 
 
@@ -7280,6 +7283,10 @@ def follow(queue, job, printer):
     end = ended[0]["error"] if ended else end_without_run(queue, job)
     if ended and not printed:
         end = why_silent(ended[0], queue.clock())
+    for job in queue.still_there([run.id]):
+        if job["state"] == "failed" and job["run"] == run.number:
+            due = due_text(job, queue.clock()) or "now"
+            end = "%s, %s; again %s" % (end, tries_text(job), due)
     if end:
         printer.notice("job %s: %s" % (printable(run.id), printable(end)))
 
@@ -7294,15 +7301,17 @@ def end_without_run(queue, job):
 def wait_for_run(queue, job):
     """Wait until a job has run or runs; return it. Report why it does not run."""
     id = job["id"]
-    if not job["run"] and job["state"] not in FINISHED:
-        notice("job %s: %s" % (printable(id), why_waiting(job, look_at(queue))))
+    is_reported = False
     while not job["run"] and job["state"] not in FINISHED:
-        time.sleep(WAIT_INTERVAL)
-        queue.require_file()
-        job = queue.job(id)
         if job["waits"] and job["seq"] in queue.blocked_seqs():
             reason = why_waiting(job, look_at(queue))
             raise QueueError("job %s can't go on: %s", id, reason)
+        if not is_reported:
+            notice("job %s: %s" % (printable(id), why_waiting(job, look_at(queue))))
+            is_reported = True
+        time.sleep(WAIT_INTERVAL)
+        queue.require_file()
+        job = queue.job(id)
     return job
 
 
@@ -7325,14 +7334,15 @@ def output_of(queue, job, number):
                 " no pool is running)", seconds_from(0, "--timeout")))
 def cmd_wait(args, queue):
     with contextlib.closing(ProgressLine()) as progress:
-        report = WaitReport(queue, progress)
-        counts = queue.wait(args.ids or None, args.timeout, report.update)
+        report = WaitReport(queue, progress, bool(args.ids))
+        try:
+            counts = queue.wait(args.ids or None, args.timeout, report.update)
+        except KeyboardInterrupt:
+            report.give_up("interrupted")
+            return 130
     if counts is None:
-        message = joined(
-            "gave up", args.ids and "on " + printable(", ".join(args.ids)),
-            args.timeout and "after " + duration_text(args.timeout), by=" ")
-        message += ": " + unfinished_text(report.wait.counts())
-        notice(joined(message, why_nothing_ends(queue), by="; "))
+        after = args.timeout and " after " + duration_text(args.timeout)
+        report.give_up("gave up" + (after or ""))
         return 124
     message = ", ".join("%d %s" % (counts[state], state) for state in FINISHED)
     if not any(counts[name] for name in counts if name != "died_before"):
@@ -7361,8 +7371,8 @@ def dead_text(queue, ids):
 class WaitReport:
     """What `wait` prints while it waits: its progress, and why nothing happens."""
 
-    def __init__(self, queue, progress):
-        self.queue, self.progress = queue, progress
+    def __init__(self, queue, progress, is_named):
+        self.queue, self.progress, self.is_named = queue, progress, is_named
         self.began, self.reported = time.monotonic(), {""}
         self.wait = None  # the `Wait`, once it has looked
 
@@ -7373,8 +7383,12 @@ class WaitReport:
         """
         self.wait = wait
         delay = REPORT_DELAY
-        if terminal_width(sys.stderr):
-            self.progress.show(wait.counts())
+        width = terminal_width(sys.stderr)
+        if width:
+            if self.is_named:
+                self.progress.redraw(truncate(self.rest(), width - 1))
+            else:
+                self.progress.show(wait.counts())
             delay = STOP_REPORT_DELAY
         if time.monotonic() < self.began + delay:
             return
@@ -7383,6 +7397,30 @@ class WaitReport:
             self.progress.close()
             notice(reason)
         self.reported.add(reason)
+
+    def rest(self):
+        """Return in words what has not ended: a few named jobs, else their number."""
+        counts = self.wait.counts()
+        rest = unfinished_text(counts)
+        if not self.is_named:
+            return rest
+        if len(self.wait.unfinished) <= MAX_NAMED:
+            now = self.queue.clock()
+            rest = "waiting for " + listed([
+                "%s (%s)" % (job["id"], due_text(job, now).replace("in", "due in", 1)
+                             or job["state"])
+                for job in self.queue.still_there(self.wait.unfinished)
+                if job["state"] not in FINISHED])
+        ended = [grouped(counts[state]) + " " + state
+                 for state in FINISHED if counts[state]]
+        return joined(rest, ", ".join(ended), by="; ")
+
+    def give_up(self, how):
+        """Report that the wait has ended before the jobs have."""
+        self.progress.close()
+        if self.wait:
+            how += ": " + self.rest()
+        notice(joined(how, why_nothing_ends(self.queue), by="; "))
 
 
 def why_nothing_ends(queue):
@@ -7570,9 +7608,10 @@ class Rehearsed(Exception):
     """Ends a transaction that is not to change anything."""
 
 
-def list_dry_run(args, queue, done, jobs, count, age=""):
+def list_dry_run(args, queue, done, jobs, count, age="", left=""):
     """List the jobs that a verb would change; a terminal gets as many as fit."""
     message = "%s%s would be %s; nothing is changed" % (plural(count, "job"), age, done)
+    message = joined(message, left, by="; ")
     list_jobs(args, queue, itertools.islice(jobs, room_for_jobs(args, [message])))
     report_below(args, message)
 
@@ -7581,27 +7620,27 @@ def apply_to_many(args, queue, verb, done, selection):
     """Apply a verb to the jobs of a selection; with --dry-run only list them."""
     if args.dry_run:
         jobs, count = queue.jobs(selection.taken), queue.count(selection.taken)
-        return list_dry_run(args, queue, done, jobs, count, selection.age)
+        left = spared_text(queue, selection)
+        return list_dry_run(args, queue, done, jobs, count, selection.age, left)
     count = verb(selection.taken)
     result = {done: count}
-    message = "%s %s%s" % (done, plural(count, "job"), selection.age)
     if selection.spared:
         result["left"] = queue.count(selection.spared)
-    if result.get("left"):
-        message += "; %d left: %s%s" % (
-            result["left"], selection.reason, about_spared(queue, selection))
-    print_result(args, result, message)
+    message = "%s %s%s" % (done, plural(count, "job"), selection.age)
+    print_result(
+        args, result, joined(message, spared_text(queue, selection), by="; "))
 
 
-def about_spared(queue, selection):
-    """Return which jobs a verb for many has spared, and the next step for the first."""
-    ids = [job["id"] for job in queue.jobs(selection.spared, 4, brief=True)]
-    if not ids:  # they have ended in the meantime
+def spared_text(queue, selection):
+    """Return which jobs a verb for many spares, and the next step for the first."""
+    condition = selection.spared
+    ids = condition and [job["id"] for job in queue.jobs(condition, 4, brief=True)]
+    if not ids:
         return ""
-    names = printable(", ".join(ids[:3]))
-    if ids[3:]:
-        names += ", ..."
-    return " (%s); %s" % (names, step_text(selection.step, ids[0], queue.path))
+    names = printable(", ".join(ids[:3])) + (", ..." if ids[3:] else "")
+    return "%d left: %s (%s); %s" % (
+        queue.count(condition), selection.reason, names,
+        step_text(selection.step, ids[0], queue.path))
 
 
 @command("cancel", "end jobs that wait or run; they become dead", "cancel job1",
@@ -10606,11 +10645,23 @@ class RefusedLine:
         yield self.filter_hint()
         yield self.corrected and "did you mean: " + self.line(*self.corrected)
         yield self.other_tool_hint()
-        yield line_meant(self.name, self.words, self.word and not self.unknown)
+        is_about_job = MEANT.get(self.name + " *", "").startswith(("show", "edit"))
+        if not is_about_job or self.is_job():
+            yield line_meant(self.name, self.words, self.word and not self.unknown)
         yield "see: " + self.line("--help")
 
     def line(self, *words):
         return usage(*self.name.split(), *words)
+
+    def is_job(self):
+        """Tell whether the word is the id of a job."""
+        path = os.environ.get("QUEUECTL_DB") or "queuectl.db"
+        for option, word in zip(self.words, self.words[1:]):
+            path = word if option == "--db" else path
+        with contextlib.suppress(QueueError, sqlite3.Error):
+            with Queue(os.path.realpath(path), create=False) as queue:
+                return queue.state(self.word) is not None
+        return False
 
     def with_known_options(self):
         """Return the words with known options in place of others, or nothing."""

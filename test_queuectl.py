@@ -3742,7 +3742,9 @@ class TestList:
         assert "due in 1h 59m" in lines[1] and "due" not in lines[2]
         answer = run_ok("list", "--limit", "1")
         assert answer.out.count("\n") == 2
-        assert answer.err == "queuectl: 1 more job; --limit 0 lists all\n"
+        assert answer.err == "queuectl: 1 newer job; --limit 0 lists all\n"
+        answer = run_ok("list", "--limit", "1", "--newest")
+        assert answer.err == "queuectl: 1 older job; --limit 0 lists all\n"
         assert (
             run_ok("list", "--limit", "2").err
             == ""
@@ -3879,7 +3881,9 @@ class TestShow:
     def test_it_says_which_job_has_the_lock(self):
         enqueue(id="first", lock="db")
         enqueue(id="second", lock="db")
+        assert "lock db" not in run_ok("list").out  # that is not what holds it up
         start_pool(count=1, script="queuectl.Queue.claim = lambda *_: None")
+        assert "  lock db  " in run_ok("list").out
         assert "waits for the lock db: job first gets it first" in (
             run_ok("show", "second").out)
         assert "next in line" in run_ok("show", "first").out
@@ -4190,6 +4194,15 @@ class TestLogs:
         assert follower.stderr.read() == "queuectl: job y: no output; exit 0\n"
         assert pool.poll() is None
 
+    def test_follow_says_once_why_a_job_cannot_go_on_or_when(self, queue):
+        add_job(queue, id="cut")
+        queue.cancel(["cut"])
+        add_job(queue, id="behind", after=["cut"])
+        assert run_refused("logs", "-f", "behind").count("waits for cut") == 1
+        add_job(queue, id="x")
+        queue.fail(claim(queue), make_outcome("exit 7"))
+        assert "x: no output; exit 7, try 1 of 3; again " in run_ok("logs", "-f", "x").err
+
 
 class TestWait:
     """`wait` returns when jobs have ended or can't go on."""
@@ -4348,6 +4361,23 @@ class TestWait:
         code, shown = run_on_terminal("wait", "--timeout", "0.4")
         assert code == 124 and shown.count("1 waiting, 0 running, ") == 1
 
+    @posix_only
+    def test_of_a_few_named_jobs_it_names_the_unfinished(self):
+        enqueue(id="good")
+        enqueue("exit 1", id="bad", max_retries=1)
+        drain()
+        enqueue(id="later", delay=86400)
+        ids = ("later", "bad", "good")
+        rest = "waiting for later (due in 23h 59m); 1 completed, 1 dead"
+        code, shown = run_on_terminal("wait", *ids, "--timeout", "0", columns=99)
+        assert code == 124 and shown.startswith("\r\x1b[K%s\r" % rest)
+        assert "gave up: %s; no pool is" % rest in shown
+        pid, terminal = fork_on_terminal(["wait", *ids], columns=99)
+        assert b"waiting for" in os.read(terminal, 99)
+        os.write(terminal, b"\x03")
+        assert b"interrupted: " + rest.encode() in read_to_end(terminal)
+        assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 130
+
     def test_it_remembers_a_job_that_has_ended(self, queue):
         add_job(queue, id="b")
         queue.complete(claim(queue), make_outcome(None))
@@ -4380,7 +4410,7 @@ class TestWait:
         reason = "paused; to go on: queuectl.py resume"
         assert lines == [  # the reason once, and with the timeout
             "queuectl: " + reason,
-            "queuectl: gave up on x after 0.1s: 1 waiting, 0 running; " + reason]
+            "queuectl: gave up after 0.1s: waiting for x (pending); " + reason]
 
     @posix_only
     def test_while_jobs_run_it_reports_nothing(self, monkeypatch):
@@ -4750,9 +4780,10 @@ class TestDelete:
         for id, after in (("a", []), ("b", ["a"])):
             add_job(queue, id=id, after=after, max_retries=1)
         queue.fail(claim(queue), make_outcome())
-        assert run_ok("dlq", "clear").out == (
-            "deleted 0 jobs; 1 left: other jobs wait for them (a);"
-            " to see which: queuectl.py show a\n")
+        left = ("; 1 left: other jobs wait for them (a);"
+                " to see which: queuectl.py show a\n")
+        assert run_ok("dlq", "clear", "--dry-run").err.endswith("changed" + left)
+        assert run_ok("dlq", "clear").out == "deleted 0 jobs" + left
         assert run_ok("delete", "--state", "pending").out == "deleted 1 job\n"
         add_job(queue, id="b", after=["a"])
         assert run_ok("delete", "--all").out == "deleted 2 jobs\n" and jobs() == {}
@@ -6437,7 +6468,8 @@ class TestCommandLine:
         (["frobnicate"], "there are: enqueue, "), (["-v"], "mean --version?"),
         (["add", "ls", "-l"], "py enqueue -- ls -l\n"), (["failed"], "list --state failed\n"),
         (["add", "--id", "x", "--", "ls"], "queuectl.py enqueue --id x -- ls\n"),
-        (["status", "--json", "x"], "mean: queuectl.py show --json x\n"),
+        (["status", "--json", "x"], "see: queuectl.py status --help\n"),
+        (["pause", "now"], "arguments: now; see: queuectl.py pause --help\n"),
         (["list", "--limit", "-1"], "-1 is not a whole number of at least 0\n"),
         (["show", "-x1"], "an id that begins with - stands behind a --"),
         (["logs", "--tail", "5", "x"], "last lines: queuectl.py logs ID | tail\n"),
@@ -6491,6 +6523,19 @@ class TestCommandLine:
         assert printed in run_refused(*words, code=2)
         enqueue(id=words[1] if words[0] != "dlq" else words[2], run_at=2e9)
         assert "did you mean" not in cli(*words, *["--timeout=0"] * ("wait" in words)).err
+
+    @pytest.mark.parametrize("words, printed", [
+        (["status", "--json", "x"], "mean: queuectl.py show --json x\n"),
+        (["pause", "x"], "mean: queuectl.py edit --delay 1d x\n"),
+    ])
+    def test_a_line_about_a_job_is_suggested_if_there_is_it(self, words, printed):
+        enqueue(id="x")
+        assert printed in run_refused(*words, code=2)
+        with_db = ["--db", os.path.abspath("queuectl.db"), *words]
+        os.mkdir("elsewhere")
+        os.chdir("elsewhere")
+        assert " x\n" in run_refused(*with_db, code=2)
+        assert "--help" in run_refused(*words, code=2) and not os.listdir()
 
     def test_an_unknown_id_suggests_the_nearest_one(self):
         names = ["report-of-monday", "flaky", *map("job{}".format, range(200))]
@@ -6639,8 +6684,8 @@ class TestTerminal:
         assert words in answer.err and answer.err.count("\n") == 1
         code, shown = run_on_terminal("wait", "x", "--timeout", "0", columns=40)
         assert code == 124 and shown.endswith(
-            "queuectl: gave up on x: 1 waiting, 0\r\n  running; no pool is running; to start\r\n"
-            "  one: queuectl.py worker start\r\n")
+            "queuectl: gave up: waiting for x\r\n  (pending); no pool is running; to\r\n"
+            "  start one: queuectl.py worker start\r\n")
 
     @posix_only
     def test_lines_of_a_pool_are_broken_like_others(self):
