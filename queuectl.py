@@ -772,7 +772,8 @@ def setting_name(key):
     if name not in SETTINGS:
         raise unknown_word("setting " + printable(key), name, SETTINGS, {
             "backoff": "backoff_base", "backoff_factor": "backoff_base",
-            "retries": "max_retries", "max_attempts": "max_retries"})
+            "retries": "max_retries", "max_attempts": "max_retries",
+            "workers": "worker start --count", "max_workers": "worker start --count"})
     return name
 
 
@@ -6242,58 +6243,7 @@ def command(name, meaning, example, *arguments, **facts):
     return register
 
 
-# The commands that people mean by the words of other tools. A * stands for the words
-# that follow. Where two commands may be meant, both are named.
-MEANT = {word: meant for meant, words in {
-    "status": "ps, ps -a, ps aux, count, init, workers, worker list, worker status",
-    "status --watch": "top, watch",
-    "list": "jobs, job, queue, queue list, jobs list, job list, list all, list --all,"
-            " list -a, ls -a",
-    "list --match": "find *, search *, grep *",
-    "show": "info *, job *, inspect *, describe *, status *, list *, dlq show *,"
-            " dlq list *",
-    "show | config get": "get *",
-    "logs": "log, cat, output, tail, dlq logs *",
-    "logs -f": "follow",
-    "stats --since": "stats *",
-    "wait": "wait all, wait --all",
-    "enqueue": "add, submit, create, new, push, schedule, exec, run *, queue *",
-    "edit": "update, change, modify",
-    "edit --delay 1d": "hold *, pause *",
-    "edit --run-at now": "resume *, release *",
-    "edit --run-at now | worker start --count": "start *",
-    "pause": "hold, suspend, pause all",
-    "resume": "unpause, continue, resume all",
-    "cancel": "kill *, kill -9, stop *, abort *, dequeue *, cancel --force, cancel -f",
-    "cancel --state pending --state failed --state processing":
-        "cancel all, cancel --all, kill --all",
-    "retry": "restart *, rerun, requeue, redo",
-    "delete": "remove, del, delete --force, delete -f, purge *, clear *,"
-              " dlq delete *, dlq remove *, dlq clear *",
-    "delete --state completed": "prune, clean, cleanup",
-    "delete --state completed | dlq clear": "purge, clear",
-    "delete --all": "reset, flush, empty, delete all, purge --all, clear --all",
-    "dlq list": "dead, dlq show, dlq ls",
-    "dlq retry": "dlq requeue",
-    "dlq retry --all": "dlq retry all, retry all, retry --all",
-    "dlq clear": "dlq delete, dlq flush, dlq empty, dlq clear all, dlq clear --all",
-    "config show": "settings, config ls, config edit",
-    "config set": "set",
-    "config unset": "unset, config reset, config delete",
-    "worker start": "start, run, up, worker run, start worker, start workers",
-    "worker start --count": "worker start *",
-    "worker start --detach": "daemon",
-    "worker stop": "stop, down, stop worker, stop workers, worker stop all",
-    "worker stop --now": "kill, worker kill",
-    "worker stop | worker start": "restart, worker restart",
-    "dashboard": "web, ui, serve",
-    "dashboard --port": "dashboard *",
-    "--version": "version",
-    **{"list --state " + state: state for state in STATES if state != "dead"},
-    **{"config get " + name: "config " + name for name in SETTINGS},
-    **{"config set " + name: "config %s *" % name for name in SETTINGS},
-}.items() for word in words.split(", ")}
-# The same for states.
+# The states that people mean by the words of other tools.
 MEANT_STATES = {
     "running": "processing", "waiting": "pending", "queued": "pending",
     "done": "completed", "finished": "completed", "success": "completed",
@@ -6303,12 +6253,11 @@ MEANT_STATES = {
 def command_named(words):
     """Split a command line into the name of a command, or of a group, and the rest.
 
-    Options before the command count as if they stood behind it.
+    There may be no such command. Options before it count as if they stood behind it.
     """
     aliases = {alias: name for name, entry in COMMANDS.items()
                for alias in entry.aliases}
-    firsts = list(dict.fromkeys(name.split()[0] for name in COMMANDS))
-    groups = [name for name in firsts if name not in COMMANDS]
+    groups = {name.split()[0] for name in COMMANDS} - {*COMMANDS}
     name = ""
     options = []
     words = iter(words)
@@ -6324,39 +6273,7 @@ def command_named(words):
         name = (name + " " + word).lstrip()
         if name not in groups:
             break
-    name = aliases.get(name, name)
-    if name and name not in COMMANDS and name not in groups:
-        group = name.split()[0]
-        known = [each for each in COMMANDS if each.startswith(group + " ")]
-        raise unknown_command(name, [*words, *options], known or firsts)
-    return name, [*options, *words]
-
-
-def unknown_command(name, rest, known):
-    """Return the QueueError for the name of a command that is not in KNOWN."""
-    word = name.lower().replace("-", "_")  # max-retries
-    hint = line_meant(word, rest, any(not each.startswith("-") for each in rest))
-    near = "" if word.startswith("un") else nearest(word, known)
-    if near and not hint:  # `undelete` is the opposite of what is near it
-        hint = "did you mean: " + usage(*near.split(), *rest)
-    hint = hint or "there are: " + ", ".join(known)
-    return QueueError("unknown command %s; %s", name, hint, code=2)
-
-
-def line_meant(name, rest, has_word):
-    """Return what is meant by a command and the words after it, or nothing.
-
-    HAS_WORD tells whether one of these is no option.
-    """
-    known = [word for word in rest if "%s %s" % (name, word) in MEANT][:1]
-    key = " ".join([name, *known])
-    if has_word and not known and name + " *" in MEANT:
-        key = name + " *"
-    rest, lines = [word for word in rest if word not in known], []
-    for meant in MEANT[key].split(" | ") if key in MEANT else ():
-        is_command = meant == "enqueue" and rest and rest[0][:1] not in ("-", "{", "[")
-        lines.append(usage(*meant.split(), *["--"] * bool(is_command), *rest))
-    return lines and "did you mean: " + ", or: ".join(lines)
+    return aliases.get(name, name), [*options, *words]
 
 
 # An argument: its names; the word for its value, which help shows and completion knows,
@@ -10548,6 +10465,129 @@ def group_overview(group):
         "examples:", *("  %s %s" % (PROGRAM, entry.example) for entry in chosen.values())]
 
 
+# -- what may be meant by a line that is refused ----------------------------------------
+
+# The commands that people mean by the words of other tools. A * stands for the words
+# that follow. Where two commands may be meant, both are named.
+MEANT = {word: meant for meant, words in {
+    "status": "ps, ps -a, ps aux, count, init, workers, worker list, worker status",
+    "status --watch": "top, watch",
+    "list": "jobs, job, queue, queue list, jobs list, job list, list all, list --all,"
+            " list -a, ls -a",
+    "list --match": "find *, search *, grep *",
+    "show": "info *, job *, inspect *, describe *, status *, list *, dlq show *,"
+            " dlq list *",
+    "show | config get": "get *",
+    "logs": "log, cat, output, tail, dlq logs *",
+    "logs -f": "follow",
+    "stats --since": "stats *",
+    "wait": "wait all, wait --all",
+    "enqueue": "add, submit, create, new, push, exec, run *, queue *",
+    "edit": "update, change, modify",
+    "edit --delay 1d": "hold *, pause *",
+    "edit --run-at now": "resume *, release *",
+    "edit --run-at now | worker start --count": "start *",
+    "pause": "hold, suspend, pause all",
+    "resume": "unpause, continue, resume all",
+    "cancel": "kill *, kill -9, stop *, abort *, dequeue *, cancel --force, cancel -f",
+    "cancel --state pending --state failed --state processing":
+        "cancel all, cancel --all, kill --all",
+    "retry": "restart *, rerun, requeue, redo",
+    "delete": "remove, del, delete --force, delete -f, purge *, clear *,"
+              " dlq delete *, dlq remove *, dlq clear *",
+    "delete --state completed": "prune, clean, cleanup",
+    "delete --state completed | dlq clear": "purge, clear",
+    "delete --all": "reset, flush, empty, delete all, purge --all, clear --all",
+    "dlq list": "dead, dlq show, dlq ls",
+    "dlq retry": "dlq requeue",
+    "dlq retry --all": "dlq retry all, dlq retry_all, retry all, retry --all",
+    "dlq clear": "dlq delete, dlq flush, dlq empty, dlq clear all, dlq clear --all",
+    "config show": "settings, config ls, config edit",
+    "config set": "set",
+    "config unset": "unset, config reset, config delete",
+    "worker start": "start, run, up, worker run, start worker, start workers",
+    "worker start --count": "worker start *",
+    "worker start --detach": "daemon",
+    "worker stop": "stop, down, stop worker, stop workers, worker stop all",
+    "worker stop --now": "kill, worker kill",
+    "worker stop | worker start": "restart, worker restart",
+    "dashboard": "web, ui, serve",
+    "dashboard --port": "dashboard *",
+    "--version": "version",
+    **{"list --state " + state: state for state in STATES if state != "dead"},
+    **{"config get " + name: "config " + name for name in SETTINGS},
+    **{"config set " + name: "config %s *" % name for name in SETTINGS},
+}.items() for word in words.split(", ")}
+
+
+class Misused(Exception):
+    """What is wrong with the words after the name of a command."""
+
+
+def did_you_mean(lines, of_known_jobs=False):
+    """Return a hint that names those of the command lines that are right.
+
+    OF_KNOWN_JOBS, a job that such a line names has to be there.
+    """
+    right = [usage(*line) for line in lines if is_right(line, of_known_jobs)]
+    return right and "did you mean: " + ", or: ".join(right)
+
+
+def is_right(line, of_known_jobs):
+    """Tell whether a command line would be taken, or has only a command's name."""
+    name, words = command_named(line)
+    if name not in COMMANDS:
+        return line == ["--version"]
+    if not words:
+        return True
+    try:
+        args = parsed_words(name, words)
+        ids = jobs_named(name, args)
+        if not of_known_jobs or not ids:
+            return True
+        with Queue(args.db, create=False) as queue:
+            return all(queue.state(id) is not None for id in ids)
+    except (Misused, QueueError, sqlite3.Error):
+        return False
+
+
+def jobs_named(name, args):
+    """Return the ids among the arguments of a command."""
+    values = [getattr(args, argument.names[0]) for argument in COMMANDS[name].arguments
+              if argument.metavar == "ID" and not argument.names[0].startswith("-")]
+    return [id for value in values
+            for id in (value if isinstance(value, list) else [value])]
+
+
+def lines_meant(name, rest, has_word):
+    """Return the command lines that are meant by a command and the words after it.
+
+    HAS_WORD tells whether one of these is no option.
+    """
+    known = [word for word in rest if "%s %s" % (name, word) in MEANT][:1]
+    key = " ".join([name, *known])
+    if has_word and not known and name + " *" in MEANT:
+        key = name + " *"
+    rest = [word for word in rest if word not in known]
+    is_command = rest and rest[0][:1] not in ("-", "{", "[")
+    return [[*meant.split(), *["--"] * bool(meant == "enqueue" and is_command), *rest]
+            for meant in (MEANT[key].split(" | ") if key in MEANT else ())]
+
+
+def unknown_command(name, rest):
+    """Return the QueueError for the name of a command that there is not."""
+    group = name.split()[0] + " "
+    known = [each for each in COMMANDS if each.startswith(group)] or list(
+        dict.fromkeys(each.split()[0] for each in COMMANDS))
+    word = name.lower().replace("-", "_")  # max-retries
+    hint = did_you_mean(lines_meant(word, rest, rest and rest[0][:1] != "-"))
+    near = "" if word.startswith("un") else nearest(word, known)
+    if near and not hint:  # `undelete` is the opposite of what is near it
+        hint = did_you_mean([[*near.split(), *rest]])
+    hint = hint or "there are: " + ", ".join(known)
+    return QueueError("unknown command %s; %s", name, hint, code=2)
+
+
 def refuse_mistaken(name, words):
     """Refuse words that a command would take for something else than was meant."""
     if name in ("retry", "dlq retry") and "--" in words:
@@ -10564,15 +10604,15 @@ def refuse_mistaken(name, words):
 def refuse_words_for_ids(name, args, queue):
     """Refuse `all` or states in place of ids, unless a job is called so."""
     ids, words = getattr(args, "ids", None) or [""], args.typed
-    line = line_meant(name, words, False) if ids[0] == "all" else None
+    hint = did_you_mean(lines_meant(name, words, False)) if ids[0] == "all" else ""
     if any("--state" in each.names for each in COMMANDS[name].arguments):
         states = {id: MEANT_STATES.get(id, id) for id in ids}
         words = [each for word in words for each in (
             ["--state", states[word]] if states.get(word) in STATES else [word])]
     if words != args.typed:
-        line = "did you mean: " + usage(*name.split(), *words)
-    if line and queue.state(ids[0]) is None:
-        raise QueueError("there is no job %s; %s", ids[0], line, code=2)
+        hint = did_you_mean([[*name.split(), *words]])
+    if hint and queue.state(ids[0]) is None:
+        raise QueueError("there is no job %s; %s", ids[0], hint, code=2)
 
 
 # The options that people mean by the words of other tools.
@@ -10585,9 +10625,9 @@ MEANT_OPTIONS = {
     "--now": "-f --force --kill",
     "--quiet": "-q --silent", "--watch": "-w --follow", "--newest": "-r --reverse",
     "--max-retries": "-r --retry --retries --max-attempts --attempts --tries",
-    "--delay": "--in --countdown", "--run-at": "--at --eta",
+    "--timeout": "-t --time-limit", "--delay": "--in --countdown", "--run-at": "--at --eta",
     "--after": "--depends-on --depends --needs", "--id": "--name -i",
-    "--port": "-p", "--file": "-f --input --from-file",
+    "--port": "-p", "--file": "-f --input --from --from-file",
     "--command": "--cmd -c", "--cwd": "-C --dir --directory --workdir --chdir",
     "--state": "-s --status", "--match": "--filter --grep --search --query --name",
     "--since": "--within", "--error": "--error-text --reason",
@@ -10643,25 +10683,14 @@ class RefusedLine:
         yield self.quotes_hint()
         yield self.command_hint()
         yield self.filter_hint()
-        yield self.corrected and "did you mean: " + self.line(*self.corrected)
+        yield self.corrected and did_you_mean([[*self.name.split(), *self.corrected]])
         yield self.other_tool_hint()
-        is_about_job = MEANT.get(self.name + " *", "").startswith(("show", "edit"))
-        if not is_about_job or self.is_job():
-            yield line_meant(self.name, self.words, self.word and not self.unknown)
+        has_word = self.word and not self.unknown
+        yield did_you_mean(lines_meant(self.name, self.words, has_word), True)
         yield "see: " + self.line("--help")
 
     def line(self, *words):
         return usage(*self.name.split(), *words)
-
-    def is_job(self):
-        """Tell whether the word is the id of a job."""
-        path = os.environ.get("QUEUECTL_DB") or "queuectl.db"
-        for option, word in zip(self.words, self.words[1:]):
-            path = word if option == "--db" else path
-        with contextlib.suppress(QueueError, sqlite3.Error):
-            with Queue(os.path.realpath(path), create=False) as queue:
-                return queue.state(self.word) is not None
-        return False
 
     def with_known_options(self):
         """Return the words with known options in place of others, or nothing."""
@@ -10689,7 +10718,8 @@ class RefusedLine:
         is_command = self.word[:1] not in ("", "{", "[") and "--" not in self.words
         if self.name == "enqueue" and is_command and not (self.at and self.corrected):
             words = [*self.words[: self.at], "--", *self.words[self.at :]]
-            return "to run a command: " + self.line(*words)
+            is_valid = is_right([self.name, *words], False)
+            return is_valid and "to run a command: " + self.line(*words)
 
     def filter_hint(self):
         """Return how to list jobs by a number or a state that stands alone."""
@@ -10700,7 +10730,7 @@ class RefusedLine:
         is_filter = option == "--limit" or value in STATES
         if is_filter and option in self.known and not self.unknown:
             words = [*self.words[: self.at], option, value, *self.words[self.at + 1 :]]
-            return "did you mean: " + self.line(*words)
+            return did_you_mean([[*self.name.split(), *words]])
 
     def other_tool_hint(self):
         """Return what to do for an option that there is not."""
@@ -10718,16 +10748,17 @@ def wrapped_usage(name, width):
     return usage.replace("%(prog)s", "%(prog)s\n   ") if is_wide else usage
 
 
-def parse_arguments(name, words):
-    """Return the arguments of one command; no other command's parser is built."""
+# -- the command line -------------------------------------------------------------------
+
+
+def make_parser(name):
+    """Return the parser of one command; no other command's is built."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):
-            hint = RefusedLine(name, words, self).hint()
-            raise QueueError("%s: %s; %s", name, message, hint, code=2)
+            raise Misused(message)
 
-    refuse_mistaken(name, words)
     entry = COMMANDS[name]
     width = min(terminal_width(sys.stdout) or 80, 80) - 1
     parser = Parser(
@@ -10743,7 +10774,13 @@ def parse_arguments(name, words):
     )
     for argument in [*entry.arguments, *EVERYWHERE]:
         parser.add_argument(*argument.names, **argument.options)
-    takes_words = entry.takes_words and "--" in words
+    return parser
+
+
+def parsed_words(name, words):
+    """Return the arguments in the words after the name of a command, or Misused."""
+    parser = make_parser(name)
+    takes_words = COMMANDS[name].takes_words and "--" in words
     end = words.index("--") if takes_words else len(words)
     # `parse_intermixed_args` would take words after a `--` for options.
     parse = parser.parse_args if "--" in words[:end] else parser.parse_intermixed_args
@@ -10755,11 +10792,24 @@ def parse_arguments(name, words):
     return args
 
 
+def parse_arguments(name, words):
+    """Return the arguments in the words after the name of a command, or a QueueError."""
+    refuse_mistaken(name, words)
+    try:
+        return parsed_words(name, words)
+    except Misused as error:
+        hint = RefusedLine(name, words, make_parser(name)).hint()
+        raise QueueError("%s: %s; %s", name, error, hint, code=2) from None
+
+
 def run_command(argv):
     """Run one command line; return the exit code."""
     if argv[:1] == ["help"]:
         argv = [*argv[1:], "--help"]
     name, words = command_named(argv)
+    is_group = any(each.startswith(name + " ") for each in COMMANDS)
+    if name and not is_group and name not in COMMANDS:
+        raise unknown_command(name, words)
     if name not in COMMANDS:
         return show_help(name, words)
     entry = COMMANDS[name]

@@ -6473,7 +6473,11 @@ class TestCommandLine:
         (["list", "--limit", "-1"], "-1 is not a whole number of at least 0\n"),
         (["show", "-x1"], "an id that begins with - stands behind a --"),
         (["logs", "--tail", "5", "x"], "last lines: queuectl.py logs ID | tail\n"),
-        (["dlq", "ls"], "dlq list\n"), (["dlq", "clear", "x"], "queuectl.py delete x\n"),
+        (["dlq", "ls"], "dlq list\n"), (["list", "-l"], "see: queuectl.py list --help\n"),
+        (["start", "--count", "2"], "mean: queuectl.py worker start --count 2\n"),
+        (["workers", "start"], "mean: queuectl.py worker start\n"),
+        (["enqueue", "--from", "f"], "mean: queuectl.py enqueue --file f\n"),
+        (["dlq", "retry-all"], "mean: queuectl.py dlq retry --all\n"),
         (["enqueue", "--prio", "5", "--", "x"], "py enqueue --priority 5 -- x\n"),
         (["enqueue", "--name=a", "--retries", "3", "--", "x"],
          "mean: queuectl.py enqueue --id=a --max-retries 3 -- x\n"),
@@ -6527,6 +6531,7 @@ class TestCommandLine:
     @pytest.mark.parametrize("words, printed", [
         (["status", "--json", "x"], "mean: queuectl.py show --json x\n"),
         (["pause", "x"], "mean: queuectl.py edit --delay 1d x\n"),
+        (["dlq", "clear", "x"], "mean: queuectl.py delete x\n"),
     ])
     def test_a_line_about_a_job_is_suggested_if_there_is_it(self, words, printed):
         enqueue(id="x")
