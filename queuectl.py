@@ -6464,7 +6464,8 @@ def error_lines(groups, path, now, width):
         line = "  %s of %s" % (grouped(group["jobs"]), line)
         when = ", the latest " if group["jobs"] > 1 else ", "
         when += relative_time(group["latest"], now)
-        yield truncate(line, width) if display_width(line + when) > width else line + when
+        has_room = display_width(line + when) <= width
+        yield line + when if has_room else truncate(line, width)
     more = groups[SHOWN_ERRORS:]
     if more:
         yield in_queue(path, "  and of %s; to see all: %s dlq list" % (
@@ -10465,7 +10466,7 @@ def group_overview(group):
         "examples:", *("  %s %s" % (PROGRAM, entry.example) for entry in chosen.values())]
 
 
-# -- what may be meant by a line that is refused ----------------------------------------
+# -- what may be meant by a line that is refused ---------------------------------------
 
 # The commands that people mean by the words of other tools. A * stands for the words
 # that follow. Where two commands may be meant, both are named.
@@ -10625,7 +10626,8 @@ MEANT_OPTIONS = {
     "--now": "-f --force --kill",
     "--quiet": "-q --silent", "--watch": "-w --follow", "--newest": "-r --reverse",
     "--max-retries": "-r --retry --retries --max-attempts --attempts --tries",
-    "--timeout": "-t --time-limit", "--delay": "--in --countdown", "--run-at": "--at --eta",
+    "--timeout": "-t --time-limit",
+    "--delay": "--in --countdown", "--run-at": "--at --eta",
     "--after": "--depends-on --depends --needs", "--id": "--name -i",
     "--port": "-p", "--file": "-f --input --from --from-file",
     "--command": "--cmd -c", "--cwd": "-C --dir --directory --workdir --chdir",
@@ -10748,7 +10750,7 @@ def wrapped_usage(name, width):
     return usage.replace("%(prog)s", "%(prog)s\n   ") if is_wide else usage
 
 
-# -- the command line -------------------------------------------------------------------
+# -- the command line ------------------------------------------------------------------
 
 
 def make_parser(name):
@@ -10778,7 +10780,7 @@ def make_parser(name):
 
 
 def parsed_words(name, words):
-    """Return the arguments in the words after the name of a command, or Misused."""
+    """Return the arguments of a command, or raise Misused."""
     parser = make_parser(name)
     takes_words = COMMANDS[name].takes_words and "--" in words
     end = words.index("--") if takes_words else len(words)
@@ -10793,7 +10795,7 @@ def parsed_words(name, words):
 
 
 def parse_arguments(name, words):
-    """Return the arguments in the words after the name of a command, or a QueueError."""
+    """Return the arguments of a command, or raise a QueueError with what is meant."""
     refuse_mistaken(name, words)
     try:
         return parsed_words(name, words)

@@ -9951,6 +9951,14 @@ class TestReadme:
         assert "kept  completed" in run_readme_line(script)
         assert read_status()["paused"] and "later" not in jobs()
 
+    @mechanism
+    def test_its_numbers_are_those_of_the_program(self):
+        text = " ".join(read_readme().split())
+        assert "Eight run at a time, for five minutes at most" in text
+        assert (queuectl.MAX_HOOKS, queuectl.HOOK_TIMEOUT) == (8, 300)
+        assert "when its worker has died five times" in text and queuectl.MAX_DEATHS == 5
+        assert "The log keeps 20 MB" in text and queuectl.LOG_LIMIT == 10 * 2**20
+
     def test_its_library_example_runs(self):
         program = "\n".join(readme_block("from queuectl import"))
         pool = start_pool(count=1)
