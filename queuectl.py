@@ -3103,8 +3103,9 @@ class Queue(Database):
         the ready ones, `locked` wait for their lock; `line` is the longest line of jobs
         that share one. `run_seconds` is the average of the last runs of the jobs that
         were enqueued last: no index leads to the runs that ended last. It is None
-        before the first run has ended. `rate` are the jobs completed each second; it is
-        None where runs are so long that the time between them does not count.
+        before the first run has ended. `failing` is the share of these runs that
+        failed. `rate` are the jobs completed each second; it is None where runs are so
+        long that the time between them does not count. `growth` is that of `_growth`.
         """
         waiting = sum(self.counts()[state] for state in WAITING)
         delayed = self._value(  # what is overdue is ready, though no worker has seen it
@@ -3118,13 +3119,45 @@ class Queue(Database):
                 FROM (SELECT lock, gate FROM jobs
                     WHERE lock NOT NULL AND state = 'pending' LIMIT {COUNT_LIMIT})
                 GROUP BY lock)""")
-        seconds = self._value("""
-            SELECT AVG(spent) FROM (
-                SELECT finished_at - started_at AS spent FROM runs
-                ORDER BY seq DESC, run DESC LIMIT 200)""")
+        seconds, failing = self._row(f"""
+            SELECT AVG(finished_at - started_at), AVG({TOTAL_OF_RUN} = 'failed') FROM (
+                SELECT * FROM runs ORDER BY seq DESC, run DESC LIMIT 200)""")
         rate = self._rate() if seconds is not None and seconds < 0.1 else None
         return dict(locks, ready=waiting - delayed - dependent, delayed=delayed,
-                    dependent=dependent, run_seconds=seconds, rate=rate)
+                    dependent=dependent, run_seconds=seconds, failing=failing or 0,
+                    rate=rate, growth=self._growth(seconds or 0))
+
+    def _growth(self, run_seconds):
+        """Return how many jobs a minute were added beyond those that ended, least first.
+
+        There are three numbers, for the last three periods: a heap that was enqueued at
+        once is the growth of one. In each period a few runs end.
+        """
+        period = min(max(10, 2 * run_seconds), 600)
+        moments = [self.clock() - ago * period for ago in (3, 2, 1, 0)]
+        left = [self._last_seq_at(moment) + self._value("""
+            SELECT (SELECT COUNT(*) FROM jobs WHERE state = 'completed'
+                    AND updated_at > :moment)
+                + (SELECT COUNT(*) FROM jobs WHERE state = 'dead'
+                    AND updated_at > :moment)""", moment=moment) for moment in moments]
+        return sorted(60 / period * (more - less) for less, more in zip(left, left[1:]))
+
+    def _last_seq_at(self, moment):
+        """Return the number of the last job that was enqueued by then.
+
+        By bisection: to count a million new jobs would take a while.
+        """
+        low, high = 0, self._value("SELECT MAX(seq) FROM jobs") or 0
+        while low < high:
+            middle = (low + high + 1) // 2
+            created_at = self._value("""
+                SELECT created_at FROM jobs WHERE seq <= ? ORDER BY seq DESC LIMIT 1""",
+                middle)
+            if (created_at or 0) <= moment:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
     def _rate(self):
         """Return how many jobs are completed each second, None if none was lately."""
@@ -4520,16 +4553,13 @@ JOB_KINDS = {
 # How far a queue is.
 
 
-def verdict(status, now, growth=0):
-    """Return the `Verdict` on a queue.
-
-    STATUS has the values of `read_status`. GROWTH is how many more jobs are unfinished
-    each minute, for a caller that has looked before.
-    """
-    judgement = verdict_at_rest(status) or verdict_at_work(status, now, growth)
+def verdict(status, now):
+    """Return the `Verdict` on a queue by the values of `read_status`."""
+    judgement = verdict_at_rest(status) or verdict_at_work(status, now)
     harm = harm_text(status)
     if harm and judgement.state in ("processing", "completed"):
-        return judgement._replace(state="failed", harm=harm)
+        state = "dead" if status["failing"] > 0.5 else "failed"
+        return judgement._replace(state=state, harm=harm)
     return judgement
 
 
@@ -4555,28 +4585,25 @@ def verdict_at_rest(status):
         sentence=joined(judgement.sentence + waiting, harm_text(status), by="; "))
 
 
-def verdict_at_work(status, now, growth):
+def verdict_at_work(status, now):
     """Return the `Verdict` on a queue whose jobs a pool starts."""
     ready = grouped(max(1, status["ready"]))
     due = status["next_due"]
-    if growth >= 1:
+    least, growth, _ = status["growth"]
+    has_waited = now - (status["oldest_waiting"] or now)
+    if least >= 1 and has_waited > 5:  # else workers are free now and then
         more = 1 + int(growth * (status["run_seconds"] or 0) / 60)
         sentence = "Falling behind: %s waiting, %s more a minute" % (
             ready, grouped(round(growth)))
         return Verdict("failed", sentence, TO_ADD_WORKERS % more)
-    is_late = due is not None and due <= now
-    if status["oldest_job"] or status["locked"] or is_late:
-        where = " waiting" if status["oldest_job"] or is_late else " behind a lock"
-        when = "" if growth > 0 else time_left(status, now)
-        sentence = "Working: " + ready + where + when
-        state = "processing"
-    elif status["jobs"]["processing"]:
-        sentence = "Keeping up: no job waits for a worker"
-        state = "processing"
-    else:
-        sentence = "Idle: the next job is due " + relative_time(due or now, now)
-        state = "completed"
-    return Verdict(state, sentence)
+    when = "" if growth > 0 else time_left(status, now)
+    if status["oldest_job"] or due is not None and due <= now:
+        return Verdict("processing", "Working: " + ready + " waiting" + when)
+    if status["locked"] or status["jobs"]["processing"]:
+        return Verdict("processing", "Keeping up: no job waits for a worker"
+                       + (when if status["locked"] else ""))
+    return Verdict("completed", "Idle: the next job is due "
+                   + relative_time(due or now, now))
 
 
 def harm_text(status):
@@ -4605,8 +4632,8 @@ def time_left(status, now):
     Jobs that share a lock run one after the other, however many workers there are.
     """
     workers = len(status["workers"])
-    mean = status["run_seconds"]
-    if not workers or mean is None:
+    mean, ended = status["run_seconds"], sum(map(status["jobs"].get, FINISHED))
+    if not workers or mean is None or ended < 5:  # too few to know those that follow
         return ""
     jobs = status["ready"] + status["jobs"]["processing"]
     seconds = max(1, mean * max(1, jobs / workers, status["line"]))
@@ -4625,38 +4652,6 @@ def count_unfinished(counts):
 
 def count_waiting(counts):
     return sum(counts[state] for state in WAITING)
-
-
-# The growth of a queue that may be growing: less than a job a minute, so that it is not
-# called falling behind, and more than none, so that nobody is told when it ends.
-MAYBE_GROWING = 0.5
-
-
-class Trend:
-    """Whether a queue grows, by the looks of a caller; one in 15 seconds is kept."""
-
-    def __init__(self):
-        self.looks = collections.deque(maxlen=4)
-
-    def growth(self, now, unfinished):
-        """Return how many more jobs are unfinished each minute: the least of 3 steps.
-
-        So a heap that was enqueued at once, and has shrunk since, is no growth. It is
-        MAYBE_GROWING where only the last step is up, or more are unfinished than at
-        the first look.
-        """
-        if self.looks and now < self.looks[-1][0]:  # the clock was set back
-            self.looks.clear()
-        if not self.looks or now >= self.looks[-1][0] + 15:
-            self.looks.append((now, unfinished))
-        looks = [*self.looks]
-        steps = [60 * (more - less) / (end - begin)
-                 for (begin, less), (end, more) in zip(looks, looks[1:])]
-        if not steps:
-            return MAYBE_GROWING if unfinished > looks[0][1] else 0
-        if steps[-1] <= 0:
-            return min(steps)
-        return max(MAYBE_GROWING, min(steps)) if len(steps) == 3 else MAYBE_GROWING
 
 
 def unfinished_text(counts):
@@ -6456,9 +6451,9 @@ def died(groups):
     return [group for group in groups if not group["is_cancelled"]]
 
 
-def status_screen(status, groups, now, growth):
+def status_screen(status, groups, now):
     """Yield what `status` shows on a terminal, where people look."""
-    judgement = verdict(status, now, growth)
+    judgement = verdict(status, now)
     yield Line(with_advice(judgement, status["path"]),
                STATES[judgement.state].colour, 0, len(verdict_text(judgement)))
     width = terminal_width(sys.stdout)
@@ -7330,7 +7325,6 @@ def why_nothing_ends(queue):
          creates_queue=True, must_print=True)
 def cmd_status(args, queue):
     is_terminal = not args.json and terminal_width(sys.stdout)
-    trend = Trend()
     with contextlib.ExitStack() as stack:
         screen = args.watch and is_terminal and stack.enter_context(Screen())
         while True:
@@ -7338,8 +7332,7 @@ def cmd_status(args, queue):
             now, status = queue.clock(), read_status(queue)
             lines = status_lines(status, now)
             if is_terminal:
-                growth = trend.growth(now, count_unfinished(status["jobs"]))
-                lines = status_screen(status, errors_of(queue), now, growth)
+                lines = status_screen(status, errors_of(queue), now)
             if screen:
                 print(end=screenful(lines))
             elif args.json:
@@ -8635,12 +8628,11 @@ class View(collections.namedtuple(
 
 
 # What the parts of the page are made of: the queue; the `View`; the time; the values of
-# `read_status`; those of `errors_of`; the growth for `verdict`; the jobs of the table,
-# and one more if there are older ones; those of the page above it, from below; the
-# site's `Cache`; whether the page holds the output of the open job (otherwise the
-# script fetches it).
+# `read_status`; those of `errors_of`; the jobs of the table, and one more if there are
+# older ones; those of the page above it, from below; the site's `Cache`; whether the
+# page holds the output of the open job (otherwise the script fetches it).
 class Page(collections.namedtuple(
-        "Page", "queue view now status groups growth found above cache is_whole")):
+        "Page", "queue view now status groups found above cache is_whole")):
     text_of = staticmethod(roughly)  # so that it is a `Look`
 
 
@@ -8675,7 +8667,7 @@ def page_header(page):
 
 def page_now(page):
     """Return the verdict, and what needs somebody; without jobs, the first steps."""
-    status, found = page.status, verdict(page.status, page.now, page.growth)
+    status, found = page.status, verdict(page.status, page.now)
     advice = found.advice
     if status["paused"]:  # there is a button
         advice = "" if status["pools"] else "no pool is running; " + TO_START
@@ -9429,9 +9421,6 @@ def make_page(queue, query, site, is_whole=False):
         # From the cache while there are as many: to group a hundred thousand is slow.
         groups = site.cache.get("dead %d" % status["jobs"]["dead"],
                                  lambda: errors_of(queue))
-        # Through the cache as well, where one request at a time looks.
-        growth = site.cache.get("growth", lambda: site.trend.growth(
-            now, count_unfinished(status["jobs"])))
         view = View(*(query.get(name, "") for name in View._fields))
         state = view.state.lower()  # as `state_name` takes it
         view = view._replace(state=state if state in STATES else "")
@@ -9442,7 +9431,7 @@ def make_page(queue, query, site, is_whole=False):
             found = rows_from(queue, view)
         if view.before:
             above = rows_from(queue, view, backwards=True)
-        return page_parts(Page(queue, view, now, status, groups, growth, found, above,
+        return page_parts(Page(queue, view, now, status, groups, found, above,
                                site.cache, is_whole))
 
 
@@ -9473,7 +9462,7 @@ def page_parts(page):
         opened, words = page_panel(page), [
             job["id"] + " " + kind_of(job, page)]
     else:
-        id, found = page.view.job, verdict(page.status, page.now, page.growth)
+        id, found = page.view.job, verdict(page.status, page.now)
         opened = id and panel(page, sentence_case(str(no_job(id))))
         words = [found.harm, found.sentence.partition(":")[0]]
     title = joined(*words, os.path.basename(page.queue.path), by=" – ")
@@ -9567,7 +9556,7 @@ class Site:
         if host not in LOOPBACK:  # it is reached by the names of its machine as well
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
         self.token = secrets.token_hex(16)
-        self.trend, self.cache = Trend(), Cache()
+        self.cache = Cache()
 
     def answer(self, method, target, headers):
         """Return status, type and text of the answer, or of the refusal."""
