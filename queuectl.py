@@ -2993,10 +2993,11 @@ class Queue(Database):
         query = "SELECT output FROM outputs WHERE seq = ? AND run = ?"
         return self._value(query, job["seq"], number or job["run"])
 
-    def output_size(self, job, number):
-        """Return the bytes of the stored output of run NUMBER, None without any."""
-        query = "SELECT length(output) FROM outputs WHERE seq = ? AND run = ?"
-        return self._value(query, job["seq"], number)
+    def output_head(self, job, number):
+        """Return the bytes of the stored output of run NUMBER, and how it begins."""
+        return self._row("""
+            SELECT length(output), substr(output, 1, 100) FROM outputs
+            WHERE seq = ? AND run = ?""", job["seq"], number) or (0, b"")
 
     def lease_path(self, seq, number):
         """Return the path of the lease of run NUMBER of the job SEQ."""
@@ -3076,24 +3077,31 @@ class Queue(Database):
         """Return the errors of dead jobs as dicts, the most common first.
 
         `jobs` is their number, `latest` the time of the latest death, `id` that job,
-        `tail` the end of what it printed, which says more than `exit 1`, and
-        `is_cancelled` whether somebody cancelled it.
+        `is_cancelled` whether somebody cancelled it, and `tails` the ends of what the
+        latest jobs printed, which say more than `exit 1`.
         """
         with self.snapshot():  # or the latest job of an error may be gone
             groups = self._rows("""
                 SELECT error, COUNT(*) AS jobs, MAX(updated_at) AS latest FROM jobs
                 WHERE state = 'dead' GROUP BY error ORDER BY jobs DESC, latest DESC
                 LIMIT ?""", MAX_ERRORS)
-            return [dict(group, **self._latest_death(group["error"]))
-                    for group in groups]
+            tails = min(20, 100 // (len(groups) or 1))
+            return [self._with_latest(dict(group), tails) for group in groups]
 
-    def _latest_death(self, error):
-        """Return the columns of `dead_by_error` about the latest job of an error."""
-        return self._row("""
-            SELECT id, cancelled AS is_cancelled, substr(output, ?) AS tail
+    def _with_latest(self, group, limit):
+        """Return a group of `dead_by_error` with what it has of its latest jobs.
+
+        SQLite reads all of an output to reach its end, so it is read of the first job,
+        and of others if it is not a lot.
+        """
+        jobs = self._rows("""
+            SELECT id, cancelled, CASE WHEN length(output) < ? OR updated_at = ?
+                THEN substr(output, ?) END AS tail
             FROM jobs LEFT JOIN outputs USING (seq, run)
-            WHERE state = 'dead' AND error IS ?
-            ORDER BY updated_at DESC LIMIT 1""", -TAIL_SIZE, error)
+            WHERE state = 'dead' AND error IS ? ORDER BY updated_at DESC LIMIT ?""",
+            MAX_TAILED, group["latest"], -TAIL_SIZE, group["error"], limit)
+        return dict(group, id=jobs[0]["id"], is_cancelled=jobs[0]["cancelled"],
+                    tails=[job["tail"] or b"" for job in jobs])
 
     def work_left(self):
         """Return a dict of what waits: numbers of jobs, and seconds for a run.
@@ -6439,10 +6447,15 @@ def status_document(status, now):
 
 
 def errors_of(queue):
-    """Return `dead_by_error` with the last line of each tail as `line`."""
+    """Return `dead_by_error` with the most common last line of the tails as `line`.
+
+    It is that of `alike` jobs among the latest `printed` that have one.
+    """
     groups = queue.dead_by_error()
     for group in groups:
-        group["line"] = last_line(group.pop("tail") or b"")
+        lines = [*filter(None, map(last_line, group.pop("tails")))]
+        common = collections.Counter(lines).most_common(1) or [("", 0)]
+        (group["line"], group["alike"]), group["printed"] = common[0], len(lines)
     return groups
 
 
@@ -8750,7 +8763,10 @@ def error_alert(group, behind, page):
     """Return the line about the dead of one error, and about what waits for them."""
     error, line, is_one = group["error"], group["line"], group["jobs"] == 1
     chosen = {"state": "dead", "error": error}
-    words = joined(is_one and group["id"], line and "“%s”" % line,
+    line = line and "“%s”" % line
+    if group["alike"] < group["printed"]:
+        line += " in %(alike)d of the latest %(printed)d" % group
+    words = joined(is_one and group["id"], line,
                    ("" if is_one else "latest ") + ago(group["latest"], page), by=" · ")
     waiting = behind > 0 and link(
         "%s %s for %s" % (grouped(behind), "waits" if behind == 1 else "wait",
@@ -8866,7 +8882,8 @@ def workers_text(status):
 
 def page_middle(page):
     """Return the place of the chart, which the script fetches, and what runs now."""
-    chart = element("div", id="chart", data_keep="yes")
+    ended = sum(runs for runs, _ in page.queue.totals().values())
+    chart = element("div", id="chart", data_keep="yes", data_ended=ended)
     hour = element("section", element("h2", "The last hour"), chart, css="card")
     return element("div", hour, page_running(page), css="two")
 
@@ -9063,13 +9080,15 @@ def count_of_view(page):
 def jobs_header(page, total):
     view = page.view
     order = ", the latest death first" if view.state == "dead" else ", newest first"
+    first = view.state == "pending" and page.status["oldest_job"]
     others = [element("input", type="hidden", name=name, value=value)
               for name, value in view._replace(q="").filters().items()]
     return element(
         "div", element("h2", "Jobs", tabindex=-1),
         element("span", grouped(total) + order, id="total", css="dim"),
+        first and link("Longest wait: " + first, view.open(first), "line"),
         element("form", *others, element(
-            "input", id="q", type="search", aria_label="Search jobs", title="Key /",
+            "input", id="q", type="search", aria_label="Search jobs",
             placeholder="Search id, command, error", name="q", value=view.q)),
         *filter_links(view),
         element("span", *bulk_buttons(page), css="row end"), css="row")
@@ -9087,8 +9106,9 @@ def filter_links(view):
 def bulk_buttons(page):
     """Yield what can be done with all jobs that the filters leave, if there are any."""
     filters, state, error = page.view.filters(), page.view.state, page.view.blocked_by
-    if page.found and (
-            error or state == "dead" or not filters and count_in(page, "dead")):
+    is_dead = any(job["state"] == "dead" and not job["cancelled"] for job in page.found)
+    if page.found and (error or state == "dead" or is_dead
+                       or not filters and count_in(page, "dead")):
         chosen = {"error": error} if error else filters
         yield bulk_button("Retry dead…", "retry", chosen)
     if page.found and filters and state != "processing":
@@ -9327,7 +9347,8 @@ def run_links(job, shown, page):
 def run_link(run, shown, page):
     """Return a link to the output of a run, with when it began and how it ended."""
     going = "lost" if page.view.job in page.status["lost"] else "running"
-    words = [run["run"], iso(run["started_at"])[11:19], going]
+    began = iso(run["started_at"])[:19].replace(iso(page.now)[:11], "")  # today
+    words = [run["run"], began.replace("T", " "), going]
     if run["finished_at"] is not None:
         words[2:] = run["error"] or "exit 0", duration_text(run["seconds"])
     return link("run " + " · ".join(map(str, words)),
@@ -9343,8 +9364,10 @@ def panel_output(job, run, page):
     if not run:
         yield element("h2", "Not run yet")
         return
-    size, name = page.queue.output_size(job, run), query_of(id=job["id"], run=run)
-    words = [element("span", "%s bytes kept" % grouped(size or 0), css="dim")]
+    name = query_of(id=job["id"], run=run)
+    size, head = page.queue.output_head(job, run)
+    size -= len(head) - len(split_dropped(head)[1])  # without the note on what is not
+    words = [element("span", "%s bytes kept" % grouped(size), css="dim")]
     if is_live(job, run):
         going = "lost" if job["id"] in page.status["lost"] else "following"
         words = [element("span", going, css="dim"),
@@ -9806,7 +9829,7 @@ button, .button, input {
 }
 button { cursor: pointer; }
 button:hover, .button:hover { border-color: var(--text); }
-[aria-disabled] { opacity: .5; cursor: not-allowed; }
+[aria-disabled], [aria-busy] { opacity: .5; cursor: not-allowed; }
 .filter { border-radius: 1rem; background: var(--bg); }
 .primary { background: var(--blue); border-color: var(--blue); color: var(--card); }
 .danger { color: var(--red); }
@@ -9820,7 +9843,11 @@ button:hover, .button:hover { border-color: var(--text); }
   background: var(--red); color: var(--card);
 }
 #trouble:has(:first-child:empty) { display: none; }
-.left, #trouble:not(:has(:first-child:empty)) ~ #page main { opacity: .55; }
+/* Striped and grey: what was, is old. */
+.left, #trouble:not(:has(:first-child:empty)) ~ #page main {
+  filter: grayscale(1);
+  background: repeating-linear-gradient(135deg, var(--line) 0 1px, transparent 0 .5rem);
+}
 /* Without anything good to show it is all of the page. */
 body:not(:has(#now)) { display: flex; flex-direction: column; }
 body:not(:has(#now)) #trouble {
@@ -9834,9 +9861,10 @@ body:not(:has(#now)) #trouble :is(p + p, div) {
 }
 #said {
   position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%); z-index: 2;
-  max-width: calc(100% - 2rem); padding: .5rem 1rem; border-radius: .4rem;
+  max-width: calc(100% - 2rem); border-radius: .4rem;
   background: var(--text); color: var(--bg); overflow-wrap: anywhere;
 }
+#said:not(:empty) { padding: .5rem 1rem; }
 dialog {
   margin: auto; width: min(30rem, calc(100% - 2rem)); padding: 1.2rem 1.4rem;
   background: var(--card); color: var(--text); overflow-wrap: anywhere;
@@ -9855,7 +9883,8 @@ dialog .row { justify-content: flex-end; margin-top: 1.1rem; }
 
 header { float: left; margin: .2rem .7rem 0 0; }
 #queue { flex-wrap: nowrap; min-height: 2rem; }
-main { clear: both; }
+main { clear: both; container-type: inline-size; }
+html { overflow-anchor: none; }  /* the script does that, where somebody points at a row */
 #queue .line { flex: 1; line-height: 2; }
 #now {
   border-left: 4px solid var(--c); padding: .9rem 1.1rem .8rem;
@@ -9882,7 +9911,7 @@ main { clear: both; }
 }
 #now li:has(> details) { display: block; }
 /* Where there is room, and the browser can do that, nothing is folded but many errors. */
-@media (min-width: 60.01rem) {
+@container (min-width: 58.01rem) {
   li .lines { -webkit-line-clamp: 1; word-break: break-all; }
   @supports selector(::details-content) {
     #now li:has(> .rest) { padding: 0; border: 0; }
@@ -9911,6 +9940,7 @@ ol { padding-left: 1.2rem; }
 #chart svg {
   width: 100%; flex: 1 0 4.5rem; height: 0; margin-bottom: .15rem;
   border: solid var(--line); border-width: 1px 0;
+  background: linear-gradient(var(--line), var(--line)) center / 100% 1px no-repeat;
 }
 rect, .legend::before { fill: var(--c); background: var(--c); }
 /* Hollow, so that they differ for those who see no colours as well. */
@@ -9985,24 +10015,26 @@ dd a { display: inline-block; margin-right: 1em; padding: .15rem 0; }
 #runs [aria-current] { box-shadow: inset 0 -3px var(--blue); }
 
 /* Beside the panel there is room for the page, or the page waits below it. */
-@media (min-width: 100.01rem) {
-  body:has(#job) { margin-right: 46rem; }
-  #job { width: 45rem; box-shadow: none; }
-  body:has(#job) .slim { display: none; }
+@media (min-width: 80rem) {
+  body:has(#job) { margin-right: 41rem; }
+  #job { width: 40rem; box-shadow: none; }
+  body:has(#job) .wide { display: none; }
 }
-@media (max-width: 100rem) {
+@media (max-width: 79.99rem) {
   #job { box-shadow: 0 0 0 100vmax #0006; }
 }
-@media (max-width: 75rem) {
+@container (max-width: 73rem) {
   th { width: 10rem; } .mid { width: 8.6rem; } .slim { width: 4.5rem; }
   #tiles a { padding: .45rem .6rem .55rem; }
 }
-@media (max-width: 60rem) {
+@container (max-width: 58rem) {
   #now li { grid-template-columns: auto 1fr auto; gap: .1rem .7rem; }
   #now li > .dim { grid-row: 2; grid-column: 1 / 4; }
   .two { grid-template-columns: 1fr; }
   #tiles { grid-template-columns: repeat(3, 1fr); }
   #running { min-height: 0; }
+}
+@media (max-width: 60rem) {
   .wide { display: none; }
 }
 /* On a phone a job is two lines: state, id and time above its command. */
@@ -10045,10 +10077,11 @@ dd a { display: inline-block; margin-right: 1em; padding: .15rem 0; }
 PAGE_SCRIPT = r"""
 "use strict";
 const find = id => document.getElementById(id);
-const setBusy = isBusy => document.body.classList.toggle("busy", isBusy);
+const busy = more => document.body.classList.toggle("busy", (pending += more) > 0);
 const parse = text => new DOMParser().parseFromString(text, "text/html");
 const SILENT = "The dashboard does not answer.";
-let turn = 0, timer, chartDue = 0, lastGood = performance.now(), toastTimer;
+let turn = 0, timer, isStopped, pending = 0, lastGood = performance.now(), toastTimer;
+let chartAt = -1e9, chartEnded, kind;
 
 /* A line that was cut gives no error by itself. An action may take as long as it needs. */
 async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
@@ -10069,7 +10102,8 @@ function become(node, wanted) {
     return;
   }
   for (const {name} of [...node.attributes])
-    if (!wanted.hasAttribute(name) && name !== "open") node.removeAttribute(name);
+    if (!wanted.hasAttribute(name) && !["open", "aria-busy"].includes(name))
+      node.removeAttribute(name);
   for (const {name, value} of wanted.attributes)
     if (node.getAttribute(name) !== value) node.setAttribute(name, value);
   if (!node.hasAttribute("data-keep")) becomeChildren(node, wanted);
@@ -10127,21 +10161,32 @@ async function refresh(isFree) {
     const focused = document.activeElement;
     cover(came.body);
     if (!isFree) hold(came.body);
+    const list = document.querySelector("tbody:is(:hover, :has(:focus-visible))");
+    const top = list && list.getBoundingClientRect().top;
     becomeChildren(find("page"), came.body);
+    // What is above it may have grown.
+    if (list && list.isConnected) scrollBy(0, list.getBoundingClientRect().top - top);
     document.title = came.title;
+    announce();
     const search = find("q");
     if (search && search !== focused) search.value = search.defaultValue;
     moveFocus(opened, focused);
     lastGood = performance.now();
     trouble("");
-    chart().catch(() => { chartDue = 0; });  // which may take a while: nobody waits for it
+    chart().catch(() => { chartAt = -1e9; });  // which may take a while: nobody waits for it
     await follow(find("output"));
   } catch (error) {
     if (mine === turn) trouble(error.message, error.isGone);
   }
   if (mine !== turn) return;
-  setBusy(false);
-  timer = setTimeout(refresh, document.hidden ? 15000 : 2000);
+  if (!isStopped) timer = setTimeout(refresh, document.hidden ? 15000 : 2000);
+}
+
+/* To those who do not see its colour. */
+function announce() {
+  const now = find("now") && find("now").className;
+  if (kind && now && kind !== now) find("told").textContent = find("verdict").textContent;
+  kind = now;
 }
 
 const rowOf = id => id && document.querySelector(`tr[data-key="${CSS.escape(id)}"] a`);
@@ -10162,11 +10207,12 @@ function moveFocus(opened, focused) {
 }
 
 /* What the panel covers can't be reached, by the Tab key either. */
-const narrow = matchMedia("(max-width: 100rem)");
+const narrow = matchMedia("(max-width: 79.99rem)");
 function cover(page) {
   const panel = page.querySelector("#job"), isCovered = narrow.matches && Boolean(panel);
   if (panel) [panel.role, panel.ariaModal] = isCovered ? ["dialog", "true"] : [null, null];
-  for (const part of page.querySelectorAll("#queue, main > *")) part.inert = isCovered;
+  for (const part of [find("stop"), ...page.querySelectorAll("#queue, main > *")])
+    part.inert = isCovered;
 }
 
 const sentence = words => words.slice(0, 1).toUpperCase() + words.slice(1);
@@ -10178,7 +10224,7 @@ function trouble(words, isGone) {
   find("start").hidden = words !== SILENT;
   find("anew").hidden = !isGone;
   age.textContent = (find("queue") ? `What is shown is ${seconds} s old. ` : "")
-    + "This page tries again every 2 s.";
+    + (isStopped ? "" : "This page tries again every 2 s.");
   const name = document.title.split(" – ").pop();
   if (words) document.title = sentence(words === SILENT ? "no answer" : words) + " – " + name;
   if (find("job"))  // below it, or the panel's Close would be covered
@@ -10188,9 +10234,12 @@ function trouble(words, isGone) {
     button.setAttribute("aria-disabled", true);  // until the next refresh
 }
 
+/* Soon if runs have ended, or it would contradict the rest of the page. */
 async function chart() {
-  if (performance.now() < chartDue || !find("chart")) return;
-  chartDue = performance.now() + 10000;
+  const ended = find("chart") && find("chart").dataset.ended;
+  const age = performance.now() - chartAt;
+  if (!ended || age < (ended === chartEnded ? 10000 : 2500)) return;
+  [chartAt, chartEnded] = [performance.now(), ended];
   becomeChildren(find("chart"), parse(await get("/chart")).body);
 }
 
@@ -10210,10 +10259,13 @@ async function follow(box) {
   if (atEnd) toEnd();
 }
 
-function go(address) {
-  history.pushState(null, "", address);
-  setBusy(true);
+function go(address, change = "pushState") {
+  history[change](null, "", address);
+  busy(1);
   refresh().then(() => {
+    busy(-1);
+    const why = find("trouble").firstElementChild.textContent;
+    if (why) return say("not shown yet: " + why);
     const target = find(location.hash.slice(1));
     const top = target ? target.getBoundingClientRect().top : 0;
     if (top < 0 || top > innerHeight / 2) target.scrollIntoView();
@@ -10229,14 +10281,13 @@ document.addEventListener("scroll", () =>
 /* Actions. */
 function say(words) {
   find("said").textContent = sentence(words);
-  find("said").hidden = false;
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => { find("said").hidden = true; }, 6000);
+  toastTimer = setTimeout(() => { find("said").textContent = ""; }, 6000);
 }
 
 function confirmed(question, words, css) {
   const box = find("sure");
-  setBusy(false);
+  busy(-1);
   find("question").textContent = question;
   find("yes").textContent = words;
   find("yes").className = css || "primary";
@@ -10244,7 +10295,7 @@ function confirmed(question, words, css) {
   box.showModal();
   return new Promise(resolve => {
     box.onclose = () => resolve(box.returnValue === "yes");
-  }).finally(() => setBusy(true));
+  }).finally(() => busy(1));
 }
 
 async function act({post, question, ask, do: words, done, css}) {
@@ -10261,7 +10312,7 @@ async function act({post, question, ask, do: words, done, css}) {
   const jobs = changed === 1 ? " job" : " jobs";
   if (onward) history.replaceState(null, "", onward.href);
   say(question ? done + " " + changed.toLocaleString("en") + jobs : done);
-  await refresh();
+  await refresh(true);
 }
 
 /* Not by navigator.clipboard, which browsers have on https and on localhost alone. */
@@ -10275,10 +10326,20 @@ function press(button) {
   if (copies !== undefined) return copy(find(copies) || button.previousElementSibling);
   if (button.id === "new") return refresh(true).then(() => document.querySelector("td a").focus());
   if (button.id === "end") return find("output").focus(toEnd());
-  if (button.hasAttribute("aria-disabled")) return;
+  if (button.id === "stop") {
+    isStopped = !isStopped;
+    button.textContent = isStopped ? "Stopped" : "Live";
+    button.className = isStopped ? "primary" : "";
+    return isStopped ? clearTimeout(timer) : refresh();
+  }
+  if (button.matches("[aria-disabled], [aria-busy]")) return;
   if (!post) return find("sure").close(button.value);
-  setBusy(true);
-  act(button.dataset).catch(error => say(error.message)).then(() => setBusy(false));
+  busy(1);
+  button.setAttribute("aria-busy", true);
+  act(button.dataset).catch(error => say(error.message)).then(() => {
+    busy(-1);
+    button.removeAttribute("aria-busy");
+  });
 }
 
 const isPlain = event =>
@@ -10288,10 +10349,11 @@ document.onclick = event => {
   const {target} = event;
   const button = target.closest("button"), link = target.closest("a");
   const row = target.closest("tbody tr");
-  if (button) press(button);
-  else if (link && isPlain(event) && !link.download) {
+  if (button) {
+    if (event.detail < 2) press(button);  // the second click of two may meet another button
+  } else if (link && isPlain(event) && !link.download) {
     event.preventDefault();
-    go(link.href);
+    go(link.href, link.closest(".top") ? "replaceState" : "pushState");
   } else if (row && !link && !String(getSelection())) go(row.querySelector("a").href);
   else if (narrow.matches && find("close") && !target.closest("#job, #sure, a"))
     find("close").click();
@@ -10309,17 +10371,13 @@ document.oninput = event => {
 };
 
 document.onkeydown = event => {
-  const search = find("q");
-  if (event.target === search || find("sure").open) return;
+  if (event.target === find("q") || find("sure").open) return;
   const link = find({Escape: "close", ArrowLeft: "previous", ArrowRight: "next"}[event.key]);
   if (link && isPlain(event)) link.click();
-  if (event.key === "/" && search) {
-    event.preventDefault();
-    search.focus();
-  }
 };
 
-window.onpopstate = document.onvisibilitychange = refresh;
+window.onpopstate = refresh;
+document.onvisibilitychange = () => isStopped || refresh(true);
 narrow.onchange = () => cover(find("page"));
 narrow.onchange();
 document.body.classList.add("live");
@@ -10344,13 +10402,17 @@ TITLE
 <noscript><p class="card">Without JavaScript this page shows and searches, but it neither acts
 nor refreshes itself.</p></noscript>
 <section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p>\
-<div id="start" class="row advice" hidden>To start it: START</div>\
+<div id="start" class="row advice" hidden>It has ended, \
+or the connection is down. To start it: START</div>\
 <div id="anew" class="row advice" IF_GONE>Put the file back, or start a new queue: ANEW</div>\
 </section>
-<header><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
-<path d="M2 4h12M2 8h8M2 12h11"/></svg>queuectl</h1></header>
+<header class="row"><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
+<path d="M2 4h12M2 8h8M2 12h11"/></svg>queuectl</h1>\
+<button type="button" id="stop" title="Stop or start the refreshing of this page">Live</button>\
+</header>
 <div id="page">CONTENT</div>
-<p id="said" role="status" hidden></p>
+<p id="said" role="status"></p>
+<p id="told" role="status" class="skip"></p>
 <dialog id="sure" aria-labelledby="question">
 <p id="question"></p>
 <div class="row">
