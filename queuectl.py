@@ -2993,12 +2993,6 @@ class Queue(Database):
         query = "SELECT output FROM outputs WHERE seq = ? AND run = ?"
         return self._value(query, job["seq"], number or job["run"])
 
-    def output_head(self, job, number):
-        """Return the bytes of the stored output of run NUMBER, and how it begins."""
-        return self._row("""
-            SELECT length(output), substr(output, 1, 100) FROM outputs
-            WHERE seq = ? AND run = ?""", job["seq"], number) or (0, b"")
-
     def lease_path(self, seq, number):
         """Return the path of the lease of run NUMBER of the job SEQ."""
         name = "%s-%d-%d" % (self.token, seq, number)
@@ -3136,7 +3130,7 @@ class Queue(Database):
                     rate=rate, growth=self._growth(seconds or 0))
 
     def _growth(self, run_seconds):
-        """Return how many jobs a minute were added beyond those that ended, least first.
+        """Return how many more jobs a minute were added than ended, least first.
 
         There are three numbers, for the last three periods: a heap that was enqueued at
         once is the growth of one. In each period a few runs end.
@@ -9364,10 +9358,9 @@ def panel_output(job, run, page):
     if not run:
         yield element("h2", "Not run yet")
         return
+    _, kept = split_dropped(page.queue.output(job, run) or b"")
     name = query_of(id=job["id"], run=run)
-    size, head = page.queue.output_head(job, run)
-    size -= len(head) - len(split_dropped(head)[1])  # without the note on what is not
-    words = [element("span", "%s bytes kept" % grouped(size), css="dim")]
+    words = [element("span", "%s bytes kept" % grouped(len(kept)), css="dim")]
     if is_live(job, run):
         going = "lost" if job["id"] in page.status["lost"] else "following"
         words = [element("span", going, css="dim"),
@@ -9881,7 +9874,7 @@ dialog .row { justify-content: flex-end; margin-top: 1.1rem; }
 }
 @keyframes busy { from { scale: 0 1; } to { scale: 1 1; } }
 
-header { float: left; margin: .2rem .7rem 0 0; }
+header { float: left; min-height: 2rem; margin-right: .7rem; }
 #queue { flex-wrap: nowrap; min-height: 2rem; }
 main { clear: both; container-type: inline-size; }
 html { overflow-anchor: none; }  /* the script does that, where somebody points at a row */

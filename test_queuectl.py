@@ -8633,6 +8633,14 @@ class TestPage:
         assert dashboard.post(retry["data-post"]).text == "2"
         assert sorted(jobs("--state", "dead")) == ["b"]
 
+    def test_the_most_common_last_line_of_an_error_is_quoted(self, queue, clock, page):
+        for id, output in (("a", b"refused"), ("b", b"x\nrefused\n"), ("c", b""),
+                           ("d", b"no file")):
+            let_die(queue, id, output=output)
+            clock.now += 1
+        row, = alerts_of(page())
+        assert words_of(row[2]) == "“refused” in 2 of the latest 3 · latest 1 s ago"
+
     def test_one_dead_job_is_retried_without_a_question(self, queue, page, dashboard):
         let_die(queue, "a")
         retry = buttons_of(named_part(page(), "now"))["Retry"]
@@ -8699,6 +8707,8 @@ class TestPage:
         assert [row[0] for row in table_of(page(tiles[5].get("href")))] == ["cancelled"]
         current = named_part(page("/?state=dead"), "tiles").find("a[@aria-current='true']")
         assert words_of(current[0]) == "dead"
+        waits = named_part(page("/?state=pending"), "jobs")
+        assert links_of(waits)["Longest wait: fails"] == "/?state=pending&job=fails"
 
     def test_it_shows_what_runs_now(self, queue, clock, page):
         for number in range(queuectl.RUNNING_SHOWN + 2):
@@ -8756,6 +8766,8 @@ class TestPage:
         assert words_of(page("/chart")) == "No run has ended in the last hour"
         add_job(queue)
         queue.complete(claim(queue), make_outcome(None, finished_at=clock.now + 0.5))
+        # By this the script knows that it is old.
+        assert named_part(page(), "chart").get("data-ended") == "1"
         chart = page("/chart")
         assert [title.text for title in chart.iter("title")] == [
             "1 completed, 0 failed, 0 min ago"]
@@ -8877,9 +8889,11 @@ class TestPage:
 
     @pytest.mark.parametrize("address, offered", [
         ("/", ["Retry dead…"]), ("/?q=x", ["Delete…"]),
+        ("/?q=true", ["Retry dead…", "Delete…"]),  # it finds a dead one
         ("/?state=dead&q=x", ["Retry dead…", "Delete…"]), ("/?state=pending", ["Delete…"]),
         ("/?state=processing", []), ("/?q=nothing", [])])
     def test_it_offers_for_many_what_can_be_done(self, queue, page, address, offered):
+        let_die(queue, "y", "7")
         add_job(queue, id="x1"), add_job(queue, id="x2")
         queue.cancel(["x2"])
         assert list(buttons_of(named_part(page(address), "jobs"))) == offered
@@ -9018,6 +9032,8 @@ class TestPage:
                 stderr=subprocess.DEVNULL, timeout=60, encoding="utf-8").stdout
         output, = re.findall('(?s)<pre id="output".*?</pre>', shown)
         assert "c&lt;i&gt;" in output and output.count("<code") == 1
+        for name in "said", "told":  # or a first text in them would not be announced
+            assert '<p id="%s" role="status"' % name in shown
         assert '<p role="alert"></p>' in shown and 'class="live' in shown
         assert "succeed" in shown  # the chart, which only the script fetches
         assert 'role="dialog"' in shown  # as the panel covers such a narrow page
@@ -9158,6 +9174,8 @@ class TestPanel:
                                "run 1 · 01:46:40 · exit 1 · <1ms"]
         earlier = page([*links.values()][1], is_whole=True)
         assert words_of(named_part(earlier, "output")) == "one"
+        queue.clock.now += 86400
+        assert "run 2 · 2001-09-09 01:46:50 · " in words_of(page("/?job=x"))
 
     @pytest.mark.parametrize("printed, shown", [
         (b"a\r\nb\r\n", "a\nb\n"), (b" 1%\r 50%\r100%\nok", "100%\nok"),
@@ -9223,6 +9241,7 @@ class TestPanel:
         add_job(queue, id="x")
         kept = queuectl.kept_end(b"0123456\n" * 25000, 160000)
         queue.complete(claim(queue), make_outcome(None, output=kept))
+        assert "Output160,000 bytes kept" in words_of(named_part(page("/?job=x"), "job"))
         assert page("/output?id=x")[0].text.startswith(
             "[before this: 40,000 bytes dropped, 60,008 bytes in the download]\n0123456\n")
 
