@@ -9877,7 +9877,6 @@ dialog .row { justify-content: flex-end; margin-top: 1.1rem; }
 header { float: left; min-height: 2rem; margin-right: .7rem; }
 #queue { flex-wrap: nowrap; min-height: 2rem; }
 main { clear: both; container-type: inline-size; }
-html { overflow-anchor: none; }  /* the script does that, where somebody points at a row */
 #queue .line { flex: 1; line-height: 2; }
 #now {
   border-left: 4px solid var(--c); padding: .9rem 1.1rem .8rem;
