@@ -3133,9 +3133,12 @@ class Queue(Database):
         """Return how many more jobs a minute were added than ended, least first.
 
         There are three numbers, for the last three periods: a heap that was enqueued at
-        once is the growth of one. In each period a few runs end.
+        once is the growth of one. In each period a few runs end. What ended within
+        `keep` was not deleted yet: otherwise the queue would seem to grow.
         """
-        period = min(max(10, 2 * run_seconds), 600)
+        keep = self.settings()["keep"]
+        longest = 1800 if keep is None else min(1800, max(keep, 1))
+        period = min(max(10, 2 * run_seconds), longest / 3)
         moments = [self.clock() - ago * period for ago in (3, 2, 1, 0)]
         left = [self._last_seq_at(moment) + self._value("""
             SELECT (SELECT COUNT(*) FROM jobs WHERE state = 'completed'

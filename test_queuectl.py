@@ -5157,6 +5157,10 @@ class TestStatus:
                 run = claim(queue)
                 queue.complete(run, make_outcome(None, finished_at=clock.now))
         assert queue.work_left()["growth"] == growth
+        if not at_once:
+            queue.set("keep", 12)
+            queue.prune(12)
+            assert queue.work_left()["growth"] == growth
         clock.now -= 1e6  # whoever sets the clock back learns nothing, but no error
         assert len(queue.work_left()["growth"]) == 3
 
