@@ -3011,11 +3011,6 @@ class Queue(Database):
         query = "SELECT output FROM outputs WHERE seq = ? AND run = ?"
         return self._value(query, job["seq"], number or job["run"])
 
-    def output_size(self, job, number):
-        """Return the bytes of the stored output of run NUMBER, None without any."""
-        query = "SELECT length(output) FROM outputs WHERE seq = ? AND run = ?"
-        return self._value(query, job["seq"], number)
-
     def lease_path(self, seq, number):
         """Return the path of the lease of run NUMBER of the job SEQ."""
         name = "%s-%d-%d" % (self.token, seq, number)
@@ -3094,24 +3089,31 @@ class Queue(Database):
         """Return the errors of dead jobs as dicts, the most common first.
 
         `jobs` is their number, `latest` the time of the latest death, `id` that job,
-        `tail` the end of what it printed, which says more than `exit 1`, and
-        `is_cancelled` whether somebody cancelled it.
+        `is_cancelled` whether somebody cancelled it, and `tails` the ends of what the
+        latest jobs printed, which say more than `exit 1`.
         """
         with self.snapshot():  # or the latest job of an error may be gone
             groups = self._rows("""
                 SELECT error, COUNT(*) AS jobs, MAX(updated_at) AS latest FROM jobs
                 WHERE state = 'dead' GROUP BY error ORDER BY jobs DESC, latest DESC
                 LIMIT ?""", MAX_ERRORS)
-            return [dict(group, **self._latest_death(group["error"]))
-                    for group in groups]
+            tails = min(20, 100 // (len(groups) or 1))
+            return [self._with_latest(dict(group), tails) for group in groups]
 
-    def _latest_death(self, error):
-        """Return the columns of `dead_by_error` about the latest job of an error."""
-        return self._row("""
-            SELECT id, cancelled AS is_cancelled, substr(output, ?) AS tail
+    def _with_latest(self, group, limit):
+        """Return a group of `dead_by_error` with what it has of its latest jobs.
+
+        SQLite reads all of an output to reach its end, so it is read of the first job,
+        and of others if it is not a lot.
+        """
+        jobs = self._rows("""
+            SELECT id, cancelled, CASE WHEN length(output) < ? OR updated_at = ?
+                THEN substr(output, ?) END AS tail
             FROM jobs LEFT JOIN outputs USING (seq, run)
-            WHERE state = 'dead' AND error IS ?
-            ORDER BY updated_at DESC LIMIT 1""", -TAIL_SIZE, error)
+            WHERE state = 'dead' AND error IS ? ORDER BY updated_at DESC LIMIT ?""",
+            MAX_TAILED, group["latest"], -TAIL_SIZE, group["error"], limit)
+        return dict(group, id=jobs[0]["id"], is_cancelled=jobs[0]["cancelled"],
+                    tails=[job["tail"] or b"" for job in jobs])
 
     def work_left(self):
         """Return a dict of what waits: numbers of jobs, and seconds for a run.
@@ -3121,8 +3123,9 @@ class Queue(Database):
         the ready ones, `locked` wait for their lock; `line` is the longest line of jobs
         that share one. `run_seconds` is the average of the last runs of the jobs that
         were enqueued last: no index leads to the runs that ended last. It is None
-        before the first run has ended. `rate` are the jobs completed each second; it is
-        None where runs are so long that the time between them does not count.
+        before the first run has ended. `failing` is the share of these runs that
+        failed. `rate` are the jobs completed each second; it is None where runs are so
+        long that the time between them does not count. `growth` is that of `_growth`.
         """
         waiting = sum(self.counts()[state] for state in WAITING)
         delayed = self._value(  # what is overdue is ready, though no worker has seen it
@@ -3136,13 +3139,48 @@ class Queue(Database):
                 FROM (SELECT lock, gate FROM jobs
                     WHERE lock NOT NULL AND state = 'pending' LIMIT {COUNT_LIMIT})
                 GROUP BY lock)""")
-        seconds = self._value("""
-            SELECT AVG(spent) FROM (
-                SELECT finished_at - started_at AS spent FROM runs
-                ORDER BY seq DESC, run DESC LIMIT 200)""")
+        seconds, failing = self._row(f"""
+            SELECT AVG(finished_at - started_at), AVG({TOTAL_OF_RUN} = 'failed') FROM (
+                SELECT * FROM runs ORDER BY seq DESC, run DESC LIMIT 200)""")
         rate = self._rate() if seconds is not None and seconds < 0.1 else None
         return dict(locks, ready=waiting - delayed - dependent, delayed=delayed,
-                    dependent=dependent, run_seconds=seconds, rate=rate)
+                    dependent=dependent, run_seconds=seconds, failing=failing or 0,
+                    rate=rate, growth=self._growth(seconds or 0))
+
+    def _growth(self, run_seconds):
+        """Return how many more jobs a minute were added than ended, least first.
+
+        There are three numbers, for the last three periods: a heap that was enqueued at
+        once is the growth of one. In each period a few runs end. What ended within
+        `keep` was not deleted yet: otherwise the queue would seem to grow.
+        """
+        keep = self.settings()["keep"]
+        longest = 1800 if keep is None else min(1800, max(keep, 1))
+        period = min(max(10, 2 * run_seconds), longest / 3)
+        moments = [self.clock() - ago * period for ago in (3, 2, 1, 0)]
+        left = [self._last_seq_at(moment) + self._value("""
+            SELECT (SELECT COUNT(*) FROM jobs WHERE state = 'completed'
+                    AND updated_at > :moment)
+                + (SELECT COUNT(*) FROM jobs WHERE state = 'dead'
+                    AND updated_at > :moment)""", moment=moment) for moment in moments]
+        return sorted(60 / period * (more - less) for less, more in zip(left, left[1:]))
+
+    def _last_seq_at(self, moment):
+        """Return the number of the last job that was enqueued by then.
+
+        By bisection: to count a million new jobs would take a while.
+        """
+        low, high = 0, self._value("SELECT MAX(seq) FROM jobs") or 0
+        while low < high:
+            middle = (low + high + 1) // 2
+            created_at = self._value("""
+                SELECT created_at FROM jobs WHERE seq <= ? ORDER BY seq DESC LIMIT 1""",
+                middle)
+            if (created_at or 0) <= moment:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
     def _rate(self):
         """Return how many jobs are completed each second, None if none was lately."""
@@ -4586,16 +4624,13 @@ JOB_KINDS = {
 # How far a queue is.
 
 
-def verdict(status, now, growth=0):
-    """Return the `Verdict` on a queue.
-
-    STATUS has the values of `read_status`. GROWTH is how many more jobs are unfinished
-    each minute, for a caller that has looked before.
-    """
-    judgement = verdict_at_rest(status) or verdict_at_work(status, now, growth)
+def verdict(status, now):
+    """Return the `Verdict` on a queue by the values of `read_status`."""
+    judgement = verdict_at_rest(status) or verdict_at_work(status, now)
     harm = harm_text(status)
     if harm and judgement.state in ("processing", "completed"):
-        return judgement._replace(state="failed", harm=harm)
+        state = "dead" if status["failing"] > 0.5 else "failed"
+        return judgement._replace(state=state, harm=harm)
     return judgement
 
 
@@ -4621,28 +4656,25 @@ def verdict_at_rest(status):
         sentence=joined(judgement.sentence + waiting, harm_text(status), by="; "))
 
 
-def verdict_at_work(status, now, growth):
+def verdict_at_work(status, now):
     """Return the `Verdict` on a queue whose jobs a pool starts."""
     ready = grouped(max(1, status["ready"]))
     due = status["next_due"]
-    if growth >= 1:
+    least, growth, _ = status["growth"]
+    has_waited = now - (status["oldest_waiting"] or now)
+    if least >= 1 and has_waited > 5:  # else workers are free now and then
         more = 1 + int(growth * (status["run_seconds"] or 0) / 60)
         sentence = "Falling behind: %s waiting, %s more a minute" % (
             ready, grouped(round(growth)))
         return Verdict("failed", sentence, TO_ADD_WORKERS % more)
-    is_late = due is not None and due <= now
-    if status["oldest_job"] or status["locked"] or is_late:
-        where = " waiting" if status["oldest_job"] or is_late else " behind a lock"
-        when = "" if growth > 0 else time_left(status, now)
-        sentence = "Working: " + ready + where + when
-        state = "processing"
-    elif status["jobs"]["processing"]:
-        sentence = "Keeping up: no job waits for a worker"
-        state = "processing"
-    else:
-        sentence = "Idle: the next job is due " + relative_time(due or now, now)
-        state = "completed"
-    return Verdict(state, sentence)
+    when = "" if growth > 0 else time_left(status, now)
+    if status["oldest_job"] or due is not None and due <= now:
+        return Verdict("processing", "Working: " + ready + " waiting" + when)
+    if status["locked"] or status["jobs"]["processing"]:
+        return Verdict("processing", "Keeping up: no job waits for a worker"
+                       + (when if status["locked"] else ""))
+    return Verdict("completed", "Idle: the next job is due "
+                   + relative_time(due or now, now))
 
 
 def harm_text(status):
@@ -4671,8 +4703,8 @@ def time_left(status, now):
     Jobs that share a lock run one after the other, however many workers there are.
     """
     workers = len(status["workers"])
-    mean = status["run_seconds"]
-    if not workers or mean is None:
+    mean, ended = status["run_seconds"], sum(map(status["jobs"].get, FINISHED))
+    if not workers or mean is None or ended < 5:  # too few to know those that follow
         return ""
     jobs = status["ready"] + status["jobs"]["processing"]
     seconds = max(1, mean * max(1, jobs / workers, status["line"]))
@@ -4691,38 +4723,6 @@ def count_unfinished(counts):
 
 def count_waiting(counts):
     return sum(counts[state] for state in WAITING)
-
-
-# The growth of a queue that may be growing: less than a job a minute, so that it is not
-# called falling behind, and more than none, so that nobody is told when it ends.
-MAYBE_GROWING = 0.5
-
-
-class Trend:
-    """Whether a queue grows, by the looks of a caller; one in 15 seconds is kept."""
-
-    def __init__(self):
-        self.looks = collections.deque(maxlen=4)
-
-    def growth(self, now, unfinished):
-        """Return how many more jobs are unfinished each minute: the least of 3 steps.
-
-        So a heap that was enqueued at once, and has shrunk since, is no growth. It is
-        MAYBE_GROWING where only the last step is up, or more are unfinished than at
-        the first look.
-        """
-        if self.looks and now < self.looks[-1][0]:  # the clock was set back
-            self.looks.clear()
-        if not self.looks or now >= self.looks[-1][0] + 15:
-            self.looks.append((now, unfinished))
-        looks = [*self.looks]
-        steps = [60 * (more - less) / (end - begin)
-                 for (begin, less), (end, more) in zip(looks, looks[1:])]
-        if not steps:
-            return MAYBE_GROWING if unfinished > looks[0][1] else 0
-        if steps[-1] <= 0:
-            return min(steps)
-        return max(MAYBE_GROWING, min(steps)) if len(steps) == 3 else MAYBE_GROWING
 
 
 def unfinished_text(counts):
@@ -6433,10 +6433,15 @@ def status_document(status, now):
 
 
 def errors_of(queue):
-    """Return `dead_by_error` with the last line of each tail as `line`."""
+    """Return `dead_by_error` with the most common last line of the tails as `line`.
+
+    It is that of `alike` jobs among the latest `printed` that have one.
+    """
     groups = queue.dead_by_error()
     for group in groups:
-        group["line"] = last_line(group.pop("tail") or b"")
+        lines = [*filter(None, map(last_line, group.pop("tails")))]
+        common = collections.Counter(lines).most_common(1) or [("", 0)]
+        (group["line"], group["alike"]), group["printed"] = common[0], len(lines)
     return groups
 
 
@@ -6445,9 +6450,9 @@ def died(groups):
     return [group for group in groups if not group["is_cancelled"]]
 
 
-def status_screen(status, groups, now, growth):
+def status_screen(status, groups, now):
     """Yield what `status` shows on a terminal, where people look."""
-    judgement = verdict(status, now, growth)
+    judgement = verdict(status, now)
     yield Line(with_advice(judgement, status["path"]),
                STATES[judgement.state].colour, 0, len(verdict_text(judgement)))
     width = terminal_width(sys.stdout)
@@ -7358,7 +7363,6 @@ def why_nothing_ends(queue):
          creates_queue=True, must_print=True)
 def cmd_status(args, queue):
     is_terminal = not args.json and terminal_width(sys.stdout)
-    trend = Trend()
     with contextlib.ExitStack() as stack:
         screen = args.watch and is_terminal and stack.enter_context(Screen())
         while True:
@@ -7366,8 +7370,7 @@ def cmd_status(args, queue):
             now, status = queue.clock(), read_status(queue)
             lines = status_lines(status, now)
             if is_terminal:
-                growth = trend.growth(now, count_unfinished(status["jobs"]))
-                lines = status_screen(status, errors_of(queue), now, growth)
+                lines = status_screen(status, errors_of(queue), now)
             if screen:
                 print(end=screenful(lines))
             elif args.json:
@@ -8685,12 +8688,11 @@ class View(collections.namedtuple(
 
 
 # What the parts of the page are made of: the queue; the `View`; the time; the values of
-# `read_status`; those of `errors_of`; the growth for `verdict`; the jobs of the table,
-# and one more if there are older ones; those of the page above it, from below; the
-# site's `Cache`; whether the page holds the output of the open job (otherwise the
-# script fetches it).
+# `read_status`; those of `errors_of`; the jobs of the table, and one more if there are
+# older ones; those of the page above it, from below; the site's `Cache`; whether the
+# page holds the output of the open job (otherwise the script fetches it).
 class Page(collections.namedtuple(
-        "Page", "queue view now status groups growth found above cache is_whole")):
+        "Page", "queue view now status groups found above cache is_whole")):
     text_of = staticmethod(roughly)  # so that it is a `Look`
 
 
@@ -8725,7 +8727,7 @@ def page_header(page):
 
 def page_now(page):
     """Return the verdict, and what needs somebody; without jobs, the first steps."""
-    status, found = page.status, verdict(page.status, page.now, page.growth)
+    status, found = page.status, verdict(page.status, page.now)
     advice = found.advice
     if status["paused"]:  # there is a button
         advice = "" if status["pools"] else "no pool is running; " + TO_START
@@ -8808,7 +8810,10 @@ def error_alert(group, behind, page):
     """Return the line about the dead of one error, and about what waits for them."""
     error, line, is_one = group["error"], group["line"], group["jobs"] == 1
     chosen = {"state": "dead", "error": error}
-    words = joined(is_one and group["id"], line and "“%s”" % line,
+    line = line and "“%s”" % line
+    if group["alike"] < group["printed"]:
+        line += " in %(alike)d of the latest %(printed)d" % group
+    words = joined(is_one and group["id"], line,
                    ("" if is_one else "latest ") + ago(group["latest"], page), by=" · ")
     waiting = behind > 0 and link(
         "%s %s for %s" % (grouped(behind), "waits" if behind == 1 else "wait",
@@ -8924,7 +8929,8 @@ def workers_text(status):
 
 def page_middle(page):
     """Return the place of the chart, which the script fetches, and what runs now."""
-    chart = element("div", id="chart", data_keep="yes")
+    ended = sum(runs for runs, _ in page.queue.totals().values())
+    chart = element("div", id="chart", data_keep="yes", data_ended=ended)
     hour = element("section", element("h2", "The last hour"), chart, css="card")
     return element("div", hour, page_running(page), css="two")
 
@@ -9121,13 +9127,15 @@ def count_of_view(page):
 def jobs_header(page, total):
     view = page.view
     order = ", the latest death first" if view.state == "dead" else ", newest first"
+    first = view.state == "pending" and page.status["oldest_job"]
     others = [element("input", type="hidden", name=name, value=value)
               for name, value in view._replace(q="").filters().items()]
     return element(
         "div", element("h2", "Jobs", tabindex=-1),
         element("span", grouped(total) + order, id="total", css="dim"),
+        first and link("Longest wait: " + first, view.open(first), "line"),
         element("form", *others, element(
-            "input", id="q", type="search", aria_label="Search jobs", title="Key /",
+            "input", id="q", type="search", aria_label="Search jobs",
             placeholder="Search id, command, error", name="q", value=view.q)),
         *filter_links(view),
         element("span", *bulk_buttons(page), css="row end"), css="row")
@@ -9145,8 +9153,9 @@ def filter_links(view):
 def bulk_buttons(page):
     """Yield what can be done with all jobs that the filters leave, if there are any."""
     filters, state, error = page.view.filters(), page.view.state, page.view.blocked_by
-    if page.found and (
-            error or state == "dead" or not filters and count_in(page, "dead")):
+    is_dead = any(job["state"] == "dead" and not job["cancelled"] for job in page.found)
+    if page.found and (error or state == "dead" or is_dead
+                       or not filters and count_in(page, "dead")):
         chosen = {"error": error} if error else filters
         yield bulk_button("Retry dead…", "retry", chosen)
     if page.found and filters and state != "processing":
@@ -9385,7 +9394,8 @@ def run_links(job, shown, page):
 def run_link(run, shown, page):
     """Return a link to the output of a run, with when it began and how it ended."""
     going = "lost" if page.view.job in page.status["lost"] else "running"
-    words = [run["run"], iso(run["started_at"])[11:19], going]
+    began = iso(run["started_at"])[:19].replace(iso(page.now)[:11], "")  # today
+    words = [run["run"], began.replace("T", " "), going]
     if run["finished_at"] is not None:
         words[2:] = run["error"] or "exit 0", duration_text(run["seconds"])
     return link("run " + " · ".join(map(str, words)),
@@ -9401,8 +9411,9 @@ def panel_output(job, run, page):
     if not run:
         yield element("h2", "Not run yet")
         return
-    size, name = page.queue.output_size(job, run), query_of(id=job["id"], run=run)
-    words = [element("span", "%s bytes kept" % grouped(size or 0), css="dim")]
+    _, kept = split_dropped(page.queue.output(job, run) or b"")
+    name = query_of(id=job["id"], run=run)
+    words = [element("span", "%s bytes kept" % grouped(len(kept)), css="dim")]
     if is_live(job, run):
         going = "lost" if job["id"] in page.status["lost"] else "following"
         words = [element("span", going, css="dim"),
@@ -9479,9 +9490,6 @@ def make_page(queue, query, site, is_whole=False):
         # From the cache while there are as many: to group a hundred thousand is slow.
         groups = site.cache.get("dead %d" % status["jobs"]["dead"],
                                  lambda: errors_of(queue))
-        # Through the cache as well, where one request at a time looks.
-        growth = site.cache.get("growth", lambda: site.trend.growth(
-            now, count_unfinished(status["jobs"])))
         view = View(*(query.get(name, "") for name in View._fields))
         state = view.state.lower()  # as `state_name` takes it
         view = view._replace(state=state if state in STATES else "")
@@ -9492,7 +9500,7 @@ def make_page(queue, query, site, is_whole=False):
             found = rows_from(queue, view)
         if view.before:
             above = rows_from(queue, view, backwards=True)
-        return page_parts(Page(queue, view, now, status, groups, growth, found, above,
+        return page_parts(Page(queue, view, now, status, groups, found, above,
                                site.cache, is_whole))
 
 
@@ -9523,7 +9531,7 @@ def page_parts(page):
         opened, words = page_panel(page), [
             job["id"] + " " + kind_of(job, page)]
     else:
-        id, found = page.view.job, verdict(page.status, page.now, page.growth)
+        id, found = page.view.job, verdict(page.status, page.now)
         opened = id and panel(page, sentence_case(str(no_job(id))))
         words = [found.harm, found.sentence.partition(":")[0]]
     title = joined(*words, os.path.basename(page.queue.path), by=" – ")
@@ -9617,7 +9625,7 @@ class Site:
         if host not in LOOPBACK:  # it is reached by the names of its machine as well
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
         self.token = secrets.token_hex(16)
-        self.trend, self.cache = Trend(), Cache()
+        self.cache = Cache()
 
     def answer(self, method, target, headers):
         """Return status, type and text of the answer, or of the refusal."""
@@ -9867,7 +9875,7 @@ button, .button, input {
 }
 button { cursor: pointer; }
 button:hover, .button:hover { border-color: var(--text); }
-[aria-disabled] { opacity: .5; cursor: not-allowed; }
+[aria-disabled], [aria-busy] { opacity: .5; cursor: not-allowed; }
 .filter { border-radius: 1rem; background: var(--bg); }
 .primary { background: var(--blue); border-color: var(--blue); color: var(--card); }
 .danger { color: var(--red); }
@@ -9881,7 +9889,11 @@ button:hover, .button:hover { border-color: var(--text); }
   background: var(--red); color: var(--card);
 }
 #trouble:has(:first-child:empty) { display: none; }
-.left, #trouble:not(:has(:first-child:empty)) ~ #page main { opacity: .55; }
+/* Striped and grey: what was, is old. */
+.left, #trouble:not(:has(:first-child:empty)) ~ #page main {
+  filter: grayscale(1);
+  background: repeating-linear-gradient(135deg, var(--line) 0 1px, transparent 0 .5rem);
+}
 /* Without anything good to show it is all of the page. */
 body:not(:has(#now)) { display: flex; flex-direction: column; }
 body:not(:has(#now)) #trouble {
@@ -9895,9 +9907,10 @@ body:not(:has(#now)) #trouble :is(p + p, div) {
 }
 #said {
   position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%); z-index: 2;
-  max-width: calc(100% - 2rem); padding: .5rem 1rem; border-radius: .4rem;
+  max-width: calc(100% - 2rem); border-radius: .4rem;
   background: var(--text); color: var(--bg); overflow-wrap: anywhere;
 }
+#said:not(:empty) { padding: .5rem 1rem; }
 dialog {
   margin: auto; width: min(30rem, calc(100% - 2rem)); padding: 1.2rem 1.4rem;
   background: var(--card); color: var(--text); overflow-wrap: anywhere;
@@ -9914,9 +9927,9 @@ dialog .row { justify-content: flex-end; margin-top: 1.1rem; }
 }
 @keyframes busy { from { scale: 0 1; } to { scale: 1 1; } }
 
-header { float: left; margin: .2rem .7rem 0 0; }
+header { float: left; min-height: 2rem; margin-right: .7rem; }
 #queue { flex-wrap: nowrap; min-height: 2rem; }
-main { clear: both; }
+main { clear: both; container-type: inline-size; }
 #queue .line { flex: 1; line-height: 2; }
 #now {
   border-left: 4px solid var(--c); padding: .9rem 1.1rem .8rem;
@@ -9943,7 +9956,7 @@ main { clear: both; }
 }
 #now li:has(> details) { display: block; }
 /* Where there is room, and the browser can do that, nothing is folded but many errors. */
-@media (min-width: 60.01rem) {
+@container (min-width: 58.01rem) {
   li .lines { -webkit-line-clamp: 1; word-break: break-all; }
   @supports selector(::details-content) {
     #now li:has(> .rest) { padding: 0; border: 0; }
@@ -9972,6 +9985,7 @@ ol { padding-left: 1.2rem; }
 #chart svg {
   width: 100%; flex: 1 0 4.5rem; height: 0; margin-bottom: .15rem;
   border: solid var(--line); border-width: 1px 0;
+  background: linear-gradient(var(--line), var(--line)) center / 100% 1px no-repeat;
 }
 rect, .legend::before { fill: var(--c); background: var(--c); }
 /* Hollow, so that they differ for those who see no colours as well. */
@@ -10046,24 +10060,26 @@ dd a { display: inline-block; margin-right: 1em; padding: .15rem 0; }
 #runs [aria-current] { box-shadow: inset 0 -3px var(--blue); }
 
 /* Beside the panel there is room for the page, or the page waits below it. */
-@media (min-width: 100.01rem) {
-  body:has(#job) { margin-right: 46rem; }
-  #job { width: 45rem; box-shadow: none; }
-  body:has(#job) .slim { display: none; }
+@media (min-width: 80rem) {
+  body:has(#job) { margin-right: 41rem; }
+  #job { width: 40rem; box-shadow: none; }
+  body:has(#job) .wide { display: none; }
 }
-@media (max-width: 100rem) {
+@media (max-width: 79.99rem) {
   #job { box-shadow: 0 0 0 100vmax #0006; }
 }
-@media (max-width: 75rem) {
+@container (max-width: 73rem) {
   th { width: 10rem; } .mid { width: 8.6rem; } .slim { width: 4.5rem; }
   #tiles a { padding: .45rem .6rem .55rem; }
 }
-@media (max-width: 60rem) {
+@container (max-width: 58rem) {
   #now li { grid-template-columns: auto 1fr auto; gap: .1rem .7rem; }
   #now li > .dim { grid-row: 2; grid-column: 1 / 4; }
   .two { grid-template-columns: 1fr; }
   #tiles { grid-template-columns: repeat(3, 1fr); }
   #running { min-height: 0; }
+}
+@media (max-width: 60rem) {
   .wide { display: none; }
 }
 /* On a phone a job is two lines: state, id and time above its command. */
@@ -10106,10 +10122,11 @@ dd a { display: inline-block; margin-right: 1em; padding: .15rem 0; }
 PAGE_SCRIPT = r"""
 "use strict";
 const find = id => document.getElementById(id);
-const setBusy = isBusy => document.body.classList.toggle("busy", isBusy);
+const busy = more => document.body.classList.toggle("busy", (pending += more) > 0);
 const parse = text => new DOMParser().parseFromString(text, "text/html");
 const SILENT = "The dashboard does not answer.";
-let turn = 0, timer, chartDue = 0, lastGood = performance.now(), toastTimer;
+let turn = 0, timer, isStopped, pending = 0, lastGood = performance.now(), toastTimer;
+let chartAt = -1e9, chartEnded, kind;
 
 /* A line that was cut gives no error by itself. An action may take as long as it needs. */
 async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
@@ -10130,7 +10147,8 @@ function become(node, wanted) {
     return;
   }
   for (const {name} of [...node.attributes])
-    if (!wanted.hasAttribute(name) && name !== "open") node.removeAttribute(name);
+    if (!wanted.hasAttribute(name) && !["open", "aria-busy"].includes(name))
+      node.removeAttribute(name);
   for (const {name, value} of wanted.attributes)
     if (node.getAttribute(name) !== value) node.setAttribute(name, value);
   if (!node.hasAttribute("data-keep")) becomeChildren(node, wanted);
@@ -10188,21 +10206,32 @@ async function refresh(isFree) {
     const focused = document.activeElement;
     cover(came.body);
     if (!isFree) hold(came.body);
+    const list = document.querySelector("tbody:is(:hover, :has(:focus-visible))");
+    const top = list && list.getBoundingClientRect().top;
     becomeChildren(find("page"), came.body);
+    // What is above it may have grown.
+    if (list && list.isConnected) scrollBy(0, list.getBoundingClientRect().top - top);
     document.title = came.title;
+    announce();
     const search = find("q");
     if (search && search !== focused) search.value = search.defaultValue;
     moveFocus(opened, focused);
     lastGood = performance.now();
     trouble("");
-    chart().catch(() => { chartDue = 0; });  // which may take a while: nobody waits for it
+    chart().catch(() => { chartAt = -1e9; });  // which may take a while: nobody waits for it
     await follow(find("output"));
   } catch (error) {
     if (mine === turn) trouble(error.message, error.isGone);
   }
   if (mine !== turn) return;
-  setBusy(false);
-  timer = setTimeout(refresh, document.hidden ? 15000 : 2000);
+  if (!isStopped) timer = setTimeout(refresh, document.hidden ? 15000 : 2000);
+}
+
+/* To those who do not see its colour. */
+function announce() {
+  const now = find("now") && find("now").className;
+  if (kind && now && kind !== now) find("told").textContent = find("verdict").textContent;
+  kind = now;
 }
 
 const rowOf = id => id && document.querySelector(`tr[data-key="${CSS.escape(id)}"] a`);
@@ -10223,11 +10252,12 @@ function moveFocus(opened, focused) {
 }
 
 /* What the panel covers can't be reached, by the Tab key either. */
-const narrow = matchMedia("(max-width: 100rem)");
+const narrow = matchMedia("(max-width: 79.99rem)");
 function cover(page) {
   const panel = page.querySelector("#job"), isCovered = narrow.matches && Boolean(panel);
   if (panel) [panel.role, panel.ariaModal] = isCovered ? ["dialog", "true"] : [null, null];
-  for (const part of page.querySelectorAll("#queue, main > *")) part.inert = isCovered;
+  for (const part of [find("stop"), ...page.querySelectorAll("#queue, main > *")])
+    part.inert = isCovered;
 }
 
 const sentence = words => words.slice(0, 1).toUpperCase() + words.slice(1);
@@ -10239,7 +10269,7 @@ function trouble(words, isGone) {
   find("start").hidden = words !== SILENT;
   find("anew").hidden = !isGone;
   age.textContent = (find("queue") ? `What is shown is ${seconds} s old. ` : "")
-    + "This page tries again every 2 s.";
+    + (isStopped ? "" : "This page tries again every 2 s.");
   const name = document.title.split(" – ").pop();
   if (words) document.title = sentence(words === SILENT ? "no answer" : words) + " – " + name;
   if (find("job"))  // below it, or the panel's Close would be covered
@@ -10249,9 +10279,12 @@ function trouble(words, isGone) {
     button.setAttribute("aria-disabled", true);  // until the next refresh
 }
 
+/* Soon if runs have ended, or it would contradict the rest of the page. */
 async function chart() {
-  if (performance.now() < chartDue || !find("chart")) return;
-  chartDue = performance.now() + 10000;
+  const ended = find("chart") && find("chart").dataset.ended;
+  const age = performance.now() - chartAt;
+  if (!ended || age < (ended === chartEnded ? 10000 : 2500)) return;
+  [chartAt, chartEnded] = [performance.now(), ended];
   becomeChildren(find("chart"), parse(await get("/chart")).body);
 }
 
@@ -10271,10 +10304,13 @@ async function follow(box) {
   if (atEnd) toEnd();
 }
 
-function go(address) {
-  history.pushState(null, "", address);
-  setBusy(true);
+function go(address, change = "pushState") {
+  history[change](null, "", address);
+  busy(1);
   refresh().then(() => {
+    busy(-1);
+    const why = find("trouble").firstElementChild.textContent;
+    if (why) return say("not shown yet: " + why);
     const target = find(location.hash.slice(1));
     const top = target ? target.getBoundingClientRect().top : 0;
     if (top < 0 || top > innerHeight / 2) target.scrollIntoView();
@@ -10290,14 +10326,13 @@ document.addEventListener("scroll", () =>
 /* Actions. */
 function say(words) {
   find("said").textContent = sentence(words);
-  find("said").hidden = false;
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => { find("said").hidden = true; }, 6000);
+  toastTimer = setTimeout(() => { find("said").textContent = ""; }, 6000);
 }
 
 function confirmed(question, words, css) {
   const box = find("sure");
-  setBusy(false);
+  busy(-1);
   find("question").textContent = question;
   find("yes").textContent = words;
   find("yes").className = css || "primary";
@@ -10305,7 +10340,7 @@ function confirmed(question, words, css) {
   box.showModal();
   return new Promise(resolve => {
     box.onclose = () => resolve(box.returnValue === "yes");
-  }).finally(() => setBusy(true));
+  }).finally(() => busy(1));
 }
 
 async function act({post, question, ask, do: words, done, css}) {
@@ -10322,7 +10357,7 @@ async function act({post, question, ask, do: words, done, css}) {
   const jobs = changed === 1 ? " job" : " jobs";
   if (onward) history.replaceState(null, "", onward.href);
   say(question ? done + " " + changed.toLocaleString("en") + jobs : done);
-  await refresh();
+  await refresh(true);
 }
 
 /* Not by navigator.clipboard, which browsers have on https and on localhost alone. */
@@ -10336,10 +10371,20 @@ function press(button) {
   if (copies !== undefined) return copy(find(copies) || button.previousElementSibling);
   if (button.id === "new") return refresh(true).then(() => document.querySelector("td a").focus());
   if (button.id === "end") return find("output").focus(toEnd());
-  if (button.hasAttribute("aria-disabled")) return;
+  if (button.id === "stop") {
+    isStopped = !isStopped;
+    button.textContent = isStopped ? "Stopped" : "Live";
+    button.className = isStopped ? "primary" : "";
+    return isStopped ? clearTimeout(timer) : refresh();
+  }
+  if (button.matches("[aria-disabled], [aria-busy]")) return;
   if (!post) return find("sure").close(button.value);
-  setBusy(true);
-  act(button.dataset).catch(error => say(error.message)).then(() => setBusy(false));
+  busy(1);
+  button.setAttribute("aria-busy", true);
+  act(button.dataset).catch(error => say(error.message)).then(() => {
+    busy(-1);
+    button.removeAttribute("aria-busy");
+  });
 }
 
 const isPlain = event =>
@@ -10349,10 +10394,11 @@ document.onclick = event => {
   const {target} = event;
   const button = target.closest("button"), link = target.closest("a");
   const row = target.closest("tbody tr");
-  if (button) press(button);
-  else if (link && isPlain(event) && !link.download) {
+  if (button) {
+    if (event.detail < 2) press(button);  // the second click of two may meet another button
+  } else if (link && isPlain(event) && !link.download) {
     event.preventDefault();
-    go(link.href);
+    go(link.href, link.closest(".top") ? "replaceState" : "pushState");
   } else if (row && !link && !String(getSelection())) go(row.querySelector("a").href);
   else if (narrow.matches && find("close") && !target.closest("#job, #sure, a"))
     find("close").click();
@@ -10370,17 +10416,13 @@ document.oninput = event => {
 };
 
 document.onkeydown = event => {
-  const search = find("q");
-  if (event.target === search || find("sure").open) return;
+  if (event.target === find("q") || find("sure").open) return;
   const link = find({Escape: "close", ArrowLeft: "previous", ArrowRight: "next"}[event.key]);
   if (link && isPlain(event)) link.click();
-  if (event.key === "/" && search) {
-    event.preventDefault();
-    search.focus();
-  }
 };
 
-window.onpopstate = document.onvisibilitychange = refresh;
+window.onpopstate = refresh;
+document.onvisibilitychange = () => isStopped || refresh(true);
 narrow.onchange = () => cover(find("page"));
 narrow.onchange();
 document.body.classList.add("live");
@@ -10405,13 +10447,17 @@ TITLE
 <noscript><p class="card">Without JavaScript this page shows and searches, but it neither acts
 nor refreshes itself.</p></noscript>
 <section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p>\
-<div id="start" class="row advice" hidden>To start it: START</div>\
+<div id="start" class="row advice" hidden>It has ended, \
+or the connection is down. To start it: START</div>\
 <div id="anew" class="row advice" IF_GONE>Put the file back, or start a new queue: ANEW</div>\
 </section>
-<header><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
-<path d="M2 4h12M2 8h8M2 12h11"/></svg>queuectl</h1></header>
+<header class="row"><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
+<path d="M2 4h12M2 8h8M2 12h11"/></svg>queuectl</h1>\
+<button type="button" id="stop" title="Stop or start the refreshing of this page">Live</button>\
+</header>
 <div id="page">CONTENT</div>
-<p id="said" role="status" hidden></p>
+<p id="said" role="status"></p>
+<p id="told" role="status" class="skip"></p>
 <dialog id="sure" aria-labelledby="question">
 <p id="question"></p>
 <div class="row">

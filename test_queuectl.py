@@ -5102,11 +5102,11 @@ class TestStatus:
         open("go", "w").close()
 
     def test_the_verdict_says_what_a_queue_comes_down_to(self, queue, clock):
-        def judge(workers=2, growth=0):
-            status = queuectl.read_status(queue)
+        def judge(workers=2, **values):
+            status = dict(queuectl.read_status(queue), **values)
             status["workers"] = [dict(pid=1, pool=1, job=None, since=None)] * workers
             status["pools"], status["lost"] = {1} if workers else set(), set()
-            found = queuectl.verdict(status, clock.now, growth)
+            found = queuectl.verdict(status, clock.now)
             return found.state, queuectl.verdict_text(found)
 
         assert judge() == ("pending", "No jobs yet")
@@ -5117,21 +5117,28 @@ class TestStatus:
         assert judge()[1] == "Keeping up: no job waits for a worker"
         clock.now += 90
         queue.fail(run, make_outcome(finished_at=clock.now))
-        assert judge() == ("failed", "Ended; 1 dead")
+        assert judge() == ("dead", "Ended; 1 dead")  # all that ran has failed
+        assert judge(failing=0.5) == ("failed", "Ended; 1 dead")
         add_job(queue, id="behind", after=["x"])
         # A pool would not help.
         assert judge(workers=0) == ("dead", "Stuck: 1 job waits for dead ones")
         add_job(queue, id="later", delay=60)
         assert judge() == (
-            "failed", "Idle: the next job is due in 1m; 1 dead, 1 blocked")
+            "dead", "Idle: the next job is due in 1m; 1 dead, 1 blocked")
         add_jobs(queue, [{"command": "true"}] * 4000)
-        assert judge()[1].startswith(
+        many = dict(queue.counts(), completed=4)
+        assert judge(jobs=many)[1].startswith(
             "Working: 4,000 waiting, done in about 2 d;")  # 90 s each
-        assert "done" not in judge(growth=0.5)[1]  # nobody can tell
-        assert judge(growth=1300.6) == (
-            "failed", "Falling behind: 4,000 waiting, 1,301 more a minute")
-        status = dict(queuectl.read_status(queue), run_seconds=2, pools={1})
-        assert queuectl.verdict(status, clock.now, 90).advice.endswith("start --count 4")
+        assert "done" not in judge()[1]  # by one run nobody can tell
+        assert "done" not in judge(jobs=many, growth=[0, 0.5, 1])[1]
+        status = dict(queuectl.read_status(queue), run_seconds=2, pools={1},
+                      oldest_waiting=clock.now - 9, growth=[1, 90, 99])
+        found = queuectl.verdict(status, clock.now)
+        assert found[:2] == ("failed", "Falling behind: 4,000 waiting, 90 more a minute")
+        assert found.advice.endswith("start --count 4")
+        for values in {"growth": [0, 90, 99]}, {"oldest_waiting": clock.now - 4}:
+            found = queuectl.verdict(dict(status, **values), clock.now)
+            assert found.sentence == "Working: 4,000 waiting"
         left = ": 4,002 jobs wait; 1 dead, 1 blocked"
         assert judge(workers=0)[1] == "No pool is running" + left
         queue.set_paused(True)
@@ -5163,9 +5170,10 @@ class TestStatus:
         status = queuectl.read_status(queue)
         workers = [dict(pid=1, job=None, since=None)] * 4
         status.update(workers=workers, pools={1}, lost=set())
+        status["jobs"]["completed"] = 5
         assert (status["locked"], status["line"]) == (59, 59)
         assert queuectl.verdict(status, clock.now)[:2] == (
-            "processing", "Working: 59 behind a lock, done in about 118 s")
+            "processing", "Keeping up: no job waits for a worker, done in about 118 s")
         status["workers"][0]["since"] = clock.now - 3  # it may hold the lock
         assert "done" in queuectl.verdict(status, clock.now)[1]
         status["workers"][0]["since"] = clock.now - 5  # those behind it may be as long
@@ -5232,21 +5240,28 @@ class TestStatus:
             else:
                 assert "lost" not in words_of(page("/"))
 
-    @pytest.mark.parametrize("counts, growth", [
-        ([5], 0), ([5, 9, 13], 0.5), ([9, 5], -16), ([5, 6, 8, 9], 4),
-        ([0, 900, 895, 890, 885], -20), ([9, 8, 9, 10], 0.5), ([9, 8, 9], 0.5)])
-    def test_a_queue_grows_if_it_does_so_look_after_look(self, counts, growth):
-        trend = queuectl.Trend()
-        for at, left in enumerate(counts):
-            seen = trend.growth(15 * at, left)
-            assert trend.growth(15 * at + 1, 0) == seen  # another look, too soon
-        assert round(seen, 1) == growth
-        assert trend.growth(-1, 10**6) == 0  # the clock was set back
-
-    def test_a_queue_grows_from_the_second_look_on(self):
-        trend = queuectl.Trend()
-        assert [trend.growth(at, left) for at, left in enumerate([5, 5, 9, 4])] == [
-            0, 0, 0.5, 0]
+    @pytest.mark.parametrize("at_once, every, growth", [
+        (0, 1, [30, 30, 30]), (0, 2, [0, 0, 0]), (40, 31, [-30, 90, 210])])
+    def test_a_queue_grows_if_more_is_added_than_ends(
+            self, queue, clock, at_once, every, growth):
+        for second in range(1, 31):  # one worker needs 2 s for a job
+            clock.now += 1
+            if second == 25:
+                add_jobs(queue, [{"command": "true"}] * at_once)
+            if not second % every:
+                add_job(queue, id="job%d" % second)
+            if at_once and second == 1:
+                add_jobs(queue, [{"command": "true"}] * 20)
+            if not second % 2:
+                run = claim(queue)
+                queue.complete(run, make_outcome(None, finished_at=clock.now))
+        assert queue.work_left()["growth"] == growth
+        if not at_once:
+            queue.set("keep", 12)
+            queue.prune(12)
+            assert queue.work_left()["growth"] == growth
+        clock.now -= 1e6  # whoever sets the clock back learns nothing, but no error
+        assert len(queue.work_left()["growth"]) == 3
 
     def test_the_verdict_is_in_json_and_not_in_a_pipe(self, dashboard):
         enqueue()
@@ -8740,6 +8755,14 @@ class TestPage:
         assert dashboard.post(retry["data-post"]).text == "2"
         assert sorted(jobs("--state", "dead")) == ["b"]
 
+    def test_the_most_common_last_line_of_an_error_is_quoted(self, queue, clock, page):
+        for id, output in (("a", b"refused"), ("b", b"x\nrefused\n"), ("c", b""),
+                           ("d", b"no file")):
+            let_die(queue, id, output=output)
+            clock.now += 1
+        row, = alerts_of(page())
+        assert words_of(row[2]) == "“refused” in 2 of the latest 3 · latest 1 s ago"
+
     def test_one_dead_job_is_retried_without_a_question(self, queue, page, dashboard):
         let_die(queue, "a")
         retry = buttons_of(named_part(page(), "now"))["Retry"]
@@ -8806,6 +8829,8 @@ class TestPage:
         assert [row[0] for row in table_of(page(tiles[5].get("href")))] == ["cancelled"]
         current = named_part(page("/?state=dead"), "tiles").find("a[@aria-current='true']")
         assert words_of(current[0]) == "dead"
+        waits = named_part(page("/?state=pending"), "jobs")
+        assert links_of(waits)["Longest wait: fails"] == "/?state=pending&job=fails"
 
     def test_it_shows_what_runs_now(self, queue, clock, page):
         for number in range(queuectl.RUNNING_SHOWN + 2):
@@ -8863,6 +8888,8 @@ class TestPage:
         assert words_of(page("/chart")) == "No run has ended in the last hour"
         add_job(queue)
         queue.complete(claim(queue), make_outcome(None, finished_at=clock.now + 0.5))
+        # By this the script knows that it is old.
+        assert named_part(page(), "chart").get("data-ended") == "1"
         chart = page("/chart")
         assert [title.text for title in chart.iter("title")] == [
             "1 completed, 0 failed, 0 min ago"]
@@ -8984,9 +9011,11 @@ class TestPage:
 
     @pytest.mark.parametrize("address, offered", [
         ("/", ["Retry dead…"]), ("/?q=x", ["Delete…"]),
+        ("/?q=true", ["Retry dead…", "Delete…"]),  # it finds a dead one
         ("/?state=dead&q=x", ["Retry dead…", "Delete…"]), ("/?state=pending", ["Delete…"]),
         ("/?state=processing", []), ("/?q=nothing", [])])
     def test_it_offers_for_many_what_can_be_done(self, queue, page, address, offered):
+        let_die(queue, "y", "7")
         add_job(queue, id="x1"), add_job(queue, id="x2")
         queue.cancel(["x2"])
         assert list(buttons_of(named_part(page(address), "jobs"))) == offered
@@ -9125,6 +9154,8 @@ class TestPage:
                 stderr=subprocess.DEVNULL, timeout=60, encoding="utf-8").stdout
         output, = re.findall('(?s)<pre id="output".*?</pre>', shown)
         assert "c&lt;i&gt;" in output and output.count("<code") == 1
+        for place in re.findall('<p id="[^>]* role="status"[^>]*>', shown):
+            assert "hidden" not in place  # or its first text would not be announced
         assert '<p role="alert"></p>' in shown and 'class="live' in shown
         assert "succeed" in shown  # the chart, which only the script fetches
         assert 'role="dialog"' in shown  # as the panel covers such a narrow page
@@ -9265,6 +9296,8 @@ class TestPanel:
                                "run 1 · 01:46:40 · exit 1 · <1ms"]
         earlier = page([*links.values()][1], is_whole=True)
         assert words_of(named_part(earlier, "output")) == "one"
+        queue.clock.now += 86400
+        assert "run 2 · 2001-09-09 01:46:50 · " in words_of(page("/?job=x"))
 
     @pytest.mark.parametrize("printed, shown", [
         (b"a\r\nb\r\n", "a\nb\n"), (b" 1%\r 50%\r100%\nok", "100%\nok"),
@@ -9330,6 +9363,7 @@ class TestPanel:
         add_job(queue, id="x")
         kept = queuectl.kept_end(b"0123456\n" * 25000, 160000)
         queue.complete(claim(queue), make_outcome(None, output=kept))
+        assert "Output160,000 bytes kept" in words_of(named_part(page("/?job=x"), "job"))
         assert page("/output?id=x")[0].text.startswith(
             "[before this: 40,000 bytes dropped, 60,008 bytes in the download]\n0123456\n")
 
