@@ -3011,6 +3011,12 @@ class Queue(Database):
         query = "SELECT output FROM outputs WHERE seq = ? AND run = ?"
         return self._value(query, job["seq"], number or job["run"])
 
+    def output_head(self, job, number):
+        """Return how long the stored output of run NUMBER is, and how it begins."""
+        return self._row("""
+            SELECT length(output), substr(output, 1, 100) FROM outputs
+            WHERE seq = ? AND run = ?""", job["seq"], number) or (0, b"")
+
     def lease_path(self, seq, number):
         """Return the path of the lease of run NUMBER of the job SEQ."""
         name = "%s-%d-%d" % (self.token, seq, number)
@@ -9411,9 +9417,10 @@ def panel_output(job, run, page):
     if not run:
         yield element("h2", "Not run yet")
         return
-    _, kept = split_dropped(page.queue.output(job, run) or b"")
     name = query_of(id=job["id"], run=run)
-    words = [element("span", "%s bytes kept" % grouped(len(kept)), css="dim")]
+    size, head = page.queue.output_head(job, run)
+    size -= len(head) - len(split_dropped(head)[1])  # without the note on what is not
+    words = [element("span", "%s bytes kept" % grouped(size), css="dim")]
     if is_live(job, run):
         going = "lost" if job["id"] in page.status["lost"] else "following"
         words = [element("span", going, css="dim"),
