@@ -4921,12 +4921,14 @@ def table(titles, rows, width=None, state_column=None, first_cut=-1):
 def fitted(widths, room, first_cut):
     """Return the widths of columns that fit into this room.
 
-    First the column FIRST_CUT gets narrower, then the widest ones.
+    First the column FIRST_CUT gets narrower, then the widest ones. The last column has
+    the commands: twenty columns of each still tell them apart.
     """
+    least = 20 if first_cut == -1 else 7
     # One long id must not push all else off the screen.
     widths = [min(width, 40) for width in widths[:-1]] + [min(widths[-1], room)]
     while sum(widths) > room:
-        at = first_cut if widths[first_cut] > 7 else widths.index(max(widths))
+        at = first_cut if widths[first_cut] > least else widths.index(max(widths))
         widths[at] -= 1
     return widths
 
@@ -4937,12 +4939,15 @@ def fitted(widths, room, first_cut):
 ListColumn = collections.namedtuple("ListColumn", "title terminal text")
 
 
-def last_columns(changed, reason):
-    """Return the last columns, of which two have the titles CHANGED and REASON."""
+def last_columns(changed, terminal, reason):
+    """Return the last columns, of which two have the titles CHANGED and REASON.
+
+    TERMINAL is how wide a terminal has to be to show the first of them.
+    """
     return [
-        ListColumn(changed, 76, lambda job, look: relative_time(
+        ListColumn(changed, terminal, lambda job, look: relative_time(
             job["updated_at"], look.now)),
-        ListColumn(reason, 36, lambda job, look: printable(
+        ListColumn(reason, 0, lambda job, look: printable(
             JOB_KINDS[kind_of(job, look)].short(job, look))),
         ListColumn("COMMAND", 60, lambda job, look: printable(job["command"])),
     ]
@@ -4953,9 +4958,11 @@ LIST_COLUMNS = [
     ListColumn("STATE", 0, lambda job, look: job["state"]),
     ListColumn("TRIES", 48, lambda job, look: "%d/%d" % (
         job["attempts"], tries_allowed(job["max_retries"]))),
-    *last_columns("CHANGED", "WHY"),
+    *last_columns("CHANGED", 98, "WHY"),
 ]
-DLQ_COLUMNS = [*LIST_COLUMNS[:3], *last_columns("DIED", "ERROR")]
+DLQ_COLUMNS = [
+    LIST_COLUMNS[0], LIST_COLUMNS[1]._replace(terminal=MAX_INTEGER),  # it is `dead`
+    LIST_COLUMNS[2], *last_columns("DIED", 76, "ERROR")]
 
 
 def job_table(jobs, look, columns):
@@ -4970,11 +4977,22 @@ def job_table(jobs, look, columns):
                 if any(column.text(job, look) for job in first)]
         spare = 24 * (len(columns) - len(used))  # of a column without a text
         columns = [column for column in used if width + spare >= column.terminal]
-        if columns[-1] is not used[-1]:  # without commands the reason matters most
+        reason, command = used[-2:]
+        if columns[-1] is reason:  # no room for both
             first_cut = 0
+            if not all(reason.text(job, look) for job in first):
+                columns[-1] = either(reason, command)
             look = look._replace(text_of=lambda time: duration_text(time).split()[0])
+    titles = [column.title for column in columns]
     rows = ([column.text(job, look) for column in columns] for job in jobs)
-    return table([column.title for column in columns], rows, width, 1, first_cut)
+    state_column = titles.index("STATE") if "STATE" in titles else None
+    return table(titles, rows, width, state_column, first_cut)
+
+
+def either(first, second):
+    """Return a column that has the text of the first one, or else of the second."""
+    return ListColumn("%s or %s" % (first.title, second.title), 0, lambda job, look: (
+        first.text(job, look) or second.text(job, look)))
 
 
 def run_table(runs, now):

@@ -3775,6 +3775,18 @@ class TestList:
         assert run_on_terminal("list", "--limit", "2")[1].count("job-with") == 2
 
     @posix_only
+    def test_a_long_reason_leaves_room_for_the_command(self):
+        first, second = "a" * 30, "b" * 30
+        enqueue("echo " + "x" * 30, id=first)
+        enqueue("echo " + "x" * 30, id=second, after=[first])
+        titles, *lines = run_on_terminal("list", columns=80)[1].splitlines()
+        assert "CHANGED" not in titles and titles.index("COMMAND") == 64  # 60, and a colour
+        assert lines[1].startswith("b" * 16) and "after aaaaaaaaaaaa" in lines[1]
+        run_ok("cancel", first)
+        assert "STATE" not in run_on_terminal("dlq", "list", columns=80)[1]
+        assert first + "  dead   0/3" in run_ok("dlq", "list").out
+
+    @posix_only
     def test_a_narrow_terminal_cuts_the_id_before_the_reason(self):
         first, second = "a-job-with-a-long-name", "another-job-with-a-long-name"
         enqueue(id=first, delay=3700)
@@ -3782,6 +3794,10 @@ class TestList:
         lines = run_on_terminal("list", columns=40)[1].splitlines()
         assert lines[1:3] == ["a-job-…  pending  due in 1h",
                               "anothe…  pending  after a-job-with-a-lo…"]
+        enqueue("echo here", id="x")
+        lines = run_on_terminal("list", columns=40)[1].splitlines()
+        assert "  WHY or COMMAND" in lines[0]
+        assert lines[3] == "x        pending  echo here"
         assert second + "  pending  0/3" in run_ok("list").out
         assert "due in 1h 1m" in run_ok("list").out
 
