@@ -3073,6 +3073,14 @@ class Queue(Database):
             SELECT error, COUNT(*) AS jobs FROM jobs WHERE {condition.sql}
             GROUP BY error ORDER BY jobs DESC""", **condition.values)
 
+    def last_ended(self, limit):
+        """Return the jobs that ended last, the latest first: a search in two indexes."""
+        latest = " UNION ALL ".join(f"""SELECT * FROM (
+            SELECT id, state, error, updated_at FROM jobs WHERE state = '{state}'
+            ORDER BY updated_at DESC LIMIT :limit)""" for state in FINISHED)
+        query = f"{latest} ORDER BY updated_at DESC LIMIT :limit"
+        return self._rows(query, limit=limit)
+
     def dead_by_error(self):
         """Return the errors of dead jobs as dicts, the most common first.
 
@@ -6476,16 +6484,44 @@ def died(groups):
     return [group for group in groups if not group["is_cancelled"]]
 
 
-def status_screen(status, groups, now, growth):
-    """Yield what `status` shows on a terminal, where people look."""
+def status_screen(status, groups, now, growth, size):
+    """Return what `status` shows on a terminal, where people look.
+
+    Where it is small, zeros, errors and what waits give way to five running jobs.
+    """
+    running = [*running_lines(status, now, size.columns)]
+    room = size.lines - 2 - len(running[:6])
+    for detail in (3, 2, 1, 0):
+        lines = [part for line in status_head(status, groups, now, growth, size, detail)
+                 for part in wrapped(line, size.columns)]
+        if len(lines) <= room:
+            break
+    return lines + running
+
+
+def status_head(status, groups, now, growth, size, detail):
+    """Yield the verdict, the counts and the pools; the rest by the DETAIL, 0 to 3."""
     judgement = verdict(status, now, growth)
     yield Line(with_advice(judgement, status["path"]),
                STATES[judgement.state].colour, 0, len(verdict_text(judgement)))
-    width = terminal_width(sys.stdout)
-    yield from count_lines(status["jobs"], status["cancelled"])
-    yield from error_lines(died(groups), status["path"], now, width)
-    yield from waiting_lines(status, now)
-    yield from pool_lines(status, now, width)
+    digits = max(len(str(count)) for count in status["jobs"].values())
+    for state, count in status["jobs"].items():
+        if count or detail == 3:
+            yield count_line(state, count, digits, status["cancelled"])
+    if detail >= 2:
+        yield from error_lines(died(groups), status["path"], now, size.columns)
+    if detail >= 1:
+        yield from waiting_lines(status, now)
+    yield from pool_lines(status)
+
+
+def count_line(state, count, digits, cancelled):
+    """Return how many jobs a state has, and how many of the dead were CANCELLED."""
+    of_them = " (%d cancelled)" % cancelled if state == "dead" and cancelled else ""
+    title = "%-12s" % (state.capitalize() + ":")
+    number = str(count).rjust(digits)
+    colour = STATES[state].colour if count else DIM
+    return Line(title + number + of_them, colour, len(title), len(title + number))
 
 
 def error_lines(groups, path, now, width):
@@ -6504,20 +6540,13 @@ def error_lines(groups, path, now, width):
 
 def status_lines(status, now):
     """Yield what `status` prints into a pipe or a file."""
-    yield from count_lines(status["jobs"])
+    for state, count in status["jobs"].items():
+        yield "%s: %d" % (state.capitalize(), count)
     yield from waiting_lines(status, now)
     judgement = obstacle(status)
     if judgement and (status["paused"] or count_unfinished(status["jobs"])):
         yield with_advice(judgement, status["path"])
     yield from worker_lines(status, now)
-
-
-def count_lines(jobs, cancelled=0):
-    """Yield how many jobs each state has, and how many of the dead were CANCELLED."""
-    for state, count in jobs.items():
-        of_them = " (%d cancelled)" % cancelled if state == "dead" and cancelled else ""
-        yield Line("%s: %d%s" % (state.capitalize(), count, of_them),
-                   STATES[state].colour if count else None, 0, len(state))
 
 
 def waiting_lines(status, now):
@@ -6553,8 +6582,8 @@ def worker_lines(status, now):
         yield line % worker + doing
 
 
-def pool_lines(status, now, width):
-    """Yield a line for each pool, and a table of what runs, in place of PIDs."""
+def pool_lines(status):
+    """Yield a line for each pool."""
     pools = {pool: [] for pool in sorted(status["pools"])}
     for worker in status["workers"]:
         pools.setdefault(worker["pool"], []).append(worker["job"])
@@ -6564,12 +6593,37 @@ def pool_lines(status, now, width):
                      idle and grouped(idle) + " idle",
                      pool in status["stopping_pools"] and "stopping",
                      pool not in status["pools"] and "killed")
+
+
+def running_lines(status, now, width):
+    """Yield a table of what runs, in place of PIDs."""
     running = [[printable(worker["job"]), duration_text(now - worker["since"]),
                 printable(status["commands"].get(worker["job"], ""))]
                for worker in sorted(status["workers"], key=lambda one: one["since"] or 0)
                if worker["job"]]
     if running:
         yield from table(["JOB", "FOR", "COMMAND"], running, width)
+
+
+def ended_lines(queue, now, width, rows):
+    """Yield a table of the jobs that ended last, of at most so many rows."""
+    ended = [[printable(job["id"]), relative_time(job["updated_at"], now),
+              printable(job["error"] or job["state"])]
+             for job in queue.last_ended(min(10, rows - 2))]
+    if ended:
+        yield from ["", *table(["LAST ENDED", "WHEN", "RESULT"], ended, width)]
+
+
+def watch_lines(lines, queue, now, seconds, size):
+    """Return the lines that fill the screen of `--watch`: the last one names its key."""
+    lines = fitting(lines, below=2)
+    free = size.lines - 2 - len(lines)
+    if free > 2:
+        lines += ended_lines(queue, now, size.columns, free)
+    dot = drawable(" · ", ", ")
+    footer = dot.join(["q: quit", "every %gs" % seconds,
+                       printable(queue.path)])
+    return [*lines, *[""] * (size.lines - 2 - len(lines)), Line(footer, DIM)]
 
 
 def job_document(queue, job):
@@ -7385,19 +7439,20 @@ def why_nothing_ends(queue):
                 seconds_from(0.1, "--watch"), nargs="?", const=1.0),
          creates_queue=True, must_print=True)
 def cmd_status(args, queue):
-    is_terminal = not args.json and terminal_width(sys.stdout)
     trend = Trend()
     with contextlib.ExitStack() as stack:
+        is_terminal = not args.json and terminal_size(sys.stdout)
         screen = args.watch and is_terminal and stack.enter_context(Screen())
         while True:
             queue.require_file()
             now, status = queue.clock(), read_status(queue)
             lines = status_lines(status, now)
-            if is_terminal:
+            size = is_terminal and terminal_size(sys.stdout)
+            if size:
                 growth = trend.growth(now, count_unfinished(status["jobs"]))
-                lines = status_screen(status, errors_of(queue), now, growth)
-            if screen:
-                print(end=screenful(lines))
+                lines = status_screen(status, errors_of(queue), now, growth, size)
+            if screen and size:
+                print(end=screenful(watch_lines(lines, queue, now, args.watch, size)))
             elif args.json:
                 print_result(args, status_document(status, now))
             else:
@@ -7413,23 +7468,24 @@ def cmd_status(args, queue):
                 return
 
 
-def fitting(lines):
-    """Return the lines, wrapped for a terminal, as many as fit above its prompt."""
+def fitting(lines, below=1):
+    """Return the lines, wrapped for a terminal, as many as leave rows BELOW."""
     size = terminal_size(sys.stdout)
     if size is None:
         return lines
     lines = [part for line in lines for part in wrapped(line, size.columns)]
-    if len(lines) > size.lines - 1:
-        lines[size.lines - 2 :] = ["  and %d more" % (len(lines) - size.lines + 2)]
+    room = size.lines - below
+    if len(lines) > room:
+        lines[room - 1 :] = ["  and %d more" % (len(lines) - room + 1)]
     return lines
 
 
 def screenful(lines):
-    """Return the text that redraws these lines, as many as fit on the terminal."""
+    """Return the text that redraws these lines."""
     width, paint = terminal_width(sys.stdout), painter(sys.stdout)
     # Each line is cleared first: behind its last column that would clear this. A long
     # id would be wrapped by the terminal, and push the first line off the screen.
-    lines = ("\x1b[K%s\n" % paint(truncate(line, width)) for line in fitting(lines))
+    lines = ("\x1b[K%s\n" % paint(truncate(line, width)) for line in lines)
     return "\x1b[H" + "".join(lines) + "\x1b[J"
 
 

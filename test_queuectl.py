@@ -5213,8 +5213,9 @@ class TestStatus:
         enqueue(id="cut", delay=3600)
         run_ok("cancel", "cut")
         lines = run_on_terminal("status", columns=0)[1].split("\r\n")
-        assert "Ended: 1 cancelled; 7 dead" in lines[0] and lines[1] == "Pending: 0"
-        assert lines[5] == "\x1b[31mDead\x1b[0m: 8 (1 cancelled)"
+        assert "Ended: 1 cancelled; 7 dead" in lines[0] and lines[1] == (
+            "Pending:    \x1b[2m0\x1b[0m")
+        assert lines[5] == "Dead:       \x1b[31m8\x1b[0m (1 cancelled)"
         assert re.fullmatch(
             r"  2 of exit 2: no file, the latest [\d.]+m?s ago", lines[6])
         assert lines[7].startswith("  1 of exit 14, ")
@@ -5223,6 +5224,20 @@ class TestStatus:
         lines = run_on_terminal("status", columns=28)[1].split("\r\n")
         assert "  2 of exit 2: no file" in lines  # the time matters least
         assert "Dead: 8\n" in run_ok("status").out
+
+    def test_with_free_rows_watch_shows_what_ended_last(self, queue, clock):
+        for number in range(12):
+            add_job(queue, id="job%d" % number)
+            claim_and_complete(queue)
+            clock.now += 1
+        let_die(queue, "bad")
+        size = os.terminal_size((80, 24))
+        lines = queuectl.watch_lines(["one"], queue, clock.now, 1.0, size)
+        assert lines[2].split() == ["LAST", "ENDED", "WHEN", "RESULT"]
+        assert [line.split()[0] for line in lines[3:6]] == ["bad", "job11", "job10"]
+        assert lines[4].endswith("completed") and "exit 1" in lines[3]
+        assert len([line for line in lines if line]) == 13 and len(lines) == 23
+        assert len(queuectl.watch_lines(["one"] * 20, queue, 0, 1.0, size)) == 23
 
     @posix_only
     def test_a_stopping_pool_is_said_to_be_one(self):
@@ -5264,15 +5279,22 @@ class TestStatus:
             "status", "--watch", "0.1", keys=b"\x03", columns=40)
         screen = re.sub(r"\x1b\[\d*m", "", shown).split("\x1b[H")[1]
         lines = screen.split("\x1b[J")[0].replace("\x1b[K", "").splitlines()
-        assert lines[:3] == [
-            "Keeping up: no job waits for a worker", "Pending: 0", "Processing: 24"]
+        assert lines[:3] == ["Keeping up: no job waits for a worker",
+                             "Pending:     0", "Processing: 24"]
         assert lines[7] == "pool %d: 25 workers, 1 idle" % pool.pid
         assert lines[8].split() == ["JOB", "FOR", "COMMAND"]
         assert re.match(r"job\d+ +[\d.]+m?s +\S", lines[9])
-        assert len(lines) == 23 and lines[-1] == "  and 11 more"
+        assert len(lines) == 23 and lines[-2] == "  and 12 more"
+        assert lines[-1].startswith("q: quit · every 0.1s · /")
         assert max(map(len, lines)) <= 40
         once = re.sub(r"\x1b\[\d*m", "", run_on_terminal("status", columns=40)[1])
         assert once.splitlines()[:9] == lines[:9] and once.count("\n") == 23
+        with queuectl.Queue("queuectl.db") as queue:
+            screen = queuectl.status_screen(
+                queuectl.read_status(queue), queuectl.errors_of(queue), time.time(), 0,
+                os.terminal_size((40, 12)))
+        assert [line.split(":")[0] for line in screen[:3]] == [
+            "Keeping up", "Processing", "Active Workers"] and len(screen) == 29
         os.kill(pool.pid, signal.SIGKILL)
         pool.wait(10)
         words = "pool %d: 24 workers, killed" % pool.pid
