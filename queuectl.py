@@ -5948,6 +5948,7 @@ class Supervisor:
             self.collect_workers()
             self.kill_stuck_workers()
             self.require_own_file()
+            self.report_request()
             are_missing = self.start_missing()
             if time.monotonic() >= self.next_check:
                 self.with_queue(self.maintain)
@@ -6017,11 +6018,33 @@ class Supervisor:
         if self.signals and sys.stderr.isatty():
             self.announce_stop(request)
 
+    def report_request(self):
+        """Report a stop that another process has requested, once."""
+        request = requested_stop(self.path, self.pid)
+        if request in ("stop", "now") and request != self.asked:
+            self.asked = request
+            left = len(self.own_runs())
+            words = "stopping now: %s left" if request == "now" else "stopping: %s left"
+            self.tell(words % plural(left, "job"), self.is_quiet or not left)
+
+    def tell(self, message, is_quiet):
+        """Log a message, and print it, over the progress line, unless IS_QUIET."""
+        self.log.info(message)
+        if not is_quiet:
+            if self.show_progress:
+                write_or_drop(sys.stderr, "\r\x1b[K")
+            pool_notice(message)
+
+    def own_runs(self):
+        """Return the runs of this pool's workers."""
+        return self.with_queue(lambda queue: [
+            run for run in queue.processing_runs()
+            if run.worker in self.worker_pids()]) or []
+
     def announce_stop(self, request):
         """Print what becomes of the running jobs, below the `^C` or over progress."""
         write_or_drop(sys.stderr, "\r\x1b[K" if self.show_progress else "\n")
-        running = self.with_queue(lambda queue: [
-            run for run in queue.processing_runs() if run.worker in self.worker_pids()])
+        running = self.own_runs()
         if running:
             message = "finishing %s; Ctrl-C again ends them now"
             if request == "now":
@@ -6113,8 +6136,7 @@ class Supervisor:
 
     def maintain(self, queue):
         """Do what is due for the queue at every check."""
-        if self.draining_pool:  # it waits while the queue is paused
-            self.report_pause(queue)
+        self.report_pause(queue)
         self.reaper.recover_lost(queue, self.worker_pids())
         self.reaper.remove_stale_files(queue)
         self.reaper.rotate_log()
@@ -6125,10 +6147,12 @@ class Supervisor:
             self.show_progress(queue)
 
     def report_pause(self, queue):
-        """Report that the queue is paused, once for each pause."""
+        """Report that the queue is paused, once for each pause, and that it goes on."""
         is_paused = queue.is_paused()
-        if is_paused and not self.was_paused:
-            pool_notice(standstill(queue))
+        if is_paused != self.was_paused:
+            is_waiting = self.draining_pool or not self.checked_at  # it just starts
+            self.tell(standstill(queue) if is_paused else "resumed",
+                      is_quiet=self.is_quiet and not (is_paused and is_waiting))
         self.was_paused = is_paused
 
     def finish(self, queue):
@@ -7523,14 +7547,16 @@ def cmd_edit(args, queue):
 @command("pause", "let no further job start; running ones finish", "pause",
          creates_queue=True)
 def cmd_pause(args, queue):
+    already = "already " if queue.is_paused() else ""
     queue.set_paused(True)
-    print_result(args, {"paused": True}, standstill(queue))
+    print_result(args, {"paused": True}, already + standstill(queue))
 
 
 @command("resume", "let jobs start again", "resume", creates_queue=True)
 def cmd_resume(args, queue):
+    answer = "resumed" if queue.is_paused() else "the queue was not paused"
     queue.set_paused(False)
-    answer = joined("resumed", standstill(queue), by="; ")
+    answer = joined(answer, standstill(queue), by="; ")
     print_result(args, {"paused": False}, answer)
 
 

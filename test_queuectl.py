@@ -4535,12 +4535,10 @@ class TestPauseAndResume:
         enqueue(id="x")
         pool = start_pool()
         wait_until(lambda: state_of("x") == "completed")
-        assert (
-            run_ok("pause").out
-            == "paused; to go on: queuectl.py resume\n"
-            == run_ok("pause").out)
-        enqueue(id="y")
         words = "paused; to go on: queuectl.py resume"
+        assert run_ok("pause").out == words + "\n"
+        assert run_ok("pause").out == "already %s\n" % words
+        enqueue(id="y")
         assert words.capitalize() in run_ok("status").out
         assert words in run_ok("show", "y").out
         assert read_status()["paused"] is True
@@ -4551,6 +4549,20 @@ class TestPauseAndResume:
         wait_until(lambda: state_of("y") == "completed")
         assert drain.wait(10) == 0
         assert "aused" not in run_ok("status").out
+
+    @fork_only
+    def test_a_pool_says_what_others_ask_of_it(self):
+        enqueue(UNTIL_GO, id="x")
+        pool = start_pool(count=1, script="queuectl.RECOVERY_INTERVAL = 0.1")
+        assert pool.stderr.readline().startswith("x 1/3 runs")
+        words = "queuectl: paused; to go on: queuectl.py resume"
+        for command, line in (["pause"], words), (["resume"], "queuectl: resumed"), (
+                ["worker", "stop", "--no-wait"], "queuectl: stopping: 1 job left"):
+            run_ok(*command)
+            assert pool.stderr.readline() == line + "\n"
+            assert line[len("queuectl: ") :] in read_text("queuectl.log")
+        open("go", "w").close()
+        assert pool.wait(10) == 0
 
     @posix_only
     def test_a_pause_lets_the_running_job_finish_and_a_drain_wait(self):
