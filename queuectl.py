@@ -3404,15 +3404,16 @@ class Queue(Database):
     def run_sample(self, since):
         """Return command, kind, error, run time and wait of runs finished since a time.
 
-        At most fifty thousand, those of the jobs that were enqueued last: a million
+        Interrupted ones tell no run time. At most fifty thousand, those of the jobs that were enqueued last: a million
         would take seconds.
         """
         # `run_at` is a later time if the job was put back into the queue since.
-        return self._rows("""
+        return self._rows(f"""
             SELECT command, kind, runs.error, finished_at - started_at AS spent,
                 CASE WHEN jobs.run = runs.run AND started_at >= run_at
                     THEN started_at - max(run_at, created_at) END AS waited
-            FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?
+            FROM runs JOIN jobs USING (seq)
+            WHERE finished_at >= ? AND {TOTAL_OF_RUN} <> 'interrupted'
             ORDER BY seq DESC LIMIT 50000""", since)
 
 
@@ -4243,18 +4244,13 @@ def joined(*words, by=", "):
     return by.join(filter(None, words))
 
 
-def setting_text(name, value):
-    """Return the value of a setting for scripts, a number without a unit."""
+def setting_with_unit(name, value):
+    """Return the value of a setting as it can be set: 1h30m, 64K, none."""
     if value is None:
         return SETTINGS[name].none
-    return printable(value) if isinstance(value, str) else number_text(value)
-
-
-def setting_with_unit(name, value):
-    """Return the value of a setting for people, as it can be set: 1h30m, 64K, none."""
-    text = setting_text(name, value)
+    text = printable(value) if isinstance(value, str) else number_text(value)
     unit = SETTINGS[name].unit
-    if value is None or not unit:
+    if not unit:
         return text
     if unit == "seconds":
         duration = duration_text(value).replace(" ", "")
@@ -6421,21 +6417,21 @@ def state_option(states):
             raise QueueError(message, text, names, code=2)
         return state_name(text)
 
-    return option("--state", "STATE", "one of %s (repeatable; default: all)" % names,
+    return option("--state", "STATE", "one of %s (repeatable)" % names,
                   convert, action="append", default=[])
 
 
 SINCE, DIED_SINCE = (
-    option("--since", "T", "only jobs that %s within T, like 12h (default: all)" % verb,
+    option("--since", "T", "only jobs that %s within T, like 12h" % verb,
            seconds_from(0, "--since")) for verb in ("changed", "died"))
-MATCH = option("--match", "TEXT", "only jobs with TEXT in id or command (default: all)",
+MATCH = option("--match", "TEXT", "only jobs with TEXT in id or command",
                text_to_match)
 EVERYWHERE = [
     flag("--json", "print one JSON document"),
     option("--db", "PATH", "the queue (default: QUEUECTL_DB, or queuectl.db)")]
 LIMIT = option("--limit", "N", "at most N jobs, or 0 for all (default: all; on a"
                " terminal the newest that fit)", count_from(0, "--limit"))
-ERROR = option("--error", "TEXT", "only jobs with this very error (default: all)")
+ERROR = option("--error", "TEXT", "only jobs with this very error")
 DRY_RUN = flag("--dry-run", "only list the jobs that would be changed")
 
 
@@ -6716,7 +6712,9 @@ def cmd_enqueue(args, queue):
         return
     jobs = queue.still_there(ids) if args.unique else queue.jobs(
         first=added.first, last=added.last, brief=not args.json)
-    print_jobs(args, jobs, functools.partial(enqueued_lines, unchanged=added.unchanged),
+    are_many = terminal_width(sys.stdout) and added.last - added.first >= 10
+    print_jobs(args, jobs, enqueued_sum if are_many and not args.unique else
+               functools.partial(enqueued_lines, unchanged=added.unchanged),
                "no jobs were given")
     if sys.stderr.isatty() and not args.json and standstill(queue):
         notice(standstill(queue))
@@ -6728,6 +6726,15 @@ def report_dropped(dropped):
     if ids:
         notice("this queue has no jobs %s: dropped from `after` of %s" % (
             listed(ids, 5), plural(len(dropped), "job")))
+
+
+def enqueued_sum(jobs):
+    """Yield how many new jobs there are; a list of them would fill a terminal."""
+    first = next(jobs)["id"]
+    for count, last in enumerate(jobs, 2):
+        pass
+    ids = printable(first) + drawable(" … ", " ... ") + printable(last["id"])
+    yield "enqueued %s (%s)" % (plural(count, "job"), ids)
 
 
 def enqueued_lines(jobs, unchanged):
@@ -7798,8 +7805,10 @@ def cmd_config_show(args, queue):
     values = queue.settings()
     width = terminal_width(sys.stdout)
     columns = 4 if width is None or width >= 60 else 2
+    changed = " *" if width else ""  # a script takes the value as it is
     rows = [
-        [name, setting_with_unit(name, values[name]),
+        [name, setting_with_unit(name, values[name])
+         + changed * (values[name] != setting.default),
          setting_with_unit(name, setting.default), setting.meaning][:columns]
         for name, setting in SETTINGS.items()]
     titles = ["SETTING", "VALUE", "DEFAULT", "MEANING"][:columns]
@@ -7815,7 +7824,7 @@ def cmd_config_get(args, queue):
         return cmd_config_show(args, queue)
     name = setting_name(args.key)
     value = queue.settings()[name]
-    print_result(args, value, setting_text(name, value))
+    print_result(args, value, setting_with_unit(name, value))
 
 
 @command("config set", "change a setting", "config set max_retries 5", KEY,
@@ -7937,10 +7946,14 @@ def cmd_worker_stop(args):
 
     # A job that stops its own pool would wait for itself.
     is_waiting = stopped and not args.no_wait and not within_job_of(args.db)
-    if is_waiting and not wait_until(are_gone, STOP_REPORT_DELAY, STEP_INTERVAL):
-        report_stop(args, stopped)
-        request()  # a pool that was just starting may have overwritten the first one
-        wait_until(are_gone, MAX_DURATION, STEP_INTERVAL)
+    try:
+        if is_waiting and not wait_until(are_gone, STOP_REPORT_DELAY, STEP_INTERVAL):
+            report_stop(args, stopped)
+            request()  # a pool that was just starting may have overwritten the first
+            wait_until(are_gone, MAX_DURATION, STEP_INTERVAL)
+    except KeyboardInterrupt:
+        notice(in_queue(args.db, "the pool still stops; to see it: " + usage("status")))
+        return 130
     names = ", ".join("pool %d" % pid for pid in stopped)
     message = ("stopped " if is_waiting else "stopping ") + names
     if not stopped:

@@ -5743,7 +5743,7 @@ class TestConfig:
         ("backoff_max", "1234567.5")])
     def test_a_value_is_shown_as_it_was_set(self, name, value):
         configure(name, value)
-        assert run_ok("config", "get", name).out == value + "\n"
+        assert run_ok("config", "get", name, "--json").json == float(value)
 
     @pytest.mark.parametrize("name, value, shown", [
         ("keep", "5400", "1h30m"), ("keep", "7d", "7d"), ("timeout", "0.5", "0.5s"),
@@ -5754,7 +5754,15 @@ class TestConfig:
         answer = run_ok("config", "set", name, value).out
         assert answer == "%s = %s\n" % (name, shown)
         assert re.search(r"^%s +%s " % (name, shown), run_ok("config", "show").out, re.M)
+        assert run_ok("config", "get", name).out == shown + "\n"
         assert run_ok("config", "set", name, shown).out == answer
+
+    @posix_only
+    def test_a_terminal_marks_changed_values(self):
+        configure("max_retries", "5")
+        shown = run_on_terminal("config", "show", columns=40)[1]
+        assert re.search(r"^max_retries +5 \*", shown, re.M) and shown.count(" *") == 1
+        assert "5 *" not in run_ok("config", "show").out
 
     def test_settings_are_shown_set_and_unset(self):
         run_ok("config", "set", "max-retries", "5")
@@ -5773,7 +5781,7 @@ class TestConfig:
 
     def test_output_limit_may_be_given_in_k_and_m(self):
         configure("output_limit", "64k")
-        assert run_ok("config", "get", "output_limit").out == "65536\n"
+        assert run_ok("config", "get", "output_limit").out == "64K\n"
         for value in ("65M", "1G", "-1", "1.5M", "true", ""):
             assert "64M" in run_refused(
                 "config", "set", "output_limit", "--", value, code=2)
@@ -7018,7 +7026,7 @@ class TestKeep:
 
     def test_a_pool_deletes_completed_jobs_while_it_runs(self):
         configure("keep", "0")
-        assert run_ok("config", "get", "keep").out == "0\n"
+        assert run_ok("config", "get", "keep").out == "0s\n"
         enqueue(id="x")
         pool = start_pool()
         wait_until(lambda: not jobs())
@@ -9839,7 +9847,7 @@ class TestReadme:
             is_dead = "--drain" in words or words[1] == "wait"
             assert answer.returncode == (1 if is_dead else 0), line
         assert jobs("--match", "echo two") and state_of("report") == "dead"
-        assert run_ok("config", "get", "keep").out == "604800\n"
+        assert run_ok("config", "get", "keep").out == "7d\n"
 
     @posix_only
     def test_its_lines_for_cron_and_ci_run(self):
