@@ -4218,7 +4218,8 @@ def rate_text(per_second):
 def relative_time(moment, now, text_of=duration_text):
     """Return a time as people say it: 2m 5s ago, in 4.0s."""
     if moment <= now:
-        return text_of(now - moment) + " ago"
+        is_recent = now - moment < 0.0995 and text_of is duration_text
+        return "just now" if is_recent else text_of(now - moment) + " ago"
     return "in " + text_of(moment - now)
 
 
@@ -5295,6 +5296,7 @@ def open_log(queue_path, role, is_quiet):
 def printing_handler(level):
     """Return a handler of `logging` that prints lines of this level for people.
 
+    Those on the start or end of a run begin with the job, others as all notices do.
     Those with `is_printed` have been printed before.
     """
     import logging
@@ -5305,6 +5307,8 @@ def printing_handler(level):
         def emit(self, record):
             if not hasattr(record, "is_printed"):
                 line = record.msg if type(record.msg) is Line else record.getMessage()
+                if type(line) is not Line and record.levelno > logging.INFO:
+                    line = "queuectl: " + line
                 write_or_drop(sys.stderr, start + for_standard_error(line) + "\n")
 
     return Printer(level)

@@ -3481,6 +3481,16 @@ class TestEnqueue:
             "enqueue", "--lines", "--file", "list", code=2)
         assert run_ok("enqueue", "--quiet", "--", "true").out == "" and len(jobs()) == 4
 
+    @posix_only
+    def test_a_terminal_gets_one_line_for_many_jobs(self):
+        with open("list", "w") as file:
+            file.write("true\n" * 12)
+        words = "enqueue", "--lines", "--file", "list"
+        assert run_ok(*words).out.count("enqueued ") == 12
+        shown = run_on_terminal(*words)[1]
+        ids = list(jobs())[12:]
+        assert "enqueued 12 jobs (%s … %s)" % (ids[0], ids[-1]) in shown
+
     def test_a_list_can_be_piped_into_another_queue(self):
         enqueue("exit 1", id="a", env={"X": "1"}, timeout=5, priority=-3, max_retries=1)
         drain()
@@ -3880,7 +3890,7 @@ class TestShow:
         enqueue(id="b", after=["a"])
         enqueue(id="c")
         drain()
-        answer = [re.sub(r"[\d.<]+m?s ago", "…", line)
+        answer = [re.sub(r"[\d.]+s ago|just now", "…", line)
                   for line in run_ok("show", "a").out.split("\n\n")[0].splitlines()]
         assert answer == [
             "a is dead: exit 3; try 1 of 1; …", "  $ echo one&& echo two&& exit 3",
@@ -3908,7 +3918,7 @@ class TestShow:
         at = lines.index("  $ echo long long long long long long")
         assert lines[at + 3] == "    end"
         assert "timeout:     10m" in lines
-        assert any(re.fullmatch(r"created_at:  \S+ ago", line) for line in lines)
+        assert any(re.fullmatch(r"created_at:  (\S+ ago|just now)", line) for line in lines)
         assert "env:         B='two c'" in lines
         assert details_of("a")["timeout"] == 600
 
@@ -3922,7 +3932,7 @@ class TestShow:
         assert lines[at + 1] == "             exit 3"
         assert lines[1:3] == ["  $ echo one", "    exit 3"]
         assert re.match(r"RUN  TRY  STARTED +TOOK +RESULT$", lines[-3])
-        assert re.match(r"2    2    .* ago +<?\d+ms +exit ", lines[-1])
+        assert re.match(r"2    2    (.* ago|just now) +<?\d+ms +exit ", lines[-1])
 
     def test_durations_of_runs_are_exact_in_json(self):
         enqueue("sleep 0.05" if os.name == "posix" else "true", id="x")
@@ -5229,7 +5239,7 @@ class TestStatus:
             "Pending:    \x1b[2m0\x1b[0m")
         assert lines[5] == "Dead:       \x1b[31m8\x1b[0m (1 cancelled)"
         assert re.fullmatch(
-            r"  2 of exit 2: no file, the latest [\d.]+m?s ago", lines[6])
+            r"  2 of exit 2: no file, the latest ([\d.]+s ago|just now)", lines[6])
         assert lines[7].startswith("  1 of exit 14, ")
         assert lines[10] == "  and of 2 more errors; to see all: queuectl.py dlq list"
         assert lines[11] == "Active Workers: 0"
@@ -5350,6 +5360,7 @@ class TestStats:
         assert first in printed
         assert "100 % succeed; 4/min in the last minute\n" in printed
         assert re.search(r"^(longer|< [\d.]+m?s) +1 +█+$", printed, re.MULTILINE)
+        assert LONG_COMMAND not in printed  # an interrupted run tells no run time
         assert run_errors("x") == ["stopped", "stopped", "cancelled"]
         log = read_text("queuectl.log")
         assert re.search(
@@ -5621,6 +5632,16 @@ class TestWorkerStop:
         open("go", "w").close()
         assert stop.wait(10) == 0 == pool.wait(10)
         assert stop.stderr.read() == ""
+
+    @posix_only
+    def test_on_ctrl_c_it_says_that_the_pool_still_stops(self, monkeypatch):
+        enqueue(UNTIL_GO, id="x")
+        start_pool(count=1)
+        wait_until(lambda: state_of("x") == "processing")
+        monkeypatch.setattr(queuectl, "wait_until", lambda *_: signal.raise_signal(2))
+        answer = cli("worker", "stop")
+        assert (answer.code, answer.err) == (
+            130, "queuectl: the pool still stops; to see it: queuectl.py status\n")
 
     def test_without_a_pool_it_says_so_and_stops_no_later_pool(self):
         assert run_ok("worker", "stop").out == "no pool is running\n"
@@ -9763,7 +9784,7 @@ def readme_block(begin):
 
 def readme_words(text):
     """Return the words of each line of a text; times and process numbers are alike."""
-    text = re.sub(r"<?\b\d[\d.]*(ms|s|m|h)( ago)?\b|pool \d+", "…", text)
+    text = re.sub(r"<?\b\d[\d.]*(ms|s|m|h)( ago)?\b|just now|pool \d+", "…", text)
     return sorted(map(str.split, text.splitlines()))
 
 
