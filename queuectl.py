@@ -10735,8 +10735,16 @@ class RefusedLine:
 
 
 def wrapped_usage(name, width):
-    """Return the usage of a command that has its own. Argparse would not wrap it."""
-    usage = COMMANDS[name].usage
+    """Return the usage of a command that has its own, or where all would be too long.
+
+    Argparse would not wrap it.
+    """
+    entry = COMMANDS[name]
+    usage = entry.usage
+    if not usage and width < 60:
+        usage = " ".join(["%(prog)s [OPTION]...", *(
+            argument.metavar + "..." * (argument.options.get("nargs", "?") != "?")
+            for argument in entry.arguments if argument.names[0][0] != "-")])
     longest = max(map(len, (usage or "").split("\n"))) - len("%(prog)s")
     is_wide = usage and len(PROGRAM + " " + name) + longest > width
     return usage.replace("%(prog)s", "%(prog)s\n   ") if is_wide else usage

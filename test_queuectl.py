@@ -6707,6 +6707,16 @@ class TestTerminal:
         assert "queuectl: 0 completed, 1 dead" in lines
 
     @posix_only
+    def test_a_narrow_terminal_gets_a_short_usage(self):
+        for name, words in (("delete", " [OPTION]... ID..."),
+                            ("worker start", " [OPTION]..."),
+                            ("enqueue", " [OPTION]... JSON...")):
+            shown = run_on_terminal(*name.split(), "--help", columns=40)[1]
+            usage = " ".join(shown.partition("\r\n\r\n")[0].split())
+            assert words in usage and "--db" not in usage
+        assert "[--db PATH]" in run_ok("delete", "--help").out
+
+    @posix_only
     def test_json_is_one_line_on_a_terminal_too(self):
         for words in ("status", "list", "config show", "show x"):
             enqueue(id="x" if words == "status" else None)
