@@ -3074,7 +3074,7 @@ class Queue(Database):
             GROUP BY error ORDER BY jobs DESC""", **condition.values)
 
     def last_ended(self, limit):
-        """Return the jobs that ended last, the latest first: a search in two indexes."""
+        """Return the jobs that ended last, latest first; each state has an index."""
         latest = " UNION ALL ".join(f"""SELECT * FROM (
             SELECT id, state, error, updated_at FROM jobs WHERE state = '{state}'
             ORDER BY updated_at DESC LIMIT :limit)""" for state in FINISHED)
@@ -3404,8 +3404,8 @@ class Queue(Database):
     def run_sample(self, since):
         """Return command, kind, error, run time and wait of runs finished since a time.
 
-        Interrupted ones tell no run time. At most fifty thousand, those of the jobs that were enqueued last: a million
-        would take seconds.
+        Without interrupted ones, which tell no run time. At most fifty thousand, those
+        of the jobs that were enqueued last: a million would take seconds.
         """
         # `run_at` is a later time if the job was put back into the queue since.
         return self._rows(f"""
@@ -6021,7 +6021,8 @@ class Supervisor:
     def report_request(self):
         """Report a stop that another process has requested, once."""
         request = requested_stop(self.path, self.pid)
-        if request in ("stop", "now") and request != self.asked:
+        is_new = request in ("stop", "now") and request != self.asked
+        if is_new and not self.stop_reason:
             self.asked = request
             left = len(self.own_runs())
             words = "stopping now: %s left" if request == "now" else "stopping: %s left"
@@ -6639,14 +6640,13 @@ def ended_lines(queue, now, width, rows):
 
 
 def watch_lines(lines, queue, now, seconds, size):
-    """Return the lines that fill the screen of `--watch`: the last one names its key."""
+    """Return the lines that fill the screen of `--watch`, with its key in the last."""
     lines = fitting(lines, below=2)
     free = size.lines - 2 - len(lines)
     if free > 2:
         lines += ended_lines(queue, now, size.columns, free)
-    dot = drawable(" · ", ", ")
-    footer = dot.join(["q: quit", "every %gs" % seconds,
-                       printable(queue.path)])
+    footer = drawable(" · ", ", ").join([
+        "q: quit", "every %gs" % seconds, printable(queue.path)])
     return [*lines, *[""] * (size.lines - 2 - len(lines)), Line(footer, DIM)]
 
 
@@ -7405,6 +7405,12 @@ def dead_text(queue, ids):
     return listed(["%s: %s" % (id, queue.job(id)["error"]) for id in dead])
 
 
+def state_or_due(job, now):
+    """Return when an unfinished job is due, or else its state."""
+    due = due_text(job, now)
+    return "due " + due if due else job["state"]
+
+
 class WaitReport:
     """What `wait` prints while it waits: its progress, and why nothing happens."""
 
@@ -7444,8 +7450,7 @@ class WaitReport:
         if len(self.wait.unfinished) <= MAX_NAMED:
             now = self.queue.clock()
             rest = "waiting for " + listed([
-                "%s (%s)" % (job["id"], due_text(job, now).replace("in", "due in", 1)
-                             or job["state"])
+                "%s (%s)" % (job["id"], state_or_due(job, now))
                 for job in self.queue.still_there(self.wait.unfinished)
                 if job["state"] not in FINISHED])
         ended = [grouped(counts[state]) + " " + state
@@ -7474,9 +7479,9 @@ def why_nothing_ends(queue):
                 seconds_from(0.1, "--watch"), nargs="?", const=1.0),
          creates_queue=True, must_print=True)
 def cmd_status(args, queue):
+    is_terminal = not args.json and terminal_width(sys.stdout)
     trend = Trend()
     with contextlib.ExitStack() as stack:
-        is_terminal = not args.json and terminal_size(sys.stdout)
         screen = args.watch and is_terminal and stack.enter_context(Screen())
         while True:
             queue.require_file()

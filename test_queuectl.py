@@ -6781,7 +6781,7 @@ class TestTerminal:
         assert shown.startswith("\x1b[2mID  ")
         assert red in run_on_terminal("show", "x")[1]
         # Zeros have no colour, the verdict has one.
-        assert run_on_terminal("status", columns=0)[1].count("\x1b") == 6
+        assert run_on_terminal("status", columns=0)[1].count("\x1b[0m") == 6
         assert "\x1b" not in run_ok("list").out + run_ok("status").out
         monkeypatch.setenv("NO_COLOR", "1")
         assert "\x1b" not in run_on_terminal("list")[1]
