@@ -3091,6 +3091,14 @@ class Queue(Database):
             SELECT error, COUNT(*) AS jobs FROM jobs WHERE {condition.sql}
             GROUP BY error ORDER BY jobs DESC""", **condition.values)
 
+    def last_ended(self, limit):
+        """Return the jobs that ended last, latest first; each state has an index."""
+        latest = " UNION ALL ".join(f"""SELECT * FROM (
+            SELECT id, state, error, updated_at FROM jobs WHERE state = '{state}'
+            ORDER BY updated_at DESC LIMIT :limit)""" for state in FINISHED)
+        query = f"{latest} ORDER BY updated_at DESC LIMIT :limit"
+        return self._rows(query, limit=limit)
+
     def dead_by_error(self):
         """Return the errors of dead jobs as dicts, the most common first.
 
@@ -3488,15 +3496,16 @@ class Queue(Database):
     def run_sample(self, since):
         """Return command, kind, error, run time and wait of runs finished since a time.
 
-        At most fifty thousand, those of the jobs that were enqueued last: a million
-        would take seconds.
+        Without interrupted ones, which tell no run time. At most fifty thousand, those
+        of the jobs that were enqueued last: a million would take seconds.
         """
         # `run_at` is a later time if the job was put back into the queue since.
-        return self._rows("""
+        return self._rows(f"""
             SELECT command, kind, runs.error, finished_at - started_at AS spent,
                 CASE WHEN jobs.run = runs.run AND started_at >= run_at
                     THEN started_at - max(run_at, created_at) END AS waited
-            FROM runs JOIN jobs USING (seq) WHERE finished_at >= ?
+            FROM runs JOIN jobs USING (seq)
+            WHERE finished_at >= ? AND {TOTAL_OF_RUN} <> 'interrupted'
             ORDER BY seq DESC LIMIT 50000""", since)
 
 
@@ -4301,7 +4310,8 @@ def rate_text(per_second):
 def relative_time(moment, now, text_of=duration_text):
     """Return a time as people say it: 2m 5s ago, in 4.0s."""
     if moment <= now:
-        return text_of(now - moment) + " ago"
+        is_recent = now - moment < 0.0995 and text_of is duration_text
+        return "just now" if is_recent else text_of(now - moment) + " ago"
     return "in " + text_of(moment - now)
 
 
@@ -4327,18 +4337,13 @@ def joined(*words, by=", "):
     return by.join(filter(None, words))
 
 
-def setting_text(name, value):
-    """Return the value of a setting for scripts, a number without a unit."""
+def setting_with_unit(name, value):
+    """Return the value of a setting as it can be set: 1h30m, 64K, none."""
     if value is None:
         return SETTINGS[name].none
-    return printable(value) if isinstance(value, str) else number_text(value)
-
-
-def setting_with_unit(name, value):
-    """Return the value of a setting for people, as it can be set: 1h30m, 64K, none."""
-    text = setting_text(name, value)
+    text = printable(value) if isinstance(value, str) else number_text(value)
     unit = SETTINGS[name].unit
-    if value is None or not unit:
+    if not unit:
         return text
     if unit == "seconds":
         duration = duration_text(value).replace(" ", "")
@@ -4603,8 +4608,7 @@ JOB_KINDS = {
         lambda job, look: "after " + job["waits_for"].replace("\n", ", ")),
     "behind a lock": JobKind(
         "pending", "M3 7h10v7H3zM5 7V5a3 3 0 0 1 6 0v2", why_locked,
-        lambda job, look: (
-            "" if obstacle(look.status) else "lock " + job["lock"])),
+        lambda job, look: "lock " + job["lock"]),
     "blocked": JobKind(
         "dead", "M5 2h6l3 3v6l-3 3H5l-3-3V5zM5 8h6", why_behind, blocked_by),
     "processing": JobKind(
@@ -4991,12 +4995,14 @@ def table(titles, rows, width=None, state_column=None, first_cut=-1):
 def fitted(widths, room, first_cut):
     """Return the widths of columns that fit into this room.
 
-    First the column FIRST_CUT gets narrower, then the widest ones.
+    First the column FIRST_CUT gets narrower, then the widest ones. The last column has
+    the commands: twenty columns of each still tell them apart.
     """
+    least = 20 if first_cut == -1 else 7
     # One long id must not push all else off the screen.
     widths = [min(width, 40) for width in widths[:-1]] + [min(widths[-1], room)]
     while sum(widths) > room:
-        at = first_cut if widths[first_cut] > 7 else widths.index(max(widths))
+        at = first_cut if widths[first_cut] > least else widths.index(max(widths))
         widths[at] -= 1
     return widths
 
@@ -5007,12 +5013,15 @@ def fitted(widths, room, first_cut):
 ListColumn = collections.namedtuple("ListColumn", "title terminal text")
 
 
-def last_columns(changed, reason):
-    """Return the last columns, of which two have the titles CHANGED and REASON."""
+def last_columns(changed, terminal, reason):
+    """Return the last columns, of which two have the titles CHANGED and REASON.
+
+    TERMINAL is how wide a terminal has to be to show the first of them.
+    """
     return [
-        ListColumn(changed, 76, lambda job, look: relative_time(
+        ListColumn(changed, terminal, lambda job, look: relative_time(
             job["updated_at"], look.now)),
-        ListColumn(reason, 36, lambda job, look: printable(
+        ListColumn(reason, 0, lambda job, look: printable(
             JOB_KINDS[kind_of(job, look)].short(job, look))),
         ListColumn("COMMAND", 60, lambda job, look: printable(job["command"])),
     ]
@@ -5023,9 +5032,11 @@ LIST_COLUMNS = [
     ListColumn("STATE", 0, lambda job, look: job["state"]),
     ListColumn("TRIES", 48, lambda job, look: "%d/%d" % (
         job["attempts"], tries_allowed(job["max_retries"]))),
-    *last_columns("CHANGED", "WHY"),
+    *last_columns("CHANGED", 98, "WHY"),
 ]
-DLQ_COLUMNS = [*LIST_COLUMNS[:3], *last_columns("DIED", "ERROR")]
+DLQ_COLUMNS = [
+    LIST_COLUMNS[0], LIST_COLUMNS[1]._replace(terminal=MAX_INTEGER),  # it is `dead`
+    LIST_COLUMNS[2], *last_columns("DIED", 76, "ERROR")]
 
 
 def job_table(jobs, look, columns):
@@ -5040,11 +5051,22 @@ def job_table(jobs, look, columns):
                 if any(column.text(job, look) for job in first)]
         spare = 24 * (len(columns) - len(used))  # of a column without a text
         columns = [column for column in used if width + spare >= column.terminal]
-        if columns[-1] is not used[-1]:  # without commands the reason matters most
+        reason, command = used[-2:]
+        if columns[-1] is reason:  # no room for both
             first_cut = 0
+            if not all(reason.text(job, look) for job in first):
+                columns[-1] = either(reason, command)
             look = look._replace(text_of=lambda time: duration_text(time).split()[0])
+    titles = [column.title for column in columns]
     rows = ([column.text(job, look) for column in columns] for job in jobs)
-    return table([column.title for column in columns], rows, width, 1, first_cut)
+    state_column = titles.index("STATE") if "STATE" in titles else None
+    return table(titles, rows, width, state_column, first_cut)
+
+
+def either(first, second):
+    """Return a column that has the text of the first one, or else of the second."""
+    return ListColumn("%s or %s" % (first.title, second.title), 0, lambda job, look: (
+        first.text(job, look) or second.text(job, look)))
 
 
 def run_table(runs, now):
@@ -5343,6 +5365,7 @@ def open_log(queue_path, role, is_quiet):
 def printing_handler(level):
     """Return a handler of `logging` that prints lines of this level for people.
 
+    Those on the start or end of a run begin with the job, others as all notices do.
     Those with `is_printed` have been printed before.
     """
     import logging
@@ -5353,6 +5376,8 @@ def printing_handler(level):
         def emit(self, record):
             if not hasattr(record, "is_printed"):
                 line = record.msg if type(record.msg) is Line else record.getMessage()
+                if type(line) is not Line and record.levelno > logging.INFO:
+                    line = "queuectl: " + line
                 write_or_drop(sys.stderr, start + for_standard_error(line) + "\n")
 
     return Printer(level)
@@ -5994,6 +6019,7 @@ class Supervisor:
             self.collect_workers()
             self.kill_stuck_workers()
             self.require_own_file()
+            self.report_request()
             are_missing = self.start_missing()
             if time.monotonic() >= self.next_check:
                 self.with_queue(self.maintain)
@@ -6063,11 +6089,34 @@ class Supervisor:
         if self.signals and sys.stderr.isatty():
             self.announce_stop(request)
 
+    def report_request(self):
+        """Report a stop that another process has requested, once."""
+        request = requested_stop(self.path, self.pid)
+        is_new = request in ("stop", "now") and request != self.asked
+        if is_new and not self.stop_reason:
+            self.asked = request
+            left = len(self.own_runs())
+            words = "stopping now: %s left" if request == "now" else "stopping: %s left"
+            self.tell(words % plural(left, "job"), self.is_quiet or not left)
+
+    def tell(self, message, is_quiet):
+        """Log a message, and print it, over the progress line, unless IS_QUIET."""
+        self.log.info(message)
+        if not is_quiet:
+            if self.show_progress:
+                write_or_drop(sys.stderr, "\r\x1b[K")
+            pool_notice(message)
+
+    def own_runs(self):
+        """Return the runs of this pool's workers."""
+        return self.with_queue(lambda queue: [
+            run for run in queue.processing_runs()
+            if run.worker in self.worker_pids()]) or []
+
     def announce_stop(self, request):
         """Print what becomes of the running jobs, below the `^C` or over progress."""
         write_or_drop(sys.stderr, "\r\x1b[K" if self.show_progress else "\n")
-        running = self.with_queue(lambda queue: [
-            run for run in queue.processing_runs() if run.worker in self.worker_pids()])
+        running = self.own_runs()
         if running:
             message = "finishing %s; Ctrl-C again ends them now"
             if request == "now":
@@ -6162,8 +6211,7 @@ class Supervisor:
 
     def maintain(self, queue):
         """Do what is due for the queue at every check."""
-        if self.draining_pool:  # it waits while the queue is paused
-            self.report_pause(queue)
+        self.report_pause(queue)
         self.reaper.recover_lost(queue, self.worker_pids())
         self.reaper.remove_stale_files(queue)
         self.reaper.rotate_log()
@@ -6174,10 +6222,12 @@ class Supervisor:
             self.show_progress(queue)
 
     def report_pause(self, queue):
-        """Report that the queue is paused, once for each pause."""
+        """Report that the queue is paused, once for each pause, and that it goes on."""
         is_paused = queue.is_paused()
-        if is_paused and not self.was_paused:
-            pool_notice(standstill(queue))
+        if is_paused != self.was_paused:
+            is_waiting = self.draining_pool or not self.checked_at  # it just starts
+            self.tell(standstill(queue) if is_paused else "resumed",
+                      is_quiet=self.is_quiet and not (is_paused and is_waiting))
         self.was_paused = is_paused
 
     def finish(self, queue):
@@ -6362,21 +6412,21 @@ def state_option(states):
             raise QueueError(message, text, names, code=2)
         return state_name(text)
 
-    return option("--state", "STATE", "one of %s (repeatable; default: all)" % names,
+    return option("--state", "STATE", "one of %s (repeatable)" % names,
                   convert, action="append", default=[])
 
 
 SINCE, DIED_SINCE = (
-    option("--since", "T", "only jobs that %s within T, like 12h (default: all)" % verb,
+    option("--since", "T", "only jobs that %s within T, like 12h" % verb,
            seconds_from(0, "--since")) for verb in ("changed", "died"))
-MATCH = option("--match", "TEXT", "only jobs with TEXT in id or command (default: all)",
+MATCH = option("--match", "TEXT", "only jobs with TEXT in id or command",
                text_to_match)
 EVERYWHERE = [
     flag("--json", "print one JSON document"),
     option("--db", "PATH", "the queue (default: QUEUECTL_DB, or queuectl.db)")]
 LIMIT = option("--limit", "N", "at most N jobs, or 0 for all (default: all; on a"
                " terminal the newest that fit)", count_from(0, "--limit"))
-ERROR = option("--error", "TEXT", "only jobs with this very error (default: all)")
+ERROR = option("--error", "TEXT", "only jobs with this very error")
 DRY_RUN = flag("--dry-run", "only list the jobs that would be changed")
 
 
@@ -6456,16 +6506,44 @@ def died(groups):
     return [group for group in groups if not group["is_cancelled"]]
 
 
-def status_screen(status, groups, now):
-    """Yield what `status` shows on a terminal, where people look."""
+def status_screen(status, groups, now, size):
+    """Return what `status` shows on a terminal, where people look.
+
+    Where it is small, zeros, errors and what waits give way to five running jobs.
+    """
+    running = [*running_lines(status, now, size.columns)]
+    room = size.lines - 2 - len(running[:6])
+    for detail in (3, 2, 1, 0):
+        lines = [part for line in status_head(status, groups, now, size, detail)
+                 for part in wrapped(line, size.columns)]
+        if len(lines) <= room:
+            break
+    return lines + running
+
+
+def status_head(status, groups, now, size, detail):
+    """Yield the verdict, the counts and the pools; the rest by the DETAIL, 0 to 3."""
     judgement = verdict(status, now)
     yield Line(with_advice(judgement, status["path"]),
                STATES[judgement.state].colour, 0, len(verdict_text(judgement)))
-    width = terminal_width(sys.stdout)
-    yield from count_lines(status["jobs"], status["cancelled"])
-    yield from error_lines(died(groups), status["path"], now, width)
-    yield from waiting_lines(status, now)
-    yield from pool_lines(status, now, width)
+    digits = max(len(str(count)) for count in status["jobs"].values())
+    for state, count in status["jobs"].items():
+        if count or detail == 3:
+            yield count_line(state, count, digits, status["cancelled"])
+    if detail >= 2:
+        yield from error_lines(died(groups), status["path"], now, size.columns)
+    if detail >= 1:
+        yield from waiting_lines(status, now)
+    yield from pool_lines(status)
+
+
+def count_line(state, count, digits, cancelled):
+    """Return how many jobs a state has, and how many of the dead were CANCELLED."""
+    of_them = " (%d cancelled)" % cancelled if state == "dead" and cancelled else ""
+    title = "%-12s" % (state.capitalize() + ":")
+    number = str(count).rjust(digits)
+    colour = STATES[state].colour if count else DIM
+    return Line(title + number + of_them, colour, len(title), len(title + number))
 
 
 def error_lines(groups, path, now, width):
@@ -6485,20 +6563,13 @@ def error_lines(groups, path, now, width):
 
 def status_lines(status, now):
     """Yield what `status` prints into a pipe or a file."""
-    yield from count_lines(status["jobs"])
+    for state, count in status["jobs"].items():
+        yield "%s: %d" % (state.capitalize(), count)
     yield from waiting_lines(status, now)
     judgement = obstacle(status)
     if judgement and (status["paused"] or count_unfinished(status["jobs"])):
         yield with_advice(judgement, status["path"])
     yield from worker_lines(status, now)
-
-
-def count_lines(jobs, cancelled=0):
-    """Yield how many jobs each state has, and how many of the dead were CANCELLED."""
-    for state, count in jobs.items():
-        of_them = " (%d cancelled)" % cancelled if state == "dead" and cancelled else ""
-        yield Line("%s: %d%s" % (state.capitalize(), count, of_them),
-                   STATES[state].colour if count else None, 0, len(state))
 
 
 def waiting_lines(status, now):
@@ -6534,8 +6605,8 @@ def worker_lines(status, now):
         yield line % worker + doing
 
 
-def pool_lines(status, now, width):
-    """Yield a line for each pool, and a table of what runs, in place of PIDs."""
+def pool_lines(status):
+    """Yield a line for each pool."""
     pools = {pool: [] for pool in sorted(status["pools"])}
     for worker in status["workers"]:
         pools.setdefault(worker["pool"], []).append(worker["job"])
@@ -6545,12 +6616,36 @@ def pool_lines(status, now, width):
                      idle and grouped(idle) + " idle",
                      pool in status["stopping_pools"] and "stopping",
                      pool not in status["pools"] and "killed")
+
+
+def running_lines(status, now, width):
+    """Yield a table of what runs, in place of PIDs."""
     running = [[printable(worker["job"]), duration_text(now - worker["since"]),
                 printable(status["commands"].get(worker["job"], ""))]
                for worker in sorted(status["workers"], key=lambda one: one["since"] or 0)
                if worker["job"]]
     if running:
         yield from table(["JOB", "FOR", "COMMAND"], running, width)
+
+
+def ended_lines(queue, now, width, rows):
+    """Yield a table of the jobs that ended last, of at most so many rows."""
+    ended = [[printable(job["id"]), relative_time(job["updated_at"], now),
+              printable(job["error"] or job["state"])]
+             for job in queue.last_ended(min(10, rows - 2))]
+    if ended:
+        yield from ["", *table(["LAST ENDED", "WHEN", "RESULT"], ended, width)]
+
+
+def watch_lines(lines, queue, now, seconds, size):
+    """Return the lines that fill the screen of `--watch`, with its key in the last."""
+    lines = fitting(lines, below=2)
+    free = size.lines - 2 - len(lines)
+    if free > 2:
+        lines += ended_lines(queue, now, size.columns, free)
+    footer = drawable(" · ", ", ").join([
+        "q: quit", "every %gs" % seconds, printable(queue.path)])
+    return [*lines, *[""] * (size.lines - 2 - len(lines)), Line(footer, DIM)]
 
 
 def job_document(queue, job):
@@ -6619,7 +6714,9 @@ def cmd_enqueue(args, queue):
         return
     jobs = queue.still_there(ids) if args.unique else queue.jobs(
         first=added.first, last=added.last, brief=not args.json)
-    print_jobs(args, jobs, functools.partial(enqueued_lines, unchanged=added.unchanged),
+    are_many = terminal_width(sys.stdout) and added.last - added.first >= 10
+    print_jobs(args, jobs, enqueued_sum if are_many and not args.unique else
+               functools.partial(enqueued_lines, unchanged=added.unchanged),
                "no jobs were given")
     if sys.stderr.isatty() and not args.json and standstill(queue):
         notice(standstill(queue))
@@ -6631,6 +6728,15 @@ def report_dropped(dropped):
     if ids:
         notice("this queue has no jobs %s: dropped from `after` of %s" % (
             listed(ids, 5), plural(len(dropped), "job")))
+
+
+def enqueued_sum(jobs):
+    """Yield how many new jobs there are; a list of them would fill a terminal."""
+    first = next(jobs)["id"]
+    for count, last in enumerate(jobs, 2):
+        pass
+    ids = printable(first) + drawable(" … ", " ... ") + printable(last["id"])
+    yield "enqueued %s (%s)" % (plural(count, "job"), ids)
 
 
 def enqueued_lines(jobs, unchanged):
@@ -7297,6 +7403,12 @@ def dead_text(queue, ids):
     return listed(["%s: %s" % (id, queue.job(id)["error"]) for id in dead])
 
 
+def state_or_due(job, now):
+    """Return when an unfinished job is due, or else its state."""
+    due = due_text(job, now)
+    return "due " + due if due else job["state"]
+
+
 class WaitReport:
     """What `wait` prints while it waits: its progress, and why nothing happens."""
 
@@ -7336,8 +7448,7 @@ class WaitReport:
         if len(self.wait.unfinished) <= MAX_NAMED:
             now = self.queue.clock()
             rest = "waiting for " + listed([
-                "%s (%s)" % (job["id"], due_text(job, now).replace("in", "due in", 1)
-                             or job["state"])
+                "%s (%s)" % (job["id"], state_or_due(job, now))
                 for job in self.queue.still_there(self.wait.unfinished)
                 if job["state"] not in FINISHED])
         ended = [grouped(counts[state]) + " " + state
@@ -7375,10 +7486,11 @@ def cmd_status(args, queue):
             queue.require_file()
             now, status = queue.clock(), read_status(queue)
             lines = status_lines(status, now)
-            if is_terminal:
-                lines = status_screen(status, errors_of(queue), now)
-            if screen:
-                print(end=screenful(lines))
+            size = is_terminal and terminal_size(sys.stdout)
+            if size:
+                lines = status_screen(status, errors_of(queue), now, size)
+            if screen and size:
+                print(end=screenful(watch_lines(lines, queue, now, args.watch, size)))
             elif args.json:
                 print_result(args, status_document(status, now))
             else:
@@ -7400,23 +7512,24 @@ def needs_somebody(status, now):
     return not (is_well and status["pools"])
 
 
-def fitting(lines):
-    """Return the lines, wrapped for a terminal, as many as fit above its prompt."""
+def fitting(lines, below=1):
+    """Return the lines, wrapped for a terminal, as many as leave rows BELOW."""
     size = terminal_size(sys.stdout)
     if size is None:
         return lines
     lines = [part for line in lines for part in wrapped(line, size.columns)]
-    if len(lines) > size.lines - 1:
-        lines[size.lines - 2 :] = ["  and %d more" % (len(lines) - size.lines + 2)]
+    room = size.lines - below
+    if len(lines) > room:
+        lines[room - 1 :] = ["  and %d more" % (len(lines) - room + 1)]
     return lines
 
 
 def screenful(lines):
-    """Return the text that redraws these lines, as many as fit on the terminal."""
+    """Return the text that redraws these lines."""
     width, paint = terminal_width(sys.stdout), painter(sys.stdout)
     # Each line is cleared first: behind its last column that would clear this. A long
     # id would be wrapped by the terminal, and push the first line off the screen.
-    lines = ("\x1b[K%s\n" % paint(truncate(line, width)) for line in fitting(lines))
+    lines = ("\x1b[K%s\n" % paint(truncate(line, width)) for line in lines)
     return "\x1b[H" + "".join(lines) + "\x1b[J"
 
 
@@ -7454,14 +7567,16 @@ def cmd_edit(args, queue):
 @command("pause", "let no further job start; running ones finish", "pause",
          creates_queue=True)
 def cmd_pause(args, queue):
+    already = "already " if queue.is_paused() else ""
     queue.set_paused(True)
-    print_result(args, {"paused": True}, standstill(queue))
+    print_result(args, {"paused": True}, already + standstill(queue))
 
 
 @command("resume", "let jobs start again", "resume", creates_queue=True)
 def cmd_resume(args, queue):
+    answer = "resumed" if queue.is_paused() else "the queue was not paused"
     queue.set_paused(False)
-    answer = joined("resumed", standstill(queue), by="; ")
+    answer = joined(answer, standstill(queue), by="; ")
     print_result(args, {"paused": False}, answer)
 
 
@@ -7718,8 +7833,10 @@ def cmd_config_show(args, queue):
     values = queue.settings()
     width = terminal_width(sys.stdout)
     columns = 4 if width is None or width >= 60 else 2
+    changed = " *" if width else ""  # a script takes the value as it is
     rows = [
-        [name, setting_with_unit(name, values[name]),
+        [name, setting_with_unit(name, values[name])
+         + changed * (values[name] != setting.default),
          setting_with_unit(name, setting.default), setting.meaning][:columns]
         for name, setting in SETTINGS.items()]
     titles = ["SETTING", "VALUE", "DEFAULT", "MEANING"][:columns]
@@ -7735,7 +7852,7 @@ def cmd_config_get(args, queue):
         return cmd_config_show(args, queue)
     name = setting_name(args.key)
     value = queue.settings()[name]
-    print_result(args, value, setting_text(name, value))
+    print_result(args, value, setting_with_unit(name, value))
 
 
 @command("config set", "change a setting", "config set max_retries 5", KEY,
@@ -7857,10 +7974,14 @@ def cmd_worker_stop(args):
 
     # A job that stops its own pool would wait for itself.
     is_waiting = stopped and not args.no_wait and not within_job_of(args.db)
-    if is_waiting and not wait_until(are_gone, STOP_REPORT_DELAY, STEP_INTERVAL):
-        report_stop(args, stopped)
-        request()  # a pool that was just starting may have overwritten the first one
-        wait_until(are_gone, MAX_DURATION, STEP_INTERVAL)
+    try:
+        if is_waiting and not wait_until(are_gone, STOP_REPORT_DELAY, STEP_INTERVAL):
+            report_stop(args, stopped)
+            request()  # a pool that was just starting may have overwritten the first
+            wait_until(are_gone, MAX_DURATION, STEP_INTERVAL)
+    except KeyboardInterrupt:
+        notice(in_queue(args.db, "the pool still stops; to see it: " + usage("status")))
+        return 130
     names = ", ".join("pool %d" % pid for pid in stopped)
     message = ("stopped " if is_waiting else "stopping ") + names
     if not stopped:
@@ -10796,8 +10917,16 @@ class RefusedLine:
 
 
 def wrapped_usage(name, width):
-    """Return the usage of a command that has its own. Argparse would not wrap it."""
-    usage = COMMANDS[name].usage
+    """Return the usage of a command that has its own, or where all would be too long.
+
+    Argparse would not wrap it.
+    """
+    entry = COMMANDS[name]
+    usage = entry.usage
+    if not usage and width < 60:
+        usage = " ".join(["%(prog)s [OPTION]...", *(
+            argument.metavar + "..." * (argument.options.get("nargs", "?") != "?")
+            for argument in entry.arguments if argument.names[0][0] != "-")])
     longest = max(map(len, (usage or "").split("\n"))) - len("%(prog)s")
     is_wide = usage and len(PROGRAM + " " + name) + longest > width
     return usage.replace("%(prog)s", "%(prog)s\n   ") if is_wide else usage

@@ -171,6 +171,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("QUEUECTL_DB", raising=False)
     yield tmp_path
+    (tmp_path / "go").touch()  # for the commands of a test that has failed before
     for process in list(STARTED):
         kill_pool(process)
     for pid in live_commands():
@@ -3511,6 +3512,16 @@ class TestEnqueue:
             "enqueue", "--lines", "--file", "list", code=2)
         assert run_ok("enqueue", "--quiet", "--", "true").out == "" and len(jobs()) == 4
 
+    @posix_only
+    def test_a_terminal_gets_one_line_for_many_jobs(self):
+        with open("list", "w") as file:
+            file.write("true\n" * 12)
+        words = "enqueue", "--lines", "--file", "list"
+        assert run_ok(*words).out.count("enqueued ") == 12
+        shown = run_on_terminal(*words)[1]
+        ids = list(jobs())[12:]
+        assert "enqueued 12 jobs (%s … %s)" % (ids[0], ids[-1]) in shown
+
     def test_a_list_can_be_piped_into_another_queue(self):
         enqueue("exit 1", id="a", env={"X": "1"}, timeout=5, priority=-3, max_retries=1)
         drain()
@@ -3805,6 +3816,18 @@ class TestList:
         assert run_on_terminal("list", "--limit", "2")[1].count("job-with") == 2
 
     @posix_only
+    def test_a_long_reason_leaves_room_for_the_command(self):
+        first, second = "a" * 30, "b" * 30
+        enqueue("echo " + "x" * 30, id=first)
+        enqueue("echo " + "x" * 30, id=second, after=[first])
+        titles, *lines = run_on_terminal("list", columns=80)[1].splitlines()
+        assert "CHANGED" not in titles and titles.index("COMMAND") == 64  # 60, and a colour
+        assert lines[1].startswith("b" * 16) and "after aaaaaaaaaaaa" in lines[1]
+        run_ok("cancel", first)
+        assert "STATE" not in run_on_terminal("dlq", "list", columns=80)[1]
+        assert first + "  dead   0/3" in run_ok("dlq", "list").out
+
+    @posix_only
     def test_a_narrow_terminal_cuts_the_id_before_the_reason(self):
         first, second = "a-job-with-a-long-name", "another-job-with-a-long-name"
         enqueue(id=first, delay=3700)
@@ -3812,6 +3835,10 @@ class TestList:
         lines = run_on_terminal("list", columns=40)[1].splitlines()
         assert lines[1:3] == ["a-job-…  pending  due in 1h",
                               "anothe…  pending  after a-job-with-a-lo…"]
+        enqueue("echo here", id="x")
+        lines = run_on_terminal("list", columns=40)[1].splitlines()
+        assert "  WHY or COMMAND" in lines[0]
+        assert lines[3] == "x        pending  echo here"
         assert second + "  pending  0/3" in run_ok("list").out
         assert "due in 1h 1m" in run_ok("list").out
 
@@ -3881,9 +3908,8 @@ class TestShow:
     def test_it_says_which_job_has_the_lock(self):
         enqueue(id="first", lock="db")
         enqueue(id="second", lock="db")
-        assert "lock db" not in run_ok("list").out  # that is not what holds it up
-        start_pool(count=1, script="queuectl.Queue.claim = lambda *_: None")
         assert "  lock db  " in run_ok("list").out
+        start_pool(count=1, script="queuectl.Queue.claim = lambda *_: None")
         assert "waits for the lock db: job first gets it first" in (
             run_ok("show", "second").out)
         assert "next in line" in run_ok("show", "first").out
@@ -3894,7 +3920,7 @@ class TestShow:
         enqueue(id="b", after=["a"])
         enqueue(id="c")
         drain()
-        answer = [re.sub(r"[\d.<]+m?s ago", "…", line)
+        answer = [re.sub(r"[\d.]+s ago|just now", "…", line)
                   for line in run_ok("show", "a").out.split("\n\n")[0].splitlines()]
         assert answer == [
             "a is dead: exit 3; try 1 of 1; …", "  $ echo one&& echo two&& exit 3",
@@ -3922,7 +3948,7 @@ class TestShow:
         at = lines.index("  $ echo long long long long long long")
         assert lines[at + 3] == "    end"
         assert "timeout:     10m" in lines
-        assert any(re.fullmatch(r"created_at:  \S+ ago", line) for line in lines)
+        assert any(re.fullmatch(r"created_at:  (\S+ ago|just now)", line) for line in lines)
         assert "env:         B='two c'" in lines
         assert details_of("a")["timeout"] == 600
 
@@ -3936,7 +3962,7 @@ class TestShow:
         assert lines[at + 1] == "             exit 3"
         assert lines[1:3] == ["  $ echo one", "    exit 3"]
         assert re.match(r"RUN  TRY  STARTED +TOOK +RESULT$", lines[-3])
-        assert re.match(r"2    2    .* ago +<?\d+ms +exit ", lines[-1])
+        assert re.match(r"2    2    (.* ago|just now) +<?\d+ms +exit ", lines[-1])
 
     def test_durations_of_runs_are_exact_in_json(self):
         enqueue("sleep 0.05" if os.name == "posix" else "true", id="x")
@@ -4549,12 +4575,10 @@ class TestPauseAndResume:
         enqueue(id="x")
         pool = start_pool()
         wait_until(lambda: state_of("x") == "completed")
-        assert (
-            run_ok("pause").out
-            == "paused; to go on: queuectl.py resume\n"
-            == run_ok("pause").out)
-        enqueue(id="y")
         words = "paused; to go on: queuectl.py resume"
+        assert run_ok("pause").out == words + "\n"
+        assert run_ok("pause").out == "already %s\n" % words
+        enqueue(id="y")
         assert words.capitalize() in run_ok("status").out
         assert words in run_ok("show", "y").out
         assert read_status()["paused"] is True
@@ -4565,6 +4589,20 @@ class TestPauseAndResume:
         wait_until(lambda: state_of("y") == "completed")
         assert drain.wait(10) == 0
         assert "aused" not in run_ok("status").out
+
+    @fork_only
+    def test_a_pool_says_what_others_ask_of_it(self):
+        enqueue(UNTIL_GO, id="x")
+        pool = start_pool(count=1, script="queuectl.RECOVERY_INTERVAL = 0.1")
+        assert pool.stderr.readline().startswith("x 1/3 runs")
+        words = "queuectl: paused; to go on: queuectl.py resume"
+        for command, line in (["pause"], words), (["resume"], "queuectl: resumed"), (
+                ["worker", "stop", "--no-wait"], "queuectl: stopping: 1 job left"):
+            run_ok(*command)
+            assert pool.stderr.readline() == line + "\n"
+            assert line[len("queuectl: ") :] in read_text("queuectl.log")
+        open("go", "w").close()
+        assert pool.wait(10) == 0
 
     @posix_only
     def test_a_pause_lets_the_running_job_finish_and_a_drain_wait(self):
@@ -5280,16 +5318,31 @@ class TestStatus:
         enqueue(id="cut", delay=3600)
         run_ok("cancel", "cut")
         lines = run_on_terminal("status", columns=0)[1].split("\r\n")
-        assert "Ended: 1 cancelled; 7 dead" in lines[0] and lines[1] == "Pending: 0"
-        assert lines[5] == "\x1b[31mDead\x1b[0m: 8 (1 cancelled)"
+        assert "Ended: 1 cancelled; 7 dead" in lines[0] and lines[1] == (
+            "Pending:    \x1b[2m0\x1b[0m")
+        assert lines[5] == "Dead:       \x1b[31m8\x1b[0m (1 cancelled)"
         assert re.fullmatch(
-            r"  2 of exit 2: no file, the latest [\d.]+m?s ago", lines[6])
+            r"  2 of exit 2: no file, the latest ([\d.]+s ago|just now)", lines[6])
         assert lines[7].startswith("  1 of exit 14, ")
         assert lines[10] == "  and of 2 more errors; to see all: queuectl.py dlq list"
         assert lines[11] == "Active Workers: 0"
         lines = run_on_terminal("status", columns=28)[1].split("\r\n")
         assert "  2 of exit 2: no file" in lines  # the time matters least
         assert "Dead: 8\n" in run_ok("status").out
+
+    def test_with_free_rows_watch_shows_what_ended_last(self, queue, clock):
+        for number in range(12):
+            add_job(queue, id="job%d" % number)
+            claim_and_complete(queue)
+            clock.now += 1
+        let_die(queue, "bad")
+        size = os.terminal_size((80, 24))
+        lines = queuectl.watch_lines(["one"], queue, clock.now, 1.0, size)
+        assert lines[2].split() == ["LAST", "ENDED", "WHEN", "RESULT"]
+        assert [line.split()[0] for line in lines[3:6]] == ["bad", "job11", "job10"]
+        assert lines[4].endswith("completed") and "exit 1" in lines[3]
+        assert len([line for line in lines if line]) == 13 and len(lines) == 23
+        assert len(queuectl.watch_lines(["one"] * 20, queue, 0, 1.0, size)) == 23
 
     @posix_only
     def test_a_stopping_pool_is_said_to_be_one(self):
@@ -5331,15 +5384,22 @@ class TestStatus:
             "status", "--watch", "0.1", keys=b"\x03", columns=40)
         screen = re.sub(r"\x1b\[\d*m", "", shown).split("\x1b[H")[1]
         lines = screen.split("\x1b[J")[0].replace("\x1b[K", "").splitlines()
-        assert lines[:3] == [
-            "Keeping up: no job waits for a worker", "Pending: 0", "Processing: 24"]
+        assert lines[:3] == ["Keeping up: no job waits for a worker",
+                             "Pending:     0", "Processing: 24"]
         assert lines[7] == "pool %d: 25 workers, 1 idle" % pool.pid
         assert lines[8].split() == ["JOB", "FOR", "COMMAND"]
         assert re.match(r"job\d+ +[\d.]+m?s +\S", lines[9])
-        assert len(lines) == 23 and lines[-1] == "  and 11 more"
+        assert len(lines) == 23 and lines[-2] == "  and 12 more"
+        assert lines[-1].startswith("q: quit · every 0.1s · /")
         assert max(map(len, lines)) <= 40
         once = re.sub(r"\x1b\[\d*m", "", run_on_terminal("status", columns=40)[1])
         assert once.splitlines()[:9] == lines[:9] and once.count("\n") == 23
+        with queuectl.Queue("queuectl.db") as queue:
+            screen = queuectl.status_screen(
+                queuectl.read_status(queue), queuectl.errors_of(queue), time.time(),
+                os.terminal_size((40, 12)))
+        assert [line.split(":")[0] for line in screen[:3]] == [
+            "Keeping up", "Processing", "Active Workers"] and len(screen) == 29
         os.kill(pool.pid, signal.SIGKILL)
         pool.wait(10)
         words = "pool %d: 24 workers, killed" % pool.pid
@@ -5383,6 +5443,7 @@ class TestStats:
         assert first in printed
         assert "100 % succeed; 4/min in the last minute\n" in printed
         assert re.search(r"^(longer|< [\d.]+m?s) +1 +█+$", printed, re.MULTILINE)
+        assert LONG_COMMAND not in printed  # an interrupted run tells no run time
         assert run_errors("x") == ["stopped", "stopped", "cancelled"]
         log = read_text("queuectl.log")
         assert re.search(
@@ -5655,6 +5716,16 @@ class TestWorkerStop:
         assert stop.wait(10) == 0 == pool.wait(10)
         assert stop.stderr.read() == ""
 
+    @posix_only
+    def test_on_ctrl_c_it_says_that_the_pool_still_stops(self, monkeypatch):
+        enqueue(UNTIL_GO, id="x")
+        start_pool(count=1)
+        wait_until(lambda: state_of("x") == "processing")
+        monkeypatch.setattr(queuectl, "wait_until", lambda *_: signal.raise_signal(2))
+        answer = cli("worker", "stop")
+        assert (answer.code, answer.err) == (
+            130, "queuectl: the pool still stops; to see it: queuectl.py status\n")
+
     def test_without_a_pool_it_says_so_and_stops_no_later_pool(self):
         assert run_ok("worker", "stop").out == "no pool is running\n"
         assert os.listdir(".") == []
@@ -5776,7 +5847,7 @@ class TestConfig:
         ("backoff_max", "1234567.5")])
     def test_a_value_is_shown_as_it_was_set(self, name, value):
         configure(name, value)
-        assert run_ok("config", "get", name).out == value + "\n"
+        assert run_ok("config", "get", name, "--json").json == float(value)
 
     @pytest.mark.parametrize("name, value, shown", [
         ("keep", "5400", "1h30m"), ("keep", "7d", "7d"), ("timeout", "0.5", "0.5s"),
@@ -5787,7 +5858,15 @@ class TestConfig:
         answer = run_ok("config", "set", name, value).out
         assert answer == "%s = %s\n" % (name, shown)
         assert re.search(r"^%s +%s " % (name, shown), run_ok("config", "show").out, re.M)
+        assert run_ok("config", "get", name).out == shown + "\n"
         assert run_ok("config", "set", name, shown).out == answer
+
+    @posix_only
+    def test_a_terminal_marks_changed_values(self):
+        configure("max_retries", "5")
+        shown = run_on_terminal("config", "show", columns=40)[1]
+        assert re.search(r"^max_retries +5 \*", shown, re.M) and shown.count(" *") == 1
+        assert "5 *" not in run_ok("config", "show").out
 
     def test_settings_are_shown_set_and_unset(self):
         run_ok("config", "set", "max-retries", "5")
@@ -5806,7 +5885,7 @@ class TestConfig:
 
     def test_output_limit_may_be_given_in_k_and_m(self):
         configure("output_limit", "64k")
-        assert run_ok("config", "get", "output_limit").out == "65536\n"
+        assert run_ok("config", "get", "output_limit").out == "64K\n"
         for value in ("65M", "1G", "-1", "1.5M", "true", ""):
             assert "64M" in run_refused(
                 "config", "set", "output_limit", "--", value, code=2)
@@ -6716,6 +6795,16 @@ class TestTerminal:
         assert "queuectl: 0 completed, 1 dead" in lines
 
     @posix_only
+    def test_a_narrow_terminal_gets_a_short_usage(self):
+        for name, words in (("delete", " [OPTION]... ID..."),
+                            ("worker start", " [OPTION]..."),
+                            ("enqueue", " [OPTION]... JSON...")):
+            shown = run_on_terminal(*name.split(), "--help", columns=40)[1]
+            usage = " ".join(shown.partition("\r\n\r\n")[0].split())
+            assert words in usage and "--db" not in usage
+        assert "[--db PATH]" in run_ok("delete", "--help").out
+
+    @posix_only
     def test_json_is_one_line_on_a_terminal_too(self):
         for words in ("status", "list", "config show", "show x"):
             enqueue(id="x" if words == "status" else None)
@@ -6780,7 +6869,7 @@ class TestTerminal:
         assert shown.startswith("\x1b[2mID  ")
         assert red in run_on_terminal("show", "x")[1]
         # Zeros have no colour, the verdict has one.
-        assert run_on_terminal("status", columns=0)[1].count("\x1b") == 6
+        assert run_on_terminal("status", columns=0)[1].count("\x1b[0m") == 6
         assert "\x1b" not in run_ok("list").out + run_ok("status").out
         monkeypatch.setenv("NO_COLOR", "1")
         assert "\x1b" not in run_on_terminal("list")[1]
@@ -7056,7 +7145,7 @@ class TestKeep:
 
     def test_a_pool_deletes_completed_jobs_while_it_runs(self):
         configure("keep", "0")
-        assert run_ok("config", "get", "keep").out == "0\n"
+        assert run_ok("config", "get", "keep").out == "0s\n"
         enqueue(id="x")
         pool = start_pool()
         wait_until(lambda: not jobs())
@@ -9812,7 +9901,7 @@ def readme_block(begin):
 
 def readme_words(text):
     """Return the words of each line of a text; times and process numbers are alike."""
-    text = re.sub(r"<?\b\d[\d.]*(ms|s|m|h)( ago)?\b|pool \d+", "…", text)
+    text = re.sub(r"<?\b\d[\d.]*(ms|s|m|h)( ago)?\b|just now|pool \d+", "…", text)
     return sorted(map(str.split, text.splitlines()))
 
 
@@ -9896,7 +9985,7 @@ class TestReadme:
             is_dead = "--drain" in words or words[1] == "wait"
             assert answer.returncode == (1 if is_dead else 0), line
         assert jobs("--match", "echo two") and state_of("report") == "dead"
-        assert run_ok("config", "get", "keep").out == "604800\n"
+        assert run_ok("config", "get", "keep").out == "7d\n"
 
     @posix_only
     def test_its_lines_for_cron_and_ci_run(self):
