@@ -2967,17 +2967,19 @@ class Queue(Database):
             lock=job["lock"])
 
     def longest_line(self):
-        """Return the lock that most jobs are behind, their number, the job before them.
+        """Return the lock that most jobs are behind, and the number of these jobs.
 
-        Return None where no job is behind a lock.
+        Then the number of all such locks, and the job that is before those jobs. Return
+        None where no job is behind a lock.
         """
-        line = self._row(f"""
+        lines = self._rows(f"""
             SELECT lock, COUNT(*) AS jobs FROM (
                 SELECT lock FROM jobs WHERE lock NOT NULL AND state = 'pending'
                     AND gate = {LOCKED} LIMIT {COUNT_LIMIT})
-            GROUP BY lock ORDER BY jobs DESC, lock LIMIT 1""")
-        holder = line and self.lock_holder(line)
-        return holder and (line["lock"], line["jobs"], self.job(holder))
+            GROUP BY lock ORDER BY jobs DESC, lock""")
+        holder = lines and self.lock_holder(lines[0])
+        return holder and (
+            lines[0]["lock"], lines[0]["jobs"], len(lines), self.job(holder))
 
     def count_ahead(self, job):
         """Return how many jobs are claimed before this one."""
@@ -3435,12 +3437,19 @@ class Queue(Database):
         if paused:
             self._store("paused", True)
         else:
-            self._remove("paused")
+            with self.transaction():
+                self._remove("paused")
+                self._store("resumed_at", self.clock())
         wake_workers(self.path)
 
     def is_paused(self):
         """Tell whether no job may be claimed."""
         return bool(self._value(f"SELECT {PAUSED}"))
+
+    def resumed_at(self):
+        """Return when the queue was resumed, 0 if it never was."""
+        query = "SELECT value FROM config WHERE key = 'resumed_at'"
+        return json.loads(self._value(query) or "0")
 
     # -- backup ------------------------------------------------------------------------
 
@@ -4407,10 +4416,13 @@ def obstacle(status):
 def is_held_up(status, now):
     """Tell whether workers are idle although a job is due: a full disk stops them.
 
-    Both must have been so for a while, as a pool may just have started.
+    Both must have been so for a while: a pool may just have started, or the queue may
+    just have been resumed.
     """
+    since = now - HELD_UP_DELAY
     times = status["oldest_waiting"], status["next_due"]
-    if not any(due is not None and due < now - HELD_UP_DELAY for due in times):
+    is_late = any(due is not None and due < since for due in times)
+    if not is_late or status["resumed_at"] > since:
         return False
     idle = [worker for worker in status["workers"] if not worker["job"]]
     return any(file_age(worker_file(status["path"], worker["pool"], worker["pid"]))
@@ -6465,7 +6477,8 @@ def read_status(queue, lost=None, blocked=None):
             "pools": pools, "stopping_pools": stopping(queue.path, pools),
             "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
             "next_due": due["run_at"], "next_job": due["id"],
-            "paused": queue.is_paused(), "cancelled": queue.count_cancelled(),
+            "paused": queue.is_paused(), "resumed_at": queue.resumed_at(),
+            "cancelled": queue.count_cancelled(),
             **(blocked or queue.blocked_jobs()), **queue.work_left(),
         }
     status["is_held_up"] = is_held_up(status, queue.clock())
@@ -6491,14 +6504,24 @@ def status_document(status, now):
 def errors_of(queue):
     """Return `dead_by_error` with the most common last line of the tails as `line`.
 
-    It is that of `alike` jobs among the latest `printed` that have one.
+    `lines` has two of them, each with the number of jobs that have it, among the latest
+    `printed` that have any.
     """
     groups = queue.dead_by_error()
     for group in groups:
         lines = [*filter(None, map(last_line, group.pop("tails")))]
-        common = collections.Counter(lines).most_common(1) or [("", 0)]
-        (group["line"], group["alike"]), group["printed"] = common[0], len(lines)
+        group["lines"] = common_lines(lines)[:2]
+        group["line"] = group["lines"][0][0] if lines else ""
+        group["printed"] = len(lines)
     return groups
+
+
+def common_lines(lines):
+    """Return the lines that differ in more than numbers, each with how often it is."""
+    shapes = [re.sub(r"\d+", "0", line) for line in lines]
+    examples = dict(zip(reversed(shapes), reversed(lines)))  # the first of each shape
+    return [(examples[shape], count)
+            for shape, count in collections.Counter(shapes).most_common()]
 
 
 def died(groups):
@@ -8868,7 +8891,8 @@ def page_now(page):
         steps = [element("li", advice_line(step, page)) for step in FIRST_STEPS]
         more = [element("ol", *steps)]
     headline = element("h2", found.harm or found.sentence, id="verdict", tabindex=-1)
-    return element("section", headline, *more, id="now", css="card " + found.state)
+    return element("section", headline, *more, id="now", css="card " + found.state,
+                   data_kind=found.sentence.partition(":")[0])
 
 
 def load_text(page):
@@ -8877,7 +8901,7 @@ def load_text(page):
     counts = [
         (status["jobs"]["processing"] - len(status["lost"]), "running"),
         (status["dependent"] - len(status["blocked_seqs"]), "behind a job"),
-        (status["delayed"], "delayed"),
+        (status["delayed"], "due later"),
         (status["locked"], "behind a lock")]
     return joined(*[count and grouped(count) + " " + words for count, words in counts])
 
@@ -8935,12 +8959,9 @@ def error_alerts(page):
 
 def error_alert(group, behind, page):
     """Return the line about the dead of one error, and about what waits for them."""
-    error, line, is_one = group["error"], group["line"], group["jobs"] == 1
+    error, is_one = group["error"], group["jobs"] == 1
     chosen = {"state": "dead", "error": error}
-    line = line and "“%s”" % line
-    if group["alike"] < group["printed"]:
-        line += " in %(alike)d of the latest %(printed)d" % group
-    words = joined(is_one and group["id"], line,
+    words = joined(is_one and group["id"], lines_text(group),
                    ("" if is_one else "latest ") + ago(group["latest"], page), by=" · ")
     waiting = behind > 0 and link(
         "%s %s for %s" % (grouped(behind), "waits" if behind == 1 else "wait",
@@ -8955,13 +8976,25 @@ def error_alert(group, behind, page):
                  page.view.only(**chosen), "the dead of " + error, retry)
 
 
+def lines_text(group):
+    """Return what the dead of one error have printed last: “…” in 3 of the latest 5."""
+    lines, printed = group["lines"], group["printed"]
+    parts = ["“%s”" % line + (" in %d" % count if count < printed else "")
+             for line, count in lines]
+    if parts and lines[0][1] < printed:
+        parts[0] += " of the latest %d" % printed
+    return ", ".join(parts)
+
+
 def failed_alert(page):
     """Yield the line about the jobs that are tried again, with the newest one."""
-    for job in page.queue.jobs(where(["failed"]), 1, newest=True):
-        line, count = last_line(page.queue.tail(job)), count_in(page, "failed")
-        words = joined(count == 1 and job["id"], line and "“%s”" % line,
+    failed = list(page.queue.jobs(where(["failed"]), 20, newest=True))
+    if failed:
+        line, count = last_line(page.queue.tail(failed[0])), count_in(page, "failed")
+        words = joined(count == 1 and failed[0]["id"], line and "“%s”" % line,
                        next_due(page, "failed"), by=" · ")
-        yield alert(grouped(count) + " failed", job["error"], None, words,
+        errors = [*dict.fromkeys(job["error"] for job in failed)]
+        yield alert(grouped(count) + " failed", listed(errors), None, words,
                     page.view.only(state="failed"), "the failed jobs", css="failed")
 
 
@@ -8969,11 +9002,13 @@ def lock_alert(page):
     """Yield the line about the lock that most jobs are behind."""
     line = page.status["locked"] and page.cache.get("line", page.queue.longest_line)
     if line:
-        lock, jobs, first = line  # it has the lock, or gets it first
+        lock, jobs, locks, first = line  # it has the lock, or gets it first
         has = "held by " if first["state"] == "processing" else "next is "
         yield alert(grouped(jobs) + " behind", "lock " + lock,
                     link(has + first["id"], page.view.open(first["id"])),
-                    time_cell(first, page), page.view.only(behind_lock=lock),
+                    joined(time_cell(first, page), locks > 1 and "and behind %s" % (
+                        plural(locks - 1, "other lock")), by=" · "),
+                    page.view.only(behind_lock=lock),
                     "what is behind the lock " + lock, css="pending")
 
 
@@ -9083,6 +9118,9 @@ def running_job(run, page):
     job = page.queue.job(run.id)
     word = kind_of(job, page)
     line = last_line(read_tail(run.lease_path))
+    silent = file_age(run.lease_path)  # which has what the run prints
+    if silent > 60:
+        line = joined("no output for " + roughly(silent), line, by=" · ")
     seconds = page.now - job["started_at"]
     is_late = job["timeout"] and seconds > 0.8 * job["timeout"]
     return element(
@@ -10357,7 +10395,7 @@ async function refresh(isFree) {
 
 /* To those who do not see its colour. */
 function announce() {
-  const now = find("now") && find("now").className;
+  const now = find("now") && find("now").dataset.kind;
   if (kind && now && kind !== now) find("told").textContent = find("verdict").textContent;
   kind = now;
 }
@@ -10501,7 +10539,7 @@ function press(button) {
   if (button.id === "end") return find("output").focus(toEnd());
   if (button.id === "stop") {
     isStopped = !isStopped;
-    button.textContent = isStopped ? "Stopped" : "Live";
+    button.textContent = isStopped ? "Go on refreshing" : "Stop refreshing";
     button.className = isStopped ? "primary" : "";
     return isStopped ? clearTimeout(timer) : refresh();
   }
@@ -10581,7 +10619,7 @@ or the connection is down. To start it: START</div>\
 </section>
 <header class="row"><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
 <path d="M2 4h12M2 8h8M2 12h11"/></svg>queuectl</h1>\
-<button type="button" id="stop" title="Stop or start the refreshing of this page">Live</button>\
+<button type="button" id="stop" >Stop refreshing</button>\
 </header>
 <div id="page">CONTENT</div>
 <p id="said" role="status"></p>

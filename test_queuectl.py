@@ -2625,6 +2625,10 @@ class TestErrorsAreOneLine:
             os.utime(worker, (0, 0))
             status = queuectl.read_status(queue)
             assert queuectl.obstacle(status).sentence == "Idle workers start no job"
+            queue.set_paused(False)  # its workers are about to claim
+            assert not queuectl.read_status(queue)["is_held_up"]
+            queue._remove("resumed_at")
+            assert queuectl.read_status(queue)["is_held_up"]
             claim(queue)
             assert not queuectl.read_status(queue)["is_held_up"]
         finally:
@@ -8850,7 +8854,12 @@ class TestPage:
             let_die(queue, id, output=output)
             clock.now += 1
         row, = alerts_of(page())
-        assert words_of(row[2]) == "“refused” in 2 of the latest 3 · latest 1 s ago"
+        assert words_of(row[2]) == (
+            "“refused” in 2 of the latest 3, “no file” in 1 · latest 1 s ago")
+        for id in "efg":  # what differs in numbers alone is alike
+            let_die(queue, id, output=b"no user %d" % ord(id))
+        row, = alerts_of(page())
+        assert words_of(row[2]).startswith("“no user 103” in 3 of the latest 6, “ref")
 
     def test_one_dead_job_is_retried_without_a_question(self, queue, page, dashboard):
         let_die(queue, "a")
