@@ -161,6 +161,8 @@ COUNT_LIMIT = 10000  # rows that are counted where a million would take too long
 BATCH_SIZE = 500  # rows of one read or write; more would hold up other processes
 TAIL_SIZE = 4000  # bytes at the end of an output of which people see the last lines
 MAX_TAILED = 200000  # bytes of an output of which the page shows the last line
+SPACE_NEEDED = 2**16  # bytes on the disk that a transaction may take
+SELFTEST_SPACE = 2**23  # the same of `selftest`
 LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
 
 # How often: seconds between two looks or tries.
@@ -1040,6 +1042,13 @@ def living_pools(path):
         if is_locked(worker_file(path, pool, pid)):
             pools.setdefault(pool, []).append(pid)
     return pools
+
+
+def is_disk_full(path, needed=SPACE_NEEDED):
+    """Tell whether the disk of a file has fewer free bytes than NEEDED."""
+    import shutil
+
+    return shutil.disk_usage(os.path.dirname(path)).free < needed
 
 
 def file_age(path):
@@ -4407,6 +4416,8 @@ def obstacle(status):
         return Verdict("dead", "No pool is running", TO_START)
     if not status["pools"] - status["stopping_pools"]:
         return Verdict("failed", "The pool is stopping", TO_START_ANOTHER)
+    if status["is_disk_full"]:  # workers wait with what their jobs have returned
+        return Verdict("dead", "The disk is full", "pools go on when there is space")
     if status["is_held_up"]:
         log = printable(path_beside(status["path"], ".log"))
         return Verdict("dead", "Idle workers start no job", "to see why: " + log)
@@ -4414,7 +4425,7 @@ def obstacle(status):
 
 
 def is_held_up(status, now):
-    """Tell whether workers are idle although a job is due: a full disk stops them.
+    """Tell whether workers are idle although a job is due: something stops them.
 
     Both must have been so for a while: a pool may just have started, or the queue may
     just have been resumed.
@@ -4434,7 +4445,8 @@ def standstill(queue):
     pools = supervised_pools(queue.path)
     return standstill_text({
         "path": queue.path, "paused": queue.is_paused(), "pools": pools,
-        "stopping_pools": stopping(queue.path, pools), "is_held_up": False,
+        "stopping_pools": stopping(queue.path, pools),
+        "is_disk_full": is_disk_full(queue.path), "is_held_up": False,
         "workers": not pools and living_workers(queue.path)})
 
 
@@ -6213,7 +6225,8 @@ class Supervisor:
                 self.queue_trouble.end()
                 return result
         except QueueError as error:
-            self.give_up(str(error))
+            if self.has_database():  # else it has given up already
+                self.give_up(str(error))
         except (sqlite3.Error, OSError) as error:
             self.reaper.recovery_done = False
             if is_damage(error):  # waiting would not mend it
@@ -6481,6 +6494,7 @@ def read_status(queue, lost=None, blocked=None):
             "cancelled": queue.count_cancelled(),
             **(blocked or queue.blocked_jobs()), **queue.work_left(),
         }
+    status["is_disk_full"] = is_disk_full(queue.path)
     status["is_held_up"] = is_held_up(status, queue.clock())
     return status
 
@@ -7499,7 +7513,7 @@ def why_nothing_ends(queue):
          option("--watch", "SECONDS", "refresh every SECONDS (default: 1); q ends it",
                 seconds_from(0.1, "--watch"), nargs="?", const=1.0),
          flag("--check", "end with 1 if no pool runs, or somebody is needed: a job is"
-              " dead, the queue is paused, idle workers start no job"),
+              " dead, the queue is paused, the disk is full"),
          creates_queue=True, must_print=True)
 def cmd_status(args, queue):
     is_terminal = not args.json and terminal_width(sys.stdout)
@@ -7521,7 +7535,10 @@ def cmd_status(args, queue):
             if not args.watch:
                 if not any(status["jobs"].values()) and not status["workers"]:
                     report_queue(args)
-                return int(args.check and needs_somebody(status, now))
+                problem = args.check and problem_of(status, now)
+                if problem:
+                    notice(problem)
+                return int(bool(problem))
             sys.stdout.flush()
             if not screen:
                 time.sleep(args.watch)
@@ -7529,10 +7546,12 @@ def cmd_status(args, queue):
                 return
 
 
-def needs_somebody(status, now):
-    """Tell whether somebody has to look after a queue that pools should work on."""
-    is_well = verdict(status, now).state in ("pending", "processing", "completed")
-    return not (is_well and status["pools"])
+def problem_of(status, now):
+    """Return why somebody has to look after a queue that pools should work on."""
+    judgement = verdict(status, now)
+    if judgement.state in ("failed", "dead"):
+        return with_advice(judgement, status["path"], str.lower)
+    return "" if status["pools"] else "no pool is running"
 
 
 def fitting(lines, below=1):
@@ -8524,6 +8543,8 @@ def cmd_selftest(args):
     home = make_trial_folder(args.db)
     try:
         for text, show in PROMISES.items():
+            if time.monotonic() > end - CHECK_TIME / 2:
+                break
             trials.append(Trial(os.path.join(home, str(len(trials))), end))
             results.append(try_promise(text, show, trials[-1]))
             if not args.json:
@@ -8535,10 +8556,14 @@ def cmd_selftest(args):
         catch_signals(lambda *_: None)  # a second Ctrl-C must not cut this short
         clear_up(home, trials)
     holding = sum(result["holds"] for result in results)
-    untried = len(PROMISES) - len(results)
-    print_result(args, results, "%d of %d promises hold in %s%s" % (
-        holding, len(PROMISES), printable(os.path.dirname(args.db)),
-        untried and "; %d were not tried" % untried or ""))
+    message = "%d of %d promises hold in %s" % (
+        holding, len(PROMISES), printable(os.path.dirname(args.db)))
+    if len(results) < len(PROMISES):
+        why = "there was no time left"
+        if not results[0]["holds"]:
+            why = "without locks none can hold"
+        message += "; %d were not tried: %s" % (len(PROMISES) - len(results), why)
+    print_result(args, results, message)
     return 0 if holding == len(PROMISES) else 1
 
 
@@ -8547,6 +8572,9 @@ def make_trial_folder(path):
     import tempfile
 
     directory = os.path.dirname(path)
+    if os.path.isdir(directory) and is_disk_full(path, SELFTEST_SPACE):
+        raise QueueError("%s: not enough space to try: selftest takes %d MB", directory,
+                         SELFTEST_SPACE >> 20)
     try:
         return tempfile.mkdtemp(prefix="queuectl-selftest-", dir=directory)
     except OSError as error:

@@ -2608,6 +2608,8 @@ class TestErrorsAreOneLine:
         fill_disk()
         wait_until(lambda: "waiting until it is over" in read_text("queuectl.log") or
                    "disk is full" in cli("enqueue", '{"command":"true"}').err)
+        check = cli("status", "--check")
+        assert check.code == 1 and check.err.startswith("queuectl: the disk is full")
         assert pool.poll() is None
         os.remove("fill")
         wait_until(lambda: len(jobs("--state", "completed")) >= 16)
@@ -6308,7 +6310,7 @@ class TestSelftest:
         answer = run_process("selftest", env=env)
         assert answer.returncode == 1 and answer.stdout.count("\n") == 2
         assert "\n0 of 9 promises hold in " in answer.stdout
-        assert answer.stdout.endswith("; 8 were not tried\n")
+        assert answer.stdout.endswith("; 8 were not tried: without locks none can hold\n")
         assert re.match(r"FAILED  \S+ +locks hold .*: ", answer.stdout)
         assert "the file system has no locks" in answer.stdout
         assert "; take a local disk\n" in answer.stdout
@@ -6330,9 +6332,16 @@ class TestSelftest:
     @posix_only
     def test_a_full_disk_is_named(self, small_disk):
         fill_disk()
-        answer = cli("selftest")
-        assert answer.code == 1 and "No space left" in answer.out
+        assert "not enough space to try: selftest takes 8 MB" in run_refused("selftest")
         assert os.listdir() == ["fill"]
+
+    @mechanism
+    def test_what_there_is_no_time_for_is_not_tried(self, monkeypatch):
+        monkeypatch.setattr(queuectl, "SELFTEST_TIME", queuectl.CHECK_TIME / 2 + 0.001)
+        answer = cli("selftest")
+        assert answer.code == 1 and "FAILED" not in answer.out
+        assert answer.out.splitlines()[-1].startswith("1 of 9 promises hold in ")
+        assert answer.out.endswith("; 8 were not tried: there was no time left\n")
 
     @needs_proc
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -10029,7 +10038,7 @@ class TestReadme:
     def test_its_service_can_be_installed(self, home):
         shutil.copy(SCRIPT, "queuectl.py")
         script = re.sub(  # what needs root
-            r"(?m)^sudo (useradd|systemctl) .*\n| -o queue|sudo (-u queue )?", "",
+            r"(?m)^sudo (useradd|systemctl) .*\n| -m 700 -o queue|sudo (-u queue )?", "",
             "\n".join(readme_block("sudo useradd")))
         script = re.sub(r"(?m)(^| )/(?!usr/bin/)", r"\1%s/" % home, script)
         script = script.replace("/usr/bin/python3", shlex.quote(sys.executable))
@@ -10077,11 +10086,13 @@ class TestReadme:
         start_pool()
         wait_until(lambda: state_of("kept") == "completed")
         run_readme_line(re.search(r"`(queuectl backup .*?)`", read_readme())[1])
+        backup, = [name for name in os.listdir(".") if name.startswith("backup-")]
         enqueue(id="later")
         run_readme_line("queuectl worker stop")
-        script = "\n".join(readme_block("mkdir old")).replace("2026-01-31", "$(date +%F)")
-        assert "kept  completed" in run_readme_line(script)
-        assert read_status()["paused"] and "later" not in jobs()
+        script = re.sub("backup-.*?db", backup, "\n".join(readme_block("mkdir -p old")))
+        for _ in range(2):  # as well where there is no queue, or an old one
+            assert "kept  completed" in run_readme_line(script)
+            assert read_status()["paused"] and "later" not in jobs()
 
     @mechanism
     def test_its_numbers_are_those_of_the_program(self):
