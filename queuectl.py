@@ -6538,6 +6538,16 @@ def common_lines(lines):
             for shape, count in collections.Counter(shapes).most_common()]
 
 
+def lines_text(group):
+    """Return what the dead of one error have printed last: “…” in 3 of the latest 5."""
+    lines, printed = group["lines"], group["printed"]
+    parts = ["“%s”" % line + (" in %d" % count if count < printed else "")
+             for line, count in lines]
+    if parts and lines[0][1] < printed:
+        parts[0] += " of the latest %d" % printed
+    return ", ".join(parts)
+
+
 def died(groups):
     """Return the errors of dead jobs without those that somebody cancelled."""
     return [group for group in groups if not group["is_cancelled"]]
@@ -6586,7 +6596,8 @@ def count_line(state, count, digits, cancelled):
 def error_lines(groups, path, now, width):
     """Yield a line for each error of dead jobs; the time of the latest if it fits."""
     for group in groups[:SHOWN_ERRORS]:
-        line = printable(joined(group["error"], group["line"], by=": "))
+        words = lines_text(group) if len(group["lines"]) > 1 else group["line"]
+        line = printable(joined(group["error"], words, by=": "))
         line = "  %s of %s" % (grouped(group["jobs"]), line)
         when = ", the latest " if group["jobs"] > 1 else ", "
         when += relative_time(group["latest"], now)
@@ -7384,6 +7395,8 @@ def wait_for_run(queue, job):
         time.sleep(WAIT_INTERVAL)
         queue.require_file()
         job = queue.job(id)
+    if is_reported and job["run"]:
+        notice("job %s: %s" % (printable(id), tries_text(job)))
     return job
 
 
@@ -7451,11 +7464,12 @@ class WaitReport:
 
     def __init__(self, queue, progress, is_named):
         self.queue, self.progress, self.is_named = queue, progress, is_named
-        self.began, self.reported = time.monotonic(), {""}
+        self.began = time.monotonic()
+        self.reason = ""  # why nothing happened at the last look
         self.wait = None  # the `Wait`, once it has looked
 
     def update(self, wait):
-        """Show the progress; after a while report each standstill once.
+        """Show the progress; after a while report a standstill, and its end.
 
         Somebody at a terminal hears of it soon. A script may be about to start a pool.
         """
@@ -7471,10 +7485,10 @@ class WaitReport:
         if time.monotonic() < self.began + delay:
             return
         reason = why_nothing_ends(self.queue)
-        if reason not in self.reported:
+        if reason != self.reason:
             self.progress.close()
-            notice(reason)
-        self.reported.add(reason)
+            notice(reason or "jobs start again")
+        self.reason = reason
 
     def rest(self):
         """Return in words what has not ended: a few named jobs, else their number."""
@@ -9002,16 +9016,6 @@ def error_alert(group, behind, page):
         retry = job_button("Retry", "retry", group["id"], "Retried")
     return alert("%s %s" % (grouped(group["jobs"]), word), name, waiting, words,
                  page.view.only(**chosen), "the dead of " + error, retry)
-
-
-def lines_text(group):
-    """Return what the dead of one error have printed last: “…” in 3 of the latest 5."""
-    lines, printed = group["lines"], group["printed"]
-    parts = ["“%s”" % line + (" in %d" % count if count < printed else "")
-             for line, count in lines]
-    if parts and lines[0][1] < printed:
-        parts[0] += " of the latest %d" % printed
-    return ", ".join(parts)
 
 
 def failed_alert(page):

@@ -4223,7 +4223,8 @@ class TestLogs:
         assert "job y: paused" in follower.stderr.readline()
         run_ok("resume")
         assert follower.wait(20) == 0
-        assert follower.stderr.read() == "queuectl: job y: no output; exit 0\n"
+        assert follower.stderr.read() == (
+            "queuectl: job y: try 1 of 3\nqueuectl: job y: no output; exit 0\n")
         assert pool.poll() is None
 
     def test_follow_says_once_why_a_job_cannot_go_on_or_when(self, queue):
@@ -4443,6 +4444,17 @@ class TestWait:
         assert lines == [  # the reason once, and with the timeout
             "queuectl: " + reason,
             "queuectl: gave up after 0.1s: waiting for x (pending); " + reason]
+
+    @posix_only
+    def test_it_reports_the_end_of_a_pause_as_well(self):
+        enqueue(id="x")
+        run_ok("pause")
+        start_pool(count=1)
+        wait = start_process("wait", "x", program="queuectl.REPORT_DELAY = 0.01")
+        assert wait.stderr.readline().startswith("queuectl: paused")
+        run_ok("resume")
+        assert wait.wait(20) == 0
+        assert wait.stderr.read() in ("queuectl: jobs start again\n", "")  # x was quick
 
     @posix_only
     def test_while_jobs_run_it_reports_nothing(self, monkeypatch):
