@@ -3173,7 +3173,7 @@ class Queue(Database):
         keep = self.settings()["keep"]
         longest = 1800 if keep is None else min(1800, max(keep, 1))
         period = min(max(10, 2 * run_seconds), longest / 3)
-        moments = [self.clock() - ago * period for ago in (3, 2, 1, 0)]
+        moments = [self.clock() - count * period for count in (3, 2, 1, 0)]
         left = [self._last_seq_at(moment) + self._value("""
             SELECT (SELECT COUNT(*) FROM jobs WHERE state = 'completed'
                     AND updated_at > :moment)
@@ -3402,11 +3402,12 @@ class Queue(Database):
         In one statement: a job that dies between two would be in neither.
         """
         rows = self._rows(f"""
-            SELECT id, 0 AS died FROM jobs WHERE state = 'pending' UNION ALL
+            SELECT id, 0 AS is_dead FROM jobs WHERE state = 'pending' UNION ALL
             SELECT id, state = 'dead' FROM jobs
                 WHERE {RARE} AND (NOT {IS_FINISHED}
                     OR state = 'dead' AND NOT cancelled)""")
-        return [id for id, died in rows if not died], sum(died for _, died in rows)
+        unfinished = [id for id, is_dead in rows if not is_dead]
+        return unfinished, sum(is_dead for _, is_dead in rows)
 
     # -- settings ----------------------------------------------------------------------
 
@@ -3621,8 +3622,8 @@ def sample_stats(rows):
         commands[row["command"]].append(row["spent"])
         bins[bisect.bisect(BINS, row["spent"])] += 1
     slowest = sorted(
-        ({"command": command, "runs": len(times), "mean": sum(times) / len(times),
-          "longest": max(times)} for command, times in commands.items()),
+        ({"command": line, "runs": len(times), "mean": sum(times) / len(times),
+          "longest": max(times)} for line, times in commands.items()),
         key=lambda entry: -entry["mean"])
     errors = collections.Counter(
         row["error"] for row in rows if row["kind"] == "failed")
@@ -5063,11 +5064,11 @@ def job_table(jobs, look, columns):
                 if any(column.text(job, look) for job in first)]
         spare = 24 * (len(columns) - len(used))  # of a column without a text
         columns = [column for column in used if width + spare >= column.terminal]
-        reason, command = used[-2:]
+        reason, last = used[-2:]
         if columns[-1] is reason:  # no room for both
             first_cut = 0
             if not all(reason.text(job, look) for job in first):
-                columns[-1] = either(reason, command)
+                columns[-1] = either(reason, last)
             look = look._replace(text_of=lambda time: duration_text(time).split()[0])
     titles = [column.title for column in columns]
     rows = ([column.text(job, look) for column in columns] for job in jobs)
@@ -5602,33 +5603,33 @@ class Worker:
     def execute(self, run):
         """Run a claimed job; return its run and its outcome."""
         try:
-            command = SystemCommand(run, self.lease, self.path)
+            process = SystemCommand(run, self.lease, self.path)
         except (OSError, ValueError) as error:
             return run, self.not_started(run, error)
         self.refusal.end()
-        run = run._replace(pid=command.pid, started_at=self.queue.clock())
+        run = run._replace(pid=process.pid, started_at=self.queue.clock())
         try:
-            return run, self.attend(run, command)
+            return run, self.attend(run, process)
         finally:
-            command.close()
+            process.close()
 
-    def attend(self, run, command):
+    def attend(self, run, process):
         """Wait until a command has ended, or end it; return the outcome of its run."""
         began = time.monotonic()
         try:
-            code, end = command.watch(
+            code, end = process.watch(
                 self.waiter, run.timeout, functools.partial(self.check_run, run))
             finished_at = run.started_at + time.monotonic() - began
             if end is None and self.was_stopped_with_pool(code):
                 end = End("stopped", STOPPED)
-                command.terminate(self.waiter)  # what a shell may have left
-            command.read_rest(self.waiter)
+                process.terminate(self.waiter)  # what a shell may have left
+            process.read_rest(self.waiter)
         except Unkillable as living:
             # This worker leaves. So a pool finds a run without a worker as soon as
             # these processes are gone.
             message = "%s can't be ended: processes %s are left alone"
             raise QueueError(message, run_label(run), living) from None
-        if command.kill_was_sent and run.launcher:
+        if process.kill_was_sent and run.launcher:
             message = "%s: the launcher was killed; what it started may live on"
             self.log.warning(message, run_label(run))
         kind, error = end or exit_end(code)
@@ -6833,19 +6834,19 @@ def given_fields(args):
     return {name: fields[name] for name in FIELDS if fields[name] is not None}
 
 
-def only_one(option, values):
+def only_one(name, values):
     """Return the value of an option; refuse a second one, which would be lost."""
     if values and len(values) > 1:
-        raise QueueError("%s: given twice, and a job has one", option, code=2)
+        raise QueueError("%s: given twice, and a job has one", name, code=2)
     return values and values[0]
 
 
-def values_or_none(option, values):
+def values_or_none(name, values):
     """Return the values of an option that may be repeated, or its only one, `none`."""
     if "none" not in (values or ()):
         return values
     if len(values) > 1:
-        raise QueueError("%s: none stands alone", option, code=2)
+        raise QueueError("%s: none stands alone", name, code=2)
     return "none"
 
 
@@ -7170,8 +7171,8 @@ def with_next_step(name, path, error):
 
 def step_text(step, id, path):
     """Return a `NextStep` for a job as a text, with its command."""
-    command = "%s %s" % (PROGRAM, step.command.format(quoted([id])))
-    return "%s: %s" % (step.purpose, in_queue(path, command))
+    line = "%s %s" % (PROGRAM, step.command.format(quoted([id])))
+    return "%s: %s" % (step.purpose, in_queue(path, line))
 
 
 def next_step(job, look):
@@ -7797,9 +7798,9 @@ def cmd_dlq_list(args, queue):
     print_lines(summary)
     note = []
     if not args.json and terminal_width(sys.stdout) and queue.counts()["dead"]:
-        note = [Line(in_queue(args.db, words + usage("dlq", *command)), DIM)
-                for words, *command in (("to see what they printed: ", "logs"),
-                                        ("to run one again: ", "retry", "ID"))]
+        note = [Line(in_queue(args.db, purpose + usage("dlq", *line)), DIM)
+                for purpose, *line in (("to see what they printed: ", "logs"),
+                                       ("to run one again: ", "retry", "ID"))]
     room = room_for_jobs(args, summary + note)
     dead = queue.dead_jobs(limit=room or args.limit or -1, **filters)
     list_jobs(args, queue, dead, DLQ_COLUMNS, "no dead jobs")
@@ -8926,14 +8927,14 @@ def alerts(page):
 
     Two are on top. The others are behind them where there is little room.
     """
-    died, others = error_alerts(page), [*failed_alert(page), *lock_alert(page)]
-    named = len(died) if len(died) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
-    lines = died[:named] + others
-    if died[named:]:
-        lines.append(folded(plural(len(died) - named, "more error"), died[named:]))
+    errors, others = error_alerts(page), [*failed_alert(page), *lock_alert(page)]
+    named = len(errors) if len(errors) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
+    lines = errors[:named] + others
+    if errors[named:]:
+        lines.append(folded(plural(len(errors) - named, "more error"), errors[named:]))
     if not lines[2:]:
         return lines
-    count = len(died) + len(others) - 2
+    count = len(errors) + len(others) - 2
     return [*lines[:2], folded(grouped(count) + " more", lines[2:], "rest")]
 
 
@@ -9241,8 +9242,8 @@ JOB_COLUMNS = [
 ]
 
 
-def one_line(command):
-    return re.sub(r"\s*\n\s*", " ⏎ ", command.strip())
+def one_line(text):
+    return re.sub(r"\s*\n\s*", " ⏎ ", text.strip())
 
 
 def failure_of(job):
@@ -9405,12 +9406,12 @@ def page_panel(page):
     """Return the panel of a job: the reason first, the rest of the height to output."""
     job = page.queue.job(page.view.job)
     run = min(number_or(job["run"], page.view.run), job["run"])
-    command = element("pre", job["command"], tabindex=0, role="region",
-                      aria_label="Command")
+    text = element("pre", job["command"], tabindex=0, role="region",
+                   aria_label="Command")
     return panel(
         page, job["id"], page_reason(job, page),
         element("div", *job_buttons(job, page), css="row"),
-        element("div", command, copy_button("Copy the command"), css="box"),
+        element("div", text, copy_button("Copy the command"), css="box"),
         element("dl", *[fact(name, value)
                         for name, value in job_facts(job, page).items() if value]),
         run_links(job, run, page), *panel_output(job, run, page))
@@ -10658,8 +10659,8 @@ def overview():
     lines = ["usage: %s COMMAND ...  with --db PATH, --json, --help" % PROGRAM]
     for topic, names in TOPICS.items():
         for name in names:
-            verbs = [command.split()[1] for command in COMMANDS
-                     if command.startswith(name + " ")]
+            verbs = [known.split()[1] for known in COMMANDS
+                     if known.startswith(name + " ")]
             meaning = GROUPS[name] if verbs else COMMANDS[name].meaning
             lines.append("  %-7s %-11s %s" % (
                 "" if name != names[0] else topic, name,
@@ -10869,10 +10870,10 @@ def option_meant(word, known):
 
     if "--state" in known and word[2:] in STATES:
         return ["--state", word[2:]]
-    near = [option for option, words in MEANT_OPTIONS.items() if word in words.split()]
+    near = [name for name, words in MEANT_OPTIONS.items() if word in words.split()]
     near += get_close_matches(word.replace("_", "-"), known, 1, 0.8)
-    near += [option for option in known if word[2:] and option.startswith(word)]
-    return [option for option in near if option in known][:1]
+    near += [name for name in known if word[2:] and name.startswith(word)]
+    return [name for name in near if name in known][:1]
 
 
 class RefusedLine:
@@ -10911,12 +10912,12 @@ class RefusedLine:
         end = self.words.index("--") if "--" in self.words else len(self.words)
         corrected = []
         for word in self.words[:end]:
-            option, sign, value = word.partition("=")
-            if sign and "--" + option in self.known:  # timeout=5m
-                option = "--" + option
-            meant = [option]
-            if option.startswith("-") and option not in self.known:
-                meant = option_meant(option, self.known)
+            name, sign, value = word.partition("=")
+            if sign and "--" + name in self.known:  # timeout=5m
+                name = "--" + name
+            meant = [name]
+            if name.startswith("-") and name not in self.known:
+                meant = option_meant(name, self.known)
             if not meant:
                 return []
             meant[-1] += sign + value
@@ -10938,12 +10939,12 @@ class RefusedLine:
     def filter_hint(self):
         """Return how to list jobs by a number or a state that stands alone."""
         word = self.word.lower()
-        option, value = "--state", MEANT_STATES.get(word, word)
+        name, value = "--state", MEANT_STATES.get(word, word)
         if self.word.isdecimal():
-            option, value = "--limit", self.word
-        is_filter = option == "--limit" or value in STATES
-        if is_filter and option in self.known and not self.unknown:
-            words = [*self.words[: self.at], option, value, *self.words[self.at + 1 :]]
+            name, value = "--limit", self.word
+        is_filter = name == "--limit" or value in STATES
+        if is_filter and name in self.known and not self.unknown:
+            words = [*self.words[: self.at], name, value, *self.words[self.at + 1 :]]
             return did_you_mean([[*self.name.split(), *words]])
 
     def other_tool_hint(self):
@@ -10960,14 +10961,14 @@ def wrapped_usage(name, width):
     Argparse would not wrap it.
     """
     entry = COMMANDS[name]
-    usage = entry.usage
-    if not usage and width < 60:
-        usage = " ".join(["%(prog)s [OPTION]...", *(
+    text = entry.usage
+    if not text and width < 60:
+        text = " ".join(["%(prog)s [OPTION]...", *(
             argument.metavar + "..." * (argument.options.get("nargs", "?") != "?")
             for argument in entry.arguments if argument.names[0][0] != "-")])
-    longest = max(map(len, (usage or "").split("\n"))) - len("%(prog)s")
-    is_wide = usage and len(PROGRAM + " " + name) + longest > width
-    return usage.replace("%(prog)s", "%(prog)s\n   ") if is_wide else usage
+    longest = max(map(len, (text or "").split("\n"))) - len("%(prog)s")
+    is_wide = text and len(PROGRAM + " " + name) + longest > width
+    return text.replace("%(prog)s", "%(prog)s\n   ") if is_wide else text
 
 
 # -- the command line ------------------------------------------------------------------
