@@ -8878,22 +8878,23 @@ def page_header(page):
 
 def page_now(page):
     """Return the verdict, and what needs somebody; without jobs, the first steps."""
-    status, found = page.status, verdict(page.status, page.now)
-    advice = found.advice
+    status, judgement = page.status, verdict(page.status, page.now)
+    advice = judgement.advice
     if status["paused"]:  # there is a button
         advice = "" if status["pools"] else "no pool is running; " + TO_START
     if count_in(page, ""):
         # What is broken comes first, before what works.
-        load = joined(found.harm and found.sentence, load_text(page), by=" · ")
+        load = joined(judgement.harm and judgement.sentence, load_text(page), by=" · ")
         more = [load and element("p", load, css="dim"),
                 advice and advice_line(advice, page),
                 element("ul", *alerts(page), id="alerts")]
     else:
         steps = [element("li", advice_line(step, page)) for step in FIRST_STEPS]
         more = [element("ol", *steps)]
-    headline = element("h2", found.harm or found.sentence, id="verdict", tabindex=-1)
-    return element("section", headline, *more, id="now", css="card " + found.state,
-                   data_kind=found.sentence.partition(":")[0])
+    headline = element(
+        "h2", judgement.harm or judgement.sentence, id="verdict", tabindex=-1)
+    return element("section", headline, *more, id="now", css="card " + judgement.state,
+                   data_kind=judgement.sentence.partition(":")[0])
 
 
 def load_text(page):
@@ -9698,9 +9699,9 @@ def page_parts(page):
         opened, words = page_panel(page), [
             job["id"] + " " + kind_of(job, page)]
     else:
-        id, found = page.view.job, verdict(page.status, page.now)
+        id, judgement = page.view.job, verdict(page.status, page.now)
         opened = id and panel(page, sentence_case(str(no_job(id))))
-        words = [found.harm, found.sentence.partition(":")[0]]
+        words = [judgement.harm, judgement.sentence.partition(":")[0]]
     title = joined(*words, os.path.basename(page.queue.path), by=" – ")
     return Html("".join([
         element("title", title), page_header(page), element("main", *parts),

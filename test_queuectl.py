@@ -5148,8 +5148,8 @@ class TestStatus:
             status = dict(queuectl.read_status(queue), **values)
             status["workers"] = [dict(pid=1, pool=1, job=None, since=None)] * workers
             status["pools"], status["lost"] = {1} if workers else set(), set()
-            found = queuectl.verdict(status, clock.now)
-            return found.state, queuectl.verdict_text(found)
+            judgement = queuectl.verdict(status, clock.now)
+            return judgement.state, queuectl.verdict_text(judgement)
 
         assert judge() == ("pending", "No jobs yet")
         add_job(queue, id="x", max_retries=1)
@@ -5175,12 +5175,13 @@ class TestStatus:
         assert "done" not in judge(jobs=many, growth=[0, 0.5, 1])[1]
         status = dict(queuectl.read_status(queue), run_seconds=2, pools={1},
                       oldest_waiting=clock.now - 9, growth=[1, 90, 99])
-        found = queuectl.verdict(status, clock.now)
-        assert found[:2] == ("failed", "Falling behind: 4,000 waiting, 90 more a minute")
-        assert found.advice.endswith("start --count 4")
+        judgement = queuectl.verdict(status, clock.now)
+        assert judgement[:2] == (
+            "failed", "Falling behind: 4,000 waiting, 90 more a minute")
+        assert judgement.advice.endswith("start --count 4")
         for values in {"growth": [0, 90, 99]}, {"oldest_waiting": clock.now - 4}:
-            found = queuectl.verdict(dict(status, **values), clock.now)
-            assert found.sentence == "Working: 4,000 waiting"
+            judgement = queuectl.verdict(dict(status, **values), clock.now)
+            assert judgement.sentence == "Working: 4,000 waiting"
         left = ": 4,002 jobs wait; 1 dead, 1 blocked"
         assert judge(workers=0)[1] == "No pool is running" + left
         queue.set_paused(True)
