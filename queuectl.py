@@ -8597,8 +8597,8 @@ def clear_up(home, trials):
 # ======================================================================================
 
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'nonce-TOKEN'; script-src"
-    " 'nonce-TOKEN'; connect-src 'self'; img-src data:; base-uri 'none';"
+    "Content-Security-Policy": "default-src 'none'; style-src 'nonce-{{TOKEN}}';"
+    " script-src 'nonce-{{TOKEN}}'; connect-src 'self'; img-src data:; base-uri 'none';"
     " form-action 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -9847,7 +9847,7 @@ class Site:
                  "ANEW": command_to_copy(self.path, "worker start"),
                  "IF_GONE": "" if trouble and self.is_gone() else "hidden",
                  "TROUBLE": element("p", sentence_case(trouble), role="alert")}
-        return re.sub("|".join(parts), lambda name: parts[name[0]], PAGE_HTML)
+        return re.sub("{{([A-Z_]+)}}", lambda name: parts[name[1]], PAGE_HTML)
 
     def is_gone(self):
         """Tell whether somebody has removed the queue."""
@@ -9933,7 +9933,7 @@ def listen(site, host, port):
             self.send_header("Content-Type", content_type + "; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             for name, value in HEADERS.items():
-                self.send_header(name, value.replace("TOKEN", site.token))
+                self.send_header(name, value.replace("{{TOKEN}}", site.token))
             self.end_headers()
             self.wfile.write(body)
 
@@ -10302,7 +10302,7 @@ async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
   const answer = await fetch(url, options).catch(silent);
   const body = await answer.text().catch(silent);
   const policy = answer.headers.get("Content-Security-Policy");  // it has the server's token
-  if (answer.ok && policy && !policy.includes("TOKEN")) location.reload();  // a later one's
+  if (answer.ok && policy && !policy.includes("{{TOKEN}}")) location.reload();  // a later one's
   if (answer.ok) return body;
   throw Object.assign(new Error(JSON.parse(body).error), {isGone: answer.status === 410});
 }
@@ -10521,7 +10521,8 @@ async function act({post, question, ask, do: words, done, css}) {
   // Whoever deletes the job in the panel goes on to the next one.
   const onward = find("job") && post.startsWith("/api/jobs/-/delete")
     && (find("next") || find("previous") || find("close"));
-  const changed = JSON.parse(await get(post, {method: "POST", headers: {"X-Token": "TOKEN"}}));
+  const changed = JSON.parse(
+    await get(post, {method: "POST", headers: {"X-Token": "{{TOKEN}}"}}));
   const jobs = changed === 1 ? " job" : " jobs";
   if (onward) history.replaceState(null, "", onward.href);
   say(question ? done + " " + changed.toLocaleString("en") + jobs : done);
@@ -10608,22 +10609,23 @@ PAGE_HTML = """<!DOCTYPE html>
 <svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>\
 <rect width='16' height='16' rx='3' fill='%231a5fd0'/>\
 <path stroke='white' stroke-width='2' d='M3 5h10M3 8h7M3 11h4'/></svg>">
-TITLE
-<style nonce="TOKEN">""" + PAGE_CSS + """</style>
+{{TITLE}}
+<style nonce="{{TOKEN}}">""" + PAGE_CSS + """</style>
 </head>
 <body>
 <noscript><p class="card">Without JavaScript this page shows and searches, but it neither acts
 nor refreshes itself.</p></noscript>
-<section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p>\
+<section id="trouble" class="card" aria-label="Trouble">{{TROUBLE}}<p></p>\
 <div id="start" class="row advice" hidden>It has ended, \
-or the connection is down. To start it: START</div>\
-<div id="anew" class="row advice" IF_GONE>Put the file back, or start a new queue: ANEW</div>\
+or the connection is down. To start it: {{START}}</div>\
+<div id="anew" class="row advice" {{IF_GONE}}>Put the file back, or start a new queue: \
+{{ANEW}}</div>\
 </section>
 <header class="row"><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
 <path d="M2 4h12M2 8h8M2 12h11"/></svg>queuectl</h1>\
 <button type="button" id="stop" >Stop refreshing</button>\
 </header>
-<div id="page">CONTENT</div>
+<div id="page">{{CONTENT}}</div>
 <p id="said" role="status"></p>
 <p id="told" role="status" class="skip"></p>
 <dialog id="sure" aria-labelledby="question">
@@ -10633,7 +10635,7 @@ or the connection is down. To start it: START</div>\
 <button type="button" id="yes" value="yes"></button>
 </div>
 </dialog>
-<script nonce="TOKEN">""" + PAGE_SCRIPT + """</script>
+<script nonce="{{TOKEN}}">""" + PAGE_SCRIPT + """</script>
 </body>
 </html>
 """
