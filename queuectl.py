@@ -3247,7 +3247,7 @@ class Queue(Database):
             for pid in workers:
                 run = runs.get(pid)
                 rows.append({"pid": pid, "pool": pool, "job": run and run.id,
-                              "since": run and run.started_at})
+                             "since": run and run.started_at})
         return rows
 
     def blocked_seqs(self):
@@ -6693,7 +6693,7 @@ def output_document(job, number, output):
     "enqueue", "add jobs: a command after --, or JSON",
     "enqueue --id job1 --timeout 10m -- echo Hello",
     positional("jobs", "JSON", "an object, an array, or - for an array or JSON Lines on"
-           " standard input: all or none", nargs="*"),
+               " standard input: all or none", nargs="*"),
     option("--file", "F", "read the jobs from this file"),
     flag("--unique", "do nothing if this job is pending, processing or failed; if it is"
          " completed or dead, start it again"),
@@ -7086,7 +7086,7 @@ def cmd_show(args, queue):
 
 # The fields that the answer of `show` contains: a terminal gets them once.
 ANSWERED = ("id", "command", "state", "error", "exit_code", "waits_for", "waiting",
-        "started_at", "finished_at", "seconds")
+            "started_at", "finished_at", "seconds")
 
 
 def job_lines(job, look):
@@ -8185,7 +8185,7 @@ CHOICES = {"STATE": STATES, "KEY": SETTINGS, "SHELL": COMPLETIONS}  # by metavar
 @command("completion", "print a script for a shell to complete commands and ids",
          "completion bash",
          positional("shell", "SHELL", "in .bashrc: source <(queuectl completion bash)",
-                nargs="?", choices=[*COMPLETIONS]),
+                    nargs="?", choices=[*COMPLETIONS]),
          opens_queue=False, must_print=True, takes_words=True)
 def cmd_completion(args):
     if args.words:  # those of a command line, up to the one to be completed
@@ -8218,7 +8218,7 @@ def candidates(words, path):
         choices = CHOICES.get(metavar, ())
     else:
         choices = [known[len(name) :].split()[0] for known in COMMANDS
-                 if known.startswith(name)]
+                   if known.startswith(name)]
     return [word for word in dict.fromkeys(choices) if word.startswith(begun)]
 
 
@@ -8952,7 +8952,7 @@ def error_alerts(page):
     """
     blocked = page.status["blocked_seqs"]
     waiting = page.cache.get("blocked %d" % len(blocked),
-                              page.queue.blocked_by_errors) if blocked else {}
+                             page.queue.blocked_by_errors) if blocked else {}
     groups = [(group, waiting.get(group["error"], 0)) for group in page.groups
               if not group["is_cancelled"] or group["error"] in waiting]
     groups.sort(key=lambda pair: -pair[0]["jobs"] - pair[1])
@@ -9288,7 +9288,7 @@ def count_of_view(page):
     if len(page.found) <= PAGE_ROWS and not page.view.before:
         return len(page.found)
     return page.cache.get("count" + query_of(**filters),
-                           lambda: page.queue.count(where(**filters_of(filters))))
+                          lambda: page.queue.count(where(**filters_of(filters))))
 
 
 def jobs_header(page, total):
@@ -9657,7 +9657,7 @@ def make_page(queue, query, site, is_whole=False):
         status, now = read_status(queue, lost, blocked), queue.clock()
         # From the cache while there are as many: to group a hundred thousand is slow.
         groups = site.cache.get("dead %d" % status["jobs"]["dead"],
-                                 lambda: errors_of(queue))
+                                lambda: errors_of(queue))
         view = View(*(query.get(name, "") for name in View._fields))
         state = view.state.lower()  # as `state_name` takes it
         view = view._replace(state=state if state in STATES else "")

@@ -1503,7 +1503,7 @@ class TestRunsNeverOverlap:
             pass
         program = "import os, queuectl; os.setuid(65534); print(queuectl.is_locked(%r))"
         answer = subprocess.run([sys.executable, "-c", program % run.lease_path], cwd="/",
-                              stdout=subprocess.PIPE, env=python_environment())
+                                stdout=subprocess.PIPE, env=python_environment())
         assert answer.stdout == b"True\n" and not queuectl.is_locked(run.lease_path)
         monkeypatch.setattr(queuectl, "is_locked", lambda path, missing=False: True)
         make_reaper(queue).recover_lost(queue, [])
@@ -5039,7 +5039,7 @@ class TestDeadLetterQueue:
         assert "or --all, --match, --error, --since" in run_refused(
             "dlq", "retry", code=2)
         assert "stand alone" in run_refused("dlq", "retry", "old", "--since", "1h",
-                                             code=2)
+                                            code=2)
 
     @posix_only
     def test_cancel_does_not_promise_what_nobody_does(self):
@@ -10096,7 +10096,7 @@ class TestReadme:
         program = "\n".join(readme_block("from queuectl import"))
         pool = start_pool(count=1)
         answer = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE,
-                              env=python_environment())
+                                env=python_environment())
         assert answer.stdout.startswith(b"completed b'hello") and pool.poll() is None
 
     def test_it_names_tests_and_methods_that_there_are(self):
