@@ -2405,6 +2405,7 @@ class Queue(Database):
 
     def _id_taken(self, new, place_name):
         """Return the QueueError for the latest of NEW jobs: its id is taken."""
+        # All but the latest were inserted, in a row: `count - 1` jobs, up to MAX(seq).
         first = self._value("SELECT MAX(seq) FROM jobs") - (new.count - 2)
         twin = self._seq_of(new.id) - first + 1
         if twin < 1:
@@ -3799,7 +3800,7 @@ class Lease:
 
 # Why a run ended: kind and error, as in `Outcome`.
 End = collections.namedtuple("End", "kind error")
-EXIT_KINDS = {0: "completed"}  # {exit code: kind}; with any other a run has failed
+EXIT_KINDS = {0: "completed"}  # {exit code: kind}; a run with any other has failed
 
 
 def exit_end(code):
@@ -4773,8 +4774,9 @@ def progress_text(counts, done, seconds, width):
 
 # The output of a run as a terminal would show it.
 
-# Sequences of a terminal: colours and what moves its cursor; titles; others.
-# Kept as texts: to compile them at each start would take time.
+# Sequences of a terminal: colours and what moves its cursor, as ESC [1;31m; titles, as
+# ESC ]0;make BEL; others, as ESC M. Kept as texts: to compile them at each start would
+# take time.
 SEQUENCE = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[^\[\]])"
 COLOURS = r"\x1b\[([0-9;]{0,99})m"
 # What a job may not do to the terminal on which its output is read; a colour it may.
@@ -4796,8 +4798,9 @@ def last_line(output):
 def painted(output, colour):
     """Return the parts of an output, each with its colour, and the colour at the end.
 
-    A colour is a number of ANSI from 1 to 6, or 0. All other sequences are left out. Of
-    a line that was written over after \\r the last text is left.
+    A colour is a number of ANSI from 1 to 6, or 0, the text's own, which white becomes
+    by `% 7`. All other sequences are left out. Of a line that was written over after
+    \\r the last text is left.
     """
     lines = output.decode("utf-8", FOREIGN_BYTES).split("\n")
     text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
@@ -4881,7 +4884,8 @@ def for_standard_error(line):
     return "\n".join(map(painter(sys.stderr), lines))
 
 
-# What is not broken into lines: a word, or a command up to its end or a gap.
+# What is not broken into lines: a command up to its end or a gap, as in
+# `queuectl logs 'a b' | tail; ...`, or a word.
 UNBROKEN = re.escape(PROGRAM) + (
     r"(?= )(?: ?(?:'[^']*'|\"[^\"]*\"|[^ ;)'\"]))*[;)]?|\S+")
 
@@ -7140,7 +7144,7 @@ def answer_lines(job, look):
         yield step
 
 
-# The same where a verb does not take a job in a state.
+# What can be done where a verb does not take a job in a state.
 SHOW_REASON = NextStep("to see why it waits", "show {}")
 END_FIRST = NextStep("to end it first", "cancel {}")
 REMOVE = NextStep("to remove it", "delete {}")
