@@ -5458,7 +5458,8 @@ class Worker:
         self.draining_pool = draining_pool  # as for `Queue`
         self.log = open_log(path, "worker", is_quiet)
         self.queue = None
-        self.lease = None  # of the present run
+        self.lease = None  # of the present run, until its outcome is recorded
+        self.next_lease = None  # of a run whose claim is not yet committed
         self.trouble = Trouble(self.log)  # which `with_retries` waits out
         self.recorded_run = None  # the run whose start was recorded
         self.got_sigterm = False
@@ -5553,7 +5554,6 @@ class Worker:
         started. The lease of the first run is released only after the commit: otherwise
         a pool would put the job back while its end is being recorded.
         """
-        finished, self.lease = self.lease, None
         is_leaving = self.should_leave()  # asked before the transaction: others wait
         try:
             with self.queue.transaction():
@@ -5561,22 +5561,23 @@ class Worker:
                 run = None if is_leaving else self.queue.claim(
                     os.getpid(), self.take_lease)
         except BaseException:
+            if self.next_lease:
+                self.next_lease.discard()
+                self.next_lease = None
             if self.lease:
-                self.lease.discard()
-            self.lease = finished
-            if finished:
                 # The disk may be full of this output, and the outcome has it as well.
                 # If the worker is killed now, the job runs again, and only this is
                 # lost.
-                finished.empty()
+                self.lease.empty()
             raise
+        finished, self.lease, self.next_lease = self.lease, self.next_lease, None
         if ended:
             finished.discard()
             self.report(state, *ended)
         return run
 
     def take_lease(self, run):
-        self.lease = Lease(run.lease_path, run.output_limit)
+        self.next_lease = Lease(run.lease_path, run.output_limit)
 
     def report(self, state, run, outcome):
         """Log how a run ended. A result that came too late is logged and dropped."""

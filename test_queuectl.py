@@ -5120,8 +5120,9 @@ class TestStatus:
         start_pool(count=1)
         wait_until(lambda: state_of("runs") == "processing")
         enqueue(id="next", delay=0.05)
-        wait_until(lambda: "Next Due: next, late by 0.1s, as all workers are busy"
-                   in run_ok("status").out)
+        wait_until(lambda: re.search(
+            r"^Next Due: next, late by [\d.]+m?s, as all workers are busy$",
+            run_ok("status").out, re.M))
         run_ok("pause")
         assert "Next Due: next, now\n" in run_ok("status").out
         open("go", "w").close()
