@@ -188,6 +188,10 @@ def signal_handlers():
     """Restore the signal handlers that a test or the program has changed."""
     numbers = signal.valid_signals() - {KILL}
     before = {number: signal.getsignal(number) for number in numbers}
+    # Under `nohup` hangups are ignored, and what a test starts would inherit that. A
+    # handler is not inherited, and these tests outlive the terminal as before.
+    if os.name == "posix" and before[signal.SIGHUP] == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
     yield
     for number in numbers:
         if signal.getsignal(number) != before[number]:
