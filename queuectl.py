@@ -2414,6 +2414,7 @@ class Queue(Database):
 
     def _id_taken(self, new, place_name):
         """Return the QueueError for the latest of NEW jobs: its id is taken."""
+        # All but the latest were inserted, in a row: `count - 1` jobs, up to MAX(seq).
         first = self._value("SELECT MAX(seq) FROM jobs") - (new.count - 2)
         twin = self._seq_of(new.id) - first + 1
         if twin < 1:
@@ -3182,7 +3183,7 @@ class Queue(Database):
         keep = self.settings()["keep"]
         longest = 1800 if keep is None else min(1800, max(keep, 1))
         period = min(max(10, 2 * run_seconds), longest / 3)
-        moments = [self.clock() - ago * period for ago in (3, 2, 1, 0)]
+        moments = [self.clock() - count * period for count in (3, 2, 1, 0)]
         left = [self._last_seq_at(moment) + self._value("""
             SELECT (SELECT COUNT(*) FROM jobs WHERE state = 'completed'
                     AND updated_at > :moment)
@@ -3256,7 +3257,7 @@ class Queue(Database):
             for pid in workers:
                 run = runs.get(pid)
                 rows.append({"pid": pid, "pool": pool, "job": run and run.id,
-                              "since": run and run.started_at})
+                             "since": run and run.started_at})
         return rows
 
     def blocked_seqs(self):
@@ -3411,11 +3412,12 @@ class Queue(Database):
         In one statement: a job that dies between two would be in neither.
         """
         rows = self._rows(f"""
-            SELECT id, 0 AS died FROM jobs WHERE state = 'pending' UNION ALL
+            SELECT id, 0 AS is_dead FROM jobs WHERE state = 'pending' UNION ALL
             SELECT id, state = 'dead' FROM jobs
                 WHERE {RARE} AND (NOT {IS_FINISHED}
                     OR state = 'dead' AND NOT cancelled)""")
-        return [id for id, died in rows if not died], sum(died for _, died in rows)
+        unfinished = [id for id, is_dead in rows if not is_dead]
+        return unfinished, sum(is_dead for _, is_dead in rows)
 
     # -- settings ----------------------------------------------------------------------
 
@@ -3630,8 +3632,8 @@ def sample_stats(rows):
         commands[row["command"]].append(row["spent"])
         bins[bisect.bisect(BINS, row["spent"])] += 1
     slowest = sorted(
-        ({"command": command, "runs": len(times), "mean": sum(times) / len(times),
-          "longest": max(times)} for command, times in commands.items()),
+        ({"command": line, "runs": len(times), "mean": sum(times) / len(times),
+          "longest": max(times)} for line, times in commands.items()),
         key=lambda entry: -entry["mean"])
     errors = collections.Counter(
         row["error"] for row in rows if row["kind"] == "failed")
@@ -3807,7 +3809,7 @@ class Lease:
 
 # Why a run ended: kind and error, as in `Outcome`.
 End = collections.namedtuple("End", "kind error")
-EXIT_KINDS = {0: "completed"}  # {exit code: kind}; with any other a run has failed
+EXIT_KINDS = {0: "completed"}  # {exit code: kind}; a run with any other has failed
 
 
 def exit_end(code):
@@ -4784,8 +4786,9 @@ def progress_text(counts, done, seconds, width):
 
 # The output of a run as a terminal would show it.
 
-# Sequences of a terminal: colours and what moves its cursor; titles; others.
-# Kept as texts: to compile them at each start would take time.
+# Sequences of a terminal: colours and what moves its cursor, as ESC [1;31m; titles, as
+# ESC ]0;make BEL; others, as ESC M. Kept as texts: to compile them at each start would
+# take time.
 SEQUENCE = r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[^\[\]])"
 COLOURS = r"\x1b\[([0-9;]{0,99})m"
 # What a job may not do to the terminal on which its output is read; a colour it may.
@@ -4807,8 +4810,9 @@ def last_line(output):
 def painted(output, colour):
     """Return the parts of an output, each with its colour, and the colour at the end.
 
-    A colour is a number of ANSI from 1 to 6, or 0. All other sequences are left out. Of
-    a line that was written over after \\r the last text is left.
+    A colour is a number of ANSI from 1 to 6, or 0, the text's own, which white becomes
+    by `% 7`. All other sequences are left out. Of a line that was written over after
+    \\r the last text is left.
     """
     lines = output.decode("utf-8", FOREIGN_BYTES).split("\n")
     text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
@@ -4892,7 +4896,8 @@ def for_standard_error(line):
     return "\n".join(map(painter(sys.stderr), lines))
 
 
-# What is not broken into lines: a word, or a command up to its end or a gap.
+# What is not broken into lines: a command up to its end or a gap, as in
+# `queuectl logs 'a b' | tail; ...`, or a word.
 UNBROKEN = re.escape(PROGRAM) + (
     r"(?= )(?: ?(?:'[^']*'|\"[^\"]*\"|[^ ;)'\"]))*[;)]?|\S+")
 
@@ -5075,11 +5080,11 @@ def job_table(jobs, look, columns):
                 if any(column.text(job, look) for job in first)]
         spare = 24 * (len(columns) - len(used))  # of a column without a text
         columns = [column for column in used if width + spare >= column.terminal]
-        reason, command = used[-2:]
+        reason, last = used[-2:]
         if columns[-1] is reason:  # no room for both
             first_cut = 0
             if not all(reason.text(job, look) for job in first):
-                columns[-1] = either(reason, command)
+                columns[-1] = either(reason, last)
             look = look._replace(text_of=lambda time: duration_text(time).split()[0])
     titles = [column.title for column in columns]
     rows = ([column.text(job, look) for column in columns] for job in jobs)
@@ -5465,7 +5470,8 @@ class Worker:
         self.draining_pool = draining_pool  # as for `Queue`
         self.log = open_log(path, "worker", is_quiet)
         self.queue = None
-        self.lease = None  # of the present run
+        self.lease = None  # of the present run, until its outcome is recorded
+        self.next_lease = None  # of a run whose claim is not yet committed
         self.trouble = Trouble(self.log)  # which `with_retries` waits out
         self.recorded_run = None  # the run whose start was recorded
         self.got_sigterm = False
@@ -5560,7 +5566,6 @@ class Worker:
         started. The lease of the first run is released only after the commit: otherwise
         a pool would put the job back while its end is being recorded.
         """
-        finished, self.lease = self.lease, None
         is_leaving = self.should_leave()  # asked before the transaction: others wait
         try:
             with self.queue.transaction():
@@ -5568,22 +5573,23 @@ class Worker:
                 run = None if is_leaving else self.queue.claim(
                     os.getpid(), self.take_lease)
         except BaseException:
+            if self.next_lease:
+                self.next_lease.discard()
+                self.next_lease = None
             if self.lease:
-                self.lease.discard()
-            self.lease = finished
-            if finished:
                 # The disk may be full of this output, and the outcome has it as well.
                 # If the worker is killed now, the job runs again, and only this is
                 # lost.
-                finished.empty()
+                self.lease.empty()
             raise
+        finished, self.lease, self.next_lease = self.lease, self.next_lease, None
         if ended:
             finished.discard()
             self.report(state, *ended)
         return run
 
     def take_lease(self, run):
-        self.lease = Lease(run.lease_path, run.output_limit)
+        self.next_lease = Lease(run.lease_path, run.output_limit)
 
     def report(self, state, run, outcome):
         """Log how a run ended. A result that came too late is logged and dropped."""
@@ -5614,33 +5620,33 @@ class Worker:
     def execute(self, run):
         """Run a claimed job; return its run and its outcome."""
         try:
-            command = SystemCommand(run, self.lease, self.path)
+            process = SystemCommand(run, self.lease, self.path)
         except (OSError, ValueError) as error:
             return run, self.not_started(run, error)
         self.refusal.end()
-        run = run._replace(pid=command.pid, started_at=self.queue.clock())
+        run = run._replace(pid=process.pid, started_at=self.queue.clock())
         try:
-            return run, self.attend(run, command)
+            return run, self.attend(run, process)
         finally:
-            command.close()
+            process.close()
 
-    def attend(self, run, command):
+    def attend(self, run, process):
         """Wait until a command has ended, or end it; return the outcome of its run."""
         began = time.monotonic()
         try:
-            code, end = command.watch(
+            code, end = process.watch(
                 self.waiter, run.timeout, functools.partial(self.check_run, run))
             finished_at = run.started_at + time.monotonic() - began
             if end is None and self.was_stopped_with_pool(code):
                 end = End("stopped", STOPPED)
-                command.terminate(self.waiter)  # what a shell may have left
-            command.read_rest(self.waiter)
+                process.terminate(self.waiter)  # what a shell may have left
+            process.read_rest(self.waiter)
         except Unkillable as living:
             # This worker leaves. So a pool finds a run without a worker as soon as
             # these processes are gone.
             message = "%s can't be ended: processes %s are left alone"
             raise QueueError(message, run_label(run), living) from None
-        if command.kill_was_sent and run.launcher:
+        if process.kill_was_sent and run.launcher:
             message = "%s: the launcher was killed; what it started may live on"
             self.log.warning(message, run_label(run))
         kind, error = end or exit_end(code)
@@ -6717,7 +6723,7 @@ def output_document(job, number, output):
     "enqueue", "add jobs: a command after --, or JSON",
     "enqueue --id job1 --timeout 10m -- echo Hello",
     positional("jobs", "JSON", "an object, an array, or - for an array or JSON Lines on"
-           " standard input: all or none", nargs="*"),
+               " standard input: all or none", nargs="*"),
     option("--file", "F", "read the jobs from this file"),
     flag("--unique", "do nothing if this job is pending, processing or failed; if it is"
          " completed or dead, start it again"),
@@ -6858,19 +6864,19 @@ def given_fields(args):
     return {name: fields[name] for name in FIELDS if fields[name] is not None}
 
 
-def only_one(option, values):
+def only_one(name, values):
     """Return the value of an option; refuse a second one, which would be lost."""
     if values and len(values) > 1:
-        raise QueueError("%s: given twice, and a job has one", option, code=2)
+        raise QueueError("%s: given twice, and a job has one", name, code=2)
     return values and values[0]
 
 
-def values_or_none(option, values):
+def values_or_none(name, values):
     """Return the values of an option that may be repeated, or its only one, `none`."""
     if "none" not in (values or ()):
         return values
     if len(values) > 1:
-        raise QueueError("%s: none stands alone", option, code=2)
+        raise QueueError("%s: none stands alone", name, code=2)
     return "none"
 
 
@@ -7110,7 +7116,7 @@ def cmd_show(args, queue):
 
 # The fields that the answer of `show` contains: a terminal gets them once.
 ANSWERED = ("id", "command", "state", "error", "exit_code", "waits_for", "waiting",
-        "started_at", "finished_at", "seconds")
+            "started_at", "finished_at", "seconds")
 
 
 def job_lines(job, look):
@@ -7164,7 +7170,7 @@ def answer_lines(job, look):
         yield step
 
 
-# The same where a verb does not take a job in a state.
+# What can be done where a verb does not take a job in a state.
 SHOW_REASON = NextStep("to see why it waits", "show {}")
 END_FIRST = NextStep("to end it first", "cancel {}")
 REMOVE = NextStep("to remove it", "delete {}")
@@ -7195,8 +7201,8 @@ def with_next_step(name, path, error):
 
 def step_text(step, id, path):
     """Return a `NextStep` for a job as a text, with its command."""
-    command = "%s %s" % (PROGRAM, step.command.format(quoted([id])))
-    return "%s: %s" % (step.purpose, in_queue(path, command))
+    line = "%s %s" % (PROGRAM, step.command.format(quoted([id])))
+    return "%s: %s" % (step.purpose, in_queue(path, line))
 
 
 def next_step(job, look):
@@ -7830,9 +7836,9 @@ def cmd_dlq_list(args, queue):
     print_lines(summary)
     note = []
     if not args.json and terminal_width(sys.stdout) and queue.counts()["dead"]:
-        note = [Line(in_queue(args.db, words + usage("dlq", *command)), DIM)
-                for words, *command in (("to see what they printed: ", "logs"),
-                                        ("to run one again: ", "retry", "ID"))]
+        note = [Line(in_queue(args.db, purpose + usage("dlq", *line)), DIM)
+                for purpose, *line in (("to see what they printed: ", "logs"),
+                                       ("to run one again: ", "retry", "ID"))]
     room = room_for_jobs(args, summary + note)
     dead = queue.dead_jobs(limit=room or args.limit or -1, **filters)
     list_jobs(args, queue, dead, DLQ_COLUMNS, "no dead jobs")
@@ -8217,7 +8223,7 @@ CHOICES = {"STATE": STATES, "KEY": SETTINGS, "SHELL": COMPLETIONS}  # by metavar
 @command("completion", "print a script for a shell to complete commands and ids",
          "completion bash",
          positional("shell", "SHELL", "in .bashrc: source <(queuectl completion bash)",
-                nargs="?", choices=[*COMPLETIONS]),
+                    nargs="?", choices=[*COMPLETIONS]),
          opens_queue=False, must_print=True, takes_words=True)
 def cmd_completion(args):
     if args.words:  # those of a command line, up to the one to be completed
@@ -8250,7 +8256,7 @@ def candidates(words, path):
         choices = CHOICES.get(metavar, ())
     else:
         choices = [known[len(name) :].split()[0] for known in COMMANDS
-                 if known.startswith(name)]
+                   if known.startswith(name)]
     return [word for word in dict.fromkeys(choices) if word.startswith(begun)]
 
 
@@ -8638,8 +8644,8 @@ def clear_up(home, trials):
 # ======================================================================================
 
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'nonce-TOKEN'; script-src"
-    " 'nonce-TOKEN'; connect-src 'self'; img-src data:; base-uri 'none';"
+    "Content-Security-Policy": "default-src 'none'; style-src 'nonce-{{TOKEN}}';"
+    " script-src 'nonce-{{TOKEN}}'; connect-src 'self'; img-src data:; base-uri 'none';"
     " form-action 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -8919,22 +8925,23 @@ def page_header(page):
 
 def page_now(page):
     """Return the verdict, and what needs somebody; without jobs, the first steps."""
-    status, found = page.status, verdict(page.status, page.now)
-    advice = found.advice
+    status, judgement = page.status, verdict(page.status, page.now)
+    advice = judgement.advice
     if status["paused"]:  # there is a button
         advice = "" if status["pools"] else "no pool is running; " + TO_START
     if count_in(page, ""):
         # What is broken comes first, before what works.
-        load = joined(found.harm and found.sentence, load_text(page), by=" · ")
+        load = joined(judgement.harm and judgement.sentence, load_text(page), by=" · ")
         more = [load and element("p", load, css="dim"),
                 advice and advice_line(advice, page),
                 element("ul", *alerts(page), id="alerts")]
     else:
         steps = [element("li", advice_line(step, page)) for step in FIRST_STEPS]
         more = [element("ol", *steps)]
-    headline = element("h2", found.harm or found.sentence, id="verdict", tabindex=-1)
-    return element("section", headline, *more, id="now", css="card " + found.state,
-                   data_kind=found.sentence.partition(":")[0])
+    headline = element(
+        "h2", judgement.harm or judgement.sentence, id="verdict", tabindex=-1)
+    return element("section", headline, *more, id="now", css="card " + judgement.state,
+                   data_kind=judgement.sentence.partition(":")[0])
 
 
 def load_text(page):
@@ -8968,14 +8975,14 @@ def alerts(page):
 
     Two are on top. The others are behind them where there is little room.
     """
-    died, others = error_alerts(page), [*failed_alert(page), *lock_alert(page)]
-    named = len(died) if len(died) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
-    lines = died[:named] + others
-    if died[named:]:
-        lines.append(folded(plural(len(died) - named, "more error"), died[named:]))
+    errors, others = error_alerts(page), [*failed_alert(page), *lock_alert(page)]
+    named = len(errors) if len(errors) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
+    lines = errors[:named] + others
+    if errors[named:]:
+        lines.append(folded(plural(len(errors) - named, "more error"), errors[named:]))
     if not lines[2:]:
         return lines
-    count = len(died) + len(others) - 2
+    count = len(errors) + len(others) - 2
     return [*lines[:2], folded(grouped(count) + " more", lines[2:], "rest")]
 
 
@@ -8992,7 +8999,7 @@ def error_alerts(page):
     """
     blocked = page.status["blocked_seqs"]
     waiting = page.cache.get("blocked %d" % len(blocked),
-                              page.queue.blocked_by_errors) if blocked else {}
+                             page.queue.blocked_by_errors) if blocked else {}
     groups = [(group, waiting.get(group["error"], 0)) for group in page.groups
               if not group["is_cancelled"] or group["error"] in waiting]
     groups.sort(key=lambda pair: -pair[0]["jobs"] - pair[1])
@@ -9273,8 +9280,8 @@ JOB_COLUMNS = [
 ]
 
 
-def one_line(command):
-    return re.sub(r"\s*\n\s*", " ⏎ ", command.strip())
+def one_line(text):
+    return re.sub(r"\s*\n\s*", " ⏎ ", text.strip())
 
 
 def failure_of(job):
@@ -9318,7 +9325,7 @@ def count_of_view(page):
     if len(page.found) <= PAGE_ROWS and not page.view.before:
         return len(page.found)
     return page.cache.get("count" + query_of(**filters),
-                           lambda: page.queue.count(where(**filters_of(filters))))
+                          lambda: page.queue.count(where(**filters_of(filters))))
 
 
 def jobs_header(page, total):
@@ -9437,12 +9444,12 @@ def page_panel(page):
     """Return the panel of a job: the reason first, the rest of the height to output."""
     job = page.queue.job(page.view.job)
     run = min(number_or(job["run"], page.view.run), job["run"])
-    command = element("pre", job["command"], tabindex=0, role="region",
-                      aria_label="Command")
+    text = element("pre", job["command"], tabindex=0, role="region",
+                   aria_label="Command")
     return panel(
         page, job["id"], page_reason(job, page),
         element("div", *job_buttons(job, page), css="row"),
-        element("div", command, copy_button("Copy the command"), css="box"),
+        element("div", text, copy_button("Copy the command"), css="box"),
         element("dl", *[fact(name, value)
                         for name, value in job_facts(job, page).items() if value]),
         run_links(job, run, page), *panel_output(job, run, page))
@@ -9687,7 +9694,7 @@ def make_page(queue, query, site, is_whole=False):
         status, now = read_status(queue, lost, blocked), queue.clock()
         # From the cache while there are as many: to group a hundred thousand is slow.
         groups = site.cache.get("dead %d" % status["jobs"]["dead"],
-                                 lambda: errors_of(queue))
+                                lambda: errors_of(queue))
         view = View(*(query.get(name, "") for name in View._fields))
         state = view.state.lower()  # as `state_name` takes it
         view = view._replace(state=state if state in STATES else "")
@@ -9729,9 +9736,9 @@ def page_parts(page):
         opened, words = page_panel(page), [
             job["id"] + " " + kind_of(job, page)]
     else:
-        id, found = page.view.job, verdict(page.status, page.now)
+        id, judgement = page.view.job, verdict(page.status, page.now)
         opened = id and panel(page, sentence_case(str(no_job(id))))
-        words = [found.harm, found.sentence.partition(":")[0]]
+        words = [judgement.harm, judgement.sentence.partition(":")[0]]
     title = joined(*words, os.path.basename(page.queue.path), by=" – ")
     return Html("".join([
         element("title", title), page_header(page), element("main", *parts),
@@ -9877,7 +9884,7 @@ class Site:
                  "ANEW": command_to_copy(self.path, "worker start"),
                  "IF_GONE": "" if trouble and self.is_gone() else "hidden",
                  "TROUBLE": element("p", sentence_case(trouble), role="alert")}
-        return re.sub("|".join(parts), lambda name: parts[name[0]], PAGE_HTML)
+        return re.sub("{{([A-Z_]+)}}", lambda name: parts[name[1]], PAGE_HTML)
 
     def is_gone(self):
         """Tell whether somebody has removed the queue."""
@@ -9963,7 +9970,7 @@ def listen(site, host, port):
             self.send_header("Content-Type", content_type + "; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             for name, value in HEADERS.items():
-                self.send_header(name, value.replace("TOKEN", site.token))
+                self.send_header(name, value.replace("{{TOKEN}}", site.token))
             self.end_headers()
             self.wfile.write(body)
 
@@ -10332,7 +10339,7 @@ async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
   const answer = await fetch(url, options).catch(silent);
   const body = await answer.text().catch(silent);
   const policy = answer.headers.get("Content-Security-Policy");  // it has the server's token
-  if (answer.ok && policy && !policy.includes("TOKEN")) location.reload();  // a later one's
+  if (answer.ok && policy && !policy.includes("{{TOKEN}}")) location.reload();  // a later one's
   if (answer.ok) return body;
   throw Object.assign(new Error(JSON.parse(body).error), {isGone: answer.status === 410});
 }
@@ -10551,7 +10558,8 @@ async function act({post, question, ask, do: words, done, css}) {
   // Whoever deletes the job in the panel goes on to the next one.
   const onward = find("job") && post.startsWith("/api/jobs/-/delete")
     && (find("next") || find("previous") || find("close"));
-  const changed = JSON.parse(await get(post, {method: "POST", headers: {"X-Token": "TOKEN"}}));
+  const changed = JSON.parse(
+    await get(post, {method: "POST", headers: {"X-Token": "{{TOKEN}}"}}));
   const jobs = changed === 1 ? " job" : " jobs";
   if (onward) history.replaceState(null, "", onward.href);
   say(question ? done + " " + changed.toLocaleString("en") + jobs : done);
@@ -10638,22 +10646,23 @@ PAGE_HTML = """<!DOCTYPE html>
 <svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>\
 <rect width='16' height='16' rx='3' fill='%231a5fd0'/>\
 <path stroke='white' stroke-width='2' d='M3 5h10M3 8h7M3 11h4'/></svg>">
-TITLE
-<style nonce="TOKEN">""" + PAGE_CSS + """</style>
+{{TITLE}}
+<style nonce="{{TOKEN}}">""" + PAGE_CSS + """</style>
 </head>
 <body>
 <noscript><p class="card">Without JavaScript this page shows and searches, but it neither acts
 nor refreshes itself.</p></noscript>
-<section id="trouble" class="card" aria-label="Trouble">TROUBLE<p></p>\
+<section id="trouble" class="card" aria-label="Trouble">{{TROUBLE}}<p></p>\
 <div id="start" class="row advice" hidden>It has ended, \
-or the connection is down. To start it: START</div>\
-<div id="anew" class="row advice" IF_GONE>Put the file back, or start a new queue: ANEW</div>\
+or the connection is down. To start it: {{START}}</div>\
+<div id="anew" class="row advice" {{IF_GONE}}>Put the file back, or start a new queue: \
+{{ANEW}}</div>\
 </section>
 <header class="row"><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
 <path d="M2 4h12M2 8h8M2 12h11"/></svg>queuectl</h1>\
 <button type="button" id="stop" >Stop refreshing</button>\
 </header>
-<div id="page">CONTENT</div>
+<div id="page">{{CONTENT}}</div>
 <p id="said" role="status"></p>
 <p id="told" role="status" class="skip"></p>
 <dialog id="sure" aria-labelledby="question">
@@ -10663,7 +10672,7 @@ or the connection is down. To start it: START</div>\
 <button type="button" id="yes" value="yes"></button>
 </div>
 </dialog>
-<script nonce="TOKEN">""" + PAGE_SCRIPT + """</script>
+<script nonce="{{TOKEN}}">""" + PAGE_SCRIPT + """</script>
 </body>
 </html>
 """
@@ -10690,8 +10699,8 @@ def overview():
     lines = ["usage: %s COMMAND ...  with --db PATH, --json, --help" % PROGRAM]
     for topic, names in TOPICS.items():
         for name in names:
-            verbs = [command.split()[1] for command in COMMANDS
-                     if command.startswith(name + " ")]
+            verbs = [known.split()[1] for known in COMMANDS
+                     if known.startswith(name + " ")]
             meaning = GROUPS[name] if verbs else COMMANDS[name].meaning
             lines.append("  %-7s %-11s %s" % (
                 "" if name != names[0] else topic, name,
@@ -10901,10 +10910,10 @@ def option_meant(word, known):
 
     if "--state" in known and word[2:] in STATES:
         return ["--state", word[2:]]
-    near = [option for option, words in MEANT_OPTIONS.items() if word in words.split()]
+    near = [name for name, words in MEANT_OPTIONS.items() if word in words.split()]
     near += get_close_matches(word.replace("_", "-"), known, 1, 0.8)
-    near += [option for option in known if word[2:] and option.startswith(word)]
-    return [option for option in near if option in known][:1]
+    near += [name for name in known if word[2:] and name.startswith(word)]
+    return [name for name in near if name in known][:1]
 
 
 class RefusedLine:
@@ -10943,12 +10952,12 @@ class RefusedLine:
         end = self.words.index("--") if "--" in self.words else len(self.words)
         corrected = []
         for word in self.words[:end]:
-            option, sign, value = word.partition("=")
-            if sign and "--" + option in self.known:  # timeout=5m
-                option = "--" + option
-            meant = [option]
-            if option.startswith("-") and option not in self.known:
-                meant = option_meant(option, self.known)
+            name, sign, value = word.partition("=")
+            if sign and "--" + name in self.known:  # timeout=5m
+                name = "--" + name
+            meant = [name]
+            if name.startswith("-") and name not in self.known:
+                meant = option_meant(name, self.known)
             if not meant:
                 return []
             meant[-1] += sign + value
@@ -10970,12 +10979,12 @@ class RefusedLine:
     def filter_hint(self):
         """Return how to list jobs by a number or a state that stands alone."""
         word = self.word.lower()
-        option, value = "--state", MEANT_STATES.get(word, word)
+        name, value = "--state", MEANT_STATES.get(word, word)
         if self.word.isdecimal():
-            option, value = "--limit", self.word
-        is_filter = option == "--limit" or value in STATES
-        if is_filter and option in self.known and not self.unknown:
-            words = [*self.words[: self.at], option, value, *self.words[self.at + 1 :]]
+            name, value = "--limit", self.word
+        is_filter = name == "--limit" or value in STATES
+        if is_filter and name in self.known and not self.unknown:
+            words = [*self.words[: self.at], name, value, *self.words[self.at + 1 :]]
             return did_you_mean([[*self.name.split(), *words]])
 
     def other_tool_hint(self):
@@ -10992,14 +11001,14 @@ def wrapped_usage(name, width):
     Argparse would not wrap it.
     """
     entry = COMMANDS[name]
-    usage = entry.usage
-    if not usage and width < 60:
-        usage = " ".join(["%(prog)s [OPTION]...", *(
+    text = entry.usage
+    if not text and width < 60:
+        text = " ".join(["%(prog)s [OPTION]...", *(
             argument.metavar + "..." * (argument.options.get("nargs", "?") != "?")
             for argument in entry.arguments if argument.names[0][0] != "-")])
-    longest = max(map(len, (usage or "").split("\n"))) - len("%(prog)s")
-    is_wide = usage and len(PROGRAM + " " + name) + longest > width
-    return usage.replace("%(prog)s", "%(prog)s\n   ") if is_wide else usage
+    longest = max(map(len, (text or "").split("\n"))) - len("%(prog)s")
+    is_wide = text and len(PROGRAM + " " + name) + longest > width
+    return text.replace("%(prog)s", "%(prog)s\n   ") if is_wide else text
 
 
 # -- the command line ------------------------------------------------------------------
