@@ -1046,9 +1046,13 @@ def living_pools(path):
 
 def is_disk_full(path, needed=SPACE_NEEDED):
     """Tell whether the disk of a file has fewer free bytes than NEEDED."""
-    import shutil
+    folder = os.path.dirname(path)
+    if WINDOWS:
+        import shutil
 
-    return shutil.disk_usage(os.path.dirname(path)).free < needed
+        return shutil.disk_usage(folder).free < needed
+    disk = os.statvfs(folder)  # `shutil` takes long to import
+    return disk.f_bavail * disk.f_frsize < needed
 
 
 def file_age(path):
