@@ -1052,7 +1052,8 @@ def is_disk_full(path, needed=SPACE_NEEDED):
 
         return shutil.disk_usage(folder).free < needed
     disk = os.statvfs(folder)  # `shutil` takes long to import
-    return disk.f_bavail * disk.f_frsize < needed
+    free = disk.f_bfree if os.geteuid() == 0 else disk.f_bavail  # root has a reserve
+    return free * disk.f_frsize < needed
 
 
 def file_age(path):
