@@ -6747,14 +6747,14 @@ class TestTerminal:
     @posix_only
     def test_a_line_is_not_lost_while_another_process_writes(self):
         terminal, end = pty.openpty()
-        reader = threading.Thread(target=read_to_end, args=(terminal,), daemon=True)
-        reader.start()
         writer = os.fork()
         if writer == 0:
             with contextlib.suppress(OSError):
                 while True:
                     os.write(end, b"\r\x1b[K0 waiting, 1 running")
             os._exit(0)
+        reader = threading.Thread(target=read_to_end, args=(terminal,), daemon=True)
+        reader.start()  # after the fork, of which Python warns beside threads
         try:
             with os.fdopen(end, "w", closefd=False) as stream:
                 events = [queuectl.poll_events(stream, milliseconds=200)
