@@ -3188,13 +3188,15 @@ class Queue(Database):
         keep = self.settings()["keep"]
         longest = 1800 if keep is None else min(1800, max(keep, 1))
         period = min(max(10, 2 * run_seconds), longest / 3)
+        ended_since = " + ".join(f"""
+            (SELECT COUNT(*) FROM jobs WHERE state = '{state}' AND updated_at > ?1)
+            """ for state in FINISHED)  # each state has an index
         moments = [self.clock() - count * period for count in (3, 2, 1, 0)]
-        left = [self._last_seq_at(moment) + self._value("""
-            SELECT (SELECT COUNT(*) FROM jobs WHERE state = 'completed'
-                    AND updated_at > :moment)
-                + (SELECT COUNT(*) FROM jobs WHERE state = 'dead'
-                    AND updated_at > :moment)""", moment=moment) for moment in moments]
-        return sorted(60 / period * (more - less) for less, more in zip(left, left[1:]))
+        # Up to a constant, how many jobs were unfinished then.
+        unfinished = [self._last_seq_at(moment) + self._value(
+            f"SELECT {ended_since}", moment) for moment in moments]
+        return sorted(60 / period * (more - less)
+                      for less, more in zip(unfinished, unfinished[1:]))
 
     def _last_seq_at(self, moment):
         """Return the number of the last job that was enqueued by then.

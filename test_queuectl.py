@@ -6935,7 +6935,8 @@ class TestTerminal:
         lines = run_on_terminal("delete", "--help", columns=40)[1].splitlines()
         assert lines[lines.index("example:") + 1] == (
             "  queuectl.py delete --state completed --older-than 7d")
-        lines = run_on_terminal("enqueue", "--help", columns=40)[1].splitlines()
+        shown = run_on_terminal("enqueue", "--help", columns=40)[1]
+        lines = re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines()  # 3.14 has colours
         assert lines[:3] == ["usage: queuectl.py enqueue",
                              "    [OPTION]... -- COMMAND...", "       queuectl.py enqueue"]
 
@@ -8912,18 +8913,22 @@ class TestPage:
             add_job(queue, id=name, lock="db")
         add_job(queue, id="later", lock="db", delay=3600)
         claim(queue)
-        for name in ("x", "y"):
+        for name, error in (("x", "exit 7"), ("y", "exit 8")):
             add_job(queue, id=name)
-            queue.fail(claim(queue), make_outcome("exit 7", output=b"no " + name.encode()))
+            queue.fail(claim(queue), make_outcome(error, output=b"no " + name.encode()))
         clock.now += 540
         rows = [[words_of(part) for part in row] for row in alerts_of(page())]
         assert rows == [
-            ["2 failed", "exit 7", "“no y” · 9 min late", "Show"],
+            ["2 failed", "exit 8, exit 7", "“no y” · 9 min late", "Show"],
             ["2 behind", "lock db", "held by holds · for 9 min", "Show"]]
         shown = links_of(alerts_of(page())[1])
         assert shown["held by holds"] == "/?job=holds"
         behind = page(shown["Show"])
         assert [row[1] for row in table_of(behind)] == ["last", "next"]
+        for name in ("holds too", "behind too"):
+            add_job(queue, id=name, lock="other")
+        _, lock = alerts_of(page())
+        assert " · for 9 min · and behind 1 other lock" in words_of(lock)
         assert "✕ behind the lock db" in links_of(behind)
 
     def test_it_can_pause_and_resume(self, queue, page, dashboard):
@@ -8972,6 +8977,8 @@ class TestPage:
             lease.write(b"one\n\x1b[31mrow 7 of 9\x1b[0m\n\n")
             assert words_of(named_part(page(), "running").find("ul/li")).endswith(
                 "<1 srow 7 of 9")
+            os.utime(lease.path, (time.time() - 300,) * 2)
+            assert "no output for 5 min · row 7 of 9" in words_of(page())
 
     def test_idle_workers_are_counted_where_nothing_runs(self, queue, page, monkeypatch):
         add_job(queue)
@@ -10086,6 +10093,7 @@ class TestReadme:
     def test_its_monitoring_tells_whether_somebody_is_needed(self):
         monitor = re.search(r"`queuectl (status --check)`", read_readme())[1].split()
         code = lambda: cli(*monitor).code
+        assert cli(*monitor).err.endswith("queuectl: no pool is running\n")
         enqueue(id="x", max_retries=1)
         assert code() == 1
         start_pool()
