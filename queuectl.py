@@ -6681,10 +6681,11 @@ def pool_lines(status):
 
 def running_lines(status, now, width):
     """Yield a table of what runs, in place of PIDs."""
+    busy = [worker for worker in status["workers"] if worker["job"]]
+    busy.sort(key=operator.itemgetter("since"))
     running = [[printable(worker["job"]), duration_text(now - worker["since"]),
                 printable(status["commands"].get(worker["job"], ""))]
-               for worker in sorted(status["workers"], key=lambda one: one["since"] or 0)
-               if worker["job"]]
+               for worker in busy]
     if running:
         yield from table(["JOB", "FOR", "COMMAND"], running, width)
 
@@ -10722,8 +10723,10 @@ def group_overview(group):
               if name.startswith(group + " ")}
     return [
         "usage: %s %s COMMAND ...  with --db PATH, --json, --help" % (PROGRAM, group),
-        "", *("  %-14s %s" % (name, entry.meaning) for name, entry in chosen.items()), "",
-        "examples:", *("  %s %s" % (PROGRAM, entry.example) for entry in chosen.values())]
+        "",
+        *("  %-14s %s" % (name, entry.meaning) for name, entry in chosen.items()),
+        "", "examples:",
+        *("  %s %s" % (PROGRAM, entry.example) for entry in chosen.values())]
 
 
 # -- what may be meant by a line that is refused ---------------------------------------
