@@ -52,7 +52,8 @@ The map. A section uses only those above it.
     policy       settings and fields of jobs, and the checks of their values; JSON
     locks        locked files, waking, requests; what differs between systems
     database     the file, its connection, transactions, the schema
-    queue        the jobs: a method for each verb, with its SQL; statistics
+    queue        the jobs: a method for each verb, with its SQL
+    statistics   what `status`, `stats` and the page tell of all jobs
     runs         one command: its lease, its output, its end
     output       text for people; why a job waits; the verdict on a queue
     pool         a worker; the reaper; the supervisor; the log
@@ -1087,6 +1088,10 @@ def drop_lock_file(path, fd, own_file):
     A look by another process can prevent both for a moment: then this tries again.
     """
     directory = path_beside(path, ".runs")
+    with contextlib.suppress(OSError):  # on Windows, while it is open
+        # Still held, or `worker stop` could return while the file is there.
+        if may_be_same_file(own_file, os.fstat(fd)):
+            os.remove(own_file)
     os.close(fd)
 
     def try_remove():
@@ -1852,10 +1857,10 @@ class Database:
             database_uri(self.path), uri=True, timeout=self.lock_timeout,
             isolation_level=None)
         self._db.row_factory = sqlite3.Row
-        self._rows("PRAGMA synchronous = " + ("NORMAL" if self.for_pool else "FULL"))
+        self.rows("PRAGMA synchronous = " + ("NORMAL" if self.for_pool else "FULL"))
         self.require_file()  # another file may just have been put in its place
-        self._rows("PRAGMA fullfsync = ON")  # macOS: without it a sync is no sync
-        self._rows(f"PRAGMA journal_size_limit = {2**24}")
+        self.rows("PRAGMA fullfsync = ON")  # macOS: without it a sync is no sync
+        self.rows(f"PRAGMA journal_size_limit = {2**24}")
         CONNECTED.add(self)
 
     def close(self):
@@ -1888,9 +1893,9 @@ class Database:
     def _is_prepared(self):
         """Tell by the header whether the file is a queue of this version."""
         try:
-            has_version = self._value("PRAGMA user_version") == SCHEMA_VERSION
+            has_version = self.value("PRAGMA user_version") == SCHEMA_VERSION
             return has_version and (
-                self._value("PRAGMA application_id") == APPLICATION_ID)
+                self.value("PRAGMA application_id") == APPLICATION_ID)
         except sqlite3.OperationalError as error:
             # SQLite drops a log that lies beside an empty database. If two first
             # commands do so at once, one of them fails here. It tries again in
@@ -1917,7 +1922,7 @@ class Database:
             self._execute_all(SCHEMA)
 
     def _is_empty(self):
-        return not self._value("SELECT 1 FROM sqlite_master")
+        return not self.value("SELECT 1 FROM sqlite_master")
 
     def _use_wal(self):
         """Switch to the write-ahead log; return False while another program has a lock.
@@ -1930,11 +1935,11 @@ class Database:
         try:
             self.db.execute("PRAGMA auto_vacuum = INCREMENTAL")
             self.db.execute("BEGIN EXCLUSIVE")
-            if self._value("PRAGMA journal_mode") != "wal":  # else the index is in use
+            if self.value("PRAGMA journal_mode") != "wal":  # else the index is in use
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(self.path + "-shm")
             self.db.execute("ROLLBACK")
-            return bool(self._rows("PRAGMA journal_mode = WAL"))
+            return bool(self.rows("PRAGMA journal_mode = WAL"))
         except sqlite3.OperationalError as error:
             if not self.is_busy(error):
                 raise
@@ -1947,8 +1952,8 @@ class Database:
 
     def _migrate(self):
         """Bring an older version up to what SCHEMA expects, or refuse the database."""
-        version = self._value("PRAGMA user_version")
-        if self._value("PRAGMA application_id") != APPLICATION_ID:
+        version = self.value("PRAGMA user_version")
+        if self.value("PRAGMA application_id") != APPLICATION_ID:
             raise QueueError("%s is not a queue of queuectl", self.path)
         if version < 2:
             message = "%s was made by queuectl 1.0: convert it with queuectl 1.1 first"
@@ -1958,7 +1963,7 @@ class Database:
             message += " %d: take a newer queuectl.py"
             raise QueueError(message, self.path, version, SCHEMA_VERSION)
         self._refuse_older_pools()
-        for kind, name in self._rows(
+        for kind, name in self.rows(
                 "SELECT type, name FROM sqlite_master"
                 " WHERE type IN ('index', 'trigger') AND sql NOT NULL"):
             self.db.execute(f"DROP {kind} {name}")
@@ -1977,7 +1982,7 @@ class Database:
                 how = "worker stop of that queuectl"
             raise QueueError("pool %d of an older queuectl runs: stop it with %s, then"
                              " try again", pool, how)
-        running = self._value("SELECT id FROM jobs WHERE state = 'processing'")
+        running = self.value("SELECT id FROM jobs WHERE state = 'processing'")
         if running is None:
             return
         leases = path_beside(self.path, ".runs")
@@ -2043,7 +2048,7 @@ class Database:
         """
         deadline = time.monotonic() + self.lock_timeout
         pause = 0.00003
-        self._rows("PRAGMA busy_timeout = 0")
+        self.rows("PRAGMA busy_timeout = 0")
         try:
             while True:
                 try:
@@ -2054,26 +2059,26 @@ class Database:
                 time.sleep(pause)
                 pause = min(1.5 * pause, 0.02)
         finally:
-            self._rows("PRAGMA busy_timeout = %d" % (1000 * self.lock_timeout))
+            self.rows("PRAGMA busy_timeout = %d" % (1000 * self.lock_timeout))
 
-    def _change(self, sql, *values, **named):
+    def change(self, sql, *values, **named):
         """Execute a statement; return how many rows it changed."""
         return self.db.execute(sql, named or values).rowcount
 
-    def _rows(self, sql, *values, **named):
+    def rows(self, sql, *values, **named):
         return self.db.execute(sql, named or values).fetchall()
 
-    def _row(self, sql, *values, **named):
+    def row(self, sql, *values, **named):
         """Return the first row, or None. A query with many rows needs a LIMIT.
 
         All rows are read: a query that is not read to its end stays open within its
         transaction.
         """
-        rows = self._rows(sql, *values, **named)
+        rows = self.rows(sql, *values, **named)
         return rows[0] if rows else None
 
-    def _value(self, sql, *values, **named):
-        row = self._row(sql, *values, **named)
+    def value(self, sql, *values, **named):
+        row = self.row(sql, *values, **named)
         return row[0] if row else None
 
 
@@ -2082,7 +2087,7 @@ if not WINDOWS:
 
 
 # ======================================================================================
-# Queue: the jobs; a method for each verb, with its SQL; statistics
+# Queue: the jobs; a method for each verb, with its SQL
 # ======================================================================================
 
 # What follows from the way in which a run ended: the method of `Queue` that records it,
@@ -2371,7 +2376,7 @@ class Queue(Database):
                  create=True, draining_pool=None):
         super().__init__(path, for_pool, lock_timeout, create)
         self.clock, self.draining_pool = clock, draining_pool
-        self.token = self._value("SELECT value FROM config WHERE key = 'token'")
+        self.token = self.value("SELECT value FROM config WHERE key = 'token'")
 
     # -- enqueue -----------------------------------------------------------------------
 
@@ -2386,7 +2391,7 @@ class Queue(Database):
         """Check and enqueue one job, with the fields of its JSON; return its id."""
         job = checked_job(dict(fields, command=command), self.defaults())
         added = self.enqueue([job])
-        return self._value("SELECT id FROM jobs WHERE seq = ?", added.last)
+        return self.value("SELECT id FROM jobs WHERE seq = ?", added.last)
 
     def enqueue(self, jobs, unique=False, place_name="job {}".format):
         """Add jobs as `checked_job` makes them, all or none; return `Added`.
@@ -2408,9 +2413,9 @@ class Queue(Database):
                         insert_job(columns), (values for _, values in rows)).rowcount
             except sqlite3.IntegrityError:
                 raise self._id_taken(new, place_name) from None
-            self._change(
+            self.change(
                 "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'", count)
-            last = self._value("SELECT MAX(seq) FROM jobs") or 0
+            last = self.value("SELECT MAX(seq) FROM jobs") or 0
             # Only now, since a job may come after a later one of these jobs.
             dropped = self._add_dependencies(new.dependents, are_new=not unique)
             self.db.executemany(ELECT_BY_TRIGGER, [(lock,) for lock in new.locks])
@@ -2420,7 +2425,7 @@ class Queue(Database):
     def _id_taken(self, new, place_name):
         """Return the QueueError for the latest of NEW jobs: its id is taken."""
         # All but the latest were inserted, in a row: `count - 1` jobs, up to MAX(seq).
-        first = self._value("SELECT MAX(seq) FROM jobs") - (new.count - 2)
+        first = self.value("SELECT MAX(seq) FROM jobs") - (new.count - 2)
         twin = self._seq_of(new.id) - first + 1
         if twin < 1:
             place = place_name(new.count) + ": " if new.count > 1 else ""
@@ -2431,9 +2436,9 @@ class Queue(Database):
 
     def _restart(self, job):
         """Start a job again with these fields; return False if it was not finished."""
-        restarted = self._change(RESTART, **job)
+        restarted = self.change(RESTART, **job)
         if restarted:  # its dependencies are among the new fields
-            self._change(
+            self.change(
                 "DELETE FROM dependencies"
                 " WHERE seq = (SELECT seq FROM jobs WHERE id = ?)", job["id"])
         return bool(restarted)
@@ -2462,7 +2467,7 @@ class Queue(Database):
                     continue
                 if dependency is None:
                     raise QueueError("after: %s", no_job(name))
-                self._change("INSERT OR IGNORE INTO dependencies VALUES (?, ?)",
+                self.change("INSERT OR IGNORE INTO dependencies VALUES (?, ?)",
                              seq, dependency)
                 if dependency >= seq or not are_new:
                     may_be_cycle.append(seq)
@@ -2484,11 +2489,11 @@ class Queue(Database):
                 order[path.pop()] = True
                 continue
             entered.add(seq)
-            for dependency, in self._rows(
+            for dependency, in self.rows(
                     "SELECT waits_for FROM dependencies WHERE seq = ?", seq):
                 if dependency in entered and dependency not in order:
                     words = "after: a circle, in which job %s would never run"
-                    id = self._value("SELECT id FROM jobs WHERE seq = ?", seq)
+                    id = self.value("SELECT id FROM jobs WHERE seq = ?", seq)
                     raise QueueError(words, id)
                 if dependency not in order:
                     path.append(dependency)
@@ -2497,7 +2502,7 @@ class Queue(Database):
     def _seq_of(self, id):
         """Return the number of a job, None if there is none."""
         query = "SELECT seq FROM jobs WHERE id = ?"
-        return self._value(query, id) if is_storable(id) else None
+        return self.value(query, id) if is_storable(id) else None
 
     # -- the life of a job -------------------------------------------------------------
 
@@ -2510,7 +2515,7 @@ class Queue(Database):
         with self.transaction():
             now = self.clock()
             self.promote(now)
-            row = self._row(f"""
+            row = self.row(f"""
                 SELECT seq, run + 1 AS number, id, attempts + 1 AS attempt,
                     max_retries, command, cwd, env, timeout, launcher FROM jobs
                 WHERE {CLAIMABLE} AND NOT {PAUSED} ORDER BY {ORDER} LIMIT 1""")
@@ -2523,11 +2528,11 @@ class Queue(Database):
                       launcher=None if launcher == "none" else launcher,
                       output_limit=values["output_limit"], **fields)
             take_lease(run)
-            self._change("""
+            self.change("""
                 UPDATE jobs SET state = 'processing', attempts = ?, run = ?,
                     updated_at = ? WHERE seq = ? AND state = 'pending'""",
                 run.attempt, run.number, now, run.seq)
-            self._change("""
+            self.change("""
                 INSERT INTO runs (seq, run, attempt, worker, started_at)
                 VALUES (?, ?, ?, ?, ?)""",
                 run.seq, run.number, run.attempt, worker, now)
@@ -2544,7 +2549,7 @@ class Queue(Database):
             ORDER BY run_at LIMIT 100"""
         promote = f"""UPDATE jobs SET state = 'pending', updated_at = :now
             WHERE seq IN ({due})"""
-        while self._change(promote, now=now) == 100 and time.monotonic() < until:
+        while self.change(promote, now=now) == 100 and time.monotonic() < until:
             pass
 
     # If the clock is set back, a job that named no time waits no longer than before.
@@ -2561,13 +2566,13 @@ class Queue(Database):
         offset = now - time.monotonic()
         if earlier is None or offset < earlier - 1:
             for overdue in DUE_IN_FUTURE:
-                self._change(f"""UPDATE jobs SET run_at = :now, updated_at = :now
+                self.change(f"""UPDATE jobs SET run_at = :now, updated_at = :now
                     WHERE seq IN ({overdue})""", now=now)
         return offset
 
     def _promote_failed_in_future(self):
         """Move jobs whose failure lies in the future from FAILED to PENDING."""
-        self._change(f"""
+        self.change(f"""
             UPDATE jobs SET state = 'pending', run_at = :now, updated_at = :now
             WHERE state = 'failed' AND {RARE} AND updated_at > :now + 1""",
             now=self.clock())
@@ -2600,7 +2605,7 @@ class Queue(Database):
         A job that is blamed too often for the death of its worker is DEAD: it may be
         the cause of these deaths.
         """
-        deaths = self._value("SELECT deaths FROM jobs WHERE seq = ?", run.seq) or 0
+        deaths = self.value("SELECT deaths FROM jobs WHERE seq = ?", run.seq) or 0
         if is_blamed:
             deaths += 1
         if deaths >= MAX_DEATHS:
@@ -2621,7 +2626,7 @@ class Queue(Database):
             changes.update(state=state, error=error, updated_at=self.clock(),
                            cancelled=is_cancelled)
             columns = ", ".join(f"{name} = ?" for name in changes)
-            moved = self._change(f"""
+            moved = self.change(f"""
                 UPDATE jobs SET {columns}
                 WHERE seq = ? AND state = 'processing' AND run = ?""",
                 *changes.values(), run.seq, run.number)
@@ -2629,9 +2634,9 @@ class Queue(Database):
                 return None
             self._record_run(run, outcome)
             if state == "dead" and not is_cancelled:
-                self._change("INSERT OR IGNORE INTO unannounced VALUES (?)", run.seq)
+                self.change("INSERT OR IGNORE INTO unannounced VALUES (?)", run.seq)
             if self.draining_pool and state in FINISHED:
-                self._change("""
+                self.change("""
                     INSERT INTO drains VALUES (?, ?, 1)
                     ON CONFLICT (pool, state) DO UPDATE SET runs = runs + 1""",
                     self.draining_pool, state)
@@ -2640,39 +2645,39 @@ class Queue(Database):
     def _record_run(self, run, outcome):
         total = RUN_KINDS[outcome.kind].total
         if total is None:
-            self._change(
+            self.change(
                 "DELETE FROM runs WHERE seq = ? AND run = ?", run.seq, run.number)
             return
         # If the clock was set back during the run, it took at least no time.
         finished_at = max(run.started_at, outcome.finished_at)
-        self._change("""
+        self.change("""
             UPDATE runs SET pid = ?, started_at = ?, finished_at = ?, kind = ?,
                 exit_code = ?, error = ? WHERE seq = ? AND run = ?""",
             run.pid, run.started_at, finished_at, outcome.kind, outcome.exit_code,
             outcome.error, run.seq, run.number)
         if outcome.output:
-            self._change("INSERT INTO outputs VALUES (?, ?, ?)",
+            self.change("INSERT INTO outputs VALUES (?, ?, ?)",
                          run.seq, run.number, outcome.output)
-        self._change(
+        self.change(
             "UPDATE totals SET runs = runs + 1, seconds = seconds + ? WHERE total = ?",
             finished_at - run.started_at, total)
 
     def count_unannounced(self):
         """Return how many dead jobs `on_dead` has not announced."""
-        return self._value("SELECT COUNT(*) FROM unannounced")
+        return self.value("SELECT COUNT(*) FROM unannounced")
 
     def is_current(self, run):
         """Tell whether a run still owns its job."""
         query = "SELECT 1 FROM jobs WHERE seq = ? AND run = ? AND state = 'processing'"
-        return bool(self._value(query, run.seq, run.number))
+        return bool(self.value(query, run.seq, run.number))
 
     def cancel_requested(self, run):
         """Tell whether `cancel` was called for a running job: its run has to end."""
-        return bool(self._value("SELECT cancelled FROM jobs WHERE seq = ?", run.seq))
+        return bool(self.value("SELECT cancelled FROM jobs WHERE seq = ?", run.seq))
 
     def record_pid(self, run):
         """Record the process of a run that has been going on for a while."""
-        self._change("""
+        self.change("""
             UPDATE runs SET pid = ?, started_at = ?
             WHERE seq = ? AND run = ? AND finished_at IS NULL""",
             run.pid, run.started_at, run.seq, run.number)
@@ -2684,14 +2689,14 @@ class Queue(Database):
         announced again. START may use Popen within the transaction: its child runs no
         Python, and exec closes the database. A plain fork would carry it over.
         """
-        if self._value("SELECT 1 FROM unannounced LIMIT 1") is None:
+        if self.value("SELECT 1 FROM unannounced LIMIT 1") is None:
             return False
         with self.transaction():
-            seq = self._value("SELECT seq FROM unannounced LIMIT 1")
-            job = self._row(DEAD_JOB, seq)
+            seq = self.value("SELECT seq FROM unannounced LIMIT 1")
+            job = self.row(DEAD_JOB, seq)
             if job:  # it may have been retried or deleted
                 start(job)
-            self._change("DELETE FROM unannounced WHERE seq = ?", seq)
+            self.change("DELETE FROM unannounced WHERE seq = ?", seq)
         return True
 
     # -- what people do with jobs ------------------------------------------------------
@@ -2731,7 +2736,7 @@ class Queue(Database):
                 [id], [Change(sql, in_states(TAKES["edit"]))],
                 "job %(id)s is %(state)s, not " + " or ".join(TAKES["edit"]), changes)
             if "after" in fields:
-                self._change("DELETE FROM dependencies WHERE seq = ?", job["seq"])
+                self.change("DELETE FROM dependencies WHERE seq = ?", job["seq"])
                 self._add_dependencies([Dependent(id, fields["after"], ())])
             self.promote(now)  # the job may be FAILED, and its time be now
             edited = self.job(id)
@@ -2794,7 +2799,7 @@ class Queue(Database):
 
     def prune(self, keep):
         """Remove a batch of jobs that were completed more than KEEP seconds ago."""
-        count = self._change("""
+        count = self.change("""
             DELETE FROM jobs WHERE seq IN (SELECT seq FROM jobs
                 WHERE state = 'completed' AND updated_at < ?
                 ORDER BY updated_at LIMIT ?)""", self.clock() - keep, BATCH_SIZE)
@@ -2869,7 +2874,7 @@ class Queue(Database):
                 f"SELECT seq FROM jobs WHERE {condition.sql} ORDER BY seq",
                 condition.values)
             seqs = array("q", (seq for seq, in rows))  # eight bytes each
-            if not self._value(
+            if not self.value(
                     "SELECT 1 FROM dependencies WHERE waits_for > seq LIMIT 1"):
                 return seqs  # every job has a higher number than its dependencies
             chosen = {*seqs}
@@ -2879,7 +2884,7 @@ class Queue(Database):
         """Return the space of removed rows to the file system, if it is much."""
         if self.db.in_transaction:  # the script below would commit it
             return
-        for _ in range(self._value("PRAGMA freelist_count") // 1000):
+        for _ in range(self.value("PRAGMA freelist_count") // 1000):
             # As a script, since `execute` ends it after the first page.
             self.db.executescript("PRAGMA incremental_vacuum(1000)")
 
@@ -2888,7 +2893,7 @@ class Queue(Database):
     def job(self, id):
         """Return one job with what its latest run left."""
         query = f"{SELECT_JOB} WHERE id = ?"
-        job = self._row(query, id) if is_storable(id) else None
+        job = self.row(query, id) if is_storable(id) else None
         if job is None:
             raise no_job(id, self._ids_like(id))
         return job
@@ -2900,7 +2905,7 @@ class Queue(Database):
         """
         from difflib import get_close_matches
 
-        ids = [near for near, in self._rows("""
+        ids = [near for near, in self.rows("""
             SELECT * FROM (SELECT id FROM jobs WHERE id >= :id ORDER BY id LIMIT 50)
             UNION ALL SELECT * FROM (
                 SELECT id FROM jobs WHERE id < :id ORDER BY id DESC LIMIT 50)""",
@@ -2911,7 +2916,7 @@ class Queue(Database):
     def still_there(self, ids):
         """Yield those of these jobs that have not been deleted in the meantime."""
         for id in dict.fromkeys(ids):
-            yield from self._rows(f"{SELECT_JOB} WHERE id = ?", id)
+            yield from self.rows(f"{SELECT_JOB} WHERE id = ?", id)
 
     def find_job(self, prefix):
         """Return the job with this id, or the only one whose id starts with it.
@@ -2930,7 +2935,7 @@ class Queue(Database):
         """Return the newest ids that start with a prefix, of jobs in these states."""
         if not is_storable(prefix):
             return []
-        return [id for id, in self._rows(f"""
+        return [id for id, in self.rows(f"""
             SELECT id FROM jobs WHERE substr(id, 1, length(?)) = ?
             AND {where(states).sql} ORDER BY seq DESC LIMIT ?""",
             prefix, prefix, limit)]
@@ -2938,11 +2943,11 @@ class Queue(Database):
     def state(self, id):
         """Return the state of a job, None if there is none."""
         query = "SELECT state FROM jobs WHERE id = ?"
-        return self._value(query, id) if is_storable(id) else None
+        return self.value(query, id) if is_storable(id) else None
 
     def dependencies(self, job):
         """Return the jobs that a job waits for, dead ones first."""
-        return self._rows(f"""
+        return self.rows(f"""
             SELECT id, state, cancelled
             FROM dependencies JOIN jobs ON jobs.seq = waits_for
             WHERE dependencies.seq = ? AND NOT {IS_SUCCESS}
@@ -2950,7 +2955,7 @@ class Queue(Database):
 
     def dead_before(self, job):
         """Return the first dead job that a job waits for, directly or not, or None."""
-        return self._row(f"""WITH RECURSIVE needed (seq) AS (
+        return self.row(f"""WITH RECURSIVE needed (seq) AS (
             VALUES (?) UNION SELECT waits_for FROM needed JOIN dependencies USING (seq)
                 JOIN jobs ON jobs.seq = waits_for WHERE NOT {IS_SUCCESS})
             SELECT id, state, cancelled FROM needed JOIN jobs USING (seq)
@@ -2958,7 +2963,7 @@ class Queue(Database):
 
     def dependents(self, job, limit):
         """Return the first jobs (`id`, `state`) that come after a job."""
-        return self._rows("""
+        return self.rows("""
             SELECT id, state FROM dependencies JOIN jobs USING (seq)
             WHERE waits_for = ? ORDER BY seq LIMIT ?""", job["seq"], limit)
 
@@ -2969,43 +2974,28 @@ class Queue(Database):
         """
         if job["state"] in SUCCESSFUL:
             return []
-        return self._rows(f"""
+        return self.rows(f"""
             SELECT seq, id FROM dependencies JOIN jobs USING (seq)
             WHERE waits_for = ? AND {UNFINISHED_DEPENDENT}
             ORDER BY seq LIMIT ?""", job["seq"], limit)
 
     def lock_holder(self, job):
         """Return the id of the job that has the lock of this one, or gets it next."""
-        return self._value(f"""
+        return self.value(f"""
             SELECT id FROM jobs WHERE lock = :lock AND state = 'processing' AND {RARE}
             UNION ALL SELECT id FROM jobs WHERE lock = :lock AND {CLAIMABLE}""",
             lock=job["lock"])
 
-    def longest_line(self):
-        """Return the lock that most jobs are behind, and the number of these jobs.
-
-        Then the number of all such locks, and the job that is before those jobs. Return
-        None where no job is behind a lock.
-        """
-        lines = self._rows(f"""
-            SELECT lock, COUNT(*) AS jobs FROM (
-                SELECT lock FROM jobs WHERE lock NOT NULL AND state = 'pending'
-                    AND gate = {LOCKED} LIMIT {COUNT_LIMIT})
-            GROUP BY lock ORDER BY jobs DESC, lock""")
-        holder = lines and self.lock_holder(lines[0])
-        return holder and (
-            lines[0]["lock"], lines[0]["jobs"], len(lines), self.job(holder))
-
     def count_ahead(self, job):
         """Return how many jobs are claimed before this one."""
-        return self._value(f"""
+        return self.value(f"""
             SELECT COUNT(*) FROM jobs WHERE {CLAIMABLE} AND (priority > :priority
                 OR priority = :priority AND (run_at, seq) < (:run_at, :seq))""",
             priority=job["priority"], run_at=job["run_at"], seq=job["seq"])
 
     def runs(self, job):
         """Return the runs of a job, the first one first, without their output."""
-        return self._rows(f"""
+        return self.rows(f"""
             SELECT run, attempt, worker, pid, started_at, finished_at, exit_code,
                 error, {RUN_SECONDS} AS seconds FROM runs
             WHERE seq = ? ORDER BY run""", job["seq"])
@@ -3015,7 +3005,7 @@ class Queue(Database):
 
         SQLite reads all of an output to reach its end.
         """
-        return self._value("""
+        return self.value("""
             SELECT substr(output, ?) FROM outputs WHERE seq = ? AND run = ?
             AND length(output) < ?""", -TAIL_SIZE, job["seq"], job["run"],
             MAX_TAILED) or b""
@@ -3026,11 +3016,11 @@ class Queue(Database):
         An output is stored at the end of the run, if there is any.
         """
         query = "SELECT output FROM outputs WHERE seq = ? AND run = ?"
-        return self._value(query, job["seq"], number or job["run"])
+        return self.value(query, job["seq"], number or job["run"])
 
     def output_head(self, job, number):
         """Return how long the stored output of run NUMBER is, and how it begins."""
-        return self._row("""
+        return self.row("""
             SELECT length(output), substr(output, 1, 100) FROM outputs
             WHERE seq = ? AND run = ?""", job["seq"], number) or (0, b"")
 
@@ -3061,7 +3051,7 @@ class Queue(Database):
         query = f"""{select} WHERE seq BETWEEN :first AND :last AND {condition.sql}
             ORDER BY seq {"DESC" if newest else ""} LIMIT :size"""
         while wanted > 0:
-            batch = self._rows(query, **condition.values, first=first, last=last,
+            batch = self.rows(query, **condition.values, first=first, last=last,
                                size=min(wanted, BATCH_SIZE))
             yield from batch
             wanted -= len(batch)
@@ -3079,7 +3069,7 @@ class Queue(Database):
         this job, which is the first one. A LIMIT below 0 is none.
         """
         condition = where(**filters)  # without RARE, whose index has another order
-        place = self._row(
+        place = self.row(
             "SELECT updated_at, seq FROM jobs WHERE id = ? AND state = 'dead'",
             after_id)
         at, number = place if place else (MAX_TIME, MAX_INTEGER)
@@ -3088,141 +3078,19 @@ class Queue(Database):
             WHERE state = 'dead' AND (updated_at, seq) {side} (:at, :number)
             AND {condition.sql}
             ORDER BY updated_at {order}, seq {order} LIMIT :limit"""
-        for seq, in self._rows(
+        for seq, in self.rows(
                 query, **condition.values, at=at, number=number, limit=limit):
-            yield from self._rows(DEAD_JOB, seq)
+            yield from self.rows(DEAD_JOB, seq)
 
     def count(self, condition):
         """Return how many jobs meet a condition."""
         query = f"SELECT COUNT(*) FROM jobs WHERE {condition.sql}"
-        return self._value(query, **condition.values)
+        return self.value(query, **condition.values)
 
     def counts(self):
         """Return how many jobs there are in each state."""
-        counts = dict(self._rows("SELECT state, jobs FROM counts"))
+        counts = dict(self.rows("SELECT state, jobs FROM counts"))
         return {state: counts.get(state, 0) for state in STATES}
-
-    def common_errors(self, condition):
-        """Return the errors of jobs, each with its count, the most common first."""
-        return self._rows(f"""
-            SELECT error, COUNT(*) AS jobs FROM jobs WHERE {condition.sql}
-            GROUP BY error ORDER BY jobs DESC""", **condition.values)
-
-    def last_ended(self, limit):
-        """Return the jobs that ended last, latest first; each state has an index."""
-        latest = " UNION ALL ".join(f"""SELECT * FROM (
-            SELECT id, state, error, updated_at FROM jobs WHERE state = '{state}'
-            ORDER BY updated_at DESC LIMIT :limit)""" for state in FINISHED)
-        query = f"{latest} ORDER BY updated_at DESC LIMIT :limit"
-        return self._rows(query, limit=limit)
-
-    def dead_by_error(self):
-        """Return the errors of dead jobs as dicts, the most common first.
-
-        `jobs` is their number, `latest` the time of the latest death, `id` that job,
-        `is_cancelled` whether somebody cancelled it, and `tails` the ends of what the
-        latest jobs printed, which say more than `exit 1`.
-        """
-        with self.snapshot():  # or the latest job of an error may be gone
-            groups = self._rows("""
-                SELECT error, COUNT(*) AS jobs, MAX(updated_at) AS latest FROM jobs
-                WHERE state = 'dead' GROUP BY error ORDER BY jobs DESC, latest DESC
-                LIMIT ?""", MAX_ERRORS)
-            tails = min(20, 100 // (len(groups) or 1))
-            return [self._with_latest(dict(group), tails) for group in groups]
-
-    def _with_latest(self, group, limit):
-        """Return a group of `dead_by_error` with what it has of its latest jobs.
-
-        SQLite reads all of an output to reach its end, so it is read of the first job,
-        and of others if it is not a lot.
-        """
-        jobs = self._rows("""
-            SELECT id, cancelled, CASE WHEN length(output) < ? OR updated_at = ?
-                THEN substr(output, ?) END AS tail
-            FROM jobs LEFT JOIN outputs USING (seq, run)
-            WHERE state = 'dead' AND error IS ? ORDER BY updated_at DESC LIMIT ?""",
-            MAX_TAILED, group["latest"], -TAIL_SIZE, group["error"], limit)
-        return dict(group, id=jobs[0]["id"], is_cancelled=jobs[0]["cancelled"],
-                    tails=[job["tail"] or b"" for job in jobs])
-
-    def work_left(self):
-        """Return a dict of what waits: numbers of jobs, and seconds for a run.
-
-        `delayed` jobs wait for their time, `dependent` ones for others, and the rest is
-        `ready`: the kept count without these two, which are few, or have an index. Of
-        the ready ones, `locked` wait for their lock; `line` is the longest line of jobs
-        that share one. `run_seconds` is the average of the last runs of the jobs that
-        were enqueued last: no index leads to the runs that ended last. It is None
-        before the first run has ended. `failing` is the share of these runs that
-        failed. `rate` are the jobs completed each second; it is None where runs are so
-        long that the time between them does not count. `growth` is that of `_growth`.
-        """
-        waiting = sum(self.counts()[state] for state in WAITING)
-        delayed = self._value(  # what is overdue is ready, though no worker has seen it
-            f"SELECT COUNT(*) FROM jobs WHERE {FOR_A_TIME} AND run_at > ?",
-            self.clock())
-        dependent = self._value(
-            f"SELECT COUNT(*) FROM jobs WHERE {UNFINISHED_DEPENDENT}")
-        locks = self._row(f"""
-            SELECT IFNULL(SUM(locked), 0) AS locked, IFNULL(MAX(jobs), 0) AS line
-            FROM (SELECT SUM(gate = {LOCKED}) AS locked, SUM(gate <> {CLOSED}) AS jobs
-                FROM (SELECT lock, gate FROM jobs
-                    WHERE lock NOT NULL AND state = 'pending' LIMIT {COUNT_LIMIT})
-                GROUP BY lock)""")
-        seconds, failing = self._row(f"""
-            SELECT AVG(finished_at - started_at), AVG({TOTAL_OF_RUN} = 'failed') FROM (
-                SELECT * FROM runs ORDER BY seq DESC, run DESC LIMIT 200)""")
-        rate = self._rate() if seconds is not None and seconds < 0.1 else None
-        return dict(locks, ready=waiting - delayed - dependent, delayed=delayed,
-                    dependent=dependent, run_seconds=seconds, failing=failing or 0,
-                    rate=rate, growth=self._growth(seconds or 0))
-
-    def _growth(self, run_seconds):
-        """Return how many more jobs a minute were added than ended, least first.
-
-        There are three numbers, for the last three periods: a heap that was enqueued at
-        once is the growth of one. In each period a few runs end. What ended within
-        `keep` was not deleted yet: otherwise the queue would seem to grow.
-        """
-        keep = self.settings()["keep"]
-        longest = 1800 if keep is None else min(1800, max(keep, 1))
-        period = min(max(10, 2 * run_seconds), longest / 3)
-        ended_since = " + ".join(f"""
-            (SELECT COUNT(*) FROM jobs WHERE state = '{state}' AND updated_at > ?1)
-            """ for state in FINISHED)  # each state has an index
-        moments = [self.clock() - count * period for count in (3, 2, 1, 0)]
-        # Up to a constant, how many jobs were unfinished then.
-        unfinished = [self._last_seq_at(moment) + self._value(
-            f"SELECT {ended_since}", moment) for moment in moments]
-        return sorted(60 / period * (more - less)
-                      for less, more in zip(unfinished, unfinished[1:]))
-
-    def _last_seq_at(self, moment):
-        """Return the number of the last job that was enqueued by then.
-
-        By bisection: to count a million new jobs would take a while.
-        """
-        low, high = 0, self._value("SELECT MAX(seq) FROM jobs") or 0
-        while low < high:
-            middle = (low + high + 1) // 2
-            created_at = self._value("""
-                SELECT created_at FROM jobs WHERE seq <= ? ORDER BY seq DESC LIMIT 1""",
-                middle)
-            if (created_at or 0) <= moment:
-                low = middle
-            else:
-                high = middle - 1
-        return low
-
-    def _rate(self):
-        """Return how many jobs are completed each second, None if none was lately."""
-        count, first = self._row("""
-            SELECT COUNT(*), MIN(updated_at) FROM (
-                SELECT updated_at FROM jobs WHERE state = 'completed'
-                ORDER BY updated_at DESC LIMIT 1000)""")
-        seconds = self.clock() - (first or 0)
-        return count / seconds if 0 < seconds < 60 else None
 
     def seq_before(self, id):
         """Return the number before that of a job; one above all if it is gone."""
@@ -3230,7 +3098,7 @@ class Queue(Database):
 
     def processing_runs(self):
         """Return the present `Run` of each job in PROCESSING."""
-        rows = self._rows(f"""
+        rows = self.rows(f"""
             SELECT seq, run AS number, id, attempts AS attempt, max_retries, worker,
                 pid, started_at FROM jobs JOIN runs USING (seq, run)
             WHERE state = 'processing' AND {RARE}""")
@@ -3269,7 +3137,7 @@ class Queue(Database):
 
     def blocked_seqs(self):
         """Return the numbers of the jobs that wait, directly or not, for a dead one."""
-        rows = self._rows(f"{blocked_table()} SELECT seq FROM blocked")
+        rows = self.rows(f"{blocked_table()} SELECT seq FROM blocked")
         return {seq for seq, in rows}
 
     def blocked_jobs(self):
@@ -3277,62 +3145,25 @@ class Queue(Database):
         seqs = self.blocked_seqs()
         return {"blocked_seqs": seqs, "blocked": self.first_blocked() if seqs else None}
 
-    def count_delayed(self):
-        """Return how many jobs wait for their time alone."""
-        return self._value(f"SELECT COUNT(*) FROM jobs WHERE {FOR_A_TIME}")
-
-    def count_cancelled(self):
-        """Return how many of the dead jobs somebody cancelled.
-
-        By their error, which has an index, and which only `cancel` gives.
-        """
-        return self._value(
-            "SELECT COUNT(*) FROM jobs WHERE state = 'dead' AND error = ?", CANCELLED)
-
     def first_blocked(self):
         """Return the first job that waits for a dead one, or None.
 
         `id` is the job, `dependency` the id of the dead one, `state` and `cancelled`
         are those of the dead one.
         """
-        return self._row(f"""
+        return self.row(f"""
             SELECT jobs.id, dead.* FROM ({BEHIND_DEAD}) AS dead JOIN jobs USING (seq)
             ORDER BY seq LIMIT 1""")
 
-    def blocked_by_errors(self):
-        """Return how many jobs wait for the dead of each error, if any: {error: jobs}.
-
-        They wait directly or not. They are counted up to ten thousand.
-        """
-        return dict(self._rows(f"""
-            {blocked_table(with_root=True)}
-            SELECT error, COUNT(DISTINCT waiting.seq)
-            FROM (SELECT seq, root FROM blocked LIMIT {COUNT_LIMIT}) AS waiting
-            JOIN jobs ON jobs.seq = root GROUP BY error"""))
-
-    def oldest_claimable(self):
-        """Return the job (`id`, `run_at`) that waits longest for a worker, or None.
-
-        It is the first one of its priority, of at most a hundred priorities. A time
-        may be long past: the job waits since it was enqueued.
-        """
-        return self._row(f"""
-            {LEVELS} SELECT id, max(run_at, created_at) AS run_at
-            FROM (SELECT priority FROM level LIMIT 100) AS level
-            CROSS JOIN jobs ON seq = (SELECT seq FROM jobs
-                WHERE {CLAIMABLE} AND jobs.priority = level.priority
-                ORDER BY run_at, seq LIMIT 1)
-            ORDER BY run_at, seq LIMIT 1""")
-
     def next_due(self):
         """Return the job (`id`, `run_at`) that is due next, or None."""
-        return self._row(f"""
+        return self.row(f"""
             SELECT id, run_at FROM jobs WHERE {FOR_A_TIME}
             ORDER BY run_at, seq LIMIT 1""")
 
     def has_claimable(self):
         """Tell whether there is a job to claim."""
-        return bool(self._value(f"SELECT 1 FROM jobs WHERE {CLAIMABLE} LIMIT 1"))
+        return bool(self.value(f"SELECT 1 FROM jobs WHERE {CLAIMABLE} LIMIT 1"))
 
     def is_drained(self):
         """Tell whether no job may be claimed, is running or waits for a retry.
@@ -3340,7 +3171,7 @@ class Queue(Database):
         Jobs that wait for a later time or for others do not count. This is one
         statement: between two a job could go from waiting to running.
         """
-        return not self._value(f"""
+        return not self.value(f"""
             SELECT EXISTS (SELECT 1 FROM counts
                 WHERE jobs > 0 AND (state = 'processing' OR state = 'failed'))
             OR EXISTS (SELECT 1 FROM jobs WHERE {CLAIMABLE})
@@ -3352,16 +3183,16 @@ class Queue(Database):
         with self.transaction():
             # Within it: a pool that counts has its file before its first count.
             living = {*living_pools(self.path)} - {self.draining_pool}
-            for pool, in self._rows("SELECT DISTINCT pool FROM drains"):
+            for pool, in self.rows("SELECT DISTINCT pool FROM drains"):
                 if pool not in living:
-                    self._change("DELETE FROM drains WHERE pool = ?", pool)
+                    self.change("DELETE FROM drains WHERE pool = ?", pool)
 
     def drain_counts(self):
         """Return how many runs that this pool ended left a job in each finished state.
 
         Lost runs of other pools that it put an end to are among them.
         """
-        rows = self._rows(
+        rows = self.rows(
             "SELECT state, runs FROM drains WHERE pool = ?", self.draining_pool)
         return {**dict.fromkeys(FINISHED, 0), **dict(rows)}
 
@@ -3408,7 +3239,7 @@ class Queue(Database):
             raise QueueError("wait: within job %s name ids, or it would wait for"
                              " itself", own["id"])
         for waited in jobs:
-            if self._value(
+            if self.value(
                     NEEDS_END, waited=waited["seq"], seq=own["seq"], lock=own["lock"]):
                 raise QueueError("wait: job %s needs the end of job %s, which would"
                                  " wait for itself", waited["id"], own["id"])
@@ -3418,7 +3249,7 @@ class Queue(Database):
 
         In one statement: a job that dies between two would be in neither.
         """
-        rows = self._rows(f"""
+        rows = self.rows(f"""
             SELECT id, 0 AS is_dead FROM jobs WHERE state = 'pending' UNION ALL
             SELECT id, state = 'dead' FROM jobs
                 WHERE {RARE} AND (NOT {IS_FINISHED}
@@ -3430,7 +3261,7 @@ class Queue(Database):
 
     def settings(self):
         """Return the value of every setting, the default where none was set."""
-        stored = dict(self._rows("SELECT key, value FROM config"))
+        stored = dict(self.rows("SELECT key, value FROM config"))
         return {name: json.loads(stored[name]) if name in stored else setting.default
                 for name, setting in SETTINGS.items()}
 
@@ -3445,10 +3276,10 @@ class Queue(Database):
 
     def _store(self, key, value):
         query = "INSERT OR REPLACE INTO config VALUES (?, ?)"
-        self._change(query, key, json.dumps(value))
+        self.change(query, key, json.dumps(value))
 
     def _remove(self, key):
-        self._change("DELETE FROM config WHERE key = ?", key)
+        self.change("DELETE FROM config WHERE key = ?", key)
 
     def set_paused(self, paused):
         """Let no job be claimed from now on, or let jobs be claimed again."""
@@ -3462,12 +3293,12 @@ class Queue(Database):
 
     def is_paused(self):
         """Tell whether no job may be claimed."""
-        return bool(self._value(f"SELECT {PAUSED}"))
+        return bool(self.value(f"SELECT {PAUSED}"))
 
     def resumed_at(self):
         """Return when the queue was resumed, 0 if it never was."""
         query = "SELECT value FROM config WHERE key = 'resumed_at'"
-        return json.loads(self._value(query) or "0")
+        return json.loads(self.value(query) or "0")
 
     # -- backup ------------------------------------------------------------------------
 
@@ -3500,41 +3331,6 @@ class Queue(Database):
                     os.remove(part + ending)
             raise
 
-    # -- statistics --------------------------------------------------------------------
-
-    def totals(self):
-        """Return number and seconds of all runs there ever were: {total: (n, s)}."""
-        rows = self._rows("SELECT total, runs, seconds FROM totals")
-        return {total: (runs, seconds) for total, runs, seconds in rows}
-
-    def run_bars(self, since, width, bars):
-        """Return sums of the runs finished since a time, by bars of WIDTH seconds."""
-        return self._rows(f"""
-            SELECT MIN(CAST((finished_at - :since) / :width AS INTEGER), :last) AS bar,
-                SUM(total = 'completed') AS completed,
-                SUM(total = 'failed') AS failed,
-                SUM(total = 'interrupted') AS interrupted,
-                SUM(attempt > 1) AS retries,
-                SUM(finished_at >= :minute_ago) AS latest
-            FROM (SELECT *, {TOTAL_OF_RUN} AS total FROM runs
-                WHERE finished_at >= :since) GROUP BY bar""",
-            since=since, width=width, last=bars - 1, minute_ago=self.clock() - 60)
-
-    def run_sample(self, since):
-        """Return command, kind, error, run time and wait of runs finished since a time.
-
-        Without interrupted ones, which tell no run time. At most fifty thousand, those
-        of the jobs that were enqueued last: a million would take seconds.
-        """
-        # `run_at` is a later time if the job was put back into the queue since.
-        return self._rows(f"""
-            SELECT command, kind, runs.error, finished_at - started_at AS spent,
-                CASE WHEN jobs.run = runs.run AND started_at >= run_at
-                    THEN started_at - max(run_at, created_at) END AS waited
-            FROM runs JOIN jobs USING (seq)
-            WHERE finished_at >= ? AND {TOTAL_OF_RUN} <> 'interrupted'
-            ORDER BY seq DESC LIMIT 50000""", since)
-
 
 class Wait:
     """The jobs that `Queue.wait` waits for, and what became of them."""
@@ -3557,7 +3353,7 @@ class Wait:
         blocked = None  # it may take a while: read for a job that waits for another
         while self.unfinished:
             id = self.unfinished[-1]
-            job = self.queue._row("SELECT seq, state, waits FROM jobs WHERE id = ?", id)
+            job = self.queue.row("SELECT seq, state, waits FROM jobs WHERE id = ?", id)
             state = job["state"] if job else self.state_of_gone(id)
             if state in FINISHED or state == "removed":
                 self.ended[state] += 1
@@ -3582,7 +3378,7 @@ class Wait:
         counts = {state: self.ended.get(state, 0) for state in STATES}
         for batch in batches(self.unfinished):
             ids = ", ".join("?" for _ in batch)
-            for state, jobs in self.queue._rows(f"""
+            for state, jobs in self.queue.rows(f"""
                     SELECT state, COUNT(*) FROM jobs WHERE id IN ({ids})
                     GROUP BY state""", *batch):
                 counts[state] += jobs
@@ -3598,7 +3394,233 @@ class Wait:
         return "removed" if keep is None or unseen < keep else "completed"
 
 
-# Statistics: what `stats` shows, made of the queue's rows.
+# ======================================================================================
+# Statistics: what `status`, `stats` and the page tell of all jobs
+# ======================================================================================
+
+
+def work_left(queue):
+    """Return a dict of what waits: numbers of jobs, and seconds for a run.
+
+    `delayed` jobs wait for their time, `dependent` ones for others, and the rest is
+    `ready`: the kept count without these two, which are few, or have an index. Of
+    the ready ones, `locked` wait for their lock; `line` is the longest line of jobs
+    that share one. `run_seconds` is the average of the last runs of the jobs that
+    were enqueued last: no index leads to the runs that ended last. It is None
+    before the first run has ended. `failing` is the share of these runs that
+    failed. `rate` are the jobs completed each second; it is None where runs are so
+    long that the time between them does not count. `growth` is that of `recent_growth`.
+    """
+    waiting = sum(queue.counts()[state] for state in WAITING)
+    delayed = queue.value(  # what is overdue is ready, though no worker has seen it
+        f"SELECT COUNT(*) FROM jobs WHERE {FOR_A_TIME} AND run_at > ?",
+        queue.clock())
+    dependent = queue.value(
+        f"SELECT COUNT(*) FROM jobs WHERE {UNFINISHED_DEPENDENT}")
+    locks = queue.row(f"""
+        SELECT IFNULL(SUM(locked), 0) AS locked, IFNULL(MAX(jobs), 0) AS line
+        FROM (SELECT SUM(gate = {LOCKED}) AS locked, SUM(gate <> {CLOSED}) AS jobs
+            FROM (SELECT lock, gate FROM jobs
+                WHERE lock NOT NULL AND state = 'pending' LIMIT {COUNT_LIMIT})
+            GROUP BY lock)""")
+    seconds, failing = queue.row(f"""
+        SELECT AVG(finished_at - started_at), AVG({TOTAL_OF_RUN} = 'failed') FROM (
+            SELECT * FROM runs ORDER BY seq DESC, run DESC LIMIT 200)""")
+    rate = completion_rate(queue) if seconds is not None and seconds < 0.1 else None
+    return dict(locks, ready=waiting - delayed - dependent, delayed=delayed,
+                dependent=dependent, run_seconds=seconds, failing=failing or 0,
+                rate=rate, growth=recent_growth(queue, seconds or 0))
+
+
+def recent_growth(queue, run_seconds):
+    """Return how many more jobs a minute were added than ended, least first.
+
+    There are three numbers, for the last three periods: a heap that was enqueued at
+    once is the growth of one. In each period a few runs end. What ended within
+    `keep` was not deleted yet: otherwise the queue would seem to grow.
+    """
+    keep = queue.settings()["keep"]
+    longest = 1800 if keep is None else min(1800, max(keep, 1))
+    period = min(max(10, 2 * run_seconds), longest / 3)
+    ended_since = " + ".join(f"""
+        (SELECT COUNT(*) FROM jobs WHERE state = '{state}' AND updated_at > ?1)
+        """ for state in FINISHED)  # each state has an index
+    moments = [queue.clock() - count * period for count in (3, 2, 1, 0)]
+    # Up to a constant, how many jobs were unfinished then.
+    unfinished = [last_seq_at(queue, moment) + queue.value(
+        f"SELECT {ended_since}", moment) for moment in moments]
+    return sorted(60 / period * (more - less)
+                  for less, more in zip(unfinished, unfinished[1:]))
+
+
+def last_seq_at(queue, moment):
+    """Return the number of the last job that was enqueued by then.
+
+    By bisection: to count a million new jobs would take a while.
+    """
+    low, high = 0, queue.value("SELECT MAX(seq) FROM jobs") or 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        created_at = queue.value("""
+            SELECT created_at FROM jobs WHERE seq <= ? ORDER BY seq DESC LIMIT 1""",
+            middle)
+        if (created_at or 0) <= moment:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def completion_rate(queue):
+    """Return how many jobs are completed each second, None if none was lately."""
+    count, first = queue.row("""
+        SELECT COUNT(*), MIN(updated_at) FROM (
+            SELECT updated_at FROM jobs WHERE state = 'completed'
+            ORDER BY updated_at DESC LIMIT 1000)""")
+    seconds = queue.clock() - (first or 0)
+    return count / seconds if 0 < seconds < 60 else None
+
+
+def oldest_claimable(queue):
+    """Return the job (`id`, `run_at`) that waits longest for a worker, or None.
+
+    It is the first one of its priority, of at most a hundred priorities. A time
+    may be long past: the job waits since it was enqueued.
+    """
+    return queue.row(f"""
+        {LEVELS} SELECT id, max(run_at, created_at) AS run_at
+        FROM (SELECT priority FROM level LIMIT 100) AS level
+        CROSS JOIN jobs ON seq = (SELECT seq FROM jobs
+            WHERE {CLAIMABLE} AND jobs.priority = level.priority
+            ORDER BY run_at, seq LIMIT 1)
+        ORDER BY run_at, seq LIMIT 1""")
+
+
+def count_delayed(queue):
+    """Return how many jobs wait for their time alone."""
+    return queue.value(f"SELECT COUNT(*) FROM jobs WHERE {FOR_A_TIME}")
+
+
+def count_cancelled(queue):
+    """Return how many of the dead jobs somebody cancelled.
+
+    By their error, which has an index, and which only `cancel` gives.
+    """
+    return queue.value(
+        "SELECT COUNT(*) FROM jobs WHERE state = 'dead' AND error = ?", CANCELLED)
+
+
+def longest_line(queue):
+    """Return the `lock` that most `jobs` are behind, or None if no job is behind one.
+
+    `first` is the job before them, and `locks` the number of all such locks.
+    """
+    lines = queue.rows(f"""
+        SELECT lock, COUNT(*) AS jobs FROM (
+            SELECT lock FROM jobs WHERE lock NOT NULL AND state = 'pending'
+                AND gate = {LOCKED} LIMIT {COUNT_LIMIT})
+        GROUP BY lock ORDER BY jobs DESC, lock""")
+    holder = lines and queue.lock_holder(lines[0])
+    return holder and dict(lines[0], locks=len(lines), first=queue.job(holder))
+
+
+def blocked_by_errors(queue):
+    """Return how many jobs wait for the dead of each error, if any: {error: jobs}.
+
+    They wait directly or not. They are counted up to ten thousand.
+    """
+    return dict(queue.rows(f"""
+        {blocked_table(with_root=True)}
+        SELECT error, COUNT(DISTINCT waiting.seq)
+        FROM (SELECT seq, root FROM blocked LIMIT {COUNT_LIMIT}) AS waiting
+        JOIN jobs ON jobs.seq = root GROUP BY error"""))
+
+
+def common_errors(queue, condition):
+    """Return the errors of jobs, each with its count, the most common first."""
+    return queue.rows(f"""
+        SELECT error, COUNT(*) AS jobs FROM jobs WHERE {condition.sql}
+        GROUP BY error ORDER BY jobs DESC""", **condition.values)
+
+
+def dead_by_error(queue):
+    """Return the errors of dead jobs as dicts, the most common first.
+
+    `jobs` is their number, `latest` the time of the latest death, `id` that job,
+    `is_cancelled` whether somebody cancelled it, and `tails` the ends of what the
+    latest jobs printed, which say more than `exit 1`.
+    """
+    with queue.snapshot():  # or the latest job of an error may be gone
+        groups = queue.rows("""
+            SELECT error, COUNT(*) AS jobs, MAX(updated_at) AS latest FROM jobs
+            WHERE state = 'dead' GROUP BY error ORDER BY jobs DESC, latest DESC
+            LIMIT ?""", MAX_ERRORS)
+        tails = min(20, 100 // (len(groups) or 1))
+        return [with_latest(queue, dict(group), tails) for group in groups]
+
+
+def with_latest(queue, group, limit):
+    """Return a group of `dead_by_error` with what it has of its latest jobs.
+
+    SQLite reads all of an output to reach its end, so it is read of the first job,
+    and of others if it is not a lot.
+    """
+    jobs = queue.rows("""
+        SELECT id, cancelled, CASE WHEN length(output) < ? OR updated_at = ?
+            THEN substr(output, ?) END AS tail
+        FROM jobs LEFT JOIN outputs USING (seq, run)
+        WHERE state = 'dead' AND error IS ? ORDER BY updated_at DESC LIMIT ?""",
+        MAX_TAILED, group["latest"], -TAIL_SIZE, group["error"], limit)
+    return dict(group, id=jobs[0]["id"], is_cancelled=jobs[0]["cancelled"],
+                tails=[job["tail"] or b"" for job in jobs])
+
+
+def last_ended(queue, limit):
+    """Return the jobs that ended last, latest first; each state has an index."""
+    latest = " UNION ALL ".join(f"""SELECT * FROM (
+        SELECT id, state, error, updated_at FROM jobs WHERE state = '{state}'
+        ORDER BY updated_at DESC LIMIT :limit)""" for state in FINISHED)
+    query = f"{latest} ORDER BY updated_at DESC LIMIT :limit"
+    return queue.rows(query, limit=limit)
+
+
+def run_totals(queue):
+    """Return number and seconds of all runs there ever were: {total: (n, s)}."""
+    rows = queue.rows("SELECT total, runs, seconds FROM totals")
+    return {total: (runs, seconds) for total, runs, seconds in rows}
+
+
+def run_bars(queue, since, width, bars):
+    """Return sums of the runs finished since a time, by bars of WIDTH seconds."""
+    return queue.rows(f"""
+        SELECT MIN(CAST((finished_at - :since) / :width AS INTEGER), :last) AS bar,
+            SUM(total = 'completed') AS completed,
+            SUM(total = 'failed') AS failed,
+            SUM(total = 'interrupted') AS interrupted,
+            SUM(attempt > 1) AS retries,
+            SUM(finished_at >= :minute_ago) AS latest
+        FROM (SELECT *, {TOTAL_OF_RUN} AS total FROM runs
+            WHERE finished_at >= :since) GROUP BY bar""",
+        since=since, width=width, last=bars - 1, minute_ago=queue.clock() - 60)
+
+
+def run_sample(queue, since):
+    """Return command, kind, error, run time and wait of runs finished since a time.
+
+    Without interrupted ones, which tell no run time. At most fifty thousand, those
+    of the jobs that were enqueued last: a million would take seconds.
+    """
+    # `run_at` is a later time if the job was put back into the queue since.
+    return queue.rows(f"""
+        SELECT command, kind, runs.error, finished_at - started_at AS spent,
+            CASE WHEN jobs.run = runs.run AND started_at >= run_at
+                THEN started_at - max(run_at, created_at) END AS waited
+        FROM runs JOIN jobs USING (seq)
+        WHERE finished_at >= ? AND {TOTAL_OF_RUN} <> 'interrupted'
+        ORDER BY seq DESC LIMIT 50000""", since)
+
+
+# What `stats` shows, made of the queue's rows.
 
 BARS = 60  # of the picture of throughput
 BINS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)  # seconds, of run times
@@ -3613,8 +3635,8 @@ def read_stats(queue, since):
     period = max(now - since, 1.0)
     width = ceil_div(period, BARS)  # whole seconds
     with queue.snapshot():  # so that the sample has runs if there are any
-        rows = queue.run_bars(since, width, BARS)
-        sample = queue.run_sample(since)
+        rows = run_bars(queue, since, width, BARS)
+        sample = run_sample(queue, since)
     latest = sum(row["latest"] for row in rows)
     sums = {key: sum(row[key] for row in rows) for key in (*TOTALS, "retries")}
     judged = sums["completed"] + sums["failed"]
@@ -6288,7 +6310,7 @@ class Supervisor:
         """
         blocked = queue.first_blocked()
         counts = queue.drain_counts()
-        counts.update(delayed=queue.count_delayed(), blocked=len(queue.blocked_seqs()))
+        counts.update(delayed=count_delayed(queue), blocked=len(queue.blocked_seqs()))
         is_over = requested_stop(self.path, self.pid) == "over"
         was_stopped = not is_over and not queue.is_drained()
         self.result = {"pool": self.pid, **counts}
@@ -6491,7 +6513,7 @@ def read_status(queue, lost=None, blocked=None):
         lost = queue.lost_runs()
     none = {"id": None, "run_at": None}
     with queue.snapshot():  # so that the counts agree with the lists
-        oldest, due = queue.oldest_claimable() or none, queue.next_due() or none
+        oldest, due = oldest_claimable(queue) or none, queue.next_due() or none
         workers = queue.workers()
         pools = supervised_pools(queue.path)
         commands = {job["id"]: job["command"] for job in queue.jobs(
@@ -6504,8 +6526,8 @@ def read_status(queue, lost=None, blocked=None):
             "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
             "next_due": due["run_at"], "next_job": due["id"],
             "paused": queue.is_paused(), "resumed_at": queue.resumed_at(),
-            "cancelled": queue.count_cancelled(),
-            **(blocked or queue.blocked_jobs()), **queue.work_left(),
+            "cancelled": count_cancelled(queue),
+            **(blocked or queue.blocked_jobs()), **work_left(queue),
         }
     status["is_disk_full"] = is_disk_full(queue.path)
     status["is_held_up"] = is_held_up(status, queue.clock())
@@ -6534,7 +6556,7 @@ def errors_of(queue):
     `lines` has two of them, each with the number of jobs that have it, among the latest
     `printed` that have any.
     """
-    groups = queue.dead_by_error()
+    groups = dead_by_error(queue)
     for group in groups:
         lines = [*filter(None, map(last_line, group.pop("tails")))]
         group["lines"] = common_lines(lines)[:2]
@@ -6694,7 +6716,7 @@ def ended_lines(queue, now, width, rows):
     """Yield a table of the jobs that ended last, of at most so many rows."""
     ended = [[printable(job["id"]), relative_time(job["updated_at"], now),
               printable(job["error"] or job["state"])]
-             for job in queue.last_ended(min(10, rows - 2))]
+             for job in last_ended(queue, min(10, rows - 2))]
     if ended:
         yield from ["", *table(["LAST ENDED", "WHEN", "RESULT"], ended, width)]
 
@@ -7838,7 +7860,7 @@ def cmd_dlq_list(args, queue):
     chosen = where(["dead"], **filters)
     summary = []
     errors = [] if args.json else [
-        row for row in queue.common_errors(chosen) if row["error"] != CANCELLED]
+        row for row in common_errors(queue, chosen) if row["error"] != CANCELLED]
     if errors and errors[0]["jobs"] > 1:
         summary.append("Most common errors: " + errors_text(errors))
     print_lines(summary)
@@ -7856,7 +7878,7 @@ def cmd_dlq_list(args, queue):
 
 def dead_filters(args, queue):
     """Return what selects dead jobs; report their errors if `--error` names another."""
-    errors = args.error and queue.common_errors(where(["dead"]))
+    errors = args.error and common_errors(queue, where(["dead"]))
     if errors and args.error not in [row["error"] for row in errors]:
         notice("no dead job has this very error; there are: " + errors_text(errors))
     return dict(
@@ -8767,7 +8789,7 @@ def download_route(queue, query):
 
 def metrics_route(queue, query):
     """Return the numbers of the queue in the text format of Prometheus."""
-    status, totals = read_status(queue), queue.totals()
+    status, totals = read_status(queue), run_totals(queue)
     busy = sum(worker["job"] is not None for worker in status["workers"])
     now = queue.clock()
     families = [
@@ -9007,7 +9029,7 @@ def error_alerts(page):
     """
     blocked = page.status["blocked_seqs"]
     waiting = page.cache.get("blocked %d" % len(blocked),
-                             page.queue.blocked_by_errors) if blocked else {}
+                             lambda: blocked_by_errors(page.queue)) if blocked else {}
     groups = [(group, waiting.get(group["error"], 0)) for group in page.groups
               if not group["is_cancelled"] or group["error"] in waiting]
     groups.sort(key=lambda pair: -pair[0]["jobs"] - pair[1])
@@ -9047,14 +9069,15 @@ def failed_alert(page):
 
 def lock_alert(page):
     """Yield the line about the lock that most jobs are behind."""
-    line = page.status["locked"] and page.cache.get("line", page.queue.longest_line)
+    line = page.status["locked"] and page.cache.get(
+        "line", lambda: longest_line(page.queue))
     if line:
-        lock, jobs, locks, first = line  # it has the lock, or gets it first
+        lock, first, others = line["lock"], line["first"], line["locks"] - 1
         has = "held by " if first["state"] == "processing" else "next is "
-        yield alert(grouped(jobs) + " behind", "lock " + lock,
+        words = others and "and behind " + plural(others, "other lock")
+        yield alert(grouped(line["jobs"]) + " behind", "lock " + lock,
                     link(has + first["id"], page.view.open(first["id"])),
-                    joined(time_cell(first, page), locks > 1 and "and behind %s" % (
-                        plural(locks - 1, "other lock")), by=" · "),
+                    joined(time_cell(first, page), words, by=" · "),
                     page.view.only(behind_lock=lock),
                     "what is behind the lock " + lock, css="pending")
 
@@ -9138,7 +9161,7 @@ def workers_text(status):
 
 def page_middle(page):
     """Return the place of the chart, which the script fetches, and what runs now."""
-    ended = sum(runs for runs, _ in page.queue.totals().values())
+    ended = sum(runs for runs, _ in run_totals(page.queue).values())
     chart = element("div", id="chart", data_keep="yes", data_ended=ended)
     hour = element("section", element("h2", "The last hour"), chart, css="card")
     return element("div", hour, page_running(page), css="two")

@@ -4587,7 +4587,7 @@ class TestRetry:
         add_job(queue, id="waits")
         clock.now += 1
         queue.retry(["retried"])
-        assert tuple(queue.oldest_claimable()) == ("waits", clock.now - 1)
+        assert tuple(queuectl.oldest_claimable(queue)) == ("waits", clock.now - 1)
         assert [claim(queue).id, claim(queue).id] == ["waits", "retried"]
 
 
@@ -5120,12 +5120,12 @@ class TestStatus:
         clock.now += 60
         add_job(queue, id="high", priority=5)
         add_job(queue, id="later", delay=100)
-        assert tuple(queue.oldest_claimable()) == ("low", 1e9)
+        assert tuple(queuectl.oldest_claimable(queue)) == ("low", 1e9)
         claim(queue)
-        assert tuple(queue.oldest_claimable()) == ("low", 1e9)
+        assert tuple(queuectl.oldest_claimable(queue)) == ("low", 1e9)
         assert "Oldest Waiting: low, for " in run_ok("status").out
         claim(queue)
-        assert queue.oldest_claimable() is None
+        assert queuectl.oldest_claimable(queue) is None
         assert tuple(queue.next_due()) == ("later", clock.now + 100)
         printed = read_status()
         assert printed["oldest_waiting"] is None
@@ -5254,7 +5254,7 @@ class TestStatus:
         status["workers"][0].update(since=clock.now - 15)  # this one is no short one
         assert "done" not in queuectl.verdict(status, clock.now).sentence
         clock.now += 60  # the pool has stood still
-        assert queue.work_left()["rate"] is None
+        assert queuectl.work_left(queue)["rate"] is None
 
     def test_a_job_whose_worker_died_is_lost(self, queue, page):
         add_job(queue, id="a"), add_job(queue, id="b")
@@ -5317,13 +5317,13 @@ class TestStatus:
             if not second % 2:
                 run = claim(queue)
                 queue.complete(run, make_outcome(None, finished_at=clock.now))
-        assert queue.work_left()["growth"] == growth
+        assert queuectl.work_left(queue)["growth"] == growth
         if not at_once:
             queue.set("keep", 12)
             queue.prune(12)
-            assert queue.work_left()["growth"] == growth
+            assert queuectl.work_left(queue)["growth"] == growth
         clock.now -= 1e6  # whoever sets the clock back learns nothing, but no error
-        assert len(queue.work_left()["growth"]) == 3
+        assert len(queuectl.work_left(queue)["growth"]) == 3
 
     def test_the_verdict_is_in_json_and_not_in_a_pipe(self, dashboard):
         enqueue()
@@ -7601,7 +7601,7 @@ class TestDependencies:
         run = claim(queue)
         clock.now += 100
         queue.complete(run, make_outcome(None))
-        assert tuple(queue.oldest_claimable()) == ("b", clock.now)
+        assert tuple(queuectl.oldest_claimable(queue)) == ("b", clock.now)
         assert tuple(queue.next_due()) == ("later", clock.now + 400)
 
     def test_of_another_queue_it_drops_what_need_not_be_there(self):
@@ -7955,7 +7955,7 @@ class TestGate:
             operations.step()
             queue.promote(clock.now)
             queue.promote_after_clock_step(None)
-            assert [tuple(row) for row in queue._rows(WRONG_GATES, clock.now)] == []
+            assert [tuple(row) for row in queue.rows(WRONG_GATES, clock.now)] == []
             # There is an order, so there is no circle.
             queue._in_order([seq for seq, in query("SELECT seq FROM dependencies")])
         # None is stuck.
@@ -8342,7 +8342,7 @@ class TestStatistics:
     def test_its_numbers_are_of_one_moment(self, queue, clock, monkeypatch):
         add_job(queue, id="x", max_retries=1)
         queue.fail(claim(queue), make_outcome("exit 3", finished_at=clock.now + 1))
-        rows = queuectl.Queue._rows
+        rows = queuectl.Queue.rows
 
         def delete_behind(self, *args, **named):
             found = rows(self, *args, **named)
@@ -8351,13 +8351,13 @@ class TestStatistics:
             return found
 
         with queuectl.Queue("queuectl.db", clock=clock) as reader:
-            monkeypatch.setattr(reader, "_rows", delete_behind.__get__(reader))
+            monkeypatch.setattr(reader, "rows", delete_behind.__get__(reader))
             assert queuectl.read_stats(reader, clock.now - 60)["run_time"]["longest"] == 1
         add_job(queue, id="x", max_retries=1)
         queue.fail(claim(queue), make_outcome("exit 3"))
         with queuectl.Queue("queuectl.db") as reader:
-            monkeypatch.setattr(reader, "_rows", delete_behind.__get__(reader))
-            assert [group["id"] for group in reader.dead_by_error()] == ["x"]
+            monkeypatch.setattr(reader, "rows", delete_behind.__get__(reader))
+            assert [group["id"] for group in queuectl.dead_by_error(reader)] == ["x"]
 
     def test_rates_times_and_errors_are_counted(self, queue, clock):
         begun = clock.now
@@ -9211,7 +9211,7 @@ class TestPage:
         site, groupings = queuectl.Site(queue.path, "localhost"), []
         # Whatever it takes to make them, they are kept.
         monkeypatch.setattr(queuectl, "CACHE_SHARE", 1e-9)
-        monkeypatch.setattr(queuectl.Queue, "dead_by_error", lambda self: (
+        monkeypatch.setattr(queuectl, "dead_by_error", lambda queue: (
             groupings.append(1) or time.sleep(0.05) or []))  # more than a clock's tick
         for _ in range(3):
             assert site.answer("GET", "/main", {"Host": "localhost"})[0] == 200
@@ -9967,9 +9967,9 @@ WITHOUT_PRIORITIES = [
      r"\1 jobs"),
     (r"(?s)\(priority > :priority\n *OR priority = :priority AND (.*?)\)\"\"\",\n"
      r' *priority=job\["priority"\], ', r'\1""",\n            '),
-    (r"(?s)(def oldest_claimable.*?\n).*?(?=    def next_due)",
-     r'\1        return self._row("SELECT id, run_at FROM jobs WHERE " + CLAIMABLE'
-     r' + " ORDER BY run_at, seq LIMIT 1")\n\n'),
+    (r"(?s)(def oldest_claimable.*?\n).*?(?=def count_delayed)",
+     r'\1    return queue.row("SELECT id, run_at FROM jobs WHERE " + CLAIMABLE'
+     r' + " ORDER BY run_at, seq LIMIT 1")\n\n\n'),
 ]
 
 
