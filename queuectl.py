@@ -5804,7 +5804,10 @@ class Reaper:
             if run.worker in processes[path]:
                 continue  # the worker is there; its file or the lease was removed
             pids = processes[path] - {self.pid, *workers}  # a run may start this pool
-            if run.worker in workers or self.worker_died_just_now(run.worker):
+            # A living worker has the PID of the dead one: those of containers recur.
+            is_reaped = run.worker not in workers or is_locked(
+                worker_file(self.path, self.pid, run.worker))
+            if not is_reaped or self.worker_died_just_now(run.worker):
                 self.recovery_done = False
             elif not pids:
                 self.put_back(queue, run)

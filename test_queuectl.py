@@ -1468,12 +1468,27 @@ class TestRunsNeverOverlap:
         assert queue.job("job")["state"] == "processing"
 
     @mechanism
-    def test_a_job_is_lost_if_another_worker_has_got_the_pid(self, queue):
+    @pytest.mark.parametrize("own", [False, True])
+    def test_a_job_is_lost_if_another_worker_has_got_the_pid(self, queue, own):
+        """In a container that was killed and started again they have the same."""
         add_job(queue)
+        reaper = make_reaper(queue)
         with leased_run(queue, 7):
-            fd = queuectl.lock_file(queuectl.worker_file(queue.path, 1, 7))
-        make_reaper(queue).recover_lost(queue, [])
+            pool = reaper.pid if own else 1
+            fd = queuectl.lock_file(queuectl.worker_file(queue.path, pool, 7))
+        reaper.recover_lost(queue, [7] * own)
         os.close(fd)
+        assert queue.job("job")["state"] == "pending"
+
+    @mechanism
+    def test_a_death_is_waited_for_before_it_can_be_blamed(self, queue):
+        add_job(queue)
+        reaper = make_reaper(queue)
+        with leased_run(queue, 7):
+            pass
+        reaper.recover_lost(queue, [7])  # it has died, but was not reaped yet
+        assert queue.job("job")["state"] == "processing" and not reaper.recovery_done
+        reaper.recover_lost(queue, [])
         assert queue.job("job")["state"] == "pending"
 
     @mechanism
