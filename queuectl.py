@@ -3307,7 +3307,8 @@ class Queue(Database):
 
         The copy is paused, and its running jobs are pending again, without an attempt
         counted: once it is restored, what has ended since the backup must not start by
-        itself. The file gets its name when it is complete.
+        itself. The file gets its name when it is complete and was found sound: SQLite
+        copies a damaged database without an error.
         """
         import tempfile
 
@@ -3319,6 +3320,10 @@ class Queue(Database):
         try:
             with contextlib.closing(sqlite3.connect(part)) as copy:
                 self.db.backup(copy)
+                trouble, = copy.execute("PRAGMA quick_check(1)").fetchone()
+                if trouble != "ok":
+                    raise QueueError(
+                        "can't copy to %s: the queue is damaged; restore a backup", path)
             with Queue(part, create=False) as copy:
                 copy.set_paused(True)
                 for run in copy.lost_runs():

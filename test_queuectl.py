@@ -4721,6 +4721,16 @@ class TestBackup:
         assert "can't copy to no/copy.db: No such" in run_refused("backup", "no/copy.db")
         assert os.path.getsize("there") == 0 and not os.path.exists("copy.db")
 
+    def test_a_damaged_queue_is_not_copied(self):
+        """SQLite copies it without an error, and good backups would make room."""
+        run_ok("enqueue", "-", stdin=b'{"command":"true"}\n' * 2000)
+        (first,), = query("SELECT rootpage FROM sqlite_master WHERE name = 'jobs'")
+        with open("queuectl.db", "r+b") as file:
+            file.seek(4096 * (first + 40))
+            file.write(b"\xff" * 8192)
+        assert "copy.db: the queue is damaged" in run_refused("backup", "copy.db")
+        assert not [name for name in os.listdir(".") if "copy.db" in name]
+
     @posix_only
     def test_a_full_disk_leaves_no_part_of_it(self, small_disk):
         run_ok("enqueue", "-", stdin=b'{"command":"true"}\n' * 2000)
