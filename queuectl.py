@@ -3322,8 +3322,7 @@ class Queue(Database):
                 self.db.backup(copy)
                 trouble, = copy.execute("PRAGMA quick_check(1)").fetchone()
                 if trouble != "ok":
-                    raise QueueError(
-                        "can't copy to %s: the queue is damaged; restore a backup", path)
+                    raise QueueError("%s: the queue is damaged; restore a backup", path)
             with Queue(part, create=False) as copy:
                 copy.set_paused(True)
                 for run in copy.lost_runs():
