@@ -649,8 +649,10 @@ def nearest(word, words):
 
     # `worker 2` is not near `worker stop`: the word of the group proves nothing.
     by_end = {known.split()[-1]: known for known in words}
-    near = get_close_matches("".join(word.split()[-1:]), by_end, 1, 0.7)
-    return "".join(map(by_end.get, near))
+    end = "".join(word.split()[-1:])
+    near = [known for known in by_end if sorted(known) == sorted(end)]  # stauts
+    near += get_close_matches(end, by_end, 1, 0.7)
+    return "".join(map(by_end.get, near[:1]))
 
 
 def unknown_word(subject, word, words, meant={}):
@@ -8024,16 +8026,19 @@ def print_started(args, pid, how_to_stop):
     sys.stdout.flush()
 
 
-def start_own(words, cwd=None, **variables):
-    """Start a command of this file that outlives this process, its terminal and run."""
+def start_own(words, cwd=None, program=(os.path.abspath(__file__),), **variables):
+    """Start a command of this file that outlives this process, its terminal and run.
+
+    PROGRAM is what Python is told to run.
+    """
     import subprocess
 
     # It belongs to no run, even if a job has started it.
     env = {name: value for name, value in os.environ.items() if name != "QUEUECTL_RUN"}
     env.update(variables)
     start = functools.partial(
-        subprocess.Popen, [sys.executable, os.path.abspath(__file__), *words], cwd=cwd,
-        env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        subprocess.Popen, [sys.executable, *program, *words], cwd=cwd, env=env,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True)
     return start_outside_job(start) if WINDOWS else start()
 
@@ -8129,6 +8134,15 @@ IMPORTER = [
     " spec = util.spec_from_file_location(name, file);"
     " sys.modules[name] = module = util.module_from_spec(spec);"
     " spec.loader.exec_module(module); sys.exit(module.main())"]
+
+
+def importing(path):
+    """Return the arguments that let Python import this file and run its `main`."""
+    if WINDOWS:
+        path = path.encode("unicode_escape").decode()
+    return [*IMPORTER, path]
+
+
 INSTALLED = "@rem" if WINDOWS else "#!/bin/sh\n#"
 INSTALLED += " written by queuectl install\n"
 BATCH = """\
@@ -8202,7 +8216,7 @@ def command_file(own, home):
         py_compile.compile(own)
     if WINDOWS:
         return batch_file(own, home)
-    argv = [sys.executable, *IMPORTER, own]
+    argv = [sys.executable, *importing(own)]
     return os.fsencode(INSTALLED + 'exec %s "$@"\n' % shell_line(argv))
 
 
@@ -8211,8 +8225,8 @@ def batch_file(own, home):
 
     Python ignores PYTHONUTF8 with the option -I.
     """
-    argv = [*IMPORTER, own.encode("unicode_escape").decode()]
-    words = " ".join('"%s"' % word.replace("%", "%%") for word in argv) + " %*"
+    words = " ".join(
+        '"%s"' % word.replace("%", "%%") for word in importing(own)) + " %*"
     text = INSTALLED + BATCH.format(path_in_batch(sys.executable, home), words)
     try:
         return text.encode("oem")
@@ -8376,7 +8390,9 @@ class Trial:
     def start(self, *words):
         """Start a command; return its process."""
         words = ["--json", "--db", self.path, *words]
-        self.processes.append(start_own(words, self.folder))
+        cache = "pycache_prefix=" + os.path.dirname(self.folder)  # all share it
+        program = ["-X", cache, *importing(os.path.abspath(__file__))]
+        self.processes.append(start_own(words, self.folder, program))
         return self.processes[-1]
 
     def finish(self, process):

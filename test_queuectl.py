@@ -6602,7 +6602,9 @@ class TestCommandLine:
         run_refused(*argv, code=2)
 
     def test_a_misspelt_name_gets_the_nearest_one(self):
-        assert "did you mean: queuectl.py status\n" in run_refused("statuz", code=2)
+        for word in ("statuz", "stauts"):  # not stats
+            assert "did you mean: queuectl.py status\n" in run_refused(word, code=2)
+        assert "queuectl.py dlq list\n" in run_refused("dql", "list", code=2)
         assert "mean: queuectl.py dlq retry x\n" in run_refused("dlq", "retri", "x", code=2)
         assert "did you mean backoff_base" in run_refused(
             "config", "get", "backof_base", code=2)
@@ -10140,7 +10142,7 @@ class TestReadme:
         backup, = [name for name in os.listdir(".") if name.startswith("backup-")]
         enqueue(id="later")
         run_readme_line("queuectl worker stop")
-        script = re.sub("backup-.*?db", backup, "\n".join(readme_block("mkdir -p old")))
+        script = re.sub("backup-.*?db", backup, "\n".join(readme_block('mv queuectl.db* "')))
         for _ in range(2):  # as well where there is no queue, or an old one
             assert "kept  completed" in run_readme_line(script)
             assert read_status()["paused"] and "later" not in jobs()
