@@ -1049,14 +1049,25 @@ def living_pools(path):
 
 def is_disk_full(path, needed=SPACE_NEEDED):
     """Tell whether the disk of a file has fewer free bytes than NEEDED."""
-    folder = os.path.dirname(path)
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        return False
     if WINDOWS:
         import shutil
 
         return shutil.disk_usage(folder).free < needed
     disk = os.statvfs(folder)  # `shutil` takes long to import
-    free = disk.f_bfree if os.geteuid() == 0 else disk.f_bavail  # root has a reserve
-    return free * disk.f_frsize < needed
+    is_short = disk.f_bavail * disk.f_frsize < needed
+    if not is_short or os.geteuid() != 0:
+        return is_short
+    import tempfile
+
+    try:  # root has a reserve, of which it can use a part: only a try tells
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(needed))
+    except OSError:
+        return True
+    return False
 
 
 def file_age(path):
@@ -1754,9 +1765,13 @@ def is_damage(error):
     return isinstance(error, sqlite3.Error) and "malformed" in str(error)
 
 
-def with_repair_hint(error):
-    """Return the text of an error, and the next step if the database is damaged."""
-    return "%s; restore a backup" % error if is_damage(error) else str(error)
+def with_cause(error, path):
+    """Return the text of an error, and what it comes from if that can be mended."""
+    if is_damage(error):
+        return "%s; restore a backup" % error
+    # On a full disk SQLite can't open a database: a `disk I/O error`.
+    is_unsaid = "full" not in str(error) and is_disk_full(path)
+    return str(error) + "; the disk is full" * is_unsaid
 
 
 CONNECTED = weakref.WeakSet()  # the databases of this process that have a connection
@@ -4445,6 +4460,8 @@ Verdict = collections.namedtuple(
 
 def obstacle(status):
     """Return the `Verdict` on a queue in which no job is started; None if jobs are."""
+    if status["is_disk_full"]:  # workers wait with what their jobs have returned
+        return Verdict("dead", "The disk is full", "pools go on when there is space")
     if status["paused"]:
         return Verdict("failed", "Paused", TO_RESUME)
     if not status["pools"] and status["workers"]:  # these finish their jobs
@@ -4453,8 +4470,6 @@ def obstacle(status):
         return Verdict("dead", "No pool is running", TO_START)
     if not status["pools"] - status["stopping_pools"]:
         return Verdict("failed", "The pool is stopping", TO_START_ANOTHER)
-    if status["is_disk_full"]:  # workers wait with what their jobs have returned
-        return Verdict("dead", "The disk is full", "pools go on when there is space")
     if status["is_held_up"]:
         log = printable(path_beside(status["path"], ".log"))
         return Verdict("dead", "Idle workers start no job", "to see why: " + log)
@@ -5556,7 +5571,7 @@ class Worker:
             except (sqlite3.Error, OSError) as error:
                 if self.should_give_up(error):
                     raise QueueError("leaving while there is still: %s", error)
-                self.trouble.begin(with_repair_hint(error))
+                self.trouble.begin(with_cause(error, self.path))
                 self.waiter.wait(TROUBLE_INTERVAL)
             else:
                 self.trouble.end()
@@ -6274,9 +6289,10 @@ class Supervisor:
         except (sqlite3.Error, OSError) as error:
             self.reaper.recovery_done = False
             if is_damage(error):  # waiting would not mend it
-                self.give_up("%s: %s" % (printable(self.path), with_repair_hint(error)))
+                self.give_up(
+                    "%s: %s" % (printable(self.path), with_cause(error, self.path)))
             else:
-                self.queue_trouble.begin(with_repair_hint(error))
+                self.queue_trouble.begin(with_cause(error, self.path))
 
     def maintain(self, queue):
         """Do what is due for the queue at every check."""
@@ -7687,7 +7703,7 @@ def cmd_backup(args, queue):
     try:
         queue.backup(args.file)
     except (sqlite3.Error, OSError) as error:
-        reason = getattr(error, "strerror", None) or with_repair_hint(error)
+        reason = getattr(error, "strerror", None) or with_cause(error, args.file)
         raise QueueError("can't copy to %s: %s", args.file, reason) from None
     path = os.path.abspath(args.file)
     with Queue(path, create=False) as copy:
@@ -8107,6 +8123,8 @@ def report_stop(args, pools):
                 hint = in_queue(args.db, usage("worker", "stop", "--now"))
                 notice("waiting for %s%s" % (
                     listed(running, 5), "" if args.now else "; to end them: " + hint))
+    if is_disk_full(args.db):  # so the results of jobs can't be saved
+        notice("the disk is full")
     workers = living_pools(args.db)
     suspended = [pid for pool in pools for pid in (pool, *workers.get(pool, ()))
                  if is_suspended(pid)]
@@ -9901,7 +9919,7 @@ class Site:
         except (ValueError, QueueError) as error:
             status, message = (410 if self.is_gone() else 400), str(error)
         except (sqlite3.Error, OSError) as error:
-            status, message = 503, with_repair_hint(error)
+            status, message = 503, with_cause(error, self.path)
         except Exception as error:  # or the page would take the dashboard for gone
             status, message = 500, "an error in queuectl: %r" % error
         return status, "application/json", json.dumps({"error": message})
@@ -9931,7 +9949,8 @@ class Site:
         try:
             content, trouble = self.page(url, is_whole=True), ""
         except (Refusal, QueueError, sqlite3.Error, OSError) as error:
-            content, trouble = "<title>queuectl</title><main></main>", with_repair_hint(error)
+            content = "<title>queuectl</title><main></main>"
+            trouble = with_cause(error, self.path)
         title, end, content = content.partition("</title>")
         parts = {"TOKEN": self.token, "TITLE": title + end, "CONTENT": content,
                  "START": command_to_copy(self.path, self.start),
@@ -11144,7 +11163,7 @@ def run_command(argv):
             refuse_words_for_ids(name, args, queue)
             return entry.function(args, queue) or 0
     except sqlite3.Error as error:
-        raise QueueError("%s: %s", args.db, with_repair_hint(error)) from None
+        raise QueueError("%s: %s", args.db, with_cause(error, args.db)) from None
     except QueueError as error:
         raise with_next_step(name, args.db, error) from None
 

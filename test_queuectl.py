@@ -2630,9 +2630,32 @@ class TestErrorsAreOneLine:
         check = cli("status", "--check")
         assert check.code == 1 and check.err.startswith("queuectl: the disk is full")
         assert pool.poll() is None
+        run_ok("worker", "stop", "--no-wait")  # it can't record what its jobs returned
+        assert "the disk is full" in cli("status", "--check").err
         os.remove("fill")
+        pool.wait(20)
+        start_pool()
         wait_until(lambda: len(jobs("--state", "completed")) >= 16)
-        assert pool.poll() is None
+
+    @posix_only
+    def test_a_full_disk_is_named_also_where_no_pool_has_opened_the_queue(
+            self, small_disk):
+        enqueue(id="x")
+        fill_disk()
+        for argv in (["list"], ["status", "--check"], ["worker", "start", "--drain"]):
+            assert run_refused(*argv).endswith("; the disk is full\n")
+        os.remove("fill")
+        drain(1)
+        assert state_of("x") == "completed"
+
+    @posix_only
+    def test_the_reserve_of_root_counts_as_far_as_root_can_use_it(
+            self, small_disk, monkeypatch):
+        empty = types.SimpleNamespace(f_bavail=0, f_bfree=2**20, f_frsize=4096)
+        monkeypatch.setattr(os, "statvfs", lambda path: empty)
+        assert not queuectl.is_disk_full("queuectl.db") and os.listdir(".") == []
+        fill_disk()
+        assert queuectl.is_disk_full("queuectl.db")
 
     @mechanism
     def test_a_due_job_beside_an_idle_worker_is_reported(self, queue, monkeypatch):
