@@ -191,7 +191,6 @@ BLAME_DELAY = 0.5  # within it a death and a stop count as one event
 HOOK_TIMEOUT = 300.0  # after which an `on_dead` command is ended
 HOOKS_AT_END = 30.0  # that a pool takes at its end to announce dead jobs
 REPORT_DELAY = 10.0  # after which `wait` reports what it waits for
-HELD_UP_DELAY = 5.0  # after which an idle worker counts as kept from a due job
 STOP_REPORT_DELAY = 1.0  # after which `worker stop` does
 SELFTEST_TIME = 28.0  # that `selftest` takes before it clears up
 CHECK_TIME = 10.0  # of them, for one promise
@@ -3286,19 +3285,12 @@ class Queue(Database):
         if paused:
             self._store("paused", True)
         else:
-            with self.transaction():
-                self._remove("paused")
-                self._store("resumed_at", self.clock())
+            self._remove("paused")
         wake_workers(self.path)
 
     def is_paused(self):
         """Tell whether no job may be claimed."""
         return bool(self.value(f"SELECT {PAUSED}"))
-
-    def resumed_at(self):
-        """Return when the queue was resumed, 0 if it never was."""
-        query = "SELECT value FROM config WHERE key = 'resumed_at'"
-        return json.loads(self.value(query) or "0")
 
     # -- backup ------------------------------------------------------------------------
 
@@ -4449,26 +4441,7 @@ def obstacle(status):
         return Verdict("failed", "The pool is stopping", TO_START_ANOTHER)
     if status["is_disk_full"]:  # workers wait with what their jobs have returned
         return Verdict("dead", "The disk is full", "pools go on when there is space")
-    if status["is_held_up"]:
-        log = printable(path_beside(status["path"], ".log"))
-        return Verdict("dead", "Idle workers start no job", "to see why: " + log)
     return None
-
-
-def is_held_up(status, now):
-    """Tell whether workers are idle although a job is due: something stops them.
-
-    Both must have been so for a while: a pool may just have started, or the queue may
-    just have been resumed.
-    """
-    since = now - HELD_UP_DELAY
-    times = status["oldest_waiting"], status["next_due"]
-    is_late = any(due is not None and due < since for due in times)
-    if not is_late or status["resumed_at"] > since:
-        return False
-    idle = [worker for worker in status["workers"] if not worker["job"]]
-    return any(file_age(worker_file(status["path"], worker["pool"], worker["pid"]))
-               > HELD_UP_DELAY for worker in idle)
 
 
 def standstill(queue):
@@ -4477,7 +4450,7 @@ def standstill(queue):
     return standstill_text({
         "path": queue.path, "paused": queue.is_paused(), "pools": pools,
         "stopping_pools": stopping(queue.path, pools),
-        "is_disk_full": is_disk_full(queue.path), "is_held_up": False,
+        "is_disk_full": is_disk_full(queue.path),
         "workers": not pools and living_workers(queue.path)})
 
 
@@ -6525,13 +6498,10 @@ def read_status(queue, lost=None, blocked=None):
             "pools": pools, "stopping_pools": stopping(queue.path, pools),
             "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
             "next_due": due["run_at"], "next_job": due["id"],
-            "paused": queue.is_paused(), "resumed_at": queue.resumed_at(),
-            "cancelled": count_cancelled(queue),
+            "paused": queue.is_paused(), "cancelled": count_cancelled(queue),
             **(blocked or queue.blocked_jobs()), **work_left(queue),
         }
-    status["is_disk_full"] = is_disk_full(queue.path)
-    status["is_held_up"] = is_held_up(status, queue.clock())
-    return status
+    return dict(status, is_disk_full=is_disk_full(queue.path))
 
 
 def look_at(queue):

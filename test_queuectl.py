@@ -2619,28 +2619,6 @@ class TestErrorsAreOneLine:
         wait_until(lambda: len(jobs("--state", "completed")) >= 16)
         assert pool.poll() is None
 
-    @mechanism
-    def test_a_due_job_beside_an_idle_worker_is_reported(self, queue, monkeypatch):
-        add_job(queue, id="x")
-        lock = queuectl.lock_file(queuectl.pool_file(queue.path, 1))
-        worker = queuectl.worker_file(queue.path, 1, 2)
-        worker_lock = queuectl.lock_file(worker)
-        monkeypatch.setattr(queue, "clock", lambda: time.time() + 60)
-        try:
-            assert not queuectl.read_status(queue)["is_held_up"]  # it has just started
-            os.utime(worker, (0, 0))
-            status = queuectl.read_status(queue)
-            assert queuectl.obstacle(status).sentence == "Idle workers start no job"
-            queue.set_paused(False)  # its workers are about to claim
-            assert not queuectl.read_status(queue)["is_held_up"]
-            queue._remove("resumed_at")
-            assert queuectl.read_status(queue)["is_held_up"]
-            claim(queue)
-            assert not queuectl.read_status(queue)["is_held_up"]
-        finally:
-            os.close(lock)
-            os.close(worker_lock)
-
     @posix_only
     def test_a_job_that_fills_the_disk_with_its_output_completes(self, small_disk):
         # Twice this limit is more than the free space.
