@@ -2917,27 +2917,13 @@ class Queue(Database):
         for id in dict.fromkeys(ids):
             yield from self.rows(f"{SELECT_JOB} WHERE id = ?", id)
 
-    def find_job(self, prefix):
-        """Return the job with this id, or the only one whose id starts with it.
-
-        A prefix has four characters or more.
-        """
-        if self.state(prefix) is None and len(prefix) >= 4:
-            ids = self.ids_starting_with(prefix, limit=2)
-            if len(ids) == 2:
-                raise QueueError(
-                    "several jobs begin with %s: %s, %s", prefix, *sorted(ids))
-            prefix = ids[0] if ids else prefix
-        return self.job(prefix)
-
-    def ids_starting_with(self, prefix, states=STATES, limit=300):
+    def ids_starting_with(self, prefix, states):
         """Return the newest ids that start with a prefix, of jobs in these states."""
         if not is_storable(prefix):
             return []
         return [id for id, in self.rows(f"""
             SELECT id FROM jobs WHERE substr(id, 1, length(?)) = ?
-            AND {where(states).sql} ORDER BY seq DESC LIMIT ?""",
-            prefix, prefix, limit)]
+            AND {where(states).sql} ORDER BY seq DESC LIMIT 300""", prefix, prefix)]
 
     def state(self, id):
         """Return the state of a job, None if there is none."""
@@ -6430,7 +6416,6 @@ def seconds_from(low, name):
 
 
 IDS = positional("ids", "ID", "ids of jobs", nargs="*")
-ID = positional("id", "ID", "id of a job, or its beginning, of four characters or more")
 KEY = positional(
     "key", "KEY", "name of a setting: " + ", ".join(SETTINGS), setting_as_typed)
 
@@ -7104,10 +7089,10 @@ def report_queue(args):
         notice("the queue is %s" % printable(args.db))
 
 
-@command("show", "show a job and its runs", "show job1", ID,
-         must_print=True)
+@command("show", "show a job and its runs", "show job1",
+         positional("id", "ID", "id of a job"), must_print=True)
 def cmd_show(args, queue):
-    job = job_named(queue, args.id)
+    job = queue.job(args.id)
     if args.json:
         print_result(args, job_document(queue, job))
     else:
@@ -7229,17 +7214,8 @@ def field_lines(name, value):
         title = ""
 
 
-def job_named(queue, id):
-    """Return the job with this id or unambiguous prefix; report what a prefix meant."""
-    job = queue.find_job(id)
-    if job["id"] != id:
-        notice("%s is %s" % (printable(id), printable(job["id"])))
-    return job
-
-
 @command("logs", "print the output of the latest run of jobs", "logs -f job1",
-         positional("ids", "ID", "ids of jobs, or their beginnings, of four characters"
-                    " or more", nargs="+"),
+         positional("ids", "ID", "ids of jobs", nargs="+"),
          flag("-f --follow", "go on until the run ends; wait for the first to begin"),
          option("--attempt", "N", "the last run of this attempt (default: the latest)",
                 count_from(1, "--attempt")),
@@ -7252,7 +7228,7 @@ def cmd_logs(args, queue):
     if choices > 1 or (args.follow and args.json) or (choices and len(args.ids) > 1):
         message = "logs: give one of --follow, --run, --attempt, and one job; --follow"
         raise QueueError(message + " can't be had as JSON", code=2)
-    jobs = [job_named(queue, id) for id in args.ids]
+    jobs = [queue.job(id) for id in args.ids]
     if args.follow:
         with contextlib.closing(OutputPrinter()) as printer:
             return follow(queue, jobs[0], printer)
