@@ -1228,52 +1228,6 @@ class Waiter:
             return True
 
 
-class Keyboard:
-    """The keys of the terminal on standard input, each at once and without echo.
-
-    There are none on Windows, from the background, or if the input is no terminal.
-    Ctrl-Z calls `on_suspend`. A resize of the terminal ends a wait.
-    """
-
-    def __init__(self, on_suspend):
-        self.on_suspend, self.readers = on_suspend, []
-        if WINDOWS:
-            return
-        self.waiter = Waiter()
-        signal.signal(signal.SIGWINCH, lambda *_: None)  # without one: no wake-up
-        with contextlib.suppress(OSError, ValueError):
-            if os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():
-                self.readers = [sys.stdin.fileno()]
-
-    def grab(self):
-        """Take the keys, until `give_back`."""
-        if not WINDOWS:
-            signal.signal(signal.SIGTSTP, self.on_suspend)
-        for fd in self.readers:
-            import termios
-            import tty
-
-            self.mode = termios.tcgetattr(fd)
-            tty.setcbreak(fd, termios.TCSANOW)
-
-    def give_back(self):
-        """Leave the terminal as it was."""
-        for fd in self.readers:
-            import termios
-
-            with contextlib.suppress(termios.error):  # it is gone
-                termios.tcsetattr(fd, termios.TCSANOW, self.mode)
-
-    def read(self, seconds):
-        """Wait for a key, a resize or a time; return the keys: q where no more come."""
-        if WINDOWS:
-            time.sleep(seconds)
-            return b""
-        self.waiter.wait(seconds, *self.readers)
-        ready = select.select(self.readers, [], [], 0)[0]
-        return b"".join(os.read(fd, 99) or b"q" for fd in ready)
-
-
 def require_descriptors(count):
     """Raise the limit of open files so that a pool of COUNT workers fits, or refuse.
 
@@ -5158,39 +5112,6 @@ def histogram(bins, width):
         yield below, grouped(bin["runs"]), bar * length
 
 
-class Screen:
-    """The other screen of a terminal, so that the first one is afterwards as it was."""
-
-    def __enter__(self):
-        self.keyboard = Keyboard(self.suspend)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of __exit__
-        self.open()
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def open(self):
-        self.keyboard.grab()
-        self.write(b"\x1b[?1049h\x1b[?25l")  # without a cursor
-
-    def close(self):
-        self.write(b"\x1b[?25h\x1b[?1049l")
-        self.keyboard.give_back()
-
-    def write(self, sequences):
-        """Write past the buffer, which a signal may have caught in the middle."""
-        with contextlib.suppress(OSError):  # the terminal is gone
-            os.write(sys.stdout.fileno(), sequences)
-
-    def suspend(self, number, frame):
-        """Give the terminal back while this process is suspended, as by Ctrl-Z."""
-        self.close()
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)  # returns when the process is resumed
-        self.open()
-
-
 class ProgressLine:
     """A progress line: redrawn in place on a terminal, omitted elsewhere.
 
@@ -6677,14 +6598,15 @@ def ended_lines(queue, now, width, rows):
 
 
 def watch_lines(lines, queue, now, seconds, size):
-    """Return the lines that fill the screen of `--watch`, with its key in the last."""
-    lines = fitting(lines, below=2)
-    free = size.lines - 2 - len(lines)
+    """Return the lines that fill the screen of `--watch`, with its end in the last."""
+    rows = size.lines - 2
+    lines = fitting(lines, size.columns, rows)
+    free = rows - len(lines)
     if free > 2:
         lines += ended_lines(queue, now, size.columns, free)
     footer = drawable(" · ", ", ").join([
-        "q: quit", "every %gs" % seconds, printable(queue.path)])
-    return [*lines, *[""] * (size.lines - 2 - len(lines)), Line(footer, DIM)]
+        "Ctrl-C: quit", "every %gs" % seconds, printable(queue.path)])
+    return [*lines, *[""] * (rows - len(lines)), Line(footer, DIM)]
 
 
 def job_document(queue, job):
@@ -7506,40 +7428,55 @@ def why_nothing_ends(queue):
 
 
 @command("status", "count the jobs, list the workers", "status --watch",
-         option("--watch", "SECONDS", "refresh every SECONDS (default: 1); q ends it",
+         option("--watch", "SECONDS", "refresh every SECONDS (default: 1) until Ctrl-C",
                 seconds_from(0.1, "--watch"), nargs="?", const=1.0),
          flag("--check", "end with 1 if no pool runs, or somebody is needed: a job is"
               " dead, the queue is paused, the disk is full"),
          creates_queue=True, must_print=True)
 def cmd_status(args, queue):
-    is_terminal = not args.json and terminal_width(sys.stdout)
-    with contextlib.ExitStack() as stack:
-        screen = args.watch and is_terminal and stack.enter_context(Screen())
+    if args.watch:
+        return watch_status(args, queue)
+    status = print_status(args, queue)
+    if not any(status["jobs"].values()) and not status["workers"]:
+        report_queue(args)
+    problem = args.check and problem_of(status, queue.clock())
+    if problem:
+        notice(problem)
+    return int(bool(problem))
+
+
+def watch_status(args, queue):
+    """Print the status at each refresh; a terminal shows the latest one alone."""
+    try:
         while True:
             queue.require_file()
-            now, status = queue.clock(), read_status(queue)
-            lines = status_lines(status, now)
-            size = is_terminal and terminal_size(sys.stdout)
-            if size:
-                lines = status_screen(status, errors_of(queue), now, size)
-            if screen and size:
-                print(end=screenful(watch_lines(lines, queue, now, args.watch, size)))
-            elif args.json:
-                print_result(args, status_document(status, now))
-            else:
-                print_lines(fitting(lines))
-            if not args.watch:
-                if not any(status["jobs"].values()) and not status["workers"]:
-                    report_queue(args)
-                problem = args.check and problem_of(status, now)
-                if problem:
-                    notice(problem)
-                return int(bool(problem))
+            size = terminal_size(sys.stdout)
+            print_status(args, queue)
             sys.stdout.flush()
-            if not screen:
-                time.sleep(args.watch)
-            elif b"q" in screen.keyboard.read(args.watch):
-                return
+            # A terminal that was resized does not wait.
+            wait_until(lambda: terminal_size(sys.stdout) != size, args.watch,
+                       STEP_INTERVAL)
+    except KeyboardInterrupt:
+        if terminal_width(sys.stdout):  # the prompt stands in place of the ^C
+            print(end="\r\x1b[K")
+        raise
+
+
+def print_status(args, queue):
+    """Print the status of a queue, and return the values of it."""
+    now, status = queue.clock(), read_status(queue)
+    size = terminal_size(sys.stdout)
+    if args.json:
+        print_result(args, status_document(status, now))
+    elif not size:
+        print_lines(status_lines(status, now))
+    else:
+        lines = status_screen(status, errors_of(queue), now, size)
+        if args.watch:
+            print(end=screenful(watch_lines(lines, queue, now, args.watch, size)))
+        else:
+            print_lines(fitting(lines, size.columns, size.lines - 1))
+    return status
 
 
 def problem_of(status, now):
@@ -7550,15 +7487,11 @@ def problem_of(status, now):
     return "" if status["pools"] else "no pool is running"
 
 
-def fitting(lines, below=1):
-    """Return the lines, wrapped for a terminal, as many as leave rows BELOW."""
-    size = terminal_size(sys.stdout)
-    if size is None:
-        return lines
-    lines = [part for line in lines for part in wrapped(line, size.columns)]
-    room = size.lines - below
-    if len(lines) > room:
-        lines[room - 1 :] = ["  and %d more" % (len(lines) - room + 1)]
+def fitting(lines, columns, rows):
+    """Return the lines, wrapped for a terminal, as many as it has ROWS for."""
+    lines = [part for line in lines for part in wrapped(line, columns)]
+    if len(lines) > rows:
+        lines[rows - 1 :] = ["  and %d more" % (len(lines) - rows + 1)]
     return lines
 
 

@@ -5354,17 +5354,35 @@ class TestStatus:
         assert pool.wait(10) == 0
 
     @posix_only
-    def test_watch_leaves_the_terminal_as_it_was(self):
+    def test_watch_draws_over_itself_until_ctrl_c(self):
         run_ok("status")
         code, shown = run_on_terminal("status", "--watch", "0.1", keys=b"\x03")
-        assert code == 130
-        assert shown.startswith("\x1b[?1049h")
-        assert shown.count("\x1b[H") >= 1
-        assert shown.rstrip().endswith("\x1b[?1049l") and "Traceback" not in shown
-        # Nothing can suspend the leader of a session: Ctrl-Z leaves and comes back.
-        code, shown = run_on_terminal("status", "--watch", "60", keys=b"\x1aq")
-        assert code == 0 and shown.count("\x1b[?1049h") == shown.count("\x1b[?1049l") == 2
-        assert "\x1b[?25h\x1b[?1049l\x1b[?1049h\x1b[?25l" in shown
+        *pictures, end = shown.split("\x1b[J")
+        assert code == 130 and all(each.startswith("\x1b[H") for each in pictures)
+        assert {each.count("\n") for each in pictures} == {23}  # one more would scroll
+        # The last picture stays, and the prompt stands in place of the ^C.
+        assert end.endswith("\r\x1b[K") and "\n" not in end and "Traceback" not in shown
+
+    @posix_only
+    def test_watch_follows_a_resize_at_once(self):
+        run_ok("status")
+        pid, terminal = fork_on_terminal(["status", "--watch", "600"])
+        os.set_blocking(terminal, False)
+        shown = []
+        for rows in (24, 12):
+            picture = re.compile(b"\x1b\\[H([^\n]*\n){%d}\x1b\\[J" % (rows - 1))
+            fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("hhhh", rows, 80, 0, 0))
+
+            def is_drawn():
+                with contextlib.suppress(BlockingIOError):
+                    shown.append(os.read(terminal, 4096))
+                return picture.search(b"".join(shown))
+
+            wait_until(is_drawn)
+        os.set_blocking(terminal, True)
+        os.write(terminal, b"\x03")
+        read_to_end(terminal)
+        assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 130
 
     @posix_only
     def test_it_fits_the_terminal_with_the_counts_on_top(self):
@@ -5383,7 +5401,7 @@ class TestStatus:
         assert lines[8].split() == ["JOB", "FOR", "COMMAND"]
         assert re.match(r"job\d+ +[\d.]+m?s +\S", lines[9])
         assert len(lines) == 23 and lines[-2] == "  and 12 more"
-        assert lines[-1].startswith("q: quit · every 0.1s · /")
+        assert lines[-1].startswith("Ctrl-C: quit · every 0.1s · /")
         assert max(map(len, lines)) <= 40
         once = re.sub(r"\x1b\[\d*m", "", run_on_terminal("status", columns=40)[1])
         assert once.splitlines()[:9] == lines[:9] and once.count("\n") == 23
