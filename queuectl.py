@@ -856,6 +856,12 @@ def open_descriptor(path, flags=os.O_RDONLY):
         os.close(fd)
 
 
+def read_tail(file):
+    """Return the last bytes of an open file."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_SIZE))
+    return file.read(TAIL_SIZE)
+
+
 def may_be_same_file(path, status):
     """Tell whether PATH still names the file of this status.
 
@@ -2939,15 +2945,18 @@ class Queue(Database):
                 error, {RUN_SECONDS} AS seconds FROM runs
             WHERE seq = ? ORDER BY run""", job["seq"])
 
-    def tail(self, job):
-        """Return the end of what a job's latest run printed, if it is not a lot.
+    def tail(self, job, longest=MAX_TAILED):
+        """Return the end of what a job's latest run has printed so far.
 
-        SQLite reads all of an output to reach its end.
+        SQLite reads all of a stored output to reach its end: a longer one is not read.
         """
+        with contextlib.suppress(FileNotFoundError):
+            with open(self.lease_path(job["seq"], job["run"]), "rb") as file:
+                return read_tail(file)
         return self.value("""
-            SELECT substr(output, ?) FROM outputs WHERE seq = ? AND run = ?
-            AND length(output) < ?""", -TAIL_SIZE, job["seq"], job["run"],
-            MAX_TAILED) or b""
+            SELECT substr(output, ?) FROM outputs
+            WHERE seq = ? AND run = ? AND length(output) < ?""",
+            -TAIL_SIZE, job["seq"], job["run"], longest) or b""
 
     def output(self, job, number=None):
         """Return the stored output of run NUMBER (default: the latest one), or None.
@@ -3494,17 +3503,13 @@ def dead_by_error(queue):
 def with_latest(queue, group, limit):
     """Return a group of `dead_by_error` with what it has of its latest jobs.
 
-    SQLite reads all of an output to reach its end, so it is read of the first job,
-    and of others if it is not a lot.
+    A long output is read only of the first job.
     """
-    jobs = queue.rows("""
-        SELECT id, cancelled, CASE WHEN length(output) < ? OR updated_at = ?
-            THEN substr(output, ?) END AS tail
-        FROM jobs LEFT JOIN outputs USING (seq, run)
-        WHERE state = 'dead' AND error IS ? ORDER BY updated_at DESC LIMIT ?""",
-        MAX_TAILED, group["latest"], -TAIL_SIZE, group["error"], limit)
-    return dict(group, id=jobs[0]["id"], is_cancelled=jobs[0]["cancelled"],
-                tails=[job["tail"] or b"" for job in jobs])
+    first, *others = queue.rows("""
+        SELECT id, seq, run, cancelled FROM jobs WHERE state = 'dead' AND error IS ?
+        ORDER BY updated_at DESC LIMIT ?""", group["error"], limit)
+    return dict(group, id=first["id"], is_cancelled=first["cancelled"],
+                tails=[queue.tail(first, MAX_INTEGER), *map(queue.tail, others)])
 
 
 def last_ended(queue, limit):
@@ -3692,15 +3697,6 @@ def read_output(path, limit):
                     break
             time.sleep(FILE_INTERVAL / 10)
     return kept_end(output, limit)
-
-
-def read_tail(path):
-    """Return the last bytes that a run has printed so far; b"" without its file."""
-    with contextlib.suppress(FileNotFoundError):
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_SIZE))
-            return file.read(TAIL_SIZE)
-    return b""
 
 
 class Lease:
@@ -4739,7 +4735,7 @@ UNWANTED = r"(%s)|%s|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]" % (COLOURS, SEQUENCE)
 
 def last_lines(output, count):
     """Return the last lines of an output that are not blank, without their colours."""
-    text = split_dropped(output)[1].decode("utf-8", FOREIGN_BYTES)
+    text = split_dropped(output)[1][-TAIL_SIZE:].decode("utf-8", FOREIGN_BYTES)
     lines = re.sub(SEQUENCE, "", text).replace("\r", "\n").split("\n")
     return [line.rstrip()[-200:] for line in lines if line.strip()][-count:]
 
@@ -5337,7 +5333,7 @@ NOT_COUNTED = ", attempt not counted"  # of a run that was put back
 
 def reason_in(output):
     """Return the last line of an output after a colon, for the log; "" without one."""
-    line = last_line(output[-TAIL_SIZE:])
+    line = last_line(output)
     return line and ": " + truncate(printable(line), 80)
 
 
@@ -5765,8 +5761,7 @@ class Reaper:
         """Log the failure of an `on_dead` command that has ended."""
         with hook.output as file:
             if code:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_SIZE))
-                end = file.read().lstrip(b"\0")  # the part that was truncated
+                end = read_tail(file).lstrip(b"\0")  # the part that was truncated
                 self.log.error("on_dead for %s: %s%s", hook.id, exit_end(code).error,
                                reason_in(end))
 
@@ -7066,7 +7061,7 @@ def answer_lines(job, look):
     yield state_line(printable(job["id"]) + " is ", job["state"], reason)
     first, *others = map(printable, job["command"].split("\n"))
     yield from ["  $ " + first, *("    " + line for line in others)]
-    for line in last_lines(output_of(queue, job, job["run"])[-TAIL_SIZE:], 5):
+    for line in last_lines(queue.tail(job, MAX_INTEGER), 5):
         yield truncate("  | " + printable(line), terminal_width(sys.stdout))
     ids = [id for _, id in queue.waiting_dependents(job)]
     if ids:
@@ -9066,7 +9061,7 @@ def running_job(run, page):
     """Return a line about a running job; its time is marked near the timeout."""
     job = page.queue.job(run.id)
     word = kind_of(job, page)
-    line = last_line(read_tail(run.lease_path))
+    line = last_line(page.queue.tail(job))
     silent = file_age(run.lease_path)  # which has what the run prints
     if silent > 60:
         line = joined("no output for " + roughly(silent), line, by=" · ")

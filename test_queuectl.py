@@ -2040,12 +2040,19 @@ class TestOutputIsKept:
     """The last bytes of the output are kept in order, whatever is killed."""
 
     @mechanism
-    def test_the_tail_of_a_run_is_read_from_its_end(self):
-        with open("lease", "wb") as file:
-            file.write(b"x" * 10**6 + b"\nlast\n")
-        tail = queuectl.read_tail("lease")
-        assert tail.endswith(b"\nlast\n") and len(tail) == queuectl.TAIL_SIZE
-        assert queuectl.read_tail("none") == b""
+    def test_the_tail_of_a_run_is_read_from_its_end(self, queue):
+        add_job(queue)
+        run = claim(queue)
+        job = queue.job("job")
+        output = b"x" * 10**6 + b"\nlast\n"
+        assert queue.tail(job) == b""
+        lease = queuectl.Lease(run.lease_path, 2**20)
+        lease.write(output)
+        assert queue.tail(job) == output[-queuectl.TAIL_SIZE :]
+        lease.discard()
+        queue.complete(run, make_outcome(None, output=output))
+        assert queue.tail(job) == b""  # a list does not wait for that much
+        assert queue.tail(job, 2**20) == output[-queuectl.TAIL_SIZE :]
 
     @posix_only
     def test_what_comes_through_a_pipe_after_the_exit_is_kept(self):
