@@ -462,12 +462,6 @@ BATCH_ENDINGS = ".cmd", ".bat"
 PROGRAM_ENDINGS = (".exe", ".com", *BATCH_ENDINGS)  # what Windows itself can start
 
 
-def program_name(word):
-    """Return the name of the program that a word of a command line may be."""
-    name = re.split(r"[/\\]", word)[-1].lower()
-    return name[:-4] if name.endswith(".exe") else name
-
-
 def check_launcher(value):
     """Check a launcher: the beginning of a command line, such as `srun -Q -n1`."""
     import shlex
@@ -480,22 +474,13 @@ def check_launcher(value):
             raise ValueError("no program " + printable(words[0]))
         if WINDOWS and not program.lower().endswith(PROGRAM_ENDINGS):  # like a .py
             raise ValueError(program + " is no program; name its interpreter before it")
-        for name in JOINING.intersection(map(program_name, words)):
+        names = (re.sub(r"(?s).*[/\\]|\.exe$", "", word.lower()) for word in words)
+        for name in JOINING.intersection(names):
             raise ValueError("%s joins the words after it, so that the command would"
                              " not run as it is; write a script" % name)
     except ValueError as error:
         raise ValueError("the beginning of a command: %s" % error) from None
     return value
-
-
-def check_job_launcher(value):
-    """Check the launcher of a job. `none` is stored, since it overrides the setting."""
-    return value if value == "none" else check_launcher(value)
-
-
-def check_dependencies(value):
-    """Check the ids that a job comes after; `none` is an empty list."""
-    return [] if value == "none" else check_ids(value)
 
 
 def check_env(value):
@@ -583,11 +568,11 @@ FIELDS = {
     "env": Field(
         check_env, "NAME=VALUE", "an environment variable; repeatable",
         parse=parse_variable, repeats=True, can_be_none=True),
-    "launcher": Field(
-        check_job_launcher, "PREFIX",
+    "launcher": Field(  # `none` is stored, since it overrides the setting
+        lambda value: value if value == "none" else check_launcher(value), "PREFIX",
         "start the command through this, like srun, or none", "the setting"),
     "after": Field(
-        check_dependencies, "ID",
+        lambda value: [] if value == "none" else check_ids(value), "ID",
         "start only when job ID is completed; repeatable", repeats=True,
         can_be_none=True),
     "lock": Field(
@@ -699,19 +684,13 @@ def checked_job(document, defaults):
     if job["cwd"] is None:  # asked once, and only now: this directory may be gone
         defaults["cwd"] = checked("cwd", check_directory, current_directory())
         job["cwd"] = defaults["cwd"]
-    job["droppable"] = droppable_dependencies(document, job) if job["after"] else ()
+    job["droppable"] = ()
+    if job["after"] and document.get("waits_for") is not None:
+        # From `list --json` of another queue: it has the jobs that were not completed.
+        # A queue that takes those alone need not know what they came after.
+        waits_for = checked("waits_for", check_ids, document["waits_for"])
+        job["droppable"] = {*job["after"]} - {*waits_for}
     return job
-
-
-def droppable_dependencies(document, job):
-    """Return the ids in `after` that need not exist, of a job from another queue.
-
-    In `list --json`, `waits_for` has the jobs that were not completed. A queue that
-    takes the unfinished jobs alone need not know what they came after.
-    """
-    if document.get("waits_for") is None:
-        return ()
-    return {*job["after"]} - {*checked("waits_for", check_ids, document["waits_for"])}
 
 
 def object_without_duplicates(pairs):
@@ -1460,14 +1439,7 @@ GATE_OF_NEW = gate_rule(
 # Most jobs are pending or completed. The index jobs_rare has only the jobs in other,
 # rare states, so it stays small. SQLite uses it only for a query that contains all of
 # its condition, word by word; likewise jobs_dependent for `waits > 0`.
-
-
-def rare(column="state"):
-    """Return the SQL that tells whether the state in a column is a rare one."""
-    return f"{column} <> 'pending' AND {column} <> 'completed'"
-
-
-RARE = rare()
+RARE = "state <> 'pending' AND state <> 'completed'"
 UNFINISHED_DEPENDENT = f"waits > 0 AND NOT {IS_FINISHED}"
 
 
@@ -2166,8 +2138,8 @@ BEHIND_DEAD = f"""SELECT jobs.seq AS seq, dependency.id AS dependency,
     CROSS JOIN jobs AS dependency
     CROSS JOIN dependencies ON waits_for = dependency.seq
     CROSS JOIN jobs ON jobs.seq = dependencies.seq
-    WHERE {in_states(BLOCKING, "dependency.state")} AND {rare("dependency.state")}
-        AND {IN_LINE}"""
+    WHERE {in_states(BLOCKING, "dependency.state")}
+        AND {RARE.replace("state", "dependency.state")} AND {IN_LINE}"""
 
 
 def blocked_table(with_root=False):
@@ -2385,7 +2357,7 @@ class Queue(Database):
         """Return the QueueError for the latest of NEW jobs: its id is taken."""
         # All but the latest were inserted, in a row: `count - 1` jobs, up to MAX(seq).
         first = self.value("SELECT MAX(seq) FROM jobs") - (new.count - 2)
-        twin = self._seq_of(new.id) - first + 1
+        twin = self.seq_of(new.id) - first + 1
         if twin < 1:
             place = place_name(new.count) + ": " if new.count > 1 else ""
             return QueueError(place + "there is a job %s already", new.id,
@@ -2418,9 +2390,9 @@ class Queue(Database):
         may_be_cycle = []
         dropped = {}
         for dependent in dependents:
-            seq = self._seq_of(dependent.id)
+            seq = self.seq_of(dependent.id)
             for name in dependent.after:
-                dependency = self._seq_of(name)
+                dependency = self.seq_of(name)
                 if dependency is None and name in dependent.droppable:
                     dropped.setdefault(dependent.id, []).append(name)
                     continue
@@ -2458,7 +2430,7 @@ class Queue(Database):
                     path.append(dependency)
         return order
 
-    def _seq_of(self, id):
+    def seq_of(self, id):
         """Return the number of a job, None if there is none."""
         query = "SELECT seq FROM jobs WHERE id = ?"
         return self.value(query, id) if is_storable(id) else None
@@ -3040,10 +3012,6 @@ class Queue(Database):
         counts = dict(self.rows("SELECT state, jobs FROM counts"))
         return {state: counts.get(state, 0) for state in STATES}
 
-    def seq_before(self, id):
-        """Return the number before that of a job; one above all if it is gone."""
-        return (self._seq_of(id) or MAX_INTEGER) - 1
-
     def processing_runs(self):
         """Return the present `Run` of each job in PROCESSING."""
         rows = self.rows(f"""
@@ -3527,7 +3495,7 @@ def run_totals(queue):
     return {total: (runs, seconds) for total, runs, seconds in rows}
 
 
-def run_bars(queue, since, width, bars):
+def run_bars(queue, since, width):
     """Return sums of the runs finished since a time, by bars of WIDTH seconds."""
     return queue.rows(f"""
         SELECT MIN(CAST((finished_at - :since) / :width AS INTEGER), :last) AS bar,
@@ -3538,7 +3506,7 @@ def run_bars(queue, since, width, bars):
             SUM(finished_at >= :minute_ago) AS latest
         FROM (SELECT *, {TOTAL_OF_RUN} AS total FROM runs
             WHERE finished_at >= :since) GROUP BY bar""",
-        since=since, width=width, last=bars - 1, minute_ago=queue.clock() - 60)
+        since=since, width=width, last=BARS - 1, minute_ago=queue.clock() - 60)
 
 
 def run_sample(queue, since):
@@ -3572,7 +3540,7 @@ def read_stats(queue, since):
     period = max(now - since, 1.0)
     width = ceil_div(period, BARS)  # whole seconds
     with queue.snapshot():  # so that the sample has runs if there are any
-        rows = run_bars(queue, since, width, BARS)
+        rows = run_bars(queue, since, width)
         sample = run_sample(queue, since)
     latest = sum(row["latest"] for row in rows)
     sums = {key: sum(row[key] for row in rows) for key in (*TOTALS, "retries")}
@@ -6454,11 +6422,6 @@ def lines_text(group):
     return ", ".join(parts)
 
 
-def died(groups):
-    """Return the errors of dead jobs without those that somebody cancelled."""
-    return [group for group in groups if not group["is_cancelled"]]
-
-
 def status_screen(status, groups, now, size):
     """Return what `status` shows on a terminal, where people look.
 
@@ -6484,7 +6447,8 @@ def status_head(status, groups, now, size, detail):
         if count or detail == 3:
             yield count_line(state, count, digits, status["cancelled"])
     if detail >= 2:
-        yield from error_lines(died(groups), status["path"], now, size.columns)
+        died = [group for group in groups if not group["is_cancelled"]]
+        yield from error_lines(died, status["path"], now, size.columns)
     if detail >= 1:
         yield from waiting_lines(status, now)
     yield from pool_lines(status)
@@ -6754,7 +6718,9 @@ def given_fields(args):
     """Return the job fields that options and a command line give."""
     fields = dict(vars(args))
     fields.setdefault("id")  # `edit` has no --id
-    fields["lock"] = only_one("--lock", args.lock)
+    if args.lock and len(args.lock) > 1:  # one of them would be lost
+        raise QueueError("--lock: given twice, and a job has one", code=2)
+    fields["lock"] = args.lock and args.lock[0]
     fields["after"] = values_or_none("--after", args.after)
     fields["env"] = values_or_none("--env", args.env)
     if isinstance(fields["env"], list):
@@ -6764,13 +6730,6 @@ def given_fields(args):
     if args.words:
         fields["command"] = shell_line(args.words)
     return {name: fields[name] for name in FIELDS if fields[name] is not None}
-
-
-def only_one(name, values):
-    """Return the value of an option; refuse a second one, which would be lost."""
-    if values and len(values) > 1:
-        raise QueueError("%s: given twice, and a job has one", name, code=2)
-    return values and values[0]
 
 
 def values_or_none(name, values):
@@ -7073,11 +7032,10 @@ def answer_lines(job, look):
 
 
 # What can be done where a verb does not take a job in a state.
-SHOW_REASON = NextStep("to see why it waits", "show {}")
 END_FIRST = NextStep("to end it first", "cancel {}")
 REMOVE = NextStep("to remove it", "delete {}")
 REFUSED_COMMANDS = {
-    ("retry", "pending"): SHOW_REASON,
+    ("retry", "pending"): NextStep("to see why it waits", "show {}"),
     ("retry", "processing"): END_FIRST,
     ("retry", "failed"): JOB_KINDS["failed"].next_step,
     ("retry", "completed"): RUN_AGAIN,
@@ -7332,7 +7290,9 @@ def cmd_wait(args, queue):
     if not any(counts[name] for name in counts if name != "died_before"):
         message = "nothing to wait for; " + message
     if args.ids and counts["dead"]:
-        message += " (%s)" % dead_text(queue, args.ids)
+        message += " (%s)" % listed([
+            "%s: %s" % (job["id"], job["error"])
+            for job in queue.still_there(args.ids) if job["state"] == "dead"])
     if counts["died_before"]:
         message += ", %d died before" % counts["died_before"]
     if counts["removed"]:
@@ -7344,18 +7304,6 @@ def cmd_wait(args, queue):
     print_result(args, counts, message)
     failures = (*BLOCKING, "died_before", "removed", "left")
     return 1 if any(counts[name] for name in failures) else 0
-
-
-def dead_text(queue, ids):
-    """Return which of these jobs are dead, and why."""
-    dead = [id for id in dict.fromkeys(ids) if queue.state(id) == "dead"]
-    return listed(["%s: %s" % (id, queue.job(id)["error"]) for id in dead])
-
-
-def state_or_due(job, now):
-    """Return when an unfinished job is due, or else its state."""
-    due = due_text(job, now)
-    return "due " + due if due else job["state"]
 
 
 class WaitReport:
@@ -7396,11 +7344,13 @@ class WaitReport:
         if not self.is_named:
             return rest
         if len(self.wait.unfinished) <= MAX_NAMED:
-            now = self.queue.clock()
-            rest = "waiting for " + listed([
-                "%s (%s)" % (job["id"], state_or_due(job, now))
-                for job in self.queue.still_there(self.wait.unfinished)
-                if job["state"] not in FINISHED])
+            rest = []
+            for job in self.queue.still_there(self.wait.unfinished):
+                due = due_text(job, self.queue.clock())
+                if job["state"] not in FINISHED:
+                    rest.append("%s (%s)" % (
+                        job["id"], "due " + due if due else job["state"]))
+            rest = "waiting for " + listed(rest)
         ended = [grouped(counts[state]) + " " + state
                  for state in FINISHED if counts[state]]
         return joined(rest, ", ".join(ended), by="; ")
@@ -8607,7 +8557,7 @@ def newest_jobs(queue, query, backwards=False):
     if filters["states"] == ["dead"]:
         del filters["states"]
         return list(queue.dead_jobs(before, limit, backwards, **filters))
-    last = queue.seq_before(before)
+    last = (queue.seq_of(before) or MAX_INTEGER) - 1
     if backwards:
         return list(queue.jobs(where(**filters), limit, first=last + 1))
     return list(queue.jobs(where(**filters), limit, newest=True, last=last))
