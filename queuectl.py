@@ -2216,31 +2216,22 @@ def where(states=STATES, **filters):
     return Condition(" AND ".join([of_row, *others]), used, of_row)
 
 
-def needed(condition):
-    """Narrow a condition to the jobs that have to be kept."""
-    return condition._replace(sql="%s AND %s" % (condition.sql, needed_sql(condition)))
-
-
-def not_needed(condition):
-    """Narrow a condition to the jobs that need not be kept."""
-    return condition._replace(spares_needed=True, sql="%s AND NOT %s" % (
-        condition.sql, needed_sql(condition)))
-
-
-def needed_sql(condition):
-    """Return the SQL that is true of those selected jobs that have to be kept.
+def split_by_need(condition):
+    """Return a condition narrowed to jobs that need not be kept, and to the others.
 
     A job that is selected has to be kept if it is not completed and an unfinished job
     waits for it that is not selected, or that has to be kept itself.
     """
-    return """(NOT {success} AND seq IN (WITH RECURSIVE needed (seq) AS (
+    # NULL, where a job has no error, is no selection.
+    needed = f"""(NOT {IS_SUCCESS} AND seq IN (WITH RECURSIVE needed (seq) AS (
         SELECT waits_for FROM jobs JOIN dependencies USING (seq)
-            WHERE {dependent} AND ({selected}) IS NOT 1
+            WHERE {UNFINISHED_DEPENDENT} AND ({condition.sql}) IS NOT 1
         UNION SELECT waits_for FROM needed CROSS JOIN jobs USING (seq)
-            JOIN dependencies USING (seq) WHERE {dependent})
-        SELECT seq FROM needed))""".format(
-        success=IS_SUCCESS, dependent=UNFINISHED_DEPENDENT,
-        selected=condition.sql)  # NULL, where a job has no error, is no selection
+            JOIN dependencies USING (seq) WHERE {UNFINISHED_DEPENDENT})
+        SELECT seq FROM needed))"""
+    sql = condition.sql
+    return (condition._replace(sql=f"{sql} AND NOT {needed}", spares_needed=True),
+            condition._replace(sql=f"{sql} AND {needed}"))
 
 
 # What `enqueue` did: the numbers of the first and the last new job; of the jobs that
@@ -7542,7 +7533,7 @@ def jobs_to_retry(states, **filters):
 
 def jobs_to_delete(states, **filters):
     chosen = where(states, **filters)
-    return Selection(not_needed(chosen), needed(chosen), "other jobs wait for them",
+    return Selection(*split_by_need(chosen), "other jobs wait for them",
                      NextStep("to see which", "show {}"))
 
 
@@ -7987,7 +7978,11 @@ def cmd_install(args):
         lines += ["%s is not on PATH; to add it, %s:" % (printable(home), place), line]
     print_result(args, {"path": path, "on_path": on_path}, *lines)
     if not WINDOWS and os.geteuid() == 0 and is_open_to_others(path):
-        report_closed(sys.executable, os.path.abspath(__file__))
+        closed = ["%s is closed to them" % printable(path)
+                  for path in (sys.executable, os.path.abspath(__file__))
+                  if not is_open_to_others(path)]
+        if closed:
+            notice("other users can't run this: " + ", ".join(closed))
 
 
 def how_to_add(home):
@@ -7999,14 +7994,6 @@ def how_to_add(home):
         return "once", "  fish_add_path " + quoted([home])
     return ("here and in ~/.%src" % ("zsh" if shell == "zsh" else "bash"),
             "  export PATH=%s:\"$PATH\"" % quoted([home]))
-
-
-def report_closed(*paths):
-    """Report which files other users can't read, though their command needs these."""
-    closed = ["%s is closed to them" % printable(path) for path in paths
-              if not is_open_to_others(path)]
-    if closed:
-        notice("other users can't run this: " + ", ".join(closed))
 
 
 def command_file(own, home):

@@ -4869,7 +4869,7 @@ class TestDelete:
                               "after": ["%d" % (n - 1)] if n and chained else None}
                              for n in range(3000)))
             began = time.monotonic()
-            chosen = queuectl.not_needed(queuectl.where(["pending"]))
+            chosen = queuectl.split_by_need(queuectl.where(["pending"]))[0]
             assert queue.delete_all(chosen) == 3000
             return time.monotonic() - began
 
@@ -7875,7 +7875,7 @@ class RandomOperations:
         if self.rnd.random() < 0.1:
             chosen = queuectl.where(
                 self.rnd.sample([*queuectl.STATES], 2), text=self.rnd.choice(["", "1"]))
-            verb(self.rnd.choice([chosen, queuectl.not_needed(chosen)]))
+            verb(self.rnd.choice([chosen, queuectl.split_by_need(chosen)[0]]))
 
     def complete_one(self):
         """Claim a job if one is claimable, and complete a run."""
