@@ -391,7 +391,7 @@ check_time = in_range(
 
 
 def check_id(value):
-    """Check the id of a job, or the name of a lock."""
+    """Check the id of a job, or the name of a lock. Both are printed as they are."""
     if not isinstance(value, str) or not 1 <= len(value) <= 255 or (
             value.isspace() or not value.isprintable()):
         raise ValueError("text of 1 to 255 printable characters")
@@ -2168,7 +2168,7 @@ NEEDS_END = f"""WITH RECURSIVE needed (seq) AS (
 
 def no_job(id, near=()):
     """Return the QueueError for an id that no job has; NEAR are ids like it."""
-    hint = "; did you mean %s?" % printable(near[0]) if near else ""
+    hint = "; did you mean %s?" % near[0] if near else ""
     return QueueError("there is no job %s%s", id, hint)
 
 
@@ -2744,8 +2744,7 @@ class Queue(Database):
             jobs = self._named(ids)
             for job in jobs:
                 if not self._apply_to([job["seq"]], changes, values):
-                    raise QueueError(
-                        refusal % dict(job, id=printable(job["id"])), job=job)
+                    raise QueueError(refusal % job, job=job)
         if not self.db.in_transaction:  # the workers would see no change before its end
             wake_workers(self.path)
         return len(jobs)
@@ -4375,7 +4374,7 @@ def stopping(path, pools):
 def blocked_text(blocked):
     """Return in words what `Queue.first_blocked` has found."""
     return "%s waits for %s, which is %s" % (
-        printable(blocked["id"]), printable(blocked["dependency"]), state_word(blocked))
+        blocked["id"], blocked["dependency"], state_word(blocked))
 
 
 def state_word(job):
@@ -4451,9 +4450,9 @@ def why_locked(job, look):
     if stopped:
         return stopped
     holder = look.queue.lock_holder(job)
-    other = "job " + printable(holder) if holder else "another job"
+    other = "job " + holder if holder else "another job"
     has = "has it" if look.queue.state(holder) == "processing" else "gets it first"
-    return "waits for the lock %s: %s %s" % (printable(job["lock"]), other, has)
+    return "waits for the lock %s: %s %s" % (job["lock"], other, has)
 
 
 def why_lost(job, look):
@@ -4471,14 +4470,13 @@ def why_behind(job, look):
         return place_in_line(job, look)  # they have just been completed
     first, *others = dependencies
     dead = first["state"] not in BLOCKING and look.queue.dead_before(job)
-    message = "waits for " + printable(first["id"])
+    message = "waits for " + first["id"]
     if not dead:
         message += ", which is " + state_word(first)
     if others:
         message += ", and for " + plural(len(others), "more job")
     if dead:
-        message += ", behind %s, which is %s" % (
-            printable(dead["id"]), state_word(dead))
+        message += ", behind %s, which is %s" % (dead["id"], state_word(dead))
     return message
 
 
@@ -4954,7 +4952,7 @@ def last_columns(changed, terminal, reason):
 
 
 LIST_COLUMNS = [
-    ListColumn("ID", 0, lambda job, look: printable(job["id"])),
+    ListColumn("ID", 0, lambda job, look: job["id"]),
     ListColumn("STATE", 0, lambda job, look: job["state"]),
     ListColumn("TRIES", 48, lambda job, look: "%d/%d" % (
         job["attempts"], tries_allowed(job["max_retries"]))),
@@ -5284,7 +5282,7 @@ def pool_notice(message):
 def run_label(run):
     """Return job and attempt of a run, for the log."""
     tries = tries_allowed(run.max_retries)
-    return "%s %d/%d" % (printable(run.id), run.attempt, tries)
+    return "%s %d/%d" % (run.id, run.attempt, tries)
 
 
 NOT_COUNTED = ", attempt not counted"  # of a run that was put back
@@ -5770,8 +5768,7 @@ class Reaper:
                 env={**os.environ, "QUEUECTL_DB": self.path})
             files.pop_all()
         text.close()
-        self.hooks[process] = Hook(
-            printable(job["id"]), time.monotonic() + HOOK_TIMEOUT, output)
+        self.hooks[process] = Hook(job["id"], time.monotonic() + HOOK_TIMEOUT, output)
 
     def prune(self, queue):
         """Delete jobs that are older than `keep`, some of them if there are many."""
@@ -6487,12 +6484,12 @@ def waiting_lines(status, now):
     yield "Active Workers: %d" % len(status["workers"])
     if status["oldest_job"]:
         waited = duration_text(now - status["oldest_waiting"])
-        yield "Oldest Waiting: %s, for %s" % (printable(status["oldest_job"]), waited)
+        yield "Oldest Waiting: %s, for %s" % (status["oldest_job"], waited)
     if due is not None:
         when = relative_time(due, now) if due > now else "now"
         if due < now and not obstacle(status):
             when = "late by %s, as all workers are busy" % duration_text(now - due)
-        yield "Next Due: %s, %s" % (printable(status["next_job"]), when)
+        yield "Next Due: %s, %s" % (status["next_job"], when)
     if status["blocked"]:
         yield "Blocked: %s; %s" % (
             plural(len(status["blocked_seqs"]), "job"), blocked_text(status["blocked"]))
@@ -6504,7 +6501,7 @@ def worker_lines(status, now):
         doing = "idle"
         if worker["job"]:
             doing = "%s for %s: %s" % (
-                printable(worker["job"]), duration_text(now - worker["since"]),
+                worker["job"], duration_text(now - worker["since"]),
                 printable(status["commands"].get(worker["job"], "")))
         line = "  worker %(pid)d of pool %(pool)d: "
         if worker["pool"] in status["stopping_pools"]:
@@ -6531,7 +6528,7 @@ def running_lines(status, now, width):
     """Yield a table of what runs, in place of PIDs."""
     busy = [worker for worker in status["workers"] if worker["job"]]
     busy.sort(key=operator.itemgetter("since"))
-    running = [[printable(worker["job"]), duration_text(now - worker["since"]),
+    running = [[worker["job"], duration_text(now - worker["since"]),
                 printable(status["commands"].get(worker["job"], ""))]
                for worker in busy]
     if running:
@@ -6540,7 +6537,7 @@ def running_lines(status, now, width):
 
 def ended_lines(queue, now, width, rows):
     """Yield a table of the jobs that ended last, of at most so many rows."""
-    ended = [[printable(job["id"]), relative_time(job["updated_at"], now),
+    ended = [[job["id"], relative_time(job["updated_at"], now),
               printable(job["error"] or job["state"])]
              for job in last_ended(queue, min(10, rows - 2))]
     if ended:
@@ -6646,20 +6643,19 @@ def enqueued_sum(jobs):
     first = next(jobs)["id"]
     for count, last in enumerate(jobs, 2):
         pass
-    ids = printable(first) + drawable(" … ", " ... ") + printable(last["id"])
+    ids = first + drawable(" … ", " ... ") + last["id"]
     yield "enqueued %s (%s)" % (plural(count, "job"), ids)
 
 
 def enqueued_lines(jobs, unchanged):
     """Yield what became of each job; UNCHANGED is as in `Added`."""
     for job in jobs:
-        id, state = printable(job["id"]), job["state"]
-        if job["id"] not in unchanged:
+        id = job["id"]
+        if id not in unchanged:
             yield "enqueued " + id
-        elif job["command"] == unchanged[job["id"]]:
-            yield "%s is there already, %s" % (id, state)
         else:
-            yield "%s is there already, %s, unchanged" % (id, state)
+            note = "" if job["command"] == unchanged[id] else ", unchanged"
+            yield "%s is there already, %s%s" % (id, job["state"], note)
 
 
 def enqueue_options(args):
@@ -7008,7 +7004,7 @@ def answer_lines(job, look):
     error = job["error"] if job["state"] not in ("pending", "processing") else ""
     sentence = JOB_KINDS[kind_of(job, look)].sentence(job, look)
     reason = ": " + printable(joined(error, sentence, by="; "))
-    yield state_line(printable(job["id"]) + " is ", job["state"], reason)
+    yield state_line(job["id"] + " is ", job["state"], reason)
     first, *others = map(printable, job["command"].split("\n"))
     yield from ["  $ " + first, *("    " + line for line in others)]
     for line in last_lines(queue.tail(job, MAX_INTEGER), 5):
@@ -7108,7 +7104,7 @@ def cmd_logs(args, queue):
         with contextlib.closing(OutputPrinter()) as printer:
             printer.print(output)
     if not output:
-        notice("job %s: %s" % (printable(job["id"]), why_silent(run, queue.clock())))
+        notice("job %s: %s" % (job["id"], why_silent(run, queue.clock())))
 
 
 def print_logs(args, queue, jobs):
@@ -7219,7 +7215,7 @@ def follow(queue, job, printer):
             due = due_text(job, queue.clock()) or "now"
             end = "%s, %s; again %s" % (end, tries_text(job), due)
     if end:
-        printer.notice("job %s: %s" % (printable(run.id), printable(end)))
+        printer.notice("job %s: %s" % (run.id, printable(end)))
 
 
 def end_without_run(queue, job):
@@ -7238,13 +7234,13 @@ def wait_for_run(queue, job):
             reason = why_waiting(job, look_at(queue))
             raise QueueError("job %s can't go on: %s", id, reason)
         if not is_reported:
-            notice("job %s: %s" % (printable(id), why_waiting(job, look_at(queue))))
+            notice("job %s: %s" % (id, why_waiting(job, look_at(queue))))
             is_reported = True
         time.sleep(WAIT_INTERVAL)
         queue.require_file()
         job = queue.job(id)
     if is_reported and job["run"]:
-        notice("job %s: %s" % (printable(id), tries_text(job)))
+        notice("job %s: %s" % (id, tries_text(job)))
     return job
 
 
@@ -7465,7 +7461,7 @@ def cmd_edit(args, queue):
         message = "edit: nothing to change; see: " + usage("edit", "--help")
         raise QueueError(message, code=2)
     job = queue.edit(args.job, fields)
-    answer = "edited " + printable(args.job)
+    answer = "edited " + args.job
     if job["state"] == "dead":
         answer += ": still dead; " + next_step(job, look_at(queue))
     print_result(args, public_job(job), answer)
@@ -7586,7 +7582,7 @@ def spared_text(queue, selection):
     ids = condition and [job["id"] for job in queue.jobs(condition, 4, brief=True)]
     if not ids:
         return ""
-    names = printable(", ".join(ids[:3])) + (", ..." if ids[3:] else "")
+    names = ", ".join(ids[:3]) + (", ..." if ids[3:] else "")
     return "%d left: %s (%s); %s" % (
         queue.count(condition), selection.reason, names,
         step_text(selection.step, ids[0], queue.path))
@@ -7608,8 +7604,8 @@ def cancel_answer(queue, id):
     for job in queue.still_there([id]):
         if job["state"] == "processing":  # its worker has to end it first
             how = why_waiting(job, look_at(queue)) or "ending its processes"
-            return "cancelling %s: %s" % (printable(id), how)
-    return "cancelled " + printable(id)
+            return "cancelling %s: %s" % (id, how)
+    return "cancelled " + id
 
 
 @command("retry", "run finished jobs again, with attempts 0", "retry job1",
@@ -7624,7 +7620,7 @@ def retry_jobs(args, queue, states, **filters):
     if args.ids:
         answer = "retried %s: pending again, with 0 attempts"
         return apply_to_named(args, queue, lambda ids: queue.retry(ids, states),
-                              "retried", lambda id: answer % printable(id))
+                              "retried", lambda id: answer % id)
     apply_to_many(
         args, queue, queue.retry_all, "retried", jobs_to_retry(states, **filters))
 
@@ -7646,7 +7642,7 @@ def cmd_delete(args, queue):
         raise QueueError(message, code=2)
     if args.ids:
         return apply_to_named(args, queue, queue.delete, "deleted",
-                              lambda id: "deleted " + printable(id))
+                              lambda id: "deleted " + id)
     apply_to_many(args, queue, queue.delete_all, "deleted", selection_to_delete(
         args, None if not has_age else queue.clock() - args.older_than))
 
