@@ -6200,7 +6200,7 @@ MEANT_STATES = {
 def command_named(words):
     """Split a command line into the name of a command, or of a group, and the rest.
 
-    There may be no such command. Options before it count as if they stood behind it.
+    There may be no such command. Flags and `--db` may stand before it.
     """
     aliases = {alias: name for name, entry in COMMANDS.items()
                for alias in entry.aliases}
