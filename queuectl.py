@@ -681,9 +681,8 @@ def checked_job(document, defaults):
     job = checked_fields(document, defaults)
     if job["command"] is None:
         raise QueueError("command: missing; a job needs a shell command", code=2)
-    if job["cwd"] is None:  # asked once, and only now: this directory may be gone
-        defaults["cwd"] = checked("cwd", check_directory, current_directory())
-        job["cwd"] = defaults["cwd"]
+    if job["cwd"] is None:  # there is no default: this raises the reason
+        job["cwd"] = checked("cwd", check_directory, current_directory())
     job["droppable"] = ()
     if job["after"] and document.get("waits_for") is not None:
         # From `list --json` of another queue: it has the jobs that were not completed.
@@ -2305,8 +2304,11 @@ class Queue(Database):
     def defaults(self):
         """Return the default value of each field, by the present settings."""
         values = self.settings()
+        cwd = None  # this directory may be gone: then a job has to name another
+        with contextlib.suppress(OSError, ValueError):
+            cwd = check_directory(current_directory())
         return dict(
-            {name: field.default for name, field in FIELDS.items()},
+            {name: field.default for name, field in FIELDS.items()}, cwd=cwd,
             max_retries=values["max_retries"], timeout=values["timeout"])
 
     def add(self, command, **fields):
