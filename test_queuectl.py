@@ -4486,6 +4486,13 @@ class TestEdit:
             "edit", "x", "--command", "one", "--", "two", code=2)
         run_refused("edit", "x", "--run-at", "now", "--delay", "3", code=2)
 
+    @fork_only
+    def test_it_wakes_idle_workers(self):
+        start_pool(count=1, script="queuectl.IDLE_INTERVAL = 60")
+        for name in ("a", "b", "c"):  # the worker may be awake once, but not each time
+            enqueue(id=name, delay=3600)
+            run_ok("edit", name, "--run-at", "now")
+            wait_until(lambda: state_of(name) == "completed", timeout=10)
 
     def test_env_adds_or_changes_one_variable_and_none_drops_all(self):
         enqueue(id="x", env={"TOKEN": "secret", "LEVEL": "1"})
@@ -5515,6 +5522,24 @@ class TestWorkerStart:
         subprocess.run(line, shell=True, check=True, stdout=subprocess.DEVNULL)
         assert subprocess.run(["flock", "-n", "lock", "true"]).returncode == 0
         run_ok("worker", "stop")
+
+    @fork_only
+    def test_a_pool_that_cannot_fork_does_not_spin(self):
+        pool = start_process("worker", "start", program=QUICK + """
+queuectl.RESTART_INTERVAL = 60
+def fork():
+    with open("forks", "a") as file:
+        file.write("x")
+    raise OSError(queuectl.errno.EAGAIN, "no process")
+queuectl.os.fork = fork
+""")
+        wait_until(lambda: os.path.exists("forks"))
+        for command in ("pause", "resume"):  # it has come round when it reports that
+            run_ok(command)
+            wait_until(lambda: command + "d" in read_text("queuectl.log"))
+        run_ok("worker", "stop")
+        assert pool.wait(10) == 0 and read_text("forks") == "x"
+        assert "a worker cannot start: [Errno" in read_text("queuectl.log")
 
     @posix_only
     def test_a_pool_whose_pid_file_was_removed_ends_with_1(self):
