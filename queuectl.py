@@ -191,7 +191,6 @@ BLAME_DELAY = 0.5  # within it a death and a stop count as one event
 HOOK_TIMEOUT = 300.0  # after which an `on_dead` command is ended
 HOOKS_AT_END = 30.0  # that a pool takes at its end to announce dead jobs
 REPORT_DELAY = 10.0  # after which `wait` reports what it waits for
-HELD_UP_DELAY = 5.0  # after which an idle worker counts as kept from a due job
 STOP_REPORT_DELAY = 1.0  # after which `worker stop` does
 SELFTEST_TIME = 28.0  # that `selftest` takes before it clears up
 CHECK_TIME = 10.0  # of them, for one promise
@@ -392,7 +391,7 @@ check_time = in_range(
 
 
 def check_id(value):
-    """Check the id of a job, or the name of a lock."""
+    """Check the id of a job, or the name of a lock. Both are printed as they are."""
     if not isinstance(value, str) or not 1 <= len(value) <= 255 or (
             value.isspace() or not value.isprintable()):
         raise ValueError("text of 1 to 255 printable characters")
@@ -463,12 +462,6 @@ BATCH_ENDINGS = ".cmd", ".bat"
 PROGRAM_ENDINGS = (".exe", ".com", *BATCH_ENDINGS)  # what Windows itself can start
 
 
-def program_name(word):
-    """Return the name of the program that a word of a command line may be."""
-    name = re.split(r"[/\\]", word)[-1].lower()
-    return name[:-4] if name.endswith(".exe") else name
-
-
 def check_launcher(value):
     """Check a launcher: the beginning of a command line, such as `srun -Q -n1`."""
     import shlex
@@ -481,22 +474,13 @@ def check_launcher(value):
             raise ValueError("no program " + printable(words[0]))
         if WINDOWS and not program.lower().endswith(PROGRAM_ENDINGS):  # like a .py
             raise ValueError(program + " is no program; name its interpreter before it")
-        for name in JOINING.intersection(map(program_name, words)):
+        names = (re.sub(r"(?s).*[/\\]|\.exe$", "", word.lower()) for word in words)
+        for name in JOINING.intersection(names):
             raise ValueError("%s joins the words after it, so that the command would"
                              " not run as it is; write a script" % name)
     except ValueError as error:
         raise ValueError("the beginning of a command: %s" % error) from None
     return value
-
-
-def check_job_launcher(value):
-    """Check the launcher of a job. `none` is stored, since it overrides the setting."""
-    return value if value == "none" else check_launcher(value)
-
-
-def check_dependencies(value):
-    """Check the ids that a job comes after; `none` is an empty list."""
-    return [] if value == "none" else check_ids(value)
 
 
 def check_env(value):
@@ -584,11 +568,11 @@ FIELDS = {
     "env": Field(
         check_env, "NAME=VALUE", "an environment variable; repeatable",
         parse=parse_variable, repeats=True, can_be_none=True),
-    "launcher": Field(
-        check_job_launcher, "PREFIX",
+    "launcher": Field(  # `none` is stored, since it overrides the setting
+        lambda value: value if value == "none" else check_launcher(value), "PREFIX",
         "start the command through this, like srun, or none", "the setting"),
     "after": Field(
-        check_dependencies, "ID",
+        lambda value: [] if value == "none" else check_ids(value), "ID",
         "start only when job ID is completed; repeatable", repeats=True,
         can_be_none=True),
     "lock": Field(
@@ -699,22 +683,15 @@ def checked_job(document, defaults):
     job = checked_fields(document, defaults)
     if job["command"] is None:
         raise QueueError("command: missing; a job needs a shell command", code=2)
-    if job["cwd"] is None:  # asked once, and only now: this directory may be gone
-        defaults["cwd"] = checked("cwd", check_directory, current_directory())
-        job["cwd"] = defaults["cwd"]
-    job["droppable"] = droppable_dependencies(document, job) if job["after"] else ()
+    if job["cwd"] is None:  # there is no default: this raises the reason
+        job["cwd"] = checked("cwd", check_directory, current_directory())
+    job["droppable"] = ()
+    if job["after"] and document.get("waits_for") is not None:
+        # From `list --json` of another queue: it has the jobs that were not completed.
+        # A queue that takes those alone need not know what they came after.
+        waits_for = checked("waits_for", check_ids, document["waits_for"])
+        job["droppable"] = {*job["after"]} - {*waits_for}
     return job
-
-
-def droppable_dependencies(document, job):
-    """Return the ids in `after` that need not exist, of a job from another queue.
-
-    In `list --json`, `waits_for` has the jobs that were not completed. A queue that
-    takes the unfinished jobs alone need not know what they came after.
-    """
-    if document.get("waits_for") is None:
-        return ()
-    return {*job["after"]} - {*checked("waits_for", check_ids, document["waits_for"])}
 
 
 def object_without_duplicates(pairs):
@@ -857,6 +834,12 @@ def open_descriptor(path, flags=os.O_RDONLY):
         yield fd
     finally:
         os.close(fd)
+
+
+def read_tail(file):
+    """Return the last bytes of an open file."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_SIZE))
+    return file.read(TAIL_SIZE)
 
 
 def may_be_same_file(path, status):
@@ -1242,52 +1225,6 @@ class Waiter:
             return True
 
 
-class Keyboard:
-    """The keys of the terminal on standard input, each at once and without echo.
-
-    There are none on Windows, from the background, or if the input is no terminal.
-    Ctrl-Z calls `on_suspend`. A resize of the terminal ends a wait.
-    """
-
-    def __init__(self, on_suspend):
-        self.on_suspend, self.readers = on_suspend, []
-        if WINDOWS:
-            return
-        self.waiter = Waiter()
-        signal.signal(signal.SIGWINCH, lambda *_: None)  # without one: no wake-up
-        with contextlib.suppress(OSError, ValueError):
-            if os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():
-                self.readers = [sys.stdin.fileno()]
-
-    def grab(self):
-        """Take the keys, until `give_back`."""
-        if not WINDOWS:
-            signal.signal(signal.SIGTSTP, self.on_suspend)
-        for fd in self.readers:
-            import termios
-            import tty
-
-            self.mode = termios.tcgetattr(fd)
-            tty.setcbreak(fd, termios.TCSANOW)
-
-    def give_back(self):
-        """Leave the terminal as it was."""
-        for fd in self.readers:
-            import termios
-
-            with contextlib.suppress(termios.error):  # it is gone
-                termios.tcsetattr(fd, termios.TCSANOW, self.mode)
-
-    def read(self, seconds):
-        """Wait for a key, a resize or a time; return the keys: q where no more come."""
-        if WINDOWS:
-            time.sleep(seconds)
-            return b""
-        self.waiter.wait(seconds, *self.readers)
-        ready = select.select(self.readers, [], [], 0)[0]
-        return b"".join(os.read(fd, 99) or b"q" for fd in ready)
-
-
 def require_descriptors(count):
     """Raise the limit of open files so that a pool of COUNT workers fits, or refuse.
 
@@ -1514,14 +1451,7 @@ GATE_OF_NEW = gate_rule(
 # Most jobs are pending or completed. The index jobs_rare has only the jobs in other,
 # rare states, so it stays small. SQLite uses it only for a query that contains all of
 # its condition, word by word; likewise jobs_dependent for `waits > 0`.
-
-
-def rare(column="state"):
-    """Return the SQL that tells whether the state in a column is a rare one."""
-    return f"{column} <> 'pending' AND {column} <> 'completed'"
-
-
-RARE = rare()
+RARE = "state <> 'pending' AND state <> 'completed'"
 UNFINISHED_DEPENDENT = f"waits > 0 AND NOT {IS_FINISHED}"
 
 
@@ -2224,8 +2154,8 @@ BEHIND_DEAD = f"""SELECT jobs.seq AS seq, dependency.id AS dependency,
     CROSS JOIN jobs AS dependency
     CROSS JOIN dependencies ON waits_for = dependency.seq
     CROSS JOIN jobs ON jobs.seq = dependencies.seq
-    WHERE {in_states(BLOCKING, "dependency.state")} AND {rare("dependency.state")}
-        AND {IN_LINE}"""
+    WHERE {in_states(BLOCKING, "dependency.state")}
+        AND {RARE.replace("state", "dependency.state")} AND {IN_LINE}"""
 
 
 def blocked_table(with_root=False):
@@ -2254,7 +2184,7 @@ NEEDS_END = f"""WITH RECURSIVE needed (seq) AS (
 
 def no_job(id, near=()):
     """Return the QueueError for an id that no job has; NEAR are ids like it."""
-    hint = "; did you mean %s?" % printable(near[0]) if near else ""
+    hint = "; did you mean %s?" % near[0] if near else ""
     return QueueError("there is no job %s%s", id, hint)
 
 
@@ -2302,31 +2232,22 @@ def where(states=STATES, **filters):
     return Condition(" AND ".join([of_row, *others]), used, of_row)
 
 
-def needed(condition):
-    """Narrow a condition to the jobs that have to be kept."""
-    return condition._replace(sql="%s AND %s" % (condition.sql, needed_sql(condition)))
-
-
-def not_needed(condition):
-    """Narrow a condition to the jobs that need not be kept."""
-    return condition._replace(spares_needed=True, sql="%s AND NOT %s" % (
-        condition.sql, needed_sql(condition)))
-
-
-def needed_sql(condition):
-    """Return the SQL that is true of those selected jobs that have to be kept.
+def split_by_need(condition):
+    """Return a condition narrowed to jobs that need not be kept, and to the others.
 
     A job that is selected has to be kept if it is not completed and an unfinished job
     waits for it that is not selected, or that has to be kept itself.
     """
-    return """(NOT {success} AND seq IN (WITH RECURSIVE needed (seq) AS (
+    # NULL, where a job has no error, is no selection.
+    needed = f"""(NOT {IS_SUCCESS} AND seq IN (WITH RECURSIVE needed (seq) AS (
         SELECT waits_for FROM jobs JOIN dependencies USING (seq)
-            WHERE {dependent} AND ({selected}) IS NOT 1
+            WHERE {UNFINISHED_DEPENDENT} AND ({condition.sql}) IS NOT 1
         UNION SELECT waits_for FROM needed CROSS JOIN jobs USING (seq)
-            JOIN dependencies USING (seq) WHERE {dependent})
-        SELECT seq FROM needed))""".format(
-        success=IS_SUCCESS, dependent=UNFINISHED_DEPENDENT,
-        selected=condition.sql)  # NULL, where a job has no error, is no selection
+            JOIN dependencies USING (seq) WHERE {UNFINISHED_DEPENDENT})
+        SELECT seq FROM needed))"""
+    sql = condition.sql
+    return (condition._replace(sql=f"{sql} AND NOT {needed}", spares_needed=True),
+            condition._replace(sql=f"{sql} AND {needed}"))
 
 
 # What `enqueue` did: the numbers of the first and the last new job; of the jobs that
@@ -2400,8 +2321,11 @@ class Queue(Database):
     def defaults(self):
         """Return the default value of each field, by the present settings."""
         values = self.settings()
+        cwd = None  # this directory may be gone: then a job has to name another
+        with contextlib.suppress(OSError, ValueError):
+            cwd = check_directory(current_directory())
         return dict(
-            {name: field.default for name, field in FIELDS.items()},
+            {name: field.default for name, field in FIELDS.items()}, cwd=cwd,
             max_retries=values["max_retries"], timeout=values["timeout"])
 
     def add(self, command, **fields):
@@ -2443,7 +2367,7 @@ class Queue(Database):
         """Return the QueueError for the latest of NEW jobs: its id is taken."""
         # All but the latest were inserted, in a row: `count - 1` jobs, up to MAX(seq).
         first = self.value("SELECT MAX(seq) FROM jobs") - (new.count - 2)
-        twin = self._seq_of(new.id) - first + 1
+        twin = self.seq_of(new.id) - first + 1
         if twin < 1:
             place = place_name(new.count) + ": " if new.count > 1 else ""
             return QueueError(place + "there is a job %s already", new.id,
@@ -2476,9 +2400,9 @@ class Queue(Database):
         may_be_cycle = []
         dropped = {}
         for dependent in dependents:
-            seq = self._seq_of(dependent.id)
+            seq = self.seq_of(dependent.id)
             for name in dependent.after:
-                dependency = self._seq_of(name)
+                dependency = self.seq_of(name)
                 if dependency is None and name in dependent.droppable:
                     dropped.setdefault(dependent.id, []).append(name)
                     continue
@@ -2516,7 +2440,7 @@ class Queue(Database):
                     path.append(dependency)
         return order
 
-    def _seq_of(self, id):
+    def seq_of(self, id):
         """Return the number of a job, None if there is none."""
         query = "SELECT seq FROM jobs WHERE id = ?"
         return self.value(query, id) if is_storable(id) else None
@@ -2839,8 +2763,7 @@ class Queue(Database):
             jobs = self._named(ids)
             for job in jobs:
                 if not self._apply_to([job["seq"]], changes, values):
-                    raise QueueError(
-                        refusal % dict(job, id=printable(job["id"])), job=job)
+                    raise QueueError(refusal % job, job=job)
         if not self.db.in_transaction:  # the workers would see no change before its end
             wake_workers(self.path)
         return len(jobs)
@@ -2935,27 +2858,13 @@ class Queue(Database):
         for id in dict.fromkeys(ids):
             yield from self.rows(f"{SELECT_JOB} WHERE id = ?", id)
 
-    def find_job(self, prefix):
-        """Return the job with this id, or the only one whose id starts with it.
-
-        A prefix has four characters or more.
-        """
-        if self.state(prefix) is None and len(prefix) >= 4:
-            ids = self.ids_starting_with(prefix, limit=2)
-            if len(ids) == 2:
-                raise QueueError(
-                    "several jobs begin with %s: %s, %s", prefix, *sorted(ids))
-            prefix = ids[0] if ids else prefix
-        return self.job(prefix)
-
-    def ids_starting_with(self, prefix, states=STATES, limit=300):
+    def ids_starting_with(self, prefix, states):
         """Return the newest ids that start with a prefix, of jobs in these states."""
         if not is_storable(prefix):
             return []
         return [id for id, in self.rows(f"""
             SELECT id FROM jobs WHERE substr(id, 1, length(?)) = ?
-            AND {where(states).sql} ORDER BY seq DESC LIMIT ?""",
-            prefix, prefix, limit)]
+            AND {where(states).sql} ORDER BY seq DESC LIMIT 300""", prefix, prefix)]
 
     def state(self, id):
         """Return the state of a job, None if there is none."""
@@ -3017,15 +2926,18 @@ class Queue(Database):
                 error, {RUN_SECONDS} AS seconds FROM runs
             WHERE seq = ? ORDER BY run""", job["seq"])
 
-    def tail(self, job):
-        """Return the end of what a job's latest run printed, if it is not a lot.
+    def tail(self, job, longest=MAX_TAILED):
+        """Return the end of what a job's latest run has printed so far.
 
-        SQLite reads all of an output to reach its end.
+        SQLite reads all of a stored output to reach its end: a longer one is not read.
         """
+        with contextlib.suppress(FileNotFoundError):
+            with open(self.lease_path(job["seq"], job["run"]), "rb") as file:
+                return read_tail(file)
         return self.value("""
-            SELECT substr(output, ?) FROM outputs WHERE seq = ? AND run = ?
-            AND length(output) < ?""", -TAIL_SIZE, job["seq"], job["run"],
-            MAX_TAILED) or b""
+            SELECT substr(output, ?) FROM outputs
+            WHERE seq = ? AND run = ? AND length(output) < ?""",
+            -TAIL_SIZE, job["seq"], job["run"], longest) or b""
 
     def output(self, job, number=None):
         """Return the stored output of run NUMBER (default: the latest one), or None.
@@ -3108,10 +3020,6 @@ class Queue(Database):
         """Return how many jobs there are in each state."""
         counts = dict(self.rows("SELECT state, jobs FROM counts"))
         return {state: counts.get(state, 0) for state in STATES}
-
-    def seq_before(self, id):
-        """Return the number before that of a job; one above all if it is gone."""
-        return (self._seq_of(id) or MAX_INTEGER) - 1
 
     def processing_runs(self):
         """Return the present `Run` of each job in PROCESSING."""
@@ -3303,19 +3211,12 @@ class Queue(Database):
         if paused:
             self._store("paused", True)
         else:
-            with self.transaction():
-                self._remove("paused")
-                self._store("resumed_at", self.clock())
+            self._remove("paused")
         wake_workers(self.path)
 
     def is_paused(self):
         """Tell whether no job may be claimed."""
         return bool(self.value(f"SELECT {PAUSED}"))
-
-    def resumed_at(self):
-        """Return when the queue was resumed, 0 if it never was."""
-        query = "SELECT value FROM config WHERE key = 'resumed_at'"
-        return json.loads(self.value(query) or "0")
 
     # -- backup ------------------------------------------------------------------------
 
@@ -3583,17 +3484,13 @@ def dead_by_error(queue):
 def with_latest(queue, group, limit):
     """Return a group of `dead_by_error` with what it has of its latest jobs.
 
-    SQLite reads all of an output to reach its end, so it is read of the first job,
-    and of others if it is not a lot.
+    A long output is read only of the first job.
     """
-    jobs = queue.rows("""
-        SELECT id, cancelled, CASE WHEN length(output) < ? OR updated_at = ?
-            THEN substr(output, ?) END AS tail
-        FROM jobs LEFT JOIN outputs USING (seq, run)
-        WHERE state = 'dead' AND error IS ? ORDER BY updated_at DESC LIMIT ?""",
-        MAX_TAILED, group["latest"], -TAIL_SIZE, group["error"], limit)
-    return dict(group, id=jobs[0]["id"], is_cancelled=jobs[0]["cancelled"],
-                tails=[job["tail"] or b"" for job in jobs])
+    first, *others = queue.rows("""
+        SELECT id, seq, run, cancelled FROM jobs WHERE state = 'dead' AND error IS ?
+        ORDER BY updated_at DESC LIMIT ?""", group["error"], limit)
+    return dict(group, id=first["id"], is_cancelled=first["cancelled"],
+                tails=[queue.tail(first, MAX_INTEGER), *map(queue.tail, others)])
 
 
 def last_ended(queue, limit):
@@ -3611,7 +3508,7 @@ def run_totals(queue):
     return {total: (runs, seconds) for total, runs, seconds in rows}
 
 
-def run_bars(queue, since, width, bars):
+def run_bars(queue, since, width):
     """Return sums of the runs finished since a time, by bars of WIDTH seconds."""
     return queue.rows(f"""
         SELECT MIN(CAST((finished_at - :since) / :width AS INTEGER), :last) AS bar,
@@ -3622,7 +3519,7 @@ def run_bars(queue, since, width, bars):
             SUM(finished_at >= :minute_ago) AS latest
         FROM (SELECT *, {TOTAL_OF_RUN} AS total FROM runs
             WHERE finished_at >= :since) GROUP BY bar""",
-        since=since, width=width, last=bars - 1, minute_ago=queue.clock() - 60)
+        since=since, width=width, last=BARS - 1, minute_ago=queue.clock() - 60)
 
 
 def run_sample(queue, since):
@@ -3656,7 +3553,7 @@ def read_stats(queue, since):
     period = max(now - since, 1.0)
     width = ceil_div(period, BARS)  # whole seconds
     with queue.snapshot():  # so that the sample has runs if there are any
-        rows = run_bars(queue, since, width, BARS)
+        rows = run_bars(queue, since, width)
         sample = run_sample(queue, since)
     latest = sum(row["latest"] for row in rows)
     sums = {key: sum(row[key] for row in rows) for key in (*TOTALS, "retries")}
@@ -3781,15 +3678,6 @@ def read_output(path, limit):
                     break
             time.sleep(FILE_INTERVAL / 10)
     return kept_end(output, limit)
-
-
-def read_tail(path):
-    """Return the last bytes that a run has printed so far; b"" without its file."""
-    with contextlib.suppress(FileNotFoundError):
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_SIZE))
-            return file.read(TAIL_SIZE)
-    return b""
 
 
 class Lease:
@@ -4470,26 +4358,7 @@ def obstacle(status):
         return Verdict("dead", "No pool is running", TO_START)
     if not status["pools"] - status["stopping_pools"]:
         return Verdict("failed", "The pool is stopping", TO_START_ANOTHER)
-    if status["is_held_up"]:
-        log = printable(path_beside(status["path"], ".log"))
-        return Verdict("dead", "Idle workers start no job", "to see why: " + log)
     return None
-
-
-def is_held_up(status, now):
-    """Tell whether workers are idle although a job is due: something stops them.
-
-    Both must have been so for a while: a pool may just have started, or the queue may
-    just have been resumed.
-    """
-    since = now - HELD_UP_DELAY
-    times = status["oldest_waiting"], status["next_due"]
-    is_late = any(due is not None and due < since for due in times)
-    if not is_late or status["resumed_at"] > since:
-        return False
-    idle = [worker for worker in status["workers"] if not worker["job"]]
-    return any(file_age(worker_file(status["path"], worker["pool"], worker["pid"]))
-               > HELD_UP_DELAY for worker in idle)
 
 
 def standstill(queue):
@@ -4498,7 +4367,7 @@ def standstill(queue):
     return standstill_text({
         "path": queue.path, "paused": queue.is_paused(), "pools": pools,
         "stopping_pools": stopping(queue.path, pools),
-        "is_disk_full": is_disk_full(queue.path), "is_held_up": False,
+        "is_disk_full": is_disk_full(queue.path),
         "workers": not pools and living_workers(queue.path)})
 
 
@@ -4528,7 +4397,7 @@ def stopping(path, pools):
 def blocked_text(blocked):
     """Return in words what `Queue.first_blocked` has found."""
     return "%s waits for %s, which is %s" % (
-        printable(blocked["id"]), printable(blocked["dependency"]), state_word(blocked))
+        blocked["id"], blocked["dependency"], state_word(blocked))
 
 
 def state_word(job):
@@ -4604,9 +4473,9 @@ def why_locked(job, look):
     if stopped:
         return stopped
     holder = look.queue.lock_holder(job)
-    other = "job " + printable(holder) if holder else "another job"
+    other = "job " + holder if holder else "another job"
     has = "has it" if look.queue.state(holder) == "processing" else "gets it first"
-    return "waits for the lock %s: %s %s" % (printable(job["lock"]), other, has)
+    return "waits for the lock %s: %s %s" % (job["lock"], other, has)
 
 
 def why_lost(job, look):
@@ -4624,14 +4493,13 @@ def why_behind(job, look):
         return place_in_line(job, look)  # they have just been completed
     first, *others = dependencies
     dead = first["state"] not in BLOCKING and look.queue.dead_before(job)
-    message = "waits for " + printable(first["id"])
+    message = "waits for " + first["id"]
     if not dead:
         message += ", which is " + state_word(first)
     if others:
         message += ", and for " + plural(len(others), "more job")
     if dead:
-        message += ", behind %s, which is %s" % (
-            printable(dead["id"]), state_word(dead))
+        message += ", behind %s, which is %s" % (dead["id"], state_word(dead))
     return message
 
 
@@ -4847,7 +4715,7 @@ UNWANTED = r"(%s)|%s|[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]" % (COLOURS, SEQUENCE)
 
 def last_lines(output, count):
     """Return the last lines of an output that are not blank, without their colours."""
-    text = split_dropped(output)[1].decode("utf-8", FOREIGN_BYTES)
+    text = split_dropped(output)[1][-TAIL_SIZE:].decode("utf-8", FOREIGN_BYTES)
     lines = re.sub(SEQUENCE, "", text).replace("\r", "\n").split("\n")
     return [line.rstrip()[-200:] for line in lines if line.strip()][-count:]
 
@@ -5107,7 +4975,7 @@ def last_columns(changed, terminal, reason):
 
 
 LIST_COLUMNS = [
-    ListColumn("ID", 0, lambda job, look: printable(job["id"])),
+    ListColumn("ID", 0, lambda job, look: job["id"]),
     ListColumn("STATE", 0, lambda job, look: job["state"]),
     ListColumn("TRIES", 48, lambda job, look: "%d/%d" % (
         job["attempts"], tries_allowed(job["max_retries"]))),
@@ -5218,39 +5086,6 @@ def histogram(bins, width):
         below = "< " + duration_text(bin["below"]) if bin["below"] else "longer"
         length = ceil_div(bin["runs"] * max(1, width - 24), most)
         yield below, grouped(bin["runs"]), bar * length
-
-
-class Screen:
-    """The other screen of a terminal, so that the first one is afterwards as it was."""
-
-    def __enter__(self):
-        self.keyboard = Keyboard(self.suspend)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of __exit__
-        self.open()
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def open(self):
-        self.keyboard.grab()
-        self.write(b"\x1b[?1049h\x1b[?25l")  # without a cursor
-
-    def close(self):
-        self.write(b"\x1b[?25h\x1b[?1049l")
-        self.keyboard.give_back()
-
-    def write(self, sequences):
-        """Write past the buffer, which a signal may have caught in the middle."""
-        with contextlib.suppress(OSError):  # the terminal is gone
-            os.write(sys.stdout.fileno(), sequences)
-
-    def suspend(self, number, frame):
-        """Give the terminal back while this process is suspended, as by Ctrl-Z."""
-        self.close()
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)  # returns when the process is resumed
-        self.open()
 
 
 class ProgressLine:
@@ -5470,7 +5305,7 @@ def pool_notice(message):
 def run_label(run):
     """Return job and attempt of a run, for the log."""
     tries = tries_allowed(run.max_retries)
-    return "%s %d/%d" % (printable(run.id), run.attempt, tries)
+    return "%s %d/%d" % (run.id, run.attempt, tries)
 
 
 NOT_COUNTED = ", attempt not counted"  # of a run that was put back
@@ -5478,7 +5313,7 @@ NOT_COUNTED = ", attempt not counted"  # of a run that was put back
 
 def reason_in(output):
     """Return the last line of an output after a colon, for the log; "" without one."""
-    line = last_line(output[-TAIL_SIZE:])
+    line = last_line(output)
     return line and ": " + truncate(printable(line), 80)
 
 
@@ -5909,8 +5744,7 @@ class Reaper:
         """Log the failure of an `on_dead` command that has ended."""
         with hook.output as file:
             if code:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_SIZE))
-                end = file.read().lstrip(b"\0")  # the part that was truncated
+                end = read_tail(file).lstrip(b"\0")  # the part that was truncated
                 self.log.error("on_dead for %s: %s%s", hook.id, exit_end(code).error,
                                reason_in(end))
 
@@ -5960,8 +5794,7 @@ class Reaper:
                 env={**os.environ, "QUEUECTL_DB": self.path})
             files.pop_all()
         text.close()
-        self.hooks[process] = Hook(
-            printable(job["id"]), time.monotonic() + HOOK_TIMEOUT, output)
+        self.hooks[process] = Hook(job["id"], time.monotonic() + HOOK_TIMEOUT, output)
 
     def prune(self, queue):
         """Delete jobs that are older than `keep`, some of them if there are many."""
@@ -6394,7 +6227,7 @@ MEANT_STATES = {
 def command_named(words):
     """Split a command line into the name of a command, or of a group, and the rest.
 
-    There may be no such command. Options before it count as if they stood behind it.
+    There may be no such command. Flags and `--db` may stand before it.
     """
     aliases = {alias: name for name, entry in COMMANDS.items()
                for alias in entry.aliases}
@@ -6482,7 +6315,6 @@ def seconds_from(low, name):
 
 
 IDS = positional("ids", "ID", "ids of jobs", nargs="*")
-ID = positional("id", "ID", "id of a job, or its beginning, of four characters or more")
 KEY = positional(
     "key", "KEY", "name of a setting: " + ", ".join(SETTINGS), setting_as_typed)
 
@@ -6550,13 +6382,10 @@ def read_status(queue, lost=None, blocked=None):
             "pools": pools, "stopping_pools": stopping(queue.path, pools),
             "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
             "next_due": due["run_at"], "next_job": due["id"],
-            "paused": queue.is_paused(), "resumed_at": queue.resumed_at(),
-            "cancelled": count_cancelled(queue),
+            "paused": queue.is_paused(), "cancelled": count_cancelled(queue),
             **(blocked or queue.blocked_jobs()), **work_left(queue),
         }
-    status["is_disk_full"] = is_disk_full(queue.path)
-    status["is_held_up"] = is_held_up(status, queue.clock())
-    return status
+    return dict(status, is_disk_full=is_disk_full(queue.path))
 
 
 def look_at(queue):
@@ -6608,11 +6437,6 @@ def lines_text(group):
     return ", ".join(parts)
 
 
-def died(groups):
-    """Return the errors of dead jobs without those that somebody cancelled."""
-    return [group for group in groups if not group["is_cancelled"]]
-
-
 def status_screen(status, groups, now, size):
     """Return what `status` shows on a terminal, where people look.
 
@@ -6638,7 +6462,8 @@ def status_head(status, groups, now, size, detail):
         if count or detail == 3:
             yield count_line(state, count, digits, status["cancelled"])
     if detail >= 2:
-        yield from error_lines(died(groups), status["path"], now, size.columns)
+        died = [group for group in groups if not group["is_cancelled"]]
+        yield from error_lines(died, status["path"], now, size.columns)
     if detail >= 1:
         yield from waiting_lines(status, now)
     yield from pool_lines(status)
@@ -6686,12 +6511,12 @@ def waiting_lines(status, now):
     yield "Active Workers: %d" % len(status["workers"])
     if status["oldest_job"]:
         waited = duration_text(now - status["oldest_waiting"])
-        yield "Oldest Waiting: %s, for %s" % (printable(status["oldest_job"]), waited)
+        yield "Oldest Waiting: %s, for %s" % (status["oldest_job"], waited)
     if due is not None:
         when = relative_time(due, now) if due > now else "now"
         if due < now and not obstacle(status):
             when = "late by %s, as all workers are busy" % duration_text(now - due)
-        yield "Next Due: %s, %s" % (printable(status["next_job"]), when)
+        yield "Next Due: %s, %s" % (status["next_job"], when)
     if status["blocked"]:
         yield "Blocked: %s; %s" % (
             plural(len(status["blocked_seqs"]), "job"), blocked_text(status["blocked"]))
@@ -6703,7 +6528,7 @@ def worker_lines(status, now):
         doing = "idle"
         if worker["job"]:
             doing = "%s for %s: %s" % (
-                printable(worker["job"]), duration_text(now - worker["since"]),
+                worker["job"], duration_text(now - worker["since"]),
                 printable(status["commands"].get(worker["job"], "")))
         line = "  worker %(pid)d of pool %(pool)d: "
         if worker["pool"] in status["stopping_pools"]:
@@ -6730,7 +6555,7 @@ def running_lines(status, now, width):
     """Yield a table of what runs, in place of PIDs."""
     busy = [worker for worker in status["workers"] if worker["job"]]
     busy.sort(key=operator.itemgetter("since"))
-    running = [[printable(worker["job"]), duration_text(now - worker["since"]),
+    running = [[worker["job"], duration_text(now - worker["since"]),
                 printable(status["commands"].get(worker["job"], ""))]
                for worker in busy]
     if running:
@@ -6739,7 +6564,7 @@ def running_lines(status, now, width):
 
 def ended_lines(queue, now, width, rows):
     """Yield a table of the jobs that ended last, of at most so many rows."""
-    ended = [[printable(job["id"]), relative_time(job["updated_at"], now),
+    ended = [[job["id"], relative_time(job["updated_at"], now),
               printable(job["error"] or job["state"])]
              for job in last_ended(queue, min(10, rows - 2))]
     if ended:
@@ -6747,14 +6572,15 @@ def ended_lines(queue, now, width, rows):
 
 
 def watch_lines(lines, queue, now, seconds, size):
-    """Return the lines that fill the screen of `--watch`, with its key in the last."""
-    lines = fitting(lines, below=2)
-    free = size.lines - 2 - len(lines)
+    """Return the lines that fill the screen of `--watch`, with its end in the last."""
+    rows = size.lines - 2
+    lines = fitting(lines, size.columns, rows)
+    free = rows - len(lines)
     if free > 2:
         lines += ended_lines(queue, now, size.columns, free)
     footer = drawable(" · ", ", ").join([
-        "q: quit", "every %gs" % seconds, printable(queue.path)])
-    return [*lines, *[""] * (size.lines - 2 - len(lines)), Line(footer, DIM)]
+        "Ctrl-C: quit", "every %gs" % seconds, printable(queue.path)])
+    return [*lines, *[""] * (rows - len(lines)), Line(footer, DIM)]
 
 
 def job_document(queue, job):
@@ -6844,20 +6670,19 @@ def enqueued_sum(jobs):
     first = next(jobs)["id"]
     for count, last in enumerate(jobs, 2):
         pass
-    ids = printable(first) + drawable(" … ", " ... ") + printable(last["id"])
+    ids = first + drawable(" … ", " ... ") + last["id"]
     yield "enqueued %s (%s)" % (plural(count, "job"), ids)
 
 
 def enqueued_lines(jobs, unchanged):
     """Yield what became of each job; UNCHANGED is as in `Added`."""
     for job in jobs:
-        id, state = printable(job["id"]), job["state"]
-        if job["id"] not in unchanged:
+        id = job["id"]
+        if id not in unchanged:
             yield "enqueued " + id
-        elif job["command"] == unchanged[job["id"]]:
-            yield "%s is there already, %s" % (id, state)
         else:
-            yield "%s is there already, %s, unchanged" % (id, state)
+            note = "" if job["command"] == unchanged[id] else ", unchanged"
+            yield "%s is there already, %s%s" % (id, job["state"], note)
 
 
 def enqueue_options(args):
@@ -6907,7 +6732,9 @@ def given_fields(args):
     """Return the job fields that options and a command line give."""
     fields = dict(vars(args))
     fields.setdefault("id")  # `edit` has no --id
-    fields["lock"] = only_one("--lock", args.lock)
+    if args.lock and len(args.lock) > 1:  # one of them would be lost
+        raise QueueError("--lock: given twice, and a job has one", code=2)
+    fields["lock"] = args.lock and args.lock[0]
     fields["after"] = values_or_none("--after", args.after)
     fields["env"] = values_or_none("--env", args.env)
     if isinstance(fields["env"], list):
@@ -6917,13 +6744,6 @@ def given_fields(args):
     if args.words:
         fields["command"] = shell_line(args.words)
     return {name: fields[name] for name in FIELDS if fields[name] is not None}
-
-
-def only_one(name, values):
-    """Return the value of an option; refuse a second one, which would be lost."""
-    if values and len(values) > 1:
-        raise QueueError("%s: given twice, and a job has one", name, code=2)
-    return values and values[0]
 
 
 def values_or_none(name, values):
@@ -7159,10 +6979,10 @@ def report_queue(args):
         notice("the queue is %s" % printable(args.db))
 
 
-@command("show", "show a job and its runs", "show job1", ID,
-         must_print=True)
+@command("show", "show a job and its runs", "show job1",
+         positional("id", "ID", "id of a job"), must_print=True)
 def cmd_show(args, queue):
-    job = job_named(queue, args.id)
+    job = queue.job(args.id)
     if args.json:
         print_result(args, job_document(queue, job))
     else:
@@ -7211,10 +7031,10 @@ def answer_lines(job, look):
     error = job["error"] if job["state"] not in ("pending", "processing") else ""
     sentence = JOB_KINDS[kind_of(job, look)].sentence(job, look)
     reason = ": " + printable(joined(error, sentence, by="; "))
-    yield state_line(printable(job["id"]) + " is ", job["state"], reason)
+    yield state_line(job["id"] + " is ", job["state"], reason)
     first, *others = map(printable, job["command"].split("\n"))
     yield from ["  $ " + first, *("    " + line for line in others)]
-    for line in last_lines(output_of(queue, job, job["run"])[-TAIL_SIZE:], 5):
+    for line in last_lines(queue.tail(job, MAX_INTEGER), 5):
         yield truncate("  | " + printable(line), terminal_width(sys.stdout))
     ids = [id for _, id in queue.waiting_dependents(job)]
     if ids:
@@ -7226,11 +7046,10 @@ def answer_lines(job, look):
 
 
 # What can be done where a verb does not take a job in a state.
-SHOW_REASON = NextStep("to see why it waits", "show {}")
 END_FIRST = NextStep("to end it first", "cancel {}")
 REMOVE = NextStep("to remove it", "delete {}")
 REFUSED_COMMANDS = {
-    ("retry", "pending"): SHOW_REASON,
+    ("retry", "pending"): NextStep("to see why it waits", "show {}"),
     ("retry", "processing"): END_FIRST,
     ("retry", "failed"): JOB_KINDS["failed"].next_step,
     ("retry", "completed"): RUN_AGAIN,
@@ -7284,17 +7103,8 @@ def field_lines(name, value):
         title = ""
 
 
-def job_named(queue, id):
-    """Return the job with this id or unambiguous prefix; report what a prefix meant."""
-    job = queue.find_job(id)
-    if job["id"] != id:
-        notice("%s is %s" % (printable(id), printable(job["id"])))
-    return job
-
-
 @command("logs", "print the output of the latest run of jobs", "logs -f job1",
-         positional("ids", "ID", "ids of jobs, or their beginnings, of four characters"
-                    " or more", nargs="+"),
+         positional("ids", "ID", "ids of jobs", nargs="+"),
          flag("-f --follow", "go on until the run ends; wait for the first to begin"),
          option("--attempt", "N", "the last run of this attempt (default: the latest)",
                 count_from(1, "--attempt")),
@@ -7307,7 +7117,7 @@ def cmd_logs(args, queue):
     if choices > 1 or (args.follow and args.json) or (choices and len(args.ids) > 1):
         message = "logs: give one of --follow, --run, --attempt, and one job; --follow"
         raise QueueError(message + " can't be had as JSON", code=2)
-    jobs = [job_named(queue, id) for id in args.ids]
+    jobs = [queue.job(id) for id in args.ids]
     if args.follow:
         with contextlib.closing(OutputPrinter()) as printer:
             return follow(queue, jobs[0], printer)
@@ -7321,7 +7131,7 @@ def cmd_logs(args, queue):
         with contextlib.closing(OutputPrinter()) as printer:
             printer.print(output)
     if not output:
-        notice("job %s: %s" % (printable(job["id"]), why_silent(run, queue.clock())))
+        notice("job %s: %s" % (job["id"], why_silent(run, queue.clock())))
 
 
 def print_logs(args, queue, jobs):
@@ -7432,7 +7242,7 @@ def follow(queue, job, printer):
             due = due_text(job, queue.clock()) or "now"
             end = "%s, %s; again %s" % (end, tries_text(job), due)
     if end:
-        printer.notice("job %s: %s" % (printable(run.id), printable(end)))
+        printer.notice("job %s: %s" % (run.id, printable(end)))
 
 
 def end_without_run(queue, job):
@@ -7451,13 +7261,13 @@ def wait_for_run(queue, job):
             reason = why_waiting(job, look_at(queue))
             raise QueueError("job %s can't go on: %s", id, reason)
         if not is_reported:
-            notice("job %s: %s" % (printable(id), why_waiting(job, look_at(queue))))
+            notice("job %s: %s" % (id, why_waiting(job, look_at(queue))))
             is_reported = True
         time.sleep(WAIT_INTERVAL)
         queue.require_file()
         job = queue.job(id)
     if is_reported and job["run"]:
-        notice("job %s: %s" % (printable(id), tries_text(job)))
+        notice("job %s: %s" % (id, tries_text(job)))
     return job
 
 
@@ -7494,7 +7304,9 @@ def cmd_wait(args, queue):
     if not any(counts[name] for name in counts if name != "died_before"):
         message = "nothing to wait for; " + message
     if args.ids and counts["dead"]:
-        message += " (%s)" % dead_text(queue, args.ids)
+        message += " (%s)" % listed([
+            "%s: %s" % (job["id"], job["error"])
+            for job in queue.still_there(args.ids) if job["state"] == "dead"])
     if counts["died_before"]:
         message += ", %d died before" % counts["died_before"]
     if counts["removed"]:
@@ -7506,18 +7318,6 @@ def cmd_wait(args, queue):
     print_result(args, counts, message)
     failures = (*BLOCKING, "died_before", "removed", "left")
     return 1 if any(counts[name] for name in failures) else 0
-
-
-def dead_text(queue, ids):
-    """Return which of these jobs are dead, and why."""
-    dead = [id for id in dict.fromkeys(ids) if queue.state(id) == "dead"]
-    return listed(["%s: %s" % (id, queue.job(id)["error"]) for id in dead])
-
-
-def state_or_due(job, now):
-    """Return when an unfinished job is due, or else its state."""
-    due = due_text(job, now)
-    return "due " + due if due else job["state"]
 
 
 class WaitReport:
@@ -7558,11 +7358,13 @@ class WaitReport:
         if not self.is_named:
             return rest
         if len(self.wait.unfinished) <= MAX_NAMED:
-            now = self.queue.clock()
-            rest = "waiting for " + listed([
-                "%s (%s)" % (job["id"], state_or_due(job, now))
-                for job in self.queue.still_there(self.wait.unfinished)
-                if job["state"] not in FINISHED])
+            rest = []
+            for job in self.queue.still_there(self.wait.unfinished):
+                due = due_text(job, self.queue.clock())
+                if job["state"] not in FINISHED:
+                    rest.append("%s (%s)" % (
+                        job["id"], "due " + due if due else job["state"]))
+            rest = "waiting for " + listed(rest)
         ended = [grouped(counts[state]) + " " + state
                  for state in FINISHED if counts[state]]
         return joined(rest, ", ".join(ended), by="; ")
@@ -7585,40 +7387,55 @@ def why_nothing_ends(queue):
 
 
 @command("status", "count the jobs, list the workers", "status --watch",
-         option("--watch", "SECONDS", "refresh every SECONDS (default: 1); q ends it",
+         option("--watch", "SECONDS", "refresh every SECONDS (default: 1) until Ctrl-C",
                 seconds_from(0.1, "--watch"), nargs="?", const=1.0),
          flag("--check", "end with 1 if no pool runs, or somebody is needed: a job is"
               " dead, the queue is paused, the disk is full"),
          creates_queue=True, must_print=True)
 def cmd_status(args, queue):
-    is_terminal = not args.json and terminal_width(sys.stdout)
-    with contextlib.ExitStack() as stack:
-        screen = args.watch and is_terminal and stack.enter_context(Screen())
+    if args.watch:
+        return watch_status(args, queue)
+    status = print_status(args, queue)
+    if not any(status["jobs"].values()) and not status["workers"]:
+        report_queue(args)
+    problem = args.check and problem_of(status, queue.clock())
+    if problem:
+        notice(problem)
+    return int(bool(problem))
+
+
+def watch_status(args, queue):
+    """Print the status at each refresh; a terminal shows the latest one alone."""
+    try:
         while True:
             queue.require_file()
-            now, status = queue.clock(), read_status(queue)
-            lines = status_lines(status, now)
-            size = is_terminal and terminal_size(sys.stdout)
-            if size:
-                lines = status_screen(status, errors_of(queue), now, size)
-            if screen and size:
-                print(end=screenful(watch_lines(lines, queue, now, args.watch, size)))
-            elif args.json:
-                print_result(args, status_document(status, now))
-            else:
-                print_lines(fitting(lines))
-            if not args.watch:
-                if not any(status["jobs"].values()) and not status["workers"]:
-                    report_queue(args)
-                problem = args.check and problem_of(status, now)
-                if problem:
-                    notice(problem)
-                return int(bool(problem))
+            size = terminal_size(sys.stdout)
+            print_status(args, queue)
             sys.stdout.flush()
-            if not screen:
-                time.sleep(args.watch)
-            elif b"q" in screen.keyboard.read(args.watch):
-                return
+            # A terminal that was resized does not wait.
+            wait_until(lambda: terminal_size(sys.stdout) != size, args.watch,
+                       STEP_INTERVAL)
+    except KeyboardInterrupt:
+        if terminal_width(sys.stdout):  # the prompt stands in place of the ^C
+            print(end="\r\x1b[K")
+        raise
+
+
+def print_status(args, queue):
+    """Print the status of a queue, and return the values of it."""
+    now, status = queue.clock(), read_status(queue)
+    size = terminal_size(sys.stdout)
+    if args.json:
+        print_result(args, status_document(status, now))
+    elif not size:
+        print_lines(status_lines(status, now))
+    else:
+        lines = status_screen(status, errors_of(queue), now, size)
+        if args.watch:
+            print(end=screenful(watch_lines(lines, queue, now, args.watch, size)))
+        else:
+            print_lines(fitting(lines, size.columns, size.lines - 1))
+    return status
 
 
 def problem_of(status, now):
@@ -7629,15 +7446,11 @@ def problem_of(status, now):
     return "" if status["pools"] else "no pool is running"
 
 
-def fitting(lines, below=1):
-    """Return the lines, wrapped for a terminal, as many as leave rows BELOW."""
-    size = terminal_size(sys.stdout)
-    if size is None:
-        return lines
-    lines = [part for line in lines for part in wrapped(line, size.columns)]
-    room = size.lines - below
-    if len(lines) > room:
-        lines[room - 1 :] = ["  and %d more" % (len(lines) - room + 1)]
+def fitting(lines, columns, rows):
+    """Return the lines, wrapped for a terminal, as many as it has ROWS for."""
+    lines = [part for line in lines for part in wrapped(line, columns)]
+    if len(lines) > rows:
+        lines[rows - 1 :] = ["  and %d more" % (len(lines) - rows + 1)]
     return lines
 
 
@@ -7675,7 +7488,7 @@ def cmd_edit(args, queue):
         message = "edit: nothing to change; see: " + usage("edit", "--help")
         raise QueueError(message, code=2)
     job = queue.edit(args.job, fields)
-    answer = "edited " + printable(args.job)
+    answer = "edited " + args.job
     if job["state"] == "dead":
         answer += ": still dead; " + next_step(job, look_at(queue))
     print_result(args, public_job(job), answer)
@@ -7743,7 +7556,7 @@ def jobs_to_retry(states, **filters):
 
 def jobs_to_delete(states, **filters):
     chosen = where(states, **filters)
-    return Selection(not_needed(chosen), needed(chosen), "other jobs wait for them",
+    return Selection(*split_by_need(chosen), "other jobs wait for them",
                      NextStep("to see which", "show {}"))
 
 
@@ -7796,7 +7609,7 @@ def spared_text(queue, selection):
     ids = condition and [job["id"] for job in queue.jobs(condition, 4, brief=True)]
     if not ids:
         return ""
-    names = printable(", ".join(ids[:3])) + (", ..." if ids[3:] else "")
+    names = ", ".join(ids[:3]) + (", ..." if ids[3:] else "")
     return "%d left: %s (%s); %s" % (
         queue.count(condition), selection.reason, names,
         step_text(selection.step, ids[0], queue.path))
@@ -7818,8 +7631,8 @@ def cancel_answer(queue, id):
     for job in queue.still_there([id]):
         if job["state"] == "processing":  # its worker has to end it first
             how = why_waiting(job, look_at(queue)) or "ending its processes"
-            return "cancelling %s: %s" % (printable(id), how)
-    return "cancelled " + printable(id)
+            return "cancelling %s: %s" % (id, how)
+    return "cancelled " + id
 
 
 @command("retry", "run finished jobs again, with attempts 0", "retry job1",
@@ -7834,7 +7647,7 @@ def retry_jobs(args, queue, states, **filters):
     if args.ids:
         answer = "retried %s: pending again, with 0 attempts"
         return apply_to_named(args, queue, lambda ids: queue.retry(ids, states),
-                              "retried", lambda id: answer % printable(id))
+                              "retried", lambda id: answer % id)
     apply_to_many(
         args, queue, queue.retry_all, "retried", jobs_to_retry(states, **filters))
 
@@ -7856,7 +7669,7 @@ def cmd_delete(args, queue):
         raise QueueError(message, code=2)
     if args.ids:
         return apply_to_named(args, queue, queue.delete, "deleted",
-                              lambda id: "deleted " + printable(id))
+                              lambda id: "deleted " + id)
     apply_to_many(args, queue, queue.delete_all, "deleted", selection_to_delete(
         args, None if not has_age else queue.clock() - args.older_than))
 
@@ -8202,7 +8015,11 @@ def cmd_install(args):
         lines += ["%s is not on PATH; to add it, %s:" % (printable(home), place), line]
     print_result(args, {"path": path, "on_path": on_path}, *lines)
     if not WINDOWS and os.geteuid() == 0 and is_open_to_others(path):
-        report_closed(sys.executable, os.path.abspath(__file__))
+        closed = ["%s is closed to them" % printable(path)
+                  for path in (sys.executable, os.path.abspath(__file__))
+                  if not is_open_to_others(path)]
+        if closed:
+            notice("other users can't run this: " + ", ".join(closed))
 
 
 def how_to_add(home):
@@ -8214,14 +8031,6 @@ def how_to_add(home):
         return "once", "  fish_add_path " + quoted([home])
     return ("here and in ~/.%src" % ("zsh" if shell == "zsh" else "bash"),
             "  export PATH=%s:\"$PATH\"" % quoted([home]))
-
-
-def report_closed(*paths):
-    """Report which files other users can't read, though their command needs these."""
-    closed = ["%s is closed to them" % printable(path) for path in paths
-              if not is_open_to_others(path)]
-    if closed:
-        notice("other users can't run this: " + ", ".join(closed))
 
 
 def command_file(own, home):
@@ -8774,7 +8583,7 @@ def newest_jobs(queue, query, backwards=False):
     if filters["states"] == ["dead"]:
         del filters["states"]
         return list(queue.dead_jobs(before, limit, backwards, **filters))
-    last = queue.seq_before(before)
+    last = (queue.seq_of(before) or MAX_INTEGER) - 1
     if backwards:
         return list(queue.jobs(where(**filters), limit, first=last + 1))
     return list(queue.jobs(where(**filters), limit, newest=True, last=last))
@@ -9228,7 +9037,7 @@ def running_job(run, page):
     """Return a line about a running job; its time is marked near the timeout."""
     job = page.queue.job(run.id)
     word = kind_of(job, page)
-    line = last_line(read_tail(run.lease_path))
+    line = last_line(page.queue.tail(job))
     silent = file_age(run.lease_path)  # which has what the run prints
     if silent > 60:
         line = joined("no output for " + roughly(silent), line, by=" · ")

@@ -2055,12 +2055,19 @@ class TestOutputIsKept:
     """The last bytes of the output are kept in order, whatever is killed."""
 
     @mechanism
-    def test_the_tail_of_a_run_is_read_from_its_end(self):
-        with open("lease", "wb") as file:
-            file.write(b"x" * 10**6 + b"\nlast\n")
-        tail = queuectl.read_tail("lease")
-        assert tail.endswith(b"\nlast\n") and len(tail) == queuectl.TAIL_SIZE
-        assert queuectl.read_tail("none") == b""
+    def test_the_tail_of_a_run_is_read_from_its_end(self, queue):
+        add_job(queue)
+        run = claim(queue)
+        job = queue.job("job")
+        output = b"x" * 10**6 + b"\nlast\n"
+        assert queue.tail(job) == b""
+        lease = queuectl.Lease(run.lease_path, 2**20)
+        lease.write(output)
+        assert queue.tail(job) == output[-queuectl.TAIL_SIZE :]
+        lease.discard()
+        queue.complete(run, make_outcome(None, output=output))
+        assert queue.tail(job) == b""  # a list does not wait for that much
+        assert queue.tail(job, 2**20) == output[-queuectl.TAIL_SIZE :]
 
     @posix_only
     def test_what_comes_through_a_pipe_after_the_exit_is_kept(self):
@@ -2656,28 +2663,6 @@ class TestErrorsAreOneLine:
         assert not queuectl.is_disk_full("queuectl.db") and os.listdir(".") == []
         fill_disk()
         assert queuectl.is_disk_full("queuectl.db")
-
-    @mechanism
-    def test_a_due_job_beside_an_idle_worker_is_reported(self, queue, monkeypatch):
-        add_job(queue, id="x")
-        lock = queuectl.lock_file(queuectl.pool_file(queue.path, 1))
-        worker = queuectl.worker_file(queue.path, 1, 2)
-        worker_lock = queuectl.lock_file(worker)
-        monkeypatch.setattr(queue, "clock", lambda: time.time() + 60)
-        try:
-            assert not queuectl.read_status(queue)["is_held_up"]  # it has just started
-            os.utime(worker, (0, 0))
-            status = queuectl.read_status(queue)
-            assert queuectl.obstacle(status).sentence == "Idle workers start no job"
-            queue.set_paused(False)  # its workers are about to claim
-            assert not queuectl.read_status(queue)["is_held_up"]
-            queue._remove("resumed_at")
-            assert queuectl.read_status(queue)["is_held_up"]
-            claim(queue)
-            assert not queuectl.read_status(queue)["is_held_up"]
-        finally:
-            os.close(lock)
-            os.close(worker_lock)
 
     @posix_only
     def test_a_job_that_fills_the_disk_with_its_output_completes(self, small_disk):
@@ -4027,22 +4012,13 @@ class TestShow:
         assert jobs()["x"]["run_at"] == "9999-12-31T23:59:59Z"
         assert run_ok("show", "x").out
 
-    def test_the_beginning_of_an_id_is_enough_for_show_and_logs(self):
-        for name in ("backup-1", "backup-2", "report", "rep"):
-            enqueue("echo " + name, id=name)
-        drain(1)
-        answer = run_ok("logs", "repo")
-        assert answer.out.split() == ["report"]
-        assert answer.err == "queuectl: repo is report\n"
-        # A whole id, not the beginning of another.
+    def test_the_beginning_of_an_id_is_no_id_but_helps_to_find_it(self):
+        for name in ("report", "rep"):
+            enqueue(id=name)
         assert details_of("rep")["id"] == "rep"
-        assert "several jobs begin with backup" in run_refused("show", "backup")
-        for id in ("bac", "ort", "re", "backup-3", "%", "repo%"):
-            assert "no job" in run_refused("show", id)
-        for words in (
-            ["delete"], ["cancel"], ["retry"], ["wait"], ["edit", "--priority", "1"]
-        ):
-            assert "no job repo" in run_refused(*words, "repo")
+        for words in (["show"], ["logs"], ["delete"], ["cancel"], ["retry"], ["wait"],
+                      ["edit", "--priority", "1"]):
+            assert "no job repo; did you mean report?" in run_refused(*words, "repo")
 
 
 class TestLogs:
@@ -4548,6 +4524,13 @@ class TestEdit:
             "edit", "x", "--command", "one", "--", "two", code=2)
         run_refused("edit", "x", "--run-at", "now", "--delay", "3", code=2)
 
+    @fork_only
+    def test_it_wakes_idle_workers(self):
+        start_pool(count=1, script="queuectl.IDLE_INTERVAL = 60")
+        for name in ("a", "b", "c"):  # the worker may be awake once, but not each time
+            enqueue(id=name, delay=3600)
+            run_ok("edit", name, "--run-at", "now")
+            wait_until(lambda: state_of(name) == "completed", timeout=10)
 
     def test_env_adds_or_changes_one_variable_and_none_drops_all(self):
         enqueue(id="x", env={"TOKEN": "secret", "LEVEL": "1"})
@@ -4941,7 +4924,7 @@ class TestDelete:
                               "after": ["%d" % (n - 1)] if n and chained else None}
                              for n in range(3000)))
             began = time.monotonic()
-            chosen = queuectl.not_needed(queuectl.where(["pending"]))
+            chosen = queuectl.split_by_need(queuectl.where(["pending"]))[0]
             assert queue.delete_all(chosen) == 3000
             return time.monotonic() - began
 
@@ -5433,17 +5416,35 @@ class TestStatus:
         assert pool.wait(10) == 0
 
     @posix_only
-    def test_watch_leaves_the_terminal_as_it_was(self):
+    def test_watch_draws_over_itself_until_ctrl_c(self):
         run_ok("status")
         code, shown = run_on_terminal("status", "--watch", "0.1", keys=b"\x03")
-        assert code == 130
-        assert shown.startswith("\x1b[?1049h")
-        assert shown.count("\x1b[H") >= 1
-        assert shown.rstrip().endswith("\x1b[?1049l") and "Traceback" not in shown
-        # Nothing can suspend the leader of a session: Ctrl-Z leaves and comes back.
-        code, shown = run_on_terminal("status", "--watch", "60", keys=b"\x1aq")
-        assert code == 0 and shown.count("\x1b[?1049h") == shown.count("\x1b[?1049l") == 2
-        assert "\x1b[?25h\x1b[?1049l\x1b[?1049h\x1b[?25l" in shown
+        *pictures, end = shown.split("\x1b[J")
+        assert code == 130 and all(each.startswith("\x1b[H") for each in pictures)
+        assert {each.count("\n") for each in pictures} == {23}  # one more would scroll
+        # The last picture stays, and the prompt stands in place of the ^C.
+        assert end.endswith("\r\x1b[K") and "\n" not in end and "Traceback" not in shown
+
+    @posix_only
+    def test_watch_follows_a_resize_at_once(self):
+        run_ok("status")
+        pid, terminal = fork_on_terminal(["status", "--watch", "600"])
+        os.set_blocking(terminal, False)
+        shown = []
+        for rows in (24, 12):
+            picture = re.compile(b"\x1b\\[H([^\n]*\n){%d}\x1b\\[J" % (rows - 1))
+            fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("hhhh", rows, 80, 0, 0))
+
+            def is_drawn():
+                with contextlib.suppress(BlockingIOError):
+                    shown.append(os.read(terminal, 4096))
+                return picture.search(b"".join(shown))
+
+            wait_until(is_drawn)
+        os.set_blocking(terminal, True)
+        os.write(terminal, b"\x03")
+        read_to_end(terminal)
+        assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 130
 
     @posix_only
     def test_it_fits_the_terminal_with_the_counts_on_top(self):
@@ -5462,7 +5463,7 @@ class TestStatus:
         assert lines[8].split() == ["JOB", "FOR", "COMMAND"]
         assert re.match(r"job\d+ +[\d.]+m?s +\S", lines[9])
         assert len(lines) == 23 and lines[-2] == "  and 12 more"
-        assert lines[-1].startswith("q: quit · every 0.1s · /")
+        assert lines[-1].startswith("Ctrl-C: quit · every 0.1s · /")
         assert max(map(len, lines)) <= 40
         once = re.sub(r"\x1b\[\d*m", "", run_on_terminal("status", columns=40)[1])
         assert once.splitlines()[:9] == lines[:9] and once.count("\n") == 23
@@ -5569,6 +5570,24 @@ class TestWorkerStart:
         subprocess.run(line, shell=True, check=True, stdout=subprocess.DEVNULL)
         assert subprocess.run(["flock", "-n", "lock", "true"]).returncode == 0
         run_ok("worker", "stop")
+
+    @fork_only
+    def test_a_pool_that_cannot_fork_does_not_spin(self):
+        pool = start_process("worker", "start", program=QUICK + """
+queuectl.RESTART_INTERVAL = 60
+def fork():
+    with open("forks", "a") as file:
+        file.write("x")
+    raise OSError(queuectl.errno.EAGAIN, "no process")
+queuectl.os.fork = fork
+""")
+        wait_until(lambda: os.path.exists("forks"))
+        for command in ("pause", "resume"):  # it has come round when it reports that
+            run_ok(command)
+            wait_until(lambda: command + "d" in read_text("queuectl.log"))
+        run_ok("worker", "stop")
+        assert pool.wait(10) == 0 and read_text("forks") == "x"
+        assert "a worker cannot start: [Errno" in read_text("queuectl.log")
 
     @posix_only
     def test_a_pool_whose_pid_file_was_removed_ends_with_1(self):
@@ -6745,14 +6764,10 @@ class TestCommandLine:
         for command in ("show", "logs", "delete", "cancel"):
             assert "there is no job" in run_refused(command, "\udcff")
 
-    def test_empty_texts_and_ambiguous_ids_are_refused(self):
+    def test_empty_texts_are_refused_and_none_is_an_id(self):
         for words in (["dlq", "clear"], ["delete"], ["dlq", "list"], ["list"]):
             for text in ("", "\udcff"):
                 assert "--match" in run_refused(*words, "--match", text, code=2)
-        for name in ("abcd1", "abcd2"):
-            enqueue(id=name)
-        assert "several jobs begin with abcd: abcd1, abcd2" in run_refused(
-            "show", "abcd")
         enqueue(id="none")
         enqueue(id="x", after=["none"])
         assert details_of("x")["after"] == ["none"]
@@ -7935,7 +7950,7 @@ class RandomOperations:
         if self.rnd.random() < 0.1:
             chosen = queuectl.where(
                 self.rnd.sample([*queuectl.STATES], 2), text=self.rnd.choice(["", "1"]))
-            verb(self.rnd.choice([chosen, queuectl.not_needed(chosen)]))
+            verb(self.rnd.choice([chosen, queuectl.split_by_need(chosen)[0]]))
 
     def complete_one(self):
         """Claim a job if one is claimable, and complete a run."""
