@@ -3435,15 +3435,15 @@ def count_cancelled(queue):
 def longest_line(queue):
     """Return the `lock` that most `jobs` are behind, or None if no job is behind one.
 
-    `first` is the job before them, and `locks` the number of all such locks.
+    `first` is the job before them.
     """
-    lines = queue.rows(f"""
+    line = queue.row(f"""
         SELECT lock, COUNT(*) AS jobs FROM (
             SELECT lock FROM jobs WHERE lock NOT NULL AND state = 'pending'
                 AND gate = {LOCKED} LIMIT {COUNT_LIMIT})
-        GROUP BY lock ORDER BY jobs DESC, lock""")
-    holder = lines and queue.lock_holder(lines[0])
-    return holder and dict(lines[0], locks=len(lines), first=queue.job(holder))
+        GROUP BY lock ORDER BY jobs DESC, lock LIMIT 1""")
+    holder = line and queue.lock_holder(line)
+    return holder and dict(line, first=queue.job(holder))
 
 
 def blocked_by_errors(queue):
@@ -4409,9 +4409,10 @@ def state_word(job):
 # functions take a job and a `Look`.
 
 # A look at a queue: the values of `read_status`, the time, and the function that makes
-# the text of a duration. The page's `Page` is one as well.
+# the text of a duration, and `standstill_text`. The page's `Page` is one as well.
 Look = collections.namedtuple(
-    "Look", "queue status now text_of", defaults=(duration_text,))
+    "Look", "queue status now text_of standstill",
+    defaults=(duration_text, standstill_text))
 
 
 def kind_of(job, look):
@@ -4453,14 +4454,14 @@ def why_delayed(job, look):
     if job["state"] == "failed":
         words = "try %d is due" % (job["attempts"] + 1)
     words += " " + (due_text(job, look.now, look.text_of) or "now")
-    return joined(words, standstill_text(look.status), by="; ")
+    return joined(words, look.standstill(look.status), by="; ")
 
 
 def place_in_line(job, look):
     """Return why a job that is due does not run: a standstill, or jobs before it."""
     if job["gate"] == CLOSED:
         return why_delayed(job, look)  # it was due before a pool has seen it
-    stopped = standstill_text(look.status)
+    stopped = look.standstill(look.status)
     if stopped:
         return stopped
     ahead = look.queue.count_ahead(job)
@@ -4469,7 +4470,7 @@ def place_in_line(job, look):
 
 def why_locked(job, look):
     """Return which job has the lock that a job waits for."""
-    stopped = standstill_text(look.status)
+    stopped = look.standstill(look.status)
     if stopped:
         return stopped
     holder = look.queue.lock_holder(job)
@@ -4483,7 +4484,7 @@ def why_lost(job, look):
     is_orphan = is_locked(look.queue.latest_run(job).lease_path)
     hint = (ORPHAN_HINT if is_orphan else LOST_HINT) % (
         "makes the job dead" if job["cancelled"] else "runs the job again")
-    return joined(hint, standstill_text(look.status), by="; ")
+    return joined(hint, look.standstill(look.status), by="; ")
 
 
 def why_behind(job, look):
@@ -4505,7 +4506,7 @@ def why_behind(job, look):
 
 def how_it_runs(job, look):
     """Return the try, how long it has taken, and why no other job is started."""
-    stopped = "" if look.status["paused"] else standstill_text(look.status)
+    stopped = "" if look.status["paused"] else look.standstill(look.status)
     since = "for " + look.text_of(look.now - job["started_at"])
     return joined(tries_text(job), since, stopped, by="; ")
 
@@ -8604,13 +8605,6 @@ def selected_by(verb, query):
     return jobs_to_delete(**filters_of(query, TAKES["delete"]))
 
 
-def dead_route(queue, query):
-    """Return the dead jobs by their errors, the most common first."""
-    names = "error", "jobs", "latest", "id", "line"
-    return [with_iso_times({name: group[name] for name in names}, "latest")
-            for group in errors_of(queue)]
-
-
 def run_of(queue, query):
     """Return the job that a query names, and the number of its run."""
     require_job(queue, query.get("id", ""))
@@ -8622,13 +8616,9 @@ def run_of(queue, query):
 
 
 def output_route(queue, query):
-    """Return the output of a run as text: all of it, or the last `tail` bytes."""
+    """Return the document of `logs` on a run."""
     job, run = run_of(queue, query)
-    output = output_of(queue, job, run)
-    if "tail" in query:
-        _, output = split_dropped(output)
-        output = output[max(0, len(output) - count_from(0, "tail")(query["tail"])) :]
-    return output_document(job, run, output)
+    return output_document(job, run, output_of(queue, job, run))
 
 
 def download_route(queue, query):
@@ -8773,6 +8763,11 @@ class Page(collections.namedtuple(
         "Page", "queue view now status groups found above cache is_whole")):
     text_of = staticmethod(roughly)  # so that it is a `Look`
 
+    def standstill(self, status):
+        """Return why no job is started. The next step stands below the verdict."""
+        judgement = obstacle(status)
+        return judgement.sentence.lower() if judgement else ""
+
 
 @functools.lru_cache(None)  # a page shows each of them many times
 def icon(word):
@@ -8788,7 +8783,7 @@ FIRST_STEPS = ("add a job: %s enqueue -- echo hello" % PROGRAM,
 
 
 def page_header(page):
-    """Return the name of the queue, and the button that pauses or resumes it."""
+    """Return the name of the queue, and the buttons that stop it, or this page."""
     folder, name = os.path.split(page.queue.path)
     switch = None
     if page.status["paused"]:
@@ -8799,7 +8794,9 @@ def page_header(page):
     path = element("span", element("span", folder + os.sep, css="wide"), name,
                    css="mono dim line", title=page.queue.path)
     skip = count_in(page, "") > 0 and link("Skip to the jobs", "#jobs", "skip button")
-    return element("section", skip, path, switch, css="row", id="queue",
+    stop = element(
+        "button", "Stop refreshing", type="button", id="stop", data_keep="yes")
+    return element("section", skip, path, switch, stop, css="row", id="queue",
                    aria_label="Queue")
 
 
@@ -8821,7 +8818,7 @@ def page_now(page):
     headline = element(
         "h2", judgement.harm or judgement.sentence, id="verdict", tabindex=-1)
     return element("section", headline, *more, id="now", css="card " + judgement.state,
-                   data_kind=judgement.sentence.partition(":")[0])
+                   data_kind="harm" if judgement.harm else judgement.state)
 
 
 def load_text(page):
@@ -8922,13 +8919,11 @@ def lock_alert(page):
     line = page.status["locked"] and page.cache.get(
         "line", lambda: longest_line(page.queue))
     if line:
-        lock, first, others = line["lock"], line["first"], line["locks"] - 1
+        lock, first = line["lock"], line["first"]
         has = "held by " if first["state"] == "processing" else "next is "
-        words = others and "and behind " + plural(others, "other lock")
         yield alert(grouped(line["jobs"]) + " behind", "lock " + lock,
                     link(has + first["id"], page.view.open(first["id"])),
-                    joined(time_cell(first, page), words, by=" · "),
-                    page.view.only(behind_lock=lock),
+                    time_cell(first, page), page.view.only(behind_lock=lock),
                     "what is behind the lock " + lock, css="pending")
 
 
@@ -9055,8 +9050,9 @@ def running_job(run, page):
 def chart_route(queue, query):
     """Return the chart of the last hour, and in words what its runs were like."""
     stats = stats_by_minute(queue, query)
-    if not stats["runs"]:
-        return element("p", "No run has ended in the last hour", css="dim none")
+    if stats["success_rate"] is None:  # at most, some were interrupted
+        words = "No run has completed or failed in the last hour"
+        return element("p", words, css="dim none")
     bars = [(bar["completed"], bar["failed"]) for bar in stats["throughput"]]
     first = next((at for at, bar in enumerate(bars) if any(bar)), len(bars))
     bars = bars[min(first, len(bars) - 10) :]  # from the first run on
@@ -9085,7 +9081,7 @@ def stats_text(stats):
     times = stats["run_time"]
     return joined(
         plural(round(60 * stats["per_second_now"]), "run") + " in the last minute",
-        rate is not None and "%d %% succeed" % int(100 * rate),
+        "%d %% succeed" % int(100 * rate),
         "median run %s, 95 %% within %s" % (
             duration_text(times["median"]), duration_text(times["p95"])),
         wait is not None and "median wait " + duration_text(wait), by=" · ")
@@ -9238,12 +9234,12 @@ def filter_links(view):
 def bulk_buttons(page):
     """Yield what can be done with all jobs that the filters leave, if there are any."""
     filters, state, error = page.view.filters(), page.view.state, page.view.blocked_by
-    is_dead = any(job["state"] == "dead" and not job["cancelled"] for job in page.found)
-    if page.found and (error or state == "dead" or is_dead
-                       or not filters and count_in(page, "dead")):
+    if not page.found:
+        return
+    if state in ("", "dead") and count_in(page, "dead") > page.status["cancelled"]:
         chosen = {"error": error} if error else filters
         yield bulk_button("Retry dead…", "retry", chosen)
-    if page.found and filters and state != "processing":
+    if filters and state != "processing":
         yield bulk_button("Delete…", "delete", filters)
 
 
@@ -9384,8 +9380,7 @@ def job_buttons(job, page):
     if can_run_now(job, page):
         yield job_button("Run now", "run", id, "Due now:", "primary")
     if state in TAKES["cancel"]:
-        yield job_button("Cancel…", "cancel", id, "Cancelled", "danger",
-                         ask_to_cancel(job, is_needed))
+        yield cancel_button(job, is_needed)
     if is_needed:
         yield element("span", "It can't be deleted: other jobs wait for it", css="dim")
     elif state in TAKES["delete"]:
@@ -9404,13 +9399,20 @@ def job_button(words, verb, id, done, css=None, ask=None):
                   do="Yes, " + words.strip("…").lower(), done=done + " " + id)
 
 
-def ask_to_cancel(job, is_needed):
-    """Return the question before a job is cancelled, with what that means."""
+def cancel_button(job, is_needed):
+    """Return the button that cancels a job, until that has begun.
+
+    It asks first, with what that means.
+    """
     is_running = job["state"] == "processing"
-    return joined(
+    if is_running and job["cancelled"]:
+        return element("span", "It is being cancelled", css="dim")
+    question = joined(
         "Cancel %s?" % job["id"], is_running and "All its processes are ended.",
         is_needed and "The jobs that come after it stay, and wait until it is retried"
         " and completed.", by=" ")
+    return job_button("Cancel…", "cancel", job["id"],
+                      "Cancelling" if is_running else "Cancelled", "danger", question)
 
 
 def page_reason(job, page):
@@ -9438,9 +9440,9 @@ def job_facts(job, page):
         "blocked by": dead and job_links([dead["id"]], page),
         "comes after": job_links(fields["after"], page),
         "comes before": job_links(before, page),
-        "enqueued": time_text(job["created_at"], page),
-        "due": can_run_now(job, page) and time_text(job["run_at"], page),
-        "started": job["started_at"] and time_text(job["started_at"], page),
+        "enqueued": time_fact(job["created_at"], page),
+        "due": can_run_now(job, page) and time_fact(job["run_at"], page),
+        "started": job["started_at"] and time_fact(job["started_at"], page),
         "worker": next((worker["pid"] for worker in page.status["workers"]
                         if worker["job"] == job["id"]), None)}
     facts.update((name.replace("_", " "), fields[name])
@@ -9450,9 +9452,15 @@ def job_facts(job, page):
     return facts
 
 
-def time_text(moment, page):
+def time_fact(moment, page):
     """Return a time relative to now, and as a date."""
-    return "%s · %s" % (ago(moment, page), re.sub("[TZ]", " ", iso(moment)) + "UTC")
+    return [ago(moment, page) + " · ", time_element(moment)]
+
+
+def time_element(moment):
+    """Return a time that the script shows in the zone of the browser."""
+    words = re.sub("[TZ]", " ", iso(moment)) + "UTC"
+    return element("time", words, datetime=iso(moment))
 
 
 def fact(name, value):
@@ -9479,13 +9487,11 @@ def run_links(job, shown, page):
 def run_link(run, shown, page):
     """Return a link to the output of a run, with when it began and how it ended."""
     going = "lost" if page.view.job in page.status["lost"] else "running"
-    began = iso(run["started_at"])[:19].replace(iso(page.now)[:11], "")  # today
-    words = [run["run"], began.replace("T", " "), going]
     if run["finished_at"] is not None:
-        words[2:] = run["error"] or "exit 0", duration_text(run["seconds"])
-    return link("run " + " · ".join(map(str, words)),
-                page.view.address(run=str(run["run"])), "button",
-                aria_current=run["run"] == shown)
+        going = (run["error"] or "exit 0") + " · " + duration_text(run["seconds"])
+    return element("a", "run %d · " % run["run"], time_element(run["started_at"]),
+                   " · " + going, href=page.view.address(run=str(run["run"])),
+                   css="button", aria_current=run["run"] == shown)
 
 
 # -- the page: the output of a run, piece by piece -------------------------------------
@@ -9498,6 +9504,9 @@ def panel_output(job, run, page):
         return
     name = query_of(id=job["id"], run=run)
     size, head = page.queue.output_head(job, run)
+    if not head and not is_live(job, run):
+        yield element("h2", "It printed nothing")
+        return
     size -= len(head) - len(split_dropped(head)[1])  # without the note on what is not
     words = [element("span", "%s bytes kept" % grouped(size), css="dim")]
     if is_live(job, run):
@@ -9553,8 +9562,13 @@ def output_from(begin, dropped, output):
     # Later, if the beginning was dropped, or if all of it would be too long.
     start = max(begin, dropped, dropped + len(output) - PIECE)
     output = output[start - dropped :]
-    cut = output.find(b"\n") + 1 if start > begin else 0  # in the middle of a line
-    return start + cut, output[cut:]
+    if start == begin:
+        return start, output
+    # In the middle of a line or, if there is no other, of a character.
+    rest = output[output.find(b"\n") + 1 :]
+    if rest in (b"", output):
+        rest = output.lstrip(bytes(range(0x80, 0xC0)))
+    return start + len(output) - len(rest), rest
 
 
 def coloured(output, colour):
@@ -9638,7 +9652,6 @@ ROUTES = {
     "GET /api/status": lambda queue, query: status_document(
         read_status(queue), queue.clock()),
     "GET /api/stats": stats_by_minute,
-    "GET /api/dead": dead_route,
     "GET /api/jobs": lambda queue, query: [
         public_job(job) for job in newest_jobs(queue, query)],
     "GET /api/jobs/ID": lambda queue, query: job_document(
@@ -9946,7 +9959,7 @@ ul { list-style: none; padding: 0; }
 .end { margin-left: auto; }
 .mono, pre { font: .92em/1.5 ui-monospace, monospace; }
 .row { display: flex; flex-wrap: wrap; gap: .3rem .7rem; align-items: center; }
-.line, td, th { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.line, td, th, #trouble code { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 /* Two lines at most. */
 .lines {
   display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
@@ -9964,7 +9977,7 @@ button { cursor: pointer; }
 button:hover, .button:hover { border-color: var(--text); }
 [aria-disabled], [aria-busy] { opacity: .5; cursor: not-allowed; }
 .filter { border-radius: 1rem; background: var(--bg); }
-.primary { background: var(--blue); border-color: var(--blue); color: var(--card); }
+.primary, .stopped #stop { background: var(--blue); border-color: var(--blue); color: var(--card); }
 .danger { color: var(--red); }
 .button { max-width: 100%; overflow-wrap: anywhere; }
 .icon {
@@ -9977,9 +9990,9 @@ button:hover, .button:hover { border-color: var(--text); }
 }
 #trouble:has(:first-child:empty) { display: none; }
 /* Striped and grey: what was, is old. */
-.left, #trouble:not(:has(:first-child:empty)) ~ #page main {
+.left, #trouble:not(:has(:first-child:empty)) ~ #page :is(main, #job) {
   filter: grayscale(1);
-  background: repeating-linear-gradient(135deg, var(--line) 0 1px, transparent 0 .5rem);
+  background-image: repeating-linear-gradient(135deg, var(--line) 0 1px, transparent 0 .5rem);
 }
 /* Without anything good to show it is all of the page. */
 body:not(:has(#now)) { display: flex; flex-direction: column; }
@@ -10015,9 +10028,9 @@ dialog .row { justify-content: flex-end; margin-top: 1.1rem; }
 @keyframes busy { from { scale: 0 1; } to { scale: 1 1; } }
 
 header { float: left; min-height: 2rem; margin-right: .7rem; }
-#queue { flex-wrap: nowrap; min-height: 2rem; }
+#queue { min-height: 2rem; justify-content: end; }
 main { clear: both; container-type: inline-size; }
-#queue .line { flex: 1; line-height: 2; }
+#queue .line { flex: 1 0 5rem; width: 0; line-height: 2; }
 #now {
   border-left: 4px solid var(--c); padding: .9rem 1.1rem .8rem;
   background: color-mix(in srgb, var(--c) 5%, var(--card));
@@ -10034,6 +10047,7 @@ main { clear: both; container-type: inline-size; }
   background: var(--card); color: var(--text); overflow-wrap: anywhere;
 }
 #trouble button { color: var(--text); }
+#trouble code { flex: 1 1 12rem; width: 0; }
 #now ul .row > * { min-width: 4.6rem; text-align: center; }
 #now :is(button, .button) { padding: .1rem .55rem; }
 #now ul:not(:empty) { margin-top: .5rem; }
@@ -10210,10 +10224,20 @@ PAGE_SCRIPT = r"""
 "use strict";
 const find = id => document.getElementById(id);
 const busy = more => document.body.classList.toggle("busy", (pending += more) > 0);
-const parse = text => new DOMParser().parseFromString(text, "text/html");
+const parse = text => inZone(new DOMParser().parseFromString(text, "text/html"));
 const SILENT = "The dashboard does not answer.";
-let turn = 0, timer, isStopped, pending = 0, lastGood = performance.now(), toastTimer;
-let chartAt = -1e9, chartEnded, kind;
+let fetching, timer, isStopped, pending = 0, lastGood = performance.now(), toastTimer;
+let chartAt = -1e9, chartEnded, kind, kindAt, kindTold;
+
+/* Show times in the zone of the browser; in Swedish the date looks like that of ISO 8601. */
+function inZone(page) {
+  const local = time => time.toLocaleString("sv"), today = local(new Date()).slice(0, 11);
+  for (const time of page.querySelectorAll("time")) {
+    time.title = time.textContent;
+    time.textContent = local(new Date(time.dateTime)).replace(today, "");
+  }
+  return page;
+}
 
 /* A line that was cut gives no error by itself. An action may take as long as it needs. */
 async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
@@ -10282,14 +10306,16 @@ function hold(page) {
   }
 }
 
-/* The page is fetched again and again; of answers that cross only the latest counts. */
+/* The page is fetched again and again. Only the latest answer counts: no other is waited for. */
 async function refresh(isFree) {
   clearTimeout(timer);
   if (find("job") && !new URLSearchParams(location.search).get("job")) closePanel();
-  const mine = ++turn, opened = find("job") && find("job").dataset.key;
+  if (fetching) fetching.abort();
+  const mine = fetching = new AbortController(), opened = find("job") && find("job").dataset.key;
+  setTimeout(() => mine.abort(), 20000);
   try {
-    const came = parse(await get("/main" + location.search));
-    if (mine !== turn) return;
+    const came = parse(await get("/main" + location.search, {signal: mine.signal}));
+    if (mine !== fetching) return;
     const focused = document.activeElement;
     cover(came.body);
     if (!isFree) hold(came.body);
@@ -10308,17 +10334,20 @@ async function refresh(isFree) {
     chart().catch(() => { chartAt = -1e9; });  // which may take a while: nobody waits for it
     await follow(find("output"));
   } catch (error) {
-    if (mine === turn) trouble(error.message, error.isGone);
+    if (mine === fetching) trouble(error.message, error.isGone);
   }
-  if (mine !== turn) return;
+  if (mine !== fetching) return;
   if (!isStopped) timer = setTimeout(refresh, document.hidden ? 15000 : 2000);
 }
 
-/* To those who do not see its colour. */
+/* To those who do not see its colour, once it has lasted. */
 function announce() {
-  const now = find("now") && find("now").dataset.kind;
-  if (kind && now && kind !== now) find("told").textContent = find("verdict").textContent;
-  kind = now;
+  const now = find("now").dataset.kind;
+  if (kind !== now) [kind, kindAt] = [now, performance.now()];
+  kindTold ??= kind;
+  if (kind === kindTold || performance.now() - kindAt < 10000) return;
+  find("told").textContent = find("verdict").textContent;
+  kindTold = kind;
 }
 
 const rowOf = id => id && document.querySelector(`tr[data-key="${CSS.escape(id)}"] a`);
@@ -10343,8 +10372,7 @@ const narrow = matchMedia("(max-width: 79.99rem)");
 function cover(page) {
   const panel = page.querySelector("#job"), isCovered = narrow.matches && Boolean(panel);
   if (panel) [panel.role, panel.ariaModal] = isCovered ? ["dialog", "true"] : [null, null];
-  for (const part of [find("stop"), ...page.querySelectorAll("#queue, main > *")])
-    part.inert = isCovered;
+  for (const part of page.querySelectorAll("#queue, main > *")) part.inert = isCovered;
 }
 
 const sentence = words => words.slice(0, 1).toUpperCase() + words.slice(1);
@@ -10391,11 +10419,16 @@ async function follow(box) {
   if (atEnd) toEnd();
 }
 
-function go(address, change = "pushState") {
-  history[change](null, "", address);
+function show() {
   busy(1);
-  refresh().then(() => {
-    busy(-1);
+  return refresh().then(() => busy(-1));
+}
+
+/* An entry of the history knows the address before it, so that Close can go back there. */
+function go(address, isStep) {
+  const before = isStep ? history.state : location.href.split("#")[0];
+  history[isStep ? "replaceState" : "pushState"](before, "", address);
+  show().then(() => {
     const why = find("trouble").firstElementChild.textContent;
     if (why) return say("not shown yet: " + why);
     const target = find(location.hash.slice(1));
@@ -10443,7 +10476,7 @@ async function act({post, question, ask, do: words, done, css}) {
   const changed = JSON.parse(
     await get(post, {method: "POST", headers: {"X-Token": "{{TOKEN}}"}}));
   const jobs = changed === 1 ? " job" : " jobs";
-  if (onward) history.replaceState(null, "", onward.href);
+  if (onward) history.replaceState(history.state, "", onward.href);
   say(question ? done + " " + changed.toLocaleString("en") + jobs : done);
   await refresh(true);
 }
@@ -10460,9 +10493,8 @@ function press(button) {
   if (button.id === "new") return refresh(true).then(() => document.querySelector("td a").focus());
   if (button.id === "end") return find("output").focus(toEnd());
   if (button.id === "stop") {
-    isStopped = !isStopped;
+    isStopped = document.body.classList.toggle("stopped");
     button.textContent = isStopped ? "Go on refreshing" : "Stop refreshing";
-    button.className = isStopped ? "primary" : "";
     return isStopped ? clearTimeout(timer) : refresh();
   }
   if (button.matches("[aria-disabled], [aria-busy]")) return;
@@ -10486,7 +10518,8 @@ document.onclick = event => {
     if (event.detail < 2) press(button);  // the second click of two may meet another button
   } else if (link && isPlain(event) && !link.download) {
     event.preventDefault();
-    go(link.href, link.closest(".top") ? "replaceState" : "pushState");
+    if (link.id === "close" && link.href === history.state) return history.back();
+    go(link.href, link.closest(".top nav"));
   } else if (row && !link && !String(getSelection())) go(row.querySelector("a").href);
   else if (narrow.matches && find("close") && !target.closest("#job, #sure, a"))
     find("close").click();
@@ -10498,9 +10531,9 @@ document.oninput = event => {
   address.searchParams.set("q", event.target.value);
   for (const name of ["before", "first", event.target.value ? "" : "q"])
     address.searchParams.delete(name);
-  history.replaceState(null, "", address.pathname + address.search);
+  history.replaceState(history.state, "", address);
   clearTimeout(timer);
-  timer = setTimeout(refresh, 200);
+  timer = setTimeout(show, 200);
 };
 
 document.onkeydown = event => {
@@ -10509,7 +10542,7 @@ document.onkeydown = event => {
   if (link && isPlain(event)) link.click();
 };
 
-window.onpopstate = refresh;
+window.onpopstate = show;
 document.onvisibilitychange = () => isStopped || refresh(true);
 narrow.onchange = () => cover(find("page"));
 narrow.onchange();
@@ -10541,9 +10574,7 @@ or the connection is down. To start it: {{START}}</div>\
 {{ANEW}}</div>\
 </section>
 <header class="row"><h1><svg class="logo" viewBox="0 0 16 16" aria-hidden="true">\
-<path d="M2 4h12M2 8h8M2 12h11"/></svg>queuectl</h1>\
-<button type="button" id="stop" >Stop refreshing</button>\
-</header>
+<path d="M2 4h12M2 8h8M2 12h11"/></svg>queuectl</h1></header>
 <div id="page">{{CONTENT}}</div>
 <p id="said" role="status"></p>
 <p id="told" role="status" class="skip"></p>

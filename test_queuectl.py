@@ -8600,7 +8600,7 @@ class TestServer:
         assert not read_status()["paused"]
 
     @pytest.mark.parametrize("path", [
-        "/", "/main", "/chart", "/output?id=x", "/output.log?id=x", "/api/dead",
+        "/", "/main", "/chart", "/output?id=x", "/output.log?id=x", "/api/stats",
         "/question", "/api/jobs"])
     def test_a_rebound_name_reads_nothing(self, empty_dashboard, path):
         answer = empty_dashboard.ask(path, Host="evil.example")
@@ -8705,29 +8705,10 @@ class TestApi:
         assert dashboard.post("/api/delete?state=dead&error=exit+127").text == "1"
         assert sorted(jobs("--state", "dead")) == ["j3"]
 
-    def test_it_groups_the_dead_by_their_errors(self, dashboard, queue):
-        let_die(queue, "a", "exit 1", b"one\n\x1b[1mlast\x1b[0m\n\n")
-        let_die(queue, "b", "exit 127")
-        queue.clock.now += 60
-        let_die(queue, "c", "exit 127", b"1%\r100%\r\n")
-        assert dashboard.json("/api/dead") == [
-            {"error": "exit 127", "jobs": 2, "latest": "2001-09-09T01:47:40Z",
-             "id": "c", "line": "100%"},
-            {"error": "exit 1", "jobs": 1, "latest": "2001-09-09T01:46:40Z",
-             "id": "a", "line": "last"}]
-
     def test_it_can_pause_and_resume(self, dashboard):
         for path, paused in (("pause", True), ("pause", True), ("resume", False)):
             assert dashboard.post("/api/" + path).status == 200
             assert dashboard.json("/api/status")["paused"] is paused
-
-    def test_the_last_bytes_of_an_output_can_be_asked_for(self, dashboard, queue):
-        add_job(queue, id="x")
-        queue.complete(claim(queue), make_outcome(None, output=b"0123456789"))
-        for tail, text in (("3", "789"), ("99", "0123456789"), ("0", "")):
-            assert dashboard.json("/api/jobs/x/output?tail=" + tail) == {
-                "id": "x", "run": 1, "output": text}
-        assert dashboard.ask("/api/jobs/x/output?tail=-1").status == 400
 
     def test_it_can_cancel_retry_and_delete(self, dashboard):
         enqueue(id="x", delay=3600)
@@ -8896,6 +8877,18 @@ class TestPage:
         assert dashboard.post(
             "/api/delete?blocked_by=cancelled").text == "4"  # b, c, d and x
 
+    def test_what_is_announced_is_the_colour_and_any_harm(
+            self, queue, page, monkeypatch):
+        kind = lambda: named_part(page(), "now").get("data-kind")
+        monkeypatch.setattr(queuectl, "obstacle", lambda status: None)
+        add_job(queue, id="a")
+        queue.clock.now += 60
+        assert (kind(), claim(queue).id) == ("processing", "a")
+        assert "Keeping up" in words_of(page()) and kind() == "processing"
+        add_job(queue, id="b", max_retries=1)
+        queue.fail(claim(queue), make_outcome())
+        assert words_of(named_part(page(), "verdict")) == "1 dead" and kind() == "harm"
+
     def test_commands_to_paste_name_the_queue(self, queue, page, monkeypatch):
         def command():
             """Return what the first Copy of the page copies: the text before it."""
@@ -8990,10 +8983,6 @@ class TestPage:
         assert shown["held by holds"] == "/?job=holds"
         behind = page(shown["Show"])
         assert [row[1] for row in table_of(behind)] == ["last", "next"]
-        for name in ("holds too", "behind too"):
-            add_job(queue, id=name, lock="other")
-        _, lock = alerts_of(page())
-        assert " · for 9 min · and behind 1 other lock" in words_of(lock)
         assert "✕ behind the lock db" in links_of(behind)
 
     def test_it_can_pause_and_resume(self, queue, page, dashboard):
@@ -9082,7 +9071,8 @@ class TestPage:
                 "exit 1 “no host db1” · true"]
 
     def test_its_chart_shows_minutes(self, queue, clock, page):
-        assert words_of(page("/chart")) == "No run has ended in the last hour"
+        nothing = "No run has completed or failed in the last hour"
+        assert words_of(page("/chart")) == nothing
         add_job(queue)
         queue.complete(claim(queue), make_outcome(None, finished_at=clock.now + 0.5))
         # By this the script knows that it is old.
@@ -9096,6 +9086,11 @@ class TestPage:
         assert "10 min ago" in words_of(chart)
         assert chart.find("svg").get("aria-label") == (
             "1 completed, 0 failed in the last hour")
+
+    def test_its_chart_leaves_out_what_was_interrupted(self, queue, page):
+        add_job(queue)
+        queue.release(claim(queue), make_outcome("stopped"))
+        assert "No run has completed or failed" in words_of(page("/chart"))
 
     @posix_only  # elsewhere a command has one line
     def test_its_table_has_a_row_a_job_newest_first(self, queue, clock, page):
@@ -9207,14 +9202,16 @@ class TestPage:
             assert shown.split(",")[0] == str(total), query
 
     @pytest.mark.parametrize("address, offered", [
-        ("/", ["Retry dead…"]), ("/?q=x", ["Delete…"]),
-        ("/?q=true", ["Retry dead…", "Delete…"]),  # it finds a dead one
+        ("/", ["Retry dead…"]), ("/?q=x", ["Retry dead…", "Delete…"]),
         ("/?state=dead&q=x", ["Retry dead…", "Delete…"]), ("/?state=pending", ["Delete…"]),
         ("/?state=processing", []), ("/?q=nothing", [])])
     def test_it_offers_for_many_what_can_be_done(self, queue, page, address, offered):
         let_die(queue, "y", "7")
         add_job(queue, id="x1"), add_job(queue, id="x2")
         queue.cancel(["x2"])
+        assert list(buttons_of(named_part(page(address), "jobs"))) == offered
+        queue.retry(["y"])  # the only one that is dead and not cancelled
+        offered = [name for name in offered if name != "Retry dead…"]
         assert list(buttons_of(named_part(page(address), "jobs"))) == offered
 
     def test_a_question_tells_what_stays_and_why(self, queue, page, dashboard):
@@ -9375,6 +9372,8 @@ class TestPanel:
         panel = page("/?job=job").find("section[@id='job']")
         assert list(buttons_of(panel)) == [*offered, "Copy"]
         assert words_of(named_part(panel, "why")).startswith(why)
+        # Its command stands below the verdict, where it can be copied.
+        assert "to start one" not in words_of(panel)
         assert [link.get("id") for link in panel.iter("a")][0] == "close"
 
     def test_a_running_job_can_only_be_cancelled(self, queue, page, monkeypatch):
@@ -9388,6 +9387,11 @@ class TestPanel:
         cancel, _, to_end = buttons_of(panel).items()
         assert to_end[0] == "Paused: jump to the end"  # shown by the script
         assert cancel[1]["data-ask"] == "Cancel job? All its processes are ended."
+        assert cancel[1]["data-done"] == "Cancelling job"
+        queue.cancel(["job"])
+        panel = page("/?job=job").find("section[@id='job']")
+        assert "Cancel…" not in buttons_of(panel)
+        assert "It is being cancelled" in words_of(panel)
 
     def test_a_job_that_others_wait_for_is_not_deleted(self, queue, page):
         add_job(queue, id="a")
@@ -9489,12 +9493,15 @@ class TestPanel:
         panel = page("/?job=x", is_whole=True).find("section[@id='job']")
         assert words_of(named_part(panel, "output")) == "two"
         links = links_of(named_part(panel, "runs"))
-        assert list(links) == ["run 2 · 01:46:50 · exit 1 · <1ms",
-                               "run 1 · 01:46:40 · exit 1 · <1ms"]
+        assert list(links) == ["run 2 · 2001-09-09 01:46:50 UTC · exit 1 · <1ms",
+                               "run 1 · 2001-09-09 01:46:40 UTC · exit 1 · <1ms"]
+        # By these the script shows them in the zone of the browser.
+        assert [time.get("datetime") for time in panel.find("dl").iter("time")] == [
+            "2001-09-09T01:46:40Z", "2001-09-09T01:46:50Z"]
+        assert named_part(panel, "runs").find("a/time").get("datetime") == (
+            "2001-09-09T01:46:50Z")
         earlier = page([*links.values()][1], is_whole=True)
         assert words_of(named_part(earlier, "output")) == "one"
-        queue.clock.now += 86400
-        assert "run 2 · 2001-09-09 01:46:50 · " in words_of(page("/?job=x"))
 
     @pytest.mark.parametrize("printed, shown", [
         (b"a\r\nb\r\n", "a\nb\n"), (b" 1%\r 50%\r100%\nok", "100%\nok"),
@@ -9555,6 +9562,26 @@ class TestPanel:
         assert saved.get("download") == "x-1.log"
         assert saved.get("href") == "/output.log?id=x&run=1"
         assert queuectl.download_route(queue, {"id": "x", "run": "1"}) == output.decode()
+
+    @pytest.mark.parametrize("output, first", [
+        ("é" * 300000, "é"), ("é" * 300000 + "\n", "é"), ("x" * 300000 + "\nlast\n", "last"),
+        ("€" * 100000 + "\r\n", "€")])
+    def test_a_line_that_is_too_long_is_shown_in_part(self, queue, page, output, first):
+        add_job(queue, id="x")
+        queue.complete(claim(queue), make_outcome(None, output=output.encode()))
+        note, shown = "".join(page("/output?id=x")[0].itertext()).split("\n", 1)
+        before = int(re.sub(r"\D", "", note))
+        assert shown.startswith(first)
+        assert shown == output.encode()[before:].decode().replace("\r", "")
+
+    def test_a_run_without_output_has_no_box(self, queue, page):
+        add_job(queue, id="x")
+        run = claim(queue)
+        assert named_part(page("/?job=x"), "output") is not None  # it may print yet
+        queue.complete(run, make_outcome(None))
+        panel = page("/?job=x").find("section[@id='job']")
+        assert words_of(panel).endswith("It printed nothing")
+        assert named_part(panel, "output") is None
 
     def test_what_was_dropped_is_told_from_what_is_not_shown(self, queue, page):
         add_job(queue, id="x")
