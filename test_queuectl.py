@@ -9564,7 +9564,7 @@ class TestPanel:
         assert queuectl.download_route(queue, {"id": "x", "run": "1"}) == output.decode()
 
     @pytest.mark.parametrize("output, first", [
-        ("é" * 300000, "é"), ("é" * 300000 + "\n", "é"), ("x" * 300000 + "\nlast\n", "last"),
+        ("é" * 300000 + "x", "é"), ("é" * 300000 + "\n", "é"), ("x" * 300000 + "\nlast\n", "last"),
         ("€" * 100000 + "\r\n", "€")])
     def test_a_line_that_is_too_long_is_shown_in_part(self, queue, page, output, first):
         add_job(queue, id="x")
