@@ -10426,12 +10426,13 @@ function show() {
 
 /* An entry of the history knows the address before it, so that Close can go back there. */
 function go(address, isStep) {
-  const before = isStep ? history.state : location.href.split("#")[0];
-  history[isStep ? "replaceState" : "pushState"](before, "", address);
+  const [plain, part = ""] = address.split("#");  // to go back to a part would take the focus
+  const before = isStep ? history.state : location.href;
+  history[isStep ? "replaceState" : "pushState"](before, "", plain);
   show().then(() => {
     const why = find("trouble").firstElementChild.textContent;
     if (why) return say("not shown yet: " + why);
-    const target = find(location.hash.slice(1));
+    const target = find(part);
     const top = target ? target.getBoundingClientRect().top : 0;
     if (top < 0 || top > innerHeight / 2) target.scrollIntoView();
     if (target) target.querySelector("h2").focus({preventScroll: true});
