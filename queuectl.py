@@ -5159,10 +5159,6 @@ class LenientOutput:
     def write(self, text):
         self.attempt(self.stream.write, text)
 
-    def writelines(self, lines):
-        for line in lines:
-            self.write(line)
-
     def flush(self):
         self.attempt(self.stream.flush)
 
@@ -5209,8 +5205,8 @@ def print_jobs(args, jobs, lines_of, empty):
     first = list(itertools.islice(jobs, 1))
     jobs = itertools.chain(first, jobs)
     if not args.json:
-        lines = map(painter(sys.stdout), lines_of(jobs)) if first else [empty]
-        sys.stdout.writelines(line + "\n" for line in lines)
+        for line in map(painter(sys.stdout), lines_of(jobs)) if first else [empty]:
+            sys.stdout.write(line + "\n")
         return not first
     print(end="[")
     comma = ""
