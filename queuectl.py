@@ -344,6 +344,8 @@ def is_storable(text):
     return not UNSTORABLE.search(text)
 
 
+# -- checks of values ------------------------------------------------------------------
+
 # A check takes a value from outside and returns the value to store. It refuses a value
 # by a ValueError whose text is the rule; `checked` makes a sentence of that.
 
@@ -510,6 +512,8 @@ def optional(check, word):
     return check_or_none
 
 
+# -- settings, and the fields of a job -------------------------------------------------
+
 # A setting. `unit` is that of its value: "seconds", "bytes" or None. `none` is the word
 # that means no value, None where there is always one.
 Setting = collections.namedtuple(
@@ -625,6 +629,9 @@ def public_job(job):
     for name in ("after", "waits_for"):
         document[name] = document[name].split("\n") if document[name] else []
     return document
+
+
+# -- documents of users, and what is wrong with them -----------------------------------
 
 
 def nearest(word, words):
@@ -954,7 +961,7 @@ def is_open_to_others(path):
                for mode in modes)
 
 
-# The files beside a database.
+# -- the files beside a database -------------------------------------------------------
 
 
 @functools.lru_cache()
@@ -1102,8 +1109,10 @@ def drop_lock_file(path, fd, own_file):
     wait_until(try_remove, 10 * FILE_INTERVAL)
 
 
-# Waking and requests. Waking is a hint: nothing depends on it, since a PID may be out
-# of date. Workers check the database every second anyway, supervisors every two.
+# -- waking and requests ---------------------------------------------------------------
+
+# Waking is a hint: nothing depends on it, since a PID may be out of date. Workers check
+# the database every second anyway, supervisors every two.
 
 
 def wake(pids):
@@ -1223,6 +1232,9 @@ class Waiter:
                 handles, False, round(seconds * 1000))
         except InterruptedError:  # by Ctrl-C
             return True
+
+
+# -- what else differs between systems -------------------------------------------------
 
 
 def require_descriptors(count):
@@ -2493,14 +2505,13 @@ class Queue(Database):
         while self.change(promote, now=now) == 100 and time.monotonic() < until:
             pass
 
-    # If the clock is set back, a job that named no time waits no longer than before.
-
     def promote_after_clock_step(self, earlier):
         """Make jobs due again that failed or were due before the clock was set back.
 
-        Jobs that were due would stand behind every new job. To look for them may take
-        a while, so it is done only at the first look and after a step. Return the
-        offset to the monotonic clock; EARLIER is that of the look before, or None.
+        A job that named no time waits no longer for that. Those that were due would
+        stand behind every new job. To look for them may take a while, so it is done
+        only at the first look and after a step. Return the offset to the monotonic
+        clock; EARLIER is that of the look before, or None.
         """
         self._promote_failed_in_future()
         now = self.clock()
@@ -3538,7 +3549,7 @@ def run_sample(queue, since):
         ORDER BY seq DESC LIMIT 50000""", since)
 
 
-# What `stats` shows, made of the queue's rows.
+# -- what `stats` shows ----------------------------------------------------------------
 
 BARS = 60  # of the picture of throughput
 BINS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)  # seconds, of run times
@@ -3630,7 +3641,9 @@ else:
     ALL_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 
-# The output of a run. Where its beginning was dropped it starts with DROPPED_NOTE.
+# -- the output of a run ---------------------------------------------------------------
+
+# Where its beginning was dropped it starts with DROPPED_NOTE.
 
 
 def split_dropped(output):
@@ -3744,6 +3757,8 @@ class Lease:
         if WINDOWS:  # an open file can't be removed there
             remove_leftover(self.path)
 
+
+# -- a command, from its start to its end ----------------------------------------------
 
 # Why a run ended: kind and error, as in `Outcome`.
 End = collections.namedtuple("End", "kind error")
@@ -4080,7 +4095,7 @@ def launcher_line(launcher, line, cwd):
     return subprocess.list2cmdline([*words, sys.executable, *TO_SHELL, line])
 
 
-# What belongs to a run, on POSIX.
+# -- what belongs to a run, on POSIX ---------------------------------------------------
 
 
 def signal_processes(pids, number):
@@ -4313,7 +4328,7 @@ def setting_with_unit(name, value):
     return text
 
 
-# Why no job is started.
+# -- why no job is started -------------------------------------------------------------
 
 LOST_HINT = "its worker died; the next pool %s"
 ORPHAN_HINT = "its worker died, but its processes still run; the next pool ends them" \
@@ -4405,8 +4420,10 @@ def state_word(job):
     return "cancelled" if job["state"] == "dead" and job["cancelled"] else job["state"]
 
 
-# Why a job is not running: what people call it, and the texts for that. Most of these
-# functions take a job and a `Look`.
+# -- why a job is not running ----------------------------------------------------------
+
+# What people call it, and the texts for that. Most of these functions take a job and a
+# `Look`.
 
 # A look at a queue: the values of `read_status`, the time, and the function that makes
 # the text of a duration, and `standstill_text`. The page's `Page` is one as well.
@@ -4576,7 +4593,7 @@ JOB_KINDS = {
 }
 
 
-# How far a queue is.
+# -- how far a queue is ----------------------------------------------------------------
 
 
 def verdict(status, now):
@@ -4703,7 +4720,7 @@ def progress_text(counts, done, seconds, width):
     return line
 
 
-# The output of a run as a terminal would show it.
+# -- the output of a run as a terminal would show it -----------------------------------
 
 # Sequences of a terminal: colours and what moves its cursor, as ESC [1;31m; titles, as
 # ESC ]0;make BEL; others, as ESC M. Kept as texts: to compile them at each start would
@@ -4779,7 +4796,7 @@ def overwritten(line):
     return line.rstrip(b"\r").rfind(b"\r") + 1
 
 
-# Lines for people.
+# -- lines for people ------------------------------------------------------------------
 
 DIM = 2  # a code of ANSI, like the colours of states
 
@@ -5143,10 +5160,6 @@ class LenientOutput:
     def write(self, text):
         self.attempt(self.stream.write, text)
 
-    def writelines(self, lines):
-        for line in lines:
-            self.write(line)
-
     def flush(self):
         self.attempt(self.stream.flush)
 
@@ -5193,8 +5206,8 @@ def print_jobs(args, jobs, lines_of, empty):
     first = list(itertools.islice(jobs, 1))
     jobs = itertools.chain(first, jobs)
     if not args.json:
-        lines = map(painter(sys.stdout), lines_of(jobs)) if first else [empty]
-        sys.stdout.writelines(line + "\n" for line in lines)
+        for line in map(painter(sys.stdout), lines_of(jobs)) if first else [empty]:
+            sys.stdout.write(line + "\n")
         return not first
     print(end="[")
     comma = ""
@@ -6251,6 +6264,8 @@ def command_named(words):
     return aliases.get(name, name), [*options, *words]
 
 
+# -- arguments, and what converts their texts ------------------------------------------
+
 # An argument: its names; the word for its value, which help shows and completion knows,
 # None for a flag; and what argparse wants to know.
 Argument = collections.namedtuple("Argument", "names metavar options")
@@ -6276,9 +6291,6 @@ def field_option(name, note):
     repeated = {"action": "append"} if field.repeats else {}
     return option("--" + name.replace("_", "-"), field.metavar, field.help + note,
                   field.parse, **repeated)
-
-
-# Converters of arguments: they take the text from the command line.
 
 
 def state_name(text):
@@ -7475,7 +7487,7 @@ def cmd_stats(args, queue):
     print_result(args, stats, *lines)
 
 
-# -- change jobs -----------------------------------------------------------------------
+# -- change jobs, by their ids or many at once -----------------------------------------
 
 
 @command("edit", "change a job that waits or is dead", "edit job1 --run-at now",
@@ -7524,9 +7536,6 @@ def cmd_backup(args, queue):
         jobs = sum(copy.counts().values())
     print_result(args, {"path": path, "jobs": jobs}, "copied %s to %s" % (
         plural(jobs, "job"), printable(path)))
-
-
-# A command that changes jobs names them by ids, or selects many by options.
 
 
 def require_one_selection(args, *ways):
