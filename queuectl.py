@@ -8614,6 +8614,13 @@ def selected_by(verb, query):
     return jobs_to_delete(**filters_of(query, TAKES["delete"]))
 
 
+def dead_route(queue, query):
+    """Return the dead jobs by their errors, the most common first."""
+    names = "error", "jobs", "latest", "id", "line"
+    return [with_iso_times({name: group[name] for name in names}, "latest")
+            for group in errors_of(queue)]
+
+
 def run_of(queue, query):
     """Return the job that a query names, and the number of its run."""
     require_job(queue, query.get("id", ""))
@@ -8625,9 +8632,13 @@ def run_of(queue, query):
 
 
 def output_route(queue, query):
-    """Return the document of `logs` on a run."""
+    """Return the output of a run as text: all of it, or the last `tail` bytes."""
     job, run = run_of(queue, query)
-    return output_document(job, run, output_of(queue, job, run))
+    output = output_of(queue, job, run)
+    if "tail" in query:
+        _, output = split_dropped(output)
+        output = output[max(0, len(output) - count_from(0, "tail")(query["tail"])) :]
+    return output_document(job, run, output)
 
 
 def download_route(queue, query):
@@ -9661,6 +9672,7 @@ ROUTES = {
     "GET /api/status": lambda queue, query: status_document(
         read_status(queue), queue.clock()),
     "GET /api/stats": stats_by_minute,
+    "GET /api/dead": dead_route,
     "GET /api/jobs": lambda queue, query: [
         public_job(job) for job in newest_jobs(queue, query)],
     "GET /api/jobs/ID": lambda queue, query: job_document(

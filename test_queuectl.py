@@ -8600,7 +8600,7 @@ class TestServer:
         assert not read_status()["paused"]
 
     @pytest.mark.parametrize("path", [
-        "/", "/main", "/chart", "/output?id=x", "/output.log?id=x", "/api/stats",
+        "/", "/main", "/chart", "/output?id=x", "/output.log?id=x", "/api/dead", "/api/stats",
         "/question", "/api/jobs"])
     def test_a_rebound_name_reads_nothing(self, empty_dashboard, path):
         answer = empty_dashboard.ask(path, Host="evil.example")
@@ -8705,10 +8705,29 @@ class TestApi:
         assert dashboard.post("/api/delete?state=dead&error=exit+127").text == "1"
         assert sorted(jobs("--state", "dead")) == ["j3"]
 
+    def test_it_groups_the_dead_by_their_errors(self, dashboard, queue):
+        let_die(queue, "a", "exit 1", b"one\n\x1b[1mlast\x1b[0m\n\n")
+        let_die(queue, "b", "exit 127")
+        queue.clock.now += 60
+        let_die(queue, "c", "exit 127", b"1%\r100%\r\n")
+        assert dashboard.json("/api/dead") == [
+            {"error": "exit 127", "jobs": 2, "latest": "2001-09-09T01:47:40Z",
+             "id": "c", "line": "100%"},
+            {"error": "exit 1", "jobs": 1, "latest": "2001-09-09T01:46:40Z",
+             "id": "a", "line": "last"}]
+
     def test_it_can_pause_and_resume(self, dashboard):
         for path, paused in (("pause", True), ("pause", True), ("resume", False)):
             assert dashboard.post("/api/" + path).status == 200
             assert dashboard.json("/api/status")["paused"] is paused
+
+    def test_the_last_bytes_of_an_output_can_be_asked_for(self, dashboard, queue):
+        add_job(queue, id="x")
+        queue.complete(claim(queue), make_outcome(None, output=b"0123456789"))
+        for tail, text in (("3", "789"), ("99", "0123456789"), ("0", "")):
+            assert dashboard.json("/api/jobs/x/output?tail=" + tail) == {
+                "id": "x", "run": 1, "output": text}
+        assert dashboard.ask("/api/jobs/x/output?tail=-1").status == 400
 
     def test_it_can_cancel_retry_and_delete(self, dashboard):
         enqueue(id="x", delay=3600)
