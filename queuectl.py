@@ -7865,18 +7865,15 @@ def print_started(args, pid, how_to_stop):
     sys.stdout.flush()
 
 
-def start_own(words, cwd=None, program=(os.path.abspath(__file__),), **variables):
-    """Start a command of this file that outlives this process, its terminal and run.
-
-    PROGRAM is what Python is told to run.
-    """
+def start_own(*words, cwd=None, **variables):
+    """Start Python on this file; it outlives this process, its terminal and run."""
     import subprocess
 
     # It belongs to no run, even if a job has started it.
     env = {name: value for name, value in os.environ.items() if name != "QUEUECTL_RUN"}
     env.update(variables)
     start = functools.partial(
-        subprocess.Popen, [sys.executable, *program, *words], cwd=cwd, env=env,
+        subprocess.Popen, [sys.executable, *words], cwd=cwd, env=env,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True)
     return start_outside_job(start) if WINDOWS else start()
@@ -7887,7 +7884,7 @@ def start_detached(args):
     words = ["worker", "start", "--json", "--db", args.db, "--count", str(args.count)]
     if args.drain:
         words.append("--drain")
-    pool = start_own(words, QUEUECTL_DETACHED=PROGRAM)
+    pool = start_own(os.path.abspath(__file__), *words, QUEUECTL_DETACHED=PROGRAM)
     for line in pool.stdout:
         if line.startswith(b"{"):
             print_started(args, json.loads(line)["pool"],
@@ -8228,8 +8225,9 @@ class Trial:
         """Start a command; return its process."""
         words = ["--json", "--db", self.path, *words]
         cache = "pycache_prefix=" + os.path.dirname(self.folder)  # all share it
-        program = ["-X", cache, *importing(os.path.abspath(__file__))]
-        self.processes.append(start_own(words, self.folder, program))
+        program = importing(os.path.abspath(__file__))
+        self.processes.append(
+            start_own("-X", cache, *program, *words, cwd=self.folder))
         return self.processes[-1]
 
     def finish(self, process):
