@@ -2940,15 +2940,16 @@ class Queue(Database):
     def tail(self, job, longest=MAX_TAILED):
         """Return the end of what a job's latest run has printed so far.
 
-        SQLite reads all of a stored output to reach its end: a longer one is not read.
+        SQLite reads all of a stored output to reach its end: a longer one is not read,
+        and None is returned.
         """
         with contextlib.suppress(FileNotFoundError):
             with open(self.lease_path(job["seq"], job["run"]), "rb") as file:
                 return read_tail(file)
         return self.value("""
-            SELECT substr(output, ?) FROM outputs
-            WHERE seq = ? AND run = ? AND length(output) < ?""",
-            -TAIL_SIZE, job["seq"], job["run"], longest) or b""
+            SELECT CASE WHEN COUNT(*) = 0 THEN x'' WHEN length(output) < ?
+                THEN substr(output, ?) END FROM outputs WHERE seq = ? AND run = ?""",
+            longest, -TAIL_SIZE, job["seq"], job["run"])
 
     def output(self, job, number=None):
         """Return the stored output of run NUMBER (default: the latest one), or None.
@@ -3271,7 +3272,8 @@ class Wait:
     def __init__(self, queue, ids, on_check):
         self.queue, self.on_check = queue, on_check
         self.unfinished = collections.deque(ids)
-        self.is_small = len(self.unfinished) <= MAX_WATCHED
+        is_large = len(self.unfinished) > MAX_WATCHED
+        self.first = queue.counts() if is_large else None
         self.ended = dict.fromkeys((*FINISHED, "removed"), 0)
         self.began = time.monotonic()
         self.seen_at = {}  # {id: when the job was last seen unfinished}
@@ -3305,9 +3307,13 @@ class Wait:
         return False
 
     def counts(self):
-        """Return how many of the jobs are in each state, as `Queue.counts` does."""
-        if not self.is_small:
-            return self.queue.counts()
+        """Return how many of the jobs are in each state, as `Queue.counts` does.
+
+        Of too many, those of the queue are counted that have not ended before.
+        """
+        if self.first:
+            return {state: max(0, count - self.first[state] * (state in FINISHED))
+                    for state, count in self.queue.counts().items()}
         counts = {state: self.ended.get(state, 0) for state in STATES}
         for batch in batches(self.unfinished):
             ids = ", ".join("?" for _ in batch)
@@ -3333,18 +3339,19 @@ class Wait:
 
 
 def work_left(queue):
-    """Return a dict of what waits: numbers of jobs, and seconds for a run.
+    """Return a dict of the `jobs` by state, the `workers`, and what is left for them.
 
     `delayed` jobs wait for their time, `dependent` ones for others, and the rest is
     `ready`: the kept count without these two, which are few, or have an index. Of
     the ready ones, `locked` wait for their lock; `line` is the longest line of jobs
     that share one. `run_seconds` is the average of the last runs of the jobs that
     were enqueued last: no index leads to the runs that ended last. It is None
-    before the first run has ended. `failing` is the share of these runs that
-    failed. `rate` are the jobs completed each second; it is None where runs are so
-    long that the time between them does not count. `growth` is that of `recent_growth`.
+    before the first run has ended. `rate` are the jobs completed each second; it is
+    None where runs are so long that the time between them does not count. `growth` is
+    that of `recent_growth`.
     """
-    waiting = sum(queue.counts()[state] for state in WAITING)
+    jobs = queue.counts()
+    waiting = sum(map(jobs.get, WAITING))
     delayed = queue.value(  # what is overdue is ready, though no worker has seen it
         f"SELECT COUNT(*) FROM jobs WHERE {FOR_A_TIME} AND run_at > ?",
         queue.clock())
@@ -3356,13 +3363,14 @@ def work_left(queue):
             FROM (SELECT lock, gate FROM jobs
                 WHERE lock NOT NULL AND state = 'pending' LIMIT {COUNT_LIMIT})
             GROUP BY lock)""")
-    seconds, failing = queue.row(f"""
-        SELECT AVG(finished_at - started_at), AVG({TOTAL_OF_RUN} = 'failed') FROM (
+    seconds = queue.value("""
+        SELECT AVG(finished_at - started_at) FROM (
             SELECT * FROM runs ORDER BY seq DESC, run DESC LIMIT 200)""")
     rate = completion_rate(queue) if seconds is not None and seconds < 0.1 else None
-    return dict(locks, ready=waiting - delayed - dependent, delayed=delayed,
-                dependent=dependent, run_seconds=seconds, failing=failing or 0,
-                rate=rate, growth=recent_growth(queue, seconds or 0))
+    return dict(locks, jobs=jobs, workers=queue.workers(), delayed=delayed,
+                ready=waiting - delayed - dependent, dependent=dependent,
+                run_seconds=seconds, rate=rate,
+                growth=recent_growth(queue, seconds or 0))
 
 
 def recent_growth(queue, run_seconds):
@@ -3418,14 +3426,15 @@ def oldest_claimable(queue):
     """Return the job (`id`, `run_at`) that waits longest for a worker, or None.
 
     It is the first one of its priority, of at most a hundred priorities. A time
-    may be long past: the job waits since it was enqueued.
+    may be long past: the job waits since it was enqueued, or since its last run ended.
     """
     return queue.row(f"""
-        {LEVELS} SELECT id, max(run_at, created_at) AS run_at
+        {LEVELS} SELECT id, max(run_at, created_at, IFNULL(finished_at, 0)) AS run_at
         FROM (SELECT priority FROM level LIMIT 100) AS level
         CROSS JOIN jobs ON seq = (SELECT seq FROM jobs
             WHERE {CLAIMABLE} AND jobs.priority = level.priority
             ORDER BY run_at, seq LIMIT 1)
+        LEFT JOIN runs USING (seq, run)
         ORDER BY run_at, seq LIMIT 1""")
 
 
@@ -3481,7 +3490,7 @@ def dead_by_error(queue):
 
     `jobs` is their number, `latest` the time of the latest death, `id` that job,
     `is_cancelled` whether somebody cancelled it, and `tails` the ends of what the
-    latest jobs printed, which say more than `exit 1`.
+    latest jobs printed, which say more than `exit 1`; None is a long one.
     """
     with queue.snapshot():  # or the latest job of an error may be gone
         groups = queue.rows("""
@@ -4245,7 +4254,7 @@ def scan_with_tools(leases):
 
 
 def duration_text(seconds):
-    """Return a duration exactly, in two units at most: 43ms, 0.4s, 12s, 3m 20s, 4d 1h.
+    """Return a duration in two units at most: 43ms, 0.4s, 12s, 3m 20s, 4d 1h.
 
     Commands show durations so. Where a picture refreshes itself, and for what is only
     estimated, `roughly` is used instead.
@@ -4254,7 +4263,8 @@ def duration_text(seconds):
         return "%.0fms" % (1000 * seconds) if seconds >= 0.0005 else "<1ms"
     if seconds < 9.95:
         return "%.1fs" % seconds
-    rest = int(seconds)
+    least = 1 if seconds < 3600 else 60 if seconds < 86400 else 3600
+    rest = least * round(seconds / least)  # before it is split: 59.7 is 1m, not 60s
     parts = []
     for unit in "dhms":
         count, rest = divmod(rest, UNITS[unit])
@@ -4337,6 +4347,7 @@ TO_RESUME = "to go on: %s resume" % PROGRAM
 TO_START = "to start one: %s worker start" % PROGRAM
 TO_ADD_WORKERS = "to add workers: %s worker start --count %%d" % PROGRAM
 TO_START_ANOTHER = "to start another: %s worker start" % PROGRAM
+TO_TRY_NOW = "to try one now: %s edit ID --run-at now" % PROGRAM
 
 
 def quoted(words):
@@ -4559,6 +4570,7 @@ JobKind = collections.namedtuple(
 # What a command does for a job, and the command.
 NextStep = collections.namedtuple("NextStep", "purpose command")
 RUN_AGAIN = NextStep("to run it again", "retry {}")
+GO_ON = NextStep("to go on", "retry {}")
 RING = "M8 2a6 6 0 1 1 0 12 6 6 0 0 1 0-12"
 JOB_KINDS = {
     "pending": JobKind("pending", RING, place_in_line),
@@ -4601,15 +4613,14 @@ def verdict(status, now):
     judgement = verdict_at_rest(status) or verdict_at_work(status, now)
     harm = harm_text(status)
     if harm and judgement.state in ("processing", "completed"):
-        state = "dead" if status["failing"] > 0.5 else "failed"
-        return judgement._replace(state=state, harm=harm)
+        return judgement._replace(state="failed", harm=harm)
     return judgement
 
 
 def verdict_at_rest(status):
     """Return the `Verdict` on a queue in which no job is started, else None."""
     jobs = status["jobs"]
-    waiting = waiting_text(status)
+    blocked = len(status["blocked_seqs"])
     can_go_on = status["oldest_job"] or status["locked"] or status["next_job"]
     if not status["paused"]:
         if not any(jobs.values()):
@@ -4620,12 +4631,15 @@ def verdict_at_rest(status):
             counts = joined(completed and grouped(completed) + " completed",
                             cancelled and grouped(cancelled) + " cancelled")
             return Verdict("completed", joined("Ended", counts, by=": "))
-        if status["blocked_seqs"] and not can_go_on and not jobs["processing"]:
-            return Verdict("dead", "Stuck" + waiting + " for dead ones",
-                           "retry the dead ones, or cancel what waits")
+        if blocked and not can_go_on and not jobs["processing"]:
+            sentence = "Stuck: %s behind dead ones" % plural(blocked, "job")
+            return Verdict(
+                "dead", sentence, "retry the dead ones, or cancel what waits")
     judgement = obstacle(status)
-    return judgement and judgement._replace(
-        sentence=joined(judgement.sentence + waiting, harm_text(status), by="; "))
+    if not judgement:
+        return None
+    sentence = joined(judgement.sentence, waiting_text(status), by=": ")
+    return judgement._replace(sentence=joined(sentence, harm_text(status), by="; "))
 
 
 def verdict_at_work(status, now):
@@ -4639,7 +4653,8 @@ def verdict_at_work(status, now):
         sentence = "Falling behind: %s waiting, %s more a minute" % (
             ready, grouped(round(growth)))
         return Verdict("failed", sentence, TO_ADD_WORKERS % more)
-    when = "" if growth > 0 else time_left(status, now)
+    left = time_left(status, now)
+    when = left and ", done in about " + left
     if status["oldest_job"] or due is not None and due <= now:
         return Verdict("processing", "Working: " + ready + " waiting" + when)
     if status["locked"] or status["jobs"]["processing"]:
@@ -4658,66 +4673,55 @@ def harm_text(status):
 
 
 def waiting_text(status):
-    """Return in words which jobs need a worker: 1 job waits, 7 lost their worker."""
-    waiting = count_waiting(status["jobs"])
-    lost = len(status["lost"])
-    words = joined(
-        waiting and plural(waiting, "job") + (" waits" if waiting == 1 else " wait"),
-        lost and "%s lost %s worker" % (
-            grouped(lost) if waiting else plural(lost, "job"),
-            "its" if lost == 1 else "their"))
-    return words and ": " + words
+    """Return in words how many jobs wait for a worker, and how many lost theirs."""
+    ready, lost = status["ready"], len(status["lost"])
+    return joined(ready and grouped(ready) + " waiting",
+                  lost and grouped(lost) + " without a worker")
 
 
 def time_left(status, now):
     """Return about how long the waiting jobs will take, nothing if nobody can tell.
 
-    Jobs that share a lock run one after the other, however many workers there are.
+    The values are those of `work_left`. Jobs that share a lock run one after the other,
+    however many workers there are. Those that come after others may, too.
     """
     workers = len(status["workers"])
     mean, ended = status["run_seconds"], sum(map(status["jobs"].get, FINISHED))
+    jobs = status["ready"] + status["jobs"]["processing"]
     if not workers or mean is None or ended < 5:  # too few to know those that follow
         return ""
-    jobs = status["ready"] + status["jobs"]["processing"]
+    if not jobs or status["growth"][1] > 0 or status["dependent"] > jobs:
+        return ""
     seconds = max(1, mean * max(1, jobs / workers, status["line"]))
     longest = max(now - (worker["since"] or now) for worker in status["workers"])
     # A run that has taken longer than that is not like those before it. If it has a
     # lock, it may hold up all that are behind it.
     if longest > (max(1, 2 * mean) if status["locked"] else seconds):
         return ""
-    seconds = max(seconds, jobs / (status["rate"] or MAX_INTEGER))
-    return ", done in about " + roughly(seconds)
+    return roughly(max(seconds, jobs / (status["rate"] or MAX_INTEGER)))
 
 
 def count_unfinished(counts):
     return sum(count for state, count in counts.items() if state not in FINISHED)
 
 
-def count_waiting(counts):
-    return sum(counts[state] for state in WAITING)
+def progress_text(rest, left, counts, width):
+    """Return a line on the progress of jobs: the REST in words, and the time LEFT.
 
-
-def unfinished_text(counts):
-    """Return in words how many jobs wait, and how many run."""
-    return "%s waiting, %s running" % (
-        grouped(count_waiting(counts)), grouped(counts["processing"]))
-
-
-def progress_text(counts, done, seconds, width):
-    """Return a line on the progress of jobs, of which DONE have ended in SECONDS.
-
-    What does not fit into the width is left out.
+    COUNTS tells how many run, and have ended. What matters most is first: from the
+    first part that does not fit into the width on, all is left out.
     """
-    parts = [unfinished_text(counts)]
-    parts += [grouped(counts[state]) + " " + state for state in FINISHED[::-1]]
-    if done > 0 and seconds > 0 and counts["processing"]:
-        rest = count_unfinished(counts) * seconds / done
-        parts += [rate_text(done / seconds), "about %s left" % roughly(rest)]
-    line = parts[0]
-    for part in parts[1:]:
-        longer = line + ", " + part
-        line = longer if len(longer) <= width else line
-    return line
+    running = grouped(counts["processing"]) + " running"
+    parts = [rest, left and "about %s left" % left, running, ended_text(counts)]
+    while len(joined(*parts)) > width and parts[1:]:
+        parts.pop()
+    return joined(*parts)
+
+
+def ended_text(counts):
+    """Return in words how many jobs have ended: 30 completed, 2 dead."""
+    return joined(*[counts[state] and grouped(counts[state]) + " " + state
+                    for state in FINISHED])
 
 
 # -- the output of a run as a terminal would show it -----------------------------------
@@ -4740,7 +4744,7 @@ def last_lines(output, count):
 
 def last_line(output):
     """Return the last line of an output that is not blank, or nothing."""
-    return "".join(last_lines(output, 1)).strip()
+    return "".join(last_lines(output or b"", 1)).strip()
 
 
 def painted(output, colour):
@@ -4833,9 +4837,10 @@ def for_standard_error(line):
 
 
 # What is not broken into lines: a command up to its end or a gap, as in
-# `queuectl logs 'a b' | tail; ...`, or a word.
+# `queuectl logs 'a b' | tail; ...`, a time, as `26 s` or `1m 3s`, or a word.
 UNBROKEN = re.escape(PROGRAM) + (
-    r"(?= )(?: ?(?:'[^']*'|\"[^\"]*\"|[^ ;)'\"]))*[;)]?|\S+")
+    r"(?= )(?: ?(?:'[^']*'|\"[^\"]*\"|[^ ;)'\"]))*[;)]?"
+    r"|\d+(?: (?:s|min|h|d)\b|[dhm] \d+[hms])\S*|\S+")
 
 
 def wrapped(line, width):
@@ -5114,22 +5119,6 @@ class ProgressLine:
 
     def __init__(self, print_over=False):
         self.print_over, self.line = print_over, None
-        self.began = time.monotonic()
-        self.first = None  # the counts at the beginning
-
-    def show(self, counts, done=None):
-        """Show the counts of a queue, of finished jobs those that were DONE.
-
-        By default those are the jobs that have finished since the beginning.
-        """
-        width = terminal_width(sys.stderr)
-        if width:
-            self.first = self.first or counts
-            done = done or {state: max(0, counts[state] - self.first[state])
-                            for state in FINISHED}
-            seconds = time.monotonic() - self.began
-            self.redraw(progress_text(
-                {**counts, **done}, sum(done.values()), seconds, width - 1))
 
     def close(self):
         """Clear the line, to make room for the result."""
@@ -6189,7 +6178,7 @@ class Supervisor:
         has_died = any(counts[state] for state in BLOCKING)
         self.has_failed = bool(has_died or blocked or was_stopped)
         self.summary = ", ".join(
-            "%d %s" % (count, name) for name, count in counts.items()
+            grouped(count) + " " + name for name, count in counts.items()
             if count or name in FINISHED)
         due = queue.next_due()
         reasons = []
@@ -6200,7 +6189,7 @@ class Supervisor:
         if due:
             when = relative_time(due["run_at"], queue.clock())
             reasons.append("the next is due " + when)
-        waiting = count_waiting(queue.counts())
+        waiting = sum(map(queue.counts().get, WAITING))
         if reasons and waiting:
             reasons[0] = "%s left: %s" % (plural(waiting, "job"), reasons[0])
         self.summary = joined(self.summary, *reasons, by="; ")
@@ -6338,8 +6327,10 @@ def state_option(states):
 
     def convert(text):
         if state_name(text) not in states:
-            message = "--state %s: it has to be one of %s"
-            raise QueueError(message, text, names, code=2)
+            message = "--state %s: it has to be one of " + names
+            if state_name(text) == "failed":
+                message += "; a failed job runs again by itself; " + TO_TRY_NOW
+            raise QueueError(message, text, code=2)
         return state_name(text)
 
     return option("--state", "STATE", "one of %s (repeatable)" % names,
@@ -6384,13 +6375,11 @@ def read_status(queue, lost=None, blocked=None):
     none = {"id": None, "run_at": None}
     with queue.snapshot():  # so that the counts agree with the lists
         oldest, due = oldest_claimable(queue) or none, queue.next_due() or none
-        workers = queue.workers()
         pools = supervised_pools(queue.path)
         commands = {job["id"]: job["command"] for job in queue.jobs(
             where(["processing"]), brief=True)}
         status = {
-            "path": queue.path,
-            "jobs": queue.counts(), "workers": workers, "commands": commands,
+            "path": queue.path, "commands": commands,
             "lost": {run.id for run in lost} & {*commands},
             "pools": pools, "stopping_pools": stopping(queue.path, pools),
             "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
@@ -6420,34 +6409,24 @@ def status_document(status, now):
 def errors_of(queue):
     """Return `dead_by_error` with the most common last line of the tails as `line`.
 
-    `lines` has two of them, each with the number of jobs that have it, among the latest
-    `printed` that have any.
+    `alike` of the `read` tails end so, but for numbers. The line is empty only if no
+    job has printed anything.
     """
     groups = dead_by_error(queue)
     for group in groups:
-        lines = [*filter(None, map(last_line, group.pop("tails")))]
-        group["lines"] = common_lines(lines)[:2]
-        group["line"] = group["lines"][0][0] if lines else ""
-        group["printed"] = len(lines)
+        lines = [last_line(tail) for tail in group.pop("tails") if tail is not None]
+        shapes = [re.sub(r"\d+", "0", line) for line in lines]
+        common = collections.Counter(filter(None, shapes)).most_common(1)
+        (shape, alike), = common or [("", 0)]
+        line = lines[shapes.index(shape)] if common else ""
+        group.update(line=line, alike=alike, read=len(lines))
     return groups
 
 
-def common_lines(lines):
-    """Return the lines that differ in more than numbers, each with how often it is."""
-    shapes = [re.sub(r"\d+", "0", line) for line in lines]
-    examples = dict(zip(reversed(shapes), reversed(lines)))  # the first of each shape
-    return [(examples[shape], count)
-            for shape, count in collections.Counter(shapes).most_common()]
-
-
-def lines_text(group):
-    """Return what the dead of one error have printed last: “…” in 3 of the latest 5."""
-    lines, printed = group["lines"], group["printed"]
-    parts = ["“%s”" % line + (" in %d" % count if count < printed else "")
-             for line, count in lines]
-    if parts and lines[0][1] < printed:
-        parts[0] += " of the latest %d" % printed
-    return ", ".join(parts)
+def line_text(group):
+    """Return what the dead of an error printed last: 3 of the last 5 printed “…”."""
+    some = group["alike"] < group["read"] and "%(alike)d of the last %(read)d printed "
+    return group["line"] and (some or "") % group + "“%s”" % group["line"]
 
 
 def status_screen(status, groups, now, size):
@@ -6494,8 +6473,7 @@ def count_line(state, count, digits, cancelled):
 def error_lines(groups, path, now, width):
     """Yield a line for each error of dead jobs; the time of the latest if it fits."""
     for group in groups[:SHOWN_ERRORS]:
-        words = lines_text(group) if len(group["lines"]) > 1 else group["line"]
-        line = printable(joined(group["error"], words, by=": "))
+        line = printable(joined(group["error"], line_text(group), by=": "))
         line = "  %s of %s" % (grouped(group["jobs"]), line)
         when = ", the latest " if group["jobs"] > 1 else ", "
         when += relative_time(group["latest"], now)
@@ -6531,8 +6509,9 @@ def waiting_lines(status, now):
             when = "late by %s, as all workers are busy" % duration_text(now - due)
         yield "Next Due: %s, %s" % (status["next_job"], when)
     if status["blocked"]:
-        yield "Blocked: %s; %s" % (
-            plural(len(status["blocked_seqs"]), "job"), blocked_text(status["blocked"]))
+        yield "Blocked: %s; %s; %s" % (
+            plural(len(status["blocked_seqs"]), "job"), blocked_text(status["blocked"]),
+            step_text(GO_ON, status["blocked"]["dependency"], status["path"]))
 
 
 def worker_lines(status, now):
@@ -6915,7 +6894,7 @@ def drop_last_ctrl_z(file):
 
 @command("list", "list jobs, oldest first", "list --state pending --limit 20",
          state_option(STATES), MATCH, SINCE, LIMIT, flag("--newest", "newest first"),
-         creates_queue=True, must_print=True, aliases=("ls",))
+         creates_queue=True, must_print=True)
 def cmd_list(args, queue):
     chosen = where(args.state or STATES, text=args.match,
                    changed_since=time_since(args, queue))
@@ -7100,7 +7079,7 @@ def next_step(job, look):
     dead = kind == "blocked" and look.queue.dead_before(job)
     if dead:
         id = dead["id"]
-        step = NextStep("to go on", "retry {}")
+        step = GO_ON
     is_due_already = kind == "failed" and not due_text(job, look.now)
     if step is None or is_due_already:
         return ""
@@ -7126,10 +7105,13 @@ def field_lines(name, value):
 def cmd_logs(args, queue):
     chosen = {name: getattr(args, name) for name in ("run", "attempt")
               if getattr(args, name) is not None}
-    choices = len(chosen) + args.follow
-    if choices > 1 or (args.follow and args.json) or (choices and len(args.ids) > 1):
-        message = "logs: give one of --follow, --run, --attempt, and one job; --follow"
-        raise QueueError(message + " can't be had as JSON", code=2)
+    options = ["--follow"] * args.follow + ["--" + name for name in chosen]
+    if options[1:]:
+        raise QueueError("logs: give %s or %s, not both", *options[:2], code=2)
+    if options and args.ids[1:]:
+        raise QueueError("logs: %s takes one job", *options, code=2)
+    if args.follow and args.json:
+        raise QueueError("logs: --follow prints no JSON", code=2)
     jobs = [queue.job(id) for id in args.ids]
     if args.follow:
         with contextlib.closing(OutputPrinter()) as printer:
@@ -7230,6 +7212,7 @@ def follow(queue, job, printer):
     """Print the output of a job's latest run while it runs; wait for the first run."""
     job = wait_for_run(queue, job)
     run = queue.latest_run(job)
+    silent_until = time.monotonic() + STOP_REPORT_DELAY
     printed = 0
     is_running = True
     while is_running:
@@ -7240,6 +7223,10 @@ def follow(queue, job, printer):
             printer.notice("%d bytes of output were dropped here" % (dropped - printed))
         printer.print(output[max(0, printed - dropped) :], is_last=not is_running)
         printed = max(printed, dropped + len(output))
+        if is_running and not printed and time.monotonic() > silent_until:
+            silent_until = MAX_TIME
+            printer.notice(
+                "job %s: %s; no output yet" % (printable(run.id), tries_text(job)))
         if run.lease_path in [lost.lease_path for lost in queue.lost_runs()]:
             raise QueueError("the worker of job %s died; a pool puts it back", run.id)
         if is_running and is_reader_gone(sys.stdout):
@@ -7313,7 +7300,7 @@ def cmd_wait(args, queue):
         after = args.timeout and " after " + duration_text(args.timeout)
         report.give_up("gave up" + (after or ""))
         return 124
-    message = ", ".join("%d %s" % (counts[state], state) for state in FINISHED)
+    message = ", ".join(grouped(counts[state]) + " " + state for state in FINISHED)
     if not any(counts[name] for name in counts if name != "died_before"):
         message = "nothing to wait for; " + message
     if args.ids and counts["dead"]:
@@ -7321,16 +7308,22 @@ def cmd_wait(args, queue):
             "%s: %s" % (job["id"], job["error"])
             for job in queue.still_there(args.ids) if job["state"] == "dead"])
     if counts["died_before"]:
-        message += ", %d died before" % counts["died_before"]
+        message += ", %s died before" % grouped(counts["died_before"])
     if counts["removed"]:
-        message += ", %d removed before they were seen to end" % counts["removed"]
+        removed = grouped(counts["removed"])
+        message += ", %s removed before they were seen to end" % removed
     if counts["left"]:
         blocked = queue.first_blocked()
         why = blocked_text(blocked) if blocked else "what held them up has just ended"
-        message += ", %d can't go on: %s" % (len(counts["left"]), why)
+        message += ", %s can't go on: %s" % (grouped(len(counts["left"])), why)
     print_result(args, counts, message)
     failures = (*BLOCKING, "died_before", "removed", "left")
     return 1 if any(counts[name] for name in failures) else 0
+
+
+def to_go_text(counts):
+    """Return in words for how many jobs `wait` waits, delayed ones too."""
+    return grouped(count_unfinished(counts)) + " to go"
 
 
 class WaitReport:
@@ -7351,10 +7344,7 @@ class WaitReport:
         delay = REPORT_DELAY
         width = terminal_width(sys.stderr)
         if width:
-            if self.is_named:
-                self.progress.redraw(truncate(self.rest(), width - 1))
-            else:
-                self.progress.show(wait.counts())
+            self.progress.redraw(self.rest(width - 1))
             delay = STOP_REPORT_DELAY
         if time.monotonic() < self.began + delay:
             return
@@ -7364,23 +7354,23 @@ class WaitReport:
             notice(reason or "jobs start again")
         self.reason = reason
 
-    def rest(self):
-        """Return in words what has not ended: a few named jobs, else their number."""
-        counts = self.wait.counts()
-        rest = unfinished_text(counts)
-        if not self.is_named:
-            return rest
-        if len(self.wait.unfinished) <= MAX_NAMED:
+    def rest(self, width=MAX_INTEGER):
+        """Return in words what has not ended, and what has; few named jobs by name."""
+        counts, now = self.wait.counts(), self.queue.clock()
+        if self.is_named and len(self.wait.unfinished) <= MAX_NAMED:
             rest = []
             for job in self.queue.still_there(self.wait.unfinished):
-                due = due_text(job, self.queue.clock())
+                due = due_text(job, now)
                 if job["state"] not in FINISHED:
                     rest.append("%s (%s)" % (
                         job["id"], "due " + due if due else job["state"]))
             rest = "waiting for " + listed(rest)
-        ended = [grouped(counts[state]) + " " + state
-                 for state in FINISHED if counts[state]]
-        return joined(rest, ", ".join(ended), by="; ")
+            return truncate(joined(rest, ended_text(counts), by="; "), width)
+        work = work_left(self.queue)
+        # Neither is known when some jobs end, nor when those end that wait for a time.
+        is_known = not self.is_named and work["delayed"] <= work["jobs"]["failed"]
+        left = time_left(work, now) if is_known else ""
+        return progress_text(to_go_text(counts), left, counts, width)
 
     def give_up(self, how):
         """Report that the wait has ended before the jobs have."""
@@ -7431,7 +7421,7 @@ def watch_status(args, queue):
     except KeyboardInterrupt:
         if terminal_width(sys.stdout):  # the prompt stands in place of the ^C
             print(end="\r\x1b[K")
-        raise
+        return 130
 
 
 def print_status(args, queue):
@@ -7669,7 +7659,7 @@ def retry_jobs(args, queue, states, **filters):
          option("--older-than", "T", "only jobs that finished more than T ago; without"
                 " --state or --all only completed ones",
                 seconds_from(0, "--older-than")),
-         DRY_RUN, aliases=("rm",))
+         DRY_RUN)
 def cmd_delete(args, queue):
     has_age = args.older_than is not None
     has_filter = args.state or args.match
@@ -7842,9 +7832,7 @@ def cmd_worker_start(args):
     is_quiet = args.quiet or args.json
     has_progress = args.drain and not is_quiet and terminal_width(sys.stderr)
     with contextlib.closing(ProgressLine(print_over=True)) as progress:
-        show = None
-        if has_progress:
-            show = lambda queue: progress.show(queue.counts(), queue.drain_counts())
+        show = has_progress and functools.partial(show_drain, progress)
         pool = Supervisor(args.db, args.count, args.drain, is_quiet, show)
         code = pool.run(started)
     if is_silent:
@@ -7852,6 +7840,15 @@ def cmd_worker_start(args):
     elif not pool.stop_reason:  # which was already reported
         pool_notice(pool.summary)
     return code
+
+
+def show_drain(progress, queue):
+    """Show how far a drain is."""
+    width, work = terminal_width(sys.stderr), work_left(queue)
+    if width:
+        progress.redraw(progress_text(
+            grouped(work["ready"]) + " waiting", time_left(work, queue.clock()),
+            {**work["jobs"], **queue.drain_counts()}, width - 1))
 
 
 def print_started(args, pid, how_to_stop):
@@ -8905,7 +8902,7 @@ def error_alert(group, behind, page):
     """Return the line about the dead of one error, and about what waits for them."""
     error, is_one = group["error"], group["jobs"] == 1
     chosen = {"state": "dead", "error": error}
-    words = joined(is_one and group["id"], lines_text(group),
+    words = joined(is_one and group["id"], line_text(group),
                    ("" if is_one else "latest ") + ago(group["latest"], page), by=" · ")
     waiting = behind > 0 and link(
         "%s %s for %s" % (grouped(behind), "waits" if behind == 1 else "wait",
@@ -8974,7 +8971,7 @@ def page_tiles(page):
     status, cancelled = page.status, page.status["cancelled"]
     done = 100 * count_in(page, "completed") // count_in(page, "")
     hints = {
-        "": grouped(count_unfinished(status["jobs"])) + " to go",
+        "": to_go_text(status["jobs"]),
         "pending": longest_wait(page),
         "processing": workers_text(status),
         "completed": "%d %% of all" % done,
@@ -10657,11 +10654,12 @@ def group_overview(group):
 # -- what may be meant by a line that is refused ---------------------------------------
 
 # The commands that people mean by the words of other tools. A * stands for the words
-# that follow. Where two commands may be meant, both are named.
+# that follow; these are put in place of it, or at the end. Where two commands may be
+# meant, both are named.
 MEANT = {word: meant for meant, words in {
-    "status": "ps, ps -a, ps aux, count, init, workers, worker list, worker status",
+    "status": "ps, ps -a, ps aux, count, init, queues, workers, worker list, worker status",
     "status --watch": "top, watch",
-    "list": "jobs, job, queue, queue list, jobs list, job list, list all, list --all,"
+    "list": "ls, jobs, job, queue, queue list, jobs list, job list, list all, list --all,"
             " list -a, ls -a",
     "list --match": "find *, search *, grep *",
     "show": "info *, job *, inspect *, describe *, status *, list *, dlq show *,"
@@ -10673,16 +10671,16 @@ MEANT = {word: meant for meant, words in {
     "wait": "wait all, wait --all",
     "enqueue": "add, submit, create, new, push, exec, run *, queue *",
     "edit": "update, change, modify",
-    "edit --delay 1d": "hold *, pause *",
-    "edit --run-at now": "resume *, release *",
-    "edit --run-at now | worker start --count": "start *",
-    "pause": "hold, suspend, pause all",
-    "resume": "unpause, continue, resume all",
+    "edit * --delay 1d": "hold *, pause *",
+    "edit * --run-at now": "resume *, release *",
+    "edit * --run-at now | worker start --count": "start *",
+    "pause": "hold, suspend, pause all, worker pause",
+    "resume": "unpause, continue, resume all, worker resume",
     "cancel": "kill *, kill -9, stop *, abort *, dequeue *, cancel --force, cancel -f",
     "cancel --state pending --state failed --state processing":
         "cancel all, cancel --all, kill --all",
     "retry": "restart *, rerun, requeue, redo",
-    "delete": "remove, del, delete --force, delete -f, purge *, clear *,"
+    "delete": "rm, remove, del, delete --force, delete -f, purge *, clear *, dlq rm,"
               " dlq delete *, dlq remove *, dlq clear *",
     "delete --state completed": "prune, clean, cleanup",
     "delete --state completed | dlq clear": "purge, clear",
@@ -10759,8 +10757,10 @@ def lines_meant(name, rest, has_word):
         key = name + " *"
     rest = [word for word in rest if word not in known]
     is_command = rest and rest[0][:1] not in ("-", "{", "[")
-    return [[*meant.split(), *["--"] * bool(meant == "enqueue" and is_command), *rest]
-            for meant in (MEANT[key].split(" | ") if key in MEANT else ())]
+    rest = ["--"] * bool(MEANT.get(key) == "enqueue" and is_command) + rest
+    meant = MEANT[key].split(" | ") if key in MEANT else ()
+    return [[*before.split(), *rest, *behind.split()]
+            for before, _, behind in (line.partition(" *") for line in meant)]
 
 
 def unknown_command(name, rest):
@@ -11087,6 +11087,8 @@ def main(argv=None):
         notice("the JSON is nested too deeply")
         return 2
     except KeyboardInterrupt:
+        if terminal_width(sys.stderr):
+            print(file=sys.stderr)  # the terminal has shown ^C
         return 130
     finally:
         sys.stdout = stdout

@@ -3783,7 +3783,7 @@ class TestList:
         enqueue(id="later", delay="2h")
         enqueue(id="now")
         lines = run_ok("list").out.splitlines()
-        assert "due in 1h 59m" in lines[1] and "due" not in lines[2]
+        assert "due in 2h" in lines[1] and "due" not in lines[2]
         answer = run_ok("list", "--limit", "1")
         assert answer.out.count("\n") == 2
         assert answer.err == "queuectl: 1 newer job; --limit 0 lists all\n"
@@ -3818,7 +3818,7 @@ class TestList:
         assert "after dead (dead)" in lines["behind"]
         assert "after gone (cancelled)" in lines["last"]
         assert "after behind (blocked)" in lines["far"] and "(" not in lines["late"]
-        assert "due in 59m" in lines["locks"]
+        assert "due in 1h" in lines["locks"]
 
     def test_since_takes_jobs_that_changed_within_a_time(self, queue, clock):
         for name, age in (("old", 3600), ("new", 0)):
@@ -3873,7 +3873,7 @@ class TestList:
         assert "  WHY or COMMAND" in lines[0]
         assert lines[3] == "x        pending  echo here"
         assert second + "  pending  0/3" in run_ok("list").out
-        assert "due in 1h 1m" in run_ok("list").out
+        assert "due in 1h 2m" in run_ok("list").out
 
     @posix_only
     def test_an_empty_list_says_so_on_a_terminal(self):
@@ -4083,7 +4083,8 @@ class TestLogs:
             )
         assert "job x has no run 4" in run_refused("logs", "x", "--run", "4")
         run_refused("logs", "x", "--run", "0", code=2)
-        run_refused("logs", "x", "--run", "1", "--attempt", "1", code=2)
+        assert "logs: give --run or --attempt, not both" in run_refused(
+            "logs", "x", "--run", "1", "--attempt", "1", code=2)
 
     def test_the_logs_of_an_earlier_attempt(self):
         configure("backoff_base", "0")
@@ -4109,8 +4110,9 @@ class TestLogs:
         assert [log["id"] for log in run_ok("dlq", "logs", "--json").json] == ["c", "b"]
         assert [log["id"] for log in run_ok("logs", "a", "c", "--json").json] == [
             "a", "c"]
-        run_refused("logs", "a", "b", "--run", "1", code=2)
-        run_refused("logs", "-f", "a", "b", code=2)
+        for words in ["--run", "1"], ["--follow"]:
+            assert "logs: %s takes one job\n" % words[0] in run_refused(
+                "logs", "a", "b", *words, code=2)
 
     def test_empty_logs_say_why(self):
         os.mkdir("gone")
@@ -4186,6 +4188,18 @@ class TestLogs:
             shown = run_on_terminal("logs", "-f", id)[1]
             assert shown == "%s\r\nqueuectl: job %s: exit 3\r\n" % (output, id)
         assert run_ok("logs", "-f", "x").out == "half"
+
+    @posix_only
+    def test_follow_of_a_silent_run_reports_that_until_ctrl_c(self):
+        enqueue(UNTIL_GO, id="x")
+        start_pool(count=1)
+        wait_until(lambda: state_of("x") == "processing")
+        pid, terminal = fork_on_terminal(["logs", "-f", "x"])
+        assert b"job x: try 1 of 3; no output yet\r\n" == os.read(terminal, 99)[10:]
+        os.write(terminal, b"\x03")
+        assert read_to_end(terminal) == b"^C\r\n"  # the prompt begins a line
+        assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 130
+        open("go", "w").close()
 
     @posix_only
     def test_follow_reports_the_bytes_that_it_missed(self):
@@ -4266,7 +4280,7 @@ class TestWait:
         assert cli("wait", "good").code == 0 and cli("wait", "good", "bad").code == 1
         answer = cli("wait", "--timeout", "0.05")
         assert answer.code == 124 and answer.out == "" and (
-            "gave up after 50ms: 1 waiting, 0 running; no pool" in answer.err)
+            "gave up after 50ms: 1 to go, 0 running; no pool" in answer.err)
         assert "no job x" in run_refused("wait", "x")
         assert run_ok("wait", "good", "--json").json == {
             "completed": 1, "dead": 0, "removed": 0, "died_before": 0, "left": []}
@@ -4392,9 +4406,9 @@ class TestWait:
         queue.complete(claim(queue), make_outcome(None))
         assert claim(queue).id == "behind"
 
-    @pytest.mark.parametrize("limit, pending", [(2, 1), (1, 2)])
+    @pytest.mark.parametrize("limit, pending, completed", [(2, 1, 1), (1, 2, 0)])
     def test_its_progress_counts_the_jobs_that_it_waits_for(
-            self, queue, monkeypatch, limit, pending):
+            self, queue, monkeypatch, limit, pending, completed):
         monkeypatch.setattr(queuectl, "MAX_WATCHED", limit)
         for id in ("done", "runs", "x"):
             add_job(queue, id=id)
@@ -4404,13 +4418,27 @@ class TestWait:
         looks = []
         queue.wait(["done", "runs", "x"], 0, lambda wait: looks.append(wait.counts()))
         assert looks[0] == dict(
-            pending=pending, processing=1, completed=1, failed=0, dead=0)
+            pending=pending, processing=1, completed=completed, failed=0, dead=0)
 
     @posix_only
     def test_its_progress_is_drawn_again_only_when_it_has_changed(self):
         enqueue(delay=3600)
         code, shown = run_on_terminal("wait", "--timeout", "0.4")
-        assert code == 124 and shown.count("1 waiting, 0 running, ") == 1
+        assert code == 124 and shown.count("\r\x1b[K1 to go, 0 running\r") == 1
+
+    @mechanism
+    def test_its_progress_has_the_time_left_unless_jobs_wait_for_theirs(
+            self, queue, monkeypatch):
+        monkeypatch.setattr(queuectl, "time_left", lambda work, now: "5 s")
+        report = queuectl.WaitReport(queue, None, is_named=False)
+        for id in "abc":
+            add_job(queue, id=id)
+        report.wait = queuectl.Wait(queue, "abc", None)
+        queue.fail(claim(queue), make_outcome())  # a retry takes little time
+        claim(queue)
+        assert report.rest() == "3 to go, about 5 s left, 1 running"
+        add_job(queue, delay=60)
+        assert report.rest() == "3 to go, 1 running"
 
     @posix_only
     def test_of_a_few_named_jobs_it_names_the_unfinished(self):
@@ -4419,7 +4447,7 @@ class TestWait:
         drain()
         enqueue(id="later", delay=86400)
         ids = ("later", "bad", "good")
-        rest = "waiting for later (due in 23h 59m); 1 completed, 1 dead"
+        rest = "waiting for later (due in 1d); 1 completed, 1 dead"
         code, shown = run_on_terminal("wait", *ids, "--timeout", "0", columns=99)
         assert code == 124 and shown.startswith("\r\x1b[K%s\r" % rest)
         assert "gave up: %s; no pool is" % rest in shown
@@ -5157,7 +5185,11 @@ class TestStatus:
         assert "Oldest Waiting: low, for " in run_ok("status").out
         claim(queue)
         assert queuectl.oldest_claimable(queue) is None
-        assert tuple(queue.next_due()) == ("later", clock.now + 100)
+        run, clock.now = queue.latest_run(queue.job("low")), clock.now + 9
+        queue.release(run, make_outcome("stopped", finished_at=clock.now))
+        assert tuple(queuectl.oldest_claimable(queue)) == ("low", clock.now)
+        claim(queue)
+        assert tuple(queue.next_due()) == ("later", clock.now + 91)
         printed = read_status()
         assert printed["oldest_waiting"] is None
         assert printed["next_due"] == "2001-09-09T01:49:20Z"
@@ -5203,20 +5235,20 @@ class TestStatus:
 
         assert judge() == ("pending", "No jobs yet")
         add_job(queue, id="x", max_retries=1)
-        assert judge(workers=0) == ("dead", "No pool is running: 1 job waits")
+        assert judge(workers=0) == ("dead", "No pool is running: 1 waiting")
         assert judge() == ("processing", "Working: 1 waiting")  # no run has ended
         run = claim(queue)
         assert judge()[1] == "Keeping up: no job waits for a worker"
         clock.now += 90
         queue.fail(run, make_outcome(finished_at=clock.now))
-        assert judge() == ("dead", "Ended; 1 dead")  # all that ran has failed
-        assert judge(failing=0.5) == ("failed", "Ended; 1 dead")
+        assert judge() == ("failed", "Ended; 1 dead")
         add_job(queue, id="behind", after=["x"])
         # A pool would not help.
-        assert judge(workers=0) == ("dead", "Stuck: 1 job waits for dead ones")
+        assert judge(workers=0) == ("dead", "Stuck: 1 job behind dead ones")
         add_job(queue, id="later", delay=60)
         assert judge() == (
-            "dead", "Idle: the next job is due in 1m; 1 dead, 1 blocked")
+            "failed", "Idle: the next job is due in 1m; 1 dead, 1 blocked")
+        assert judge(workers=0)[1] == "No pool is running; 1 dead, 1 blocked"
         add_jobs(queue, [{"command": "true"}] * 4000)
         many = dict(queue.counts(), completed=4)
         assert judge(jobs=many)[1].startswith(
@@ -5232,7 +5264,7 @@ class TestStatus:
         for values in {"growth": [0, 90, 99]}, {"oldest_waiting": clock.now - 4}:
             judgement = queuectl.verdict(dict(status, **values), clock.now)
             assert judgement.sentence == "Working: 4,000 waiting"
-        left = ": 4,002 jobs wait; 1 dead, 1 blocked"
+        left = ": 4,000 waiting; 1 dead, 1 blocked"
         assert judge(workers=0)[1] == "No pool is running" + left
         queue.set_paused(True)
         assert judge(workers=0) == ("failed", "Paused" + left)
@@ -5282,6 +5314,8 @@ class TestStatus:
         assert (status["run_seconds"], status["rate"]) == (0, 2)
         assert queuectl.verdict(status, clock.now).sentence == (
             "Working: 40 waiting, done in about 20 s")
+        for unknown in {"dependent": 41}, {"growth": [0, 1, 2]}, {"ready": 0}:
+            assert not queuectl.time_left(dict(status, **unknown), clock.now)
         status["workers"][0].update(since=clock.now - 15)  # this one is no short one
         assert "done" not in queuectl.verdict(status, clock.now).sentence
         clock.now += 60  # the pool has stood still
@@ -5292,7 +5326,7 @@ class TestStatus:
         claim(queue)  # by a worker that there never was
         shown = page("/?job=a")
         assert words_of(named_part(shown, "verdict")) == (
-            "No pool is running: 1 job waits, 1 lost its worker")
+            "No pool is running: 1 waiting, 1 without a worker")
         assert {row[1]: row[0] for row in table_of(shown)} == {
             "a": "lost", "b": "pending"}
         assert words_of(named_part(shown, "why")).startswith("lost – its worker died")
@@ -5359,7 +5393,7 @@ class TestStatus:
     def test_the_verdict_is_in_json_and_not_in_a_pipe(self, dashboard):
         enqueue()
         printed = read_status()
-        assert printed["verdict"] == "No pool is running: 1 job waits"
+        assert printed["verdict"] == "No pool is running: 1 waiting"
         assert printed == dashboard.json("/api/status") and "ready" not in printed
         assert printed["verdict"] not in run_ok("status").out
 
@@ -5377,12 +5411,14 @@ class TestStatus:
             "Pending:    \x1b[2m0\x1b[0m")
         assert lines[5] == "Dead:       \x1b[31m8\x1b[0m (1 cancelled)"
         assert re.fullmatch(
-            r"  2 of exit 2: no file, the latest ([\d.]+s ago|just now)", lines[6])
+            r"  2 of exit 2: 1 of the last 2 printed “no file”, the latest"
+            r" ([\d.]+s ago|just now)", lines[6])
         assert lines[7].startswith("  1 of exit 14, ")
         assert lines[10] == "  and of 2 more errors; to see all: queuectl.py dlq list"
         assert lines[11] == "Active Workers: 0"
-        lines = run_on_terminal("status", columns=28)[1].split("\r\n")
-        assert "  2 of exit 2: no file" in lines  # the time matters least
+        lines = run_on_terminal("status", columns=50)[1].split("\r\n")
+        # The time matters least.
+        assert "  2 of exit 2: 1 of the last 2 printed “no file”" in lines
         assert "Dead: 8\n" in run_ok("status").out
 
     def test_with_free_rows_watch_shows_what_ended_last(self, queue, clock):
@@ -5407,7 +5443,7 @@ class TestStatus:
         wait_until(lambda: state_of("runs") == "processing")
         run_ok("worker", "stop", "--no-wait")
         shown = run_on_terminal("status")[1]
-        assert shown.startswith("\x1b[33mThe pool is stopping: 1 job waits\x1b[0m;")
+        assert shown.startswith("\x1b[33mThe pool is stopping: 1 waiting\x1b[0m;")
         words = "the pool is stopping; to start another: queuectl.py worker start"
         assert words.capitalize() in run_ok("status").out
         assert words in run_ok("show", "next").out
@@ -5658,13 +5694,18 @@ queuectl.os.fork = fork
         assert 50 < pool.stderr.read().count("\n") < 400
 
     @mechanism
-    def test_progress_is_one_line_with_rate_and_time_left(self):
-        counts = dict(pending=5, processing=2, completed=30, failed=1, dead=2)
-        assert queuectl.progress_text(counts, 16, 4.0, 99) == (
-            "6 waiting, 2 running, 2 dead, 30 completed, 4/s, about 2 s left")
-        assert queuectl.progress_text(counts, 16, 4.0, 39) == (
-            "6 waiting, 2 running, 2 dead, 4/s")
-        assert queuectl.progress_text(counts, 0, 4.0, 99).endswith("30 completed")
+    def test_progress_is_one_line_with_what_matters_most_first(self):
+        counts = dict(pending=5, processing=2, completed=3000, failed=1, dead=2)
+
+        def progress(width, left="2 s"):
+            return queuectl.progress_text("6 waiting", left, counts, width)
+
+        assert progress(99) == (
+            "6 waiting, about 2 s left, 2 running, 3,000 completed, 2 dead")
+        assert progress(36) == "6 waiting, about 2 s left, 2 running"
+        assert progress(35) == "6 waiting, about 2 s left"  # what is behind, neither
+        assert progress(9) == progress(1) == "6 waiting"
+        assert progress(36, "") == "6 waiting, 2 running"
 
 
 class TestDrain:
@@ -5721,7 +5762,7 @@ class TestDrain:
         answer = drain_answer()
         assert answer.code == 0
         assert answer.err.startswith("queuectl: 0 completed, 0 dead, 1 delayed;"
-                                     " 2 jobs left: the next is due in 59m")
+                                     " 2 jobs left: the next is due in 1h")
         run_ok("edit", "later", "--run-at", "now")
         assert drain() == 0 and run_order() == ["later", "last"]
 
@@ -5769,10 +5810,13 @@ class TestDrain:
         enqueue(id="before")
         drain()
         run_ok("enqueue", "--id", "x", "--", "sleep 0.6")
-        code, shown = run_on_terminal("worker", "start", "--drain")
-        assert code == 0 and "\r\x1b[K0 waiting, 1 running, 0 dead, 0 completed" in shown
-        assert shown.endswith("\r\x1b[Kqueuectl: 1 completed, 0 dead\r\n")
+        enqueue(id="later", delay=86400)  # it does not wait for this one
+        code, shown = run_on_terminal("worker", "start", "--drain", columns=99)
+        assert code == 0 and "\r\x1b[K0 waiting, 1 running" in shown
+        assert shown.endswith("\r\x1b[Kqueuectl: 1 completed, 0 dead, 1 delayed;"
+                              " 1 job left: the next is due in 1d\r\n")
         assert max(map(len, shown.split("\r\n"))) < 400
+        run_ok("delete", "later")
         run_ok("enqueue", "--id", "y", "--", "true")
         quiet = drain_answer()
         assert quiet.err == "queuectl: 1 completed, 0 dead\n"
@@ -6654,6 +6698,11 @@ class TestCommandLine:
     @pytest.mark.parametrize("words, printed", [
         (["stop"], "mean: queuectl.py worker stop\n"), (["retyr"], "queuectl.py retry\n"),
         (["start"], "mean: queuectl.py worker start\n"), (["run"], "worker start\n"),
+        (["ls", "--json"], "py list --json\n"), (["rm", "x"], "queuectl.py delete x\n"),
+        (["dlq", "rm", "x"], "delete x\n"), (["worker", "pause"], "py pause\n"),
+        (["worker", "resume"], "mean: queuectl.py resume\n"), (["queues"], "py status\n"),
+        (["release", "x"], "mean: queuectl.py edit x --run-at now\n"),
+        (["retry", "--state", "failed"], "to try one now: queuectl.py edit ID --run-at"),
         (["stop", "x"], "mean: queuectl.py cancel x\n"), (["kill", "x"], "py cancel x\n"),
         (["stop", "workers", "--json"], "mean: queuectl.py worker stop --json\n"),
         (["purge"], ": queuectl.py delete --state completed, or: queuectl.py dlq clear\n"),
@@ -6724,7 +6773,7 @@ class TestCommandLine:
 
     @pytest.mark.parametrize("words, printed", [
         (["status", "--json", "x"], "mean: queuectl.py show --json x\n"),
-        (["pause", "x"], "mean: queuectl.py edit --delay 1d x\n"),
+        (["pause", "x"], "mean: queuectl.py edit x --delay 1d\n"),
         (["dlq", "clear", "x"], "mean: queuectl.py delete x\n"),
     ])
     def test_a_line_about_a_job_is_suggested_if_there_is_it(self, words, printed):
@@ -6733,7 +6782,7 @@ class TestCommandLine:
         with_db = ["--db", os.path.abspath("queuectl.db"), *words]
         os.mkdir("elsewhere")
         os.chdir("elsewhere")
-        assert " x\n" in run_refused(*with_db, code=2)
+        assert re.search(" x( --|\n)", run_refused(*with_db, code=2))
         assert "--help" in run_refused(*words, code=2) and not os.listdir()
 
     def test_an_unknown_id_suggests_the_nearest_one(self):
@@ -6856,6 +6905,8 @@ class TestTerminal:
          ["so:", "  queuectl.py enqueue -- 'echo a; b'"]),
         ("none; to start: queuectl.py worker start; more", 30,
          ["none; to start:", "  queuectl.py worker start;", "  more"]),
+        ("about 26 s left", 9, ["about", "  26 s", "  left"]),
+        ("in 1m 3s; so", 6, ["in", "  1m 3s;", "  so"]),
         ("  name   its meaning", 16, ["  name   its", "         meaning"]),
         ("日本 日本", 8, ["日本", "  日本"])])
     def test_prose_is_broken_between_words_a_command_is_not(self, line, width, lines):
@@ -7036,7 +7087,8 @@ class TestTerminal:
     @mechanism
     @pytest.mark.parametrize("seconds, words", [
         (0, "<1ms"), (-1, "<1ms"), (0.029, "29ms"), (0.0996, "0.1s"), (2.51, "2.5s"),
-        (200, "3m 20s"), (3600, "1h"), (86400, "1d")])
+        (9.96, "10s"), (59.4, "59s"), (59.7, "1m"), (200, "3m 20s"), (3599.6, "1h"),
+        (7190, "2h"), (7229, "2h"), (86399, "1d"), (90001, "1d 1h")])
     def test_durations_are_printed_in_suitable_units(self, seconds, words):
         assert queuectl.duration_text(seconds) == words
 
@@ -7603,7 +7655,8 @@ class TestDependencies:
         assert "waits for a, which is dead\n" in run_ok("show", "b").out
         assert "waits for c, behind a, which is dead\n" in (
             run_ok("show", "d").out)
-        assert "Blocked: 3 jobs; b waits for a, which is dead" in run_ok("status").out
+        assert ("Blocked: 3 jobs; b waits for a, which is dead; to go on: queuectl.py"
+                " retry a\n") in run_ok("status").out
         answer = cli("logs", "-f", "d")
         assert answer.code == 1 and "job d can't go on: waits for c" in answer.err
 
@@ -8858,7 +8911,7 @@ class TestPage:
         queue.cancel(["cut"])
         now = named_part(page(), "now")
         assert words_of(named_part(now, "verdict")) == (
-            "Stuck: 1 job waits for dead ones")
+            "Stuck: 1 job behind dead ones")
         assert now.find("p") is None  # the blocked job is in the headline
         assert words_of(now.find("div")) == "Retry the dead ones, or cancel what waits"
         assert [[words_of(part) for part in row] for row in alerts_of(now)] == [
@@ -8960,11 +9013,11 @@ class TestPage:
             clock.now += 1
         row, = alerts_of(page())
         assert words_of(row[2]) == (
-            "“refused” in 2 of the latest 3, “no file” in 1 · latest 1 s ago")
+            "2 of the last 4 printed “refused” · latest 1 s ago")
         for id in "efg":  # what differs in numbers alone is alike
             let_die(queue, id, output=b"no user %d" % ord(id))
         row, = alerts_of(page())
-        assert words_of(row[2]).startswith("“no user 103” in 3 of the latest 6, “ref")
+        assert words_of(row[2]).startswith("3 of the last 7 printed “no user 103” · ")
 
     def test_one_dead_job_is_retried_without_a_question(self, queue, page, dashboard):
         let_die(queue, "a")
@@ -9007,7 +9060,7 @@ class TestPage:
     def test_it_can_pause_and_resume(self, queue, page, dashboard):
         assert "Pause" not in buttons_of(page())  # there is nothing to pause
         add_job(queue)
-        waits = ": 1 job waits"
+        waits = ": 1 waiting"
         for word, verdict in (("Pause", "Paused" + waits),
                               ("Resume", "No pool is running" + waits)):
             switch = buttons_of(named_part(page(), "queue"))[word]
