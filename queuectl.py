@@ -4347,7 +4347,6 @@ TO_RESUME = "to go on: %s resume" % PROGRAM
 TO_START = "to start one: %s worker start" % PROGRAM
 TO_ADD_WORKERS = "to add workers: %s worker start --count %%d" % PROGRAM
 TO_START_ANOTHER = "to start another: %s worker start" % PROGRAM
-TO_TRY_NOW = "to try one now: %s edit ID --run-at now" % PROGRAM
 
 
 def quoted(words):
@@ -4635,11 +4634,9 @@ def verdict_at_rest(status):
             sentence = "Stuck: %s behind dead ones" % plural(blocked, "job")
             return Verdict(
                 "dead", sentence, "retry the dead ones, or cancel what waits")
-    judgement = obstacle(status)
-    if not judgement:
-        return None
-    sentence = joined(judgement.sentence, waiting_text(status), by=": ")
-    return judgement._replace(sentence=joined(sentence, harm_text(status), by="; "))
+    judgement, waiting = obstacle(status), waiting_text(status)
+    return judgement and judgement._replace(sentence=joined(
+        joined(judgement.sentence, waiting, by=": "), harm_text(status), by="; "))
 
 
 def verdict_at_work(status, now):
@@ -6327,10 +6324,10 @@ def state_option(states):
 
     def convert(text):
         if state_name(text) not in states:
-            message = "--state %s: it has to be one of " + names
-            if state_name(text) == "failed":
-                message += "; a failed job runs again by itself; " + TO_TRY_NOW
-            raise QueueError(message, text, code=2)
+            message = "--state %s: it has to be one of %s%s"
+            hint = "; a failed job runs again by itself; to try one now: %s" % usage(
+                "edit", "ID", "--run-at", "now") if state_name(text) == "failed" else ""
+            raise QueueError(message, text, names, hint, code=2)
         return state_name(text)
 
     return option("--state", "STATE", "one of %s (repeatable)" % names,
@@ -6478,7 +6475,7 @@ def error_lines(groups, path, now, width):
         when = ", the latest " if group["jobs"] > 1 else ", "
         when += relative_time(group["latest"], now)
         has_room = display_width(line + when) <= width
-        yield line + when if has_room else truncate(line, width)
+        yield line + when if has_room else truncate(line, max(width, 60))
     more = groups[SHOWN_ERRORS:]
     if more:
         yield in_queue(path, "  and of %s; to see all: %s dlq list" % (

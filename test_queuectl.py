@@ -5419,6 +5419,7 @@ class TestStatus:
         lines = run_on_terminal("status", columns=50)[1].split("\r\n")
         # The time matters least.
         assert "  2 of exit 2: 1 of the last 2 printed “no file”" in lines
+        assert "    2 printed “no file”\r\n" in run_on_terminal("status", columns=28)[1]
         assert "Dead: 8\n" in run_ok("status").out
 
     def test_with_free_rows_watch_shows_what_ended_last(self, queue, clock):
@@ -9006,7 +9007,8 @@ class TestPage:
         assert dashboard.post(retry["data-post"]).text == "2"
         assert sorted(jobs("--state", "dead")) == ["b"]
 
-    def test_the_most_common_last_line_of_an_error_is_quoted(self, queue, clock, page):
+    def test_the_most_common_last_line_of_an_error_is_quoted(
+            self, queue, clock, page, monkeypatch):
         for id, output in (("a", b"refused"), ("b", b"x\nrefused\n"), ("c", b""),
                            ("d", b"no file")):
             let_die(queue, id, output=output)
@@ -9018,6 +9020,9 @@ class TestPage:
             let_die(queue, id, output=b"no user %d" % ord(id))
         row, = alerts_of(page())
         assert words_of(row[2]).startswith("3 of the last 7 printed “no user 103” · ")
+        monkeypatch.setattr(queuectl, "MAX_TAILED", 9)  # b has more, and is not read
+        row, = alerts_of(page())
+        assert words_of(row[2]).startswith("3 of the last 6 printed “no user 103” · ")
 
     def test_one_dead_job_is_retried_without_a_question(self, queue, page, dashboard):
         let_die(queue, "a")
