@@ -4191,7 +4191,7 @@ class TestLogs:
 
     @posix_only
     def test_follow_of_a_silent_run_reports_that_until_ctrl_c(self):
-        enqueue(UNTIL_GO, id="x")
+        enqueue("sleep 9", id="x")
         start_pool(count=1)
         wait_until(lambda: state_of("x") == "processing")
         pid, terminal = fork_on_terminal(["logs", "-f", "x"])
@@ -4199,7 +4199,6 @@ class TestLogs:
         os.write(terminal, b"\x03")
         assert read_to_end(terminal) == b"^C\r\n"  # the prompt begins a line
         assert os.WEXITSTATUS(os.waitpid(pid, 0)[1]) == 130
-        open("go", "w").close()
 
     @posix_only
     def test_follow_reports_the_bytes_that_it_missed(self):
