@@ -4672,7 +4672,8 @@ def harm_text(status):
 def waiting_text(status):
     """Return in words how many jobs wait for a worker, and how many lost theirs."""
     ready, lost = status["ready"], len(status["lost"])
-    return joined(ready and grouped(ready) + " waiting",
+    wait = " waits" if ready == 1 else " wait"
+    return joined(ready and plural(ready, "job") + wait,
                   lost and grouped(lost) + " without a worker")
 
 

@@ -5234,7 +5234,7 @@ class TestStatus:
 
         assert judge() == ("pending", "No jobs yet")
         add_job(queue, id="x", max_retries=1)
-        assert judge(workers=0) == ("dead", "No pool is running: 1 waiting")
+        assert judge(workers=0) == ("dead", "No pool is running: 1 job waits")
         assert judge() == ("processing", "Working: 1 waiting")  # no run has ended
         run = claim(queue)
         assert judge()[1] == "Keeping up: no job waits for a worker"
@@ -5325,7 +5325,7 @@ class TestStatus:
         claim(queue)  # by a worker that there never was
         shown = page("/?job=a")
         assert words_of(named_part(shown, "verdict")) == (
-            "No pool is running: 1 waiting, 1 without a worker")
+            "No pool is running: 1 job waits, 1 without a worker")
         assert {row[1]: row[0] for row in table_of(shown)} == {
             "a": "lost", "b": "pending"}
         assert words_of(named_part(shown, "why")).startswith("lost – its worker died")
@@ -5392,7 +5392,7 @@ class TestStatus:
     def test_the_verdict_is_in_json_and_not_in_a_pipe(self, dashboard):
         enqueue()
         printed = read_status()
-        assert printed["verdict"] == "No pool is running: 1 waiting"
+        assert printed["verdict"] == "No pool is running: 1 job waits"
         assert printed == dashboard.json("/api/status") and "ready" not in printed
         assert printed["verdict"] not in run_ok("status").out
 
@@ -5443,7 +5443,7 @@ class TestStatus:
         wait_until(lambda: state_of("runs") == "processing")
         run_ok("worker", "stop", "--no-wait")
         shown = run_on_terminal("status")[1]
-        assert shown.startswith("\x1b[33mThe pool is stopping: 1 waiting\x1b[0m;")
+        assert shown.startswith("\x1b[33mThe pool is stopping: 1 job waits\x1b[0m;")
         words = "the pool is stopping; to start another: queuectl.py worker start"
         assert words.capitalize() in run_ok("status").out
         assert words in run_ok("show", "next").out
