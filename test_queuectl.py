@@ -5263,7 +5263,7 @@ class TestStatus:
         for values in {"growth": [0, 90, 99]}, {"oldest_waiting": clock.now - 4}:
             judgement = queuectl.verdict(dict(status, **values), clock.now)
             assert judgement.sentence == "Working: 4,000 waiting"
-        left = ": 4,000 waiting; 1 dead, 1 blocked"
+        left = ": 4,000 jobs wait; 1 dead, 1 blocked"
         assert judge(workers=0)[1] == "No pool is running" + left
         queue.set_paused(True)
         assert judge(workers=0) == ("failed", "Paused" + left)
@@ -9064,7 +9064,7 @@ class TestPage:
     def test_it_can_pause_and_resume(self, queue, page, dashboard):
         assert "Pause" not in buttons_of(page())  # there is nothing to pause
         add_job(queue)
-        waits = ": 1 waiting"
+        waits = ": 1 job waits"
         for word, verdict in (("Pause", "Paused" + waits),
                               ("Resume", "No pool is running" + waits)):
             switch = buttons_of(named_part(page(), "queue"))[word]
