@@ -168,7 +168,7 @@ LOG_LIMIT = 10 * 2**20  # bytes of queuectl.log before it becomes queuectl.log.1
 
 # How often: seconds between two looks or tries.
 RECOVERY_INTERVAL = 2.0  # of a pool for lost jobs
-DRAIN_INTERVAL = 0.5  # of a drain that shows its progress
+PROGRESS_INTERVAL = 0.5  # of `wait` and a drain that show their progress
 IDLE_INTERVAL = 1.0  # of an idle worker, which tries to claim unasked
 TROUBLE_INTERVAL = 1.0  # of a worker that tries again after an error
 RESTART_INTERVAL = 1.0  # of the starts of workers that keep dying
@@ -5845,7 +5845,7 @@ class Supervisor:
         self.pid = os.getpid()
         self.is_quiet = is_quiet
         self.draining_pool = self.pid if is_drain else None  # as for `Queue`
-        self.show_progress = show_progress  # with the queue, every DRAIN_INTERVAL
+        self.show_progress = show_progress  # with the queue, every PROGRESS_INTERVAL
         self.own_file = pool_file(self.path, self.pid)
         self.fd = None  # of that file
         self.file_status = None  # of the database
@@ -5955,7 +5955,7 @@ class Supervisor:
     def check_interval(self):
         if not self.reaper.is_idle():
             return POLL_INTERVAL
-        return DRAIN_INTERVAL if self.show_progress else RECOVERY_INTERVAL
+        return PROGRESS_INTERVAL if self.show_progress else RECOVERY_INTERVAL
 
     def is_over(self):
         """Tell whether the pool may leave: the runs of its dead workers are recovered.
@@ -7329,7 +7329,7 @@ class WaitReport:
 
     def __init__(self, queue, progress, is_named):
         self.queue, self.progress, self.is_named = queue, progress, is_named
-        self.began = time.monotonic()
+        self.began = self.next_at = time.monotonic()
         self.reason = ""  # why nothing happened at the last look
         self.wait = None  # the `Wait`, once it has looked
 
@@ -7339,6 +7339,9 @@ class WaitReport:
         Somebody at a terminal hears of it soon. A script may be about to start a pool.
         """
         self.wait = wait
+        if time.monotonic() < self.next_at:  # to look takes a while in a large queue
+            return
+        self.next_at = time.monotonic() + PROGRESS_INTERVAL
         delay = REPORT_DELAY
         width = terminal_width(sys.stderr)
         if width:

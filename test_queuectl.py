@@ -4481,7 +4481,8 @@ class TestWait:
         assert answer.code == 124 and "no pool is running" in answer.err
 
     def test_after_a_while_it_reports_why_nothing_happens(self, monkeypatch):
-        monkeypatch.setattr(queuectl, "REPORT_DELAY", 0.01)
+        for name in ("REPORT_DELAY", "PROGRESS_INTERVAL"):
+            monkeypatch.setattr(queuectl, name, 0.01)
         enqueue(id="x")
         run_ok("pause")
         lines = cli("wait", "x", "--timeout", "0.1").err.splitlines()
