@@ -195,7 +195,8 @@ STOP_REPORT_DELAY = 1.0  # after which `worker stop` does
 SELFTEST_TIME = 28.0  # that `selftest` takes before it clears up
 CHECK_TIME = 10.0  # of them, for one promise
 
-EXIT_UNUSABLE = 2  # exit code of a worker that left because its queue can't be used
+# Exit codes of a worker that left because its queue can't be used now, or for good.
+EXIT_UNUSABLE, EXIT_DAMAGED = 2, 3
 
 
 def batches(items):
@@ -5603,7 +5604,7 @@ def worker_main(path, pool, draining_pool, is_quiet, pool_fd):
         if worker.is_database_gone():
             return  # the supervisor reports that, once for all workers
         worker.log.error("%s", error)
-        sys.exit(EXIT_UNUSABLE)
+        sys.exit(EXIT_DAMAGED if is_damage(error.__context__) else EXIT_UNUSABLE)
     except Exception:
         worker.log.exception("this worker failed")
         sys.exit(1)
@@ -5641,9 +5642,9 @@ class Reaper:
             termination.is_stuck() for termination in self.terminations.values())
 
     def note_worker_death(self, pid, exit_code):
-        """Take note that a worker has died. EXIT_UNUSABLE is no fault of its job."""
+        """Take note that a worker has died; an unusable queue is no fault of its job."""
         self.recovery_done = False
-        if exit_code != EXIT_UNUSABLE:
+        if exit_code not in (EXIT_UNUSABLE, EXIT_DAMAGED):
             self.worker_died_at[pid] = time.monotonic()
 
     def recover_lost(self, queue, workers):
@@ -6049,6 +6050,8 @@ class Supervisor:
                 message = "worker %d died: %s"
                 self.log.error(message, worker.pid, exit_end(worker.exitcode).error)
                 self.reaper.note_worker_death(worker.pid, worker.exitcode)
+                if worker.exitcode == EXIT_DAMAGED:  # where only workers look
+                    self.give_up("%s is damaged; restore a backup" % printable(self.path))
                 self.next_check = 0.0
                 self.next_start = time.monotonic() + RESTART_INTERVAL
 

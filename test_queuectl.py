@@ -2463,6 +2463,16 @@ class TestErrorsAreOneLine:
         assert pool.wait(15) == 1
         assert "is malformed; restore a backup\n" in pool.stderr.read()
 
+    @pytest.mark.parametrize("table", ["runs", "totals"])
+    def test_a_pool_ends_also_where_only_its_workers_find_the_damage(self, table):
+        enqueue(id="x")
+        (page,), = query("SELECT rootpage FROM sqlite_master WHERE name = ?", table)
+        with open("queuectl.db", "r+b") as file:
+            file.seek(4096 * (page - 1))
+            file.write(b"\xff" * 4096)
+        pool = start_process("worker", "start", "--drain", "--count", "2")
+        assert pool.wait(15) == 1 and "; restore a backup\n" in pool.stderr.read()
+
     def test_a_queue_of_version_1_is_refused_and_left_alone(self):
         enqueue(id="x")
         with contextlib.closing(sqlite3.connect("queuectl.db")) as db:
