@@ -8047,8 +8047,10 @@ def command_file(own, home):
 
     if not re.fullmatch(r"[^.]+\.py", os.path.basename(own)):
         raise QueueError("%s: only a file called NAME.py can be imported", own)
+    earlier = os.umask(0o022)  # else only root may find its directory
     with contextlib.suppress(OSError):  # root can write it, and other users may not
         py_compile.compile(own)
+    os.umask(earlier)
     if WINDOWS:
         return batch_file(own, home)
     argv = [sys.executable, *importing(own)]
@@ -11082,8 +11084,8 @@ def main(argv=None):
         if error.errno in closed_pipe and error.filename is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would complain
             return 0
-        unnamed = "this directory" if error.errno == errno.ENOENT else "system error"
-        path = str(error.filename or unnamed)
+        unnamed = {errno.ENOENT: "this directory", errno.ENOSPC: "the disk"}
+        path = str(error.filename or unnamed.get(error.errno, "system error"))
         hint = owner_hint(path) or ": %s" % (error.strerror or error)
         notice(printable(path) + hint)
         return 1

@@ -6114,6 +6114,17 @@ class TestInstall:
             env=dict(os.environ, PYTHONUTF8=value))
         assert answer.returncode == 0 and printed in answer.stdout
 
+    @posix_only
+    def test_all_users_find_its_compiled_form(self):
+        """Else a service of another user would compile the file at each start."""
+        shutil.copy(SCRIPT, "queuectl.py")
+        os.chmod("queuectl.py", 0o644)
+        subprocess.run([sys.executable, "queuectl.py", "install", "bin"], check=True,
+                       stdout=subprocess.DEVNULL, preexec_fn=lambda: os.umask(0o077))
+        compiled, = os.listdir("__pycache__")
+        assert os.stat("__pycache__").st_mode & 0o777 == 0o755
+        assert os.stat("__pycache__/" + compiled).st_mode & 0o44 == 0o44
+
     @mechanism
     def test_the_path_of_python_is_ascii_in_a_batch_file(self, home):
         user = os.path.join(str(home), "Jörg")
