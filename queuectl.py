@@ -155,7 +155,7 @@ MAX_DEATHS = 5  # worker deaths after which their job is taken for the cause
 MAX_HOOKS = 8  # `on_dead` commands that a pool runs at a time
 MAX_HOOK_OUTPUT = 2**20  # bytes of what such a command prints; then they are dropped
 MAX_ERRORS = 100  # most common errors of dead jobs that are listed
-SHOWN_ERRORS = 4  # most common errors of dead jobs, in `status` and on the page
+SHOWN_ERRORS = 4  # most common errors of dead jobs in `status`
 MAX_NAMED = 20  # jobs of which `wait` says what each waits for
 MAX_WATCHED = 2000  # jobs of which `wait` counts the states; of more, the whole queue
 COUNT_LIMIT = 10000  # rows that are counted where a million would take too long
@@ -2900,10 +2900,12 @@ class Queue(Database):
             WHERE {in_states(BLOCKING)} ORDER BY seq LIMIT 1""", job["seq"])
 
     def dependents(self, job, limit):
-        """Return the first jobs (`id`, `state`) that come after a job."""
-        return self.rows("""
-            SELECT id, state FROM dependencies JOIN jobs USING (seq)
+        """Return the ids of the first jobs that come after a job, and the count."""
+        first = self.rows("""
+            SELECT id FROM dependencies JOIN jobs USING (seq)
             WHERE waits_for = ? ORDER BY seq LIMIT ?""", job["seq"], limit)
+        return [id for id, in first], self.value(
+            "SELECT COUNT(*) FROM dependencies WHERE waits_for = ?", job["seq"])
 
     def waiting_dependents(self, job, limit=-1):
         """Return the first unfinished jobs (`seq`, `id`) that wait for a job.
@@ -4573,7 +4575,8 @@ RUN_AGAIN = NextStep("to run it again", "retry {}")
 GO_ON = NextStep("to go on", "retry {}")
 RING = "M8 2a6 6 0 1 1 0 12 6 6 0 0 1 0-12"
 JOB_KINDS = {
-    "pending": JobKind("pending", RING, place_in_line),
+    "pending": JobKind(  # with an error, if it has failed before
+        "pending", RING, place_in_line, lambda job, look: job["error"] or ""),
     "delayed": JobKind(
         "pending", RING + "M8 5v3.5l2.5 1", why_delayed,
         lambda job, look: "due " + due_text(job, look.now, look.text_of)),
@@ -7551,6 +7554,10 @@ Selection = collections.namedtuple(
     "Selection", "taken spared reason step age", defaults=(None, None, None, ""))
 
 
+def reason_to_spare(selection, count):
+    return selection.reason.format("it" if count == 1 else "them")
+
+
 def jobs_to_retry(states, **filters):
     return Selection(where(states, cancelled=False, **filters),
                      where(states, cancelled=True, **filters),
@@ -7560,7 +7567,7 @@ def jobs_to_retry(states, **filters):
 
 def jobs_to_delete(states, **filters):
     chosen = where(states, **filters)
-    return Selection(*split_by_need(chosen), "other jobs wait for them",
+    return Selection(*split_by_need(chosen), "other jobs wait for {}",
                      NextStep("to see which", "show {}"))
 
 
@@ -7614,8 +7621,9 @@ def spared_text(queue, selection):
     if not ids:
         return ""
     names = ", ".join(ids[:3]) + (", ..." if ids[3:] else "")
+    count = queue.count(condition)
     return "%d left: %s (%s); %s" % (
-        queue.count(condition), selection.reason, names,
+        count, reason_to_spare(selection, count), names,
         step_text(selection.step, ids[0], queue.path))
 
 
@@ -8549,7 +8557,7 @@ CACHE_SHARE = 0.005  # of the time, which making one of them anew may take
 PAGE_ROWS = 50  # jobs in the table of the page
 RUNNING_SHOWN = 5  # jobs under "Running now"
 RUNS_SHOWN = 9  # runs of the job in the panel
-LINKS_SHOWN = 20  # jobs that the one in the panel comes after, or that come after it
+LINKS_SHOWN = 5  # jobs that the one in the panel comes after, or that come after it
 PIECE = 100000  # bytes of an output that the page fetches at most at once
 
 
@@ -8719,9 +8727,9 @@ def button(words, post, css=None, label=None, **data):
                    data_post=post, **data)
 
 
-def copy_button(label, id=""):
+def copy_button(label, id="", words="Copy"):
     """Return a button that copies the text of an element, or of that before it."""
-    return element("button", "Copy", type="button", data_copy=id, aria_label=label)
+    return element("button", words, type="button", data_copy=id, aria_label=label)
 
 
 def ago(moment, page):
@@ -8816,7 +8824,8 @@ def page_header(page):
                    css="mono dim line", title=page.queue.path)
     skip = count_in(page, "") > 0 and link("Skip to the jobs", "#jobs", "skip button")
     stop = element(
-        "button", "Stop refreshing", type="button", id="stop", data_keep="yes")
+        "button", "Stop", element("span", " refreshing"), type="button", id="stop",
+        data_keep="yes")
     return element("section", skip, path, switch, stop, css="row", id="queue",
                    aria_label="Queue")
 
@@ -8830,7 +8839,7 @@ def page_now(page):
     if count_in(page, ""):
         # What is broken comes first, before what works.
         load = joined(judgement.harm and judgement.sentence, load_text(page), by=" · ")
-        more = [load and element("p", load, css="dim"),
+        more = [load and element("p", load, css=not judgement.harm and "dim"),
                 advice and advice_line(advice, page),
                 element("ul", *alerts(page), id="alerts")]
     else:
@@ -8871,23 +8880,16 @@ def command_to_copy(path, rest):
 def alerts(page):
     """Return lines about what died, is tried again, or is behind a lock.
 
-    Two are on top. The others are behind them where there is little room.
+    Of more than three errors the third and all others are folded.
     """
-    errors, others = error_alerts(page), [*failed_alert(page), *lock_alert(page)]
-    named = len(errors) if len(errors) == SHOWN_ERRORS + 1 else SHOWN_ERRORS
-    lines = errors[:named] + others
+    errors = error_alerts(page)
+    named = 3 if len(errors) == 3 else 2
+    lines = [*errors[:named], *failed_alert(page), *lock_alert(page)]
     if errors[named:]:
-        lines.append(folded(plural(len(errors) - named, "more error"), errors[named:]))
-    if not lines[2:]:
-        return lines
-    count = len(errors) + len(others) - 2
-    return [*lines[:2], folded(grouped(count) + " more", lines[2:], "rest")]
-
-
-def folded(words, lines, css=None):
-    """Return a line that hides others until it is opened."""
-    details = [element("summary", words), element("ul", *lines)]
-    return element("li", element("details", *details, css=css), data_key=css or "more")
+        more = element("summary", plural(len(errors) - named, "more error"))
+        lines.append(element("li", element(
+            "details", more, element("ul", *errors[named:])), data_key="more"))
+    return lines
 
 
 def error_alerts(page):
@@ -9138,9 +9140,10 @@ def command_cell(job, page):
     """Return the command, behind the error and, for dead jobs, the last line."""
     error = failure_of(job)
     line = error and job["state"] == "dead" and last_line(page.queue.tail(job))
-    return element("span", error and element("b", error, css="hue"),
-                   " “%s” · " % line if line else error and " ",
-                   one_line(job["command"]))
+    line = line and "“%s”" % line
+    return element("span", error and element("b", error, css="hue"), error and " ",
+                   line and line + " · ", one_line(job["command"]),
+                   title=joined(error, line, job["command"], by="\n"))
 
 
 def tries_cell(job, page):
@@ -9183,16 +9186,16 @@ def one_line(text):
 
 
 def failure_of(job):
-    """Return why a job failed; nothing if it did not, or if somebody cancelled it."""
-    has_failed = job["state"] in ("failed", "dead") and not job["cancelled"]
-    return job["error"] if has_failed else ""
+    """Return why a job failed last; nothing if it runs, or if somebody cancelled it."""
+    is_shown = job["state"] != "processing" and not job["cancelled"]
+    return is_shown and job["error"] or ""
 
 
 def job_row(job, page):
     state = JOB_KINDS[kind_of(job, page)].state
     cells = [element("td", column.cell(job, page), css=column.css)
              for column in JOB_COLUMNS]
-    return element("tr", *cells, data_key=job["id"], css=state, title=job["command"],
+    return element("tr", *cells, data_key=job["id"], css=state,
                    aria_current=page.view.job == job["id"])
 
 
@@ -9259,7 +9262,8 @@ def bulk_buttons(page):
         return
     if state in ("", "dead") and count_in(page, "dead") > page.status["cancelled"]:
         chosen = {"error": error} if error else filters
-        yield bulk_button("Retry dead…", "retry", chosen)
+        words = Html("Retry" + element("span", " dead") + "…")
+        yield bulk_button(words, "retry", chosen)
     if filters and state != "processing":
         yield bulk_button("Delete…", "delete", filters)
 
@@ -9282,13 +9286,21 @@ def question_route(queue, query):
     # Only now, and not for each page: with a million jobs that takes a while.
     count, spared = queue.count(selection.taken), queue.count(selection.spared)
     stays = spared and "%s left out: %s." % (
-        plural(spared, "job") + (" is" if spared == 1 else " are"), selection.reason)
+        plural(spared, "job") + (" is" if spared == 1 else " are"),
+        reason_to_spare(selection, spared))
     if not count:
         return {"none": joined("There is nothing to %s." % verb, stays, by=" ")}
     words = "%s %s?" % (verb.capitalize(), jobs_of_query(count, verb, query))
-    effect = {"delete": "Their runs and their output go as well.",
-              "retry": "They get all their tries again."}[verb]
-    return {"ask": joined(words, effect, stays, by=" ")}
+    return {"ask": joined(words, effect_of(queue, query, verb), stays, by=" ")}
+
+
+def effect_of(queue, query, verb):
+    """Return in words what a verb for many means for the jobs that it takes."""
+    if verb == "retry":
+        return "They get all their tries again."
+    waiting = queue.count(jobs_to_delete(**filters_of(query, WAITING)).taken)
+    return joined(waiting and "Still waiting to run: %s of them." % grouped(waiting),
+                  "Their runs and their output go as well.", by=" ")
 
 
 def jobs_of_query(count, verb, query):
@@ -9453,14 +9465,13 @@ SHOWN_ELSEWHERE = ("id", "command", "run_at")
 def job_facts(job, page):
     """Return what the panel lists of a job, by name; empty values are not shown."""
     fields = public_job(job)
-    before = [id for id, _ in page.queue.dependents(job, LINKS_SHOWN + 1)]
     dead = job["waits"] and page.queue.dead_before(job)
     holder = job["gate"] == LOCKED and page.queue.lock_holder(job)
     facts = {
-        "behind": holder and job_links([holder], page),
-        "blocked by": dead and job_links([dead["id"]], page),
-        "comes after": job_links(fields["after"], page),
-        "comes before": job_links(before, page),
+        "behind": holder and job_links([holder], 1, page),
+        "blocked by": dead and job_links([dead["id"]], 1, page),
+        "comes after": job_links(fields["after"], len(fields["after"]), page),
+        "comes before": job_links(*page.queue.dependents(job, LINKS_SHOWN), page),
         "enqueued": time_fact(job["created_at"], page),
         "due": can_run_now(job, page) and time_fact(job["run_at"], page),
         "started": job["started_at"] and time_fact(job["started_at"], page),
@@ -9490,12 +9501,13 @@ def fact(name, value):
     return element("div", element("dt", name), element("dd", *content))
 
 
-def job_links(ids, page):
-    """Return links to the first jobs, with what each of them is."""
+def job_links(ids, count, page):
+    """Return links to the first of COUNT jobs, with what each of them is."""
     links = [
         link("%s (%s)" % (id, kind_of(page.queue.job(id), page)),
              page.view.open(id)) for id in ids[:LINKS_SHOWN]]
-    return [*links, "and more"] if len(ids) > LINKS_SHOWN else links
+    more = count - LINKS_SHOWN
+    return [*links, "and %s more" % grouped(more)] if more > 0 else links
 
 
 def run_links(job, shown, page):
@@ -9535,7 +9547,8 @@ def panel_output(job, run, page):
         words = [element("span", going, css="dim"),
                  element("button", "Paused: jump to the end", type="button", id="end")]
     yield element(
-        "div", element("h2", "Output"), *words, copy_button("Copy output", "output"),
+        "div", element("h2", "Output"), *words,
+        copy_button(None, "output", "Copy what is shown"),
         link("Download", "/output.log" + name, "button end",
              download="%s-%d.log" % (job["id"], run)), css="row")
     piece = output_piece(page.queue, job, run) if page.is_whole else element(
@@ -9966,7 +9979,7 @@ noscript p { margin: 0 0 .7rem; }
 body {
   margin: 0 auto; max-width: 92rem; padding: .8rem 1.2rem 3rem;
   background: var(--bg); color: var(--text);
-  font: 14px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+  font: .875rem/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums;
 }
 b, h1, h2, th { font-weight: 600; }
 h1, h2 { font-size: 1rem; }
@@ -10078,15 +10091,8 @@ main { clear: both; container-type: inline-size; }
   padding: .3rem 0; border-top: 1px solid var(--line);
 }
 #now li:has(> details) { display: block; }
-/* Where there is room, and the browser can do that, nothing is folded but many errors. */
 @container (min-width: 58.01rem) {
   li .lines { -webkit-line-clamp: 1; word-break: break-all; }
-  @supports selector(::details-content) {
-    #now li:has(> .rest) { padding: 0; border: 0; }
-    .rest > summary { display: none; }
-    .rest::details-content { content-visibility: visible; }
-    .rest > ul { margin: 0 !important; }
-  }
 }
 #tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 0 .7rem; }
 #tiles a { text-decoration: none; padding: .45rem .9rem .55rem; min-width: 0; }
@@ -10219,16 +10225,20 @@ dd a { display: inline-block; margin-right: 1em; padding: .15rem 0; }
   #tiles .dim, thead { display: none; }
   td { border: 0; padding: .05rem .4rem; }
   tr {
-    display: grid; grid-template-columns: auto minmax(6rem, 1fr) fit-content(10rem);
+    display: grid; grid-template-columns: auto minmax(5rem, 1fr) fit-content(10rem);
     padding: .35rem 0; border-top: 1px solid var(--line);
   }
   td.rest { grid-row: 2; grid-column: 1 / 4; }
-  td.mid { width: auto; }
+  td.mid { width: auto; white-space: normal; }
+  td.hue { overflow: visible; }
+  form { flex-basis: 10rem; }
+  #q { font-size: max(1rem, 16px); }  /* or a phone zooms in */
   button, .button, #now :is(button, .button), summary { padding: .35rem .7rem; }
   #runs { flex-wrap: nowrap; overflow-x: auto; flex: none; padding-bottom: .3rem; }
   #runs a { white-space: nowrap; flex: none; max-width: none; }
 }
 @media (max-width: 28rem) {
+  button span { position: absolute; left: -99rem; }  /* heard, not seen */
   #now li > .mono { grid-row: 2; grid-column: 1 / 4; }
   #now li > .dim { grid-row: 3; }
   #now li > .row { grid-column: 3; }
@@ -10250,6 +10260,7 @@ const parse = text => inZone(new DOMParser().parseFromString(text, "text/html"))
 const SILENT = "The dashboard does not answer.";
 let fetching, timer, isStopped, pending = 0, lastGood = performance.now(), toastTimer;
 let chartAt = -1e9, chartEnded, kind, kindAt, kindTold;
+let textTold = find("q") && find("q").defaultValue;
 
 /* Show times in the zone of the browser; in Swedish the date looks like that of ISO 8601. */
 function inZone(page) {
@@ -10335,8 +10346,10 @@ async function refresh(isFree) {
   if (fetching) fetching.abort();
   const mine = fetching = new AbortController(), opened = find("job") && find("job").dataset.key;
   setTimeout(() => mine.abort(), 20000);
+  const silent = setInterval(() => trouble(SILENT), 5000);  // it may hang
   try {
-    const came = parse(await get("/main" + location.search, {signal: mine.signal}));
+    const came = parse(await get("/main" + location.search, {signal: mine.signal})
+      .finally(() => clearInterval(silent)));
     if (mine !== fetching) return;
     const focused = document.activeElement;
     cover(came.body);
@@ -10347,9 +10360,9 @@ async function refresh(isFree) {
     // What is above it may have grown.
     if (list && list.isConnected) scrollBy(0, list.getBoundingClientRect().top - top);
     document.title = came.title;
-    announce();
     const search = find("q");
     if (search && search !== focused) search.value = search.defaultValue;
+    announce(search);
     moveFocus(opened, focused);
     lastGood = performance.now();
     trouble("");
@@ -10362,8 +10375,13 @@ async function refresh(isFree) {
   if (!isStopped) timer = setTimeout(refresh, document.hidden ? 15000 : 2000);
 }
 
-/* To those who do not see its colour, once it has lasted. */
-function announce() {
+/* What a search has found; and the verdict, to those who do not see its colour, once it has
+   lasted. */
+function announce(search) {
+  if (search && search.value !== textTold && search.value === search.defaultValue) {
+    find("told").textContent = "Jobs: " + find("total").textContent;
+    textTold = search.value;
+  }
   const now = find("now").dataset.kind;
   if (kind !== now) [kind, kindAt] = [now, performance.now()];
   kindTold ??= kind;
@@ -10386,6 +10404,8 @@ function moveFocus(opened, focused) {
   const job = find("job") && find("job").dataset.key;
   let target = focused.isConnected ? null : find("name") || find("verdict");
   if (job !== opened) target = job ? find(focused.id) || find("name") : rowOf(opened) || target;
+  const row = job !== opened && opened && rowOf(job);
+  if (row) row.closest("tr").scrollIntoView({block: "nearest"});
   if (target) target.focus({preventScroll: true});
 }
 
@@ -10496,8 +10516,10 @@ async function act({post, question, ask, do: words, done, css}) {
   // Whoever deletes the job in the panel goes on to the next one.
   const onward = find("job") && post.startsWith("/api/jobs/-/delete")
     && (find("next") || find("previous") || find("close"));
+  const late = setInterval(() => say("no answer yet: it may still be carried out"), 20000);
   const changed = JSON.parse(
-    await get(post, {method: "POST", headers: {"X-Token": "{{TOKEN}}"}}));
+    await get(post, {method: "POST", headers: {"X-Token": "{{TOKEN}}"}})
+      .finally(() => clearInterval(late)));
   const jobs = changed === 1 ? " job" : " jobs";
   if (onward) history.replaceState(history.state, "", onward.href);
   say(question ? done + " " + changed.toLocaleString("en") + jobs : done);
@@ -10517,7 +10539,7 @@ function press(button) {
   if (button.id === "end") return find("output").focus(toEnd());
   if (button.id === "stop") {
     isStopped = document.body.classList.toggle("stopped");
-    button.textContent = isStopped ? "Go on refreshing" : "Stop refreshing";
+    button.firstChild.data = isStopped ? "Go on" : "Stop";
     return isStopped ? clearTimeout(timer) : refresh();
   }
   if (button.matches("[aria-disabled], [aria-busy]")) return;
@@ -10592,7 +10614,7 @@ PAGE_HTML = """<!DOCTYPE html>
 nor refreshes itself.</p></noscript>
 <section id="trouble" class="card" aria-label="Trouble">{{TROUBLE}}<p></p>\
 <div id="start" class="row advice" hidden>It has ended, \
-or the connection is down. To start it: {{START}}</div>\
+hangs, or the connection is down. To start it: {{START}}</div>\
 <div id="anew" class="row advice" {{IF_GONE}}>Put the file back, or start a new queue: \
 {{ANEW}}</div>\
 </section>

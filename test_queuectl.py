@@ -934,7 +934,7 @@ def links_of(node):
 
 def buttons_of(node):
     """Return the attributes of all buttons, by their words."""
-    return {button.text: dict(button.attrib) for button in node.iter("button")
+    return {words_of(button): dict(button.attrib) for button in node.iter("button")
             if not button.get("hidden")}
 
 
@@ -3885,6 +3885,13 @@ class TestList:
         assert second + "  pending  0/3" in run_ok("list").out
         assert "due in 1h 2m" in run_ok("list").out
 
+    def test_why_is_the_error_of_a_job_that_waits_to_be_tried_again(self, queue):
+        add_job(queue, id="x")
+        queue.fail(claim(queue), make_outcome("exit 7"))
+        queue.clock.now += 60
+        queue.promote(queue.clock.now)
+        assert re.search("^x +pending .* exit 7 +true$", run_ok("list").out, re.M)
+
     @posix_only
     def test_an_empty_list_says_so_on_a_terminal(self):
         path = os.path.abspath("queuectl.db")
@@ -4909,7 +4916,7 @@ class TestDelete:
         for id, after in (("a", []), ("b", ["a"])):
             add_job(queue, id=id, after=after, max_retries=1)
         queue.fail(claim(queue), make_outcome())
-        left = ("; 1 left: other jobs wait for them (a);"
+        left = ("; 1 left: other jobs wait for it (a);"
                 " to see which: queuectl.py show a\n")
         assert run_ok("dlq", "clear", "--dry-run").err.endswith("changed" + left)
         assert run_ok("dlq", "clear").out == "deleted 0 jobs" + left
@@ -4975,7 +4982,7 @@ class TestDelete:
         add_job(queue, id="other", after=["a"])
         queue.cancel(["a", "b", "c"])
         assert run_ok("dlq", "clear").out == (
-            "deleted 2 jobs; 1 left: other jobs wait for them (a);"
+            "deleted 2 jobs; 1 left: other jobs wait for it (a);"
             " to see which: queuectl.py show a\n")
         assert set(jobs()) == {"a", "other"}
         queue.cancel(["other"])
@@ -4987,7 +4994,7 @@ class TestDelete:
         queue.fail(claim(queue), make_outcome())
         assert run_ok("delete", "--all", "--older-than", "1d").out == (
             "deleted 0 jobs that ended more than 1d ago; 1 left: other jobs wait for"
-            " them (old); to see which: queuectl.py show old\n")
+            " it (old); to see which: queuectl.py show old\n")
         assert run_ok("delete", "--all").out == "deleted 2 jobs\n"
 
     @pytest.mark.parametrize("words, printed", [
@@ -8878,6 +8885,21 @@ class TestApi:
             assert dashboard.ask("/api/jobs/x/output?run=" + run).status == 404
 
 
+needs_browser = pytest.mark.skipif(
+    os.name != "posix" or not shutil.which("chromium"), reason="needs a browser")
+
+
+def shown_by_browser(address, milliseconds=5000):
+    """Return the markup of a page after this time of a browser."""
+    with tempfile.TemporaryDirectory() as profile:
+        return subprocess.run(
+            ["chromium", "--headless", "--no-sandbox", "--disable-gpu",
+             "--disable-background-networking", "--user-data-dir=" + profile,
+             "--virtual-time-budget=%d" % milliseconds, "--dump-dom", address],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60,
+            encoding="utf-8").stdout
+
+
 class TestPage:
     """The parts of the page, made without a browser."""
 
@@ -8965,7 +8987,7 @@ class TestPage:
         assert [*offered] == ["Retry dead…", "Delete…"]
         assert dashboard.json(offered["Delete…"]["data-question"]) == {
             "ask": "Delete 3 jobs blocked by “exit 1”?"
-            " Their runs and their output go as well."}
+            " Still waiting to run: 3 of them. Their runs and their output go as well."}
         assert dashboard.post(offered["Retry dead…"]["data-post"]).text == "2"
         assert {row[1]: row[0] for row in table_of(page())}["d"] == "behind a job"
         queue.cancel(["a"])
@@ -8983,6 +9005,8 @@ class TestPage:
         add_job(queue, id="b", max_retries=1)
         queue.fail(claim(queue), make_outcome())
         assert words_of(named_part(page(), "verdict")) == "1 dead" and kind() == "harm"
+        load = named_part(page(), "now").find("p")
+        assert load.get("class") is None and "Keeping up" in words_of(load)
 
     def test_commands_to_paste_name_the_queue(self, queue, page, monkeypatch):
         def command():
@@ -9053,17 +9077,21 @@ class TestPage:
         assert dashboard.post(retry["data-post"]).status == 200
         assert state_of("a") == "pending"
 
-    def test_only_two_lines_and_the_most_common_errors_are_named(self, queue, page):
-        for number in range(6):
+    def test_only_the_most_common_errors_are_named(self, queue, page):
+        for number in range(4):
             let_die(queue, "j%d" % number, "exit %d" % number)
+        add_job(queue)
+        queue.fail(claim(queue), make_outcome())
         shown = named_part(page(), "alerts")
-        assert len(shown) == 3  # on a phone they fill the screen
-        assert [words_of(summary) for summary in shown.iter("summary")] == [
-            "4 more", "2 more errors"]
+        assert [words_of(row[0]) for row in shown] == [
+            "1 dead", "1 dead", "1 failed", "2 more errors1 deadexit 2j2 · just nowShowRetry"
+            "1 deadexit 3j3 · just nowShowRetry"]
+        assert len([*shown.iter("summary")]) == 1  # folded once, not twice
         assert {links_of(row)["Show"] for row in alerts_of(page())} == {
-            "/?state=dead&error=exit+%d#jobs" % number for number in range(6)}
+            "/?state=failed#jobs",
+            *("/?state=dead&error=exit+%d#jobs" % number for number in range(4))}
         queue.delete(["j0"])  # a line for one other error may as well be that error
-        assert [words_of(summary) for summary in page().iter("summary")] == ["3 more"]
+        assert [*page().iter("summary")] == []
 
     def test_what_is_tried_again_or_behind_a_lock_has_a_row(self, queue, clock, page):
         for name in ("holds", "next", "last"):
@@ -9114,6 +9142,18 @@ class TestPage:
         assert words_of(current[0]) == "dead"
         waits = named_part(page("/?state=pending"), "jobs")
         assert links_of(waits)["Longest wait: fails"] == "/?state=pending&job=fails"
+
+    def test_a_job_that_waits_to_be_tried_again_shows_its_error(
+            self, queue, clock, page):
+        add_job(queue, id="x")
+        queue.fail(claim(queue), make_outcome("exit 7"))
+        clock.now += 60
+        queue.promote(clock.now)
+        assert table_of(page())[0][:3] == ["pending", "x", "exit 7 true"]
+        assert words_of(named_part(page("/?job=x"), "why")) == (
+            "pending – exit 7, no pool is running")
+        claim(queue)  # nobody knows how this run will end
+        assert table_of(page())[0][2] == "true"
 
     def test_it_shows_what_runs_now(self, queue, clock, page):
         for number in range(queuectl.RUNNING_SHOWN + 2):
@@ -9202,6 +9242,9 @@ class TestPage:
             ["delayed", "later", "true", "", "", "in 60 s"],
             ["failed", "early", "exit 1 echo 1 ⏎ echo 2", "1/3", "3.0s",
              "retry in 2 s"]]
+        titles = [part.get("title") for part in page().find(".//tbody").iter()]
+        # That of a row would be read out as its name.
+        assert [*filter(None, titles)] == ["true", "exit 1\necho 1\n  echo 2"]
 
     def test_each_kind_of_job_has_a_word_and_an_icon(self, queue, clock, page):
         add_job(queue, id="cut")
@@ -9322,7 +9365,7 @@ class TestPage:
         offered = buttons_of(named_part(page("/?state=dead"), "jobs"))
         assert dashboard.json(offered["Delete…"]["data-question"]) == {
             "ask": "Delete 2 dead jobs? Their runs and their output go as well."
-            " 1 job is left out: other jobs wait for them."}
+            " 1 job is left out: other jobs wait for it."}
         assert dashboard.json(offered["Retry dead…"]["data-question"]) == {
             "ask": "Retry 2 dead jobs? They get all their tries again."
             " 1 job is left out: cancelled ones are retried by id."}
@@ -9433,18 +9476,11 @@ class TestPage:
         literals = text[text.index("PAGE_CSS = ") : text.index("# Main: ")]
         assert max(map(len, literals.splitlines())) <= 100
 
-    @posix_only
-    @pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
+    @needs_browser
     def test_a_browser_runs_its_script(self, dashboard):
         enqueue("printf 'a\\033[31mb\\033[0m\\rc<i>'; exit 3", id="x", max_retries=1)
         drain()
-        with tempfile.TemporaryDirectory() as profile:
-            shown = subprocess.run(
-                ["chromium", "--headless", "--no-sandbox", "--disable-gpu",
-                 "--disable-background-networking", "--user-data-dir=" + profile,
-                 "--virtual-time-budget=5000", "--dump-dom",
-                 "http://%s/?job=x" % dashboard.own], stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, timeout=60, encoding="utf-8").stdout
+        shown = shown_by_browser("http://%s/?job=x" % dashboard.own)
         output, = re.findall('(?s)<pre id="output".*?</pre>', shown)
         assert "c&lt;i&gt;" in output and output.count("<code") == 1
         for place in re.findall('<p id="[^>]* role="status"[^>]*>', shown):
@@ -9452,6 +9488,40 @@ class TestPage:
         assert '<p role="alert"></p>' in shown and 'class="live' in shown
         assert "succeed" in shown  # the chart, which only the script fetches
         assert 'role="dialog"' in shown  # as the panel covers such a narrow page
+
+    @needs_browser
+    @pytest.mark.parametrize("path, script, expected", [
+        pytest.param("/", """
+            find("q").value = "j1";
+            find("q").dispatchEvent(new Event("input", {bubbles: true}));
+            """, ">Jobs: 11, newest first</p>", id="a search is announced"),
+        pytest.param("/?job=j2", """
+            setTimeout(() => find("next").click(), 1000);
+            setTimeout(() => {
+              const {top, bottom} = rowOf("j1").getBoundingClientRect();
+              say(`in view: ${top > 0 && bottom < innerHeight}`);
+            }, 3000);
+            """, ">In view: true</p>", id="a step shows the row"),
+        pytest.param("/", """
+            fetch = () => new Promise(() => {});
+            refresh();
+            """, '<p role="alert">The dashboard does not answer.</p>', id="a hang"),
+        pytest.param("/", """
+            fetch = () => new Promise(() => {});
+            setTimeout(() => act({post: "/api/pause"}), 2000);
+            """, ">No answer yet: it may still be carried out</p>", id="an action")])
+    @needs_browser
+    def test_its_script_answers_a_user(self, queue, monkeypatch, path, script, expected):
+        add_jobs(queue, [{"command": "true", "id": "j%d" % n} for n in range(20)])
+        monkeypatch.setattr(queuectl, "PAGE_HTML", queuectl.PAGE_HTML.replace(
+            "refresh();\n</script>", "refresh();\n" + script + "</script>"))
+        site = queuectl.Site(queue.path, "127.0.0.1")
+        with queuectl.listen(site, "127.0.0.1", 0) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            address = "http://127.0.0.1:%d%s" % (server.server_port, path)
+            budget = 24000 if "act(" in script else 7000
+            assert expected in shown_by_browser(address, budget)
+            server.shutdown()
 
 
 class TestPanel:
@@ -9483,7 +9553,7 @@ class TestPanel:
         panel = page("/?job=job").find("section[@id='job']")
         assert words_of(named_part(panel, "why")) == "processing – for 1 s, try 1 of 3"
         assert "worker1" in words_of(panel.find("dl"))
-        cancel, _, to_end = buttons_of(panel).items()
+        cancel, _, to_end, _ = buttons_of(panel).items()
         assert to_end[0] == "Paused: jump to the end"  # shown by the script
         assert cancel[1]["data-ask"] == "Cancel job? All its processes are ended."
         assert cancel[1]["data-done"] == "Cancelling job"
@@ -9528,7 +9598,7 @@ class TestPanel:
             add_job(queue, id="d%d" % n, after=["c"])
         facts = page("/?job=c").find("section[@id='job']/dl")
         assert len(links_of(facts)) == 1 + queuectl.LINKS_SHOWN
-        assert "d19 (behind a job)and more" in words_of(facts)
+        assert "d4 (behind a job)and 9 more" in words_of(facts)
 
     def test_it_names_the_dead_job_that_blocks_it(self, queue, page):
         let_die(queue, "a", priority=1)
@@ -9656,7 +9726,7 @@ class TestPanel:
         assert code.text.endswith("\nline 49999\n")
         assert output[before:].decode().startswith(first)
         panel = page("/?job=x").find("section[@id='job']")
-        assert "{:,} bytes".format(len(output)) in words_of(panel)
+        assert "{:,} bytes keptCopy what is shown".format(len(output)) in words_of(panel)
         saved = panel.find(".//a[@download]")
         assert saved.get("download") == "x-1.log"
         assert saved.get("href") == "/output.log?id=x&run=1"
