@@ -9531,31 +9531,29 @@ def run_link(run, shown, page):
 
 
 def panel_output(job, run, page):
-    """Yield the title of an output and its box, which the script fills."""
+    """Return the title of an output and its box, which the script fills."""
     if not run:
-        yield element("h2", "Not run yet")
-        return
+        return [element("h2", "Not run yet")]
     name = query_of(id=job["id"], run=run)
     size, head = page.queue.output_head(job, run)
     if not head and not is_live(job, run):
-        yield element("h2", "It printed nothing")
-        return
+        return [element("h2", "It printed nothing")]
     size -= len(head) - len(split_dropped(head)[1])  # without the note on what is not
     words = [element("span", "%s bytes kept" % grouped(size), css="dim")]
     if is_live(job, run):
         going = "lost" if job["id"] in page.status["lost"] else "following"
         words = [element("span", going, css="dim"),
                  element("button", "Paused: jump to the end", type="button", id="end")]
-    yield element(
+    header = element(
         "div", element("h2", "Output"), *words,
         copy_button(None, "output", "Copy what is shown"),
         link("Download", "/output.log" + name, "button end",
              download="%s-%d.log" % (job["id"], run)), css="row")
     piece = output_piece(page.queue, job, run) if page.is_whole else element(
         "code", data_next="/output" + name)
-    yield element("pre", piece, id="output", tabindex=0, role="region",
-                  aria_label="Output", data_key="%s %s" % (job["id"], run),
-                  data_keep="yes")
+    return [header, element(
+        "pre", piece, id="output", tabindex=0, role="region", aria_label="Output",
+        data_key="%s %s" % (job["id"], run), data_keep="yes")]
 
 
 def is_live(job, run):

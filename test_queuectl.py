@@ -9244,7 +9244,7 @@ class TestPage:
              "retry in 2 s"]]
         titles = [part.get("title") for part in page().find(".//tbody").iter()]
         # That of a row would be read out as its name.
-        assert [*filter(None, titles)] == ["true", "exit 1\necho 1\n  echo 2"]
+        assert [*filter(None, titles)] == ["true", "exit 1 echo 1   echo 2"]
 
     def test_each_kind_of_job_has_a_word_and_an_icon(self, queue, clock, page):
         add_job(queue, id="cut")
