@@ -9039,20 +9039,18 @@ def page_running(page):
     """Return the jobs that have run longest, with their commands and times."""
     runs = sorted(page.queue.processing_runs(), key=lambda run: run.started_at)
     more, lost = len(runs) - RUNNING_SHOWN, len(page.status["lost"])
-    workers = len(page.status["workers"])
-    idle = joined("No job runs", workers and plural(workers, "worker") + " idle")
     return element(
         "section", element("h2", "Running now"),
         lost > 0 and element("p", grouped(lost) + " without a worker",
                              css="failed hue"),
         element("ul", *[running_job(run, page) for run in runs[:RUNNING_SHOWN]]),
-        not runs and element("p", idle, css="dim none"),
+        not runs and element("p", "No job runs", css="dim none"),
         more > 0 and link(grouped(more) + " more", page.view.only(state="processing"),
                           "dim"), id="running", css="card")
 
 
 def running_job(run, page):
-    """Return a line about a running job; its time is marked near the timeout."""
+    """Return a line about a running job."""
     job = page.queue.job(run.id)
     word = kind_of(job, page)
     line = last_line(page.queue.tail(job))
@@ -9060,12 +9058,10 @@ def running_job(run, page):
     if silent > 60:
         line = joined("no output for " + roughly(silent), line, by=" · ")
     seconds = page.now - job["started_at"]
-    is_late = job["timeout"] and seconds > 0.8 * job["timeout"]
     return element(
         "li", icon(word), link(job["id"], page.view.open(job["id"]), "mono line"),
         element("span", one_line(job["command"]), css="mono dim line"),
-        element("b", "<1 s" if seconds < 1 else roughly(seconds),
-                css="failed hue" if is_late else None),
+        element("b", "<1 s" if seconds < 1 else roughly(seconds)),
         line and element("small", line, css="dim line"),
         data_key=job["id"], css="row " + JOB_KINDS[word].state)
 
@@ -9192,10 +9188,10 @@ def failure_of(job):
 
 
 def job_row(job, page):
-    state = JOB_KINDS[kind_of(job, page)].state
     cells = [element("td", column.cell(job, page), css=column.css)
              for column in JOB_COLUMNS]
-    return element("tr", *cells, data_key=job["id"], css=state,
+    return element("tr", *cells, data_key=job["id"],
+                   css=JOB_KINDS[kind_of(job, page)].state,
                    aria_current=page.view.job == job["id"])
 
 

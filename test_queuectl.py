@@ -9173,22 +9173,6 @@ class TestPage:
             os.utime(lease.path, (time.time() - 300,) * 2)
             assert "no output for 5 min · row 7 of 9" in words_of(page())
 
-    def test_idle_workers_are_counted_where_nothing_runs(self, queue, page, monkeypatch):
-        add_job(queue)
-        assert words_of(named_part(page(), "running")) == "Running nowNo job runs"
-        monkeypatch.setattr(queuectl, "living_pools", lambda path: {7: [1, 2]})
-        assert "No job runs, 2 workers idle" in words_of(named_part(page(), "running"))
-
-    def test_a_run_near_its_timeout_is_marked(self, queue, clock, page):
-        for name, timeout in (("near", 100), ("far", 1000), ("free", None)):
-            add_job(queue, id=name, timeout=timeout)
-            claim(queue)
-            clock.now += 1
-        clock.now += 90
-        times = {words_of(line.find("a")): line.find("b").get("class")
-                 for line in named_part(page(), "running").findall("ul/li")}
-        assert times == {"near": "failed hue", "far": None, "free": None}
-
     def test_what_has_run_longest_comes_first(self, queue, clock, page):
         add_job(queue, id="a", delay=30)
         for number in range(2):
