@@ -7095,7 +7095,7 @@ def with_next_step(name, args, error):
     """Return an error with the next step, if a command has refused a job's state."""
     verb = name.split()[-1]
     step = error.job and REFUSED_COMMANDS.get((verb, error.job["state"]))
-    is_one_of_many = hasattr(args, "dry_run") and args.ids[1:]
+    is_one_of_many = hasattr(args, "dry_run") and getattr(args, "ids", "")[1:]
     return QueueError(joined(
         str(error), is_one_of_many and "nothing is changed",
         step and step_text(step, error.job["id"], args.db), by="; "), code=error.code)
@@ -7369,7 +7369,7 @@ class WaitReport:
     def __init__(self, queue, progress, is_named):
         self.queue, self.progress, self.is_named = queue, progress, is_named
         self.began = self.next_at = time.monotonic()
-        self.reason = ""  # why nothing happened; True while no job is due
+        self.reason = False  # why nothing happened; True while no job is due
         self.wait = None  # the `Wait`, once it has looked
 
     def update(self, wait):
@@ -7390,7 +7390,8 @@ class WaitReport:
             return
         reason = why_nothing_ends(self.queue)
         work = work_left(self.queue)
-        is_idle = not reason and not work["ready"] and not work["jobs"]["processing"]
+        is_other = reason or work["ready"] or work["jobs"]["processing"]
+        is_idle = not is_other and count_unfinished(self.wait.counts()) > 0
         if (reason or is_idle) != self.reason:
             self.progress.close()
             notice(reason or is_idle and self.rest(by_name=True) or "jobs start again")
@@ -10676,7 +10677,7 @@ GROUPS = {"worker": "pools", "dlq": "the dead letter queue", "config": "settings
 
 def overview():
     """Return the lines of the help of all commands, which fit on a terminal of 24."""
-    lines = ["usage: %s COMMAND ... with --db PATH, --json, --help" % PROGRAM]
+    lines = ["usage: %s COMMAND ...; also --db PATH, --json, --help" % PROGRAM]
     for topic, names in TOPICS.items():
         for name in names:
             verbs = [known.split()[1] for known in COMMANDS
@@ -10694,7 +10695,7 @@ def group_overview(group):
     chosen = {name: entry for name, entry in COMMANDS.items()
               if name.startswith(group + " ")}
     return [
-        "usage: %s %s COMMAND ... with --db PATH, --json, --help" % (PROGRAM, group),
+        "usage: %s %s COMMAND ...; also --db PATH, --json, --help" % (PROGRAM, group),
         "",
         *("  %-14s %s" % (name, entry.meaning) for name, entry in chosen.items()),
         "", "examples:",
