@@ -3544,6 +3544,18 @@ class TestEnqueue:
         assert "-c" in run_ok("logs", "line").out
         assert "-x" in run_ok("logs", "words").out
 
+    @posix_only
+    def test_at_a_terminal_one_ctrl_d_ends_the_jobs(self):
+        enqueue()
+        pid, terminal = fork_on_terminal(["enqueue", "--lines"])
+        shown = b""
+        while b"Ctrl-D\r\n" not in shown:
+            shown += os.read(terminal, 999)
+        os.write(terminal, b"true\n\x04")
+        wait_until(lambda: len(jobs()) == 2)
+        read_to_end(terminal)
+        assert os.waitpid(pid, 0)[1] == 0
+
     def test_with_lines_each_line_is_a_command(self):
         lines = b"echo one\r\n\n  \necho {two}\n[3]\n"
         run_ok("enqueue", "--lines", "--priority", "2", stdin=lines)
@@ -3887,7 +3899,7 @@ class TestList:
         assert "due in 1h 2m" in run_ok("list").out
         run_ok("cancel", "x")  # with the room there is a command
         titles, line, *_ = run_on_terminal("dlq", "list", columns=40)[1].splitlines()
-        assert line == "x   cancelled  echo here" and titles.endswith("COMMAND\x1b[0m")
+        assert line == "x   0/3    cancelled  echo here" and titles.endswith("COMMAND\x1b[0m")
 
     @posix_only
     def test_an_empty_list_says_so_on_a_terminal(self):
@@ -4287,6 +4299,9 @@ class TestLogs:
         add_job(queue, id="x")
         queue.fail(claim(queue), make_outcome("exit 7"))
         assert "x: no output; exit 7, try 1 of 3; again " in run_ok("logs", "-f", "x").err
+        add_job(queue, id="y", priority=1)
+        queue.release(claim(queue), make_outcome("stopped"))
+        assert run_ok("logs", "-f", "y").err.endswith("y: no output; stopped; again now\n")
 
 
 class TestWait:
@@ -5506,6 +5521,26 @@ class TestStatus:
         # The last picture stays, and the prompt stands in place of the ^C.
         assert end.endswith("\r\x1b[K") and "\n" not in end and "Traceback" not in shown
 
+    def test_in_a_pipe_watch_ends_each_look_with_a_blank_line(self):
+        run_ok("status")
+        watch = start_process("status", "--watch", "0.1")
+        looks = [watch.stdout.readline() for _ in range(14)]
+        assert looks[:7] == looks[7:] and looks.count("\n") == 2 and looks[6] == "\n"
+
+    @posix_only
+    def test_the_count_of_pending_jobs_says_which_no_worker_can_take(self, queue):
+        enqueue(id="x")
+        line = r"Pending: +\x1b\[\d*m%s\r\n"
+        assert re.search(line % r"1\x1b\[0m", run_on_terminal("status")[1])
+        let_die(queue, "dead")
+        add_job(queue, id="later", delay=60)
+        add_job(queue, id="after", after=["later"])
+        assert " (1 delayed, 1 behind others)" in run_on_terminal("status")[1]
+        assert "Pending: 3\n" in run_ok("status").out
+        run_ok("cancel", "x")
+        start_pool(count=1)
+        assert cli("status", "--check").err == "queuectl: 1 dead\n"  # not when a job is due
+
     @posix_only
     def test_watch_follows_a_resize_at_once(self):
         run_ok("status")
@@ -5849,6 +5884,14 @@ class TestDrain:
         run, = [each for each in read_status()["workers"] if each["job"]]
         os.kill(run["pid"], KILL)
         assert pool.wait(20) == 0 and state_of("x") == "completed"
+
+    @posix_only
+    def test_its_progress_counts_the_retries_that_it_waits_for(self):
+        configure("backoff_base", "1")
+        enqueue("exit 1", id="x", max_retries=2)
+        enqueue(delay=3600)
+        shown = run_on_terminal("worker", "start", "--drain", columns=99)[1]
+        assert "\r\x1b[K0 waiting, 1 to retry, 0 running" in shown
 
     @posix_only
     def test_progress_is_shown_on_a_terminal_only(self):
