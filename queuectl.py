@@ -5028,11 +5028,10 @@ def job_table(jobs, look, columns):
         columns = columns_that_fit(columns, first, look, width)
         if last not in columns:
             look = look._replace(text_of=lambda time: duration_text(time).split()[0])
-            reasons = [bool(reason.text(job, look)) for job in first]
-            if any(reasons) and not all(reasons):
-                columns[-1] = either(reason, last)
-            elif not all(reasons):
+            if reason not in columns:
                 columns.append(last)
+            elif not all(reason.text(job, look) for job in first):
+                columns[-1] = either(reason, last)
     titles = [column.title for column in columns]
     rows = ([column.text(job, look) for column in columns] for job in jobs)
     state_column = titles.index("STATE") if "STATE" in titles else None
@@ -5854,12 +5853,6 @@ class Reaper:
                 os.replace(log, log + ".1")
 
 
-def stop_text(request, running):
-    """Return what a stop does with so many RUNNING jobs."""
-    words = "putting %s back to pending" if request == "now" else "finishing %s"
-    return words % plural(running, "running job")
-
-
 class Supervisor:
     """The process of a pool that starts, replaces and stops its workers.
 
@@ -6033,7 +6026,9 @@ class Supervisor:
         self.log.info("asked to stop now" if request == "now" else "asked to stop")
         request_stop(self.path, self.pid, request)
         if self.signals and sys.stderr.isatty():
-            self.announce_stop(request)
+            if not self.show_progress:
+                write_or_drop(sys.stderr, "\n")  # below the ^C
+            self.announce_stop(request, "; Ctrl-C again ends %s now")
 
     def report_request(self):
         """Report a stop that another process has requested, once."""
@@ -6041,8 +6036,7 @@ class Supervisor:
         is_new = request in ("stop", "now") and request != self.asked
         if is_new and not self.stop_reason:
             self.asked = request
-            running = len(self.own_runs())
-            self.tell(stop_text(request, running), self.is_quiet or not running)
+            self.announce_stop(request)
 
     def tell(self, message, is_quiet):
         """Log a message, and print it, over the progress line, unless IS_QUIET."""
@@ -6058,13 +6052,14 @@ class Supervisor:
             run for run in queue.processing_runs()
             if run.worker in self.worker_pids()]) or []
 
-    def announce_stop(self, request):
-        """Print what becomes of the running jobs, below the `^C` or over progress."""
-        write_or_drop(sys.stderr, "\r\x1b[K" if self.show_progress else "\n")
+    def announce_stop(self, request, hint=""):
+        """Report what becomes of the running jobs, with a HINT on how to end them."""
         running = len(self.own_runs())
-        if running:
-            again = "; Ctrl-C again ends %s now" % ("it" if running == 1 else "them")
-            pool_notice(stop_text(request, running) + again * (request == "stop"))
+        message = "putting %s back to pending"
+        if request == "stop":
+            message = "finishing %s"
+            message += hint and hint % ("it" if running == 1 else "them")
+        self.tell(message % plural(running, "running job"), self.is_quiet or not running)
 
     def collect_workers(self):
         """Take note of the workers that have ended."""
@@ -7274,10 +7269,11 @@ def follow(queue, job, printer):
     if ended and not printed:
         end = why_silent(ended[0], queue.clock())
     for job in queue.still_there([run.id]):
-        if job["state"] in WAITING and job["run"] == run.number:
+        if job["state"] == "failed" and job["run"] == run.number:
             due = due_text(job, queue.clock()) or "now"
-            tried = joined(end, job["state"] == "failed" and tries_text(job))
-            end = "%s; again %s" % (tried, due)
+            end = "%s, %s; again %s" % (end, tries_text(job), due)
+        if job["state"] == "pending" and job["run"] == run.number:
+            end = joined(end, "it will run again", by="; ")
     if end:
         printer.notice("job %s: %s" % (run.id, printable(end)))
 
