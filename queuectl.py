@@ -6486,14 +6486,14 @@ def status_head(status, groups, now, size, detail):
 def count_line(state, count, digits, status):
     """Return how many jobs a state has, and how many of them are not what it says."""
     delayed = status["delayed"] - status["retries"]
-    kinds = {"pending": {"delayed": delayed, "behind others": status["dependent"]},
+    kinds = {"pending": {"delayed": delayed, "behind a job": status["dependent"]},
              "dead": {"cancelled": status["cancelled"]}}
-    of_them = counts_text(kinds.get(state, {}))
     title = "%-12s" % (state.capitalize() + ":")
     number = str(count).rjust(digits)
+    of_them = counts_text(kinds.get(state, {}))
+    text = joined(title + number, of_them and "(%s)" % of_them, by=" ")
     colour = STATES[state].colour if count else DIM
-    return Line(title + number + (of_them and " (%s)" % of_them), colour, len(title),
-                len(title + number))
+    return Line(text, colour, len(title), len(title + number))
 
 
 def error_lines(groups, path, now, width):
@@ -8886,12 +8886,11 @@ def page_now(page):
 def load_text(page):
     """Return in words how many jobs run, and how many others can't run yet."""
     status = page.status
-    counts = [
-        (status["jobs"]["processing"] - len(status["lost"]), "running"),
-        (status["dependent"] - len(status["blocked_seqs"]), "behind a job"),
-        (status["delayed"], "due later"),
-        (status["locked"], "behind a lock")]
-    return joined(*[count and grouped(count) + " " + words for count, words in counts])
+    return counts_text({
+        "running": status["jobs"]["processing"] - len(status["lost"]),
+        "behind a job": status["dependent"] - len(status["blocked_seqs"]),
+        "due later": status["delayed"],
+        "behind a lock": status["locked"]})
 
 
 def advice_line(advice, page):

@@ -5534,7 +5534,7 @@ class TestStatus:
         let_die(queue, "dead")
         enqueue(id="later", delay=60)
         enqueue(id="after", after=["later"])
-        assert "Pending:    3 (1 delayed, 1 behind others)" in run_on_terminal("status")[1]
+        assert "Pending:    3 (1 delayed, 1 behind a job)" in run_on_terminal("status")[1]
         assert "Pending: 3\n" in run_ok("status").out
         run_ok("cancel", "x")
         start_pool(count=1)
