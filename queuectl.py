@@ -3344,20 +3344,21 @@ class Wait:
 def work_left(queue):
     """Return a dict of the `jobs` by state, the `workers`, and what is left for them.
 
-    `delayed` jobs wait for their time, `dependent` ones for others, and the rest is
-    `ready`: the kept count without these two, which are few, or have an index. Of
-    the ready ones, `locked` wait for their lock; `line` is the longest line of jobs
-    that share one. `run_seconds` is the average of the last runs of the jobs that
-    were enqueued last: no index leads to the runs that ended last. It is None
-    before the first run has ended. `rate` are the jobs completed each second; it is
-    None where runs are so long that the time between them does not count. `growth` is
-    that of `recent_growth`.
+    `delayed` jobs wait for their time, of which `retries` are failed; `dependent` ones
+    wait for others. The rest is `ready`: the kept count without these, which are few,
+    or have an index. Of the ready ones, `locked` wait for their lock; `line` is the
+    longest line of jobs that share one. `run_seconds` is the average of the last runs
+    of the jobs that were enqueued last: no index leads to the runs that ended last. It
+    is None before the first run has ended. `rate` are the jobs completed each second;
+    it is None where runs are so long that the time between them does not count.
+    `growth` is that of `recent_growth`.
     """
     jobs = queue.counts()
     waiting = sum(map(jobs.get, WAITING))
-    delayed = queue.value(  # what is overdue is ready, though no worker has seen it
-        f"SELECT COUNT(*) FROM jobs WHERE {FOR_A_TIME} AND run_at > ?",
-        queue.clock())
+    # What is overdue is ready, though no worker has seen it.
+    delayed, retries = [queue.value(
+        f"SELECT COUNT(*) FROM jobs WHERE {kind} AND run_at > ?", queue.clock())
+        for kind in (FOR_A_TIME, f"state = 'failed' AND {RARE} AND {FOR_A_TIME}")]
     dependent = queue.value(
         f"SELECT COUNT(*) FROM jobs WHERE {UNFINISHED_DEPENDENT}")
     locks = queue.row(f"""
@@ -3371,8 +3372,8 @@ def work_left(queue):
             SELECT * FROM runs ORDER BY seq DESC, run DESC LIMIT 200)""")
     rate = completion_rate(queue) if seconds is not None and seconds < 0.1 else None
     return dict(locks, jobs=jobs, workers=queue.workers(), delayed=delayed,
-                ready=waiting - delayed - dependent, dependent=dependent,
-                run_seconds=seconds, rate=rate,
+                retries=retries, dependent=dependent,
+                ready=waiting - delayed - dependent, run_seconds=seconds, rate=rate,
                 growth=recent_growth(queue, seconds or 0))
 
 
@@ -4312,6 +4313,12 @@ def grouped(count):
     return "{:,}".format(count)
 
 
+def counts_text(counts):
+    """Return the counts, but for zeros, each with its name: 30 completed, 2 dead."""
+    return joined(*[count and grouped(count) + " " + name
+                    for name, count in counts.items()])
+
+
 def listed(words, most=3):
     """Return the first words, and how many more there are: a, b, c and 5 more."""
     more = " and %d more" % (len(words) - most) if words[most:] else ""
@@ -4608,6 +4615,11 @@ JOB_KINDS = {
 }
 
 
+def short_reason(job, look):
+    """Return the few words of a list on why a job waits or has failed, or nothing."""
+    return JOB_KINDS[kind_of(job, look)].short(job, look)
+
+
 # -- how far a queue is ----------------------------------------------------------------
 
 
@@ -4630,9 +4642,8 @@ def verdict_at_rest(status):
             return Verdict("pending", "No jobs yet",
                            "to add one: %s enqueue -- echo hello" % PROGRAM)
         if not count_unfinished(jobs):
-            completed, cancelled = jobs["completed"], status["cancelled"]
-            counts = joined(completed and grouped(completed) + " completed",
-                            cancelled and grouped(cancelled) + " cancelled")
+            counts = counts_text({"completed": jobs["completed"],
+                                  "cancelled": status["cancelled"]})
             return Verdict("completed", joined("Ended", counts, by=": "))
         if blocked and not can_go_on and not jobs["processing"]:
             sentence = "Stuck: %s behind dead ones" % plural(blocked, "job")
@@ -4667,18 +4678,15 @@ def verdict_at_work(status, now):
 
 def harm_text(status):
     """Return in words how many jobs are dead or blocked: 2 dead, 5 blocked."""
-    dead = status["jobs"]["dead"] - status["cancelled"]
-    blocked = len(status["blocked_seqs"])
-    return joined(dead and grouped(dead) + " dead",
-                  blocked and grouped(blocked) + " blocked")
+    return counts_text({"dead": status["jobs"]["dead"] - status["cancelled"],
+                        "blocked": len(status["blocked_seqs"])})
 
 
 def waiting_text(status):
     """Return in words how many jobs wait for a worker, and how many lost theirs."""
-    ready, lost = status["ready"], len(status["lost"])
-    wait = " waits" if ready == 1 else " wait"
-    return joined(ready and plural(ready, "job") + wait,
-                  lost and grouped(lost) + " without a worker")
+    ready = status["ready"]
+    return counts_text({"job waits" if ready == 1 else "jobs wait": ready,
+                        "without a worker": len(status["lost"])})
 
 
 def time_left(status, now):
@@ -4721,9 +4729,8 @@ def progress_text(rest, left, counts, width):
 
 
 def ended_text(counts):
-    """Return in words how many jobs have ended: 30 completed, 2 dead."""
-    return joined(*[counts[state] and grouped(counts[state]) + " " + state
-                    for state in FINISHED])
+    """Return in words how many jobs have ended."""
+    return counts_text({state: counts[state] for state in FINISHED})
 
 
 # -- the output of a run as a terminal would show it -----------------------------------
@@ -4927,6 +4934,14 @@ def truncate(text, width):
     return text + drawable("…", "~")
 
 
+def cut_in_middle(text, width):
+    """Return a text, or both ends of one: ids often differ in a number at their end."""
+    if width is None or display_width(text) <= width:
+        return text
+    end = truncate(text[::-1], (width - 1) // 2 + 1)[-2::-1]
+    return truncate(text, width - display_width(end)) + end
+
+
 def drawable(characters, fallback):
     """Return characters for a picture, or FALLBACK if the output can't show them."""
     try:
@@ -4936,21 +4951,21 @@ def drawable(characters, fallback):
         return fallback
 
 
-def table(titles, rows, width=None, state_column=None, first_cut=-1):
+def table(titles, rows, width=None, state_column=None):
     """Yield the lines of a table, each cell cut to fit a terminal of this width.
 
     Column widths come from the first batch of rows, so that a million can be streamed.
-    A state gets its colour. FIRST_CUT is the column that matters least.
+    A state gets its colour.
     """
     rows = iter(rows)
     batch = list(itertools.islice(rows, BATCH_SIZE))
     widths = [max(map(display_width, column)) for column in zip(titles, *batch)]
     if width:
-        widths = fitted(widths, width - 2 * (len(widths) - 1), first_cut)
+        widths = fitted(widths, width - 2 * (len(widths) - 1))
 
     def padded(row):
-        for cell, room in zip(row, widths):
-            cell = truncate(cell, width and room)
+        for at, room in enumerate(widths):
+            cell = (truncate if at else cut_in_middle)(row[at], width and room)
             yield cell + " " * (room - display_width(cell))
 
     yield Line("  ".join(padded(titles)).rstrip(), DIM)
@@ -4964,81 +4979,87 @@ def table(titles, rows, width=None, state_column=None, first_cut=-1):
         yield line
 
 
-def fitted(widths, room, first_cut):
+def fitted(widths, room):
     """Return the widths of columns that fit into this room.
 
-    First the column FIRST_CUT gets narrower, then the widest ones. The last column has
-    the commands: twenty columns of each still tell them apart.
+    First the last column gets narrower, then the widest ones: it has the commands, of
+    which twenty columns, or a third of a narrow terminal, still tell them apart.
     """
-    least = 20 if first_cut == -1 else 7
+    least = min(20, room // 3)
     # One long id must not push all else off the screen.
     widths = [min(width, 40) for width in widths[:-1]] + [min(widths[-1], room)]
     while sum(widths) > room:
-        at = first_cut if widths[first_cut] > least else widths.index(max(widths))
+        at = -1 if widths[-1] > least else widths.index(max(widths))
         widths[at] -= 1
     return widths
 
 
-# A column of a table of jobs: its title; how wide a terminal has to be to show it (what
-# a job is and why comes first); and the function of a job and a `Look` that makes its
-# text.
-ListColumn = collections.namedtuple("ListColumn", "title terminal text")
+# A column of a table of jobs: its title; its rank for a terminal, which shows as many as
+# fit (None: not this one); and the function of a job and a `Look` that makes its text.
+ListColumn = collections.namedtuple("ListColumn", "title rank text")
 
 
-def last_columns(changed, terminal, reason):
-    """Return the last columns, of which two have the titles CHANGED and REASON.
-
-    TERMINAL is how wide a terminal has to be to show the first of them.
-    """
+def last_columns(changed, reason):
+    """Return the last columns, of which two have the titles CHANGED and REASON."""
     return [
-        ListColumn(changed, terminal, lambda job, look: relative_time(
+        ListColumn(changed, 5, lambda job, look: relative_time(
             job["updated_at"], look.now)),
-        ListColumn(reason, 0, lambda job, look: printable(
-            JOB_KINDS[kind_of(job, look)].short(job, look))),
-        ListColumn("COMMAND", 60, lambda job, look: printable(job["command"])),
+        ListColumn(reason, 2, lambda job, look: printable(short_reason(job, look))),
+        ListColumn("COMMAND", 3, lambda job, look: printable(job["command"])),
     ]
 
 
 LIST_COLUMNS = [
     ListColumn("ID", 0, lambda job, look: job["id"]),
-    ListColumn("STATE", 0, lambda job, look: job["state"]),
-    ListColumn("TRIES", 48, lambda job, look: "%d/%d" % (
+    ListColumn("STATE", 1, lambda job, look: job["state"]),
+    ListColumn("TRIES", 4, lambda job, look: "%d/%d" % (
         job["attempts"], tries_allowed(job["max_retries"]))),
-    *last_columns("CHANGED", 98, "WHY"),
+    *last_columns("CHANGED", "WHY"),
 ]
-DLQ_COLUMNS = [
-    LIST_COLUMNS[0], LIST_COLUMNS[1]._replace(terminal=MAX_INTEGER),  # it is `dead`
-    LIST_COLUMNS[2], *last_columns("DIED", 76, "ERROR")]
+DLQ_COLUMNS = [LIST_COLUMNS[0], LIST_COLUMNS[1]._replace(rank=None),  # it is `dead`
+               LIST_COLUMNS[2], *last_columns("DIED", "ERROR")]
 
 
 def job_table(jobs, look, columns):
     """Return the lines of a table of jobs; a terminal gets the columns that fit."""
     width = terminal_width(sys.stdout)
-    first_cut = -1
     if width:
         jobs = iter(jobs)
         first = list(itertools.islice(jobs, BATCH_SIZE))
         jobs = itertools.chain(first, jobs)
-        used = [column for column in columns
-                if any(column.text(job, look) for job in first)]
-        spare = 24 * (len(columns) - len(used))  # of a column without a text
-        columns = [column for column in used if width + spare >= column.terminal]
-        reason, last = used[-2:]
-        if columns[-1] is reason:  # no room for both
-            first_cut = 0
-            if not all(reason.text(job, look) for job in first):
-                columns[-1] = either(reason, last)
+        *_, reason, last = columns
+        columns = columns_that_fit(columns, first, look, width)
+        if last not in columns:
             look = look._replace(text_of=lambda time: duration_text(time).split()[0])
+            if reason not in columns:
+                columns.append(last)
+            elif not all(reason.text(job, look) for job in first):
+                columns[-1] = either(reason, last)
     titles = [column.title for column in columns]
     rows = ([column.text(job, look) for column in columns] for job in jobs)
     state_column = titles.index("STATE") if "STATE" in titles else None
-    return table(titles, rows, width, state_column, first_cut)
+    return table(titles, rows, width, state_column)
+
+
+def columns_that_fit(columns, jobs, look, width):
+    """Return the columns that have a text, but those for which there is no room.
+
+    Twenty columns of the terminal are enough for each.
+    """
+    shown, room = [], width + 2
+    for column in sorted(columns, key=lambda column: column.rank or 0):
+        widths = [display_width(column.text(job, look)) for job in jobs]
+        if any(widths) and column.rank is not None:
+            room -= 2 + min(20, max(len(column.title), *widths))
+            if room >= 0 or column.rank <= 2:  # what a job is and why
+                shown.append(column)
+    return [column for column in columns if column in shown]
 
 
 def either(first, second):
     """Return a column that has the text of the first one, or else of the second."""
-    return ListColumn("%s or %s" % (first.title, second.title), 0, lambda job, look: (
-        first.text(job, look) or second.text(job, look)))
+    return ListColumn("%s or %s" % (first.title, second.title), 2, lambda job, look: (
+        first.text(job, look) or "$ " + second.text(job, look)))
 
 
 def run_table(runs, now):
@@ -5052,7 +5073,7 @@ def run_table(runs, now):
             str(run["run"]), str(run["attempt"]), relative_time(run["started_at"], now),
             duration_text(seconds), result])
     titles = ["RUN", "TRY", "STARTED", "TOOK", "RESULT"]
-    return table(titles, rows, terminal_width(sys.stdout), first_cut=2)
+    return table(titles, rows, terminal_width(sys.stdout))
 
 
 def stats_lines(stats, width):
@@ -6008,7 +6029,9 @@ class Supervisor:
         self.log.info("asked to stop now" if request == "now" else "asked to stop")
         request_stop(self.path, self.pid, request)
         if self.signals and sys.stderr.isatty():
-            self.announce_stop(request)
+            if not self.show_progress:
+                write_or_drop(sys.stderr, "\n")  # below the ^C
+            self.announce_stop(request, "; Ctrl-C again ends %s now")
 
     def report_request(self):
         """Report a stop that another process has requested, once."""
@@ -6016,9 +6039,7 @@ class Supervisor:
         is_new = request in ("stop", "now") and request != self.asked
         if is_new and not self.stop_reason:
             self.asked = request
-            left = len(self.own_runs())
-            words = "stopping now: %s left" if request == "now" else "stopping: %s left"
-            self.tell(words % plural(left, "job"), self.is_quiet or not left)
+            self.announce_stop(request)
 
     def tell(self, message, is_quiet):
         """Log a message, and print it, over the progress line, unless IS_QUIET."""
@@ -6034,15 +6055,14 @@ class Supervisor:
             run for run in queue.processing_runs()
             if run.worker in self.worker_pids()]) or []
 
-    def announce_stop(self, request):
-        """Print what becomes of the running jobs, below the `^C` or over progress."""
-        write_or_drop(sys.stderr, "\r\x1b[K" if self.show_progress else "\n")
-        running = self.own_runs()
-        if running:
-            message = "finishing %s; Ctrl-C again ends them now"
-            if request == "now":
-                message = "putting %s back to pending"
-            pool_notice(message % plural(len(running), "running job"))
+    def announce_stop(self, request, hint=""):
+        """Report what becomes of the running jobs, with a HINT on how to end them."""
+        running = len(self.own_runs())
+        message = "putting %s back to pending"
+        if request == "stop":
+            message = "finishing %s"
+            message += hint and hint % ("it" if running == 1 else "them")
+        self.tell(message % plural(running, "running job"), self.is_quiet or not running)
 
     def collect_workers(self):
         """Take note of the workers that have ended."""
@@ -6428,9 +6448,10 @@ def errors_of(queue):
 
 
 def line_text(group):
-    """Return what the dead of an error printed last: 3 of the last 5 printed “…”."""
-    some = group["alike"] < group["read"] and "%(alike)d of the last %(read)d printed "
-    return group["line"] and (some or "") % group + "“%s”" % group["line"]
+    """Return what the dead of an error printed last: “…” (3 of the last 5)."""
+    some = " (%(alike)d of the last %(read)d)" % group
+    return group["line"] and "“%s”%s" % (
+        group["line"], some * (group["alike"] < group["read"]))
 
 
 def status_screen(status, groups, now, size):
@@ -6456,7 +6477,7 @@ def status_head(status, groups, now, size, detail):
     digits = max(len(str(count)) for count in status["jobs"].values())
     for state, count in status["jobs"].items():
         if count or detail == 3:
-            yield count_line(state, count, digits, status["cancelled"])
+            yield count_line(state, count, digits, status)
     if detail >= 2:
         died = [group for group in groups if not group["is_cancelled"]]
         yield from error_lines(died, status["path"], now, size.columns)
@@ -6465,27 +6486,31 @@ def status_head(status, groups, now, size, detail):
     yield from pool_lines(status)
 
 
-def count_line(state, count, digits, cancelled):
-    """Return how many jobs a state has, and how many of the dead were CANCELLED."""
-    of_them = " (%d cancelled)" % cancelled if state == "dead" and cancelled else ""
+def count_line(state, count, digits, status):
+    """Return how many jobs a state has, and how many of them are not what it says."""
+    delayed = status["delayed"] - status["retries"]
+    kinds = {"pending": {"delayed": delayed, "behind a job": status["dependent"]},
+             "dead": {"cancelled": status["cancelled"]}}
     title = "%-12s" % (state.capitalize() + ":")
     number = str(count).rjust(digits)
+    of_them = counts_text(kinds.get(state, {}))
+    text = joined(title + number, of_them and "(%s)" % of_them, by=" ")
     colour = STATES[state].colour if count else DIM
-    return Line(title + number + of_them, colour, len(title), len(title + number))
+    return Line(text, colour, len(title), len(title + number))
 
 
 def error_lines(groups, path, now, width):
     """Yield a line for each error of dead jobs; the time of the latest if it fits."""
     for group in groups[:SHOWN_ERRORS]:
         line = printable(joined(group["error"], line_text(group), by=": "))
-        line = "  %s of %s" % (grouped(group["jobs"]), line)
+        line = "  %s %s %s" % (grouped(group["jobs"]), drawable("×", "x"), line)
         when = ", the latest " if group["jobs"] > 1 else ", "
         when += relative_time(group["latest"], now)
         has_room = display_width(line + when) <= width
         yield line + when if has_room else truncate(line, max(width, 60))
     more = groups[SHOWN_ERRORS:]
     if more:
-        yield in_queue(path, "  and of %s; to see all: %s dlq list" % (
+        yield in_queue(path, "  and %s; to see all: %s dlq list" % (
             plural(len(more), "more error"), PROGRAM))
 
 
@@ -6847,7 +6872,6 @@ def spool(path):
 
     Otherwise a slow producer at the other end of a pipe would keep the database locked.
     """
-    import shutil
     import tempfile
 
     if not path and sys.stdin.isatty():
@@ -6856,7 +6880,9 @@ def spool(path):
     with tempfile.SpooledTemporaryFile(2**24) as spooled:
         stdin = contextlib.nullcontext(sys.stdin.buffer)
         with open(path, "rb") if path else stdin as source:
-            shutil.copyfileobj(source, spooled)
+            # Unlike `read`, it takes the end that somebody types at its first time.
+            for piece in iter(functools.partial(source.read1, 2**16), b""):
+                spooled.write(piece)
         convert_utf_16(spooled)
         drop_last_ctrl_z(spooled)
         spooled.seek(0)
@@ -6909,10 +6935,10 @@ def cmd_list(args, queue):
         jobs = jobs if args.newest else jobs[::-1]
     else:
         jobs = queue.jobs(chosen, args.limit or 0, args.newest)
-    list_jobs(args, queue, jobs)
+    is_empty = list_jobs(args, queue, jobs)
     is_newest = room or args.newest
     report_unlisted(args, queue, room, chosen, "older" if is_newest else "newer")
-    print_lines(note)
+    print_lines([] if is_empty else note)
 
 
 def note_below(args, queue):
@@ -6962,11 +6988,15 @@ def time_since(args, queue):
 
 
 def list_jobs(args, queue, jobs, columns=LIST_COLUMNS, empty="no jobs"):
-    """Print a table of jobs; if there are none, report which queue was looked at."""
+    """Print a table of jobs. If there are none, report others and return True."""
     is_empty = print_jobs(args, jobs, lambda jobs: job_table(
         jobs, look_at(queue), columns), empty)
-    if is_empty:
+    others = is_empty and not args.json and counts_text(queue.counts())
+    if others:
+        notice("others in this queue: " + others)
+    elif is_empty:
         report_queue(args)
+    return is_empty
 
 
 def report_queue(args):
@@ -7059,14 +7089,14 @@ REFUSED_COMMANDS = {
 }
 
 
-def with_next_step(name, path, error):
+def with_next_step(name, args, error):
     """Return an error with the next step, if a command has refused a job's state."""
     verb = name.split()[-1]
     step = error.job and REFUSED_COMMANDS.get((verb, error.job["state"]))
-    if not step:
-        return error
-    return QueueError("%s; %s", error, step_text(step, error.job["id"], path),
-                      code=error.code)
+    is_one_of_many = hasattr(args, "dry_run") and getattr(args, "ids", "")[1:]
+    return QueueError(joined(
+        str(error), is_one_of_many and "nothing is changed",
+        step and step_text(step, error.job["id"], args.db), by="; "), code=error.code)
 
 
 def step_text(step, id, path):
@@ -7245,6 +7275,8 @@ def follow(queue, job, printer):
         if job["state"] == "failed" and job["run"] == run.number:
             due = due_text(job, queue.clock()) or "now"
             end = "%s, %s; again %s" % (end, tries_text(job), due)
+        if job["state"] == "pending" and job["run"] == run.number:
+            end = joined(end, "it will run again", by="; ")
     if end:
         printer.notice("job %s: %s" % (run.id, printable(end)))
 
@@ -7336,7 +7368,7 @@ class WaitReport:
     def __init__(self, queue, progress, is_named):
         self.queue, self.progress, self.is_named = queue, progress, is_named
         self.began = self.next_at = time.monotonic()
-        self.reason = ""  # why nothing happened at the last look
+        self.reason = False  # why nothing happened; True while no job is due
         self.wait = None  # the `Wait`, once it has looked
 
     def update(self, wait):
@@ -7356,27 +7388,28 @@ class WaitReport:
         if time.monotonic() < self.began + delay:
             return
         reason = why_nothing_ends(self.queue)
-        if reason != self.reason:
+        work = work_left(self.queue)
+        is_other = reason or work["ready"] or work["jobs"]["processing"]
+        is_idle = not is_other and count_unfinished(self.wait.counts()) > 0
+        if (reason or is_idle) != self.reason:
             self.progress.close()
-            notice(reason or "jobs start again")
-        self.reason = reason
+            notice(reason or is_idle and self.rest(by_name=True) or "jobs start again")
+        self.reason = reason or is_idle
 
-    def rest(self, width=MAX_INTEGER):
-        """Return in words what has not ended, and what has; few named jobs by name."""
-        counts, now = self.wait.counts(), self.queue.clock()
-        if self.is_named and len(self.wait.unfinished) <= MAX_NAMED:
-            rest = []
-            for job in self.queue.still_there(self.wait.unfinished):
-                due = due_text(job, now)
-                if job["state"] not in FINISHED:
-                    rest.append("%s (%s)" % (
-                        job["id"], "due " + due if due else job["state"]))
-            rest = "waiting for " + listed(rest)
+    def rest(self, width=MAX_INTEGER, by_name=False):
+        """Return in words what has not ended, and what has; few named jobs BY_NAME."""
+        counts = self.wait.counts()
+        if (self.is_named or by_name) and len(self.wait.unfinished) <= MAX_NAMED:
+            look = look_at(self.queue)
+            rest = "waiting for " + listed([
+                "%s (%s)" % (job["id"], short_reason(job, look) or job["state"])
+                for job in self.queue.still_there(self.wait.unfinished)
+                if job["state"] not in FINISHED])
             return truncate(joined(rest, ended_text(counts), by="; "), width)
         work = work_left(self.queue)
         # Neither is known when some jobs end, nor when those end that wait for a time.
-        is_known = not self.is_named and work["delayed"] <= work["jobs"]["failed"]
-        left = time_left(work, now) if is_known else ""
+        is_known = not self.is_named and work["delayed"] <= work["retries"]
+        left = time_left(work, self.queue.clock()) if is_known else ""
         return progress_text(to_go_text(counts), left, counts, width)
 
     def give_up(self, how):
@@ -7416,11 +7449,15 @@ def cmd_status(args, queue):
 
 def watch_status(args, queue):
     """Print the status at each refresh; a terminal shows the latest one alone."""
+    # What stands on a terminal is scrolled off it, so that no picture overwrites it.
+    size = terminal_size(sys.stdout)
+    print(end="\n" * (size.lines if size and not args.json else 0))
     try:
         while True:
             queue.require_file()
             size = terminal_size(sys.stdout)
             print_status(args, queue)
+            print(end="" if size or args.json else "\n")
             sys.stdout.flush()
             # A terminal that was resized does not wait.
             wait_until(lambda: terminal_size(sys.stdout) != size, args.watch,
@@ -7452,7 +7489,7 @@ def problem_of(status, now):
     """Return why somebody has to look after a queue that pools should work on."""
     judgement = verdict(status, now)
     if judgement.state in ("failed", "dead"):
-        return with_advice(judgement, status["path"], str.lower)
+        return judgement.harm or with_advice(judgement, status["path"], str.lower)
     return "" if status["pools"] else "no pool is running"
 
 
@@ -7595,7 +7632,10 @@ def list_dry_run(args, queue, done, jobs, count, age="", left=""):
     """List the jobs that a verb would change; a terminal gets as many as fit."""
     message = "%s%s would be %s; nothing is changed" % (plural(count, "job"), age, done)
     message = joined(message, left, by="; ")
-    list_jobs(args, queue, itertools.islice(jobs, room_for_jobs(args, [message])))
+    room = room_for_jobs(args, [message, ""])
+    list_jobs(args, queue, itertools.islice(jobs, room))
+    if room and count > room:
+        report_below(args, "and %s more" % grouped(count - room))
     report_below(args, message)
 
 
@@ -7708,22 +7748,21 @@ def selection_to_delete(args, before):
 def cmd_dlq_list(args, queue):
     filters = dead_filters(args, queue)
     chosen = where(["dead"], **filters)
-    summary = []
-    errors = [] if args.json else [
-        row for row in common_errors(queue, chosen) if row["error"] != CANCELLED]
-    if errors and errors[0]["jobs"] > 1:
-        summary.append("Most common errors: " + errors_text(errors))
-    print_lines(summary)
-    note = []
-    if not args.json and terminal_width(sys.stdout) and queue.counts()["dead"]:
+    summary, note = [], []
+    if not args.json and terminal_width(sys.stdout):
+        errors = [
+            row for row in common_errors(queue, chosen) if row["error"] != CANCELLED]
+        if errors and errors[0]["jobs"] > 1:
+            summary = ["Most common errors: " + errors_text(errors)]
         note = [Line(in_queue(args.db, purpose + usage("dlq", *line)), DIM)
                 for purpose, *line in (("to see what they printed: ", "logs"),
                                        ("to run one again: ", "retry", "ID"))]
+    print_lines(summary)
     room = room_for_jobs(args, summary + note)
     dead = queue.dead_jobs(limit=room or args.limit or -1, **filters)
-    list_jobs(args, queue, dead, DLQ_COLUMNS, "no dead jobs")
+    is_empty = list_jobs(args, queue, dead, DLQ_COLUMNS, "no dead jobs")
     report_unlisted(args, queue, room, chosen)
-    print_lines(note)
+    print_lines([] if is_empty else note)
 
 
 def dead_filters(args, queue):
@@ -7858,8 +7897,10 @@ def show_drain(progress, queue):
     """Show how far a drain is."""
     width, work = terminal_width(sys.stderr), work_left(queue)
     if width:
+        rest = joined(grouped(work["ready"]) + " waiting",
+                      counts_text({"to retry": work["retries"]}))
         progress.redraw(progress_text(
-            grouped(work["ready"]) + " waiting", time_left(work, queue.clock()),
+            rest, time_left(work, queue.clock()),
             {**work["jobs"], **queue.drain_counts()}, width - 1))
 
 
@@ -8854,12 +8895,11 @@ def page_now(page):
 def load_text(page):
     """Return in words how many jobs run, and how many others can't run yet."""
     status = page.status
-    counts = [
-        (status["jobs"]["processing"] - len(status["lost"]), "running"),
-        (status["dependent"] - len(status["blocked_seqs"]), "behind a job"),
-        (status["delayed"], "due later"),
-        (status["locked"], "behind a lock")]
-    return joined(*[count and grouped(count) + " " + words for count, words in counts])
+    return counts_text({
+        "running": status["jobs"]["processing"] - len(status["lost"]),
+        "behind a job": status["dependent"] - len(status["blocked_seqs"]),
+        "due later": status["delayed"],
+        "behind a lock": status["locked"]})
 
 
 def advice_line(advice, page):
@@ -10648,7 +10688,7 @@ GROUPS = {"worker": "pools", "dlq": "the dead letter queue", "config": "settings
 
 def overview():
     """Return the lines of the help of all commands, which fit on a terminal of 24."""
-    lines = ["usage: %s COMMAND ...  with --db PATH, --json, --help" % PROGRAM]
+    lines = ["usage: %s COMMAND ...; also --db PATH, --json, --help" % PROGRAM]
     for topic, names in TOPICS.items():
         for name in names:
             verbs = [known.split()[1] for known in COMMANDS
@@ -10666,7 +10706,7 @@ def group_overview(group):
     chosen = {name: entry for name, entry in COMMANDS.items()
               if name.startswith(group + " ")}
     return [
-        "usage: %s %s COMMAND ...  with --db PATH, --json, --help" % (PROGRAM, group),
+        "usage: %s %s COMMAND ...; also --db PATH, --json, --help" % (PROGRAM, group),
         "",
         *("  %-14s %s" % (name, entry.meaning) for name, entry in chosen.items()),
         "", "examples:",
@@ -10684,11 +10724,13 @@ MEANT = {word: meant for meant, words in {
     "list": "ls, jobs, job, queue, queue list, jobs list, job list, list all, list --all,"
             " list -a, ls -a",
     "list --match": "find *, search *, grep *",
+    "show ID": "info, inspect, describe",
     "show": "info *, job *, inspect *, describe *, status *, list *, dlq show *,"
             " dlq list *",
     "show | config get": "get *",
     "logs": "log, cat, output, tail, dlq logs *",
-    "logs -f": "follow",
+    "logs -f": "follow *",
+    "logs -f ID": "follow",
     "stats --since": "stats *",
     "wait": "wait all, wait --all",
     "enqueue": "add, submit, create, new, push, exec, run *, queue *",
@@ -10708,7 +10750,7 @@ MEANT = {word: meant for meant, words in {
     "delete --state completed | dlq clear": "purge, clear",
     "delete --all": "reset, flush, empty, delete all, purge --all, clear --all",
     "dlq list": "dead, dlq show, dlq ls",
-    "dlq retry": "dlq requeue",
+    "dlq retry": "dlq requeue, dlq restart",
     "dlq retry --all": "dlq retry all, dlq retry_all, retry all, retry --all",
     "dlq clear": "dlq delete, dlq flush, dlq empty, dlq clear all, dlq clear --all",
     "config show": "settings, config ls, config edit",
@@ -10751,6 +10793,7 @@ def is_right(line, of_known_jobs):
         return True
     try:
         args = parsed_words(name, words)
+        checked_fields(given_fields(args) if COMMANDS[name].takes_words else {})
         ids = jobs_named(name, args)
         if not of_known_jobs or not ids:
             return True
@@ -10895,7 +10938,10 @@ class RefusedLine:
         yield self.quotes_hint()
         yield self.command_hint()
         yield self.filter_hint()
-        yield self.corrected and did_you_mean([[*self.name.split(), *self.corrected]])
+        for time_option in ("--run-at", "--delay"):  # --at 5m
+            words = [re.sub("^--run-at(?![^=])", time_option, word)
+                     for word in self.corrected or ()]
+            yield words and did_you_mean([[*self.name.split(), *words]])
         yield self.other_tool_hint()
         has_word = self.word and not self.unknown
         yield did_you_mean(lines_meant(self.name, self.words, has_word), True)
@@ -10947,7 +10993,10 @@ class RefusedLine:
     def other_tool_hint(self):
         """Return what to do for an option that there is not."""
         if self.name == "logs" and re.match("-n|--tail|--lines", self.unknown):
-            return "to see the last lines: " + self.line("ID") + " | tail"
+            ids = [word for word in self.words if not re.match(r"-|\d+$", word)]
+            count = re.search(r"(?m)^(?:-n?|--\w+=)?(\d+)$", "\n".join(self.words))
+            return "to see the last lines: %s | tail%s" % (
+                self.line(*ids or ["ID"]), " -n " + count[1] if count else "")
         if "ID" in self.parser.format_usage() and re.match("-[^-].", self.unknown):
             return "an id that begins with - stands behind a --"
 
@@ -10965,7 +11014,8 @@ def wrapped_usage(name, width):
             for argument in entry.arguments if argument.names[0][0] != "-")])
     longest = max(map(len, (text or "").split("\n"))) - len("%(prog)s")
     is_wide = text and len(PROGRAM + " " + name) + longest > width
-    return text.replace("%(prog)s", "%(prog)s\n   ") if is_wide else text
+    line = "\n  %(prog)s\n   "  # each below `usage:`
+    return re.sub(r"\s*%\(prog\)s", line, text) if is_wide else text
 
 
 # -- the command line ------------------------------------------------------------------
@@ -11047,7 +11097,7 @@ def run_command(argv):
     except sqlite3.Error as error:
         raise QueueError("%s: %s", args.db, with_cause(error, args.db)) from None
     except QueueError as error:
-        raise with_next_step(name, args.db, error) from None
+        raise with_next_step(name, args, error) from None
 
 
 def create_queue(path):

@@ -3544,6 +3544,18 @@ class TestEnqueue:
         assert "-c" in run_ok("logs", "line").out
         assert "-x" in run_ok("logs", "words").out
 
+    @posix_only
+    def test_at_a_terminal_one_ctrl_d_ends_the_jobs(self):
+        enqueue()
+        pid, terminal = fork_on_terminal(["enqueue", "--lines"])
+        shown = b""
+        while b"Ctrl-D\r\n" not in shown:
+            shown += os.read(terminal, 999)
+        os.write(terminal, b"true\n\x04")
+        wait_until(lambda: len(jobs()) == 2)
+        read_to_end(terminal)
+        assert os.waitpid(pid, 0)[1] == 0
+
     def test_with_lines_each_line_is_a_command(self):
         lines = b"echo one\r\n\n  \necho {two}\n[3]\n"
         run_ok("enqueue", "--lines", "--priority", "2", stdin=lines)
@@ -3843,7 +3855,7 @@ class TestList:
 
     @posix_only
     @pytest.mark.parametrize("columns, hidden, titles", [
-        (40, 21, "ID STATE TRIES COMMAND"), (80, 20, "ID STATE TRIES CHANGED COMMAND")])
+        (40, 21, "ID STATE COMMAND"), (80, 20, "ID STATE TRIES CHANGED COMMAND")])
     def test_a_terminal_shows_the_newest_that_fit(self, columns, hidden, titles):
         for n in range(40):
             enqueue("echo " + "x" * 200, id="job-with-a-long-name-%02d" % n)
@@ -3855,7 +3867,8 @@ class TestList:
             "no pool is running; to start one: queuectl.py worker start")
         plain = plain[: plain.index("%d older jobs; --limit 0 lists all" % hidden) + 1]
         ids = [line.split()[0] for line in plain[1:-1]]
-        assert len(ids) == 40 - hidden and ids[-1].startswith("job-with-a")
+        assert len(ids) == 40 - hidden == len({*ids}) and ids[-1].startswith("job-with")
+        assert ids[-1].endswith("39")
         assert run_on_terminal("list", "--limit", "2")[1].count("job-with") == 2
 
     @posix_only
@@ -3865,25 +3878,28 @@ class TestList:
         enqueue("echo " + "x" * 30, id=second, after=[first])
         titles, *lines = run_on_terminal("list", columns=80)[1].splitlines()
         assert "CHANGED" not in titles and titles.index("COMMAND") == 64  # 60, and a colour
-        assert lines[1].startswith("b" * 16) and "after aaaaaaaaaaaa" in lines[1]
+        assert lines[1].startswith("bbbbbb") and "after aaaaaaaaaaaa" in lines[1]
         run_ok("cancel", first)
         assert "STATE" not in run_on_terminal("dlq", "list", columns=80)[1]
         assert first + "  dead   0/3" in run_ok("dlq", "list").out
 
     @posix_only
-    def test_a_narrow_terminal_cuts_the_id_before_the_reason(self):
+    def test_a_narrow_terminal_shows_both_ends_of_an_id(self):
         first, second = "a-job-with-a-long-name", "another-job-with-a-long-name"
         enqueue(id=first, delay=3700)
         enqueue(id=second, after=[first])
         lines = run_on_terminal("list", columns=40)[1].splitlines()
-        assert lines[1:3] == ["a-job-…  pending  due in 1h",
-                              "anothe…  pending  after a-job-with-a-lo…"]
+        assert lines[1:3] == ["a-job-wi…ong-name  pending  due in 1h",
+                              "another-…ong-name  pending  after a-job…"]
         enqueue("echo here", id="x")
         lines = run_on_terminal("list", columns=40)[1].splitlines()
-        assert "  WHY or COMMAND" in lines[0]
-        assert lines[3] == "x        pending  echo here"
+        assert "  WHY or COMM…" in lines[0]
+        assert lines[3].split() == ["x", "pending", "$", "echo", "here"]
         assert second + "  pending  0/3" in run_ok("list").out
         assert "due in 1h 2m" in run_ok("list").out
+        run_ok("cancel", "x")  # with the room there is a command
+        titles, line, *_ = run_on_terminal("dlq", "list", columns=40)[1].splitlines()
+        assert line == "x   0/3    cancelled  echo here" and titles.endswith("COMMAND\x1b[0m")
 
     def test_why_is_the_error_of_a_job_that_waits_to_be_tried_again(self, queue):
         add_job(queue, id="x")
@@ -3904,6 +3920,13 @@ class TestList:
         assert lines("list") == [*made, "no jobs", looked]
         assert lines("dlq", "list") == ["no dead jobs", looked]
         assert run_ok("list").out == "no jobs\n"
+        enqueue(id="x"), enqueue(id="y")
+        run_ok("cancel", "y")
+        others = "queuectl: others in this queue: 1 pending, 1 dead"
+        assert lines("list", "--match", "no") == ["no jobs", others]
+        assert lines("dlq", "list", "--match", "no") == ["no dead jobs", others]
+        answer = run_ok("list", "--state", "failed")
+        assert (answer.out, answer.err) == ("no jobs\n", others + "\n")
 
 
 class TestShow:
@@ -4283,6 +4306,9 @@ class TestLogs:
         add_job(queue, id="x")
         queue.fail(claim(queue), make_outcome("exit 7"))
         assert "x: no output; exit 7, try 1 of 3; again " in run_ok("logs", "-f", "x").err
+        add_job(queue, id="y", priority=1)
+        queue.release(claim(queue), make_outcome("stopped"))
+        assert run_ok("logs", "-f", "y").err.endswith("y: no output; stopped; it will run again\n")
 
 
 class TestWait:
@@ -4508,6 +4534,19 @@ class TestWait:
             "queuectl: " + reason,
             "queuectl: gave up after 0.1s: waiting for x (pending); " + reason]
 
+    def test_it_reports_what_it_waits_for_until_a_job_is_due(self, monkeypatch):
+        for name in ("REPORT_DELAY", "PROGRESS_INTERVAL"):
+            monkeypatch.setattr(queuectl, name, 0.01)
+        enqueue("exit 1", id="bad", max_retries=1)
+        drain()
+        enqueue(id="later", delay=86400)
+        enqueue(id="behind", after=["bad"])
+        start_pool(count=1)
+        for words in [], ["later"]:
+            line, last = cli("wait", *words, "--timeout", "0.2").err.splitlines()
+            assert "later (due in 1d)" in line and line.startswith("queuectl: waiting for")
+            assert ("behind (after bad (dead))" in line) == (not words)
+
     @posix_only
     def test_it_reports_the_end_of_a_pause_as_well(self):
         enqueue(UNTIL_GO, id="x")
@@ -4686,7 +4725,7 @@ class TestPauseAndResume:
         assert pool.stderr.readline().startswith("x 1/3 runs")
         words = "queuectl: paused; to go on: queuectl.py resume"
         for command, line in (["pause"], words), (["resume"], "queuectl: resumed"), (
-                ["worker", "stop", "--no-wait"], "queuectl: stopping: 1 job left"):
+                ["worker", "stop", "--no-wait"], "queuectl: finishing 1 running job"):
             run_ok(*command)
             assert pool.stderr.readline() == line + "\n"
             assert line[len("queuectl: ") :] in read_text("queuectl.log")
@@ -4934,6 +4973,9 @@ class TestDelete:
         assert set(read_status()["jobs"].values()) == {0, 2}
         assert "b waits for it" in run_refused("delete", "a", "--dry-run")
         assert "a is pending" in run_refused("retry", "a", "--dry-run")
+        for words in ["retry", "a", "b"], ["cancel", "a", "no"], ["delete", "no", "b"]:
+            assert "; nothing is changed" in run_refused(*words)
+        assert "nothing" not in run_refused("cancel", "no") + run_refused("wait", "a", "no")
         listed = run_ok("delete", "b", "--dry-run", "--json")
         assert listed.json[0]["id"] == "b" and not listed.err
 
@@ -4941,8 +4983,10 @@ class TestDelete:
     def test_a_dry_run_leaves_its_answer_on_the_terminal(self, queue):
         add_jobs(queue, [{"command": "true"}] * 40)
         shown = run_on_terminal("delete", "--all", "--dry-run", columns=80)[1]
-        assert shown.count("\r\n") <= 23 and shown.count("pending") == 20
-        assert "40 jobs would be deleted; nothing is changed" in shown.splitlines()[-1]
+        assert shown.count("\r\n") <= 23 and shown.count("pending") == 19
+        *_, more, last = shown.splitlines()
+        assert "and 21 more" in more
+        assert "40 jobs would be deleted; nothing is changed" in last
 
     @pytest.mark.parametrize("words", [
         ["delete", "--match", "x"], ["delete", "--state", "pending"],
@@ -5042,25 +5086,27 @@ class TestDeadLetterQueue:
         enqueue("exit 3", max_retries=1)
         enqueue(id="good")
         drain()
-        assert run_ok("dlq", "list").out.splitlines()[0] == (
-            "Most common errors: exit 127 (3), exit 3 (1)")
-        assert run_ok("dlq", "list", "--match", "127").out.splitlines()[0] == (
-            "Most common errors: exit 127 (3)")
+        assert run_ok("dlq", "list").out.startswith("ID ")
         assert run_ok("dlq", "purge", "--dry-run").out.count(" dead ") == 4
         assert run_ok("dlq", "clear").out == "deleted 4 jobs\n"
         assert list(jobs()) == ["good"]
         assert run_ok("dlq", "clear").out == "deleted 0 jobs\n"
 
-    def test_list_says_how_many_more_kinds_of_errors_there_are(self):
+    @posix_only
+    def test_a_terminal_is_told_the_most_common_errors(self, queue):
+        def first_line(*words):
+            shown = run_on_terminal("dlq", "list", *words, columns=80)[1]
+            return re.sub(r"\x1b\[\d*m", "", shown).splitlines()[0]
+
         for code in range(1, 6):
-            enqueue("exit %d" % code, max_retries=1)
-        drain()
-        assert run_ok("dlq", "list").out.startswith("ID ")  # a table says it all
-        enqueue("exit 4", max_retries=1)
-        drain()
-        first = run_ok("dlq", "list").out.splitlines()[0]
+            let_die(queue, "a%d" % code, error="exit %d" % code)
+        assert first_line().startswith("ID ")  # a table says it all
+        let_die(queue, "b", error="exit 4")
+        first = first_line()
         assert first.startswith("Most common errors: exit 4 (2), exit")
         assert first.endswith(" and 2 more") and first.count(" (1)") == 2
+        assert first_line("--error", "exit 4") == "Most common errors: exit 4 (2)"
+        assert run_ok("dlq", "list").out.startswith("ID ")
 
     @posix_only
     def test_a_terminal_shows_the_whole_summary_and_the_latest(self, queue):
@@ -5428,15 +5474,15 @@ class TestStatus:
             "Pending:    \x1b[2m0\x1b[0m")
         assert lines[5] == "Dead:       \x1b[31m8\x1b[0m (1 cancelled)"
         assert re.fullmatch(
-            r"  2 of exit 2: 1 of the last 2 printed “no file”, the latest"
+            r"  2 × exit 2: “no file” \(1 of the last 2\), the latest"
             r" ([\d.]+s ago|just now)", lines[6])
-        assert lines[7].startswith("  1 of exit 14, ")
-        assert lines[10] == "  and of 2 more errors; to see all: queuectl.py dlq list"
+        assert lines[7].startswith("  1 × exit 14, ")
+        assert lines[10] == "  and 2 more errors; to see all: queuectl.py dlq list"
         assert lines[11] == "Active Workers: 0"
         lines = run_on_terminal("status", columns=50)[1].split("\r\n")
         # The time matters least.
-        assert "  2 of exit 2: 1 of the last 2 printed “no file”" in lines
-        assert "    2 printed “no file”\r\n" in run_on_terminal("status", columns=28)[1]
+        assert "  2 × exit 2: “no file” (1 of the last 2)" in lines
+        assert "    of the last 2)\r\n" in run_on_terminal("status", columns=28)[1]
         assert "Dead: 8\n" in run_ok("status").out
 
     def test_with_free_rows_watch_shows_what_ended_last(self, queue, clock):
@@ -5474,10 +5520,32 @@ class TestStatus:
         run_ok("status")
         code, shown = run_on_terminal("status", "--watch", "0.1", keys=b"\x03")
         *pictures, end = shown.split("\x1b[J")
+        before, first = pictures[0].split("\x1b[H")
+        assert before == "\r\n" * 24  # what stood there is in the scrollback
+        pictures[0] = "\x1b[H" + first
         assert code == 130 and all(each.startswith("\x1b[H") for each in pictures)
         assert {each.count("\n") for each in pictures} == {23}  # one more would scroll
         # The last picture stays, and the prompt stands in place of the ^C.
         assert end.endswith("\r\x1b[K") and "\n" not in end and "Traceback" not in shown
+
+    def test_in_a_pipe_watch_ends_each_look_with_a_blank_line(self):
+        run_ok("status")
+        watch = start_process("status", "--watch", "0.1")
+        looks = [watch.stdout.readline() for _ in range(14)]
+        assert looks[:7] == looks[7:] and looks.count("\n") == 2 and looks[6] == "\n"
+
+    @posix_only
+    def test_the_count_of_pending_jobs_says_which_no_worker_can_take(self, queue):
+        enqueue(id="x")
+        assert "Pending:    1\r\n" in run_on_terminal("status")[1]
+        let_die(queue, "dead")
+        enqueue(id="later", delay=60)
+        enqueue(id="after", after=["later"])
+        assert "Pending:    3 (1 delayed, 1 behind a job)" in run_on_terminal("status")[1]
+        assert "Pending: 3\n" in run_ok("status").out
+        run_ok("cancel", "x")
+        start_pool(count=1)
+        assert cli("status", "--check").err == "queuectl: 1 dead\n"  # not when a job is due
 
     @posix_only
     def test_watch_follows_a_resize_at_once(self):
@@ -5824,6 +5892,14 @@ class TestDrain:
         assert pool.wait(20) == 0 and state_of("x") == "completed"
 
     @posix_only
+    def test_its_progress_counts_the_retries_that_it_waits_for(self):
+        configure("backoff_base", "1")
+        enqueue("exit 1", id="x", max_retries=2)
+        enqueue(delay=3600)
+        shown = run_on_terminal("worker", "start", "--drain", columns=99)[1]
+        assert "\r\x1b[K0 waiting, 1 to retry, 0 running" in shown
+
+    @posix_only
     def test_progress_is_shown_on_a_terminal_only(self):
         enqueue(id="before")
         drain()
@@ -5944,7 +6020,7 @@ class TestWorkerStop:
         wait_until(lambda: os.path.exists("runs"))
         os.write(terminal, b"\x03")
         shown = b""
-        while b"finishing 1 running job; Ctrl-C again ends them now" not in shown:
+        while b"finishing 1 running job; Ctrl-C again ends it now" not in shown:
             shown += os.read(terminal, 4096)
         open("go", "w").close()
         shown += read_to_end(terminal)
@@ -5959,7 +6035,7 @@ class TestWorkerStop:
         while b"1 running" not in shown or not os.path.exists("runs"):
             shown += os.read(terminal, 4096)
         os.write(terminal, b"\x03")
-        while b"ends them now" not in shown:
+        while b"ends it now" not in shown:
             shown += os.read(terminal, 4096)
         open("go", "w").close()
         shown += read_to_end(terminal)
@@ -6745,7 +6821,13 @@ class TestCommandLine:
         (["pause", "now"], "arguments: now; see: queuectl.py pause --help\n"),
         (["list", "--limit", "-1"], "-1 is not a whole number of at least 0\n"),
         (["show", "-x1"], "an id that begins with - stands behind a --"),
-        (["logs", "--tail", "5", "x"], "last lines: queuectl.py logs ID | tail\n"),
+        (["logs", "--tail", "5", "x"], "last lines: queuectl.py logs x | tail -n 5\n"),
+        (["logs", "-n20", "x1"], "logs x1 | tail -n 20\n"),
+        (["logs", "--tail"], "queuectl.py logs ID | tail\n"),
+        (["enqueue", "--at", "5m", "--", "x"], "py enqueue --delay 5m -- x\n"),
+        (["enqueue", "--at=2031-01-31", "--", "x"], "enqueue --run-at=2031-01-31 -- x\n"),
+        (["inspect"], "mean: queuectl.py show ID\n"), (["follow", "x"], "py logs -f x\n"),
+        (["follow"], "queuectl.py logs -f ID\n"), (["dlq", "restart"], "py dlq retry\n"),
         (["dlq", "ls"], "dlq list\n"), (["list", "-l"], "see: queuectl.py list --help\n"),
         (["start", "--count", "2"], "mean: queuectl.py worker start --count 2\n"),
         (["workers", "start"], "mean: queuectl.py worker start\n"),
@@ -6916,7 +6998,7 @@ class TestTerminal:
         for columns in (60, 80, 160):
             shown = run_on_terminal("list", columns=columns)[1]
             lines = re.sub(r"\x1b\[\d*m", "", shown).splitlines()
-            assert "i" * 14 + "…  pending" in lines[1]
+            assert re.match("i{12,}…i{11,}  pending", lines[1])
             starts = [queuectl.display_width(line.partition("pending")[0])
                       for line in lines[1:3]]
             assert starts[0] == starts[1]
@@ -7083,8 +7165,8 @@ class TestTerminal:
             "  queuectl.py delete --state completed --older-than 7d")
         shown = run_on_terminal("enqueue", "--help", columns=40)[1]
         lines = re.sub(r"\x1b\[[\d;]*m", "", shown).splitlines()  # 3.14 has colours
-        assert lines[:3] == ["usage: queuectl.py enqueue",
-                             "    [OPTION]... -- COMMAND...", "       queuectl.py enqueue"]
+        assert lines[:4] == ["usage: ", "  queuectl.py enqueue",
+                             "    [OPTION]... -- COMMAND...", "  queuectl.py enqueue"]
 
     def test_help_gives_defaults_where_they_hold(self):
         assert "(default: 0)" in run_ok("enqueue", "--help").out
@@ -9061,14 +9143,14 @@ class TestPage:
             clock.now += 1
         row, = alerts_of(page())
         assert words_of(row[2]) == (
-            "2 of the last 4 printed “refused” · latest 1 s ago")
+            "“refused” (2 of the last 4) · latest 1 s ago")
         for id in "efg":  # what differs in numbers alone is alike
             let_die(queue, id, output=b"no user %d" % ord(id))
         row, = alerts_of(page())
-        assert words_of(row[2]).startswith("3 of the last 7 printed “no user 103” · ")
+        assert words_of(row[2]).startswith("“no user 103” (3 of the last 7) · ")
         monkeypatch.setattr(queuectl.Queue.tail, "__defaults__", (99,))  # without b
         row, = alerts_of(page())
-        assert words_of(row[2]).startswith("3 of the last 6 printed “no user 103” · ")
+        assert words_of(row[2]).startswith("“no user 103” (3 of the last 6) · ")
 
     def test_one_dead_job_is_retried_without_a_question(self, queue, page, dashboard):
         let_die(queue, "a")
