@@ -10263,10 +10263,10 @@ dd a { display: inline-block; margin-right: 1em; padding: .15rem 0; }
     padding: .35rem 0; border-top: 1px solid var(--line);
   }
   td.rest { grid-row: 2; grid-column: 1 / 4; }
-  td.mid { width: auto; white-space: normal; }
+  td.mid { width: auto; white-space: normal; max-height: 3em; }
   td.hue { overflow: visible; }
   form { flex-basis: 10rem; }
-  #q { font-size: max(1rem, 16px); }  /* or a phone zooms in */
+  #q { padding: .2rem .4rem; font-size: max(1rem, 16px); }  /* or a phone zooms in */
   button, .button, #now :is(button, .button), summary { padding: .35rem .7rem; }
   #runs { flex-wrap: nowrap; overflow-x: auto; flex: none; padding-bottom: .3rem; }
   #runs a { white-space: nowrap; flex: none; max-width: none; }
