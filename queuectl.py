@@ -3341,17 +3341,24 @@ class Wait:
 # ======================================================================================
 
 
-def work_left(queue):
-    """Return a dict of the `jobs` by state, the `workers`, and what is left for them.
+# What is left to do, in numbers of jobs: `jobs` by state; of the waiting ones `delayed`
+# are those that wait for their time, of which `retries` are failed; `dependent` ones
+# wait for others, and the rest is `ready`. Of the ready ones `locked` wait for their
+# lock; `line` is the longest line of jobs that share one. `run_seconds` is the average
+# of the last runs, None before the first has ended. `rate` are the jobs completed each
+# second, None where runs are so long that the time between them does not count.
+# `growth` is that of `recent_growth`, `workers` those of `Queue.workers`.
+Work = collections.namedtuple(
+    "Work", "jobs workers ready locked line delayed retries dependent run_seconds rate"
+    " growth")
 
-    `delayed` jobs wait for their time, of which `retries` are failed; `dependent` ones
-    wait for others. The rest is `ready`: the kept count without these, which are few,
-    or have an index. Of the ready ones, `locked` wait for their lock; `line` is the
-    longest line of jobs that share one. `run_seconds` is the average of the last runs
-    of the jobs that were enqueued last: no index leads to the runs that ended last. It
-    is None before the first run has ended. `rate` are the jobs completed each second;
-    it is None where runs are so long that the time between them does not count.
-    `growth` is that of `recent_growth`.
+
+def work_left(queue):
+    """Return the `Work` that is left in a queue.
+
+    The ready jobs are the kept count without the others, which are few, or have an
+    index. The last runs are those of the jobs that were enqueued last: no index leads
+    to the runs that ended last.
     """
     jobs = queue.counts()
     waiting = sum(map(jobs.get, WAITING))
@@ -3371,10 +3378,10 @@ def work_left(queue):
         SELECT AVG(finished_at - started_at) FROM (
             SELECT * FROM runs ORDER BY seq DESC, run DESC LIMIT 200)""")
     rate = completion_rate(queue) if seconds is not None and seconds < 0.1 else None
-    return dict(locks, jobs=jobs, workers=queue.workers(), delayed=delayed,
-                retries=retries, dependent=dependent,
-                ready=waiting - delayed - dependent, run_seconds=seconds, rate=rate,
-                growth=recent_growth(queue, seconds or 0))
+    return Work(
+        jobs=jobs, workers=queue.workers(), ready=waiting - delayed - dependent,
+        delayed=delayed, retries=retries, dependent=dependent, run_seconds=seconds,
+        rate=rate, growth=recent_growth(queue, seconds or 0), **dict(locks))
 
 
 def recent_growth(queue, run_seconds):
@@ -4375,6 +4382,17 @@ def in_queue(path, hint):
     return hint.replace(PROGRAM, "%s --db %s" % (PROGRAM, quoted([path])), 1)
 
 
+# What `status` shows: the values of `Work`; the path of the queue; the commands of
+# running jobs by id; the ids of those whose worker is `lost`; the PIDs of the pools, and
+# of those that stop; the job that waits longest for a worker, since when; the next one
+# that is due, and when; whether the queue is paused; how many dead jobs somebody has
+# `cancelled`; the numbers of the jobs behind dead ones, and the first as `blocked`.
+# Times are epoch seconds. What was not read is None.
+Status = collections.namedtuple("Status", [
+    *Work._fields, "path", "commands", "lost", "pools", "stopping_pools", "oldest_job",
+    "oldest_waiting", "next_job", "next_due", "paused", "cancelled", "blocked_seqs",
+    "blocked", "is_disk_full"], defaults=[None] * (len(Work._fields) + 14))
+
 # What a queue comes down to. `state` gives the colour; `advice` is the next step, where
 # there is one; `harm` is what is dead or blocked in a queue that works in spite of it.
 Verdict = collections.namedtuple(
@@ -4383,15 +4401,15 @@ Verdict = collections.namedtuple(
 
 def obstacle(status):
     """Return the `Verdict` on a queue in which no job is started; None if jobs are."""
-    if status["is_disk_full"]:  # workers wait with what their jobs have returned
+    if status.is_disk_full:  # workers wait with what their jobs have returned
         return Verdict("dead", "The disk is full", "pools go on when there is space")
-    if status["paused"]:
+    if status.paused:
         return Verdict("failed", "Paused", TO_RESUME)
-    if not status["pools"] and status["workers"]:  # these finish their jobs
+    if not status.pools and status.workers:  # these finish their jobs
         return Verdict("dead", "The pool was killed", TO_START_ANOTHER)
-    if not status["pools"]:
+    if not status.pools:
         return Verdict("dead", "No pool is running", TO_START)
-    if not status["pools"] - status["stopping_pools"]:
+    if not status.pools - status.stopping_pools:
         return Verdict("failed", "The pool is stopping", TO_START_ANOTHER)
     return None
 
@@ -4399,17 +4417,17 @@ def obstacle(status):
 def standstill(queue):
     """Return in words why no job is started, and the next step; nothing if jobs are."""
     pools = supervised_pools(queue.path)
-    return standstill_text({
-        "path": queue.path, "paused": queue.is_paused(), "pools": pools,
-        "stopping_pools": stopping(queue.path, pools),
-        "is_disk_full": is_disk_full(queue.path),
-        "workers": not pools and living_workers(queue.path)})
+    return standstill_text(Status(
+        path=queue.path, paused=queue.is_paused(), pools=pools,
+        stopping_pools=stopping(queue.path, pools),
+        is_disk_full=is_disk_full(queue.path),
+        workers=not pools and living_workers(queue.path)))
 
 
 def standstill_text(status):
-    """Return `standstill` for values that were read before."""
+    """Return `standstill` for a `Status` that was read before."""
     judgement = obstacle(status)
-    return with_advice(judgement, status["path"], str.lower) if judgement else ""
+    return with_advice(judgement, status.path, str.lower) if judgement else ""
 
 
 def with_advice(judgement, path, first_letter=str):
@@ -4445,8 +4463,8 @@ def state_word(job):
 # What people call it, and the texts for that. Most of these functions take a job and a
 # `Look`.
 
-# A look at a queue: the values of `read_status`, the time, and the function that makes
-# the text of a duration, and `standstill_text`. The page's `Page` is one as well.
+# A look at a queue: its `Status`, the time, the function that makes the text of a
+# duration, and `standstill_text`. The page's `Page` is one as well.
 Look = collections.namedtuple(
     "Look", "queue status now text_of standstill",
     defaults=(duration_text, standstill_text))
@@ -4454,12 +4472,12 @@ Look = collections.namedtuple(
 
 def kind_of(job, look):
     """Return which of JOB_KINDS a job is."""
-    if job["state"] == "processing" and job["id"] in look.status["lost"]:
+    if job["state"] == "processing" and job["id"] in look.status.lost:
         return "lost"
     if job["state"] != "pending":
         return state_word(job)
     if job["waits"]:
-        is_blocked = job["seq"] in look.status["blocked_seqs"]
+        is_blocked = job["seq"] in look.status.blocked_seqs
         return "blocked" if is_blocked else "behind a job"
     if job["gate"] == LOCKED:
         return "behind a lock"
@@ -4543,7 +4561,7 @@ def why_behind(job, look):
 
 def how_it_runs(job, look):
     """Return the try, how long it has taken, and why no other job is started."""
-    stopped = "" if look.status["paused"] else look.standstill(look.status)
+    stopped = "" if look.status.paused else look.standstill(look.status)
     since = "for " + look.text_of(look.now - job["started_at"])
     return joined(tries_text(job), since, stopped, by="; ")
 
@@ -4624,7 +4642,7 @@ def short_reason(job, look):
 
 
 def verdict(status, now):
-    """Return the `Verdict` on a queue by the values of `read_status`."""
+    """Return the `Verdict` on a queue by its `Status`."""
     judgement = verdict_at_rest(status) or verdict_at_work(status, now)
     harm = harm_text(status)
     if harm and judgement.state in ("processing", "completed"):
@@ -4634,16 +4652,16 @@ def verdict(status, now):
 
 def verdict_at_rest(status):
     """Return the `Verdict` on a queue in which no job is started, else None."""
-    jobs = status["jobs"]
-    blocked = len(status["blocked_seqs"])
-    can_go_on = status["oldest_job"] or status["locked"] or status["next_job"]
-    if not status["paused"]:
+    jobs = status.jobs
+    blocked = len(status.blocked_seqs)
+    can_go_on = status.oldest_job or status.locked or status.next_job
+    if not status.paused:
         if not any(jobs.values()):
             return Verdict("pending", "No jobs yet",
                            "to add one: %s enqueue -- echo hello" % PROGRAM)
         if not count_unfinished(jobs):
             counts = counts_text({"completed": jobs["completed"],
-                                  "cancelled": status["cancelled"]})
+                                  "cancelled": status.cancelled})
             return Verdict("completed", joined("Ended", counts, by=": "))
         if blocked and not can_go_on and not jobs["processing"]:
             sentence = "Stuck: %s behind dead ones" % plural(blocked, "job")
@@ -4656,59 +4674,59 @@ def verdict_at_rest(status):
 
 def verdict_at_work(status, now):
     """Return the `Verdict` on a queue whose jobs a pool starts."""
-    ready = grouped(max(1, status["ready"]))
-    due = status["next_due"]
-    least, growth, _ = status["growth"]
-    has_waited = now - (status["oldest_waiting"] or now)
+    ready = grouped(max(1, status.ready))
+    due = status.next_due
+    least, growth, _ = status.growth
+    has_waited = now - (status.oldest_waiting or now)
     if least >= 1 and has_waited > 5:  # else workers are free now and then
-        more = 1 + int(growth * (status["run_seconds"] or 0) / 60)
+        more = 1 + int(growth * (status.run_seconds or 0) / 60)
         sentence = "Falling behind: %s waiting, %s more a minute" % (
             ready, grouped(round(growth)))
         return Verdict("failed", sentence, TO_ADD_WORKERS % more)
     left = time_left(status, now)
     when = left and ", done in about " + left
-    if status["oldest_job"] or due is not None and due <= now:
+    if status.oldest_job or due is not None and due <= now:
         return Verdict("processing", "Working: " + ready + " waiting" + when)
-    if status["locked"] or status["jobs"]["processing"]:
+    if status.locked or status.jobs["processing"]:
         return Verdict("processing", "Keeping up: no job waits for a worker"
-                       + (when if status["locked"] else ""))
+                       + (when if status.locked else ""))
     return Verdict("completed", "Idle: the next job is due "
                    + relative_time(due or now, now))
 
 
 def harm_text(status):
     """Return in words how many jobs are dead or blocked: 2 dead, 5 blocked."""
-    return counts_text({"dead": status["jobs"]["dead"] - status["cancelled"],
-                        "blocked": len(status["blocked_seqs"])})
+    return counts_text({"dead": status.jobs["dead"] - status.cancelled,
+                        "blocked": len(status.blocked_seqs)})
 
 
 def waiting_text(status):
     """Return in words how many jobs wait for a worker, and how many lost theirs."""
-    ready = status["ready"]
+    ready = status.ready
     return counts_text({"job waits" if ready == 1 else "jobs wait": ready,
-                        "without a worker": len(status["lost"])})
+                        "without a worker": len(status.lost)})
 
 
-def time_left(status, now):
+def time_left(work, now):
     """Return about how long the waiting jobs will take, nothing if nobody can tell.
 
-    The values are those of `work_left`. Jobs that share a lock run one after the other,
+    WORK is a `Work` or a `Status`. Jobs that share a lock run one after the other,
     however many workers there are. Those that come after others may, too.
     """
-    workers = len(status["workers"])
-    mean, ended = status["run_seconds"], sum(map(status["jobs"].get, FINISHED))
-    jobs = status["ready"] + status["jobs"]["processing"]
+    workers = len(work.workers)
+    mean, ended = work.run_seconds, sum(map(work.jobs.get, FINISHED))
+    jobs = work.ready + work.jobs["processing"]
     if not workers or mean is None or ended < 5:  # too few to know those that follow
         return ""
-    if not jobs or status["growth"][1] > 0 or status["dependent"] > jobs:
+    if not jobs or work.growth[1] > 0 or work.dependent > jobs:
         return ""
-    seconds = max(1, mean * max(1, jobs / workers, status["line"]))
-    longest = max(now - (worker["since"] or now) for worker in status["workers"])
+    seconds = max(1, mean * max(1, jobs / workers, work.line))
+    longest = max(now - (worker["since"] or now) for worker in work.workers)
     # A run that has taken longer than that is not like those before it. If it has a
     # lock, it may hold up all that are behind it.
-    if longest > (max(1, 2 * mean) if status["locked"] else seconds):
+    if longest > (max(1, 2 * mean) if work.locked else seconds):
         return ""
-    return roughly(max(seconds, jobs / (status["rate"] or MAX_INTEGER)))
+    return roughly(max(seconds, jobs / (work.rate or MAX_INTEGER)))
 
 
 def count_unfinished(counts):
@@ -5450,7 +5468,9 @@ class Worker:
         return not has_outcome or requested_stop(self.path, self.pool) == "now"
 
     def is_database_gone(self):
-        return self.queue and not may_be_same_file(self.path, self.queue.file_status)
+        if not self.queue:  # it may be removed before this worker has opened it
+            return not os.path.exists(self.path)
+        return not may_be_same_file(self.path, self.queue.file_status)
 
     def is_pool_stopping(self):
         return supervisor_is_gone(self.pool) or requested_stop(self.path, self.pool)
@@ -6389,7 +6409,7 @@ def within_job_of(path):
 
 
 def read_status(queue, lost=None, blocked=None):
-    """Return the values that `status` shows, with times still as epoch seconds.
+    """Return the `Status` of a queue.
 
     Within a snapshot the caller passes the `lost_runs` from before it. It may pass the
     `blocked_jobs`, which take a while in a large queue.
@@ -6402,16 +6422,14 @@ def read_status(queue, lost=None, blocked=None):
         pools = supervised_pools(queue.path)
         commands = {job["id"]: job["command"] for job in queue.jobs(
             where(["processing"]), brief=True)}
-        status = {
-            "path": queue.path, "commands": commands,
-            "lost": {run.id for run in lost} & {*commands},
-            "pools": pools, "stopping_pools": stopping(queue.path, pools),
-            "oldest_waiting": oldest["run_at"], "oldest_job": oldest["id"],
-            "next_due": due["run_at"], "next_job": due["id"],
-            "paused": queue.is_paused(), "cancelled": count_cancelled(queue),
-            **(blocked or queue.blocked_jobs()), **work_left(queue),
-        }
-    return dict(status, is_disk_full=is_disk_full(queue.path))
+        return Status(
+            *work_left(queue), path=queue.path, commands=commands,
+            lost={run.id for run in lost} & {*commands},
+            pools=pools, stopping_pools=stopping(queue.path, pools),
+            oldest_job=oldest["id"], oldest_waiting=oldest["run_at"],
+            next_job=due["id"], next_due=due["run_at"], paused=queue.is_paused(),
+            cancelled=count_cancelled(queue), is_disk_full=is_disk_full(queue.path),
+            **(blocked or queue.blocked_jobs()))
 
 
 def look_at(queue):
@@ -6421,12 +6439,12 @@ def look_at(queue):
 
 def status_document(status, now):
     """Return what `status --json` prints."""
-    document = {name: status[name] for name in (
+    document = {name: getattr(status, name) for name in (
         "jobs", "workers", "oldest_waiting", "oldest_job", "next_due", "next_job",
         "paused")}
-    workers = [with_iso_times(worker, "since") for worker in status["workers"]]
+    workers = [with_iso_times(worker, "since") for worker in status.workers]
     return dict(with_iso_times(document, "oldest_waiting", "next_due"), workers=workers,
-                blocked=len(status["blocked_seqs"]),
+                blocked=len(status.blocked_seqs),
                 verdict=verdict_text(verdict(status, now)))
 
 
@@ -6472,15 +6490,15 @@ def status_screen(status, groups, now, size):
 def status_head(status, groups, now, size, detail):
     """Yield the verdict, the counts and the pools; the rest by the DETAIL, 0 to 3."""
     judgement = verdict(status, now)
-    yield Line(with_advice(judgement, status["path"]),
+    yield Line(with_advice(judgement, status.path),
                STATES[judgement.state].colour, 0, len(verdict_text(judgement)))
-    digits = max(len(str(count)) for count in status["jobs"].values())
-    for state, count in status["jobs"].items():
+    digits = max(len(str(count)) for count in status.jobs.values())
+    for state, count in status.jobs.items():
         if count or detail == 3:
             yield count_line(state, count, digits, status)
     if detail >= 2:
         died = [group for group in groups if not group["is_cancelled"]]
-        yield from error_lines(died, status["path"], now, size.columns)
+        yield from error_lines(died, status.path, now, size.columns)
     if detail >= 1:
         yield from waiting_lines(status, now)
     yield from pool_lines(status)
@@ -6488,9 +6506,9 @@ def status_head(status, groups, now, size, detail):
 
 def count_line(state, count, digits, status):
     """Return how many jobs a state has, and how many of them are not what it says."""
-    delayed = status["delayed"] - status["retries"]
-    kinds = {"pending": {"delayed": delayed, "behind a job": status["dependent"]},
-             "dead": {"cancelled": status["cancelled"]}}
+    delayed = status.delayed - status.retries
+    kinds = {"pending": {"delayed": delayed, "behind a job": status.dependent},
+             "dead": {"cancelled": status.cancelled}}
     title = "%-12s" % (state.capitalize() + ":")
     number = str(count).rjust(digits)
     of_them = counts_text(kinds.get(state, {}))
@@ -6516,68 +6534,68 @@ def error_lines(groups, path, now, width):
 
 def status_lines(status, now):
     """Yield what `status` prints into a pipe or a file."""
-    for state, count in status["jobs"].items():
+    for state, count in status.jobs.items():
         yield "%s: %d" % (state.capitalize(), count)
     yield from waiting_lines(status, now)
     judgement = obstacle(status)
-    if judgement and (status["paused"] or count_unfinished(status["jobs"])):
-        yield with_advice(judgement, status["path"])
+    if judgement and (status.paused or count_unfinished(status.jobs)):
+        yield with_advice(judgement, status.path)
     yield from worker_lines(status, now)
 
 
 def waiting_lines(status, now):
     """Yield how many workers there are, and which jobs wait for what."""
-    due = status["next_due"]
-    yield "Active Workers: %d" % len(status["workers"])
-    if status["oldest_job"]:
-        waited = duration_text(now - status["oldest_waiting"])
-        yield "Oldest Waiting: %s, for %s" % (status["oldest_job"], waited)
+    due = status.next_due
+    yield "Active Workers: %d" % len(status.workers)
+    if status.oldest_job:
+        waited = duration_text(now - status.oldest_waiting)
+        yield "Oldest Waiting: %s, for %s" % (status.oldest_job, waited)
     if due is not None:
         when = relative_time(due, now) if due > now else "now"
         if due < now and not obstacle(status):
             when = "late by %s, as all workers are busy" % duration_text(now - due)
-        yield "Next Due: %s, %s" % (status["next_job"], when)
-    if status["blocked"]:
+        yield "Next Due: %s, %s" % (status.next_job, when)
+    if status.blocked:
         yield "Blocked: %s; %s; %s" % (
-            plural(len(status["blocked_seqs"]), "job"), blocked_text(status["blocked"]),
-            step_text(GO_ON, status["blocked"]["dependency"], status["path"]))
+            plural(len(status.blocked_seqs), "job"), blocked_text(status.blocked),
+            step_text(GO_ON, status.blocked["dependency"], status.path))
 
 
 def worker_lines(status, now):
     """Yield a line for each worker, with the command that it runs."""
-    for worker in status["workers"]:
+    for worker in status.workers:
         doing = "idle"
         if worker["job"]:
             doing = "%s for %s: %s" % (
                 worker["job"], duration_text(now - worker["since"]),
-                printable(status["commands"].get(worker["job"], "")))
+                printable(status.commands.get(worker["job"], "")))
         line = "  worker %(pid)d of pool %(pool)d: "
-        if worker["pool"] in status["stopping_pools"]:
+        if worker["pool"] in status.stopping_pools:
             line = "  worker %(pid)d of pool %(pool)d, which is stopping: "
-        if worker["pool"] not in status["pools"]:
+        if worker["pool"] not in status.pools:
             line = "  worker %(pid)d, whose pool %(pool)d was killed: "
         yield line % worker + doing
 
 
 def pool_lines(status):
     """Yield a line for each pool."""
-    pools = {pool: [] for pool in sorted(status["pools"])}
-    for worker in status["workers"]:
+    pools = {pool: [] for pool in sorted(status.pools)}
+    for worker in status.workers:
         pools.setdefault(worker["pool"], []).append(worker["job"])
     for pool, jobs in pools.items():
         idle = jobs.count(None)
         yield joined("pool %d: %s" % (pool, plural(len(jobs), "worker")),
                      idle and grouped(idle) + " idle",
-                     pool in status["stopping_pools"] and "stopping",
-                     pool not in status["pools"] and "killed")
+                     pool in status.stopping_pools and "stopping",
+                     pool not in status.pools and "killed")
 
 
 def running_lines(status, now, width):
     """Yield a table of what runs, in place of PIDs."""
-    busy = [worker for worker in status["workers"] if worker["job"]]
+    busy = [worker for worker in status.workers if worker["job"]]
     busy.sort(key=operator.itemgetter("since"))
     running = [[worker["job"], duration_text(now - worker["since"]),
-                printable(status["commands"].get(worker["job"], ""))]
+                printable(status.commands.get(worker["job"], ""))]
                for worker in busy]
     if running:
         yield from table(["JOB", "FOR", "COMMAND"], running, width)
@@ -7389,7 +7407,7 @@ class WaitReport:
             return
         reason = why_nothing_ends(self.queue)
         work = work_left(self.queue)
-        is_other = reason or work["ready"] or work["jobs"]["processing"]
+        is_other = reason or work.ready or work.jobs["processing"]
         is_idle = not is_other and count_unfinished(self.wait.counts()) > 0
         if (reason or is_idle) != self.reason:
             self.progress.close()
@@ -7408,7 +7426,7 @@ class WaitReport:
             return truncate(joined(rest, ended_text(counts), by="; "), width)
         work = work_left(self.queue)
         # Neither is known when some jobs end, nor when those end that wait for a time.
-        is_known = not self.is_named and work["delayed"] <= work["retries"]
+        is_known = not self.is_named and work.delayed <= work.retries
         left = time_left(work, self.queue.clock()) if is_known else ""
         return progress_text(to_go_text(counts), left, counts, width)
 
@@ -7439,7 +7457,7 @@ def cmd_status(args, queue):
     if args.watch:
         return watch_status(args, queue)
     status = print_status(args, queue)
-    if not any(status["jobs"].values()) and not status["workers"]:
+    if not any(status.jobs.values()) and not status.workers:
         report_queue(args)
     problem = args.check and problem_of(status, queue.clock())
     if problem:
@@ -7489,8 +7507,8 @@ def problem_of(status, now):
     """Return why somebody has to look after a queue that pools should work on."""
     judgement = verdict(status, now)
     if judgement.state in ("failed", "dead"):
-        return judgement.harm or with_advice(judgement, status["path"], str.lower)
-    return "" if status["pools"] else "no pool is running"
+        return judgement.harm or with_advice(judgement, status.path, str.lower)
+    return "" if status.pools else "no pool is running"
 
 
 def fitting(lines, columns, rows):
@@ -7897,11 +7915,11 @@ def show_drain(progress, queue):
     """Show how far a drain is."""
     width, work = terminal_width(sys.stderr), work_left(queue)
     if width:
-        rest = joined(grouped(work["ready"]) + " waiting",
-                      counts_text({"to retry": work["retries"]}))
+        rest = joined(grouped(work.ready) + " waiting",
+                      counts_text({"to retry": work.retries}))
         progress.redraw(progress_text(
             rest, time_left(work, queue.clock()),
-            {**work["jobs"], **queue.drain_counts()}, width - 1))
+            {**work.jobs, **queue.drain_counts()}, width - 1))
 
 
 def print_started(args, pid, how_to_stop):
@@ -8700,17 +8718,17 @@ def download_route(queue, query):
 def metrics_route(queue, query):
     """Return the numbers of the queue in the text format of Prometheus."""
     status, totals = read_status(queue), run_totals(queue)
-    busy = sum(worker["job"] is not None for worker in status["workers"])
+    busy = sum(worker["job"] is not None for worker in status.workers)
     now = queue.clock()
     families = [
-        ("jobs", "jobs by state", "state", status["jobs"]),
+        ("jobs", "jobs by state", "state", status.jobs),
         ("workers", "workers of all pools", "state",
-         {"busy": busy, "idle": len(status["workers"]) - busy}),
-        ("paused", "1 while the queue is paused", "", {"": int(status["paused"])}),
+         {"busy": busy, "idle": len(status.workers) - busy}),
+        ("paused", "1 while the queue is paused", "", {"": int(status.paused)}),
         ("blocked_jobs", "jobs that wait for a dead one", "",
-         {"": len(status["blocked_seqs"])}),
+         {"": len(status.blocked_seqs)}),
         ("oldest_waiting_seconds", "how long the oldest job waits for a worker", "",
-         {"": "%.3f" % max(0, now - (status["oldest_waiting"] or now))}),
+         {"": "%.3f" % max(0, now - (status.oldest_waiting or now))}),
         ("runs_total", "runs that ended, by outcome", "outcome",
          {outcome: runs for outcome, (runs, _) in totals.items()}),
         ("run_seconds_total", "seconds of these runs", "outcome",
@@ -8825,8 +8843,8 @@ class View(collections.namedtuple(
         return self.address(job=id, run="", **changes)
 
 
-# What the parts of the page are made of: the queue; the `View`; the time; the values of
-# `read_status`; those of `errors_of`; the jobs of the table, and one more if there are
+# What the parts of the page are made of: the queue; the `View`; the time; the `Status`;
+# the groups of `errors_of`; the jobs of the table, and one more if there are
 # older ones; those of the page above it, from below; the site's `Cache`; whether the
 # page holds the output of the open job (otherwise the script fetches it).
 class Page(collections.namedtuple(
@@ -8856,7 +8874,7 @@ def page_header(page):
     """Return the name of the queue, and the buttons that stop it, or this page."""
     folder, name = os.path.split(page.queue.path)
     switch = None
-    if page.status["paused"]:
+    if page.status.paused:
         switch = button(
             "Resume", "/api/resume", "primary", done="Resumed: jobs start again")
     elif count_in(page, ""):
@@ -8875,8 +8893,8 @@ def page_now(page):
     """Return the verdict, and what needs somebody; without jobs, the first steps."""
     status, judgement = page.status, verdict(page.status, page.now)
     advice = judgement.advice
-    if status["paused"]:  # there is a button
-        advice = "" if status["pools"] else "no pool is running; " + TO_START
+    if status.paused:  # there is a button
+        advice = "" if status.pools else "no pool is running; " + TO_START
     if count_in(page, ""):
         # What is broken comes first, before what works.
         load = joined(judgement.harm and judgement.sentence, load_text(page), by=" · ")
@@ -8896,10 +8914,10 @@ def load_text(page):
     """Return in words how many jobs run, and how many others can't run yet."""
     status = page.status
     return counts_text({
-        "running": status["jobs"]["processing"] - len(status["lost"]),
-        "behind a job": status["dependent"] - len(status["blocked_seqs"]),
-        "due later": status["delayed"],
-        "behind a lock": status["locked"]})
+        "running": status.jobs["processing"] - len(status.lost),
+        "behind a job": status.dependent - len(status.blocked_seqs),
+        "due later": status.delayed,
+        "behind a lock": status.locked})
 
 
 def advice_line(advice, page):
@@ -8937,7 +8955,7 @@ def error_alerts(page):
 
     A cancelled job is none of these, unless others wait for it.
     """
-    blocked = page.status["blocked_seqs"]
+    blocked = page.status.blocked_seqs
     waiting = page.cache.get("blocked %d" % len(blocked),
                              lambda: blocked_by_errors(page.queue)) if blocked else {}
     groups = [(group, waiting.get(group["error"], 0)) for group in page.groups
@@ -8979,7 +8997,7 @@ def failed_alert(page):
 
 def lock_alert(page):
     """Yield the line about the lock that most jobs are behind."""
-    line = page.status["locked"] and page.cache.get(
+    line = page.status.locked and page.cache.get(
         "line", lambda: longest_line(page.queue))
     if line:
         lock, first = line["lock"], line["first"]
@@ -9007,7 +9025,7 @@ def alert(count, name, other, words, address, selection, retry=None, css="dead")
 
 def count_in(page, state):
     """Return how many jobs are in a state, or in all of them."""
-    jobs = page.status["jobs"]
+    jobs = page.status.jobs
     return jobs.get(state, 0) if state else sum(jobs.values())
 
 
@@ -9016,10 +9034,10 @@ def count_in(page, state):
 
 def page_tiles(page):
     """Return a tile for all jobs and one for those of each state, which shows them."""
-    status, cancelled = page.status, page.status["cancelled"]
+    status, cancelled = page.status, page.status.cancelled
     done = 100 * count_in(page, "completed") // count_in(page, "")
     hints = {
-        "": to_go_text(status["jobs"]),
+        "": to_go_text(status.jobs),
         "pending": longest_wait(page),
         "processing": workers_text(status),
         "completed": "%d %% of all" % done,
@@ -9043,14 +9061,14 @@ def tile(page, state, hint):
 
 def longest_wait(page):
     """Return how long the first pending job has waited, or when the next is due."""
-    if page.status["oldest_job"]:
-        return "longest wait " + roughly(page.now - page.status["oldest_waiting"])
+    if page.status.oldest_job:
+        return "longest wait " + roughly(page.now - page.status.oldest_waiting)
     return next_due(page, "pending") or "none is ready"
 
 
 def next_due(page, state):
     """Return when the next job is due, if it is in this state."""
-    job, due = page.status["next_job"], page.status["next_due"]
+    job, due = page.status.next_job, page.status.next_due
     if not job or page.queue.state(job) != state:
         return None
     if due < page.now:
@@ -9060,7 +9078,7 @@ def next_due(page, state):
 
 def workers_text(status):
     """Return how many running jobs lost their worker, or how many workers there are."""
-    lost, workers = len(status["lost"]), len(status["workers"])
+    lost, workers = len(status.lost), len(status.workers)
     return grouped(lost) + " lost" if lost else "of " + plural(workers, "worker")
 
 
@@ -9078,7 +9096,7 @@ def page_middle(page):
 def page_running(page):
     """Return the jobs that have run longest, with their commands and times."""
     runs = sorted(page.queue.processing_runs(), key=lambda run: run.started_at)
-    more, lost = len(runs) - RUNNING_SHOWN, len(page.status["lost"])
+    more, lost = len(runs) - RUNNING_SHOWN, len(page.status.lost)
     return element(
         "section", element("h2", "Running now"),
         lost > 0 and element("p", grouped(lost) + " without a worker",
@@ -9268,7 +9286,7 @@ def count_of_view(page):
 def jobs_header(page, total):
     view = page.view
     order = ", the latest death first" if view.state == "dead" else ", newest first"
-    first = view.state == "pending" and page.status["oldest_job"]
+    first = view.state == "pending" and page.status.oldest_job
     others = [element("input", type="hidden", name=name, value=value)
               for name, value in view._replace(q="").filters().items()]
     return element(
@@ -9296,7 +9314,7 @@ def bulk_buttons(page):
     filters, state, error = page.view.filters(), page.view.state, page.view.blocked_by
     if not page.found:
         return
-    if state in ("", "dead") and count_in(page, "dead") > page.status["cancelled"]:
+    if state in ("", "dead") and count_in(page, "dead") > page.status.cancelled:
         chosen = {"error": error} if error else filters
         words = Html("Retry" + element("span", " dead") + "…")
         yield bulk_button(words, "retry", chosen)
@@ -9440,7 +9458,7 @@ def job_buttons(job, page):
     is_needed = bool(page.queue.waiting_dependents(job, 1))
     if state == "dead":
         yield job_button("Retry", "retry", id, "Retried", "primary")
-    if job["seq"] in page.status["blocked_seqs"]:
+    if job["seq"] in page.status.blocked_seqs:
         dead = page.queue.dead_before(job)["id"]
         yield job_button("Retry " + dead, "retry", dead, "Retried", "primary")
     if state in SUCCESSFUL:
@@ -9511,7 +9529,7 @@ def job_facts(job, page):
         "enqueued": time_fact(job["created_at"], page),
         "due": can_run_now(job, page) and time_fact(job["run_at"], page),
         "started": job["started_at"] and time_fact(job["started_at"], page),
-        "worker": next((worker["pid"] for worker in page.status["workers"]
+        "worker": next((worker["pid"] for worker in page.status.workers
                         if worker["job"] == job["id"]), None)}
     facts.update((name.replace("_", " "), fields[name])
                  for name in COLUMNS if name not in SHOWN_ELSEWHERE)
@@ -9555,7 +9573,7 @@ def run_links(job, shown, page):
 
 def run_link(run, shown, page):
     """Return a link to the output of a run, with when it began and how it ended."""
-    going = "lost" if page.view.job in page.status["lost"] else "running"
+    going = "lost" if page.view.job in page.status.lost else "running"
     if run["finished_at"] is not None:
         going = (run["error"] or "exit 0") + " · " + duration_text(run["seconds"])
     return element("a", "run %d · " % run["run"], time_element(run["started_at"]),
@@ -9577,7 +9595,7 @@ def panel_output(job, run, page):
     size -= len(head) - len(split_dropped(head)[1])  # without the note on what is not
     words = [element("span", "%s bytes kept" % grouped(size), css="dim")]
     if is_live(job, run):
-        going = "lost" if job["id"] in page.status["lost"] else "following"
+        going = "lost" if job["id"] in page.status.lost else "following"
         words = [element("span", going, css="dim"),
                  element("button", "Paused: jump to the end", type="button", id="end")]
     header = element(
@@ -9656,7 +9674,7 @@ def make_page(queue, query, site, is_whole=False):
         blocked = site.cache.get("blocked", queue.blocked_jobs)
         status, now = read_status(queue, lost, blocked), queue.clock()
         # From the cache while there are as many: to group a hundred thousand is slow.
-        groups = site.cache.get("dead %d" % status["jobs"]["dead"],
+        groups = site.cache.get("dead %d" % status.jobs["dead"],
                                 lambda: errors_of(queue))
         view = View(*(query.get(name, "") for name in View._fields))
         state = view.state.lower()  # as `state_name` takes it

@@ -5230,7 +5230,7 @@ class TestStatus:
         claim(queue)
 
         def judge():
-            status = dict(queuectl.read_status(queue), pools={1})
+            status = queuectl.read_status(queue)._replace(pools={1})
             return queuectl.verdict(status, clock.now).sentence
 
         assert judge() == "Keeping up: no job waits for a worker"
@@ -5290,9 +5290,9 @@ class TestStatus:
 
     def test_the_verdict_says_what_a_queue_comes_down_to(self, queue, clock):
         def judge(workers=2, **values):
-            status = dict(queuectl.read_status(queue), **values)
-            status["workers"] = [dict(pid=1, pool=1, job=None, since=None)] * workers
-            status["pools"], status["lost"] = {1} if workers else set(), set()
+            status = queuectl.read_status(queue)._replace(
+                workers=[dict(pid=1, pool=1, job=None, since=None)] * workers,
+                pools={1} if workers else set(), lost=set(), **values)
             judgement = queuectl.verdict(status, clock.now)
             return judgement.state, queuectl.verdict_text(judgement)
 
@@ -5318,14 +5318,14 @@ class TestStatus:
             "Working: 4,000 waiting, done in about 2 d;")  # 90 s each
         assert "done" not in judge()[1]  # by one run nobody can tell
         assert "done" not in judge(jobs=many, growth=[0, 0.5, 1])[1]
-        status = dict(queuectl.read_status(queue), run_seconds=2, pools={1},
-                      oldest_waiting=clock.now - 9, growth=[1, 90, 99])
+        status = queuectl.read_status(queue)._replace(
+            run_seconds=2, pools={1}, oldest_waiting=clock.now - 9, growth=[1, 90, 99])
         judgement = queuectl.verdict(status, clock.now)
         assert judgement[:2] == (
             "failed", "Falling behind: 4,000 waiting, 90 more a minute")
         assert judgement.advice.endswith("start --count 4")
         for values in {"growth": [0, 90, 99]}, {"oldest_waiting": clock.now - 4}:
-            judgement = queuectl.verdict(dict(status, **values), clock.now)
+            judgement = queuectl.verdict(status._replace(**values), clock.now)
             assert judgement.sentence == "Working: 4,000 waiting"
         left = ": 4,000 jobs wait; 1 dead, 1 blocked"
         assert judge(workers=0)[1] == "No pool is running" + left
@@ -5355,16 +5355,16 @@ class TestStatus:
         clock.now += 2
         queue.complete(run, make_outcome(None, finished_at=clock.now))
         claim(queue)
-        status = queuectl.read_status(queue)
         workers = [dict(pid=1, job=None, since=None)] * 4
-        status.update(workers=workers, pools={1}, lost=set())
-        status["jobs"]["completed"] = 5
-        assert (status["locked"], status["line"]) == (59, 59)
+        status = queuectl.read_status(queue)._replace(
+            workers=workers, pools={1}, lost=set())
+        status.jobs["completed"] = 5
+        assert (status.locked, status.line) == (59, 59)
         assert queuectl.verdict(status, clock.now)[:2] == (
             "processing", "Keeping up: no job waits for a worker, done in about 118 s")
-        status["workers"][0]["since"] = clock.now - 3  # it may hold the lock
+        workers[0]["since"] = clock.now - 3  # it may hold the lock
         assert "done" in queuectl.verdict(status, clock.now)[1]
-        status["workers"][0]["since"] = clock.now - 5  # those behind it may be as long
+        workers[0]["since"] = clock.now - 5  # those behind it may be as long
         assert "done" not in queuectl.verdict(status, clock.now)[1]
 
     def test_short_jobs_are_expected_at_the_rate_of_the_last_ones(self, queue, clock):
@@ -5372,17 +5372,17 @@ class TestStatus:
         for _ in range(20):
             claim_and_complete(queue)  # in no time; a pool needs some between two runs
             clock.now += 0.5
-        status = queuectl.read_status(queue)
-        status.update(workers=[dict(pid=1, job=None, since=None)], pools={1})
-        assert (status["run_seconds"], status["rate"]) == (0, 2)
+        status = queuectl.read_status(queue)._replace(
+            workers=[dict(pid=1, job=None, since=None)], pools={1})
+        assert (status.run_seconds, status.rate) == (0, 2)
         assert queuectl.verdict(status, clock.now).sentence == (
             "Working: 40 waiting, done in about 20 s")
         for unknown in {"dependent": 41}, {"growth": [0, 1, 2]}, {"ready": 0}:
-            assert not queuectl.time_left(dict(status, **unknown), clock.now)
-        status["workers"][0].update(since=clock.now - 15)  # this one is no short one
+            assert not queuectl.time_left(status._replace(**unknown), clock.now)
+        status.workers[0].update(since=clock.now - 15)  # this one is no short one
         assert "done" not in queuectl.verdict(status, clock.now).sentence
         clock.now += 60  # the pool has stood still
-        assert queuectl.work_left(queue)["rate"] is None
+        assert queuectl.work_left(queue).rate is None
 
     def test_a_job_whose_worker_died_is_lost(self, queue, page):
         add_job(queue, id="a"), add_job(queue, id="b")
@@ -5410,7 +5410,7 @@ class TestStatus:
             return found
 
         monkeypatch.setattr(queuectl.Queue, "workers", look_then_claim)
-        assert queuectl.read_status(queue)["lost"] == set()
+        assert queuectl.read_status(queue).lost == set()
 
     @mechanism
     def test_a_job_completed_meanwhile_does_not_seem_lost(
@@ -5426,7 +5426,7 @@ class TestStatus:
             add_job(queue, id=id)
             run = claim(queue)  # its lease is free, as after its end
             if id == "by status":
-                assert queuectl.read_status(queue)["lost"] == set()
+                assert queuectl.read_status(queue).lost == set()
             else:
                 assert "lost" not in words_of(page("/"))
 
@@ -5445,13 +5445,13 @@ class TestStatus:
             if not second % 2:
                 run = claim(queue)
                 queue.complete(run, make_outcome(None, finished_at=clock.now))
-        assert queuectl.work_left(queue)["growth"] == growth
+        assert queuectl.work_left(queue).growth == growth
         if not at_once:
             queue.set("keep", 12)
             queue.prune(12)
-            assert queuectl.work_left(queue)["growth"] == growth
+            assert queuectl.work_left(queue).growth == growth
         clock.now -= 1e6  # whoever sets the clock back learns nothing, but no error
-        assert len(queuectl.work_left(queue)["growth"]) == 3
+        assert len(queuectl.work_left(queue).growth) == 3
 
     def test_the_verdict_is_in_json_and_not_in_a_pipe(self, dashboard):
         enqueue()
@@ -6040,7 +6040,7 @@ class TestWorkerStop:
         open("go", "w").close()
         shown += read_to_end(terminal)
         # A worker may print a line of its own in between.
-        assert b"^C\r\x1b[K" in shown and b"Kqueuectl: finishing 1 running job; " in shown
+        assert b"^C\r\x1b[K" in shown and b"queuectl: finishing 1 running job; " in shown
 
     @mechanism
     def test_a_request_to_a_pool_is_written_once_and_only_grows(
