@@ -6451,8 +6451,8 @@ def status_document(status, now):
 def errors_of(queue):
     """Return `dead_by_error` with the most common last line of the tails as `line`.
 
-    `alike` of the `read` tails end so, but for numbers. The line is empty only if no
-    job has printed anything.
+    `are_alike` tells whether all of them end so, but for numbers. The line is empty
+    only if no job has printed anything.
     """
     groups = dead_by_error(queue)
     for group in groups:
@@ -6461,15 +6461,14 @@ def errors_of(queue):
         common = collections.Counter(filter(None, shapes)).most_common(1)
         (shape, alike), = common or [("", 0)]
         line = lines[shapes.index(shape)] if common else ""
-        group.update(line=line, alike=alike, read=len(lines))
+        group.update(line=line, are_alike=alike == len(lines))
     return groups
 
 
 def line_text(group):
-    """Return what the dead of an error printed last: “…” (3 of the last 5)."""
-    some = " (%(alike)d of the last %(read)d)" % group
-    return group["line"] and "“%s”%s" % (
-        group["line"], some * (group["alike"] < group["read"]))
+    """Return what most of the dead of an error printed last, if any did."""
+    others = "" if group["are_alike"] else ", and others"
+    return group["line"] and "“%s”%s" % (group["line"], others)
 
 
 def status_screen(status, groups, now, size):
@@ -7336,6 +7335,14 @@ def output_of(queue, job, number):
     return output or b""
 
 
+def with_dead_hint(message, dead, path, stream):
+    """Return a message; on a terminal with how to see so many DEAD jobs."""
+    if not dead or not terminal_width(stream):
+        return message
+    return "%s; to see %s: %s" % (
+        message, "it" if dead == 1 else "them", in_queue(path, usage("dlq", "list")))
+
+
 @command("wait", "wait until jobs, or all, are completed or dead (1: dead)",
          "wait job1 --timeout 10m",
          positional("ids", "ID", "ids of jobs (default: all that wait or run)",
@@ -7370,7 +7377,8 @@ def cmd_wait(args, queue):
         blocked = queue.first_blocked()
         why = blocked_text(blocked) if blocked else "what held them up has just ended"
         message += ", %s can't go on: %s" % (grouped(len(counts["left"])), why)
-    print_result(args, counts, message)
+    print_result(args, counts, with_dead_hint(
+        message, counts["dead"] + counts["died_before"], args.db, sys.stdout))
     failures = (*BLOCKING, "died_before", "removed", "left")
     return 1 if any(counts[name] for name in failures) else 0
 
@@ -7411,7 +7419,9 @@ class WaitReport:
         is_idle = not is_other and count_unfinished(self.wait.counts()) > 0
         if (reason or is_idle) != self.reason:
             self.progress.close()
-            notice(reason or is_idle and self.rest(by_name=True) or "jobs start again")
+            words = reason or is_idle and self.rest(by_name=True)
+            if words or self.reason is not True:
+                notice(words or "jobs start again")
         self.reason = reason or is_idle
 
     def rest(self, width=MAX_INTEGER, by_name=False):
@@ -7816,7 +7826,7 @@ def cmd_dlq_retry(args, queue):
     retry_jobs(args, queue, TAKES["dlq retry"], **dead_filters(args, queue))
 
 
-@command("dlq clear", "remove all dead jobs", "dlq clear", MATCH, ERROR, DIED_SINCE,
+@command("dlq clear", "remove all dead jobs; also dlq purge", "dlq clear", MATCH, ERROR, DIED_SINCE,
          DRY_RUN, aliases=("dlq purge",))
 def cmd_dlq_clear(args, queue):
     apply_to_many(args, queue, queue.delete_all, "deleted", jobs_to_delete(
@@ -7907,7 +7917,8 @@ def cmd_worker_start(args):
     if is_silent:
         print(json.dumps(pool.result))
     elif not pool.stop_reason:  # which was already reported
-        pool_notice(pool.summary)
+        pool_notice(with_dead_hint(
+            pool.summary, pool.result.get("dead"), args.db, sys.stderr))
     return code
 
 
@@ -8009,8 +8020,9 @@ def report_stop(args, pools):
                 if worker["pool"] in pools and worker["job"]]
             if running:
                 hint = in_queue(args.db, usage("worker", "stop", "--now"))
+                to_end = "; to end %s: " % ("them" if running[1:] else "it")
                 notice("waiting for %s%s" % (
-                    listed(running, 5), "" if args.now else "; to end them: " + hint))
+                    listed(running, 5), "" if args.now else to_end + hint))
     if is_disk_full(args.db):  # so the results of jobs can't be saved
         notice("the disk is full")
     workers = living_pools(args.db)
@@ -8521,7 +8533,7 @@ def cmd_selftest(args):
     home = make_trial_folder(args.db)
     try:
         for text, show in PROMISES.items():
-            if time.monotonic() > end - CHECK_TIME / 2:
+            if results and time.monotonic() > end - CHECK_TIME / 2:
                 break
             trials.append(Trial(os.path.join(home, str(len(trials))), end))
             results.append(try_promise(text, show, trials[-1]))
