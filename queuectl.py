@@ -4674,7 +4674,7 @@ def verdict_at_rest(status):
 
 def verdict_at_work(status, now):
     """Return the `Verdict` on a queue whose jobs a pool starts."""
-    ready = grouped(max(1, status.ready))
+    ready = grouped(max(1, status.ready - status.locked))
     due = status.next_due
     least, growth, _ = status.growth
     has_waited = now - (status.oldest_waiting or now)
@@ -4702,7 +4702,7 @@ def harm_text(status):
 
 def waiting_text(status):
     """Return in words how many jobs wait for a worker, and how many lost theirs."""
-    ready = status.ready
+    ready = status.ready - status.locked
     return counts_text({"job waits" if ready == 1 else "jobs wait": ready,
                         "without a worker": len(status.lost)})
 
@@ -5834,6 +5834,8 @@ class Reaper:
                             for _ in range(2))
             text.write(json.dumps(public_job(job)).encode() + b"\n")
             text.seek(0)
+            if not WINDOWS:  # else a hole is left in front when it is truncated
+                fcntl.fcntl(output, fcntl.F_SETFL, os.O_APPEND)
             process = subprocess.Popen(
                 line, shell=True, cwd=os.path.dirname(self.path), stdin=text,
                 stdout=output, stderr=output, start_new_session=True,
@@ -8895,7 +8897,7 @@ def page_header(page):
                    css="mono dim line", title=page.queue.path)
     skip = count_in(page, "") > 0 and link("Skip to the jobs", "#jobs", "skip button")
     stop = element(
-        "button", "Stop", element("span", " refreshing"), type="button", id="stop",
+        "button", "Freeze", element("span", " the page"), type="button", id="stop",
         data_keep="yes")
     return element("section", skip, path, switch, stop, css="row", id="queue",
                    aria_label="Queue")
@@ -9113,7 +9115,8 @@ def page_running(page):
         "section", element("h2", "Running now"),
         lost > 0 and element("p", grouped(lost) + " without a worker",
                              css="failed hue"),
-        element("ul", *[running_job(run, page) for run in runs[:RUNNING_SHOWN]]),
+        element("ul", *[running_job(run, page) for run in runs[:RUNNING_SHOWN]],
+                id="runs-now"),
         not runs and element("p", "No job runs", css="dim none"),
         more > 0 and link(grouped(more) + " more", page.view.only(state="processing"),
                           "dim"), id="running", css="card")
@@ -10012,7 +10015,7 @@ def serve(path, host, port):
         name = "[%s]" % host if ":" in host else host
         address = "http://%s:%d/" % (name, server.server_port)
         site.start += " --port %d" % server.server_port
-        print(address + "; to stop: Ctrl-C", flush=True)
+        print(address + " (to stop: Ctrl-C)", flush=True)
         server.serve_forever()
 
 
@@ -10147,6 +10150,7 @@ main { clear: both; container-type: inline-size; }
 }
 #trouble button { color: var(--text); }
 #trouble code { flex: 1 1 12rem; width: 0; }
+body:not(:has(#now)) #trouble code { white-space: normal; }
 #now ul .row > * { min-width: 4.6rem; text-align: center; }
 #now :is(button, .button) { padding: .1rem .55rem; }
 #now ul:not(:empty) { margin-top: .5rem; }
@@ -10219,7 +10223,9 @@ tbody tr { cursor: pointer; }
   position: sticky; top: .5rem; z-index: 1; display: block; height: 2rem;
   margin: 0 auto -2rem; box-shadow: 0 .1rem .6rem #0005;
 }
-tbody tr:hover, tr[aria-current] { background: color-mix(in srgb, var(--blue) 9%, transparent); }
+tbody tr:hover, tr[aria-current] {
+  background-color: color-mix(in srgb, var(--blue) 9%, transparent);
+}
 #pages { justify-content: center; margin-top: .7rem; }
 
 /* The job: its output gets all the height that is left. */
@@ -10235,7 +10241,7 @@ tbody tr:hover, tr[aria-current] { background: color-mix(in srgb, var(--blue) 9%
 }
 .top > :is(nav, a) { flex: none; flex-wrap: nowrap; }
 .box { position: relative; }
-.box button { position: absolute; top: .35rem; right: .35rem; padding: 0 .5rem; }
+.box button { position: absolute; top: .35rem; right: .35rem; padding: .1rem .5rem; }
 pre {
   white-space: pre-wrap; overflow-wrap: anywhere; overflow: auto; padding: .6rem .7rem;
   background: var(--bg); border: 1px solid var(--line); border-radius: .4rem;
@@ -10382,10 +10388,10 @@ function becomeChildren(node, wanted) {
 }
 
 /* No row moves while somebody points at one or is at one by keyboard, or they would press
-   another one. What left a list stays, pale. New rows wait: those of the table are counted,
-   but what needs somebody is shown at once, below the rest. */
+   another one. What left a list stays, pale. New rows wait, and those of the table are
+   counted. But what needs somebody is shown at once, below the rest. */
 function hold(page) {
-  const lists = "tbody, #alerts", rows = "tr, li:not(:has(li))";
+  const lists = "tbody, #alerts, #runs-now", rows = "tr, li:not(:has(li))";
   for (const list of document.querySelectorAll(lists)) {
     const wanted = [...page.querySelectorAll(lists)].find(other => key(other) === key(list));
     if (!wanted || !list.matches(":hover, :has(:focus-visible)")) continue;
@@ -10397,8 +10403,8 @@ function hold(page) {
       came.delete(key(row));
     }
     wanted.replaceWith(held);
-    if (list.id) held.append(...came.values());
-    else Object.assign(page.querySelector("#new"),
+    if (list.id === "alerts") held.append(...came.values());
+    if (!list.id) Object.assign(page.querySelector("#new"),
       {hidden: !came.size, textContent: `Show ${came.size} new`});
   }
 }
@@ -10603,7 +10609,7 @@ function press(button) {
   if (button.id === "end") return find("output").focus(toEnd());
   if (button.id === "stop") {
     isStopped = document.body.classList.toggle("stopped");
-    button.firstChild.data = isStopped ? "Go on" : "Stop";
+    button.firstChild.data = isStopped ? "Unfreeze" : "Freeze";
     return isStopped ? clearTimeout(timer) : refresh();
   }
   if (button.matches("[aria-disabled], [aria-busy]")) return;
