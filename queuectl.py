@@ -4646,7 +4646,7 @@ def verdict(status, now):
     judgement = verdict_at_rest(status) or verdict_at_work(status, now)
     harm = harm_text(status)
     if harm and judgement.state in ("processing", "completed"):
-        return judgement._replace(state="failed", harm=harm)
+        return judgement._replace(state="dead", harm=harm)
     return judgement
 
 

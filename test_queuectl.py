@@ -5304,13 +5304,13 @@ class TestStatus:
         assert judge()[1] == "Keeping up: no job waits for a worker"
         clock.now += 90
         queue.fail(run, make_outcome(finished_at=clock.now))
-        assert judge() == ("failed", "Ended; 1 dead")
+        assert judge() == ("dead", "Ended; 1 dead")
         add_job(queue, id="behind", after=["x"])
         # A pool would not help.
         assert judge(workers=0) == ("dead", "Stuck: 1 job behind dead ones")
         add_job(queue, id="later", delay=60)
         assert judge() == (
-            "failed", "Idle: the next job is due in 1m; 1 dead, 1 blocked")
+            "dead", "Idle: the next job is due in 1m; 1 dead, 1 blocked")
         assert judge(workers=0)[1] == "No pool is running; 1 dead, 1 blocked"
         add_jobs(queue, [{"command": "true"}] * 4000)
         many = dict(queue.counts(), completed=4)
@@ -5341,7 +5341,7 @@ class TestStatus:
         assert verdict[:2] == ("completed", "Ended: 1 completed, 1 cancelled")
         let_die(queue, "bad")
         verdict = queuectl.verdict(queuectl.read_status(queue), 0)
-        assert verdict.state == "failed"
+        assert verdict.state == "dead"
         shown = page()
         assert words_of(named_part(shown, "verdict")) == "1 dead"
         assert named_part(shown, "now").find("p").text == (
