@@ -7051,7 +7051,7 @@ class TestTerminal:
         shown = run_on_terminal("worker", "start", "--drain", columns=30)[1]
         lines = re.split(r"\r\n|\r\x1b\[K", re.sub(r"\x1b\[\d*m", "", shown))
         assert "a-job-with-a-long-name 1/1" in lines and max(map(len, lines)) <= 30
-        assert "queuectl: 0 completed, 1 dead" in lines
+        assert "queuectl: 0 completed, 1 dead;" in lines and "  to see it:" in shown
 
     @posix_only
     def test_a_narrow_terminal_gets_a_short_usage(self):
