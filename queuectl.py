@@ -3395,12 +3395,12 @@ def recent_growth(queue, run_seconds):
     longest = 1800 if keep is None else min(1800, max(keep, 1))
     period = min(max(10, 2 * run_seconds), longest / 3)
     ended_since = " + ".join(f"""
-        (SELECT COUNT(*) FROM jobs WHERE state = '{state}' AND updated_at > ?1)
+        (SELECT COUNT(*) FROM jobs WHERE state = '{state}' AND updated_at > :moment)
         """ for state in FINISHED)  # each state has an index
     moments = [queue.clock() - count * period for count in (3, 2, 1, 0)]
     # Up to a constant, how many jobs were unfinished then.
     unfinished = [last_seq_at(queue, moment) + queue.value(
-        f"SELECT {ended_since}", moment) for moment in moments]
+        f"SELECT {ended_since}", moment=moment) for moment in moments]
     return sorted(60 / period * (more - less)
                   for less, more in zip(unfinished, unfinished[1:]))
 
