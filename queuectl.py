@@ -4383,8 +4383,8 @@ def in_queue(path, hint):
 
 
 # What `status` shows: the values of `Work`; the path of the queue; the commands of
-# running jobs by id; the ids of those whose worker is `lost`; the PIDs of the pools, and
-# of those that stop; the job that waits longest for a worker, since when; the next one
+# running jobs by id; the ids of those whose worker is `lost`; the PIDs of the pools,
+# and of those that stop; the job that waits longest for a worker, since when; the next one
 # that is due, and when; whether the queue is paused; how many dead jobs somebody has
 # `cancelled`; the numbers of the jobs behind dead ones, and the first as `blocked`.
 # Times are epoch seconds. What was not read is None.
@@ -5012,8 +5012,8 @@ def fitted(widths, room):
     return widths
 
 
-# A column of a table of jobs: its title; its rank for a terminal, which shows as many as
-# fit (None: not this one); and the function of a job and a `Look` that makes its text.
+# A column of a table of jobs: its title; its rank for a terminal, which shows as many
+# as fit (None: not this one); and the function of a job and a `Look` that makes its text.
 ListColumn = collections.namedtuple("ListColumn", "title rank text")
 
 
@@ -5686,7 +5686,7 @@ class Reaper:
             termination.is_stuck() for termination in self.terminations.values())
 
     def note_worker_death(self, pid, exit_code):
-        """Take note that a worker has died; an unusable queue is no fault of its job."""
+        """Take note that a worker has died; its job is not blamed for a bad queue."""
         self.recovery_done = False
         if exit_code not in (EXIT_UNUSABLE, EXIT_DAMAGED):
             self.worker_died_at[pid] = time.monotonic()
@@ -6084,7 +6084,8 @@ class Supervisor:
         if request == "stop":
             message = "finishing %s"
             message += hint and hint % ("it" if running == 1 else "them")
-        self.tell(message % plural(running, "running job"), self.is_quiet or not running)
+        self.tell(message % plural(running, "running job"),
+                  is_quiet=self.is_quiet or not running)
 
     def collect_workers(self):
         """Take note of the workers that have ended."""
@@ -6096,7 +6097,8 @@ class Supervisor:
                 self.log.error(message, worker.pid, exit_end(worker.exitcode).error)
                 self.reaper.note_worker_death(worker.pid, worker.exitcode)
                 if worker.exitcode == EXIT_DAMAGED:  # where only workers look
-                    self.give_up("%s is damaged; restore a backup" % printable(self.path))
+                    self.give_up(
+                        "%s is damaged; restore a backup" % printable(self.path))
                 self.next_check = 0.0
                 self.next_start = time.monotonic() + RESTART_INTERVAL
 
@@ -7828,8 +7830,8 @@ def cmd_dlq_retry(args, queue):
     retry_jobs(args, queue, TAKES["dlq retry"], **dead_filters(args, queue))
 
 
-@command("dlq clear", "remove all dead jobs; also dlq purge", "dlq clear", MATCH, ERROR, DIED_SINCE,
-         DRY_RUN, aliases=("dlq purge",))
+@command("dlq clear", "remove all dead jobs; also dlq purge", "dlq clear",
+         MATCH, ERROR, DIED_SINCE, DRY_RUN, aliases=("dlq purge",))
 def cmd_dlq_clear(args, queue):
     apply_to_many(args, queue, queue.delete_all, "deleted", jobs_to_delete(
         TAKES["dlq clear"], **dead_filters(args, queue)))
