@@ -4384,9 +4384,9 @@ def in_queue(path, hint):
 
 # What `status` shows: the values of `Work`; the path of the queue; the commands of
 # running jobs by id; the ids of those whose worker is `lost`; the PIDs of the pools,
-# and of those that stop; the job that waits longest for a worker, since when; the next one
-# that is due, and when; whether the queue is paused; how many dead jobs somebody has
-# `cancelled`; the numbers of the jobs behind dead ones, and the first as `blocked`.
+# and of those that stop; the job that waits longest for a worker, since when; the next
+# one that is due, and when; whether the queue is paused; how many dead jobs somebody
+# has `cancelled`; the numbers of the jobs behind dead ones, and the first as `blocked`.
 # Times are epoch seconds. What was not read is None.
 Status = collections.namedtuple("Status", [
     *Work._fields, "path", "commands", "lost", "pools", "stopping_pools", "oldest_job",
@@ -5013,7 +5013,8 @@ def fitted(widths, room):
 
 
 # A column of a table of jobs: its title; its rank for a terminal, which shows as many
-# as fit (None: not this one); and the function of a job and a `Look` that makes its text.
+# as fit (None: not this one); and the function of a job and a `Look` that makes its
+# text.
 ListColumn = collections.namedtuple("ListColumn", "title rank text")
 
 
