@@ -2134,6 +2134,7 @@ CANCEL = [
         updated_at = :now""", IS_WAITING),
     Change("UPDATE jobs SET cancelled = 1", "state = 'processing'"),
 ]
+RUN_NOW = "UPDATE jobs SET run_at = min(run_at, :now), updated_at = :now"
 DELETE = [Change("DELETE FROM jobs", in_states(TAKES["delete"]))]
 
 RUN_SECONDS = "round(finished_at - started_at, 3)"  # NULL until the run has ended
@@ -2206,7 +2207,7 @@ def no_job(id, near=()):
 # it `spares_needed`, it is narrowed to jobs that need not be kept.
 Condition = collections.namedtuple(
     "Condition", "sql values of_row spares_needed", defaults=(False,))
-# The filters of `where`, each by the value that it takes.
+# The filters of `where`, each by the value that it takes: those by the row of a job.
 FILTERS = {
     "text": "(instr(id, :text) OR instr(command, :text))",
     "pattern": r"(id LIKE :pattern ESCAPE '\' OR command LIKE :pattern ESCAPE '\'"
@@ -2216,7 +2217,17 @@ FILTERS = {
     "changed_since": "updated_at >= :changed_since",
     "cancelled": "cancelled = :cancelled",  # True or False
     "behind_lock": f"lock = :behind_lock AND {IN_LINE} AND gate = {LOCKED}",
-    # The error of dead jobs: those that wait for them, directly or not.
+    # True: the jobs that wait for one thing.
+    "for_a_time": FOR_A_TIME,  # FAILED ones as well
+    "delayed": f"{IN_LINE} AND {FOR_A_TIME}",
+    "dependent": f"{IN_LINE} AND waits > 0",
+    "locked": f"lock NOT NULL AND {IN_LINE} AND gate = {LOCKED}",
+}
+# Those that depend on other jobs as well.
+FILTERS_BY_OTHERS = {
+    # True or False: those that wait for dead jobs, directly or not.
+    "blocked": f"(seq IN ({blocked_table()} SELECT seq FROM blocked)) = :blocked",
+    # The error of such dead jobs.
     "blocked_by": f"""seq IN ({blocked_table(with_root=True)}
         SELECT blocked.seq FROM blocked JOIN jobs ON jobs.seq = root
         WHERE error = :blocked_by)""",
@@ -2239,9 +2250,9 @@ def where(states=STATES, **filters):
         if not {"pending", "completed"} & {*states}:
             parts.append(RARE)
     used = {name: value for name, value in filters.items() if value is not None}
-    parts += [FILTERS[name] for name in used if name != "blocked_by"]
+    parts += [sql for name, sql in FILTERS.items() if name in used]
     of_row = " AND ".join(parts or ["1"])
-    others = [FILTERS["blocked_by"]] if "blocked_by" in used else []
+    others = [sql for name, sql in FILTERS_BY_OTHERS.items() if name in used]
     return Condition(" AND ".join([of_row, *others]), used, of_row)
 
 
@@ -2716,6 +2727,10 @@ class Queue(Database):
         """Retry the jobs that meet a condition."""
         return self._apply_to_many(
             condition, [Change(RETRY, in_states(TAKES["retry"]))])
+
+    def run_now_all(self, condition):
+        """Make jobs that meet a condition due, if they wait for their time alone."""
+        return self._apply_to_many(condition, [Change(RUN_NOW, FOR_A_TIME)])
 
     def delete(self, ids):
         """Remove jobs that are not running, with their runs.
@@ -7635,6 +7650,14 @@ def jobs_to_retry(states, **filters):
                      NextStep("to retry one", "retry {}"))
 
 
+def jobs_to_cancel(states, **filters):
+    return Selection(where(states, **filters))
+
+
+def jobs_to_run_now(states, **filters):
+    return Selection(where(states, **dict(filters, for_a_time=True)))
+
+
 def jobs_to_delete(states, **filters):
     chosen = where(states, **filters)
     return Selection(*split_by_need(chosen), "other jobs wait for {}",
@@ -7707,8 +7730,8 @@ def cmd_cancel(args, queue):
     if args.ids:
         return apply_to_named(args, queue, queue.cancel, "cancelled",
                               lambda id: cancel_answer(queue, id))
-    chosen = where(args.state or TAKES["cancel"], text=args.match)
-    apply_to_many(args, queue, queue.cancel_all, "cancelled", Selection(chosen))
+    apply_to_many(args, queue, queue.cancel_all, "cancelled", jobs_to_cancel(
+        args.state or TAKES["cancel"], text=args.match))
 
 
 def cancel_answer(queue, id):
@@ -8657,11 +8680,23 @@ def require_job(queue, id):
         raise Refusal(404, str(no_job(id)))
 
 
+# The kinds of jobs that have a filter on the page, each as filters of `where`.
+KIND_FILTERS = {
+    "delayed": {"delayed": True},
+    "behind a job": {"dependent": True, "blocked": False},
+    "behind a lock": {"locked": True},
+}
+
+
 def filters_of(query, states=STATES):
     """Return arguments for `where`: what a query asks for, of these states alone."""
     if "state" in query:
         states = [state for state in states if state == state_name(query["state"])]
     named = {name: query.get(name) for name in ("error", "blocked_by", "behind_lock")}
+    if "kind" in query:
+        if query["kind"] not in KIND_FILTERS:
+            raise Refusal(400, "kind: one of " + ", ".join(KIND_FILTERS))
+        named.update(KIND_FILTERS[query["kind"]])
     return dict(named, states=states,
                 pattern=like_pattern(query["q"]) if query.get("q") else None)
 
@@ -8692,11 +8727,31 @@ def stats_by_minute(queue, query):
     return read_stats(queue, since)
 
 
+# What can be done with all jobs that a query leaves: the question before it, and what it
+# has done, in words; the states of the jobs that it takes; the function that returns
+# their `Selection` by filters; the method of `Queue`.
+BulkVerb = collections.namedtuple("BulkVerb", "question done takes selection change")
+BULK_VERBS = {
+    "retry": BulkVerb("Retry {}?", "Retried", TAKES["dlq retry"], jobs_to_retry,
+                      Queue.retry_all),
+    "run": BulkVerb("Run {} now?", "Due now:", WAITING, jobs_to_run_now,
+                    Queue.run_now_all),
+    "cancel": BulkVerb("Cancel {}?", "Cancelled", TAKES["cancel"], jobs_to_cancel,
+                       Queue.cancel_all),
+    "delete": BulkVerb("Delete {}?", "Deleted", TAKES["delete"], jobs_to_delete,
+                       Queue.delete_all),
+}
+
+
 def selected_by(verb, query):
-    """Return the selection of the jobs of a query that `retry` or `delete` takes."""
-    if verb == "retry":
-        return jobs_to_retry(**filters_of(query, TAKES["dlq retry"]))
-    return jobs_to_delete(**filters_of(query, TAKES["delete"]))
+    """Return the selection of the jobs of a query that a verb for many takes."""
+    verb = BULK_VERBS[verb]
+    return verb.selection(**filters_of(query, verb.takes))
+
+
+def apply_to_query(verb, queue, query):
+    """Apply a verb for many to the jobs of a query; return how many it has changed."""
+    return BULK_VERBS[verb].change(queue, selected_by(verb, query).taken)
 
 
 def dead_route(queue, query):
@@ -8832,8 +8887,8 @@ def number_or(default, text):
 
 
 # What narrows the list of jobs, each with what stands before its value on the page.
-VIEW_FILTERS = {"state": "", "q": "", "error": "", "blocked_by": "blocked by ",
-                "behind_lock": "behind the lock "}
+VIEW_FILTERS = {"state": "", "kind": "", "q": "", "error": "",
+                "blocked_by": "blocked by ", "behind_lock": "behind the lock "}
 
 
 class View(collections.namedtuple(
@@ -8914,8 +8969,10 @@ def page_now(page):
         advice = "" if status.pools else "no pool is running; " + TO_START
     if count_in(page, ""):
         # What is broken comes first, before what works.
-        load = joined(judgement.harm and judgement.sentence, load_text(page), by=" · ")
-        more = [load and element("p", load, css=not judgement.harm and "dim"),
+        load = [*load_links(page)]
+        if judgement.harm:
+            load.insert(0, element("span", judgement.sentence))
+        more = [load and element("p", *load, css="parts dim"),
                 advice and advice_line(advice, page),
                 element("ul", *alerts(page), id="alerts")]
     else:
@@ -8927,14 +8984,18 @@ def page_now(page):
                    data_kind="harm" if judgement.harm else judgement.state)
 
 
-def load_text(page):
-    """Return in words how many jobs run, and how many others can't run yet."""
-    status = page.status
-    return counts_text({
-        "running": status.jobs["processing"] - len(status.lost),
-        "behind a job": status.dependent - len(status.blocked_seqs),
-        "due later": status.delayed,
-        "behind a lock": status.locked})
+def load_links(page):
+    """Yield how many jobs run, and how many others can't run yet, as links to them."""
+    status, only = page.status, page.view.only
+    for count, words, address in (
+            (status.jobs["processing"] - len(status.lost), "running",
+             only(state="processing")),
+            (status.dependent - len(status.blocked_seqs), "behind a job",
+             only(kind="behind a job")),
+            (status.delayed - status.retries, "delayed", only(kind="delayed")),
+            (status.locked, "behind a lock", only(kind="behind a lock"))):
+        if count > 0:
+            yield link("%s %s" % (grouped(count), words), address)
 
 
 def advice_line(advice, page):
@@ -9008,8 +9069,10 @@ def failed_alert(page):
         words = joined(count == 1 and failed[0]["id"], line and "“%s”" % line,
                        next_due(page, "failed"), by=" · ")
         errors = [*dict.fromkeys(job["error"] for job in failed)]
+        chosen = {"state": "failed"}
         yield alert(grouped(count) + " failed", listed(errors), None, words,
-                    page.view.only(state="failed"), "the failed jobs", css="failed")
+                    page.view.only(**chosen), "the failed jobs", bulk_button(
+                        "Run now…", "run", chosen, "Run the failed jobs now"), "failed")
 
 
 def lock_alert(page):
@@ -9176,7 +9239,7 @@ def stats_text(stats):
     times = stats["run_time"]
     return joined(
         plural(round(60 * stats["per_second_now"]), "run") + " in the last minute",
-        "%d %% succeed" % int(100 * rate),
+        "%d %% of runs succeed" % int(100 * rate),
         "median run %s, 95 %% within %s" % (
             duration_text(times["median"]), duration_text(times["p95"])),
         wait is not None and "median wait " + duration_text(wait), by=" · ")
@@ -9329,40 +9392,47 @@ def filter_links(view):
 
 def bulk_buttons(page):
     """Yield what can be done with all jobs that the filters leave, if there are any."""
-    filters, state, error = page.view.filters(), page.view.state, page.view.blocked_by
+    view, filters, error = page.view, page.view.filters(), page.view.blocked_by
+    states = [state for state in STATES if count_in(page, state)
+              and view.state in ("", state)]
     if not page.found:
         return
-    if state in ("", "dead") and count_in(page, "dead") > page.status.cancelled:
-        chosen = {"error": error} if error else filters
+    is_waiting = view.kind or view.behind_lock
+    if "dead" in states and not is_waiting and count_in(
+            page, "dead") > page.status.cancelled:
         words = Html("Retry" + element("span", " dead") + "…")
-        yield bulk_button(words, "retry", chosen)
-    if filters and state != "processing":
+        yield bulk_button(words, "retry", {"error": error} if error else filters)
+    if view.state == "failed" or view.kind == "delayed":
+        yield bulk_button("Run now…", "run", filters)
+    if filters and {*states} & {*TAKES["cancel"]}:
+        yield bulk_button("Cancel…", "cancel", filters)
+    if filters and {*states} & {*TAKES["delete"]}:
         yield bulk_button("Delete…", "delete", filters)
 
 
 def bulk_button(words, verb, filters, label=None):
     """Return the button of a verb for many, which asks how many first."""
     return button(words, "/api/" + verb + query_of(**filters),
-                  "danger" if verb == "delete" else None, label,
+                  "danger" if verb in ("cancel", "delete") else None, label,
                   question="/question" + query_of(verb=verb, **filters),
-                  done="Retried" if verb == "retry" else "Deleted",
-                  do="Yes, " + verb)
+                  done=BULK_VERBS[verb].done, do="Yes, " + verb)
 
 
 def question_route(queue, query):
     """Return the question before a verb for many, or why there is nothing to do."""
     verb = query.get("verb", "retry")
-    if verb not in ("retry", "delete"):
+    if verb not in BULK_VERBS:
         raise Refusal(400, "no such verb")
     selection = selected_by(verb, query)
     # Only now, and not for each page: with a million jobs that takes a while.
-    count, spared = queue.count(selection.taken), queue.count(selection.spared)
+    count = queue.count(selection.taken)
+    spared = selection.spared and queue.count(selection.spared)
     stays = spared and "%s left out: %s." % (
         plural(spared, "job") + (" is" if spared == 1 else " are"),
         reason_to_spare(selection, spared))
     if not count:
         return {"none": joined("There is nothing to %s." % verb, stays, by=" ")}
-    words = "%s %s?" % (verb.capitalize(), jobs_of_query(count, verb, query))
+    words = BULK_VERBS[verb].question.format(jobs_of_query(count, verb, query))
     return {"ask": joined(words, effect_of(queue, query, verb), stays, by=" ")}
 
 
@@ -9370,6 +9440,12 @@ def effect_of(queue, query, verb):
     """Return in words what a verb for many means for the jobs that it takes."""
     if verb == "retry":
         return "They get all their tries again."
+    if verb == "run":
+        return "They no longer wait for their time."
+    if verb == "cancel":
+        running = queue.count(where(**filters_of(query, ["processing"])))
+        return joined(running and "The processes of %s are ended." % plural(
+            running, "running job"), "Cancelled jobs are dead; each can be retried.", by=" ")
     waiting = queue.count(jobs_to_delete(**filters_of(query, WAITING)).taken)
     return joined(waiting and "Still waiting to run: %s of them." % grouped(waiting),
                   "Their runs and their output go as well.", by=" ")
@@ -9382,6 +9458,7 @@ def jobs_of_query(count, verb, query):
         query.get("error") and "the error “%(error)s”" % query,
         query.get("q") and "“%(q)s” in them" % query, by=" and ")
     return joined(grouped(count), state, "job" if count == 1 else "jobs",
+                  "kind" in query and "(%s)" % query["kind"],
                   with_text and "with " + with_text,
                   *["%s“%s”" % (before, query[name])
                     for name, before in VIEW_FILTERS.items()
@@ -9541,7 +9618,8 @@ def job_facts(job, page):
     holder = job["gate"] == LOCKED and page.queue.lock_holder(job)
     facts = {
         "behind": holder and job_links([holder], 1, page),
-        "blocked by": dead and job_links([dead["id"]], 1, page),
+        "blocked by": dead and dead["id"] not in fields["after"] and job_links(
+            [dead["id"]], 1, page),
         "comes after": job_links(fields["after"], len(fields["after"]), page),
         "comes before": job_links(*page.queue.dependents(job, LINKS_SHOWN), page),
         "enqueued": time_fact(job["created_at"], page),
@@ -9696,7 +9774,8 @@ def make_page(queue, query, site, is_whole=False):
                                 lambda: errors_of(queue))
         view = View(*(query.get(name, "") for name in View._fields))
         state = view.state.lower()  # as `state_name` takes it
-        view = view._replace(state=state if state in STATES else "")
+        view = view._replace(state=state if state in STATES else "",
+                             kind=view.kind if view.kind in KIND_FILTERS else "")
         view = placed(queue, view)
         found, above = rows_from(queue, view), []
         if view.before and not found:  # they are gone: the first page has some
@@ -9767,10 +9846,8 @@ ROUTES = {
     "POST /api/jobs/ID/delete": lambda queue, query: queue.delete([query["id"]]),
     "POST /api/jobs/ID/run": lambda queue, query: public_job(
         queue.edit(query["id"], {"run_at": queue.clock()})),
-    "POST /api/retry": lambda queue, query: queue.retry_all(
-        selected_by("retry", query).taken),
-    "POST /api/delete": lambda queue, query: queue.delete_all(
-        selected_by("delete", query).taken),
+    **{"POST /api/" + verb: functools.partial(apply_to_query, verb)
+       for verb in BULK_VERBS},
     "POST /api/pause": lambda queue, query: queue.set_paused(True),
     "POST /api/resume": lambda queue, query: queue.set_paused(False),
 }
@@ -10146,6 +10223,8 @@ main { clear: both; container-type: inline-size; }
   border-radius: 50%; background: var(--c); vertical-align: .1em;
 }
 #now > p { margin-top: .2rem; }
+.parts > :not(:last-child)::after { content: "·"; display: inline-block; margin: 0 .45em; }
+.parts span { color: var(--text); }
 .advice { margin-top: .25rem; }
 .advice code {
   padding: .15rem .5rem; border: 1px solid var(--line); border-radius: .3rem;
@@ -10154,7 +10233,7 @@ main { clear: both; container-type: inline-size; }
 #trouble button { color: var(--text); }
 #trouble code { flex: 1 1 12rem; width: 0; }
 body:not(:has(#now)) #trouble code { white-space: normal; }
-#now ul .row > * { min-width: 4.6rem; text-align: center; }
+#now ul .row > * { min-width: 5.6rem; text-align: center; }
 #now :is(button, .button) { padding: .1rem .55rem; }
 #now ul:not(:empty) { margin-top: .5rem; }
 #now li {
@@ -10220,13 +10299,13 @@ th.hue, th.mono { color: var(--dim); font: inherit; font-weight: 600; }
 td a { text-decoration: none; }
 .num { text-align: right; }
 .slim { width: 5.5rem; } .mid { width: 9rem; } .rest { width: auto; }
-tbody tr { cursor: pointer; }
+tbody tr, #runs-now li { cursor: pointer; }
 /* It takes no room: what it stands over may not move. */
 #new {
   position: sticky; top: .5rem; z-index: 1; display: block; height: 2rem;
   margin: 0 auto -2rem; box-shadow: 0 .1rem .6rem #0005;
 }
-tbody tr:hover, tr[aria-current] {
+tbody tr:hover, tr[aria-current], #runs-now li:hover {
   background-color: color-mix(in srgb, var(--blue) 9%, transparent);
 }
 #pages { justify-content: center; margin-top: .7rem; }
@@ -10307,6 +10386,7 @@ dd a { display: inline-block; margin-right: 1em; padding: .15rem 0; }
   form { flex-basis: 10rem; }
   #q { padding: .2rem .4rem; font-size: max(1rem, 16px); }  /* or a phone zooms in */
   button, .button, #now :is(button, .button), summary { padding: .35rem .7rem; }
+  :is(.parts, .lines, #running) a { display: inline-block; padding: .3rem 0; }
   #runs { flex-wrap: nowrap; overflow-x: auto; flex: none; padding-bottom: .3rem; }
   #runs a { white-space: nowrap; flex: none; max-width: none; }
 }
@@ -10333,6 +10413,7 @@ const parse = text => inZone(new DOMParser().parseFromString(text, "text/html"))
 const SILENT = "The dashboard does not answer.";
 let fetching, timer, isStopped, pending = 0, lastGood = performance.now(), toastTimer;
 let chartAt = -1e9, chartEnded, kind, kindAt, kindTold;
+let showing, steps = Promise.resolve();
 let textTold = find("q") && find("q").defaultValue;
 
 /* Show times in the zone of the browser; in Swedish the date looks like that of ISO 8601. */
@@ -10536,7 +10617,7 @@ async function follow(box) {
 
 function show() {
   busy(1);
-  return refresh().then(() => busy(-1));
+  return showing = refresh().then(() => busy(-1));
 }
 
 /* An entry of the history knows the address before it, so that Close can go back there. */
@@ -10572,6 +10653,8 @@ function confirmed(question, words, css) {
   find("question").textContent = question;
   find("yes").textContent = words;
   find("yes").className = css || "primary";
+  find("yes").hidden = !words;  // there is nothing to do
+  find("no").textContent = words ? "No" : "Close";
   box.returnValue = "";
   box.showModal();
   return new Promise(resolve => {
@@ -10582,7 +10665,7 @@ function confirmed(question, words, css) {
 async function act({post, question, ask, do: words, done, css}) {
   if (question) {
     const answer = JSON.parse(await get(question));
-    if (answer.none) return say(answer.none);
+    if (answer.none) return confirmed(answer.none);
     ask = answer.ask;
   }
   if (ask && !await confirmed(ask, words, css)) return;
@@ -10631,7 +10714,7 @@ const isPlain = event =>
 document.onclick = event => {
   const {target} = event;
   const button = target.closest("button"), link = target.closest("a");
-  const row = target.closest("tbody tr");
+  const row = target.closest("tbody tr, #runs-now li");
   if (button) {
     if (event.detail < 2) press(button);  // the second click of two may meet another button
   } else if (link && isPlain(event) && !link.download) {
@@ -10645,19 +10728,27 @@ document.onclick = event => {
 
 document.onsubmit = () => false;  // the search is fetched while it is typed
 document.oninput = event => {
-  const address = new URL(location.href);
+  const address = new URL(location.href), isStep = address.searchParams.has("q");
   address.searchParams.set("q", event.target.value);
   for (const name of ["before", "first", event.target.value ? "" : "q"])
     address.searchParams.delete(name);
-  history.replaceState(history.state, "", address);
+  // Back leads to what was there before the search.
+  if (isStep) history.replaceState(history.state, "", address);
+  else history.pushState(null, "", address);
   clearTimeout(timer);
   timer = setTimeout(show, 200);
 };
 
 document.onkeydown = event => {
   if (event.target === find("q") || find("sure").open) return;
-  const link = find({Escape: "close", ArrowLeft: "previous", ArrowRight: "next"}[event.key]);
-  if (link && isPlain(event)) link.click();
+  const name = {Escape: "close", ArrowLeft: "previous", ArrowRight: "next"}[event.key];
+  if (!name || !isPlain(event)) return;
+  if (name === "close") return find(name) && find(name).click();
+  // A step goes on from the job that the one before it shows.
+  steps = steps.then(() => {
+    if (find(name)) find(name).click();
+    return showing;
+  });
 };
 
 window.onpopstate = show;
@@ -10699,7 +10790,7 @@ hangs, or the connection is down. To start it: {{START}}</div>\
 <dialog id="sure" aria-labelledby="question">
 <p id="question"></p>
 <div class="row">
-<button type="button" value="no">No</button>
+<button type="button" id="no" value="no"></button>
 <button type="button" id="yes" value="yes"></button>
 </div>
 </dialog>
