@@ -9630,6 +9630,24 @@ class TestPage:
               say(`in view: ${top > 0 && bottom < innerHeight}`);
             }, 3000);
             """, ">In view: true</p>", id="a step shows the row"),
+        pytest.param("/?job=j9", """
+            setTimeout(() => {
+              for (const key of ["ArrowRight", "ArrowRight", "ArrowLeft", "ArrowRight"])
+                document.onkeydown(new KeyboardEvent("keydown", {key}));
+            }, 1000);
+            setTimeout(() => say("at " + find("job").dataset.key), 4000);
+            """, ">At j7</p>", id="no step is lost"),
+        pytest.param("/?state=pending", """
+            for (const words of ["j", "j1"]) {
+              find("q").value = words;
+              find("q").dispatchEvent(new Event("input", {bubbles: true}));
+            }
+            setTimeout(() => history.back(), 1500);
+            setTimeout(() => say("at " + location.search + find("q").value), 4000);
+            """, ">At ?state=pending</p>", id="back from a search"),
+        pytest.param("/?state=completed", """
+            act({question: "/question?verb=cancel&state=completed"});
+            """, '<p id="question">There is nothing to cancel.</p>', id="nothing to do"),
         pytest.param("/", """
             fetch = () => new Promise(() => {});
             refresh();
