@@ -2285,9 +2285,11 @@ Dependent = collections.namedtuple("Dependent", "id after droppable")
 class NewJobs:
     """The jobs of one `enqueue` on their way into the database."""
 
-    def __init__(self, queue, unique):
+    def __init__(self, queue, unique, place_name):
         self.queue, self.unique, self.now = queue, unique, queue.clock()
+        self.place_name = place_name
         self.id, self.count = None, 0  # of the latest job, and how many there were
+        self.given = {}  # of unique jobs: {id: (number, command)}
         self.dependents = []
         self.locks = set()  # of the jobs that are inserted
         self.unchanged = {}  # as in `Added`
@@ -2303,11 +2305,11 @@ class NewJobs:
             self.id = job["id"]
             run_at = job["run_at"]
             if self.id is None:
-                if self.unique:
-                    raise QueueError("id: missing; a unique job needs one", code=2)
                 self.id = self.queue._new_id()
             if run_at is None:
                 run_at = min(self.now + (job["delay"] or 0), MAX_TIME)
+            if self.unique and self.is_given_again(job["command"]):
+                continue
             exists = self.unique and self.queue.state(self.id) is not None
             if exists:
                 restarted = self.queue._restart(dict(job, run_at=run_at, now=self.now))
@@ -2323,6 +2325,18 @@ class NewJobs:
                 columns = tuple([c for c in OTHER_COLUMNS if job[c] is not None])
                 yield columns, (self.id, run_at, self.now, self.now,
                                 *[job[c] for c in columns], run_at, self.now)
+
+    def is_given_again(self, command):
+        """Tell whether an earlier one is the same job; refuse another of that id."""
+        number, earlier = self.given.setdefault(self.id, (self.count, command))
+        if earlier != command:
+            raise self.same_id_as(number)
+        return number != self.count
+
+    def same_id_as(self, number):
+        """Return the QueueError for a job with the id of that with this number."""
+        return QueueError("%s and %s have the same id: %s", self.place_name(number),
+                          self.place_name(self.count), self.id)
 
 
 class Queue(Database):
@@ -2366,7 +2380,7 @@ class Queue(Database):
         finished one again with the new fields; its earlier runs stay. PLACE_NAME makes
         words of the number of a job, for an error.
         """
-        new = NewJobs(self, unique)
+        new = NewJobs(self, unique, place_name)
         with self.transaction():
             self.require_file()  # a removed file takes jobs, and nobody would find them
             count = 0
@@ -2377,7 +2391,7 @@ class Queue(Database):
                     count += self.db.executemany(
                         insert_job(columns), (values for _, values in rows)).rowcount
             except sqlite3.IntegrityError:
-                raise self._id_taken(new, place_name) from None
+                raise self._id_taken(new) from None
             self.change(
                 "UPDATE counts SET jobs = jobs + ? WHERE state = 'pending'", count)
             last = self.value("SELECT MAX(seq) FROM jobs") or 0
@@ -2387,17 +2401,16 @@ class Queue(Database):
         wake_workers(self.path)
         return Added(last - count + 1, last, new.unchanged, dropped)
 
-    def _id_taken(self, new, place_name):
+    def _id_taken(self, new):
         """Return the QueueError for the latest of NEW jobs: its id is taken."""
         # All but the latest were inserted, in a row: `count - 1` jobs, up to MAX(seq).
         first = self.value("SELECT MAX(seq) FROM jobs") - (new.count - 2)
         twin = self.seq_of(new.id) - first + 1
         if twin < 1:
-            place = place_name(new.count) + ": " if new.count > 1 else ""
+            place = new.place_name(new.count) + ": " if new.count > 1 else ""
             return QueueError(place + "there is a job %s already", new.id,
                               job=self.job(new.id))
-        return QueueError("%s and %s have the same id: %s", place_name(twin),
-                          place_name(new.count), new.id)
+        return new.same_id_as(twin)
 
     def _restart(self, job):
         """Start a job again with these fields; return False if it was not finished."""
@@ -3960,8 +3973,12 @@ class PosixCommand(RunningCommand):
         than a whole one.
         """
         argv = ["/bin/sh", "-c", "--", line]
-        if launcher:  # the shell splits it; the line is its $0, and is not split again
-            argv = ["/bin/sh", "-c", 'exec %s /bin/sh -c -- "$0"' % launcher, line]
+        if launcher:
+            import shlex
+
+            # A shell finds the program. It must not read the launcher: behind a # or
+            # a ; there the command would not run, and the job would be completed.
+            argv = ["/bin/sh", "-c", 'exec "$@"', "sh", *shlex.split(launcher), *argv]
         # Texts of a queue are UTF-8, whatever the locale of the pool is.
         argv = [word.encode() for word in argv]
         cwd = cwd.encode()
@@ -4540,13 +4557,12 @@ def place_in_line(job, look):
 
 def why_locked(job, look):
     """Return which job has the lock that a job waits for."""
-    stopped = look.standstill(look.status)
-    if stopped:
-        return stopped
     holder = look.queue.lock_holder(job)
-    other = "job " + holder if holder else "another job"
+    stopped = look.standstill(look.status)
+    if stopped or not holder:  # it may have been the only one since
+        return stopped or place_in_line(job, look)
     has = "has it" if look.queue.state(holder) == "processing" else "gets it first"
-    return "waits for the lock %s: %s %s" % (job["lock"], other, has)
+    return "waits for the lock %s: job %s %s" % (job["lock"], holder, has)
 
 
 def why_lost(job, look):
@@ -4598,9 +4614,10 @@ def failed_text(job, look):
 
 def blocked_by(job, look):
     """Return the first job that a blocked one waits for, and what that one is."""
-    first = look.queue.dependencies(job)[0]
-    word = state_word(first) if first["state"] in BLOCKING else "blocked"
-    return "after %s (%s)" % (first["id"], word)
+    for first in look.queue.dependencies(job):  # none if they were completed since
+        word = state_word(first) if first["state"] in BLOCKING else "blocked"
+        return "after %s (%s)" % (first["id"], word)
+    return ""
 
 
 # What people call a job: the queue knows some of these as one state. `state` gives the
@@ -5544,7 +5561,7 @@ class Worker:
             return
         message = "" if state else "no longer ours, result dropped"
         if outcome.error:
-            message += " (%s)" % outcome.error
+            message += " (%s)" % printable(outcome.error)
         message += " in " + duration_text(outcome.finished_at - run.started_at)
         if state == "pending":
             message += NOT_COUNTED
@@ -6690,6 +6707,8 @@ def cmd_enqueue(args, queue):
             document = {**document, **options}
         job = checked_job(document, defaults)
         if args.unique:
+            if not job["id"]:
+                raise QueueError("id: missing; a unique job needs one", code=2)
             ids.append(job["id"])
         return job
 
@@ -9553,9 +9572,10 @@ def job_buttons(job, page):
     is_needed = bool(page.queue.waiting_dependents(job, 1))
     if state == "dead":
         yield job_button("Retry", "retry", id, "Retried", "primary")
-    if job["seq"] in page.status.blocked_seqs:
-        dead = page.queue.dead_before(job)["id"]
-        yield job_button("Retry " + dead, "retry", dead, "Retried", "primary")
+    dead = job["waits"] and page.queue.dead_before(job)
+    if dead:
+        yield job_button(
+            "Retry " + dead["id"], "retry", dead["id"], "Retried", "primary")
     if state in SUCCESSFUL:
         yield job_button("Run again…", "retry", id, "Runs again:",
                          ask=id + " is completed. Run it again?")

@@ -3724,6 +3724,18 @@ class TestEnqueueUnique:
         assert queue.job("x")["command"] == "old"
         assert run_ok(*unique, "new", "--json").code == 0
 
+    def test_one_id_twice_is_one_job_or_refused(self):
+        line = '{"id": "a", "command": "%s"}'
+        assert run_ok("enqueue", "--unique", *3 * [line % "true"]).out == "enqueued a\n"
+        lines = ("%s\n\n%s" % (line % "new", line % "false")).encode()
+        run_ok("delete", "a")
+        assert "line 1 and line 3 have the same id: a" in run_refused(
+            "enqueue", "--unique", "-", stdin=lines)
+        assert jobs() == {}
+        assert "line 2: id: missing" in run_refused(
+            "enqueue", "--unique", "-", code=2,
+            stdin=(line % "x" + '\n{"command": "y"}').encode())
+
     def test_a_restarted_job_has_the_dependencies_of_the_new_one(self, queue):
         for name in ("a", "b"):
             add_job(queue, id=name)
@@ -5331,6 +5343,27 @@ class TestStatus:
         assert judge(workers=0)[1] == "No pool is running" + left
         queue.set_paused(True)
         assert judge(workers=0) == ("failed", "Paused" + left)
+
+    @mechanism
+    def test_a_reason_that_has_just_gone_is_none(self, queue):
+        let_die(queue, "a")
+        add_job(queue, id="x", after=["a"])
+        add_job(queue, id="y", lock="db")
+        add_job(queue, id="z", lock="db")
+        look, jobs = queuectl.look_at(queue), [queue.job("x"), queue.job("z")]
+        look = look._replace(standstill=lambda status: "")
+        reasons = lambda: [(queuectl.short_reason(job, look),
+                            queuectl.why_waiting(job, look)) for job in jobs]
+        assert reasons() == [
+            ("after a (dead)", "waits for a, which is dead"),
+            ("lock db", "waits for the lock db: job y gets it first")]
+        queue.retry(["a"])
+        for name in ("a", "x", "y"):
+            run = claim(queue)
+            assert run.id == name
+            queue.complete(run, make_outcome(None))
+        queue.delete(["z"])
+        assert reasons() == [("", "due now"), ("lock db", "next in line")]
 
     def test_only_a_queue_without_failures_is_good(self, queue, page):
         add_job(queue, id="cut")
@@ -8295,11 +8328,30 @@ class TestLaunchers:
         drain(1)
         assert run_ok("logs", "x").out == "a  b\n" and jobs()["x"]["exit_code"] == 3
 
+    @posix_only
+    @pytest.mark.parametrize("launcher, error", [
+        ("env #", "exit 127"), ("env ;", "exit 127"), ("nice # ", "exit 127"),
+        ("env & true", "exit 127"), ("env X=$(exit)\n", None)])
+    def test_no_launcher_keeps_a_command_from_running(self, launcher, error):
+        enqueue("touch ran", id="x", launcher=launcher, max_retries=1)
+        drain(1)
+        assert details_of("x")["error"] == error
+        assert os.path.exists("ran") == (error is None)
+
     @pytest.mark.parametrize("launcher", ["no-such-program -n1", "nice 'x", " ", "\0"])
     def test_bad_launchers_are_refused(self, launcher):
         assert "launcher" in run_refused("config", "set", "launcher", launcher, code=2)
         line = json.dumps({"command": "true", "launcher": launcher})
         assert "launcher" in run_refused("enqueue", line, code=2)
+
+    @posix_only
+    def test_the_log_has_a_line_for_an_odd_directory(self):
+        os.mkdir("a\n\x1b[2J")
+        enqueue("true", id="x", cwd=os.path.abspath("a\n\x1b[2J"), max_retries=1)
+        os.rmdir("a\n\x1b[2J")
+        drain(1)
+        assert details_of("x")["state"] == "dead"
+        assert "\x1b" not in read_text("queuectl.log")
 
     @posix_only
     def test_a_launcher_that_fails_is_a_failure_of_the_run(self, client):
@@ -9755,6 +9807,17 @@ class TestPanel:
         assert buttons_of(panel)["Retry a"]["data-post"] == "/api/jobs/-/retry?id=a"
         queue.retry(["a"])
         assert "blocked by" not in words_of(page("/?job=c").find("section[@id='job']"))
+
+    def test_a_dead_job_that_is_retried_meanwhile_blocks_nothing(
+            self, queue, page, monkeypatch):
+        let_die(queue, "a")
+        add_job(queue, id="x", after=["a"])
+        earlier = queue.blocked_jobs()
+        queue.retry(["a"])
+        monkeypatch.setattr(
+            queuectl.Queue, "blocked_jobs", lambda queue: earlier)  # from the cache
+        panel = named_part(page("/?job=x"), "job")
+        assert [*buttons_of(panel)][0] == "Cancel…"
 
     def test_no_button_takes_the_place_of_another(self, queue, page):
         add_job(queue, delay=60)
