@@ -546,12 +546,16 @@ SETTINGS = {
 }
 
 # A field that is given with a job. Its option of `enqueue` and `edit` is `--name
-# METAVAR`. `otherwise` is what a new job has without it, in words. `parse` converts
-# the option's text to what `check` expects. If it `repeats`, all values of the option
-# are kept. If it `can_be_none`, `edit` can take the value away, and its help says so.
-# The settings max_retries and timeout are the defaults of these fields.
-Field = collections.namedtuple(
-    "Field", "check metavar help otherwise parse repeats default can_be_none",
+# METAVAR`. The settings max_retries and timeout are the defaults of these fields.
+Field = collections.namedtuple("Field", [
+    "check",
+    "metavar",
+    "help",
+    "otherwise",  # what a new job has without it, in words
+    "parse",  # converts the text of the option to what `check` expects
+    "repeats",  # all values of the option are kept
+    "default",
+    "can_be_none"],  # `edit` can take the value away, and its help says so
     defaults=("none", str, False, None, False))
 FIELDS = {
     "id": Field(check_id, "ID", "id of the job", "a short random one"),
@@ -2069,17 +2073,28 @@ TOTAL_OF_RUN = "CASE %s END" % " ".join(
 # The errors of runs and jobs that have one in every case.
 WORKER_DIED, STOPPED, CANCELLED = "worker died", "stopped", "cancelled"
 
-# How a run ended: one of RUN_KINDS; exit code, or None without one; the text that is
-# stored and shown, None after success; epoch seconds; bytes.
-Outcome = collections.namedtuple("Outcome", "kind exit_code error finished_at output")
+# How a run ended.
+Outcome = collections.namedtuple("Outcome", [
+    "kind",  # one of RUN_KINDS
+    "exit_code",  # None without one
+    "error",  # the text that is stored and shown; None after success
+    "finished_at",  # epoch seconds
+    "output"])  # bytes
 
-# One run of a job, until it is recorded. `number` counts the runs of a job and only
-# ever grows; `attempt` is given back when the job is put back. `pid` and `started_at`
-# are those of the command. The fields from `command` on are set only for the worker
-# that claimed the job.
-Run = collections.namedtuple(
-    "Run", "seq number id attempt max_retries worker pid started_at lease_path"
-    " command cwd env timeout launcher output_limit", defaults=(None,) * 6)
+# One run of a job, until it is recorded.
+Run = collections.namedtuple("Run", [
+    "seq",  # the number of the job
+    "number",  # counts the runs of the job, and only ever grows
+    "id",  # of the job
+    "attempt",  # is given back when the job is put back
+    "max_retries",
+    "worker",  # its PID
+    "pid",  # of the command
+    "started_at",  # epoch seconds
+    "lease_path",
+    # Only the worker that claimed the job has these.
+    "command", "cwd", "env", "timeout", "launcher", "output_limit"],
+    defaults=(None,) * 6)
 
 CLAIMABLE = f"state = 'pending' AND gate = {OPEN}"
 FOR_A_TIME = f"gate = {CLOSED} AND waits = 0"  # a waiting job; only its time is missing
@@ -3189,7 +3204,7 @@ class Queue(Database):
             if job["state"] in FINISHED:
                 wait.ended[job["state"]] += 1
         seconds = MAX_DURATION if timeout is None else timeout
-        if not wait_until(wait.is_over, seconds, WAIT_INTERVAL):
+        if not wait_until(wait.check, seconds, WAIT_INTERVAL):
             return None
         return dict(wait.ended, died_before=died_before, left=[*wait.unfinished])
 
@@ -3309,8 +3324,8 @@ class Wait:
         self.began = time.monotonic()
         self.seen_at = {}  # {id: when the job was last seen unfinished}
 
-    def is_over(self):
-        """Tell whether all jobs have ended, or the unfinished ones can't go on.
+    def check(self):
+        """Look which jobs have ended. Return True if no other is left, or can go on.
 
         A job that was seen to end is not checked again, since it may be removed.
         """
@@ -3369,16 +3384,21 @@ class Wait:
 # ======================================================================================
 
 
-# What is left to do, in numbers of jobs: `jobs` by state; of the waiting ones `delayed`
-# are those that wait for their time, of which `retries` are failed; `dependent` ones
-# wait for others, and the rest is `ready`. Of the ready ones `locked` wait for their
-# lock; `line` is the longest line of jobs that share one. `run_seconds` is the average
-# of the last runs, None before the first has ended. `rate` are the jobs completed each
-# second, None where runs are so long that the time between them does not count.
-# `growth` is that of `recent_growth`, `workers` those of `Queue.workers`.
-Work = collections.namedtuple(
-    "Work", "jobs workers ready locked line delayed retries dependent run_seconds rate"
-    " growth")
+# What is left to do. What has no unit is a number of jobs.
+Work = collections.namedtuple("Work", [
+    "jobs",  # {state: number}
+    "workers",  # as `Queue.workers` lists them
+    # Of the jobs that wait:
+    "delayed",  # those that wait for their time
+    "retries",  # those of them that have failed before
+    "dependent",  # those that wait for other jobs
+    "ready",  # all others
+    "locked",  # those of them that wait for their lock
+    "line",  # the longest line of jobs that share a lock
+    # What has happened lately:
+    "run_seconds",  # the average of the last runs; None before the first has ended
+    "rate",  # completed each second; None where the time between runs does not count
+    "growth"])  # that of `recent_growth`
 
 
 def work_left(queue):
@@ -4414,21 +4434,32 @@ def in_queue(path, hint):
     return hint.replace(PROGRAM, "%s --db %s" % (PROGRAM, quoted([path])), 1)
 
 
-# What `status` shows: the values of `Work`; the path of the queue; the commands of
-# running jobs by id; the ids of those whose worker is `lost`; the PIDs of the pools,
-# and of those that stop; the job that waits longest for a worker, since when; the next
-# one that is due, and when; whether the queue is paused; how many dead jobs somebody
-# has `cancelled`; the numbers of the jobs behind dead ones, and the first as `blocked`.
-# Times are epoch seconds. What was not read is None.
+# What `status` shows. Times are epoch seconds. What was not read is None.
 Status = collections.namedtuple("Status", [
-    *Work._fields, "path", "commands", "lost", "pools", "stopping_pools", "oldest_job",
-    "oldest_waiting", "next_job", "next_due", "paused", "cancelled", "blocked_seqs",
-    "blocked", "is_disk_full"], defaults=[None] * (len(Work._fields) + 14))
+    *Work._fields,
+    "path",  # of the queue
+    "paused",  # whether it is
+    "is_disk_full",
+    "pools",  # their PIDs
+    "stopping_pools",  # those of them that stop
+    "commands",  # of the running jobs: {id: command}
+    "lost",  # the ids of those without a worker
+    "oldest_job",  # the job that waits longest for a worker
+    "oldest_waiting",  # since when
+    "next_job",  # the next job that is due
+    "next_due",  # when
+    "cancelled",  # how many of the dead jobs somebody has cancelled
+    "blocked_seqs",  # the numbers of the jobs that wait for dead ones
+    "blocked"],  # the first of them, as `Queue.first_blocked` returns it
+    defaults=[None] * (len(Work._fields) + 14))
 
-# What a queue comes down to. `state` gives the colour; `advice` is the next step, where
-# there is one; `harm` is what is dead or blocked in a queue that works in spite of it.
-Verdict = collections.namedtuple(
-    "Verdict", "state sentence advice harm", defaults=("", ""))
+# What a queue comes down to.
+Verdict = collections.namedtuple("Verdict", [
+    "state",  # gives the colour
+    "sentence",
+    "advice",  # the next step, where there is one
+    "harm"],  # what is dead or blocked in a queue that works in spite of it
+    defaults=("", ""))
 
 
 def obstacle(status):
@@ -4458,20 +4489,20 @@ def standstill(queue):
 
 def standstill_text(status):
     """Return `standstill` for a `Status` that was read before."""
-    judgement = obstacle(status)
-    return with_advice(judgement, status.path, str.lower) if judgement else ""
+    verdict = obstacle(status)
+    return with_advice(verdict, status.path, str.lower) if verdict else ""
 
 
-def with_advice(judgement, path, first_letter=str):
+def with_advice(verdict, path, first_letter=str):
     """Return a verdict and its advice as one text. FIRST_LETTER sets the case of it."""
-    words = verdict_text(judgement)
+    words = verdict_text(verdict)
     words = first_letter(words[0]) + words[1:]
-    return joined(words, in_queue(path, judgement.advice), by="; ")
+    return joined(words, in_queue(path, verdict.advice), by="; ")
 
 
-def verdict_text(judgement):
+def verdict_text(verdict):
     """Return a verdict as one text, without its advice."""
-    return joined(judgement.sentence, judgement.harm, by="; ")
+    return joined(verdict.sentence, verdict.harm, by="; ")
 
 
 def stopping(path, pools):
@@ -4495,10 +4526,11 @@ def state_word(job):
 # What people call it, and the texts for that. Most of these functions take a job and a
 # `Look`.
 
-# A look at a queue: its `Status`, the time, the function that makes the text of a
-# duration, and `standstill_text`. The page's `Page` is one as well.
-Look = collections.namedtuple(
-    "Look", "queue status now text_of standstill",
+# A look at a queue. The page's `Page` is one as well.
+Look = collections.namedtuple("Look", [
+    "queue", "status", "now",
+    "text_of",  # makes the text of a duration
+    "standstill"],  # makes that of why no job is started, of a `Status`
     defaults=(duration_text, standstill_text))
 
 
@@ -4620,11 +4652,13 @@ def blocked_by(job, look):
     return ""
 
 
-# What people call a job: the queue knows some of these as one state. `state` gives the
-# colour, `icon` the lines of a picture of 16 x 16. `sentence` makes the answer of
-# `show`, `short` the few words of a list. `next_step` is what people may want.
-JobKind = collections.namedtuple(
-    "JobKind", "state icon sentence short next_step",
+# What people call a job: the queue knows some of these as one state.
+JobKind = collections.namedtuple("JobKind", [
+    "state",  # gives the colour
+    "icon",  # the lines of a picture of 16 x 16
+    "sentence",  # makes the answer of `show`, of a job and a `Look`
+    "short",  # makes the few words of a list
+    "next_step"],  # what people may want
     defaults=(lambda job, look: "", None))
 # What a command does for a job, and the command.
 NextStep = collections.namedtuple("NextStep", "purpose command")
@@ -4673,13 +4707,13 @@ def short_reason(job, look):
 # -- how far a queue is ----------------------------------------------------------------
 
 
-def verdict(status, now):
+def verdict_on(status, now):
     """Return the `Verdict` on a queue by its `Status`."""
-    judgement = verdict_at_rest(status) or verdict_at_work(status, now)
+    verdict = verdict_at_rest(status) or verdict_at_work(status, now)
     harm = harm_text(status)
-    if harm and judgement.state in ("processing", "completed"):
-        return judgement._replace(state="dead", harm=harm)
-    return judgement
+    if harm and verdict.state in ("processing", "completed"):
+        return verdict._replace(state="dead", harm=harm)
+    return verdict
 
 
 def verdict_at_rest(status):
@@ -4699,9 +4733,9 @@ def verdict_at_rest(status):
             sentence = "Stuck: %s behind dead ones" % plural(blocked, "job")
             return Verdict(
                 "dead", sentence, "retry the dead ones, or cancel what waits")
-    judgement, waiting = obstacle(status), waiting_text(status)
-    return judgement and judgement._replace(sentence=joined(
-        joined(judgement.sentence, waiting, by=": "), harm_text(status), by="; "))
+    verdict, waiting = obstacle(status), waiting_text(status)
+    return verdict and verdict._replace(sentence=joined(
+        joined(verdict.sentence, waiting, by=": "), harm_text(status), by="; "))
 
 
 def verdict_at_work(status, now):
@@ -6015,7 +6049,7 @@ class Supervisor:
                 self.ask_to_stop("stop" if self.signals == 1 else "now")
             self.collect_workers()
             self.kill_stuck_workers()
-            self.require_own_file()
+            self.check_own_file()
             self.report_request()
             are_missing = self.start_missing()
             if time.monotonic() >= self.next_check:
@@ -6053,7 +6087,7 @@ class Supervisor:
             return request == "now" and bool(self.queue_trouble.error)
         return self.reaper.is_idle()
 
-    def require_own_file(self):
+    def check_own_file(self):
         """Stop if the PID file was removed: no command could find this pool.
 
         It makes the file anew, to be asked to stop now while its last jobs run.
@@ -6155,7 +6189,7 @@ class Supervisor:
         import multiprocessing
 
         context = multiprocessing.get_context("spawn" if WINDOWS else "fork")
-        while len(self.workers) < self.count and self.has_database() and (
+        while len(self.workers) < self.count and self.check_database() and (
                 not requested_stop(self.path, self.pid)):
             if time.monotonic() < self.next_start:
                 return True
@@ -6177,8 +6211,8 @@ class Supervisor:
     def worker_pids(self):
         return {worker.pid for worker in self.workers}
 
-    def has_database(self):
-        """Return True if the database is there. If it is gone, stop this pool.
+    def check_database(self):
+        """Return whether the database is there; if it is gone, stop this pool.
 
         A worker that is started without it dies, and so would the next one.
         """
@@ -6194,14 +6228,14 @@ class Supervisor:
         queuectl can't use it any more, the pool stops.
         """
         try:
-            if self.has_database():
+            if self.check_database():
                 with Queue(self.path, for_pool=True,
                            draining_pool=self.draining_pool) as queue:
                     result = action(queue)
                 self.queue_trouble.end()
                 return result
         except QueueError as error:
-            if self.has_database():  # else it has given up already
+            if self.check_database():  # else it has given up already
                 self.give_up(str(error))
         except (sqlite3.Error, OSError) as error:
             self.reaper.recovery_done = False
@@ -6280,15 +6314,24 @@ class Supervisor:
 # Commands: a function for each command, with its name and arguments above it
 # ======================================================================================
 
-# A command of the command line. `creates_queue`: it creates a missing queue; others
-# must not, or `wait && deploy` would deploy in a wrong folder. `opens_queue`: its
-# function gets the queue as a second argument; others need none, or open it themselves,
-# since SQLite must cross neither a fork nor threads. `takes_words`: the words after
-# `--` are a command. `must_print`: it fails if its result can't be printed; the exit
-# code of others is about what they have done.
-Entry = collections.namedtuple(
-    "Entry", "function meaning example arguments creates_queue opens_queue takes_words"
-    " must_print usage aliases", defaults=(False, True, False, False, None, ()))
+# A command of the command line.
+Entry = collections.namedtuple("Entry", [
+    "function",
+    "meaning",  # for help
+    "example",
+    "arguments",  # each an `Argument`
+    # It creates a missing queue. Others must not, or `wait && deploy` would deploy in a
+    # wrong folder.
+    "creates_queue",
+    # Its function gets the queue as a second argument. Others need none, or open it
+    # themselves, since SQLite must cross neither a fork nor threads.
+    "opens_queue",
+    "takes_words",  # the words after `--` are a command
+    # It fails if its result can't be printed. The exit code of others is about what
+    # they have done.
+    "must_print",
+    "usage",
+    "aliases"], defaults=(False, True, False, False, None, ()))
 COMMANDS = {}  # {name: Entry}, in the order in which help lists them
 
 
@@ -6482,7 +6525,7 @@ def status_document(status, now):
     workers = [with_iso_times(worker, "since") for worker in status.workers]
     return dict(with_iso_times(document, "oldest_waiting", "next_due"), workers=workers,
                 blocked=len(status.blocked_seqs),
-                verdict=verdict_text(verdict(status, now)))
+                verdict=verdict_text(verdict_on(status, now)))
 
 
 def errors_of(queue):
@@ -6525,9 +6568,9 @@ def status_screen(status, groups, now, size):
 
 def status_head(status, groups, now, size, detail):
     """Yield the verdict, the counts and the pools; the rest by the DETAIL, 0 to 3."""
-    judgement = verdict(status, now)
-    yield Line(with_advice(judgement, status.path),
-               STATES[judgement.state].colour, 0, len(verdict_text(judgement)))
+    verdict = verdict_on(status, now)
+    yield Line(with_advice(verdict, status.path),
+               STATES[verdict.state].colour, 0, len(verdict_text(verdict)))
     digits = max(len(str(count)) for count in status.jobs.values())
     for state, count in status.jobs.items():
         if count or detail == 3:
@@ -6573,9 +6616,9 @@ def status_lines(status, now):
     for state, count in status.jobs.items():
         yield "%s: %d" % (state.capitalize(), count)
     yield from waiting_lines(status, now)
-    judgement = obstacle(status)
-    if judgement and (status.paused or count_unfinished(status.jobs)):
-        yield with_advice(judgement, status.path)
+    verdict = obstacle(status)
+    if verdict and (status.paused or count_unfinished(status.jobs)):
+        yield with_advice(verdict, status.path)
     yield from worker_lines(status, now)
 
 
@@ -7554,9 +7597,9 @@ def print_status(args, queue):
 
 def problem_of(status, now):
     """Return why somebody has to look after a queue that pools should work on."""
-    judgement = verdict(status, now)
-    if judgement.state in ("failed", "dead"):
-        return judgement.harm or with_advice(judgement, status.path, str.lower)
+    verdict = verdict_on(status, now)
+    if verdict.state in ("failed", "dead"):
+        return verdict.harm or with_advice(verdict, status.path, str.lower)
     return "" if status.pools else "no pool is running"
 
 
@@ -7651,11 +7694,14 @@ def require_one_selection(args, *ways):
                          code=2)
 
 
-# `taken` is the condition for the jobs that a verb for many changes. `spared` is that
-# for those which it leaves alone, or None; `reason` is why, and `step` the `NextStep`
-# for one of them. `age` is what has been asked of all, in words.
-Selection = collections.namedtuple(
-    "Selection", "taken spared reason step age", defaults=(None, None, None, ""))
+# The jobs that a verb for many is about.
+Selection = collections.namedtuple("Selection", [
+    "taken",  # the condition for those that it changes
+    "spared",  # that for those which it leaves alone, or None
+    "reason",  # why it does
+    "step",  # the `NextStep` for one of them
+    "age"],  # what has been asked of all, in words
+    defaults=(None, None, None, ""))
 
 
 def reason_to_spare(selection, count):
@@ -8454,7 +8500,7 @@ def promise(text):
 
 
 @promise("locks hold within a process and between processes")
-def show_locks(trial):
+def try_locks(trial):
     own_file = pool_file(trial.path, os.getpid())
     fd = lock_file(own_file)
     try:
@@ -8474,7 +8520,7 @@ def show_locks(trial):
 
 
 @promise("a job is synced to the disk before it is acknowledged")
-def show_sync(trial):
+def try_sync(trial):
     trial.run("enqueue", "--id", "job", "--", "exit 0")
     with open_descriptor(trial.path, os.O_RDWR) as fd:
         os.fsync(fd)  # an error where nothing can be synced
@@ -8482,7 +8528,7 @@ def show_sync(trial):
 
 
 @promise("two pools run jobs in parallel, each job once")
-def show_parallel(trial):
+def try_parallel(trial):
     trial.enqueue(BEATING_JOB, "beat1", "beat2")
     ids = ["job%d" % number for number in range(20)]
     jobs = [{"id": id, "command": "mkdir " + id} for id in ids]
@@ -8496,7 +8542,7 @@ def show_parallel(trial):
 
 
 @promise("a failed job is retried after each wait, then dead until dlq retry")
-def show_retries(trial):
+def try_retries(trial):
     trial.run("config", "set", "backoff_base", "0.5")
     trial.enqueue(FAILING_JOB, "job")
     trial.drain()
@@ -8513,7 +8559,7 @@ def show_retries(trial):
 
 
 @promise("the last bytes of an output are kept, in order")
-def show_output(trial):
+def try_output(trial):
     trial.run("config", "set", "output_limit", "1000")
     trial.enqueue(PRINTING_JOB, "job")
     trial.drain()
@@ -8524,7 +8570,7 @@ def show_output(trial):
 
 
 @promise("a timeout ends all processes of a run")
-def show_timeout(trial):
+def try_timeout(trial):
     trial.enqueue(BEATING_JOB, "tree", timeout=2, max_retries=1)
     trial.drain()
     trial.expect(tree=("dead", 1))
@@ -8535,7 +8581,7 @@ def show_timeout(trial):
 
 
 @promise("a killed worker's job runs again, without overlap")
-def show_killed_worker(trial):
+def try_killed_worker(trial):
     trial.enqueue(BEATING_JOB, "job")
     pool = trial.start_pool()
     trial.wait_for_beats(1)
@@ -8548,7 +8594,7 @@ def show_killed_worker(trial):
 
 
 @promise("a killed pool's jobs run again, and the next pool finds every job")
-def show_killed_pool(trial):
+def try_killed_pool(trial):
     trial.run("enqueue", "--id", "later", "--delay", "1h", "--", "exit 0")
     trial.enqueue(BEATING_JOB, "job")
     pool = trial.start_pool()
@@ -8561,7 +8607,7 @@ def show_killed_pool(trial):
 
 
 @promise("a stopped pool finishes its running job and starts no other")
-def show_stop(trial):
+def try_stop(trial):
     trial.enqueue(BEATING_JOB, "running", "next")
     pool = trial.start_pool(count=1)
     trial.wait_for_beats(1)
@@ -8587,7 +8633,7 @@ def cmd_selftest(args):
             if not args.json:
                 print_lines([promise_line(results[-1])])
                 sys.stdout.flush()
-            if show is show_locks and not results[-1]["holds"]:
+            if show is try_locks and not results[-1]["holds"]:
                 break  # nothing else can hold
     finally:
         catch_signals(lambda *_: None)  # a second Ctrl-C must not cut this short
@@ -8746,10 +8792,13 @@ def stats_by_minute(queue, query):
     return read_stats(queue, since)
 
 
-# What can be done with all jobs that a query leaves: the question before it, and what it
-# has done, in words; the states of the jobs that it takes; the function that returns
-# their `Selection` by filters; the method of `Queue`.
-BulkVerb = collections.namedtuple("BulkVerb", "question done takes selection change")
+# What can be done with all jobs that a query leaves.
+BulkVerb = collections.namedtuple("BulkVerb", [
+    "question",  # before it
+    "done",  # said after it
+    "takes",  # jobs in these states
+    "selection",  # returns the `Selection` of these by filters
+    "change"])  # the method of `Queue`
 BULK_VERBS = {
     "retry": BulkVerb("Retry {}?", "Retried", TAKES["dlq retry"], jobs_to_retry,
                       Queue.retry_all),
@@ -8934,18 +8983,21 @@ class View(collections.namedtuple(
         return self.address(job=id, run="", **changes)
 
 
-# What the parts of the page are made of: the queue; the `View`; the time; the `Status`;
-# the groups of `errors_of`; the jobs of the table, and one more if there are
-# older ones; those of the page above it, from below; the site's `Cache`; whether the
-# page holds the output of the open job (otherwise the script fetches it).
-class Page(collections.namedtuple(
-        "Page", "queue view now status groups found above cache is_whole")):
-    text_of = staticmethod(roughly)  # so that it is a `Look`
+class Page(collections.namedtuple("Page", [
+        "queue", "view", "now", "status",
+        "groups",  # of the dead jobs, as `errors_of` returns them
+        "found",  # the jobs of the table, and one more if there are older ones
+        "above",  # those of the page above it, from below
+        "cache",
+        "is_whole"])):  # with the output of the open job; else the script fetches it
+    """What the parts of the page are made of. It is a `Look`, too."""
+
+    text_of = staticmethod(roughly)
 
     def standstill(self, status):
         """Return why no job is started. The next step stands below the verdict."""
-        judgement = obstacle(status)
-        return judgement.sentence.lower() if judgement else ""
+        verdict = obstacle(status)
+        return verdict.sentence.lower() if verdict else ""
 
 
 @functools.lru_cache(None)  # a page shows each of them many times
@@ -8982,15 +9034,15 @@ def page_header(page):
 
 def page_now(page):
     """Return the verdict, and what needs somebody; without jobs, the first steps."""
-    status, judgement = page.status, verdict(page.status, page.now)
-    advice = judgement.advice
+    status, verdict = page.status, verdict_on(page.status, page.now)
+    advice = verdict.advice
     if status.paused:  # there is a button
         advice = "" if status.pools else "no pool is running; " + TO_START
     if count_in(page, ""):
         # What is broken comes first, before what works.
         load = [*load_links(page)]
-        if judgement.harm:
-            load.insert(0, element("span", judgement.sentence))
+        if verdict.harm:
+            load.insert(0, element("span", verdict.sentence))
         more = [load and element("p", *load, css="parts dim"),
                 advice and advice_line(advice, page),
                 element("ul", *alerts(page), id="alerts")]
@@ -8998,9 +9050,9 @@ def page_now(page):
         steps = [element("li", advice_line(step, page)) for step in FIRST_STEPS]
         more = [element("ol", *steps)]
     headline = element(
-        "h2", judgement.harm or judgement.sentence, id="verdict", tabindex=-1)
-    return element("section", headline, *more, id="now", css="card " + judgement.state,
-                   data_kind="harm" if judgement.harm else judgement.state)
+        "h2", verdict.harm or verdict.sentence, id="verdict", tabindex=-1)
+    return element("section", headline, *more, id="now", css="card " + verdict.state,
+                   data_kind="harm" if verdict.harm else verdict.state)
 
 
 def load_links(page):
@@ -9463,8 +9515,9 @@ def effect_of(queue, query, verb):
         return "They no longer wait for their time."
     if verb == "cancel":
         running = queue.count(where(**filters_of(query, ["processing"])))
-        return joined(running and "The processes of %s are ended." % plural(
-            running, "running job"), "Cancelled jobs are dead; each can be retried.", by=" ")
+        ended = running and "The processes of %s are ended." % plural(
+            running, "running job")
+        return joined(ended, "Cancelled jobs are dead; each can be retried.", by=" ")
     waiting = queue.count(jobs_to_delete(**filters_of(query, WAITING)).taken)
     return joined(waiting and "Still waiting to run: %s of them." % grouped(waiting),
                   "Their runs and their output go as well.", by=" ")
@@ -9834,9 +9887,9 @@ def page_parts(page):
         opened, words = page_panel(page), [
             job["id"] + " " + kind_of(job, page)]
     else:
-        id, judgement = page.view.job, verdict(page.status, page.now)
+        id, verdict = page.view.job, verdict_on(page.status, page.now)
         opened = id and panel(page, sentence_case(str(no_job(id))))
-        words = [judgement.harm, judgement.sentence.partition(":")[0]]
+        words = [verdict.harm, verdict.sentence.partition(":")[0]]
     title = joined(*words, os.path.basename(page.queue.path), by=" – ")
     return Html("".join([
         element("title", title), page_header(page), element("main", *parts),

@@ -5243,7 +5243,7 @@ class TestStatus:
 
         def judge():
             status = queuectl.read_status(queue)._replace(pools={1})
-            return queuectl.verdict(status, clock.now).sentence
+            return queuectl.verdict_on(status, clock.now).sentence
 
         assert judge() == "Keeping up: no job waits for a worker"
         clock.now += 60
@@ -5305,8 +5305,8 @@ class TestStatus:
             status = queuectl.read_status(queue)._replace(
                 workers=[dict(pid=1, pool=1, job=None, since=None)] * workers,
                 pools={1} if workers else set(), lost=set(), **values)
-            judgement = queuectl.verdict(status, clock.now)
-            return judgement.state, queuectl.verdict_text(judgement)
+            verdict = queuectl.verdict_on(status, clock.now)
+            return verdict.state, queuectl.verdict_text(verdict)
 
         assert judge() == ("pending", "No jobs yet")
         add_job(queue, id="x", max_retries=1)
@@ -5332,13 +5332,13 @@ class TestStatus:
         assert "done" not in judge(jobs=many, growth=[0, 0.5, 1])[1]
         status = queuectl.read_status(queue)._replace(
             run_seconds=2, pools={1}, oldest_waiting=clock.now - 9, growth=[1, 90, 99])
-        judgement = queuectl.verdict(status, clock.now)
-        assert judgement[:2] == (
+        verdict = queuectl.verdict_on(status, clock.now)
+        assert verdict[:2] == (
             "failed", "Falling behind: 4,000 waiting, 90 more a minute")
-        assert judgement.advice.endswith("start --count 4")
+        assert verdict.advice.endswith("start --count 4")
         for values in {"growth": [0, 90, 99]}, {"oldest_waiting": clock.now - 4}:
-            judgement = queuectl.verdict(status._replace(**values), clock.now)
-            assert judgement.sentence == "Working: 4,000 waiting"
+            verdict = queuectl.verdict_on(status._replace(**values), clock.now)
+            assert verdict.sentence == "Working: 4,000 waiting"
         left = ": 4,000 jobs wait; 1 dead, 1 blocked"
         assert judge(workers=0)[1] == "No pool is running" + left
         queue.set_paused(True)
@@ -5370,14 +5370,14 @@ class TestStatus:
         queue.cancel(["cut"])
         add_job(queue, id="good")
         claim_and_complete(queue)
-        verdict = queuectl.verdict(queuectl.read_status(queue), 0)
+        verdict = queuectl.verdict_on(queuectl.read_status(queue), 0)
         assert verdict[:2] == ("completed", "Ended: 1 completed, 1 cancelled")
         let_die(queue, "bad")
-        verdict = queuectl.verdict(queuectl.read_status(queue), 0)
+        verdict = queuectl.verdict_on(queuectl.read_status(queue), 0)
         assert verdict.state == "dead"
         shown = page()
         assert words_of(named_part(shown, "verdict")) == "1 dead"
-        assert named_part(shown, "now").find("p").text == (
+        assert words_of(named_part(shown, "now").find("p")) == (
             "Ended: 1 completed, 1 cancelled")
         assert shown.find("title").text == "1 dead – Ended – queuectl.db"
         assert page("/?job=bad").find("title").text == "bad dead – queuectl.db"
@@ -5393,12 +5393,12 @@ class TestStatus:
             workers=workers, pools={1}, lost=set())
         status.jobs["completed"] = 5
         assert (status.locked, status.line) == (59, 59)
-        assert queuectl.verdict(status, clock.now)[:2] == (
+        assert queuectl.verdict_on(status, clock.now)[:2] == (
             "processing", "Keeping up: no job waits for a worker, done in about 118 s")
         workers[0]["since"] = clock.now - 3  # it may hold the lock
-        assert "done" in queuectl.verdict(status, clock.now)[1]
+        assert "done" in queuectl.verdict_on(status, clock.now)[1]
         workers[0]["since"] = clock.now - 5  # those behind it may be as long
-        assert "done" not in queuectl.verdict(status, clock.now)[1]
+        assert "done" not in queuectl.verdict_on(status, clock.now)[1]
 
     def test_short_jobs_are_expected_at_the_rate_of_the_last_ones(self, queue, clock):
         add_jobs(queue, [{"command": "true"}] * 60)
@@ -5408,12 +5408,12 @@ class TestStatus:
         status = queuectl.read_status(queue)._replace(
             workers=[dict(pid=1, job=None, since=None)], pools={1})
         assert (status.run_seconds, status.rate) == (0, 2)
-        assert queuectl.verdict(status, clock.now).sentence == (
+        assert queuectl.verdict_on(status, clock.now).sentence == (
             "Working: 40 waiting, done in about 20 s")
         for unknown in {"dependent": 41}, {"growth": [0, 1, 2]}, {"ready": 0}:
             assert not queuectl.time_left(status._replace(**unknown), clock.now)
         status.workers[0].update(since=clock.now - 15)  # this one is no short one
-        assert "done" not in queuectl.verdict(status, clock.now).sentence
+        assert "done" not in queuectl.verdict_on(status, clock.now).sentence
         clock.now += 60  # the pool has stood still
         assert queuectl.work_left(queue).rate is None
 
