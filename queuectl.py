@@ -2230,10 +2230,12 @@ FILTERS = {
     "error": "jobs.error = :error",
     "finished_before": f"{IS_FINISHED} AND updated_at < :finished_before",
     "changed_since": "updated_at >= :changed_since",
+    "changed_until": "updated_at <= :changed_until",
     "cancelled": "cancelled = :cancelled",  # True or False
     "behind_lock": f"lock = :behind_lock AND {IN_LINE} AND gate = {LOCKED}",
     # True: the jobs that wait for one thing.
     "for_a_time": FOR_A_TIME,  # FAILED ones as well
+    "tried": f"{IN_LINE} AND attempts > 0",  # they have failed before
     "delayed": f"{IN_LINE} AND {FOR_A_TIME}",
     "dependent": f"{IN_LINE} AND waits > 0",
     "locked": f"lock NOT NULL AND {IN_LINE} AND gate = {LOCKED}",
@@ -3395,6 +3397,7 @@ Work = collections.namedtuple("Work", [
     "ready",  # all others
     "locked",  # those of them that wait for their lock
     "line",  # the longest line of jobs that share a lock
+    "lock_since",  # when the longest run began that has a lock which others wait for
     # What has happened lately:
     "run_seconds",  # the average of the last runs; None before the first has ended
     "rate",  # completed each second; None where the time between runs does not count
@@ -3422,14 +3425,19 @@ def work_left(queue):
             FROM (SELECT lock, gate FROM jobs
                 WHERE lock NOT NULL AND state = 'pending' LIMIT {COUNT_LIMIT})
             GROUP BY lock)""")
+    lock_since = queue.value(f"""
+        SELECT MIN(started_at) FROM jobs JOIN runs USING (seq, run)
+        WHERE state = 'processing' AND {RARE} AND EXISTS (
+            SELECT 1 FROM jobs AS behind WHERE behind.lock = jobs.lock
+            AND behind.state = 'pending' AND behind.gate = {LOCKED})""")
     seconds = queue.value("""
         SELECT AVG(finished_at - started_at) FROM (
             SELECT * FROM runs ORDER BY seq DESC, run DESC LIMIT 200)""")
     rate = completion_rate(queue) if seconds is not None and seconds < 0.1 else None
     return Work(
         jobs=jobs, workers=queue.workers(), ready=waiting - delayed - dependent,
-        delayed=delayed, retries=retries, dependent=dependent, run_seconds=seconds,
-        rate=rate, growth=recent_growth(queue, seconds or 0), **dict(locks))
+        delayed=delayed, retries=retries, dependent=dependent, lock_since=lock_since,
+        run_seconds=seconds, rate=rate, growth=recent_growth(queue, seconds or 0), **dict(locks))
 
 
 def recent_growth(queue, run_seconds):
@@ -4749,15 +4757,19 @@ def verdict_at_work(status, now):
         sentence = "Falling behind: %s waiting, %s more a minute" % (
             ready, grouped(round(growth)))
         return Verdict("failed", sentence, TO_ADD_WORKERS % more)
-    left = time_left(status, now)
-    when = left and ", done in about " + left
     if status.oldest_job or due is not None and due <= now:
-        return Verdict("processing", "Working: " + ready + " waiting" + when)
+        return Verdict("processing", done_in(
+            "Working: " + ready + " waiting", time_left(status, now, of_all=False)))
     if status.locked or status.jobs["processing"]:
-        return Verdict("processing", "Keeping up: no job waits for a worker"
-                       + (when if status.locked else ""))
+        return Verdict("processing", done_in(
+            "Keeping up: no job waits for a worker",
+            status.locked and time_left(status, now)))
     return Verdict("completed", "Idle: the next job is due "
                    + relative_time(due or now, now))
+
+
+def done_in(words, left):
+    return joined(words, left and "done in about " + left)
 
 
 def harm_text(status):
@@ -4773,25 +4785,30 @@ def waiting_text(status):
                         "without a worker": len(status.lost)})
 
 
-def time_left(work, now):
+def time_left(work, now, of_all=True):
     """Return about how long the waiting jobs will take, nothing if nobody can tell.
 
     WORK is a `Work` or a `Status`. Jobs that share a lock run one after the other,
-    however many workers there are. Those that come after others may, too.
+    however many workers there are. Those that come after others may, too. A run that
+    takes longer than all the rest is not like those before it: nobody knows when it
+    ends. Unless the time is that OF_ALL, it is left out, with those behind its lock.
     """
-    workers = len(work.workers)
-    mean, ended = work.run_seconds, sum(map(work.jobs.get, FINISHED))
-    jobs = work.ready + work.jobs["processing"]
+    workers, mean = len(work.workers), work.run_seconds
+    jobs, line = work.ready + work.jobs["processing"], work.line
+    ended = sum(map(work.jobs.get, FINISHED))
     if not workers or mean is None or ended < 5:  # too few to know those that follow
         return ""
     if not jobs or work.growth[1] > 0 or work.dependent > jobs:
         return ""
-    seconds = max(1, mean * max(1, jobs / workers, work.line))
-    longest = max(now - (worker["since"] or now) for worker in work.workers)
-    # A run that has taken longer than that is not like those before it. If it has a
-    # lock, it may hold up all that are behind it.
-    if longest > (max(1, 2 * mean) if work.locked else seconds):
+    is_lock_held = work.locked and now - (work.lock_since or now) > max(1, 2 * mean)
+    if is_lock_held:
+        jobs, line = jobs - work.locked, 1
+    seconds = max(1, mean * max(1, jobs / workers, line))
+    long = sum(now - (worker["since"] or now) > seconds for worker in work.workers)
+    if long == workers or of_all and (long or is_lock_held):
         return ""
+    jobs, workers = max(0, jobs - long), workers - long
+    seconds = max(1, mean * max(1, jobs / workers, line))
     return roughly(max(seconds, jobs / (work.rate or MAX_INTEGER)))
 
 
@@ -8750,6 +8767,8 @@ KIND_FILTERS = {
     "delayed": {"delayed": True},
     "behind a job": {"dependent": True, "blocked": False},
     "behind a lock": {"locked": True},
+    "blocked": {"blocked": True},
+    "to be retried": {"tried": True},
 }
 
 
@@ -8758,6 +8777,8 @@ def filters_of(query, states=STATES):
     if "state" in query:
         states = [state for state in states if state == state_name(query["state"])]
     named = {name: query.get(name) for name in ("error", "blocked_by", "behind_lock")}
+    if "until" in query:
+        named["changed_until"] = float(query["until"])
     if "kind" in query:
         if query["kind"] not in KIND_FILTERS:
             raise Refusal(400, "kind: one of " + ", ".join(KIND_FILTERS))
@@ -9043,7 +9064,7 @@ def page_now(page):
         load = [*load_links(page)]
         if verdict.harm:
             load.insert(0, element("span", verdict.sentence))
-        more = [load and element("p", *load, css="parts dim"),
+        more = [element("p", *load, css="parts dim") if load else None,
                 advice and advice_line(advice, page),
                 element("ul", *alerts(page), id="alerts")]
     else:
@@ -9063,6 +9084,7 @@ def load_links(page):
              only(state="processing")),
             (status.dependent - len(status.blocked_seqs), "behind a job",
              only(kind="behind a job")),
+            (len(status.blocked_seqs), "blocked", only(kind="blocked")),
             (status.delayed - status.retries, "delayed", only(kind="delayed")),
             (status.locked, "behind a lock", only(kind="behind a lock"))):
         if count > 0:
@@ -9091,7 +9113,8 @@ def alerts(page):
     """
     errors = error_alerts(page)
     named = 3 if len(errors) == 3 else 2
-    lines = [*errors[:named], *failed_alert(page), *lock_alert(page)]
+    lines = [*errors[:named], *failed_alert(page), *retried_alert(page),
+             *lock_alert(page)]
     if errors[named:]:
         more = element("summary", plural(len(errors) - named, "more error"))
         lines.append(element("li", element(
@@ -9100,7 +9123,7 @@ def alerts(page):
 
 
 def error_alerts(page):
-    """Return a line for each error of dead jobs, what costs most first.
+    """Return a line for each error of dead jobs: first those for which others wait.
 
     A cancelled job is none of these, unless others wait for it.
     """
@@ -9109,7 +9132,7 @@ def error_alerts(page):
                              lambda: blocked_by_errors(page.queue)) if blocked else {}
     groups = [(group, waiting.get(group["error"], 0)) for group in page.groups
               if not group["is_cancelled"] or group["error"] in waiting]
-    groups.sort(key=lambda pair: -pair[0]["jobs"] - pair[1])
+    groups.sort(key=lambda pair: (not pair[1], -pair[0]["jobs"] - pair[1]))
     return [error_alert(group, behind, page) for group, behind in groups]
 
 
@@ -9132,8 +9155,21 @@ def error_alert(group, behind, page):
                  page.view.only(**chosen), "the dead of " + error, retry)
 
 
+def retried_alert(page):
+    """Yield the line about the jobs that failed, and wait for a worker again."""
+    # All that wait have to be looked at.
+    errors = page.cache.get("tried", lambda: common_errors(
+        page.queue, where(**KIND_FILTERS["to be retried"])))
+    if errors:
+        names = listed([error for error, _ in errors])
+        yield alert(grouped(sum(count for _, count in errors)) + " to retry", names,
+                    None, "failed before, and wait for a worker",
+                    page.view.only(kind="to be retried"), "the jobs to be retried",
+                    css="failed")
+
+
 def failed_alert(page):
-    """Yield the line about the jobs that are tried again, with the newest one."""
+    """Yield the line about the jobs that are tried again later, with the newest one."""
     failed = list(page.queue.jobs(where(["failed"]), 20, newest=True))
     if failed:
         line, count = last_line(page.queue.tail(failed[0])), count_in(page, "failed")
@@ -9171,7 +9207,7 @@ def alert(count, name, other, words, address, selection, retry=None, css="dead")
         element("span", other, other and words and " · ", words, css="dim lines",
                 title=words),
         element("span", show, retry, css="row"), css=css,
-        data_key=joined(css, css == "dead" and name, by=" "))
+        data_key=joined(css, name if css == "dead" else count.split()[-1], by=" "))
 
 
 def count_in(page, state):
@@ -9207,7 +9243,7 @@ def tile(page, state, hint):
         element("span", hint if count or state == "processing" else "", css="dim line"),
         href=page.view.only(state=state),
         css=joined("card", state, count and "some", by=" "),
-        aria_current=page.view.state == state)
+        aria_current=page.view.filters() == ({"state": state} if state else {}))
 
 
 def longest_wait(page):
@@ -9312,8 +9348,12 @@ def stats_text(stats):
         plural(round(60 * stats["per_second_now"]), "run") + " in the last minute",
         "%d %% of runs succeed" % int(100 * rate),
         "median run %s, 95 %% within %s" % (
-            duration_text(times["median"]), duration_text(times["p95"])),
-        wait is not None and "median wait " + duration_text(wait), by=" · ")
+            short_duration(times["median"]), short_duration(times["p95"])),
+        wait is not None and "median wait " + short_duration(wait), by=" · ")
+
+
+def short_duration(seconds):
+    return duration_text(seconds) if seconds < 60 else roughly(seconds)
 
 
 def chart_bars(bars, top):
@@ -9339,7 +9379,7 @@ def state_cell(job, page):
 
 
 def id_cell(job, page):
-    return link(job["id"], page.view.open(job["id"]))
+    return link(job["id"], page.view.open(job["id"]), title=job["id"])
 
 
 def command_cell(job, page):
@@ -9464,21 +9504,31 @@ def filter_links(view):
 def bulk_buttons(page):
     """Yield what can be done with all jobs that the filters leave, if there are any."""
     view, filters, error = page.view, page.view.filters(), page.view.blocked_by
-    states = [state for state in STATES if count_in(page, state)
-              and view.state in ("", state)]
-    if not page.found:
-        return
-    is_waiting = view.kind or view.behind_lock
-    if "dead" in states and not is_waiting and count_in(
-            page, "dead") > page.status.cancelled:
+    kinds = kinds_in_view(page)
+    if "dead" in kinds or error:
         words = Html("Retry" + element("span", " dead") + "…")
         yield bulk_button(words, "retry", {"error": error} if error else filters)
     if view.state == "failed" or view.kind == "delayed":
         yield bulk_button("Run now…", "run", filters)
-    if filters and {*states} & {*TAKES["cancel"]}:
+    if filters and kinds & {*TAKES["cancel"]}:
         yield bulk_button("Cancel…", "cancel", filters)
-    if filters and {*states} & {*TAKES["delete"]}:
+    if filters and kinds & {"cancelled", *TAKES["delete"]}:
         yield bulk_button("Delete…", "delete", filters)
+
+
+def kinds_in_view(page):
+    """Return the states of the jobs that the filters may leave; cancelled is one, too.
+
+    Of more jobs than the page shows it is not looked up, which would take a while.
+    """
+    if len(page.found) <= PAGE_ROWS and not page.view.before:
+        return {state_word(job) for job in page.found}
+    cancelled = page.status.cancelled
+    counts = dict(page.status.jobs, cancelled=cancelled)
+    counts["dead"] -= cancelled
+    state = page.view.state
+    return {kind for kind, count in counts.items() if count and (
+        not state or kind == state or (state, kind) == ("dead", "cancelled"))}
 
 
 def bulk_button(words, verb, filters, label=None):
@@ -9504,7 +9554,10 @@ def question_route(queue, query):
     if not count:
         return {"none": joined("There is nothing to %s." % verb, stays, by=" ")}
     words = BULK_VERBS[verb].question.format(jobs_of_query(count, verb, query))
-    return {"ask": joined(words, effect_of(queue, query, verb), stays, by=" ")}
+    answer = {"ask": joined(words, effect_of(queue, query, verb), stays, by=" ")}
+    if {*BULK_VERBS[verb].takes} & {*FINISHED}:  # leave those that end meanwhile alone
+        answer["until"] = queue.clock()
+    return answer
 
 
 def effect_of(queue, query, verb):
@@ -9588,7 +9641,7 @@ def page_panel(page):
 
 def panel(page, name, *content):
     """Return the panel below its header, which has the steps to other jobs."""
-    title = element("h2", name, id="name", tabindex=-1, css="mono lines", title=name)
+    title = element("h2", name, id="name", tabindex=-1, css="mono")
     steps = element("nav", *step_links(page), css="row", aria_label="Jobs of the list")
     close = link("Close", page.view.open(""), "button", id="close")
     header = element("div", title, steps, close, css="row top")
@@ -9627,8 +9680,8 @@ def job_buttons(job, page):
         yield job_button("Retry", "retry", id, "Retried", "primary")
     dead = job["waits"] and page.queue.dead_before(job)
     if dead:
-        yield job_button(
-            "Retry " + dead["id"], "retry", dead["id"], "Retried", "primary")
+        yield job_button("Retry what blocks it", "retry", dead["id"], "Retried",
+                         "primary")
     if state in SUCCESSFUL:
         yield job_button("Run again…", "retry", id, "Runs again:",
                          ask=id + " is completed. Run it again?")
@@ -9736,8 +9789,9 @@ def job_links(ids, count, page):
 def run_links(job, shown, page):
     """Return links to the latest runs, the last one first."""
     runs = page.queue.runs(job)[: -RUNS_SHOWN - 1 : -1]
-    return element("nav", *[run_link(run, shown, page) for run in runs], css="row",
-                   id="runs", aria_label="Runs")
+    links = [run_link(run, shown, page) for run in runs]
+    return element("nav", *links, css="row", id="runs",
+                   aria_label="Runs") if links else None
 
 
 def run_link(run, shown, page):
@@ -9764,9 +9818,8 @@ def panel_output(job, run, page):
     size -= len(head) - len(split_dropped(head)[1])  # without the note on what is not
     words = [element("span", "%s bytes kept" % grouped(size), css="dim")]
     if is_live(job, run):
-        going = "lost" if job["id"] in page.status.lost else "following"
-        words = [element("span", going, css="dim"),
-                 element("button", "Paused: jump to the end", type="button", id="end")]
+        words = [element("span", live_text(job, page), css="dim live"),
+                 element("button", "Jump to the end", type="button", id="end")]
     header = element(
         "div", element("h2", "Output"), *words,
         copy_button(None, "output", "Copy what is shown"),
@@ -9777,6 +9830,12 @@ def panel_output(job, run, page):
     return [header, element(
         "pre", piece, id="output", tabindex=0, role="region", aria_label="Output",
         data_key="%s %s" % (job["id"], run), data_keep="yes")]
+
+
+def live_text(job, page):
+    if job["id"] in page.status.lost:
+        return "lost"
+    return "following" if page.queue.tail(job) else "nothing printed yet"
 
 
 def is_live(job, run):
@@ -10103,6 +10162,7 @@ def query_fields(url):
 def listen(site, host, port):
     """Return an HTTP server for a site, with a thread for each connection."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    import gzip
     import socket
 
     class Handler(BaseHTTPRequestHandler):
@@ -10114,11 +10174,16 @@ def listen(site, host, port):
             status, content_type, text = site.answer(
                 self.command, self.path, self.headers)
             body = text.encode(errors="backslashreplace")  # a path may be no UTF-8
+            is_packed = "gzip" in self.headers.get("Accept-Encoding", "")
+            if is_packed:  # a slow line needs seconds for the page
+                body = gzip.compress(body, compresslevel=5)
             # The body of a POST is not read. It must not be taken for the next request.
             self.close_connection |= self.command == "POST"
             self.send_response(status)
             self.send_header("Content-Type", content_type + "; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
+            if is_packed:
+                self.send_header("Content-Encoding", "gzip")
             for name, value in HEADERS.items():
                 self.send_header(name, value.replace("{{TOKEN}}", site.token))
             self.end_headers()
@@ -10193,7 +10258,7 @@ PAGE_CSS = """
 * { box-sizing: border-box; margin: 0; }
 [hidden] { display: none !important; }
 /* Without the script nothing answers these, and "Running now" has the whole width. */
-body:not(.live) :is(button, .card:has(#chart)) { display: none; }
+body:not(.live) :is(button, .live, .card:has(#chart)) { display: none; }
 body:not(.live) .two { grid-template-columns: 1fr; }
 noscript p { margin: 0 0 .7rem; }
 body {
@@ -10306,7 +10371,7 @@ main { clear: both; container-type: inline-size; }
 #trouble button { color: var(--text); }
 #trouble code { flex: 1 1 12rem; width: 0; }
 body:not(:has(#now)) #trouble code { white-space: normal; }
-#now ul .row > * { min-width: 5.6rem; text-align: center; }
+#now ul .row > * { min-width: 6rem; text-align: center; }
 #now :is(button, .button) { padding: .1rem .55rem; }
 #now ul:not(:empty) { margin-top: .5rem; }
 #now li {
@@ -10340,11 +10405,13 @@ ol { padding-left: 1.2rem; }
   background: linear-gradient(var(--line), var(--line)) center / 100% 1px no-repeat;
 }
 rect, .legend::before { fill: var(--c); background: var(--c); }
-/* Hollow, so that they differ for those who see no colours as well. */
+/* Framed, so that they differ for those who see no colours as well. */
 rect.failed, .legend.failed::before {
-  fill: var(--card); background: var(--card); stroke: var(--c); border: 2px solid var(--c);
+  --paler: color-mix(in srgb, var(--c) 45%, var(--card));
+  fill: var(--paler); background: var(--paler); stroke: var(--c); border: 2px solid var(--c);
   stroke-width: 2; vector-effect: non-scaling-stroke;
 }
+#chart p { text-wrap: balance; }
 rect.part { opacity: .45; }
 .axis { justify-content: space-between; font-size: .86em; margin-top: .35rem; }
 .legend { margin: 0 .6em; }
@@ -10389,7 +10456,7 @@ tbody tr:hover, tr[aria-current], #runs-now li:hover {
   display: flex; flex-direction: column; gap: .7rem; z-index: 1;
   overflow: auto; overscroll-behavior: contain; box-shadow: 0 0 2.5rem #0006;
 }
-#name { flex: 1; min-width: 0; font-size: 1.15rem; outline: 0; }
+#name { flex: 1; min-width: 0; font-size: 1.15rem; outline: 0; overflow-wrap: anywhere; }
 .top {
   position: sticky; top: -.7rem; z-index: 1; flex-wrap: nowrap; align-items: start;
   margin: -.7rem -1rem 0; padding: .7rem 1rem .4rem; background: var(--card);
@@ -10500,9 +10567,10 @@ function inZone(page) {
 }
 
 /* A line that was cut gives no error by itself. An action may take as long as it needs. */
-async function get(url, options = {signal: AbortSignal.timeout(20000)}) {
+async function get(url, options = {signal: AbortSignal.timeout(20000)}, onAnswer = () => {}) {
   const silent = () => { throw new Error(SILENT); };
   const answer = await fetch(url, options).catch(silent);
+  onAnswer();  // what follows may take a while on a slow line
   const body = await answer.text().catch(silent);
   const policy = answer.headers.get("Content-Security-Policy");  // it has the server's token
   if (answer.ok && policy && !policy.includes("{{TOKEN}}")) location.reload();  // a later one's
@@ -10574,18 +10642,20 @@ async function refresh(isFree) {
   const mine = fetching = new AbortController(), opened = find("job") && find("job").dataset.key;
   setTimeout(() => mine.abort(), 20000);
   const silent = setInterval(() => trouble(SILENT), 5000);  // it may hang
+  const isAnswered = () => clearInterval(silent);
   try {
-    const came = parse(await get("/main" + location.search, {signal: mine.signal})
-      .finally(() => clearInterval(silent)));
+    const came = parse(await get("/main" + location.search, {signal: mine.signal}, isAnswered)
+      .finally(isAnswered));
     if (mine !== fetching) return;
     const focused = document.activeElement;
     cover(came.body);
     if (!isFree) hold(came.body);
-    const list = document.querySelector("tbody:is(:hover, :has(:focus-visible))");
-    const top = list && list.getBoundingClientRect().top;
+    const used = document.querySelector(
+      ":is(#tiles, .two > *, tbody):is(:hover, :has(:focus-visible))");
+    const top = used && used.getBoundingClientRect().top;
     becomeChildren(find("page"), came.body);
     // What is above it may have grown.
-    if (list && list.isConnected) scrollBy(0, list.getBoundingClientRect().top - top);
+    if (used && used.isConnected) scrollBy(0, used.getBoundingClientRect().top - top);
     document.title = came.title;
     const search = find("q");
     if (search && search !== focused) search.value = search.defaultValue;
@@ -10621,8 +10691,14 @@ const rowOf = id => id && document.querySelector(`tr[data-key="${CSS.escape(id)}
 
 /* At once: nobody may be kept in a panel by a server that is slow, or gone. */
 function closePanel() {
-  const row = rowOf(find("job").dataset.key);
+  const {key: id} = find("job").dataset, row = rowOf(id);
   find("job").remove();
+  for (const link of document.querySelectorAll("#page a")) {  // all others would open it again
+    const address = new URL(link.href);
+    if (link.textContent === id || address.searchParams.get("job") !== id) continue;
+    for (const name of ["job", "run"]) address.searchParams.delete(name);
+    link.href = address;
+  }
   cover(find("page"));
   (row || find("verdict")).focus({preventScroll: true});
 }
@@ -10740,6 +10816,7 @@ async function act({post, question, ask, do: words, done, css}) {
     const answer = JSON.parse(await get(question));
     if (answer.none) return confirmed(answer.none);
     ask = answer.ask;
+    if (answer.until) post += (post.includes("?") ? "&until=" : "?until=") + answer.until;
   }
   if (ask && !await confirmed(ask, words, css)) return;
   // Whoever deletes the job in the panel goes on to the next one.
@@ -10768,7 +10845,9 @@ function press(button) {
   if (button.id === "end") return find("output").focus(toEnd());
   if (button.id === "stop") {
     isStopped = document.body.classList.toggle("stopped");
-    button.firstChild.data = isStopped ? "Unfreeze" : "Freeze";
+    const time = new Date().toLocaleTimeString("sv", {timeStyle: "short"});
+    button.firstChild.data = isStopped ? `Frozen at ${time} · Unfreeze` : "Freeze";
+    if (isStopped) document.title = `Frozen at ${time} – ` + document.title;
     return isStopped ? clearTimeout(timer) : refresh();
   }
   if (button.matches("[aria-disabled], [aria-busy]")) return;
@@ -10794,7 +10873,8 @@ document.onclick = event => {
     event.preventDefault();
     if (link.id === "close" && link.href === history.state) return history.back();
     go(link.href, link.closest(".top nav"));
-  } else if (row && !link && !String(getSelection())) go(row.querySelector("a").href);
+  } else if (row && !link && isPlain(event) && !String(getSelection()))
+    go(row.querySelector("a").href);
   else if (narrow.matches && find("close") && !target.closest("#job, #sure, a"))
     find("close").click();
 };
@@ -10815,6 +10895,10 @@ document.oninput = event => {
 document.onkeydown = event => {
   if (event.target === find("q") || find("sure").open) return;
   const name = {Escape: "close", ArrowLeft: "previous", ArrowRight: "next"}[event.key];
+  if (event.key === "/" && isPlain(event)) {
+    event.preventDefault();
+    find("q").focus();
+  }
   if (!name || !isPlain(event)) return;
   if (name === "close") return find(name) && find(name).click();
   // A step goes on from the job that the one before it shows.

@@ -66,6 +66,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import gzip
 import http.client
 import inspect
 import io
@@ -901,6 +902,7 @@ def page(queue):
         else:
             made = queuectl.make_page(
                 queue, query, queuectl.Site(queue.path, "localhost"), **options)
+        assert not re.search(r">(\[\]|None|False)<", made)  # an element that is left out
         return ElementTree.fromstring("<body>%s</body>" % made)
 
     return ask
@@ -5395,10 +5397,17 @@ class TestStatus:
         assert (status.locked, status.line) == (59, 59)
         assert queuectl.verdict_on(status, clock.now)[:2] == (
             "processing", "Keeping up: no job waits for a worker, done in about 118 s")
-        workers[0]["since"] = clock.now - 3  # it may hold the lock
+        clock.now += 3
         assert "done" in queuectl.verdict_on(status, clock.now)[1]
-        workers[0]["since"] = clock.now - 5  # those behind it may be as long
+        clock.now += 2  # those behind it may be as long
         assert "done" not in queuectl.verdict_on(status, clock.now)[1]
+        add_jobs(queue, [{"command": "true"}] * 40)
+        status = queuectl.read_status(queue)._replace(
+            workers=workers, pools={1}, growth=[0, 0, 0])
+        status.jobs["completed"] = 5
+        assert not queuectl.time_left(status, clock.now)
+        assert queuectl.verdict_on(status, clock.now).sentence == (  # not those behind it
+            "Working: 40 waiting, done in about 20 s")
 
     def test_short_jobs_are_expected_at_the_rate_of_the_last_ones(self, queue, clock):
         add_jobs(queue, [{"command": "true"}] * 60)
@@ -8820,6 +8829,18 @@ class TestServer:
         assert answer.status == 403 and "reload" in answer.text
         assert not read_status()["paused"]
 
+    def test_its_answers_are_packed_for_those_who_ask(self, empty_dashboard):
+        packed = http.client.HTTPConnection("127.0.0.1", empty_dashboard.port, timeout=20)
+        with contextlib.closing(packed):
+            packed.request("GET", "/", headers={"Accept-Encoding": "gzip, br"})
+            answer = packed.getresponse()
+            assert answer.headers["Content-Encoding"] == "gzip"
+            body = answer.read()
+        plain = empty_dashboard.ask("/")
+        assert "Content-Encoding" not in plain.headers
+        assert gzip.decompress(body).decode() == plain.text
+        assert len(body) < len(plain.text) / 2
+
     @pytest.mark.parametrize("path", [
         "/", "/main", "/chart", "/output?id=x", "/output.log?id=x", "/api/dead", "/api/stats",
         "/question", "/api/jobs"])
@@ -9095,12 +9116,12 @@ class TestPage:
         now = named_part(page(), "now")
         assert words_of(named_part(now, "verdict")) == (
             "Stuck: 1 job behind dead ones")
-        assert now.find("p") is None  # the blocked job is in the headline
+        assert links_of(now.find("p")) == {"1 blocked": "/?kind=blocked#jobs"}
         assert words_of(now.find("div")) == "Retry the dead ones, or cancel what waits"
         assert [[words_of(part) for part in row] for row in alerts_of(now)] == [
-            ["2 dead", "exit 12", "latest just now", "ShowRetry…"],
             ["1 dead", "exit 1", "1 waits for it · a · “no such row” · just now",
-             "ShowRetry"]]
+             "ShowRetry"],
+            ["2 dead", "exit 12", "latest just now", "ShowRetry…"]]
 
     def test_what_costs_most_comes_first_and_leads_to_what_waits(
             self, queue, page, dashboard):
@@ -9117,7 +9138,7 @@ class TestPage:
         most, *others = alerts_of(shown)
         assert words_of(most).startswith("2 deadexit 13 wait for them · ")
         assert [words_of(row)[:14] for row in others] == [
-            "3 deadexit 2la", "1 cancelled1 w"]
+            "1 cancelled1 w", "3 deadexit 2la"]
         behind = page(links_of(most)["3 wait for them"])
         assert [row[1] for row in table_of(behind)] == ["d", "c", "b"]
         assert "✕ blocked by exit 1" in links_of(behind)
@@ -9126,9 +9147,9 @@ class TestPage:
         assert dashboard.json(offered["Cancel…"]["data-question"]) == {
             "ask": "Cancel 3 jobs blocked by “exit 1”?"
             " Cancelled jobs are dead; each can be retried."}
-        assert dashboard.json(offered["Delete…"]["data-question"]) == {
-            "ask": "Delete 3 jobs blocked by “exit 1”?"
-            " Still waiting to run: 3 of them. Their runs and their output go as well."}
+        assert dashboard.json(offered["Delete…"]["data-question"])["ask"] == (
+            "Delete 3 jobs blocked by “exit 1”?"
+            " Still waiting to run: 3 of them. Their runs and their output go as well.")
         assert dashboard.post(offered["Retry dead…"]["data-post"]).text == "2"
         assert {row[1]: row[0] for row in table_of(page())}["d"] == "behind a job"
         queue.cancel(["a"])
@@ -9188,9 +9209,8 @@ class TestPage:
         let_die(queue, "c", "exit 1")
         row = named_part(page(), "alerts").find("li[@data-key='dead exit 1']")
         retry = buttons_of(row)["Retry…"]
-        assert dashboard.json(retry["data-question"]) == {
-            "ask": "Retry 2 dead jobs with the error “exit 1”?"
-            " They get all their tries again."}
+        assert dashboard.json(retry["data-question"])["ask"] == (
+            "Retry 2 dead jobs with the error “exit 1”? They get all their tries again.")
         assert dashboard.post(retry["data-post"]).text == "2"
         assert sorted(jobs("--state", "dead")) == ["b"]
 
@@ -9369,7 +9389,8 @@ class TestPage:
              "retry in 2 s"]]
         titles = [part.get("title") for part in page().find(".//tbody").iter()]
         # That of a row would be read out as its name.
-        assert [*filter(None, titles)] == ["true", "exit 1 echo 1   echo 2"]
+        assert [*filter(None, titles)] == [
+            "later", "true", "early", "exit 1 echo 1   echo 2"]
 
     def test_each_kind_of_job_has_a_word_and_an_icon(self, queue, clock, page):
         add_job(queue, id="cut")
@@ -9469,8 +9490,9 @@ class TestPage:
             assert shown.split(",")[0] == str(total), query
 
     @pytest.mark.parametrize("address, offered", [
-        ("/", ["Retry dead…"]), ("/?q=x", ["Retry dead…", "Cancel…", "Delete…"]),
-        ("/?state=dead&q=x", ["Retry dead…", "Delete…"]),
+        ("/", ["Retry dead…"]), ("/?q=x", ["Cancel…", "Delete…"]),
+        ("/?q=y", ["Retry dead…", "Delete…"]), ("/?q=run", ["Cancel…"]),
+        ("/?state=dead", ["Retry dead…", "Delete…"]), ("/?q=x2", ["Delete…"]),
         ("/?state=pending", ["Cancel…", "Delete…"]),
         ("/?state=failed", ["Run now…", "Cancel…", "Delete…"]),
         ("/?kind=delayed", ["Run now…", "Cancel…", "Delete…"]),
@@ -9486,9 +9508,9 @@ class TestPage:
         add_job(queue, id="late", after=["x1"])
         queue.cancel(["x2"])
         assert list(buttons_of(named_part(page(address), "jobs"))) == offered
+        add_jobs(queue, [{"command": "true  # x y"}] * queuectl.PAGE_ROWS)
         queue.retry(["y"])  # the only one that is dead and not cancelled
-        offered = [name for name in offered if name != "Retry dead…"]
-        assert list(buttons_of(named_part(page(address), "jobs"))) == offered
+        assert "Retry dead…" not in buttons_of(named_part(page(address), "jobs"))
 
     def test_a_question_tells_what_stays_and_why(self, queue, page, dashboard):
         let_die(queue, "a")
@@ -9497,12 +9519,13 @@ class TestPage:
         queue.cancel(["cut"])
         add_job(queue, id="waits", after=["b"])
         offered = buttons_of(named_part(page("/?state=dead"), "jobs"))
-        assert dashboard.json(offered["Delete…"]["data-question"]) == {
-            "ask": "Delete 2 dead jobs? Their runs and their output go as well."
-            " 1 job is left out: other jobs wait for it."}
-        assert dashboard.json(offered["Retry dead…"]["data-question"]) == {
-            "ask": "Retry 2 dead jobs? They get all their tries again."
-            " 1 job is left out: cancelled ones are retried by id."}
+        asked = lambda name: dashboard.json(offered[name]["data-question"])
+        assert asked("Delete…")["ask"] == (
+            "Delete 2 dead jobs? Their runs and their output go as well."
+            " 1 job is left out: other jobs wait for it.")
+        assert asked("Retry dead…")["ask"] == (
+            "Retry 2 dead jobs? They get all their tries again."
+            " 1 job is left out: cancelled ones are retried by id.")
         assert dashboard.json("/question?verb=retry&q=cut") == {
             "none": "There is nothing to retry."
             " 1 job is left out: cancelled ones are retried by id."}
@@ -9522,6 +9545,7 @@ class TestPage:
             "1 delayed": [["delayed", "later"]],
             "1 behind a job": [["behind a job", "behind"]],
             "1 behind a lock": [["behind a lock", "locked"]],
+            "1 blocked": [["blocked", "blocked"]],
             "1 waits for it": [["blocked", "blocked"]]}
         assert "✕ delayed" in links_of(page(shown["1 delayed"]))
         assert len(table_of(page("/?kind=odd"))) == 7
@@ -9552,6 +9576,34 @@ class TestPage:
             "none": "There is nothing to run."}
         assert dashboard.ask("/question?verb=drop").status == 400
         assert dashboard.post("/api/cancel?kind=odd").status == 400
+
+    def test_what_ends_after_the_question_is_left(self, queue, dashboard):
+        queue.clock.now = time.time()  # that of the dashboard
+        let_die(queue, "a")
+        until = dashboard.json("/question?verb=delete&state=dead")["until"]
+        queue.clock.now = until + 1
+        let_die(queue, "b")
+        path = "/api/%s?state=dead&until=%r"
+        assert dashboard.post(path % ("delete", until)).text == "1"
+        assert dashboard.post(path % ("retry", until)).text == "0"
+        assert [*jobs()] == ["b"] and jobs()["b"]["state"] == "dead"
+        assert dashboard.post("/api/delete?until=x").status == 400
+        assert "until" not in dashboard.json("/question?verb=cancel&q=b")
+
+    def test_what_failed_and_waits_again_has_a_row(self, queue, clock, page):
+        for name, error in (("a", "exit 2"), ("b", "exit 3"), ("c", "exit 2")):
+            add_job(queue, id=name)
+            queue.fail(claim(queue), make_outcome(error))
+        add_job(queue, id="first")
+        clock.now += 60
+        queue.promote(clock.now)
+        row, = alerts_of(page())
+        assert [words_of(part) for part in row] == [
+            "3 to retry", "exit 2, exit 3", "failed before, and wait for a worker", "Show"]
+        behind = page(links_of(row)["Show"])
+        assert [job[:2] for job in table_of(behind)] == [
+            ["pending", "c"], ["pending", "b"], ["pending", "a"]]
+        assert "✕ to be retried" in links_of(behind)
 
     def test_filters_are_shown_and_can_be_removed(self, queue, page):
         let_die(queue, "x")
@@ -9697,6 +9749,15 @@ class TestPage:
             setTimeout(() => history.back(), 1500);
             setTimeout(() => say("at " + location.search + find("q").value), 4000);
             """, ">At ?state=pending</p>", id="back from a search"),
+        pytest.param("/?job=j2", """
+            setTimeout(() => {
+              fetch = () => new Promise(() => {});
+              find("close").click();
+              say("links: " + document.querySelectorAll("#tiles a[href*=job]").length);
+            }, 2000);
+            """, ">Links: 0</p>", id="a closed panel stays closed"),
+        pytest.param("/", 'setTimeout(() => find("stop").click(), 1000);',
+                     "<title>Frozen at ", id="a frozen page has a time"),
         pytest.param("/?state=completed", """
             act({question: "/question?verb=cancel&state=completed"});
             """, '<p id="question">There is nothing to cancel.</p>', id="nothing to do"),
@@ -9752,7 +9813,7 @@ class TestPanel:
         assert words_of(named_part(panel, "why")) == "processing – for 1 s, try 1 of 3"
         assert "worker1" in words_of(panel.find("dl"))
         cancel, _, to_end, _ = buttons_of(panel).items()
-        assert to_end[0] == "Paused: jump to the end"  # shown by the script
+        assert to_end[0] == "Jump to the end"  # shown by the script
         assert cancel[1]["data-ask"] == "Cancel job? All its processes are ended."
         assert cancel[1]["data-done"] == "Cancelling job"
         queue.cancel(["job"])
@@ -9804,7 +9865,7 @@ class TestPanel:
             add_job(queue, id=name, after=[after])
         panel = page("/?job=c").find("section[@id='job']")
         assert "blocked bya (dead)comes afterb (blocked)" in words_of(panel.find("dl"))
-        assert buttons_of(panel)["Retry a"]["data-post"] == "/api/jobs/-/retry?id=a"
+        assert buttons_of(panel)["Retry what blocks it"]["data-post"] == "/api/jobs/-/retry?id=a"
         queue.retry(["a"])
         assert "blocked by" not in words_of(page("/?job=c").find("section[@id='job']"))
 
