@@ -3437,7 +3437,8 @@ def work_left(queue):
     return Work(
         jobs=jobs, workers=queue.workers(), ready=waiting - delayed - dependent,
         delayed=delayed, retries=retries, dependent=dependent, lock_since=lock_since,
-        run_seconds=seconds, rate=rate, growth=recent_growth(queue, seconds or 0), **dict(locks))
+        run_seconds=seconds, rate=rate, growth=recent_growth(queue, seconds or 0),
+        **dict(locks))
 
 
 def recent_growth(queue, run_seconds):

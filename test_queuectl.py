@@ -9753,7 +9753,7 @@ class TestPage:
             setTimeout(() => {
               fetch = () => new Promise(() => {});
               find("close").click();
-              say("links: " + document.querySelectorAll("#tiles a[href*=job]").length);
+              say("links: " + document.querySelectorAll("#tiles a[href*='job=']").length);
             }, 2000);
             """, ">Links: 0</p>", id="a closed panel stays closed"),
         pytest.param("/", 'setTimeout(() => find("stop").click(), 1000);',
