@@ -9158,9 +9158,9 @@ def error_alert(group, behind, page):
 
 def retried_alert(page):
     """Yield the line about the jobs that failed, and wait for a worker again."""
-    # All that wait have to be looked at.
-    errors = page.cache.get("tried", lambda: common_errors(
-        page.queue, where(**KIND_FILTERS["to be retried"])))
+    errors = run_totals(page.queue)["failed"][0] and page.cache.get(
+        "tried", lambda: common_errors(  # which has to look at all that wait
+            page.queue, where(**KIND_FILTERS["to be retried"])))
     if errors:
         names = listed([error for error, _ in errors])
         yield alert(grouped(sum(count for _, count in errors)) + " to retry", names,
