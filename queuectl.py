@@ -1708,8 +1708,12 @@ def database_uri(path):
 
 
 def is_damage(error):
-    """Tell whether an error is SQLITE_CORRUPT. (Before 3.11 it has no code.)"""
-    return isinstance(error, sqlite3.Error) and "malformed" in str(error)
+    """Tell whether an error is SQLITE_CORRUPT or SQLITE_NOTADB.
+
+    Before Python 3.11 it has no code.
+    """
+    return isinstance(error, sqlite3.Error) and any(
+        words in str(error) for words in ("malformed", "not a database"))
 
 
 def with_cause(error, path):
@@ -3076,6 +3080,13 @@ class Queue(Database):
         query = f"SELECT COUNT(*) FROM jobs WHERE {condition.sql}"
         return self.value(query, **condition.values)
 
+    def counts_of(self, condition):
+        """Return {state: count} of jobs; `cancelled` ones are not among the dead."""
+        return dict(self.rows(f"""
+            SELECT CASE WHEN state = 'dead' AND cancelled THEN 'cancelled'
+                ELSE state END AS word, COUNT(*)
+            FROM jobs WHERE {condition.sql} GROUP BY word""", **condition.values))
+
     def counts(self):
         """Return how many jobs there are in each state."""
         counts = dict(self.rows("SELECT state, jobs FROM counts"))
@@ -3140,10 +3151,10 @@ class Queue(Database):
             SELECT jobs.id, dead.* FROM ({BEHIND_DEAD}) AS dead JOIN jobs USING (seq)
             ORDER BY seq LIMIT 1""")
 
-    def next_due(self):
-        """Return the job (`id`, `run_at`) that is due next, or None."""
+    def next_due(self, states=WAITING):
+        """Return the job (`id`, `run_at`) in one of these states that is due next."""
         return self.row(f"""
-            SELECT id, run_at FROM jobs WHERE {FOR_A_TIME}
+            SELECT id, run_at FROM jobs WHERE {FOR_A_TIME} AND {in_states(states)}
             ORDER BY run_at, seq LIMIT 1""")
 
     def has_claimable(self):
@@ -3397,6 +3408,7 @@ Work = collections.namedtuple("Work", [
     "ready",  # all others
     "locked",  # those of them that wait for their lock
     "line",  # the longest line of jobs that share a lock
+    "line_seconds",  # how long that takes
     "lock_since",  # when the longest run began that has a lock which others wait for
     # What has happened lately:
     "run_seconds",  # the average of the last runs; None before the first has ended
@@ -3408,8 +3420,7 @@ def work_left(queue):
     """Return the `Work` that is left in a queue.
 
     The ready jobs are the kept count without the others, which are few, or have an
-    index. The last runs are those of the jobs that were enqueued last: no index leads
-    to the runs that ended last.
+    index.
     """
     jobs = queue.counts()
     waiting = sum(map(jobs.get, WAITING))
@@ -3419,26 +3430,37 @@ def work_left(queue):
         for kind in (FOR_A_TIME, f"state = 'failed' AND {RARE} AND {FOR_A_TIME}")]
     dependent = queue.value(
         f"SELECT COUNT(*) FROM jobs WHERE {UNFINISHED_DEPENDENT}")
-    locks = queue.row(f"""
-        SELECT IFNULL(SUM(locked), 0) AS locked, IFNULL(MAX(jobs), 0) AS line
-        FROM (SELECT SUM(gate = {LOCKED}) AS locked, SUM(gate <> {CLOSED}) AS jobs
+    seconds = queue.value(f"SELECT AVG(finished_at - started_at) FROM ({LAST_RUNS})")
+    rate = completion_rate(queue) if seconds is not None and seconds < 0.1 else None
+    return Work(
+        jobs=jobs, workers=queue.workers(), ready=waiting - delayed - dependent,
+        delayed=delayed, retries=retries, dependent=dependent, run_seconds=seconds,
+        rate=rate, growth=recent_growth(queue, seconds or 0),
+        **locks_left(queue, seconds or 0))
+
+
+# Those of the jobs that were enqueued last: no index leads to the runs that ended last.
+LAST_RUNS = "SELECT * FROM runs ORDER BY seq DESC, run DESC LIMIT 1000"
+
+
+def locks_left(queue, run_seconds):
+    """Return what a `Work` has about locks."""
+    locked, line, lock = queue.row(f"""
+        SELECT IFNULL(SUM(locked), 0), IFNULL(MAX(jobs), 0), lock
+        FROM (SELECT SUM(gate = {LOCKED}) AS locked, SUM(gate <> {CLOSED}) AS jobs, lock
             FROM (SELECT lock, gate FROM jobs
                 WHERE lock NOT NULL AND state = 'pending' LIMIT {COUNT_LIMIT})
             GROUP BY lock)""")
-    lock_since = queue.value(f"""
+    seconds = line and queue.value(f"""
+        SELECT AVG(finished_at - started_at) FROM ({LAST_RUNS}) JOIN jobs USING (seq)
+        WHERE lock = ?""", lock)
+    since = queue.value(f"""
         SELECT MIN(started_at) FROM jobs JOIN runs USING (seq, run)
         WHERE state = 'processing' AND {RARE} AND EXISTS (
             SELECT 1 FROM jobs AS behind WHERE behind.lock = jobs.lock
             AND behind.state = 'pending' AND behind.gate = {LOCKED})""")
-    seconds = queue.value("""
-        SELECT AVG(finished_at - started_at) FROM (
-            SELECT * FROM runs ORDER BY seq DESC, run DESC LIMIT 200)""")
-    rate = completion_rate(queue) if seconds is not None and seconds < 0.1 else None
-    return Work(
-        jobs=jobs, workers=queue.workers(), ready=waiting - delayed - dependent,
-        delayed=delayed, retries=retries, dependent=dependent, lock_since=lock_since,
-        run_seconds=seconds, rate=rate, growth=recent_growth(queue, seconds or 0),
-        **dict(locks))
+    return dict(locked=locked, line=line, line_seconds=line * (seconds or run_seconds),
+                lock_since=since)
 
 
 def recent_growth(queue, run_seconds):
@@ -4766,7 +4788,7 @@ def verdict_at_work(status, now):
             "Keeping up: no job waits for a worker",
             status.locked and time_left(status, now)))
     return Verdict("completed", "Idle: the next job is due "
-                   + relative_time(due or now, now))
+                   + relative_time(due or now, now, roughly))
 
 
 def done_in(words, left):
@@ -4795,22 +4817,33 @@ def time_left(work, now, of_all=True):
     ends. Unless the time is that OF_ALL, it is left out, with those behind its lock.
     """
     workers, mean = len(work.workers), work.run_seconds
-    jobs, line = work.ready + work.jobs["processing"], work.line
+    jobs = work.ready + work.jobs["processing"]
     ended = sum(map(work.jobs.get, FINISHED))
     if not workers or mean is None or ended < 5:  # too few to know those that follow
         return ""
     if not jobs or work.growth[1] > 0 or work.dependent > jobs:
         return ""
-    is_lock_held = work.locked and now - (work.lock_since or now) > max(1, 2 * mean)
-    if is_lock_held:
-        jobs, line = jobs - work.locked, 1
-    seconds = max(1, mean * max(1, jobs / workers, line))
+    if work.locked and now - (work.lock_since or now) > max(1, 2 * mean, (
+            2 * work.line_seconds / work.line)):
+        if of_all:
+            return ""
+        jobs -= work.locked
+        work = work._replace(line=0, line_seconds=0)
+    seconds = expected_seconds(jobs, workers, work)
     long = sum(now - (worker["since"] or now) > seconds for worker in work.workers)
-    if long == workers or of_all and (long or is_lock_held):
+    if 2 * long > workers or long and of_all:
         return ""
-    jobs, workers = max(0, jobs - long), workers - long
-    seconds = max(1, mean * max(1, jobs / workers, line))
+    seconds = expected_seconds(max(0, jobs - long), workers - long, work)
     return roughly(max(seconds, jobs / (work.rate or MAX_INTEGER)))
+
+
+def expected_seconds(jobs, workers, work):
+    """Return how long some jobs should take, with the longest line of them."""
+    seconds = work.run_seconds * jobs / workers
+    line = work.line_seconds
+    if work.line and not work.lock_since:  # it begins when its turn has come
+        line += work.run_seconds * max(0, jobs - work.line) / workers
+    return max(1, work.run_seconds, seconds, line)
 
 
 def count_unfinished(counts):
@@ -9065,16 +9098,24 @@ def page_now(page):
         load = [*load_links(page)]
         if verdict.harm:
             load.insert(0, element("span", verdict.sentence))
-        more = [element("p", *load, css="parts dim") if load else None,
+        parts = [part for link in load for part in (link, "\xa0· ")][:-1]
+        more = [element("p", *parts, css="parts dim") if load else None,
                 advice and advice_line(advice, page),
                 element("ul", *alerts(page), id="alerts")]
     else:
         steps = [element("li", advice_line(step, page)) for step in FIRST_STEPS]
+        if status.pools:
+            steps[1:] = [element("li", element("div", waiting_workers(status)))]
         more = [element("ol", *steps)]
     headline = element(
         "h2", verdict.harm or verdict.sentence, id="verdict", tabindex=-1)
     return element("section", headline, *more, id="now", css="card " + verdict.state,
                    data_kind="harm" if verdict.harm else verdict.state)
+
+
+def waiting_workers(status):
+    count = len(status.workers)
+    return plural(count, "worker") + (" waits for it" if count == 1 else " wait for it")
 
 
 def load_links(page):
@@ -9242,9 +9283,10 @@ def tile(page, state, hint):
         "a", element("span", state and icon(state), state or "all"), " ",
         element("b", grouped(count)), " ",
         element("span", hint if count or state == "processing" else "", css="dim line"),
-        href=page.view.only(state=state),
+        href=page.view.only(state=state, q=page.view.q),
         css=joined("card", state, count and "some", by=" "),
-        aria_current=page.view.filters() == ({"state": state} if state else {}))
+        aria_current=page.view._replace(q="").filters() == (
+            {"state": state} if state else {}))
 
 
 def longest_wait(page):
@@ -9255,13 +9297,10 @@ def longest_wait(page):
 
 
 def next_due(page, state):
-    """Return when the next job is due, if it is in this state."""
-    job, due = page.status.next_job, page.status.next_due
-    if not job or page.queue.state(job) != state:
-        return None
-    if due < page.now:
-        return roughly(page.now - due) + " late"
-    return "next due " + ago(due, page)
+    """Return when the next job in a state is due."""
+    for _, due in filter(None, [page.queue.next_due([state])]):
+        late = roughly(page.now - due) + " late"
+        return late if due < page.now else "next due " + ago(due, page)
 
 
 def workers_text(status):
@@ -9347,8 +9386,8 @@ def stats_text(stats):
     times = stats["run_time"]
     return joined(
         plural(round(60 * stats["per_second_now"]), "run") + " in the last minute",
-        "%d %% of runs succeed" % int(100 * rate),
-        "median run %s, 95 %% within %s" % (
+        "%d\xa0%% of runs succeed" % int(100 * rate),
+        "median run %s, 95\xa0%% within %s" % (
             short_duration(times["median"]), short_duration(times["p95"])),
         wait is not None and "median wait " + short_duration(wait), by=" · ")
 
@@ -9448,12 +9487,12 @@ def job_row(job, page):
 
 def page_jobs(page):
     """Return the search, the actions for many, and a page of jobs, newest first."""
-    rows, total = page.found[:PAGE_ROWS], count_of_view(page)
+    rows, counts = page.found[:PAGE_ROWS], counts_in_view(page)
     heads = [element("th", column.title, css=column.css, scope="col")
              for column in JOB_COLUMNS]
     words = " and ".join(map("“{}”".format, page.view.filters().values()))
     return element(
-        "section", jobs_header(page, total),
+        "section", jobs_header(page, counts),
         element("button", type="button", css="primary", id="new", hidden=True),
         element("table", element("thead", element("tr", *heads)),
                 element("tbody", *[job_row(job, page) for job in rows],
@@ -9462,21 +9501,27 @@ def page_jobs(page):
         not rows and element("p", "No job matches %s " % words,
                              page.view.q and "(output is not searched) ",
                              link("Clear", page.view.only()), css="dim"),
-        page_links(page, total), id="jobs", css="card")
+        page_links(page, sum(counts.values())), id="jobs", css="card")
 
 
-def count_of_view(page):
-    """Return how many jobs the filters leave; what takes a while is cached."""
-    filters = page.view.filters()
+def counts_in_view(page):
+    """Return {state: count} of the jobs that the filters leave, as `counts_of`."""
+    filters, state = page.view.filters(), page.view.state
     if not {*filters} - {"state"}:
-        return count_in(page, page.view.state)
+        cancelled = page.status.cancelled
+        counts = {name: count for name, count in page.status.jobs.items()
+                  if state in ("", name)}
+        if "dead" in counts:
+            counts.update(dead=counts["dead"] - cancelled, cancelled=cancelled)
+        return counts
     if len(page.found) <= PAGE_ROWS and not page.view.before:
-        return len(page.found)
-    return page.cache.get("count" + query_of(**filters),
-                          lambda: page.queue.count(where(**filters_of(filters))))
+        return collections.Counter(map(state_word, page.found))
+    return page.cache.get(  # it takes a while
+        "count" + query_of(**filters),
+        lambda: page.queue.counts_of(where(**filters_of(filters))))
 
 
-def jobs_header(page, total):
+def jobs_header(page, counts):
     view = page.view
     order = ", the latest death first" if view.state == "dead" else ", newest first"
     first = view.state == "pending" and page.status.oldest_job
@@ -9484,13 +9529,13 @@ def jobs_header(page, total):
               for name, value in view._replace(q="").filters().items()]
     return element(
         "div", element("h2", "Jobs", tabindex=-1),
-        element("span", grouped(total) + order, id="total", css="dim"),
+        element("span", grouped(sum(counts.values())) + order, id="total", css="dim"),
         first and link("Longest wait: " + first, view.open(first), "line"),
         element("form", *others, element(
             "input", id="q", type="search", aria_label="Search jobs",
             placeholder="Search id, command, error", name="q", value=view.q)),
         *filter_links(view),
-        element("span", *bulk_buttons(page), css="row end"), css="row")
+        element("span", *bulk_buttons(page, counts), css="row end"), css="row")
 
 
 def filter_links(view):
@@ -9502,34 +9547,19 @@ def filter_links(view):
                        "button filter", aria_label="Remove the filter " + words)
 
 
-def bulk_buttons(page):
-    """Yield what can be done with all jobs that the filters leave, if there are any."""
+def bulk_buttons(page, counts):
+    """Yield what can be done with the jobs that the filters leave: COUNTS by state."""
     view, filters, error = page.view, page.view.filters(), page.view.blocked_by
-    kinds = kinds_in_view(page)
-    if "dead" in kinds or error:
+    kinds = {kind for kind, count in counts.items() if count}
+    if "dead" in kinds or error and kinds:
         words = Html("Retry" + element("span", " dead") + "…")
         yield bulk_button(words, "retry", {"error": error} if error else filters)
-    if view.state == "failed" or view.kind == "delayed":
+    if kinds and (view.state == "failed" or view.kind == "delayed"):
         yield bulk_button("Run now…", "run", filters)
     if filters and kinds & {*TAKES["cancel"]}:
         yield bulk_button("Cancel…", "cancel", filters)
     if filters and kinds & {"cancelled", *TAKES["delete"]}:
         yield bulk_button("Delete…", "delete", filters)
-
-
-def kinds_in_view(page):
-    """Return the states of the jobs that the filters may leave; cancelled is one, too.
-
-    Of more jobs than the page shows it is not looked up, which would take a while.
-    """
-    if len(page.found) <= PAGE_ROWS and not page.view.before:
-        return {state_word(job) for job in page.found}
-    cancelled = page.status.cancelled
-    counts = dict(page.status.jobs, cancelled=cancelled)
-    counts["dead"] -= cancelled
-    state = page.view.state
-    return {kind for kind, count in counts.items() if count and (
-        not state or kind == state or (state, kind) == ("dead", "cancelled"))}
 
 
 def bulk_button(words, verb, filters, label=None):
@@ -9788,11 +9818,20 @@ def job_links(ids, count, page):
 
 
 def run_links(job, shown, page):
-    """Return links to the latest runs, the last one first."""
-    runs = page.queue.runs(job)[: -RUNS_SHOWN - 1 : -1]
-    links = [run_link(run, shown, page) for run in runs]
-    return element("nav", *links, css="row", id="runs",
-                   aria_label="Runs") if links else None
+    """Return links to the runs around that which is shown, the latest one first."""
+    runs = page.queue.runs(job)[::-1]
+    if not runs:
+        return None
+    at = sum(run["run"] > shown for run in runs)
+    begin = 0 if at < RUNS_SHOWN else at - RUNS_SHOWN // 2
+    latest, earlier = runs[0]["run"], runs[begin + RUNS_SHOWN :]
+    to_run = lambda run: page.view.address(run=str(run))
+    return element(
+        "nav", begin > 0 and link("Latest: run %d" % latest, to_run(latest), "button"),
+        *[run_link(run, shown, page) for run in runs[begin : begin + RUNS_SHOWN]],
+        earlier and link(grouped(len(earlier)) + " earlier",
+                         to_run(earlier[0]["run"]), "button") or None,
+        css="row", id="runs", aria_label="Runs")
 
 
 def run_link(run, shown, page):
@@ -10057,6 +10096,8 @@ class Site:
             status, message = (410 if self.is_gone() else 400), str(error)
         except (sqlite3.Error, OSError) as error:
             status, message = 503, with_cause(error, self.path)
+            if "locked" in message:
+                message = "another program holds the queue: try again"
         except Exception as error:  # or the page would take the dashboard for gone
             status, message = 500, "an error in queuectl: %r" % error
         return status, "application/json", json.dumps({"error": message})
@@ -10362,7 +10403,7 @@ main { clear: both; container-type: inline-size; }
   border-radius: 50%; background: var(--c); vertical-align: .1em;
 }
 #now > p { margin-top: .2rem; }
-.parts > :not(:last-child)::after { content: "·"; display: inline-block; margin: 0 .45em; }
+.parts a { white-space: nowrap; }
 .parts span { color: var(--text); }
 .advice { margin-top: .25rem; }
 .advice code {
@@ -10371,12 +10412,13 @@ main { clear: both; container-type: inline-size; }
 }
 #trouble button { color: var(--text); }
 #trouble code { flex: 1 1 12rem; width: 0; }
-body:not(:has(#now)) #trouble code { white-space: normal; }
+body:not(:has(#now)) #trouble code { white-space: normal; flex-basis: 100%; }
 #now ul .row > * { min-width: 6rem; text-align: center; }
 #now :is(button, .button) { padding: .1rem .55rem; }
 #now ul:not(:empty) { margin-top: .5rem; }
+#now ul { display: grid; grid-template-columns: 7rem fit-content(45%) 1fr auto; gap: 0 .7rem; }
 #now li {
-  display: grid; grid-template-columns: 7rem 11rem 1fr auto; gap: .7rem; align-items: center;
+  display: grid; grid-template-columns: subgrid; grid-column: 1 / -1; align-items: center;
   padding: .3rem 0; border-top: 1px solid var(--line);
 }
 #now li:has(> details) { display: block; }
@@ -10412,7 +10454,6 @@ rect.failed, .legend.failed::before {
   fill: var(--paler); background: var(--paler); stroke: var(--c); border: 2px solid var(--c);
   stroke-width: 2; vector-effect: non-scaling-stroke;
 }
-#chart p { text-wrap: balance; }
 rect.part { opacity: .45; }
 .axis { justify-content: space-between; font-size: .86em; margin-top: .35rem; }
 .legend { margin: 0 .6em; }
@@ -10495,6 +10536,7 @@ dd a { display: inline-block; margin-right: 1em; padding: .15rem 0; }
   #tiles a { padding: .45rem .6rem .55rem; }
 }
 @container (max-width: 58rem) {
+  #now ul { display: block; }
   #now li { grid-template-columns: auto 1fr auto; gap: .1rem .7rem; }
   #now li > .dim { grid-row: 2; grid-column: 1 / 4; }
   .two { grid-template-columns: 1fr; }
@@ -10504,7 +10546,18 @@ dd a { display: inline-block; margin-right: 1em; padding: .15rem 0; }
 @media (max-width: 60rem) {
   .wide { display: none; }
 }
-/* On a phone a job is two lines: state, id and time above its command. */
+/* On a phone, and beside the panel, a job is two lines: state, id, time above its command. */
+@container (max-width: 44rem) {
+  thead, td.wide { display: none; }
+  td { border: 0; padding: .05rem .4rem; }
+  tr {
+    display: grid; grid-template-columns: auto minmax(5rem, 1fr) fit-content(10rem);
+    padding: .35rem 0; border-top: 1px solid var(--line);
+  }
+  td.rest { grid-row: 2; grid-column: 1 / 4; }
+  td.mid { width: auto; white-space: normal; max-height: 3em; }
+  td.hue { overflow: visible; }
+}
 @media (max-width: 44rem) {
   body { padding: .6rem .6rem 3rem; }
   /* What needs somebody and the jobs come before the chart. */
@@ -10515,15 +10568,7 @@ dd a { display: inline-block; margin-right: 1em; padding: .15rem 0; }
   #tiles { gap: 0 .4rem; }
   #tiles a { padding: .35rem .6rem; margin-top: .4rem; }
   #tiles b { font-size: 1.2rem; }
-  #tiles .dim, thead { display: none; }
-  td { border: 0; padding: .05rem .4rem; }
-  tr {
-    display: grid; grid-template-columns: auto minmax(5rem, 1fr) fit-content(10rem);
-    padding: .35rem 0; border-top: 1px solid var(--line);
-  }
-  td.rest { grid-row: 2; grid-column: 1 / 4; }
-  td.mid { width: auto; white-space: normal; max-height: 3em; }
-  td.hue { overflow: visible; }
+  #tiles .dim { display: none; }
   form { flex-basis: 10rem; }
   #q { padding: .2rem .4rem; font-size: max(1rem, 16px); }  /* or a phone zooms in */
   button, .button, #now :is(button, .button), summary { padding: .35rem .7rem; }
@@ -10554,7 +10599,7 @@ const parse = text => inZone(new DOMParser().parseFromString(text, "text/html"))
 const SILENT = "The dashboard does not answer.";
 let fetching, timer, isStopped, pending = 0, lastGood = performance.now(), toastTimer;
 let chartAt = -1e9, chartEnded, kind, kindAt, kindTold;
-let showing, steps = Promise.resolve();
+let showing, steps = Promise.resolve(), answerTime = 0;
 let textTold = find("q") && find("q").defaultValue;
 
 /* Show times in the zone of the browser; in Swedish the date looks like that of ISO 8601. */
@@ -10642,11 +10687,15 @@ async function refresh(isFree) {
   if (fetching) fetching.abort();
   const mine = fetching = new AbortController(), opened = find("job") && find("job").dataset.key;
   setTimeout(() => mine.abort(), 20000);
-  const silent = setInterval(() => trouble(SILENT), 5000);  // it may hang
-  const isAnswered = () => clearInterval(silent);
+  const asked = performance.now();  // it may hang
+  const silent = setInterval(() => trouble(SILENT), Math.max(5000, 3 * answerTime));
+  const isAnswered = () => {
+    clearInterval(silent);
+    answerTime = performance.now() - asked;
+  };
   try {
     const came = parse(await get("/main" + location.search, {signal: mine.signal}, isAnswered)
-      .finally(isAnswered));
+      .finally(() => clearInterval(silent)));
     if (mine !== fetching) return;
     const focused = document.activeElement;
     cover(came.body);
@@ -10658,6 +10707,7 @@ async function refresh(isFree) {
     // What is above it may have grown.
     if (used && used.isConnected) scrollBy(0, used.getBoundingClientRect().top - top);
     document.title = came.title;
+    if (isStopped) tellFrozen();
     const search = find("q");
     if (search && search !== focused) search.value = search.defaultValue;
     announce(search);
@@ -10773,8 +10823,9 @@ function show() {
 /* An entry of the history knows the address before it, so that Close can go back there. */
 function go(address, isStep) {
   const [plain, part = ""] = address.split("#");  // to go back to a part would take the focus
-  const before = isStep ? history.state : location.href;
-  history[isStep ? "replaceState" : "pushState"](before, "", plain);
+  const stays = isStep || new URL(plain, location).href === location.href;
+  if (stays) history.replaceState(history.state, "", plain);
+  else history.pushState(location.href, "", plain);
   show().then(() => {
     const why = find("trouble").firstElementChild.textContent;
     if (why) return say("not shown yet: " + why);
@@ -10846,10 +10897,8 @@ function press(button) {
   if (button.id === "end") return find("output").focus(toEnd());
   if (button.id === "stop") {
     isStopped = document.body.classList.toggle("stopped");
-    const time = new Date().toLocaleTimeString("sv", {timeStyle: "short"});
-    button.firstChild.data = isStopped ? `Frozen at ${time} · Unfreeze` : "Freeze";
-    if (isStopped) document.title = `Frozen at ${time} – ` + document.title;
-    return isStopped ? clearTimeout(timer) : refresh();
+    button.firstChild.data = "Freeze";
+    return isStopped ? tellFrozen(clearTimeout(timer)) : refresh();
   }
   if (button.matches("[aria-disabled], [aria-busy]")) return;
   if (!post) return find("sure").close(button.value);
@@ -10859,6 +10908,13 @@ function press(button) {
     busy(-1);
     button.removeAttribute("aria-busy");
   });
+}
+
+/* Also if somebody opens another job while the rest is frozen. */
+function tellFrozen() {
+  const time = "Frozen at " + new Date().toLocaleTimeString("sv", {timeStyle: "short"});
+  find("stop").firstChild.data = time + " · Unfreeze";
+  if (!document.title.startsWith(time)) document.title = time + " – " + document.title;
 }
 
 const isPlain = event =>
@@ -10896,12 +10952,9 @@ document.oninput = event => {
 document.onkeydown = event => {
   if (event.target === find("q") || find("sure").open) return;
   const name = {Escape: "close", ArrowLeft: "previous", ArrowRight: "next"}[event.key];
-  if (event.key === "/" && isPlain(event)) {
-    event.preventDefault();
-    find("q").focus();
-  }
   if (!name || !isPlain(event)) return;
   if (name === "close") return find(name) && find(name).click();
+  if (document.activeElement.closest("#runs, pre")) return;  // there they mean something else
   // A step goes on from the job that the one before it shows.
   steps = steps.then(() => {
     if (find(name)) find(name).click();
@@ -10909,7 +10962,10 @@ document.onkeydown = event => {
   });
 };
 
-window.onpopstate = show;
+window.onpopstate = () => {
+  if (find("sure").open) find("sure").close("no");
+  show();
+};
 document.onvisibilitychange = () => isStopped || refresh(true);
 narrow.onchange = () => cover(find("page"));
 narrow.onchange();

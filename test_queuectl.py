@@ -5324,7 +5324,7 @@ class TestStatus:
         assert judge(workers=0) == ("dead", "Stuck: 1 job behind dead ones")
         add_job(queue, id="later", delay=60)
         assert judge() == (
-            "dead", "Idle: the next job is due in 1m; 1 dead, 1 blocked")
+            "dead", "Idle: the next job is due in 60 s; 1 dead, 1 blocked")
         assert judge(workers=0)[1] == "No pool is running; 1 dead, 1 blocked"
         add_jobs(queue, [{"command": "true"}] * 4000)
         many = dict(queue.counts(), completed=4)
@@ -5394,7 +5394,7 @@ class TestStatus:
         status = queuectl.read_status(queue)._replace(
             workers=workers, pools={1}, lost=set())
         status.jobs["completed"] = 5
-        assert (status.locked, status.line) == (59, 59)
+        assert (status.locked, status.line, status.line_seconds) == (59, 59, 118)
         assert queuectl.verdict_on(status, clock.now)[:2] == (
             "processing", "Keeping up: no job waits for a worker, done in about 118 s")
         clock.now += 3
@@ -5408,6 +5408,32 @@ class TestStatus:
         assert not queuectl.time_left(status, clock.now)
         assert queuectl.verdict_on(status, clock.now).sentence == (  # not those behind it
             "Working: 40 waiting, done in about 20 s")
+
+    def test_jobs_of_a_lock_are_expected_to_take_what_the_last_ones_took(
+            self, queue, clock):
+        for seconds, fields in [(0.5, {})] * 20 + [(4, {"lock": "l"})] * 5:
+            add_job(queue, id=str(clock.now), **fields)
+            run = claim(queue)
+            clock.now += seconds
+            queue.complete(run, make_outcome(None, finished_at=clock.now))
+        workers = [dict(pid=1, job=None, since=None)] * 4
+        left = lambda: queuectl.time_left(
+            queuectl.work_left(queue)._replace(workers=workers, growth=[0] * 3), clock.now)
+        add_jobs(queue, [{"command": "true"}] * 20)
+        assert left() == "6 s"  # 20 of 1.2 s by 4 workers
+        add_jobs(queue, [{"command": "true", "lock": "l"}] * 10)
+        assert left() == "46 s"  # after these, 10 of 4 s
+        since = clock.now - 60
+        workers[:2] = [dict(workers[0], since=since), dict(workers[0], since=since)]
+        assert queuectl.time_left(
+            queuectl.work_left(queue)._replace(workers=workers, growth=[0] * 3),
+            clock.now, of_all=False) == "50 s"  # by the other two
+        workers[2] = workers[0]  # most runs are not like those before
+        assert not left()
+        workers[:] = [dict(pid=1, job=None, since=None)] * 4
+        add_job(queue, id="holds", lock="l", priority=9)
+        assert claim(queue).id == "holds"
+        assert left() == "40 s"  # beside these
 
     def test_short_jobs_are_expected_at_the_rate_of_the_last_ones(self, queue, clock):
         add_jobs(queue, [{"command": "true"}] * 60)
@@ -9590,6 +9616,16 @@ class TestPage:
         assert dashboard.post("/api/delete?until=x").status == 400
         assert "until" not in dashboard.json("/question?verb=cancel&q=b")
 
+    def test_failed_jobs_have_the_time_of_their_next_try(self, queue, clock, page):
+        add_job(queue, id="soon", delay=60)
+        add_job(queue, id="f")
+        queue.fail(claim(queue), make_outcome())
+        queue.edit("f", {"run_at": clock.now + 3600})
+        hints = {name: words_of(part) for name, part in zip(
+            ("", *queuectl.STATES), named_part(page(), "tiles"))}
+        assert hints["failed"] == "failed 1 next due in 60 min"
+        assert hints["pending"] == "pending 1 next due in 60 s"
+
     def test_what_failed_and_waits_again_has_a_row(self, queue, clock, page):
         for name, error in (("a", "exit 2"), ("b", "exit 3"), ("c", "exit 2")):
             add_job(queue, id=name)
@@ -9756,6 +9792,23 @@ class TestPage:
               say("links: " + document.querySelectorAll("#tiles a[href*='job=']").length);
             }, 2000);
             """, ">Links: 0</p>", id="a closed panel stays closed"),
+        pytest.param("/?job=j2", """
+            setTimeout(() => find("tiles").querySelector("a").click(), 1000);
+            setTimeout(() => confirmed("Sure?", "Yes"), 2000);
+            setTimeout(() => window.onpopstate(), 2500);
+            setTimeout(() => say("open: " + find("sure").open), 3000);
+            """, ">Open: false</p>", id="Back means no"),
+        pytest.param("/", """
+            const push = history.pushState;
+            let entries = 0;
+            history.pushState = (...all) => { entries += 1; push.apply(history, all); };
+            for (const _ of "abc") find("tiles").children[1].click();
+            setTimeout(() => say("entries: " + entries), 2000);
+            """, ">Entries: 1</p>", id="one entry for an address"),
+        pytest.param("/", """
+            find("stop").click();
+            setTimeout(() => find("tiles").children[1].click(), 1000);
+            """, "<title>Frozen at ", id="frozen again"),
         pytest.param("/", 'setTimeout(() => find("stop").click(), 1000);',
                      "<title>Frozen at ", id="a frozen page has a time"),
         pytest.param("/?state=completed", """
@@ -9923,6 +9976,26 @@ class TestPanel:
         assert dashboard.post(run_now["data-post"]).status == 200
         assert claim(queue).id == "x"
         assert dashboard.post("/api/jobs/x/run").status == 400  # it runs already
+
+    def test_earlier_runs_can_be_reached(self, queue, page):
+        add_job(queue, id="x", max_retries=1)
+        for _ in range(20):
+            queue.fail(claim(queue), make_outcome())
+            queue.retry(["x"])
+        def shown(address):
+            links = named_part(page(address), "runs")
+            marked, = [words_of(link) for link in links if link.get("aria-current")]
+            return ([int(words_of(link).split()[1]) for link in links
+                     if words_of(link).startswith("run")], marked[:6],
+                    {name: link for name, link in links_of(links).items()
+                     if not name.startswith("run")})
+        numbers, marked, others = shown("/?job=x")
+        assert numbers == [*range(20, 11, -1)] and marked == "run 20"
+        assert others == {"11 earlier": "/?job=x&run=11"}
+        numbers, marked, others = shown("/?job=x&run=11")
+        assert numbers == [*range(15, 6, -1)] and marked == "run 11"
+        assert others == {"Latest: run 20": "/?job=x&run=20", "6 earlier": "/?job=x&run=6"}
+        assert shown("/?job=x&run=1")[0] == [5, 4, 3, 2, 1]
 
     def test_runs_lead_to_their_outputs(self, queue, page):
         add_job(queue, id="x")
