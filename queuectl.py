@@ -2234,19 +2234,23 @@ FILTERS = {
     "error": "jobs.error = :error",
     "finished_before": f"{IS_FINISHED} AND updated_at < :finished_before",
     "changed_since": "updated_at >= :changed_since",
-    "changed_until": "updated_at <= :changed_until",
+    # A time: those that there were, and of the finished those that had finished.
+    "until": f"CASE WHEN {IS_FINISHED} THEN updated_at ELSE created_at END <= :until",
     "cancelled": "cancelled = :cancelled",  # True or False
     "behind_lock": f"lock = :behind_lock AND {IN_LINE} AND gate = {LOCKED}",
-    # True: the jobs that wait for one thing.
+    # True: the jobs that wait for one thing; `blocking` are those that others wait for.
     "for_a_time": FOR_A_TIME,  # FAILED ones as well
     "tried": f"{IN_LINE} AND attempts > 0",  # they have failed before
     "delayed": f"{IN_LINE} AND {FOR_A_TIME}",
-    "dependent": f"{IN_LINE} AND waits > 0",
+    "blocking": f"""{in_states(BLOCKING)} AND {RARE} AND EXISTS (
+        SELECT 1 FROM dependencies JOIN jobs AS waiting USING (seq)
+        WHERE waits_for = jobs.seq AND waiting.state = 'pending')""",
     "locked": f"lock NOT NULL AND {IN_LINE} AND gate = {LOCKED}",
 }
-# Those that depend on other jobs as well.
+# Those of jobs that wait for others, which depend on these as well.
+DEPENDENT = f"{IN_LINE} AND waits > 0"
 FILTERS_BY_OTHERS = {
-    # True or False: those that wait for dead jobs, directly or not.
+    # True: those that wait for dead jobs, directly or not. False: the others.
     "blocked": f"(seq IN ({blocked_table()} SELECT seq FROM blocked)) = :blocked",
     # The error of such dead jobs.
     "blocked_by": f"""seq IN ({blocked_table(with_root=True)}
@@ -2272,8 +2276,10 @@ def where(states=STATES, **filters):
             parts.append(RARE)
     used = {name: value for name, value in filters.items() if value is not None}
     parts += [sql for name, sql in FILTERS.items() if name in used]
-    of_row = " AND ".join(parts or ["1"])
     others = [sql for name, sql in FILTERS_BY_OTHERS.items() if name in used]
+    if others:
+        parts.append(DEPENDENT)
+    of_row = " AND ".join(parts or ["1"])
     return Condition(" AND ".join([of_row, *others]), used, of_row)
 
 
@@ -2310,7 +2316,7 @@ class NewJobs:
         self.queue, self.unique, self.now = queue, unique, queue.clock()
         self.place_name = place_name
         self.id, self.count = None, 0  # of the latest job, and how many there were
-        self.given = {}  # of unique jobs: {id: (number, command)}
+        self.given = {}  # of unique jobs: {id: (number, hash of all fields)}
         self.dependents = []
         self.locks = set()  # of the jobs that are inserted
         self.unchanged = {}  # as in `Added`
@@ -2329,7 +2335,7 @@ class NewJobs:
                 self.id = self.queue._new_id()
             if run_at is None:
                 run_at = min(self.now + (job["delay"] or 0), MAX_TIME)
-            if self.unique and self.is_given_again(job["command"]):
+            if self.unique and self.is_given_again(job):
                 continue
             exists = self.unique and self.queue.state(self.id) is not None
             if exists:
@@ -2347,10 +2353,11 @@ class NewJobs:
                 yield columns, (self.id, run_at, self.now, self.now,
                                 *[job[c] for c in columns], run_at, self.now)
 
-    def is_given_again(self, command):
+    def is_given_again(self, job):
         """Tell whether an earlier one is the same job; refuse another of that id."""
-        number, earlier = self.given.setdefault(self.id, (self.count, command))
-        if earlier != command:
+        fields = hash(repr(job))
+        number, earlier = self.given.setdefault(self.id, (self.count, fields))
+        if earlier != fields:
             raise self.same_id_as(number)
         return number != self.count
 
@@ -2762,8 +2769,13 @@ class Queue(Database):
         return self._apply_to_many(
             condition, [Change(RETRY, in_states(TAKES["retry"]))])
 
+    def run_now(self, ids):
+        """Make jobs due that wait for their time alone."""
+        return self._apply(ids, [Change(RUN_NOW, FOR_A_TIME)],
+                           "job %(id)s is %(state)s, and waits for no time")
+
     def run_now_all(self, condition):
-        """Make jobs that meet a condition due, if they wait for their time alone."""
+        """Make the jobs due that meet a condition and wait for their time alone."""
         return self._apply_to_many(condition, [Change(RUN_NOW, FOR_A_TIME)])
 
     def delete(self, ids):
@@ -3409,6 +3421,7 @@ Work = collections.namedtuple("Work", [
     "locked",  # those of them that wait for their lock
     "line",  # the longest line of jobs that share a lock
     "line_seconds",  # how long that takes
+    "line_began",  # whether one of them has run lately; else its turn has yet to come
     "lock_since",  # when the longest run began that has a lock which others wait for
     # What has happened lately:
     "run_seconds",  # the average of the last runs; None before the first has ended
@@ -3430,7 +3443,7 @@ def work_left(queue):
         for kind in (FOR_A_TIME, f"state = 'failed' AND {RARE} AND {FOR_A_TIME}")]
     dependent = queue.value(
         f"SELECT COUNT(*) FROM jobs WHERE {UNFINISHED_DEPENDENT}")
-    seconds = queue.value(f"SELECT AVG(finished_at - started_at) FROM ({LAST_RUNS})")
+    seconds = queue.value(f"SELECT AVG(spent) FROM ({recent_runs(queue)})")
     rate = completion_rate(queue) if seconds is not None and seconds < 0.1 else None
     return Work(
         jobs=jobs, workers=queue.workers(), ready=waiting - delayed - dependent,
@@ -3439,8 +3452,18 @@ def work_left(queue):
         **locks_left(queue, seconds or 0))
 
 
-# Those of the jobs that were enqueued last: no index leads to the runs that ended last.
-LAST_RUNS = "SELECT * FROM runs ORDER BY seq DESC, run DESC LIMIT 1000"
+def recent_runs(queue):
+    """Return the SQL for the last runs: at least five, and those of ten minutes.
+
+    They are of the jobs that were enqueued last: no index leads to the runs that ended
+    last. Earlier ones may have been of other jobs.
+    """
+    runs = """SELECT seq, finished_at, finished_at - started_at AS spent FROM runs
+        WHERE finished_at NOT NULL ORDER BY seq DESC, run DESC LIMIT 1000"""
+    ends = [end for end, in queue.rows(
+        f"SELECT finished_at FROM ({runs}) ORDER BY finished_at DESC LIMIT 5")]
+    since = min(ends[0] - 600, ends[-1]) if ends else 0
+    return f"SELECT * FROM ({runs}) WHERE finished_at >= {since!r}"
 
 
 def locks_left(queue, run_seconds):
@@ -3452,7 +3475,7 @@ def locks_left(queue, run_seconds):
                 WHERE lock NOT NULL AND state = 'pending' LIMIT {COUNT_LIMIT})
             GROUP BY lock)""")
     seconds = line and queue.value(f"""
-        SELECT AVG(finished_at - started_at) FROM ({LAST_RUNS}) JOIN jobs USING (seq)
+        SELECT AVG(spent) FROM ({recent_runs(queue)}) JOIN jobs USING (seq)
         WHERE lock = ?""", lock)
     since = queue.value(f"""
         SELECT MIN(started_at) FROM jobs JOIN runs USING (seq, run)
@@ -3460,7 +3483,7 @@ def locks_left(queue, run_seconds):
             SELECT 1 FROM jobs AS behind WHERE behind.lock = jobs.lock
             AND behind.state = 'pending' AND behind.gate = {LOCKED})""")
     return dict(locked=locked, line=line, line_seconds=line * (seconds or run_seconds),
-                lock_since=since)
+                line_began=bool(seconds or since), lock_since=since)
 
 
 def recent_growth(queue, run_seconds):
@@ -4841,7 +4864,7 @@ def expected_seconds(jobs, workers, work):
     """Return how long some jobs should take, with the longest line of them."""
     seconds = work.run_seconds * jobs / workers
     line = work.line_seconds
-    if work.line and not work.lock_since:  # it begins when its turn has come
+    if work.line and not work.line_began:
         line += work.run_seconds * max(0, jobs - work.line) / workers
     return max(1, work.run_seconds, seconds, line)
 
@@ -4883,7 +4906,9 @@ def last_lines(output, count):
     """Return the last lines of an output that are not blank, without their colours."""
     text = split_dropped(output)[1][-TAIL_SIZE:].decode("utf-8", FOREIGN_BYTES)
     lines = re.sub(SEQUENCE, "", text).replace("\r", "\n").split("\n")
-    return [line.rstrip()[-200:] for line in lines if line.strip()][-count:]
+    lines = [line.rstrip() for line in lines if line.strip()][-count:]
+    return [line if len(line) <= 200 else line[:199] + drawable("…", "~")
+            for line in lines]
 
 
 def last_line(output):
@@ -4891,38 +4916,50 @@ def last_line(output):
     return "".join(last_lines(output or b"", 1)).strip()
 
 
-def painted(output, colour):
-    """Return the parts of an output, each with its colour, and the colour at the end.
+# The style of a text are names, which are classes of the page: a1 to a6 for a colour of
+# ANSI, b1 to b6 for that behind it, and these.
+STYLES = {"1": "bold", "4": "underlined", "7": "reversed"}
+STYLE_ENDS = {"22": "bold", "24": "underlined", "27": "reversed"}
 
-    A colour is a number of ANSI from 1 to 6, or 0, the text's own, which white becomes
-    by `% 7`. All other sequences are left out. Of a line that was written over after
-    \\r the last text is left.
+
+def painted(output, style):
+    """Return the parts of an output, each with its style, and the style at the end.
+
+    All other sequences are left out. Of a line that was written over after \\r the last
+    text is left.
     """
     lines = output.decode("utf-8", FOREIGN_BYTES).split("\n")
     text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
     parts = []
     for at, part in enumerate(re.split(COLOURS, text)):
         if at % 2:
-            colour = colour_after(iter(part.split(";")), colour)
+            style = style_after(iter(part.split(";")), style)
         elif part:
-            parts.append((re.sub(SEQUENCE, "", part), colour))
-    return parts, colour
+            parts.append((re.sub(SEQUENCE, "", part), style))
+    return parts, style
 
 
-def colour_after(codes, colour):
-    """Return the colour after the codes of one sequence."""
+def style_after(codes, style):
+    """Return the style after the codes of one sequence."""
+    names = {*style.split()}
     for code in codes:
-        if code in ("38", "48"):  # followed by 5;N or by 2;R;G;B
-            mode = next(codes, "")
-            values = [int(value or 0) for value in itertools.islice(
-                codes, 3 if mode == "2" else 1)]
-            if code == "38":
-                colour = nearest_colour(values)
-        elif code.strip("0") in ("", "39"):
-            colour = 0
-        elif re.fullmatch("[39][0-7]", code):
-            colour = int(code[1]) % 7
-    return colour
+        code = code.lstrip("0")
+        colour = re.fullmatch("(3|4|9|10)([0-9])", code)
+        if not code:
+            names.clear()
+        elif code in STYLES:
+            names.add(STYLES[code])
+        elif code in STYLE_ENDS:
+            names.discard(STYLE_ENDS[code])
+        elif colour:
+            layer, number = "a" if colour[1] in "39" else "b", int(colour[2])
+            if number == 8:  # followed by 5;N or by 2;R;G;B
+                values = itertools.islice(codes, 3 if next(codes, "") == "2" else 1)
+                number = nearest_colour([int(value or 0) for value in values])
+            names -= {layer + str(other) for other in range(1, 7)}
+            if 1 <= number <= 6:  # white, and black, are the page's own
+                names.add(layer + str(number))
+    return " ".join(sorted(names))
 
 
 def nearest_colour(values):
@@ -8772,6 +8809,7 @@ CACHE_SHARE = 0.005  # of the time, which making one of them anew may take
 PAGE_ROWS = 50  # jobs in the table of the page
 RUNNING_SHOWN = 5  # jobs under "Running now"
 RUNS_SHOWN = 9  # runs of the job in the panel
+MAX_QUERY = 10_000  # characters of the values in the query of an address
 LINKS_SHOWN = 5  # jobs that the one in the panel comes after, or that come after it
 PIECE = 100000  # bytes of an output that the page fetches at most at once
 
@@ -8799,9 +8837,10 @@ def require_job(queue, id):
 # The kinds of jobs that have a filter on the page, each as filters of `where`.
 KIND_FILTERS = {
     "delayed": {"delayed": True},
-    "behind a job": {"dependent": True, "blocked": False},
+    "behind a job": {"blocked": False},
     "behind a lock": {"locked": True},
     "blocked": {"blocked": True},
+    "blocking others": {"blocking": True},
     "to be retried": {"tried": True},
 }
 
@@ -8812,7 +8851,7 @@ def filters_of(query, states=STATES):
         states = [state for state in states if state == state_name(query["state"])]
     named = {name: query.get(name) for name in ("error", "blocked_by", "behind_lock")}
     if "until" in query:
-        named["changed_until"] = float(query["until"])
+        named["until"] = float(query["until"])
     if "kind" in query:
         if query["kind"] not in KIND_FILTERS:
             raise Refusal(400, "kind: one of " + ", ".join(KIND_FILTERS))
@@ -8873,7 +8912,15 @@ def selected_by(verb, query):
 
 
 def apply_to_query(verb, queue, query):
-    """Apply a verb for many to the jobs of a query; return how many it has changed."""
+    """Apply a verb for many to the jobs of a query; return how many it has changed.
+
+    A filter that is misspelt, or was forgotten, must not mean all jobs.
+    """
+    unknown = query.keys() - {*VIEW_FILTERS, "until"}
+    if unknown:
+        raise Refusal(400, "no such filter: " + ", ".join(sorted(unknown)))
+    if not query and verb != "retry":
+        raise Refusal(400, "by which filter? " + ", ".join(VIEW_FILTERS))
     return BULK_VERBS[verb].change(queue, selected_by(verb, query).taken)
 
 
@@ -9006,7 +9053,7 @@ def query_of(**fields):
 
 def number_or(default, text):
     """Return the number above 0 in a part of an address, or a default."""
-    return text.isdecimal() and int(text) or default
+    return text.isdecimal() and len(text) < 16 and int(text) or default
 
 
 # What narrows the list of jobs, each with what stands before its value on the page.
@@ -9151,31 +9198,34 @@ def command_to_copy(path, rest):
 def alerts(page):
     """Return lines about what died, is tried again, or is behind a lock.
 
-    Of more than three errors the third and all others are folded.
+    Of more than four errors the fourth and all others are folded.
     """
-    errors = error_alerts(page)
-    named = 3 if len(errors) == 3 else 2
-    lines = [*errors[:named], *failed_alert(page), *retried_alert(page),
-             *lock_alert(page)]
+    errors = errors_of_dead(page)
+    named = 4 if len(errors) == 4 else 3
+    lines = [error_alert(*error, page) for error in errors[:named]]
     if errors[named:]:
-        more = element("summary", plural(len(errors) - named, "more error"))
+        jobs = sum(group["jobs"] for group, _ in errors[named:])
+        words = "%s more dead, of %s" % (
+            grouped(jobs), plural(len(errors) - named, "error"))
+        folded = [error_alert(*error, page) for error in errors[named:]]
         lines.append(element("li", element(
-            "details", more, element("ul", *errors[named:])), data_key="more"))
-    return lines
+            "details", element("summary", words), element("ul", *folded)),
+            data_key="more"))
+    return [*lines, *failed_alert(page), *retried_alert(page), *lock_alert(page)]
 
 
-def error_alerts(page):
-    """Return a line for each error of dead jobs: first those for which others wait.
+def errors_of_dead(page):
+    """Return the groups of the dead by error, each with how many jobs wait for them.
 
-    A cancelled job is none of these, unless others wait for it.
+    Those for which others wait come first. A cancelled job is in none of these, unless
+    others wait for it.
     """
     blocked = page.status.blocked_seqs
     waiting = page.cache.get("blocked %d" % len(blocked),
                              lambda: blocked_by_errors(page.queue)) if blocked else {}
     groups = [(group, waiting.get(group["error"], 0)) for group in page.groups
               if not group["is_cancelled"] or group["error"] in waiting]
-    groups.sort(key=lambda pair: (not pair[1], -pair[0]["jobs"] - pair[1]))
-    return [error_alert(group, behind, page) for group, behind in groups]
+    return sorted(groups, key=lambda pair: (not pair[1], -pair[0]["jobs"] - pair[1]))
 
 
 def error_alert(group, behind, page):
@@ -9218,10 +9268,11 @@ def failed_alert(page):
         words = joined(count == 1 and failed[0]["id"], line and "“%s”" % line,
                        next_due(page, "failed"), by=" · ")
         errors = [*dict.fromkeys(job["error"] for job in failed)]
-        chosen = {"state": "failed"}
+        run_now = bulk_button(
+            "Run now…", "run", {"state": "failed"}, "Run now: the failed jobs")
         yield alert(grouped(count) + " failed", listed(errors), None, words,
-                    page.view.only(**chosen), "the failed jobs", bulk_button(
-                        "Run now…", "run", chosen, "Run the failed jobs now"), "failed")
+                    page.view.only(state="failed"), "the failed jobs", run_now,
+                    css="failed")
 
 
 def lock_alert(page):
@@ -9316,7 +9367,7 @@ def page_middle(page):
     """Return the place of the chart, which the script fetches, and what runs now."""
     ended = sum(runs for runs, _ in run_totals(page.queue).values())
     chart = element("div", id="chart", data_keep="yes", data_ended=ended)
-    hour = element("section", element("h2", "The last hour"), chart, css="card")
+    hour = element("section", element("h2", "Runs"), chart, css="card")
     return element("div", hour, page_running(page), css="two")
 
 
@@ -9385,15 +9436,18 @@ def stats_text(stats):
     rate, wait = stats["success_rate"], stats["waiting_time"]["median"]
     times = stats["run_time"]
     return joined(
-        plural(round(60 * stats["per_second_now"]), "run") + " in the last minute",
-        "%d\xa0%% of runs succeed" % int(100 * rate),
+        grouped(round(60 * stats["per_second_now"])) + " in the last minute",
+        "in the last hour %d\xa0%% succeed" % int(100 * rate),
         "median run %s, 95\xa0%% within %s" % (
             short_duration(times["median"]), short_duration(times["p95"])),
         wait is not None and "median wait " + short_duration(wait), by=" · ")
 
 
 def short_duration(seconds):
-    return duration_text(seconds) if seconds < 60 else roughly(seconds)
+    """Return a duration in one unit: 5 ms, 0.3 s, 12 min."""
+    if seconds >= 10:
+        return roughly(seconds)
+    return re.sub(r"(?<=\d)(?=[a-z])", " ", duration_text(seconds))
 
 
 def chart_bars(bars, top):
@@ -9438,7 +9492,7 @@ def tries_cell(job, page):
 
 
 def took_cell(job, page):
-    return "" if job["seconds"] is None else duration_text(job["seconds"])
+    return "" if job["seconds"] is None else short_duration(job["seconds"])
 
 
 def time_cell(job, page):
@@ -9448,7 +9502,7 @@ def time_cell(job, page):
     if job["state"] in FINISHED:
         return ago(job["updated_at"], page)
     if job["waits"]:
-        return "after " + job["waits_for"].partition("\n")[0]
+        return short_reason(job, page)
     if job["run_at"] <= page.now:
         return "waits " + roughly(page.now - job["run_at"])
     due = ago(job["run_at"], page)
@@ -9551,6 +9605,9 @@ def bulk_buttons(page, counts):
     """Yield what can be done with the jobs that the filters leave: COUNTS by state."""
     view, filters, error = page.view, page.view.filters(), page.view.blocked_by
     kinds = {kind for kind, count in counts.items() if count}
+    if kinds and view.kind == "blocked":
+        yield bulk_button(
+            "Retry what blocks them…", "retry", {"kind": "blocking others"})
     if "dead" in kinds or error and kinds:
         words = Html("Retry" + element("span", " dead") + "…")
         yield bulk_button(words, "retry", {"error": error} if error else filters)
@@ -9585,10 +9642,9 @@ def question_route(queue, query):
     if not count:
         return {"none": joined("There is nothing to %s." % verb, stays, by=" ")}
     words = BULK_VERBS[verb].question.format(jobs_of_query(count, verb, query))
-    answer = {"ask": joined(words, effect_of(queue, query, verb), stays, by=" ")}
-    if {*BULK_VERBS[verb].takes} & {*FINISHED}:  # leave those that end meanwhile alone
-        answer["until"] = queue.clock()
-    return answer
+    # What comes, or ends, after the question is left alone.
+    return {"ask": joined(words, effect_of(queue, query, verb), stays, by=" "),
+            "until": queue.clock()}
 
 
 def effect_of(queue, query, verb):
@@ -9838,7 +9894,7 @@ def run_link(run, shown, page):
     """Return a link to the output of a run, with when it began and how it ended."""
     going = "lost" if page.view.job in page.status.lost else "running"
     if run["finished_at"] is not None:
-        going = (run["error"] or "exit 0") + " · " + duration_text(run["seconds"])
+        going = (run["error"] or "exit 0") + " · " + short_duration(run["seconds"])
     return element("a", "run %d · " % run["run"], time_element(run["started_at"]),
                    " · " + going, href=page.view.address(run=str(run["run"])),
                    css="button", aria_current=run["run"] == shown)
@@ -9886,11 +9942,10 @@ def is_live(job, run):
 def piece_route(queue, query):
     """Return the piece of an output that an earlier piece has named."""
     begin = count_from(0, "from")(query.get("from", "0"))
-    colour = count_from(0, "colour", 6)(query.get("colour", "0"))
-    return output_piece(queue, *run_of(queue, query), begin, colour)
+    return output_piece(queue, *run_of(queue, query), begin, query.get("style", ""))
 
 
-def output_piece(queue, job, run, begin=0, colour=0):
+def output_piece(queue, job, run, begin=0, style=""):
     """Return what a run has printed from a place on, and the address of the next piece.
 
     The next piece begins with the last line if that has no end: the line is given again
@@ -9902,9 +9957,9 @@ def output_piece(queue, job, run, begin=0, colour=0):
     note = "[before this: %s]\n" % joined(
         dropped and grouped(dropped) + " bytes dropped",
         start > dropped and grouped(start - dropped) + " bytes in the download")
-    lines, colour = coloured(output[:end], colour)
-    last, _ = coloured(output[end:], colour)
-    following = {"id": job["id"], "run": run, "colour": colour,
+    lines, style = styled(output[:end], style)
+    last, _ = styled(output[end:], style)
+    following = {"id": job["id"], "run": run, "style": style,
                  "from": start + end + overwritten(output[end:])}
     address = is_live(job, run) and "/output" + query_of(**following)
     return element("code", start > begin and note, *lines, element("i", *last),
@@ -9925,11 +9980,11 @@ def output_from(begin, dropped, output):
     return start + len(output) - len(rest), rest
 
 
-def coloured(output, colour):
-    """Return an output in elements with its colours, and the colour at its end."""
-    parts, colour = painted(output, colour)
-    return [element("span", text, css="a%d" % hue) if hue else text
-            for text, hue in parts], colour
+def styled(output, style):
+    """Return an output in elements with its styles, and the style at its end."""
+    parts, style = painted(output, style)
+    return [element("span", text, css=names) if names else text
+            for text, names in parts], style
 
 
 # -- the page: all of it ---------------------------------------------------------------
@@ -9987,7 +10042,8 @@ def page_parts(page):
             job["id"] + " " + kind_of(job, page)]
     else:
         id, verdict = page.view.job, verdict_on(page.status, page.now)
-        opened = id and panel(page, sentence_case(str(no_job(id))))
+        opened = id and panel(page, sentence_case(str(no_job(id))), element(
+            "p", "It may have been deleted"))
         words = [verdict.harm, verdict.sentence.partition(":")[0]]
     title = joined(*words, os.path.basename(page.queue.path), by=" – ")
     return Html("".join([
@@ -10016,8 +10072,7 @@ ROUTES = {
     "POST /api/jobs/ID/retry": lambda queue, query: queue.retry([query["id"]]),
     "POST /api/jobs/ID/cancel": lambda queue, query: queue.cancel([query["id"]]),
     "POST /api/jobs/ID/delete": lambda queue, query: queue.delete([query["id"]]),
-    "POST /api/jobs/ID/run": lambda queue, query: public_job(
-        queue.edit(query["id"], {"run_at": queue.clock()})),
+    "POST /api/jobs/ID/run": lambda queue, query: queue.run_now([query["id"]]),
     **{"POST /api/" + verb: functools.partial(apply_to_query, verb)
        for verb in BULK_VERBS},
     "POST /api/pause": lambda queue, query: queue.set_paused(True),
@@ -10172,7 +10227,7 @@ class Site:
         """Return type and text of what a route makes; the path quotes a job's id."""
         from urllib.parse import unquote
 
-        path, query = url.path, query_fields(url)
+        path, query = url.path, query_fields(url, can_be_empty=method == "GET")
         job = re.fullmatch("(/api/jobs/)([^/]*)(/.+)?/?", path)
         if job:
             path = job[1] + "ID" + (job[3] or "")
@@ -10191,14 +10246,17 @@ class Site:
         return "application/json", json.dumps(value)
 
 
-def query_fields(url):
-    """Return the fields of an address's query."""
+def query_fields(url, can_be_empty=True):
+    """Return the fields of an address's query that are not empty."""
     from urllib.parse import parse_qsl
 
-    fields = dict(parse_qsl(url.query, max_num_fields=16))
-    if not is_storable("".join(fields.values())):
-        raise Refusal(400, "not text")
-    return fields
+    fields = dict(parse_qsl(url.query, keep_blank_values=True, max_num_fields=16))
+    text = "".join(fields.values())
+    if not is_storable(text) or len(text) > MAX_QUERY:
+        raise Refusal(400, "no text, or too long")
+    if not (can_be_empty or all(fields.values())):
+        raise Refusal(400, "a field is empty")
+    return {name: value for name, value in fields.items() if value}
 
 
 def listen(site, host, port):
@@ -10219,8 +10277,10 @@ def listen(site, host, port):
             is_packed = "gzip" in self.headers.get("Accept-Encoding", "")
             if is_packed:  # a slow line needs seconds for the page
                 body = gzip.compress(body, compresslevel=5)
-            # The body of a POST is not read. It must not be taken for the next request.
-            self.close_connection |= self.command == "POST"
+            # A body is not read. It must not be taken for the next request.
+            self.close_connection |= (
+                self.command == "POST" or "Transfer-Encoding" in self.headers
+                or self.headers.get("Content-Length", "0") != "0")
             self.send_response(status)
             self.send_header("Content-Type", content_type + "; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
@@ -10238,6 +10298,7 @@ def listen(site, host, port):
 
     class Server(ThreadingHTTPServer):
         allow_reuse_address = not WINDOWS  # there two could listen at one address
+        request_queue_size = 128  # of five, some of thirty would wait for a second
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
         def handle_error(self, request, client):
@@ -10290,12 +10351,17 @@ PAGE_CSS = """
   --pink: light-dark(#8b3fb0, #d2a8ff); --cyan: light-dark(#0b6b7d, #5fd7e0);
 }
 
-/* --c is the colour of a state; a1 to a6 are those of a terminal. */
+/* --c is the colour of a state; a1 to a6 are those of a terminal, b1 to b6 those behind it. */
 .pending { --c: var(--dim); } .processing { --c: var(--blue); }
 .completed { --c: var(--green); } .failed { --c: var(--amber); } .dead { --c: var(--red); }
 .hue { color: var(--c); }
 .a1 { color: var(--red); } .a2 { color: var(--green); } .a3 { color: var(--amber); }
 .a4 { color: var(--blue); } .a5 { color: var(--pink); } .a6 { color: var(--cyan); }
+.b1 { --b: var(--red); } .b2 { --b: var(--green); } .b3 { --b: var(--amber); }
+.b4 { --b: var(--blue); } .b5 { --b: var(--pink); } .b6 { --b: var(--cyan); }
+:is(.b1, .b2, .b3, .b4, .b5, .b6) { background: color-mix(in srgb, var(--b) 25%, transparent); }
+.bold { font-weight: 600; } .underlined { text-decoration: underline; }
+.reversed { background: var(--text); color: var(--bg); }
 
 * { box-sizing: border-box; margin: 0; }
 [hidden] { display: none !important; }
@@ -10548,7 +10614,8 @@ dd a { display: inline-block; margin-right: 1em; padding: .15rem 0; }
 }
 /* On a phone, and beside the panel, a job is two lines: state, id, time above its command. */
 @container (max-width: 44rem) {
-  thead, td.wide { display: none; }
+  thead { position: absolute; left: -99rem; }  /* heard, not seen */
+  td.wide { display: none; }
   td { border: 0; padding: .05rem .4rem; }
   tr {
     display: grid; grid-template-columns: auto minmax(5rem, 1fr) fit-content(10rem);
@@ -10569,6 +10636,7 @@ dd a { display: inline-block; margin-right: 1em; padding: .15rem 0; }
   #tiles a { padding: .35rem .6rem; margin-top: .4rem; }
   #tiles b { font-size: 1.2rem; }
   #tiles .dim { display: none; }
+  #trouble code { white-space: normal; flex-basis: 100%; overflow-wrap: anywhere; }
   form { flex-basis: 10rem; }
   #q { padding: .2rem .4rem; font-size: max(1rem, 16px); }  /* or a phone zooms in */
   button, .button, #now :is(button, .button), summary { padding: .35rem .7rem; }
@@ -10829,11 +10897,15 @@ function go(address, isStep) {
   show().then(() => {
     const why = find("trouble").firstElementChild.textContent;
     if (why) return say("not shown yet: " + why);
-    const target = find(part);
-    const top = target ? target.getBoundingClientRect().top : 0;
-    if (top < 0 || top > innerHeight / 2) target.scrollIntoView();
-    if (target) target.querySelector("h2").focus({preventScroll: true});
+    if (!find(part)) return;
+    bringIntoView(find(part));
+    find(part).querySelector("h2").focus({preventScroll: true});
   });
+}
+
+function bringIntoView(part) {
+  const {top} = part.getBoundingClientRect();
+  if (top < 0 || top > innerHeight / 2) part.scrollIntoView();
 }
 
 const isAtEnd = box => !box || box.scrollTop + box.clientHeight >= box.scrollHeight - 5;
@@ -10868,7 +10940,7 @@ async function act({post, question, ask, do: words, done, css}) {
     const answer = JSON.parse(await get(question));
     if (answer.none) return confirmed(answer.none);
     ask = answer.ask;
-    if (answer.until) post += (post.includes("?") ? "&until=" : "?until=") + answer.until;
+    post += (post.includes("?") ? "&until=" : "?until=") + answer.until;
   }
   if (ask && !await confirmed(ask, words, css)) return;
   // Whoever deletes the job in the panel goes on to the next one.
@@ -10953,7 +11025,11 @@ document.onkeydown = event => {
   if (event.target === find("q") || find("sure").open) return;
   const name = {Escape: "close", ArrowLeft: "previous", ArrowRight: "next"}[event.key];
   if (!name || !isPlain(event)) return;
-  if (name === "close") return find(name) && find(name).click();
+  if (name === "close") {
+    if (find(name)) find(name).click();
+    else if (new URLSearchParams(location.search).get("job")) history.back();  // not shown yet
+    return;
+  }
   if (document.activeElement.closest("#runs, pre")) return;  // there they mean something else
   // A step goes on from the job that the one before it shows.
   steps = steps.then(() => {
@@ -10972,6 +11048,7 @@ narrow.onchange();
 document.body.classList.add("live");
 if (find("output")) toEnd();
 if (find("name")) find("name").focus();
+else if (location.search && find("jobs")) bringIntoView(find("jobs"));
 refresh();
 """
 

@@ -3731,6 +3731,8 @@ class TestEnqueueUnique:
         assert run_ok("enqueue", "--unique", *3 * [line % "true"]).out == "enqueued a\n"
         lines = ("%s\n\n%s" % (line % "new", line % "false")).encode()
         run_ok("delete", "a")
+        assert "job 1 and job 2 have the same id: a" in run_refused(
+            "enqueue", "--unique", line % "x", '{"id": "a", "command": "x", "priority": 1}')
         assert "line 1 and line 3 have the same id: a" in run_refused(
             "enqueue", "--unique", "-", stdin=lines)
         assert jobs() == {}
@@ -5421,19 +5423,33 @@ class TestStatus:
             queuectl.work_left(queue)._replace(workers=workers, growth=[0] * 3), clock.now)
         add_jobs(queue, [{"command": "true"}] * 20)
         assert left() == "6 s"  # 20 of 1.2 s by 4 workers
+        new = ["x%d" % n for n in range(10)]
+        add_jobs(queue, [{"command": "true", "id": id, "lock": "new"} for id in new])
+        assert left() == "18 s"  # after these, 10 of 1.2 s, one by one
+        queue.delete(new)
         add_jobs(queue, [{"command": "true", "lock": "l"}] * 10)
-        assert left() == "46 s"  # after these, 10 of 4 s
+        assert left() == "40 s"  # beside these, 10 of 4 s
         since = clock.now - 60
         workers[:2] = [dict(workers[0], since=since), dict(workers[0], since=since)]
         assert queuectl.time_left(
             queuectl.work_left(queue)._replace(workers=workers, growth=[0] * 3),
-            clock.now, of_all=False) == "50 s"  # by the other two
+            clock.now, of_all=False) == "40 s"
         workers[2] = workers[0]  # most runs are not like those before
         assert not left()
-        workers[:] = [dict(pid=1, job=None, since=None)] * 4
-        add_job(queue, id="holds", lock="l", priority=9)
-        assert claim(queue).id == "holds"
-        assert left() == "40 s"  # beside these
+
+    def test_runs_of_earlier_are_forgotten(self, queue, clock):
+        def run_jobs(count, seconds):
+            for _ in range(count):
+                add_job(queue, id=str(clock.now))
+                run = claim(queue)
+                clock.now += seconds
+                queue.complete(run, make_outcome(None, finished_at=clock.now))
+        run_jobs(50, 0.5)
+        clock.now += 3600
+        run_jobs(3, 2)
+        assert queuectl.work_left(queue).run_seconds == (3 * 2 + 2 * 0.5) / 5
+        run_jobs(5, 2)
+        assert queuectl.work_left(queue).run_seconds == 2
 
     def test_short_jobs_are_expected_at_the_rate_of_the_last_ones(self, queue, clock):
         add_jobs(queue, [{"command": "true"}] * 60)
@@ -9170,9 +9186,9 @@ class TestPage:
         assert "✕ blocked by exit 1" in links_of(behind)
         offered = buttons_of(named_part(behind, "jobs"))
         assert [*offered] == ["Retry dead…", "Cancel…", "Delete…"]
-        assert dashboard.json(offered["Cancel…"]["data-question"]) == {
-            "ask": "Cancel 3 jobs blocked by “exit 1”?"
-            " Cancelled jobs are dead; each can be retried."}
+        assert dashboard.json(offered["Cancel…"]["data-question"])["ask"] == (
+            "Cancel 3 jobs blocked by “exit 1”?"
+            " Cancelled jobs are dead; each can be retried.")
         assert dashboard.json(offered["Delete…"]["data-question"])["ask"] == (
             "Delete 3 jobs blocked by “exit 1”?"
             " Still waiting to run: 3 of them. Their runs and their output go as well.")
@@ -9265,18 +9281,19 @@ class TestPage:
         assert state_of("a") == "pending"
 
     def test_only_the_most_common_errors_are_named(self, queue, page):
-        for number in range(4):
+        for number in range(5):
             let_die(queue, "j%d" % number, "exit %d" % number)
         add_job(queue)
         queue.fail(claim(queue), make_outcome())
         shown = named_part(page(), "alerts")
         assert [words_of(row[0]) for row in shown] == [
-            "1 dead", "1 dead", "1 failed", "2 more errors1 deadexit 2j2 · just nowShowRetry"
-            "1 deadexit 3j3 · just nowShowRetry"]
+            "1 dead", "1 dead", "1 dead", "2 more dead, of 2 errors"
+            "1 deadexit 3j3 · just nowShowRetry1 deadexit 4j4 · just nowShowRetry",
+            "1 failed"]
         assert len([*shown.iter("summary")]) == 1  # folded once, not twice
         assert {links_of(row)["Show"] for row in alerts_of(page())} == {
             "/?state=failed#jobs",
-            *("/?state=dead&error=exit+%d#jobs" % number for number in range(4))}
+            *("/?state=dead&error=exit+%d#jobs" % number for number in range(5))}
         queue.delete(["j0"])  # a line for one other error may as well be that error
         assert [*page().iter("summary")] == []
 
@@ -9390,7 +9407,8 @@ class TestPage:
         chart = page("/chart")
         assert [title.text for title in chart.iter("title")] == [
             "1 completed, 0 failed, 0 min ago"]
-        assert "100 % of runs succeed · median run 0.5s, 95 % within 0.5s" in words_of(chart)
+        assert ("in the last hour 100 % succeed · median run 0.5 s, 95 % within 0.5 s"
+                in words_of(chart))
         assert chart.find("svg/rect").get("class") == "completed part"
         assert chart.find("svg").get("viewBox") == "0 0 10 4"  # since the first run
         assert "10 min ago" in words_of(chart)
@@ -9411,7 +9429,7 @@ class TestPage:
         add_job(queue, id="later", delay=60)
         assert table_of(page()) == [
             ["delayed", "later", "true", "", "", "in 60 s"],
-            ["failed", "early", "exit 1 echo 1 ⏎ echo 2", "1/3", "3.0s",
+            ["failed", "early", "exit 1 echo 1 ⏎ echo 2", "1/3", "3.0 s",
              "retry in 2 s"]]
         titles = [part.get("title") for part in page().find(".//tbody").iter()]
         # That of a row would be read out as its name.
@@ -9614,7 +9632,55 @@ class TestPage:
         assert dashboard.post(path % ("retry", until)).text == "0"
         assert [*jobs()] == ["b"] and jobs()["b"]["state"] == "dead"
         assert dashboard.post("/api/delete?until=x").status == 400
-        assert "until" not in dashboard.json("/question?verb=cancel&q=b")
+        queue.clock.now = time.time()
+        add_job(queue, id="waits")
+        until = dashboard.json("/question?verb=cancel&q=a")["until"]
+        queue.clock.now = until + 1
+        add_job(queue, id="later", command="a")
+        assert dashboard.post("/api/cancel?q=a&until=%r" % until).text == "1"
+        assert jobs()["later"]["state"] == "pending"
+
+    @pytest.mark.parametrize("query", [
+        "delete", "cancel", "run", "cancel?q=", "delete?state=dead&q=", "delete?stat=dead",
+        "cancel?state=dead&error", "retry?errors=exit", "cancel?q=" + "x" * 20000])
+    def test_no_mistyped_filter_takes_all_jobs(self, queue, dashboard, query):
+        let_die(queue, "d")
+        add_job(queue, id="a"), add_job(queue, id="b", delay=60)
+        before = jobs()
+        assert dashboard.post("/api/" + query).status == 400
+        assert jobs() == before
+
+    def test_a_blocked_job_that_is_freed_meanwhile_is_left(self, queue):
+        let_die(queue, "a")
+        add_job(queue, id="x", after=["a"])
+        for filters in ({"blocked": True}, {"blocked_by": "exit 1"}):
+            condition = queuectl.where(**filters)
+            assert [job["id"] for job in queue.jobs(condition)] == ["x"]
+            assert queue.count(condition._replace(sql=condition.of_row)) == 1
+            queue.retry(["a"])
+            queue.complete(claim(queue), make_outcome(None))
+            # What is checked again when a job is changed.
+            assert queue.count(condition._replace(sql=condition.of_row)) == 0
+            queue.change("UPDATE jobs SET state = 'dead', error = 'exit 1' WHERE id = 'a'")
+
+    def test_what_blocks_others_can_be_retried_at_once(self, queue, page, dashboard):
+        for name in ("a", "b", "free"):
+            let_die(queue, name)
+        for name, after in (("x", "a"), ("y", "b"), ("z", "y")):
+            add_job(queue, id=name, after=[after])
+        shown = page("/?kind=blocked")
+        assert [row[-1] for row in table_of(shown)] == [
+            "after y (blocked)", "after b (dead)", "after a (dead)"]
+        retry = buttons_of(named_part(shown, "jobs"))["Retry what blocks them…"]
+        assert dashboard.json(retry["data-question"])["ask"].startswith(
+            "Retry 2 dead jobs (blocking others)?")
+        assert dashboard.post(retry["data-post"]).text == "2"
+        assert jobs()["free"]["state"] == "dead" and jobs()["a"]["state"] == "pending"
+
+    def test_the_quoted_line_begins_at_its_beginning(self, queue, page):
+        let_die(queue, "a", output=b"Traceback: " + 300 * b"x" + b"\n")
+        assert "“Traceback: xxx" in words_of(alerts_of(page())[0])
+        assert "x…”" in words_of(alerts_of(page())[0])
 
     def test_failed_jobs_have_the_time_of_their_next_try(self, queue, clock, page):
         add_job(queue, id="soon", delay=60)
@@ -9968,6 +10034,18 @@ class TestPanel:
         assert links_of(gone) == {"→": "/?q=x&job=x", "Close": "/?q=x"}
         assert [*buttons_of(gone)] == []
 
+    def test_run_now_moves_no_job_that_is_due_already(self, queue, dashboard):
+        queue.clock.now = time.time() - 100
+        for name in ("a", "b"):
+            add_job(queue, id=name, delay=1)
+        queue.clock.now += 100
+        assert dashboard.post("/api/jobs/b/run").status == 200
+        assert dashboard.post("/api/jobs/a/run").status == 200
+        queue.promote(queue.clock.now)
+        assert claim(queue).id == "a"
+        answer = dashboard.post("/api/jobs/b/run")
+        assert (answer.status, "waits for no time" in answer.text) == (400, True)
+
     def test_run_now_makes_a_job_due(self, queue, page, dashboard):
         queue.clock.now = time.time()
         enqueue(id="x", delay=3600)
@@ -10005,8 +10083,8 @@ class TestPanel:
         panel = page("/?job=x", is_whole=True).find("section[@id='job']")
         assert words_of(named_part(panel, "output")) == "two"
         links = links_of(named_part(panel, "runs"))
-        assert list(links) == ["run 2 · 2001-09-09 01:46:50 UTC · exit 1 · <1ms",
-                               "run 1 · 2001-09-09 01:46:40 UTC · exit 1 · <1ms"]
+        assert list(links) == ["run 2 · 2001-09-09 01:46:50 UTC · exit 1 · <1 ms",
+                               "run 1 · 2001-09-09 01:46:40 UTC · exit 1 · <1 ms"]
         # By these the script shows them in the zone of the browser.
         assert [time.get("datetime") for time in panel.find("dl").iter("time")] == [
             "2001-09-09T01:46:40Z", "2001-09-09T01:46:50Z"]
@@ -10021,17 +10099,21 @@ class TestPanel:
         (b"\x1b[38;5;" + 5000 * b"1" + b"mx", "x"),
         pytest.param(b"\xff\xc3\xa9", "\\xffé", marks=posix_only), (b"<i>\x1b[1m&\x1b[0m", "<i>&")])
     def test_an_output_reads_as_on_a_terminal(self, printed, shown):
-        parts, _ = queuectl.painted(printed, 0)
+        parts, _ = queuectl.painted(printed, "")
         assert "".join(text for text, _ in parts) == shown
 
-    @pytest.mark.parametrize("codes, colour", [
-        ("31", 1), ("1;92", 2), ("0", 0), ("", 0), ("39", 0), ("37", 0), ("7", 4),
-        ("38;5;1", 1), ("38;5;9", 1), ("38;5;15", 0), ("38;5;196", 1), ("38;5;46", 2),
-        ("38;5;21", 4), ("38;5;245", 0), ("48;5;31", 4), ("48;2;31;32;33", 4),
-        ("38;2;250;240;10", 3), ("38;5;196;32", 2), ("38;5", 0), ("38", 0),
-        ("38;2;", 0)])
-    def test_colours_are_those_of_a_terminal(self, codes, colour):
-        assert queuectl.colour_after(iter(codes.split(";")), 4) == colour
+    @pytest.mark.parametrize("codes, style", [
+        ("31", "a1 bold"), ("1;92", "a2 bold"), ("0", ""), ("", ""), ("39", "bold"),
+        ("37", "bold"), ("5", "a4 bold"), ("38;5;1", "a1 bold"), ("38;5;9", "a1 bold"),
+        ("38;5;15", "bold"), ("38;5;196", "a1 bold"), ("38;5;46", "a2 bold"),
+        ("38;5;21", "a4 bold"), ("38;5;245", "bold"), ("48;5;2", "a4 b2 bold"),
+        ("48;2;31;32;33", "a4 bold"), ("38;2;250;240;10", "a3 bold"),
+        ("38;5;196;32", "a2 bold"), ("38;5", "bold"), ("38", "bold"), ("38;2;", "bold"),
+        ("22", "a4"), ("4", "a4 bold underlined"), ("0;7", "reversed"), ("7;27", "a4 bold"),
+        ("41", "a4 b1 bold"), ("41;49", "a4 bold"), ("0;97;101", "b1"), ("40", "a4 bold"),
+        ("01;031", "a1 bold")])
+    def test_styles_are_those_of_a_terminal(self, codes, style):
+        assert queuectl.style_after(iter(codes.split(";")), "a4 bold") == style
 
     @posix_only
     def test_an_output_comes_piece_by_piece_as_it_grows(self, queue, page):
@@ -10044,7 +10126,7 @@ class TestPanel:
             lease.write(b"one\n\x1b[31mtwo\nhal")
             shown, last, following = look("/output?id=x")
             assert (shown, last) == ("one two hal", "hal")
-            assert "colour=1&from=13" in following
+            assert "style=a1&from=13" in following
             assert look(following) == ("hal", "hal", following)  # nothing new
             lease.write("f é".encode()[:-1])
             lease.write("é".encode()[-1:] + b"\n 1%\r 2%\r")
