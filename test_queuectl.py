@@ -8156,10 +8156,11 @@ class RandomOperations:
         self.verbs = [
             *[self.enqueue] * 3, *[self.claim] * 2, *[self.end] * 2, self.edit,
             *[lambda verb=verb: verb([self.name()]) for verb in (
-                queue.cancel, queue.retry)],
+                queue.cancel, queue.retry, queue.run_now)],
             lambda: queue.delete(self.rnd.sample(self.NAMES, self.rnd.randint(1, 3))),
             *[lambda verb=verb: self.do_to_many(verb) for verb in (
-                queue.cancel_all, queue.retry_all, queue.delete_all)]]
+                queue.cancel_all, queue.retry_all, queue.delete_all,
+                queue.run_now_all)]]
 
     def step(self):
         """Do one operation, whether it is refused or not."""
