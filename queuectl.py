@@ -3425,7 +3425,7 @@ Work = collections.namedtuple("Work", [
     "lock_since",  # when the longest run began that has a lock which others wait for
     # What has happened lately:
     "run_seconds",  # the average of the last runs; None before the first has ended
-    "rate",  # completed each second; None where the time between runs does not count
+    "rate",  # jobs that end each second; None if hardly any did in the last minute
     "growth"])  # that of `recent_growth`
 
 
@@ -3444,11 +3444,10 @@ def work_left(queue):
     dependent = queue.value(
         f"SELECT COUNT(*) FROM jobs WHERE {UNFINISHED_DEPENDENT}")
     seconds = queue.value(f"SELECT AVG(spent) FROM ({recent_runs(queue)})")
-    rate = completion_rate(queue) if seconds is not None and seconds < 0.1 else None
     return Work(
         jobs=jobs, workers=queue.workers(), ready=waiting - delayed - dependent,
         delayed=delayed, retries=retries, dependent=dependent, run_seconds=seconds,
-        rate=rate, growth=recent_growth(queue, seconds or 0),
+        rate=ending_rate(queue), growth=recent_growth(queue, seconds or 0),
         **locks_left(queue, seconds or 0))
 
 
@@ -3525,14 +3524,14 @@ def last_seq_at(queue, moment):
     return low
 
 
-def completion_rate(queue):
-    """Return how many jobs are completed each second, None if none was lately."""
-    count, first = queue.row("""
-        SELECT COUNT(*), MIN(updated_at) FROM (
-            SELECT updated_at FROM jobs WHERE state = 'completed'
-            ORDER BY updated_at DESC LIMIT 1000)""")
-    seconds = queue.clock() - (first or 0)
-    return count / seconds if 0 < seconds < 60 else None
+def ending_rate(queue):
+    """Return how many jobs end each second, None if hardly any did lately."""
+    ends = " UNION ALL ".join(f"""SELECT * FROM (
+        SELECT updated_at FROM jobs WHERE state = '{state}' AND updated_at > :since
+        ORDER BY updated_at DESC LIMIT 1000)""" for state in FINISHED)
+    count, first = queue.row(
+        f"SELECT COUNT(*), MIN(updated_at) FROM ({ends})", since=queue.clock() - 60)
+    return count / max(0.001, queue.clock() - first) if count >= 5 else None
 
 
 def oldest_claimable(queue):
@@ -4803,6 +4802,10 @@ def verdict_at_work(status, now):
         sentence = "Falling behind: %s waiting, %s more a minute" % (
             ready, grouped(round(growth)))
         return Verdict("failed", sentence, TO_ADD_WORKERS % more)
+    if status.oldest_job and has_long_runs_only(status, now):
+        sentence = "Held up: %s waiting, and all %s in long runs" % (
+            ready, plural(len(status.workers), "worker"))
+        return Verdict("failed", sentence, TO_ADD_WORKERS % len(status.workers))
     if status.oldest_job or due is not None and due <= now:
         return Verdict("processing", done_in(
             "Working: " + ready + " waiting", time_left(status, now, of_all=False)))
@@ -4812,6 +4815,13 @@ def verdict_at_work(status, now):
             status.locked and time_left(status, now)))
     return Verdict("completed", "Idle: the next job is due "
                    + relative_time(due or now, now, roughly))
+
+
+def has_long_runs_only(work, now):
+    """Tell whether all workers are in runs that are longer than those before them."""
+    return work.run_seconds is not None and bool(work.workers) and all(
+        now - (worker["since"] or now) > max(30, 10 * work.run_seconds)
+        for worker in work.workers)
 
 
 def done_in(words, left):
@@ -4853,11 +4863,27 @@ def time_left(work, now, of_all=True):
         jobs -= work.locked
         work = work._replace(line=0, line_seconds=0)
     seconds = expected_seconds(jobs, workers, work)
-    long = sum(now - (worker["since"] or now) > seconds for worker in work.workers)
+    usual = max(1, min(seconds, 10 * mean))
+    long = sum(now - (worker["since"] or now) > usual for worker in work.workers)
     if 2 * long > workers or long and of_all:
         return ""
     seconds = expected_seconds(max(0, jobs - long), workers - long, work)
-    return roughly(max(seconds, jobs / (work.rate or MAX_INTEGER)))
+    return range_text(seconds, jobs / (work.rate or MAX_INTEGER), mean)
+
+
+def range_text(seconds, by_rate, mean):
+    """Return about how long jobs will take by their runs, or by how many ended lately.
+
+    Where these differ much it is a range, or nothing. Of short runs only the rate tells
+    how long they take with all that is around them.
+    """
+    if mean < 0.1:
+        return roughly(max(seconds, by_rate))
+    if by_rate > 10 * seconds:
+        return ""
+    if by_rate > 2 * seconds:
+        return roughly(seconds) + " to " + roughly(by_rate)
+    return roughly(max(seconds, by_rate))
 
 
 def expected_seconds(jobs, workers, work):
@@ -9270,6 +9296,8 @@ def failed_alert(page):
         errors = [*dict.fromkeys(job["error"] for job in failed)]
         run_now = bulk_button(
             "Run now…", "run", {"state": "failed"}, "Run now: the failed jobs")
+        if count == 1:
+            run_now = job_button("Run now", "run", failed[0]["id"], "Due now:")
         yield alert(grouped(count) + " failed", listed(errors), None, words,
                     page.view.only(state="failed"), "the failed jobs", run_now,
                     css="failed")
@@ -9502,7 +9530,8 @@ def time_cell(job, page):
     if job["state"] in FINISHED:
         return ago(job["updated_at"], page)
     if job["waits"]:
-        return short_reason(job, page)
+        reason = short_reason(job, page)
+        return element("span", reason, title=reason)
     if job["run_at"] <= page.now:
         return "waits " + roughly(page.now - job["run_at"])
     due = ago(job["run_at"], page)
@@ -9814,7 +9843,9 @@ def page_reason(job, page):
     """Return in words what a job is, and why."""
     word = kind_of(job, page)
     waiting = why_waiting(job, page)
-    tries = job["attempts"] and not waiting and tries_text(job)
+    tries = job["attempts"] and tries_text(job)
+    if waiting:
+        tries = tries and job["state"] == "pending" and "after " + tries
     words = joined(failure_of(job), waiting or time_cell(job, page), tries)
     return element("p", icon(word), element("b", word, css="hue"), " – " + words,
                    id="why", css=JOB_KINDS[word].state)
@@ -10624,6 +10655,10 @@ dd a { display: inline-block; margin-right: 1em; padding: .15rem 0; }
   td.rest { grid-row: 2; grid-column: 1 / 4; }
   td.mid { width: auto; white-space: normal; max-height: 3em; }
   td.hue { overflow: visible; }
+  tr:is(.dead, .failed) .rest span {
+    display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2;
+    overflow: hidden; overflow-wrap: anywhere; white-space: normal;
+  }
 }
 @media (max-width: 44rem) {
   body { padding: .6rem .6rem 3rem; }
@@ -10637,12 +10672,19 @@ dd a { display: inline-block; margin-right: 1em; padding: .15rem 0; }
   #tiles b { font-size: 1.2rem; }
   #tiles .dim { display: none; }
   #trouble code { white-space: normal; flex-basis: 100%; overflow-wrap: anywhere; }
+  #name { max-height: 4.5em; overflow: auto; }
   form { flex-basis: 10rem; }
   #q { padding: .2rem .4rem; font-size: max(1rem, 16px); }  /* or a phone zooms in */
   button, .button, #now :is(button, .button), summary { padding: .35rem .7rem; }
   :is(.parts, .lines, #running) a { display: inline-block; padding: .3rem 0; }
   #runs { flex-wrap: nowrap; overflow-x: auto; flex: none; padding-bottom: .3rem; }
   #runs a { white-space: nowrap; flex: none; max-width: none; }
+}
+/* Where there is little height the output comes before the command and the facts. */
+@media (max-height: 32rem) {
+  #job > :is(.box, dl) { order: 1; }
+  #runs { flex-wrap: nowrap; overflow-x: auto; flex: none; padding-bottom: .3rem; }
+  #runs a { white-space: nowrap; flex: none; }
 }
 @media (max-width: 28rem) {
   button span { position: absolute; left: -99rem; }  /* heard, not seen */
@@ -11040,6 +11082,7 @@ document.onkeydown = event => {
 
 window.onpopstate = () => {
   if (find("sure").open) find("sure").close("no");
+  if (find("q")) find("q").value = new URLSearchParams(location.search).get("q") || "";
   show();
 };
 document.onvisibilitychange = () => isStopped || refresh(true);

@@ -5418,6 +5418,7 @@ class TestStatus:
             run = claim(queue)
             clock.now += seconds
             queue.complete(run, make_outcome(None, finished_at=clock.now))
+        clock.now += 61  # the rate of the only worker is forgotten
         workers = [dict(pid=1, job=None, since=None)] * 4
         left = lambda: queuectl.time_left(
             queuectl.work_left(queue)._replace(workers=workers, growth=[0] * 3), clock.now)
@@ -5436,6 +5437,37 @@ class TestStatus:
             clock.now, of_all=False) == "40 s"
         workers[2] = workers[0]  # most runs are not like those before
         assert not left()
+
+    def test_an_estimate_is_a_range_where_few_jobs_end(self, queue, clock):
+        for _ in range(10):
+            add_job(queue, id=str(clock.now))
+            run = claim(queue)
+            clock.now += 1
+            queue.complete(run, make_outcome(None, finished_at=clock.now))
+            clock.now += 3  # as if other workers were in long runs
+        add_jobs(queue, [{"command": "true"}] * 60)
+        status = queuectl.read_status(queue)._replace(
+            workers=[dict(pid=1, job=None, since=None)], pools={1}, growth=[0] * 3)
+        assert queuectl.verdict_on(status, clock.now).sentence == (
+            "Working: 60 waiting, done in about 60 s to 4 min")
+        status = status._replace(rate=0.01)
+        assert "done" not in queuectl.verdict_on(status, clock.now).sentence
+
+    def test_a_pool_with_nothing_but_long_runs_is_held_up(self, queue, clock):
+        add_job(queue)
+        claim_and_complete(queue)
+        add_jobs(queue, [{"command": "true"}] * 9)
+        status = queuectl.read_status(queue)._replace(
+            pools={1}, workers=[dict(pid=1, job="x", since=clock.now)] * 2)
+        clock.now += 30
+        assert queuectl.verdict_on(status, clock.now).sentence.startswith("Working")
+        clock.now += 1
+        verdict = queuectl.verdict_on(status, clock.now)
+        assert verdict[:2] == (
+            "failed", "Held up: 9 waiting, and all 2 workers in long runs")
+        assert verdict.advice.endswith("worker start --count 2")
+        status.workers[1] = dict(pid=2, job="y", since=clock.now - 1)
+        assert queuectl.verdict_on(status, clock.now).sentence.startswith("Working")
 
     def test_runs_of_earlier_are_forgotten(self, queue, clock):
         def run_jobs(count, seconds):
@@ -9356,7 +9388,7 @@ class TestPage:
         queue.promote(clock.now)
         assert table_of(page())[0][:3] == ["pending", "x", "exit 7 true"]
         assert words_of(named_part(page("/?job=x"), "why")) == (
-            "pending – exit 7, no pool is running")
+            "pending – exit 7, no pool is running, after try 1 of 3")
         claim(queue)  # nobody knows how this run will end
         assert table_of(page())[0][2] == "true"
 
