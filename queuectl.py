@@ -9343,12 +9343,12 @@ def count_in(page, state):
 def page_tiles(page):
     """Return a tile for all jobs and one for those of each state, which shows them."""
     status, cancelled = page.status, page.status.cancelled
-    done = 100 * count_in(page, "completed") // count_in(page, "")
+    done = percent_text(count_in(page, "completed") / count_in(page, ""))
     hints = {
         "": to_go_text(status.jobs),
         "pending": longest_wait(page),
         "processing": workers_text(status),
-        "completed": "%d %% of all" % done,
+        "completed": done + " of all",
         "failed": next_due(page, "failed"),
         "dead": grouped(cancelled) + " cancelled" if cancelled else None}
     return element("nav", *[tile(page, state, hint) for state, hint in hints.items()],
@@ -9465,10 +9465,18 @@ def stats_text(stats):
     times = stats["run_time"]
     return joined(
         grouped(round(60 * stats["per_second_now"])) + " in the last minute",
-        "in the last hour %d\xa0%% succeed" % int(100 * rate),
+        "in the last hour %s succeed" % percent_text(rate),
         "median run %s, 95\xa0%% within %s" % (
             short_duration(times["median"]), short_duration(times["p95"])),
         wait is not None and "median wait " + short_duration(wait), by=" · ")
+
+
+def percent_text(share):
+    """Return a share in percent. Only all of it is 100 %, and only nothing 0 %."""
+    percent = round(100 * share)
+    if share not in (0, 1):
+        percent = min(99, max(1, percent))
+    return "%d\xa0%%" % percent
 
 
 def short_duration(seconds):
@@ -11044,9 +11052,11 @@ document.onclick = event => {
     event.preventDefault();
     if (link.id === "close" && link.href === history.state) return history.back();
     go(link.href, link.closest(".top nav"));
-  } else if (row && !link && isPlain(event) && !String(getSelection()))
-    go(row.querySelector("a").href);
-  else if (narrow.matches && find("close") && !target.closest("#job, #sure, a"))
+  } else if (row && !link && !String(getSelection())) {
+    const {href} = row.querySelector("a");
+    if (isPlain(event)) go(href);
+    else if (event.ctrlKey || event.metaKey) window.open(href);
+  } else if (narrow.matches && find("close") && !target.closest("#job, #sure, a"))
     find("close").click();
 };
 

@@ -9448,6 +9448,10 @@ class TestPage:
         assert chart.find("svg").get("aria-label") == (
             "1 completed, 0 failed in the last hour")
 
+    def test_only_all_is_a_hundred_percent(self):
+        assert [queuectl.percent_text(share) for share in (0, .001, 3 / 7, .999, 1)] == [
+            "0\xa0%", "1\xa0%", "43\xa0%", "99\xa0%", "100\xa0%"]
+
     def test_its_chart_leaves_out_what_was_interrupted(self, queue, page):
         add_job(queue)
         queue.release(claim(queue), make_outcome("stopped"))
