@@ -2226,7 +2226,7 @@ def no_job(id, near=()):
 # it `spares_needed`, it is narrowed to jobs that need not be kept.
 Condition = collections.namedtuple(
     "Condition", "sql values of_row spares_needed", defaults=(False,))
-# The filters of `where`, each by the value that it takes: those by the row of a job.
+# The filters of `where`, each by the value that it takes. These ask the row of a job.
 FILTERS = {
     "text": "(instr(id, :text) OR instr(command, :text))",
     "pattern": r"(id LIKE :pattern ESCAPE '\' OR command LIKE :pattern ESCAPE '\'"
@@ -2247,7 +2247,7 @@ FILTERS = {
         WHERE waits_for = jobs.seq AND waiting.state = 'pending')""",
     "locked": f"lock NOT NULL AND {IN_LINE} AND gate = {LOCKED}",
 }
-# Those of jobs that wait for others, which depend on these as well.
+# These take jobs that wait for others, and ask those others as well.
 DEPENDENT = f"{IN_LINE} AND waits > 0"
 FILTERS_BY_OTHERS = {
     # True: those that wait for dead jobs, directly or not. False: the others.
@@ -4699,10 +4699,12 @@ def failed_text(job, look):
 
 def blocked_by(job, look):
     """Return the first job that a blocked one waits for, and what that one is."""
-    for first in look.queue.dependencies(job):  # none if they were completed since
-        word = state_word(first) if first["state"] in BLOCKING else "blocked"
-        return "after %s (%s)" % (first["id"], word)
-    return ""
+    dependencies = look.queue.dependencies(job)
+    if not dependencies:
+        return ""  # they have just been completed
+    first = dependencies[0]
+    word = state_word(first) if first["state"] in BLOCKING else "blocked"
+    return "after %s (%s)" % (first["id"], word)
 
 
 # What people call a job: the queue knows some of these as one state.
@@ -4844,10 +4846,9 @@ def waiting_text(status):
 def time_left(work, now, of_all=True):
     """Return about how long the waiting jobs will take, nothing if nobody can tell.
 
-    WORK is a `Work` or a `Status`. Jobs that share a lock run one after the other,
-    however many workers there are. Those that come after others may, too. A run that
-    takes longer than all the rest is not like those before it: nobody knows when it
-    ends. Unless the time is that OF_ALL, it is left out, with those behind its lock.
+    WORK is a `Work` or a `Status`. Jobs that come after others may run one by one.
+    Nobody knows when a run ends that takes longer than those before it. Unless the time
+    is that OF_ALL, such runs are left out, and so are the jobs behind their lock.
     """
     workers, mean = len(work.workers), work.run_seconds
     jobs = work.ready + work.jobs["processing"]
@@ -4856,19 +4857,24 @@ def time_left(work, now, of_all=True):
         return ""
     if not jobs or work.growth[1] > 0 or work.dependent > jobs:
         return ""
-    if work.locked and now - (work.lock_since or now) > max(1, 2 * mean, (
-            2 * work.line_seconds / work.line)):
-        if of_all:
-            return ""
-        jobs -= work.locked
-        work = work._replace(line=0, line_seconds=0)
+    is_held = is_lock_held_long(work, now)
+    if is_held:
+        jobs, work = jobs - work.locked, work._replace(line=0, line_seconds=0)
     seconds = expected_seconds(jobs, workers, work)
     usual = max(1, min(seconds, 10 * mean))
     long = sum(now - (worker["since"] or now) > usual for worker in work.workers)
-    if 2 * long > workers or long and of_all:
+    if 2 * long > workers or of_all and (long or is_held):
         return ""
     seconds = expected_seconds(max(0, jobs - long), workers - long, work)
     return range_text(seconds, jobs / (work.rate or MAX_INTEGER), mean)
+
+
+def is_lock_held_long(work, now):
+    """Tell whether a run has the lock of others for longer than runs with it take."""
+    if not work.locked:
+        return False
+    usual = max(work.run_seconds, work.line_seconds / work.line)
+    return now - (work.lock_since or now) > max(1, 2 * usual)
 
 
 def range_text(seconds, by_rate, mean):
@@ -4887,7 +4893,10 @@ def range_text(seconds, by_rate, mean):
 
 
 def expected_seconds(jobs, workers, work):
-    """Return how long some jobs should take, with the longest line of them."""
+    """Return how long so many jobs should take.
+
+    Those that share a lock run one after the other, however many workers there are.
+    """
     seconds = work.run_seconds * jobs / workers
     line = work.line_seconds
     if work.line and not work.line_began:
@@ -4942,8 +4951,8 @@ def last_line(output):
     return "".join(last_lines(output or b"", 1)).strip()
 
 
-# The style of a text are names, which are classes of the page: a1 to a6 for a colour of
-# ANSI, b1 to b6 for that behind it, and these.
+# A style is a line of names, which are classes of the page: a1 to a6 for a colour of
+# ANSI, b1 to b6 for the colour behind the text, and these.
 STYLES = {"1": "bold", "4": "underlined", "7": "reversed"}
 STYLE_ENDS = {"22": "bold", "24": "underlined", "27": "reversed"}
 
@@ -6864,9 +6873,7 @@ def cmd_enqueue(args, queue):
             document = {**document, **options}
         job = checked_job(document, defaults)
         if args.unique:
-            if not job["id"]:
-                raise QueueError("id: missing; a unique job needs one", code=2)
-            ids.append(job["id"])
+            ids.append(id_of_unique(job))
         return job
 
     with contextlib.ExitStack() as files:
@@ -6889,6 +6896,12 @@ def cmd_enqueue(args, queue):
                "no jobs were given")
     if sys.stderr.isatty() and not args.json and standstill(queue):
         notice(standstill(queue))
+
+
+def id_of_unique(job):
+    if not job["id"]:
+        raise QueueError("id: missing; a unique job needs one", code=2)
+    return job["id"]
 
 
 def report_dropped(dropped):
@@ -8945,7 +8958,7 @@ def apply_to_query(verb, queue, query):
     unknown = query.keys() - {*VIEW_FILTERS, "until"}
     if unknown:
         raise Refusal(400, "no such filter: " + ", ".join(sorted(unknown)))
-    if not query and verb != "retry":
+    if not query.keys() - {"until"} and verb != "retry":
         raise Refusal(400, "by which filter? " + ", ".join(VIEW_FILTERS))
     return BULK_VERBS[verb].change(queue, selected_by(verb, query).taken)
 
@@ -9377,9 +9390,12 @@ def longest_wait(page):
 
 def next_due(page, state):
     """Return when the next job in a state is due."""
-    for _, due in filter(None, [page.queue.next_due([state])]):
-        late = roughly(page.now - due) + " late"
-        return late if due < page.now else "next due " + ago(due, page)
+    job = page.queue.next_due([state])
+    if not job:
+        return None
+    if job["run_at"] < page.now:
+        return roughly(page.now - job["run_at"]) + " late"
+    return "next due " + ago(job["run_at"], page)
 
 
 def workers_text(status):
@@ -10298,10 +10314,20 @@ def query_fields(url, can_be_empty=True):
     return {name: value for name, value in fields.items() if value}
 
 
+def encoded(text, accepted):
+    """Return the body for a text, and its headers: gzip, where that is accepted."""
+    import gzip
+
+    body = text.encode(errors="backslashreplace")  # a path may be no UTF-8
+    if "gzip" not in accepted:
+        return body, {}
+    packed = gzip.compress(body, compresslevel=5)  # for slow lines
+    return packed, {"Content-Encoding": "gzip"}
+
+
 def listen(site, host, port):
     """Return an HTTP server for a site, with a thread for each connection."""
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-    import gzip
     import socket
 
     class Handler(BaseHTTPRequestHandler):
@@ -10312,10 +10338,7 @@ def listen(site, host, port):
         def do_GET(self):
             status, content_type, text = site.answer(
                 self.command, self.path, self.headers)
-            body = text.encode(errors="backslashreplace")  # a path may be no UTF-8
-            is_packed = "gzip" in self.headers.get("Accept-Encoding", "")
-            if is_packed:  # a slow line needs seconds for the page
-                body = gzip.compress(body, compresslevel=5)
+            body, headers = encoded(text, self.headers.get("Accept-Encoding", ""))
             # A body is not read. It must not be taken for the next request.
             self.close_connection |= (
                 self.command == "POST" or "Transfer-Encoding" in self.headers
@@ -10323,9 +10346,7 @@ def listen(site, host, port):
             self.send_response(status)
             self.send_header("Content-Type", content_type + "; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
-            if is_packed:
-                self.send_header("Content-Encoding", "gzip")
-            for name, value in HEADERS.items():
+            for name, value in {**HEADERS, **headers}.items():
                 self.send_header(name, value.replace("{{TOKEN}}", site.token))
             self.end_headers()
             self.wfile.write(body)

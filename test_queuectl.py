@@ -9266,6 +9266,21 @@ class TestPage:
         assert " --db " in words and words.endswith(
             "queuectl.db dashboard --host 127.0.0.1 --port %dCopy" % dashboard.port)
 
+    def test_an_empty_queue_with_a_pool_needs_no_other(self, queue, page, monkeypatch):
+        steps = lambda: [words_of(step) for step in named_part(page(), "now").iter("li")]
+        assert [step.split(":")[0] for step in steps()] == ["Add a job", "Run it"]
+        monkeypatch.setattr(queuectl, "supervised_pools", lambda path: {7})
+        monkeypatch.setattr(queuectl.Queue, "workers", lambda queue: [
+            dict(pid=pid, pool=7, job=None, since=None) for pid in (8, 9)])
+        assert steps()[1:] == ["2 workers wait for it"]
+
+    def test_tiles_keep_the_search(self, queue, page):
+        add_job(queue, id="x")
+        tiles = named_part(page("/?q=x&state=pending"), "tiles")
+        assert [tile.get("href") for tile in tiles][:2] == [
+            "/?q=x#jobs", "/?state=pending&q=x#jobs"]
+        assert [tile.get("aria-current") for tile in tiles][:2] == [None, "true"]
+
     def test_a_paused_queue_without_a_pool_lacks_both(self, queue, page, monkeypatch):
         add_job(queue)
         queue.set_paused(True)
@@ -9678,7 +9693,7 @@ class TestPage:
         assert jobs()["later"]["state"] == "pending"
 
     @pytest.mark.parametrize("query", [
-        "delete", "cancel", "run", "cancel?q=", "delete?state=dead&q=", "delete?stat=dead",
+        "delete", "cancel", "run", "delete?until=9e9", "cancel?q=", "delete?state=dead&q=", "delete?stat=dead",
         "cancel?state=dead&error", "retry?errors=exit", "cancel?q=" + "x" * 20000])
     def test_no_mistyped_filter_takes_all_jobs(self, queue, dashboard, query):
         let_die(queue, "d")
